@@ -1,0 +1,1 @@
+"""Asynchronous RL post-training of language models by online policy mirror descent."""

@@ -1,0 +1,176 @@
+"""The trajectory store: the life of a trajectory on an append-only, CRC-framed log.
+
+Every method that changes state carries an id or offset made by the caller and answers a repeat with the
+first answer. Blocking methods release the GIL, wait on a condition variable and take `timeout_s`.
+`now_s` is the clock: None reads the monotonic clock; a simulator passes its own.
+Arrays cross as little-endian bytes; `pmdflow.store` gives them their NumPy types.
+"""
+
+from typing import Any, Literal, final
+
+class StoreError(Exception):
+    """Root of the store's errors."""
+
+class StaleLease(StoreError):
+    """The lease's epoch is not the trajectory's newest."""
+
+class StoreFull(StoreError):
+    """Admission refused: the quota of groups or `max_bytes` is reached; names the limit."""
+
+class Conflict(StoreError):
+    """A repeat with other content, a gap in offsets, or an operation in the wrong state."""
+
+class CorruptLog(StoreError):
+    """Damage before the tail of the log, a newer format or a failed sync; names file and offset."""
+
+class StoreLocked(StoreError):
+    """Another process has the store open for writing."""
+
+@final
+class TrajectoryStore:
+    def __new__(
+        cls,
+        path: str | None,
+        *,
+        groups_per_iteration: int,
+        lookahead: int,
+        max_staleness: int | None,
+        segment_loss: Literal["all", "current_only"] = "all",
+        min_group_size: int = 2,
+        max_attempts: int = 3,
+        lease_ttl_s: float = 30.0,
+        grant_tokens: int = 64,
+        durability: Literal["os", "group", "always"] = "group",
+        max_bytes: int | None = None,
+        file_bytes: int = 67108864,
+    ) -> TrajectoryStore:
+        """Open or create the store in directory `path`; None keeps the log in memory (simulation, tests).
+
+        Opening drops all leases (their trajectories are partial again); epochs go on counting.
+
+        Raises:
+            StoreLocked: another writer has it open.
+            CorruptLog: damage before the tail, or a newer format.
+        """
+    def set_quota(self, version: int, groups: int, tokens: int, tokens_per_segment: int | None) -> None:
+        """Set what rollout may do under `version`; durable; a later call for the same version replaces it."""
+    def admit(
+        self,
+        request_id: str,
+        *,
+        cursor: int | None,
+        kind: Literal["train", "eval"],
+        prompt_id: str,
+        prompt: bytes,
+        metadata: bytes,
+        group_size: int,
+        max_tokens: int,
+    ) -> int:
+        """Admit a prompt with `group_size` empty trajectories; returns the group id.
+
+        `prompt` is int32 ids, `metadata` opaque bytes. `cursor` (train only) advances `next_cursor` to at least
+        cursor + 1. A repeat of a live `request_id` returns its group; of one already gone raises Conflict.
+
+        Raises:
+            StoreFull: untrained groups have reached the quota, or no room for group_size x max_tokens.
+        """
+    def lease(
+        self, worker: str, version: int, max_leases: int, timeout_s: float, now_s: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Lease up to `max_leases` trajectories to a worker whose engine holds `version`; waits for the first one.
+
+        Order: evaluation first, then partial ones before new ones, oldest group first. Nothing is leased when its
+        grant would be 0. With lookahead 0 nothing (but evaluation) is leased while a claim is untrained or
+        `version` is not the newest. Keys of an answer: the fields of `pmdflow.types.Lease`.
+        """
+    def append(self, batch: bytes, now_s: float | None = None) -> tuple[int, list[tuple[int, bool, int]]]:
+        """Append segments, extend grants, end leases. Returns (lsn, [(trajectory, stale, grant)]) in order.
+
+        `batch` is msgpack: a list of maps {t, e, o, v, temp, tok: bin int32, lp: bin float32, next, stop: str|nil,
+        extra: {name: [dtype, bin]}} (see `pmdflow.store.encode_segments`). Empty `tok` renews the lease and asks for
+        a new grant. A repeat of identical content is a no-op that answers as the first time.
+
+        Raises:
+            Conflict: a gap, other content at the same offset, more tokens than max_tokens, or a decreasing version.
+        """
+    def unscored(
+        self, max_items: int, ttl_s: float, timeout_s: float, now_s: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Complete trajectories without a reward; each is handed out again only after `ttl_s` or a restart."""
+    def score(
+        self,
+        trajectory: int,
+        attempt: int,
+        outcome: Literal["scored", "invalid", "infra_failure"],
+        reward: float,
+        components: dict[str, float],
+    ) -> None:
+        """Record the outcome of scoring attempt `attempt`. `max_attempts` infra failures make the member `failed`.
+
+        A group whose living members are all scored is ready; with fewer than `min_group_size` it is evicted with
+        the reason `min_group_size`.
+
+        Raises:
+            Conflict: not complete, non-finite reward, or another outcome for an attempt already recorded.
+        """
+    def publish(self, version: int, iteration: int | None, masked: dict[str, int]) -> None:
+        """Make `version` the newest; `iteration`'s claim is trained (None for initial weights or after a resume).
+
+        `masked` counts tokens that the learner left out of the claim by reason (`filter`, `veto`).
+
+        Raises:
+            Conflict: the version is not above every earlier one (an exact repeat is a no-op).
+        """
+    def claim(
+        self, iteration: int, version: int, timeout_s: float, now_s: float | None = None
+    ) -> dict[str, Any]:
+        """Claim `iteration`'s groups for a learner at `version`.
+
+        Waits until `groups_per_iteration` groups are ready, or nothing can be leased, none is leased and none
+        awaits a score. Ready groups are taken in the order in which they were admitted, at most
+        `groups_per_iteration`. A ready group without any token to train is evicted with the reason `over_age`.
+        Returns {status: "claimed" | "starved" | "timeout", groups: list[int], lsn: int}; "starved" means that
+        rollout is closed and no group is ready: grant the budget again or admit. A repeat for an iteration already
+        claimed returns the first answer.
+        """
+    def read_claim(self, iteration: int) -> dict[str, Any]:
+        """The claim as packed arrays: the fields of `pmdflow.types.TrainBatch`, arrays as bytes."""
+    def commit(self, iteration: int) -> None:
+        """A durable checkpoint covers every claim up to `iteration`, all of them trained. Safe to repeat."""
+    def uncommit(self, iteration: int) -> list[int]:
+        """Undo every claim after `iteration` (resume): their groups are ready again. Returns the undone iterations."""
+    def evict(self, iteration: int) -> int:
+        """Drop the groups of every committed claim up to `iteration`, and log files without live groups.
+
+        Call it after they are archived. Returns the number of groups dropped.
+        """
+    def eval_results(self, prefix: str, timeout_s: float) -> list[dict[str, Any]] | None:
+        """Results of the evaluation groups whose request ids start with `prefix`; None if not all are scored in time.
+
+        Each: {request_id, prompt_id, reward: float | None, length, stop, first_version, last_version}, one per trajectory.
+        """
+    def drop_eval(self, prefix: str) -> int:
+        """Evict the evaluation groups whose request ids start with `prefix`; returns how many."""
+    def groups(self, state: str | None = None) -> list[dict[str, Any]]:
+        """Live groups: {group, request_id, prompt_id, kind, state, iteration, trajectories: list[int], cursor}.
+
+        `state` is one of `partial`, `ready`, `claimed`, `trained`, `committed`.
+        """
+    def trajectory(self, trajectory: int) -> dict[str, Any]:
+        """One live trajectory: {trajectory, group, state, prompt, tokens, logprobs, segments: [(length, version,
+        temperature)], reward, components, stop, attempts, epoch}."""
+    def counts(self) -> dict[str, int]:
+        """The fields of `pmdflow.types.Counts`."""
+    def ledger(self) -> dict[str, int]:
+        """Durable generated tokens of training trajectories, each in one place; `generated` is their sum.
+
+        Keys: generated, partial_leased, partial_idle, unscored, waiting_group, ready, claimed, trained,
+        masked_over_age, masked_segment, masked_filter, masked_veto, evicted_<reason>...; and, outside the sum,
+        `prompt`, `reprefill` (prefix tokens handed out with leases after the first), `eval`.
+        """
+    def versions_spent(self) -> dict[int, int]:
+        """Durable training tokens by policy version, for the versions that still have a quota."""
+    def wait_durable(self, lsn: int, timeout_s: float) -> bool:
+        """Wait until every record up to `lsn` is on disk."""
+    def close(self) -> None:
+        """Sync, wake every waiter with StoreError and release the lock. Safe to repeat."""

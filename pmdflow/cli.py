@@ -1,0 +1,104 @@
+"""The command line: parse and dispatch only. Heavy modules are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pmdflow.errors import PmdflowError
+
+app = typer.Typer(
+    help="Asynchronous RL post-training of language models by online policy mirror descent.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, for example runs/quickstart.")]
+
+
+@app.command()
+def up(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings over the file's: scheduler.max_staleness=4"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved settings and the plan; start nothing.")
+    ] = False,
+) -> None:
+    """Train; on a run directory that exists already, resume."""
+    from pmdflow.config.load import load
+
+    loaded = load(config, overrides or ())
+    if dry_run:
+        from pmdflow.config.plan import render_dry_run
+
+        typer.echo(render_dry_run(loaded))
+        return
+    from pmdflow import launch
+
+    raise typer.Exit(launch.up(loaded))
+
+
+@app.command()
+def down(run: Run) -> None:
+    """Stop a run, also from another terminal; `up` resumes it."""
+    from pmdflow import launch
+
+    raise typer.Exit(launch.down(run))
+
+
+@app.command()
+def status(run: Run) -> None:
+    """Say how a run stands."""
+    from pmdflow import launch
+
+    raise typer.Exit(launch.status(run))
+
+
+@app.command()
+def dashboard(
+    run: Run,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")] = 0,
+) -> None:
+    """Show a live or finished run in the browser."""
+    from pmdflow.dashboard import server
+
+    server.serve(run, port)
+
+
+@app.command()
+def replay(
+    run: Run,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Train again on the recorded claims and compare the losses.")
+    ] = False,
+    start: Annotated[
+        int, typer.Option("--from", metavar="ITERATION", min=0, help="Begin at this iteration's checkpoint; 0 is v0.")
+    ] = 0,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: learner.tau=0.1")
+    ] = None,
+) -> None:
+    """Run stored rollouts again, offline, without rollout actors."""
+    from pmdflow import replay as replay_module
+
+    raise typer.Exit(replay_module.replay(run, verify=verify, start=start, overrides=overrides or ()))
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 bad configuration or usage, 130 interrupted."""
+    try:
+        app()
+    except PmdflowError as error:
+        print(error.report(), file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

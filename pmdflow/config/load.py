@@ -1,0 +1,109 @@
+"""From a YAML file and overrides to a checked configuration that knows where each value came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pmdflow.config.document import Document, parse
+from pmdflow.config.errors import ConfigError, ConfigIssue, KeyPath, Place, did_you_mean, dotted, explain
+from pmdflow.config.schema import Config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A configuration, ready to run."""
+
+    config: Config
+    origins: dict[str, str]
+    """Where each value came from, by dotted key: `default`, `override`, or `cluster.yaml:12`."""
+    path: Path
+    """The file it was read from."""
+    overrides: tuple[str, ...] = ()
+    """What was laid over it, as `KEY=VALUE`."""
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Loaded:
+    """Read and check a configuration file.
+
+    A relative `model.path`, or `.jsonl` path in `data.task`, is looked for in the current directory first, then beside
+    the configuration file; if it is in neither, it is left as written.
+
+    Args:
+        path: The YAML file.
+        overrides: `KEY=VALUE` with a dotted key and a YAML value, for example `scheduler.max_staleness=null`. They go
+            through the same checks as the file. A number selects an item of a list: `reward.functions.0.weight=2`.
+
+    Raises:
+        ConfigError: The file cannot be read, or there are mistakes in it or in the overrides; it carries all of them.
+
+    Example:
+        >>> load("configs/quickstart.yaml", ["run.seed=7"]).origins["run.seed"]
+        'override'
+    """
+    path = Path(path)
+    document = parse(_read(path), name=str(path))
+    issues = [*document.duplicates, *filter(None, map(document.override, overrides))]
+    _find_paths(document.data, beside=path.parent)
+    try:
+        config = Config.model_validate({} if document.data is None else document.data, strict=True)
+    except ValidationError as error:
+        issues += explain(
+            error,
+            place_of_key=document.place_of_key,
+            place_of_value=document.place_of_value,
+            is_written=document.values.__contains__,
+        )
+    if issues:
+        raise ConfigError(issues)
+    return Loaded(config=config, origins=_origins(config, document), path=path, overrides=tuple(overrides))
+
+
+def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """List the settings in dumped configuration data; a list of plain values is one setting."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from leaves(inner, (*path, key))
+    elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        for index, inner in enumerate(value):
+            yield from leaves(inner, (*path, index))
+    else:
+        yield path, value
+
+
+def _read(path: Path) -> str:
+    place = Place(source=str(path))
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        near = did_you_mean(path.name, sorted(file.name for file in path.parent.glob("*.yaml")))
+        message = f"cannot read it: {error.strerror or error}"
+        raise ConfigError([ConfigIssue(message=message, place=place, hint=near)]) from None
+    except UnicodeDecodeError as error:
+        message = f"not UTF-8 text (byte {error.start})"
+        raise ConfigError([ConfigIssue(message=message, place=place, hint="save the file as UTF-8")]) from None
+
+
+def _find_paths(data: Any, *, beside: Path) -> None:
+    for section, key, suffix in (("model", "path", ""), ("data", "task", ".jsonl")):
+        settings = data.get(section) if isinstance(data, dict) else None
+        written = settings.get(key) if isinstance(settings, dict) else None
+        if isinstance(settings, dict) and isinstance(written, str) and written.endswith(suffix):
+            candidate = beside / written
+            if not Path(written).exists() and candidate.exists():
+                settings[key] = str(candidate)
+
+
+def _origins(config: Config, document: Document) -> dict[str, str]:
+    origins = {}
+    for path, _ in leaves(config.model_dump()):
+        place = document.values.get(path)
+        if place is None:
+            origins[dotted(path)] = "default"
+        else:
+            origins[dotted(path)] = "override" if place.is_override else f"{Path(place.source).name}:{place.line}"
+    return origins

@@ -1,0 +1,287 @@
+"""The configuration file's shape: one YAML file, unknown keys refused, every key documented.
+
+`python -m pmdflow.config.schema` prints the JSON schema that `configs/schema.json` holds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+BYTES_PER_TOKEN = 8
+"""Bytes of one generated token in the store: an int32 id and a float32 log-prob."""
+_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+class Section(BaseModel):
+    """Settings shared by all sections."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    """The run and its directory."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; its directory is `dir`/`name`."""
+    dir: str = "runs"
+    """Where run directories are made."""
+    iterations: PositiveInt
+    """Iterations to train; raising it and running `up` again continues a finished run."""
+    seed: int = 0
+    """Seed of prompts, sampling and everything else."""
+
+
+class ClusterConfig(Section):
+    """Where the Ray actors run."""
+
+    address: str = "local"
+    """`local` starts Ray on this machine; otherwise the address of a running Ray cluster, or `auto`."""
+
+
+class ModelConfig(Section):
+    """The language model."""
+
+    path: str
+    """Folder in Hugging Face format with weights and tokenizer; looked for here first, then beside this file."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type of rollout and learner; master weights are float32."""
+
+
+class DataConfig(Section):
+    """Prompts."""
+
+    task: str = Field(pattern=r"^reasoning_gym/\w+$|\.jsonl$")
+    """`reasoning_gym/NAME`, or a `.jsonl` file (found as `model.path` is) with `prompt` and metadata on each line."""
+    args: dict[str, Any] = {}
+    """Arguments of the reasoning-gym data set."""
+    group_size: PositiveInt = 8
+    """Trajectories for each prompt (k)."""
+    max_tokens: PositiveInt
+    """Most generated tokens of one trajectory, over all its segments."""
+
+
+class EvalConfig(Section):
+    """Evaluation on held-out prompts, outside ledger and budget."""
+
+    prompts: NonNegativeInt = 128
+    """Held-out prompts, never trained on; 0 turns evaluation off."""
+    every: PositiveInt = 5
+    """Iterations between evaluations; the initial and the final policy are always evaluated."""
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature; 0 is greedy."""
+
+
+class RewardFunctionConfig(Section):
+    """One weighted reward function."""
+
+    function: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """Import path `package.module:name` of `f(*, completion: str, prompt: str, metadata: Mapping) -> float`."""
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    """Factor of its value in the reward."""
+
+
+class RewardConfig(Section):
+    """Reward: a weighted sum of functions, run in killable subprocesses."""
+
+    functions: Annotated[list[RewardFunctionConfig], Field(min_length=1)]
+    """The rubric."""
+    workers: PositiveInt = 1
+    """Subprocesses."""
+    timeout_s: PositiveFloat = 10.0
+    """Wall-clock limit of one trajectory; beyond it the subprocess is killed and the attempt is an infra failure."""
+    max_attempts: PositiveInt = 3
+    """Infra failures after which a trajectory is `failed`: outside the baseline and out of k."""
+    invalid: float = Field(default=0.0, allow_inf_nan=False)
+    """Reward of a completion that its function calls invalid."""
+    length_weight: NonNegativeFloat = 0.0
+    """Weight of the length reward of Kimi k1.5 (section 2.3.3)."""
+
+
+class RolloutConfig(Section):
+    """Generation."""
+
+    engine: Literal["transformers", "simulated"] = "transformers"
+    """What generates: `transformers` on any device; `simulated` makes random tokens, for load tests only."""
+    actors: PositiveInt = 1
+    """Rollout actors, one engine each."""
+    slots: PositiveInt = 64
+    """Sequences that one engine generates at a time."""
+    tokens_per_segment: PositiveInt | None = None
+    """Most tokens that one trajectory may generate in one iteration (the budget of Kimi k1.5); null is unlimited."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; recorded with every segment and applied by the learner."""
+    on_new_weights: Literal["keep_kv", "reprefill", "finish"] = "keep_kv"
+    """What running sequences do when weights arrive: go on, recompute their prefix, or finish on the old ones."""
+    flush_interval_s: PositiveFloat = 0.25
+    """Tokens are sent to the store at least this often; a killed worker loses at most these."""
+    lease_ttl_s: PositiveFloat = 30.0
+    """A worker silent for this long loses its leases."""
+    threads: PositiveInt = 1
+    """CPU threads of one engine."""
+
+
+class SchedulerConfig(Section):
+    """Budgets and staleness."""
+
+    groups_per_iteration: PositiveInt
+    """Groups that one iteration trains."""
+    tokens_per_iteration: PositiveInt
+    """Most tokens that all rollout actors may generate under one policy version."""
+    lookahead: NonNegativeInt = 1
+    """Iterations that rollout may run ahead of the learner; 0 alternates rollout and training."""
+    max_staleness: NonNegativeInt | None = 4
+    """Tokens older than this many versions at the claim have no gradient; null is unbounded."""
+    min_group_size: PositiveInt = 2
+    """A group with fewer scored members is evicted."""
+
+
+class LearnerConfig(Section):
+    """Policy optimization."""
+
+    algorithm: str = "pmd_mean"
+    """Name of the algorithm, or import path `package.module:name`."""
+    tau: PositiveFloat = 0.05
+    """KL regularization of policy mirror descent. With one step an iteration it has no effect in `pmd_mean`."""
+    ranks: PositiveInt = 1
+    """Learner processes (FSDP2)."""
+    steps_per_iteration: PositiveInt = 4
+    """Optimizer steps that one claim is split into; each group is in exactly one."""
+    lr: PositiveFloat = 1.0e-4
+    """Learning rate of AdamW."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Weight decay of AdamW."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear learning-rate warm-up."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this norm."""
+    reset_optimizer: bool = False
+    """Clear Adam's moments at the start of each iteration, as Kimi k1.5 does; use it with a warm-up."""
+    tokens_per_microbatch: PositiveInt = 8192
+    """Most tokens, padding included, that one forward pass may hold."""
+    aggregation: Literal["seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = "seq-mean-token-mean"
+    """How the loss of a sequence's tokens is reduced."""
+    segment_loss: Literal["all", "current_only"] = "all"
+    """Which segments have a gradient: all that are not over-age, or only those of the newest version."""
+    anchor: Literal["reference", "behavior"] = "reference"
+    """Log-probs that the policy is compared with: recomputed when the iteration starts, or recorded at generation."""
+    u_scope: Literal["generated", "trained"] = "generated"
+    """Tokens over which the sequence log-ratio runs."""
+    checkpoint_every: PositiveInt = 1
+    """Iterations between checkpoints; a crash repeats at most these from stored rollouts."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+    threads: PositiveInt = 1
+    """CPU threads of one rank."""
+
+
+class StoreConfig(Section):
+    """The trajectory store."""
+
+    durability: Literal["os", "group", "always"] = "group"
+    """When an append is acknowledged: in the page cache, after a group's fdatasync, or after its own."""
+    max_bytes: str = Field(default="4GiB", pattern=r"^\d+(\.\d+)?\s*(B|KiB|MiB|GiB|TiB)$")
+    """Size above which admission is refused, for example `4GiB`."""
+
+    @property
+    def limit_bytes(self) -> int:
+        """`max_bytes` as a number."""
+        number = self.max_bytes.rstrip("BKMGTi ")
+        return int(float(number) * _UNITS[self.max_bytes.removeprefix(number).strip()])
+
+
+class WeightsConfig(Section):
+    """How weights reach the rollout actors."""
+
+    transport: Literal["object_store", "filesystem"] = "object_store"
+    """`object_store` (Ray) or `filesystem` (safetensors in the run directory)."""
+
+
+class DashboardConfig(Section):
+    """The web page that `up` serves."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] | None = 0
+    """Port on 127.0.0.1; 0 takes a free one, null serves none."""
+
+
+class Config(Section):
+    """A whole configuration file."""
+
+    run: RunConfig
+    cluster: ClusterConfig = ClusterConfig()
+    model: ModelConfig
+    data: DataConfig
+    eval: EvalConfig = EvalConfig()
+    reward: RewardConfig
+    rollout: RolloutConfig = RolloutConfig()
+    scheduler: SchedulerConfig
+    learner: LearnerConfig = LearnerConfig()
+    store: StoreConfig = StoreConfig()
+    weights: WeightsConfig = WeightsConfig()
+    dashboard: DashboardConfig = DashboardConfig()
+
+    @model_validator(mode="after")
+    def _refuse_impossible(self) -> Config:
+        problems = [*_staleness_problems(self), *_size_problems(self)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _staleness_problems(config: Config) -> Iterator[str]:
+    """Combinations of versions and segments that cannot work, each as `key ...: why; remedy`."""
+    scheduler, rollout = config.scheduler, config.rollout
+    if scheduler.max_staleness is not None and scheduler.max_staleness < scheduler.lookahead:
+        yield (
+            f"scheduler.max_staleness ({scheduler.max_staleness}) is below scheduler.lookahead "
+            f"({scheduler.lookahead}): tokens would be masked that the lookahead allows; raise max_staleness"
+        )
+    if rollout.tokens_per_segment is not None and scheduler.max_staleness == 0:
+        yield (
+            "scheduler.max_staleness is 0 while rollout.tokens_per_segment is set: every continued trajectory "
+            "would lose its gradient; set max_staleness to null (Kimi k1.5) or to 1 or more"
+        )
+    if rollout.tokens_per_segment is not None and rollout.on_new_weights == "finish":
+        yield (
+            "rollout.on_new_weights is finish while rollout.tokens_per_segment is set: a trajectory cannot both "
+            "stay on one version and be continued under the next; choose keep_kv or reprefill"
+        )
+
+
+def _size_problems(config: Config) -> Iterator[str]:
+    """Sizes and times that contradict each other, each as `key ...: why; remedy`."""
+    scheduler, data, store = config.scheduler, config.data, config.store
+    if config.learner.steps_per_iteration > scheduler.groups_per_iteration:
+        yield (
+            f"learner.steps_per_iteration ({config.learner.steps_per_iteration}) is above "
+            f"scheduler.groups_per_iteration ({scheduler.groups_per_iteration}): a group is never split; "
+            "lower steps_per_iteration"
+        )
+    if scheduler.min_group_size > data.group_size:
+        yield (
+            f"scheduler.min_group_size ({scheduler.min_group_size}) is above data.group_size "
+            f"({data.group_size}): no group could ever be trained; lower min_group_size"
+        )
+    if config.rollout.lease_ttl_s <= config.rollout.flush_interval_s:
+        yield (
+            f"rollout.lease_ttl_s ({config.rollout.lease_ttl_s}) is not above rollout.flush_interval_s "
+            f"({config.rollout.flush_interval_s}): healthy workers would lose their leases; raise lease_ttl_s"
+        )
+    group_bytes = data.group_size * data.max_tokens * BYTES_PER_TOKEN
+    if group_bytes > store.limit_bytes:
+        yield (
+            f"store.max_bytes ({store.max_bytes}) has no room for one group of data.group_size x data.max_tokens "
+            f"tokens ({group_bytes} bytes): nothing could be admitted; raise max_bytes"
+        )
+
+
+if __name__ == "__main__":
+    print(json.dumps(Config.model_json_schema(), indent=2))

@@ -1,0 +1,37 @@
+"""The errors that pmdflow raises on purpose; anything else that escapes is a bug."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PmdflowError(Exception):
+    """Root of every error that pmdflow raises on purpose.
+
+    Example:
+        >>> LaunchError("runs is not writable").report()
+        'error: runs is not writable'
+    """
+
+    exit_code: ClassVar[int] = 1
+    """Exit code of the command line when this error ends it."""
+
+    def report(self) -> str:
+        """Say the error as the command line prints it."""
+        return f"error: {self}"
+
+
+class LaunchError(PmdflowError):
+    """The run could not start; the message names the place and the remedy."""
+
+
+class ActorDied(PmdflowError):
+    """An actor that cannot be replaced has died."""
+
+
+class WaitTimeout(PmdflowError):
+    """A wait passed its deadline; the message names what it waited for."""
+
+
+class LearnerDied(ActorDied):
+    """A learner rank died: the whole learner restarts from the newest checkpoint."""

@@ -1,0 +1,137 @@
+"""The reward actor: complete trajectories in, scores out."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from pmdflow.config.schema import Config
+from pmdflow.data import load_tokenizer
+from pmdflow.errors import WaitTimeout
+from pmdflow.metrics.spans import SpanBuffer
+from pmdflow.reward.rubric import Scored
+from pmdflow.reward.runner import RewardRunner, ScoreItem
+from pmdflow.types import Unscored
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_IN_FLIGHT = 256
+"""Trajectories held at a time."""
+FETCH_WAIT_S = 1.0
+"""How long a request for trajectories stays parked in the store while nothing is in flight."""
+RESULT_WAIT_S = 0.25
+"""Scores are written at least this often while others are still being made."""
+STORE_TIMEOUT_S = 120.0
+"""A call unanswered for this long ends the actor: it outlasts a restart of the store actor."""
+TTL_MARGIN_S = 5.0
+"""Beyond `reward.timeout_s`, when the store hands a trajectory out again; known ones are then ignored."""
+NUM_MESSAGES = 3
+"""Messages kept of the failures of one span."""
+
+_Key = tuple[int, int]
+"""Trajectory and attempt."""
+
+
+class RewardActor:
+    """Scores complete trajectories in killable subprocesses. It owns nothing: what it loses is handed out again."""
+
+    def __init__(self, *, config: Config, store: Any) -> None:
+        """Start nothing yet; `store` is the handle of the store actor."""
+        self._config = config
+        self._store = store
+        self._spans = SpanBuffer("reward")
+        self._in_flight: dict[_Key, Future[Scored]] = {}
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        """Score until `stop`.
+
+        Consumes: complete trajectories without a score. Produces: scores, one an attempt. Waits for: a trajectory,
+        `FETCH_WAIT_S` at a time, or a result, `RESULT_WAIT_S` at a time. Unblocked by: a finished rollout, a result
+        or a time-out of a reward subprocess.
+
+        Raises:
+            ValueError: the rubric or the tokenizer cannot be loaded.
+            PmdflowError: reward subprocesses do not start, or the store does not answer.
+        """
+        tokenizer = load_tokenizer(self._config.model.path)
+        with self._spans.span("start"):
+            runner = RewardRunner(self._config.reward)
+        with runner:
+            while not self._stopping.is_set():
+                self._fetch(runner, tokenizer)
+                if self._in_flight:
+                    self._write()
+
+    def stop(self) -> None:
+        """Let `run` return within seconds; what is being scored is handed out again later."""
+        self._stopping.set()
+
+    def drain(self) -> list[dict[str, Any]]:
+        """Spans since the last call: `start`, `wait_unscored` and `score`.
+
+        `score` has the attributes `scored`, `invalid` and `infra_failure` (counts) and, after infra failures,
+        `messages`.
+        """
+        return self._spans.drain()
+
+    def _fetch(self, runner: RewardRunner, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Take as many trajectories as there is room for; waits for the first one only if nothing is in flight."""
+        room = MAX_IN_FLIGHT - len(self._in_flight)
+        if not room:
+            return
+        start = time.time()
+        ttl_s = self._config.reward.timeout_s + TTL_MARGIN_S
+        wait_s = 0.0 if self._in_flight else FETCH_WAIT_S
+        items: list[Unscored] = self._call(self._store.unscored, room, ttl_s, wait_s) or []
+        if not self._in_flight:
+            self._spans.add("wait_unscored", start, time.time())
+        fresh = [item for item in items if (item.trajectory, item.attempt) not in self._in_flight]
+        texts = _decode(tokenizer, [ids for item in fresh for ids in (item.tokens, item.prompt)])
+        for item, completion, prompt in zip(fresh, texts[::2], texts[1::2], strict=True):
+            work = ScoreItem(completion=completion, prompt=prompt, metadata=item.metadata)
+            self._in_flight[item.trajectory, item.attempt] = runner.submit(work)
+
+    def _write(self) -> None:
+        """Wait a little for results, and write those that are there."""
+        start = time.time()
+        wait(self._in_flight.values(), timeout=RESULT_WAIT_S)
+        done = {key: future.result() for key, future in self._in_flight.items() if future.done()}
+        if done:
+            self._call(
+                self._store.score,
+                [(*key, scored.outcome, scored.reward, dict(scored.components)) for key, scored in done.items()],
+            )
+        for key in done:
+            del self._in_flight[key]
+        failures = [scored.message for scored in done.values() if scored.outcome == "infra_failure"]
+        attrs: dict[str, Any] = dict(Counter(scored.outcome for scored in done.values()))
+        if failures:
+            attrs["messages"] = failures[-NUM_MESSAGES:]
+        self._spans.add("score", start, time.time(), **attrs)
+
+    def _call(self, method: Any, *args: Any) -> Any:
+        """The answer of the store actor; None if `stop` came first."""
+        ref = method.remote(*args)
+        deadline = time.monotonic() + STORE_TIMEOUT_S
+        while not ray.wait([ref], timeout=FETCH_WAIT_S)[0]:
+            if self._stopping.is_set():
+                return None
+            if time.monotonic() > deadline:
+                name = getattr(method, "_method_name", "call")
+                raise WaitTimeout(f"the store actor did not answer {name} of the reward actor in {STORE_TIMEOUT_S:g} s")
+        return ray.get(ref, timeout=STORE_TIMEOUT_S)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Any]) -> list[str]:
+    """Texts without special tokens, spaces as they were generated."""
+    rows = [row.tolist() for row in ids]
+    texts: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return texts

@@ -1,0 +1,203 @@
+"""The values that cross component boundaries.
+
+Shapes: T tokens of a batch, N trajectories, G groups. Arrays are NumPy; nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum, IntFlag
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from pmdflow.errors import ActorDied as ActorDied
+from pmdflow.errors import LaunchError as LaunchError
+from pmdflow.errors import PmdflowError as PmdflowError
+from pmdflow.errors import WaitTimeout as WaitTimeout
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+UInt8 = npt.NDArray[np.uint8]
+
+LeaseKind = Literal["train", "eval"]
+Outcome = Literal["scored", "invalid", "infra_failure"]
+StopReason = Literal["stop", "length", "repetition", "budget", "abort"]
+
+
+class Stop(IntEnum):
+    """Why a trajectory ended, as stored; `NONE` while it is partial."""
+
+    NONE = 0
+    STOP = 1
+    LENGTH = 2
+    REPETITION = 3
+
+
+class Mask(IntFlag):
+    """Per-token flags of a claim; a token is trained if and only if `TRAINED` is set."""
+
+    GENERATED = 1
+    TRAINED = 2
+    OVER_AGE = 4
+    SEGMENT = 8
+    FILTER = 16
+    VETO = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A task text and what its verifier needs."""
+
+    id: str
+    text: str
+    tokens: Int32
+    """Prompt token ids, shape [P]."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """The exclusive right to extend one trajectory, until it expires or is fenced by a newer epoch."""
+
+    trajectory: int
+    group: int
+    epoch: int
+    kind: LeaseKind
+    prompt: Int32
+    """Prompt token ids, shape [P]."""
+    prefix: Int32
+    """Durable generated token ids so far, shape [S]; the next append has offset S."""
+    max_tokens: int
+    """Generated tokens the whole trajectory may reach, prefix included."""
+    grant: int
+    """Tokens that may be generated now, under the policy version the lease was asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """New tokens of one leased trajectory, all generated under one policy version."""
+
+    trajectory: int
+    epoch: int
+    offset: int
+    """Number of generated tokens of the trajectory before these."""
+    version: int
+    temperature: float
+    tokens: Int32
+    logprobs: Float32
+    """Log-probs of logits / temperature, same shape as `tokens`."""
+    next_version: int
+    """The version that the next tokens will be generated under; the returned grant is for it."""
+    stop: StopReason | None = None
+    """None keeps the lease; anything else ends it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """The answer to one appended segment."""
+
+    trajectory: int
+    stale: bool
+    """The lease was fenced: nothing was written, drop the sequence."""
+    tokens: int
+    """Tokens that may be generated beyond those appended, under `next_version`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unscored:
+    """A complete trajectory that awaits its reward."""
+
+    trajectory: int
+    group: int
+    kind: LeaseKind
+    attempt: int
+    prompt_id: str
+    metadata: Mapping[str, Any]
+    prompt: Int32
+    tokens: Int32
+    stop: Stop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quota:
+    """What rollout may do under one policy version, as decided by the scheduler."""
+
+    version: int
+    groups: int
+    """Most groups that may be admitted and not yet trained, partial ones counted."""
+    tokens: int
+    """Most tokens that may be generated under `version`."""
+    tokens_per_segment: int | None
+    """Most tokens that one trajectory may generate under `version`; None is unlimited."""
+    order: Literal["partial_first"] = "partial_first"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Live numbers of the store; the scheduler's input and the live view's."""
+
+    version: int
+    """Newest published policy version."""
+    max_version: int
+    """Newest version the store has ever seen; numbers are never reused."""
+    next_cursor: int
+    lsn: int
+    durable_lsn: int
+    groups_untrained: int
+    """Admitted and not yet trained: partial, complete, ready or claimed."""
+    groups_ready: int
+    groups_claimed: int
+    trajectories_leased: int
+    trajectories_idle: int
+    """Neither leased nor complete: never started, or partial."""
+    trajectories_partial: int
+    """Idle ones that hold at least one token."""
+    trajectories_unscored: int
+    eval_pending: int
+    """Evaluation trajectories that are not scored yet."""
+    tokens_budget: int
+    """Budget of the newest version."""
+    tokens_spent: int
+    """Durable tokens generated under the newest version."""
+    bytes: int
+    """Bytes of the log files on disk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainBatch:
+    """One claim, packed: prompt and generated tokens, trajectory after trajectory, groups contiguous in claim order."""
+
+    iteration: int
+    version: int
+    """Learner version at the claim; staleness of a token is this minus its version."""
+    tokens: Int32
+    """[T]"""
+    logprobs: Float32
+    """Behavior log-probs [T]; 0 at prompt tokens."""
+    versions: Int32
+    """Policy version of each token [T]; -1 at prompt tokens."""
+    temperatures: Float32
+    """Sampling temperature of each token [T]; 1 at prompt tokens."""
+    mask: UInt8
+    """`Mask` flags [T]; 0 at prompt tokens."""
+    cu_seqlens: Int64
+    """Start of each trajectory and the end [N + 1]."""
+    prompt_lengths: Int32
+    """[N]"""
+    groups: Int64
+    """Group id of each trajectory [N]; members of a group are adjacent."""
+    trajectories: Int64
+    """[N]"""
+    rewards: Float64
+    """[N]"""
+    components: Mapping[str, Float64]
+    """Reward components by name, each [N]."""
+    stops: UInt8
+    """`Stop` of each trajectory [N]."""
+    prompt_ids: tuple[str, ...]
+    """Prompt id of each trajectory [N]."""

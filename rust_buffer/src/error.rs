@@ -1,0 +1,92 @@
+//! Every way in which the store refuses or fails; a message says what happened, the value, the limit and the remedy.
+
+use std::path::{Path, PathBuf};
+
+/// What went wrong in the store or its log.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The operating system refused a file operation.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// File or directory of the operation.
+        path: PathBuf,
+        /// The error of the operating system.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Another writer holds the directory.
+    #[error("{} is open in another writer; close that one or choose another directory", path.display())]
+    Locked {
+        /// The lock file.
+        path: PathBuf,
+    },
+    /// Bytes that were written whole are not the ones read.
+    #[error("{} is damaged at byte {offset}: {detail}; restore the file from a copy", path.display())]
+    Corrupt {
+        /// The damaged file.
+        path: PathBuf,
+        /// Where the damaged record starts, in bytes.
+        offset: u64,
+        /// What was expected and what was found.
+        detail: String,
+    },
+    /// The file has another format version.
+    #[error("{} has log format {found}, this program reads {supported}; open it with the version that wrote it", path.display())]
+    Version {
+        /// The refused file.
+        path: PathBuf,
+        /// Format version in the file.
+        found: u32,
+        /// Format version of this program.
+        supported: u32,
+    },
+    /// A write or sync failed before; nothing later may be called durable.
+    #[error("the log stopped accepting records after a failure: {detail}; repair the cause and open it again")]
+    Poisoned {
+        /// The first failure.
+        detail: String,
+    },
+    /// The lease is not the trajectory's newest.
+    #[error("lease epoch {epoch} of trajectory {trajectory} is stale, the newest is {newest}; drop the trajectory")]
+    Stale {
+        /// Trajectory of the lease.
+        trajectory: u64,
+        /// Epoch that was presented.
+        epoch: u64,
+        /// Newest epoch of the trajectory.
+        newest: u64,
+    },
+    /// Admission refused.
+    #[error("{what} would reach {value}, the limit is {limit}; {remedy}")]
+    Full {
+        /// What is limited.
+        what: &'static str,
+        /// Value after the refused admission.
+        value: u64,
+        /// The limit.
+        limit: u64,
+        /// What to raise or wait for.
+        remedy: &'static str,
+    },
+    /// A repeat with other content, a gap, or an operation in the wrong state.
+    #[error("{0}")]
+    Conflict(String),
+    /// The store or its log is closed.
+    #[error("the store is closed; open it again")]
+    Closed,
+}
+
+impl StoreError {
+    /// An operating system error at `path`.
+    pub fn io(path: impl AsRef<Path>, source: impl Into<std::io::Error>) -> Self {
+        Self::Io { path: path.as_ref().to_path_buf(), source: source.into() }
+    }
+
+    /// Damage in `path` at byte `offset`.
+    pub fn corrupt(path: impl AsRef<Path>, offset: u64, detail: impl Into<String>) -> Self {
+        Self::Corrupt { path: path.as_ref().to_path_buf(), offset, detail: detail.into() }
+    }
+}
+
+/// Result of a store operation.
+pub type Result<T> = std::result::Result<T, StoreError>;

@@ -1,0 +1,84 @@
+//! Leases: soft state with deadlines, and the budget that their grants reserve.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::{order::Micros, trajectory::Version};
+
+/// The exclusive right to extend one trajectory.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Lease {
+    /// Who holds it.
+    pub worker: String,
+    /// Version that the grant is for.
+    pub version: Version,
+    /// Tokens granted and not yet appended.
+    pub grant: u32,
+    /// Whether the grant counts against the version's budget.
+    pub budgeted: bool,
+    /// When it expires.
+    pub deadline: Micros,
+}
+
+/// All leases.
+#[derive(Debug, Clone, Default)]
+pub struct Leases {
+    held: BTreeMap<u64, Lease>,
+    deadlines: BTreeSet<(Micros, u64)>,
+    reserved: BTreeMap<Version, u64>,
+}
+
+impl Leases {
+    /// Whether `trajectory` is leased.
+    pub fn contains(&self, trajectory: u64) -> bool {
+        self.held.contains_key(&trajectory)
+    }
+
+    /// The lease of `trajectory`.
+    pub fn get(&self, trajectory: u64) -> Option<&Lease> {
+        self.held.get(&trajectory)
+    }
+
+    /// Every lease with its trajectory.
+    pub fn iter(&self) -> impl Iterator<Item = (&u64, &Lease)> {
+        self.held.iter()
+    }
+
+    /// Adds the lease of `trajectory`.
+    pub fn insert(&mut self, trajectory: u64, lease: Lease) {
+        self.deadlines.insert((lease.deadline, trajectory));
+        if lease.budgeted {
+            *self.reserved.entry(lease.version).or_default() += u64::from(lease.grant);
+        }
+        self.held.insert(trajectory, lease);
+    }
+
+    /// Ends the lease of `trajectory` and refunds its grant.
+    pub fn remove(&mut self, trajectory: u64) -> Option<Lease> {
+        let lease = self.held.remove(&trajectory)?;
+        self.deadlines.remove(&(lease.deadline, trajectory));
+        if lease.budgeted {
+            if let Some(reserved) = self.reserved.get_mut(&lease.version) {
+                *reserved -= u64::from(lease.grant);
+                if *reserved == 0 {
+                    self.reserved.remove(&lease.version);
+                }
+            }
+        }
+        Some(lease)
+    }
+
+    /// Tokens granted under `version` and not yet appended.
+    pub fn reserved(&self, version: Version) -> u64 {
+        self.reserved.get(&version).copied().unwrap_or(0)
+    }
+
+    /// The trajectory whose lease expires first, if that is not after `now`.
+    pub fn expired(&self, now: Micros) -> Option<u64> {
+        self.deadlines.first().filter(|(deadline, _)| *deadline <= now).map(|(_, trajectory)| *trajectory)
+    }
+
+    /// When the next lease expires.
+    pub fn next_deadline(&self) -> Option<Micros> {
+        self.deadlines.first().map(|(deadline, _)| *deadline)
+    }
+}

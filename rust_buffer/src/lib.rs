@@ -1,0 +1,1 @@
+//! The trajectory store of pmdflow.

@@ -1,0 +1,274 @@
+//! Staleness masks, and the orders of leases, scoring and claims with the indexes that keep them cheap.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::{
+    error::Result,
+    group::{Group, Kind, Phase},
+    record::SegmentLoss,
+    state::{Claim, ClaimSums, State},
+    trajectory::{Segment, Trajectory, Verdict, Version},
+};
+
+/// Microseconds of the caller's clock.
+pub type Micros = i64;
+
+/// Mask flag: the policy generated the token.
+pub const GENERATED: u8 = 1;
+/// Mask flag: the token has a gradient.
+pub const TRAINED: u8 = 2;
+/// Mask flag: left out for its age.
+pub const OVER_AGE: u8 = 4;
+/// Mask flag: left out because it is not of the newest segment.
+pub const SEGMENT: u8 = 8;
+
+/// Mask flags of a segment's tokens at a claim of learner version `version`.
+pub fn mask(
+    segment: &Segment,
+    trajectory: &Trajectory,
+    version: Version,
+    max_staleness: Option<u32>,
+    segment_loss: SegmentLoss,
+) -> u8 {
+    if max_staleness.is_some_and(|limit| version - segment.version > i64::from(limit)) {
+        GENERATED | OVER_AGE
+    } else if segment_loss == SegmentLoss::CurrentOnly && Some(segment.version) != trajectory.last_version() {
+        GENERATED | SEGMENT
+    } else {
+        GENERATED | TRAINED
+    }
+}
+
+/// The sums of `claim` with those of group `id` added.
+///
+/// # Errors
+/// `Conflict` when the group is not in the store.
+pub fn add_sums(state: &State, id: u64, claim: &Claim) -> Result<ClaimSums> {
+    let mut sums = claim.sums;
+    for member in state.group(id)?.members() {
+        let trajectory = state.trajectory(member)?;
+        if trajectory.verdict == Verdict::Failed {
+            sums.failed += u64::from(trajectory.len);
+            continue;
+        }
+        for segment in &trajectory.segments {
+            let flags = mask(segment, trajectory, claim.version, claim.max_staleness, claim.segment_loss);
+            let sum = match flags {
+                flags if flags & TRAINED != 0 => &mut sums.trainable,
+                flags if flags & OVER_AGE != 0 => &mut sums.over_age,
+                _ => &mut sums.segment,
+            };
+            *sum += u64::from(segment.len);
+        }
+    }
+    Ok(sums)
+}
+
+/// Whether a group has a token to train at a claim of learner version `version`.
+///
+/// A trajectory's newest token is the last to become over-age, and is of the newest segment.
+///
+/// # Errors
+/// `Conflict` when the group is not in the store.
+pub fn is_trainable(state: &State, group: &Group, version: Version, max_staleness: Option<u32>) -> Result<bool> {
+    for member in group.members() {
+        let trajectory = state.trajectory(member)?;
+        let newest = trajectory.last_version();
+        let fresh = newest.is_some_and(|v| max_staleness.is_none_or(|limit| version - v <= i64::from(limit)));
+        if fresh && trajectory.verdict != Verdict::Failed {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Oldest group first; ids follow the order of admission.
+type Key = (u64, u64);
+
+/// What is derived from state and leases, kept up to date with each change.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Index {
+    /// Groups by request id.
+    pub requests: BTreeMap<String, u64>,
+    /// Ready training groups.
+    pub ready: BTreeSet<u64>,
+    /// Training groups that count against the quota.
+    pub groups_untrained: u64,
+    /// Idle evaluation trajectories.
+    eval: BTreeSet<Key>,
+    /// Idle training trajectories with tokens, whose newest version leaves them room in its segment budget.
+    partial: BTreeSet<Key>,
+    /// Idle training trajectories whose segment budget of the version is used up: leasable at newer ones only.
+    exhausted: BTreeMap<Version, BTreeSet<Key>>,
+    /// Idle training trajectories without tokens.
+    fresh: BTreeSet<Key>,
+    /// Complete trajectories without a verdict that nobody is scoring: evaluation first.
+    unscored: BTreeSet<(Kind, u64)>,
+    /// Those handed out, until the time given.
+    handed: BTreeMap<u64, Micros>,
+    deadlines: BTreeSet<(Micros, u64)>,
+    /// Complete training trajectories without a verdict.
+    pub unscored_train: u64,
+    /// Evaluation trajectories without a verdict.
+    pub eval_pending: u64,
+    /// Leased training trajectories.
+    pub leased: u64,
+    /// Their generated tokens.
+    pub leased_tokens: u64,
+    /// Tokens that all live trajectories may still generate.
+    pub outstanding_tokens: u64,
+}
+
+impl Index {
+    /// The index of a state without leases.
+    ///
+    /// # Errors
+    /// `Conflict` when the state contradicts itself.
+    pub fn of(state: &State) -> Result<Self> {
+        let mut index = Self::default();
+        state.groups.keys().for_each(|id| index.add_group(state, *id));
+        state.trajectories.keys().try_for_each(|id| index.add(state, *id, false))?;
+        Ok(index)
+    }
+
+    /// Adds a group; nothing when there is none.
+    pub fn add_group(&mut self, state: &State, id: u64) {
+        let Some(group) = state.groups.get(&id) else { return };
+        self.requests.insert(group.request_id.clone(), id);
+        self.groups_untrained += u64::from(state.is_untrained(group));
+        if group.kind == Kind::Train && group.phase == Phase::Ready {
+            self.ready.insert(id);
+        }
+    }
+
+    /// Removes a group as it is in `state`.
+    pub fn remove_group(&mut self, state: &State, id: u64) {
+        let Some(group) = state.groups.get(&id) else { return };
+        self.requests.remove(&group.request_id);
+        self.groups_untrained -= u64::from(state.is_untrained(group));
+        self.ready.remove(&id);
+    }
+
+    /// Adds a trajectory; nothing when there is none.
+    ///
+    /// # Errors
+    /// `Conflict` when its group is missing.
+    pub fn add(&mut self, state: &State, id: u64, leased: bool) -> Result<()> {
+        let Some(trajectory) = state.trajectories.get(&id) else { return Ok(()) };
+        let group = state.group(trajectory.group)?;
+        self.eval_pending += u64::from(group.kind == Kind::Eval && trajectory.verdict == Verdict::Pending);
+        if trajectory.is_unscored() {
+            self.unscored_train += u64::from(group.kind == Kind::Train);
+            self.unscored.insert((group.kind, id));
+        } else if trajectory.is_partial() {
+            self.outstanding_tokens += u64::from(group.max_tokens - trajectory.len);
+            if leased {
+                self.leased += u64::from(group.kind == Kind::Train);
+                self.leased_tokens += if group.kind == Kind::Train { u64::from(trajectory.len) } else { 0 };
+            } else {
+                self.idle_set(state, trajectory, group.kind).insert((trajectory.group, id));
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes a trajectory as it is in `state`; the inverse of `add`.
+    ///
+    /// # Errors
+    /// `Conflict` when its group is missing.
+    pub fn remove(&mut self, state: &State, id: u64, leased: bool) -> Result<()> {
+        let Some(trajectory) = state.trajectories.get(&id) else { return Ok(()) };
+        let group = state.group(trajectory.group)?;
+        self.eval_pending -= u64::from(group.kind == Kind::Eval && trajectory.verdict == Verdict::Pending);
+        if trajectory.is_unscored() {
+            self.unscored_train -= u64::from(group.kind == Kind::Train);
+            self.unscored.remove(&(group.kind, id));
+            if let Some(deadline) = self.handed.remove(&id) {
+                self.deadlines.remove(&(deadline, id));
+            }
+        } else if trajectory.is_partial() {
+            self.outstanding_tokens -= u64::from(group.max_tokens - trajectory.len);
+            if leased {
+                self.leased -= u64::from(group.kind == Kind::Train);
+                self.leased_tokens -= if group.kind == Kind::Train { u64::from(trajectory.len) } else { 0 };
+            } else {
+                self.idle_set(state, trajectory, group.kind).remove(&(trajectory.group, id));
+                self.exhausted.retain(|_, set| !set.is_empty());
+            }
+        }
+        Ok(())
+    }
+
+    fn idle_set(&mut self, state: &State, trajectory: &Trajectory, kind: Kind) -> &mut BTreeSet<Key> {
+        match (kind, trajectory.last_version()) {
+            (Kind::Eval, _) => &mut self.eval,
+            (Kind::Train, None) => &mut self.fresh,
+            (Kind::Train, Some(version)) => {
+                let limit = state.quotas.get(&version).and_then(|quota| quota.tokens_per_segment);
+                if limit.is_some_and(|limit| trajectory.tail >= limit) {
+                    self.exhausted.entry(version).or_default()
+                } else {
+                    &mut self.partial
+                }
+            }
+        }
+    }
+
+    /// Idle training trajectories whose newest token is of `version`: those that a new quota for it moves.
+    pub fn idle_under(&self, state: &State, version: Version) -> Vec<u64> {
+        let newest = |id: &u64| state.trajectories.get(id).and_then(Trajectory::last_version) == Some(version);
+        let exhausted = self.exhausted.get(&version).into_iter().flatten();
+        self.partial.iter().chain(exhausted).map(|(_, id)| *id).filter(newest).collect()
+    }
+
+    /// The first idle evaluation trajectory that a worker at `version` may extend.
+    pub fn next_eval(&self, state: &State, version: Version) -> Option<u64> {
+        first(&self.eval, state, version).map(|(_, id)| id)
+    }
+
+    /// The first idle training trajectory that a worker at `version` may extend, if the version's budget lasts.
+    pub fn next_train(&self, state: &State, version: Version) -> Option<u64> {
+        let older = self.exhausted.range(..version).filter_map(|(_, set)| set.first().copied());
+        let partial = older.chain(first(&self.partial, state, version)).min();
+        partial.or_else(|| self.fresh.first().copied()).map(|(_, id)| id)
+    }
+
+    /// Idle training trajectories, and how many of them hold tokens.
+    pub fn idle(&self) -> (usize, usize) {
+        let partial = self.partial.len() + self.exhausted.values().map(BTreeSet::len).sum::<usize>();
+        (partial + self.fresh.len(), partial)
+    }
+
+    /// Hands out up to `max_items` unscored trajectories until `deadline`.
+    pub fn hand_out(&mut self, max_items: usize, deadline: Micros) -> Vec<u64> {
+        let mut ids = Vec::new();
+        while ids.len() < max_items {
+            let Some((_, id)) = self.unscored.pop_first() else { break };
+            self.handed.insert(id, deadline);
+            self.deadlines.insert((deadline, id));
+            ids.push(id);
+        }
+        ids
+    }
+
+    /// Takes back what was handed out until `now`.
+    pub fn take_back(&mut self, state: &State, now: Micros) {
+        while let Some((_, id)) = self.deadlines.first().copied().filter(|(deadline, _)| *deadline <= now) {
+            self.deadlines.pop_first();
+            self.handed.remove(&id);
+            if let Some(group) = state.trajectories.get(&id).and_then(|t| state.groups.get(&t.group)) {
+                self.unscored.insert((group.kind, id));
+            }
+        }
+    }
+
+    /// When the next handed-out trajectory comes back.
+    pub fn next_deadline(&self) -> Option<Micros> {
+        self.deadlines.first().map(|(deadline, _)| *deadline)
+    }
+}
+
+/// The first key whose trajectory accepts `version`; all but lagging workers find it at once.
+fn first(set: &BTreeSet<Key>, state: &State, version: Version) -> Option<Key> {
+    set.iter().copied().find(|(_, id)| state.trajectories.get(id).is_some_and(|t| t.accepts(version)))
+}

@@ -1,0 +1,162 @@
+//! The durable records: decided facts, so that replay needs neither settings nor a clock.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    group::{Kind, Phase},
+    trajectory::{Outcome, Stop, Version},
+};
+
+/// What rollout may do under one version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quota {
+    /// Most untrained groups.
+    pub groups: u64,
+    /// Most tokens generated under the version.
+    pub tokens: u64,
+    /// Most tokens of one trajectory under the version.
+    pub tokens_per_segment: Option<u32>,
+}
+
+/// Which tokens of a claimed trajectory have a gradient.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SegmentLoss {
+    /// All that are not over-age.
+    All,
+    /// Those of the trajectory's newest version.
+    CurrentOnly,
+}
+
+/// Why groups are dropped before they were trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reason {
+    /// No token to train.
+    OverAge,
+    /// The caller dropped an evaluation.
+    Eval,
+}
+
+/// Tokens that the learner left out of a claim.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Masked {
+    /// By its group filter.
+    pub filter: u64,
+    /// By its veto.
+    pub veto: u64,
+}
+
+/// An admission; arrays: prompt tokens, metadata.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Admit {
+    /// Id made by the caller.
+    pub request_id: String,
+    /// Prompt cursor position.
+    pub cursor: Option<u64>,
+    /// What it is for.
+    pub kind: Kind,
+    /// Id of the prompt.
+    pub prompt_id: String,
+    /// Prompt tokens.
+    pub prompt_len: u32,
+    /// Members.
+    pub size: u32,
+    /// Generated tokens that each member may reach.
+    pub max_tokens: u32,
+}
+
+/// New tokens of one trajectory; arrays: tokens, log-probs, extra columns (none of them when `len` is 0).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Appended {
+    /// Trajectory.
+    pub trajectory: u64,
+    /// New tokens.
+    pub len: u32,
+    /// Policy version that generated them.
+    pub version: Version,
+    /// Sampling temperature.
+    pub temperature: f32,
+    /// Set when the trajectory is complete with them.
+    pub stop: Option<Stop>,
+    /// Name and dtype of the extra columns.
+    pub extra: Vec<(String, String)>,
+}
+
+/// The outcome of one scoring attempt.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Score {
+    /// Trajectory.
+    pub trajectory: u64,
+    /// How it went.
+    pub outcome: Outcome,
+    /// The reward; 0 for an infra failure.
+    pub reward: f64,
+    /// Components by name.
+    pub components: BTreeMap<String, f64>,
+    /// The member is given up.
+    pub failed: bool,
+    /// Phase of the group afterwards; None: evicted with the reason `min_group_size`.
+    pub phase: Option<Phase>,
+}
+
+/// A claim as decided.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claimed {
+    /// Iteration.
+    pub iteration: i64,
+    /// Learner version; staleness counts from it.
+    pub version: Version,
+    /// Greatest staleness of a trained token.
+    pub max_staleness: Option<u32>,
+    /// Which segments have a gradient.
+    pub segment_loss: SegmentLoss,
+    /// Groups in claim order.
+    pub groups: Vec<u64>,
+}
+
+/// One durable change.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Record {
+    /// Sets the quota of a version.
+    Quota(Version, Quota),
+    /// Admits a group.
+    Admit(Admit),
+    /// Leases trajectories: each one's epoch goes up by one.
+    Lease(Vec<u64>),
+    /// Appends tokens and completes trajectories.
+    Append(Vec<Appended>),
+    /// Records a scoring attempt.
+    Score(Score),
+    /// Makes a version the newest, and an iteration's claim trained.
+    Publish(Version, Option<i64>, Masked),
+    /// Claims groups.
+    Claim(Claimed),
+    /// Drops groups that were not trained.
+    Evict(Vec<u64>, Reason),
+    /// Commits every claim up to an iteration.
+    Commit(i64),
+    /// Undoes every claim after an iteration.
+    Uncommit(i64),
+    /// Drops every committed claim up to an iteration with its groups.
+    Drop(i64),
+}
+
+impl Record {
+    /// Kind byte of the record's frame.
+    pub fn kind(&self) -> u8 {
+        match self {
+            Self::Quota(..) => 1,
+            Self::Admit(_) => 2,
+            Self::Lease(_) => 3,
+            Self::Append(_) => 4,
+            Self::Score(_) => 5,
+            Self::Publish(..) => 6,
+            Self::Claim(_) => 7,
+            Self::Evict(..) => 8,
+            Self::Commit(_) => 9,
+            Self::Uncommit(_) => 10,
+            Self::Drop(_) => 11,
+        }
+    }
+}

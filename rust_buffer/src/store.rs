@@ -1,0 +1,351 @@
+//! The store: each operation is checked against the state, logged as a record, and applied.
+//!
+//! This file holds opening, the path of every record, quotas, admission, scoring and publication; `rollout` holds
+//! leases and appends, `claims` the learner's side, `view` the queries. Nothing here blocks: waits are in `shared`.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
+
+use crate::{
+    error::{Result, StoreError},
+    group::{Kind, Phase},
+    lease::Leases,
+    log::{Durability, Location, Log, LogOptions, Lsn},
+    order::{Index, Micros},
+    record::{Admit, Masked, Quota, Record, Score, SegmentLoss},
+    state::{ClaimStatus, Publication, State, request_hash},
+    trajectory::{Outcome, Verdict, Version},
+    wire,
+};
+
+/// Room kept in `max_bytes` for a token to come: 8 bytes of payload, the rest for headers and alignment.
+pub const BYTES_PER_TOKEN: u64 = 16;
+
+/// The settings of a store. What a record decides by them is in the record, so they may change at each opening.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// Groups of one claim.
+    pub groups_per_iteration: usize,
+    /// Iterations that rollout may run ahead of the learner.
+    pub lookahead: u32,
+    /// Greatest staleness of a trained token; None is unbounded.
+    pub max_staleness: Option<u32>,
+    /// Which segments have a gradient.
+    pub segment_loss: SegmentLoss,
+    /// Scored members below which a group is evicted.
+    pub min_group_size: u32,
+    /// Infra failures after which a member is given up.
+    pub max_attempts: u32,
+    /// Time that an append renews a lease for.
+    pub lease_ttl: Micros,
+    /// Tokens of one grant.
+    pub grant_tokens: u32,
+    /// What an acknowledged call survives.
+    pub durability: Durability,
+    /// Size above which admission is refused.
+    pub max_bytes: Option<u64>,
+    /// Size at which the log starts a new file.
+    pub file_bytes: u64,
+}
+
+/// The trajectory store.
+pub struct Store {
+    pub(crate) log: Log,
+    pub(crate) settings: Settings,
+    pub(crate) state: State,
+    pub(crate) index: Index,
+    pub(crate) leases: Leases,
+}
+
+/// Microseconds of `seconds` of the caller's clock.
+pub fn micros(seconds: f64) -> Micros {
+    (seconds * 1e6) as Micros
+}
+
+pub(crate) fn conflict<T>(detail: impl Into<String>) -> Result<T> {
+    Err(StoreError::Conflict(detail.into()))
+}
+
+/// What a record changes, for the index: trajectories, and groups.
+type Touched = (BTreeSet<u64>, BTreeSet<u64>);
+
+impl Store {
+    /// Opens or creates the store in `dir`; None keeps it in memory. No lease survives.
+    ///
+    /// # Errors
+    /// `Locked`, `Corrupt`, `Version` or `Io` of the log; `Corrupt` for a record that does not fit the state.
+    pub fn open(dir: Option<&Path>, settings: Settings) -> Result<Self> {
+        let options = LogOptions { durability: settings.durability, file_bytes: settings.file_bytes };
+        let (log, recovery) = Log::open(dir, options)?;
+        let damaged = |offset: u64, detail: String| StoreError::corrupt(dir.unwrap_or(Path::new("memory")), offset, detail);
+        let mut state = match recovery.snapshot() {
+            [] => State::default(),
+            bytes => wire::decode(bytes).map_err(|detail| damaged(0, detail))?,
+        };
+        for frame in recovery.frames() {
+            let location = frame.location();
+            let record: Record = wire::decode(frame.header()).map_err(|detail| damaged(location.offset, detail))?;
+            state
+                .apply(&record, location, frame.lsn())
+                .map_err(|error| damaged(location.offset, format!("record {}: {error}", frame.lsn())))?;
+        }
+        let index = Index::of(&state)?;
+        Ok(Self { log, settings, state, index, leases: Leases::default() })
+    }
+
+    /// The durable state.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// The log; clones share it, so that waits and reads need not hold the store.
+    pub fn log(&self) -> &Log {
+        &self.log
+    }
+
+    /// The newest record.
+    pub fn lsn(&self) -> Lsn {
+        self.log.lsn()
+    }
+
+    /// When the passing of time alone next changes what a wait can have.
+    pub fn next_deadline(&self) -> Option<Micros> {
+        [self.leases.next_deadline(), self.index.next_deadline()].into_iter().flatten().min()
+    }
+
+    /// Logs and applies a record.
+    pub(crate) fn commit(&mut self, record: &Record, arrays: &[&[u8]]) -> Result<(Lsn, Location)> {
+        let (lsn, location) = self.log.append(record.kind(), &wire::encode(record)?, arrays)?;
+        let (mut trajectories, mut groups) = self.touched(record);
+        for id in &trajectories {
+            self.index.remove(&self.state, *id, self.leases.contains(*id))?;
+        }
+        groups.iter().for_each(|id| self.index.remove_group(&self.state, *id));
+        let (next_group, next_trajectory) = (self.state.next_group, self.state.next_trajectory);
+        self.state.apply(record, location, lsn)?;
+        trajectories.extend(next_trajectory..self.state.next_trajectory);
+        groups.extend(next_group..self.state.next_group);
+        groups.iter().for_each(|id| self.index.add_group(&self.state, *id));
+        for id in &trajectories {
+            self.index.add(&self.state, *id, self.leases.contains(*id))?;
+        }
+        if self.log.should_rotate() {
+            self.log.rotate(&wire::encode(&self.state)?)?;
+        }
+        Ok((lsn, location))
+    }
+
+    fn touched(&self, record: &Record) -> Touched {
+        let members = |ids: &BTreeSet<u64>| -> BTreeSet<u64> {
+            ids.iter().filter_map(|id| self.state.groups.get(id)).flat_map(|group| group.members()).collect()
+        };
+        let claimed = |iterations: &mut dyn Iterator<Item = &i64>| -> BTreeSet<u64> {
+            iterations.filter_map(|i| self.state.claims.get(i)).flat_map(|claim| claim.groups.clone()).collect()
+        };
+        let none = BTreeSet::new();
+        match record {
+            Record::Quota(version, _) => (self.index.idle_under(&self.state, *version).into_iter().collect(), none),
+            Record::Admit(_) | Record::Commit(_) | Record::Lease(_) => (none.clone(), none),
+            Record::Append(items) => (items.iter().map(|item| item.trajectory).collect(), none),
+            Record::Score(score) => {
+                let group = self.state.trajectories.get(&score.trajectory).map(|trajectory| trajectory.group);
+                (BTreeSet::from([score.trajectory]), group.into_iter().collect())
+            }
+            Record::Publish(_, iteration, _) => (none, claimed(&mut iteration.iter())),
+            Record::Claim(claim) => (none, claim.groups.iter().copied().collect()),
+            Record::Evict(groups, _) => {
+                let groups: BTreeSet<u64> = groups.iter().copied().collect();
+                (members(&groups), groups)
+            }
+            Record::Uncommit(iteration) => {
+                (none, claimed(&mut self.state.claims.range(iteration + 1..).map(|(iteration, _)| iteration)))
+            }
+            Record::Drop(iteration) => {
+                (none, claimed(&mut self.state.claims.range(..=iteration).map(|(iteration, _)| iteration)))
+            }
+        }
+    }
+
+    /// First log file that a live group needs. Segments lie after their group's admission, and groups are admitted in
+    /// the order of their ids.
+    pub fn first_live_file(&self) -> u32 {
+        self.state.groups.first_key_value().map_or(self.log.current_file(), |(_, group)| group.location.file)
+    }
+
+    /// Sets what rollout may do under `version`.
+    ///
+    /// # Errors
+    /// `Conflict` for an empty segment budget or a version whose books are closed.
+    pub fn set_quota(&mut self, version: Version, quota: Quota) -> Result<()> {
+        if version < 0 || quota.tokens_per_segment == Some(0) {
+            return conflict(format!("version {version} must be >= 0 and tokens_per_segment >= 1 or None"));
+        }
+        if self.state.quotas.get(&version) == Some(&quota) {
+            return Ok(());
+        }
+        if self.state.quotas.is_full_above(version) {
+            return conflict(format!("version {version} is older than every quota that is kept; set one for a newer version"));
+        }
+        self.commit(&Record::Quota(version, quota), &[]).map(drop)
+    }
+
+    /// Admits a group; answers a repeat with its id.
+    ///
+    /// # Errors
+    /// `Full` when the quota or `max_bytes` is reached, `Conflict` for a repeat with other content or of a group that is gone.
+    pub fn admit(&mut self, admit: &Admit, prompt: &[u8], metadata: &[u8]) -> Result<u64> {
+        if let Some(id) = self.index.requests.get(&admit.request_id).copied() {
+            return self.check_repeated_admission(id, admit, prompt, metadata);
+        }
+        if self.state.gone.contains(&request_hash(&admit.request_id)) {
+            return conflict(format!("request {:?} was admitted and its group is gone; use a new id", admit.request_id));
+        }
+        if admit.size == 0 || admit.max_tokens == 0 || prompt.is_empty() || prompt.len() % 4 != 0 {
+            return conflict(format!(
+                "request {:?}: group_size ({}) and max_tokens ({}) must be >= 1 and the prompt ({} bytes) one or more int32",
+                admit.request_id,
+                admit.size,
+                admit.max_tokens,
+                prompt.len()
+            ));
+        }
+        if admit.kind == Kind::Train {
+            self.check_room(admit, prompt.len() + metadata.len())?;
+        }
+        let id = self.state.next_group;
+        self.commit(&Record::Admit(admit.clone()), &[prompt, metadata])?;
+        Ok(id)
+    }
+
+    fn check_repeated_admission(&self, id: u64, admit: &Admit, prompt: &[u8], metadata: &[u8]) -> Result<u64> {
+        let group = self.state.group(id)?;
+        let frame = self.log.frame(group.location)?;
+        let same = group.kind == admit.kind
+            && group.prompt_id == admit.prompt_id
+            && (group.size, group.max_tokens, group.cursor) == (admit.size, admit.max_tokens, admit.cursor)
+            && frame.array(0).unwrap_or_default() == prompt
+            && frame.array(1).unwrap_or_default() == metadata;
+        if same { Ok(id) } else { conflict(format!("request {:?} was admitted with other content", admit.request_id)) }
+    }
+
+    fn check_room(&self, admit: &Admit, bytes: usize) -> Result<()> {
+        let groups = self.state.quotas.get(&self.state.version).map_or(0, |quota| quota.groups);
+        if self.index.groups_untrained >= groups {
+            return Err(StoreError::Full {
+                what: "the number of untrained groups",
+                value: self.index.groups_untrained + 1,
+                limit: groups,
+                remedy: "train some or set the newest version's quota",
+            });
+        }
+        let Some(limit) = self.settings.max_bytes else { return Ok(()) };
+        let tokens = self.index.outstanding_tokens + u64::from(admit.size) * u64::from(admit.max_tokens);
+        let value = self.log.bytes() + tokens * BYTES_PER_TOKEN + bytes as u64;
+        if value > limit {
+            let (what, remedy) = ("the store's size in bytes, unfinished work included,", "raise max_bytes or evict what is archived");
+            return Err(StoreError::Full { what, value, limit, remedy });
+        }
+        Ok(())
+    }
+
+    /// Up to `max_items` complete trajectories without a verdict; each comes again after `ttl`.
+    pub fn unscored(&mut self, max_items: usize, ttl: Micros, now: Micros) -> Vec<u64> {
+        self.index.take_back(&self.state, now);
+        self.index.hand_out(max_items, now.saturating_add(ttl))
+    }
+
+    /// Records the outcome of scoring attempt `attempt`.
+    ///
+    /// # Errors
+    /// `Conflict`: not complete, a reward that is not finite, or another outcome for an attempt already recorded.
+    pub fn score(
+        &mut self,
+        id: u64,
+        attempt: u32,
+        outcome: Outcome,
+        reward: f64,
+        components: BTreeMap<String, f64>,
+    ) -> Result<()> {
+        let Some(trajectory) = self.state.trajectories.get(&id) else {
+            // Only groups whose verdicts are final leave the store, so this repeats a recorded one.
+            return if id < self.state.next_trajectory { Ok(()) } else { self.state.trajectory(id).map(drop) };
+        };
+        let (reward, components) = match outcome {
+            Outcome::InfraFailure => (0.0, BTreeMap::new()),
+            _ => (reward, components),
+        };
+        if let Some((name, value)) = components.iter().find(|(_, value)| !value.is_finite()) {
+            return conflict(format!("trajectory {id}: component {name:?} is {value}; rewards must be finite"));
+        }
+        if !reward.is_finite() {
+            return conflict(format!("trajectory {id}: the reward is {reward}; rewards must be finite"));
+        }
+        if trajectory.is_partial() {
+            return conflict(format!("trajectory {id} is not complete and cannot be scored"));
+        }
+        let repeats = if attempt < trajectory.attempts {
+            outcome == Outcome::InfraFailure
+        } else {
+            trajectory.verdict == Verdict::Scored { outcome, reward, components: components.clone() }
+        };
+        if repeats {
+            return Ok(());
+        }
+        if attempt != trajectory.attempts || trajectory.verdict != Verdict::Pending {
+            return conflict(format!(
+                "trajectory {id}: attempt {attempt} differs from what is recorded (next attempt: {})",
+                trajectory.attempts
+            ));
+        }
+        let failed = outcome == Outcome::InfraFailure && attempt + 1 >= self.settings.max_attempts;
+        let group = self.state.group(trajectory.group)?;
+        let phase = if outcome == Outcome::InfraFailure && !failed {
+            Some(Phase::Partial)
+        } else {
+            group.after_verdict(failed, self.settings.min_group_size)
+        };
+        let score = Score { trajectory: id, outcome, reward, components, failed, phase };
+        self.commit(&Record::Score(score), &[]).map(drop)
+    }
+
+    /// Makes `version` the newest and `iteration`'s claim trained.
+    ///
+    /// # Errors
+    /// `Conflict`: not above every earlier version and no repeat, no such claim, or more masked than claimed.
+    pub fn publish(&mut self, version: Version, iteration: Option<i64>, masked: Masked) -> Result<()> {
+        if self.state.publications.get(&version) == Some(&Publication { iteration, masked }) {
+            return Ok(());
+        }
+        if version <= self.state.version {
+            return conflict(format!(
+                "version {version} is not above the newest, {}; publish {} or higher",
+                self.state.version,
+                self.state.max_version + 1
+            ));
+        }
+        if let Some(iteration) = iteration {
+            let claim = self.state.claim(iteration)?;
+            if claim.status != ClaimStatus::Claimed {
+                return conflict(format!("the claim of iteration {iteration} is trained already"));
+            }
+            if masked.filter + masked.veto > claim.sums.trainable {
+                return conflict(format!(
+                    "iteration {iteration}: {} tokens masked by the learner, its claim has {}",
+                    masked.filter + masked.veto,
+                    claim.sums.trainable
+                ));
+            }
+        }
+        self.commit(&Record::Publish(version, iteration, masked), &[]).map(drop)
+    }
+
+    /// Recomputes everything that is kept incrementally.
+    ///
+    /// # Errors
+    /// `Conflict` naming the first difference; an error of ours.
+    pub fn check(&self) -> Result<()> {
+        crate::check::check(self)
+    }
+}

@@ -1,0 +1,174 @@
+//! Segments of a trajectory and their invariants.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::log::Location;
+
+/// Number of a policy publication; -1 before the first one.
+pub type Version = i64;
+
+/// Why a trajectory is complete; the numbers are those of `pmdflow.types.Stop`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Stop {
+    /// Still partial.
+    None = 0,
+    /// The policy ended it.
+    Stop = 1,
+    /// It has its greatest length.
+    Length = 2,
+    /// The repetition detector ended it.
+    Repetition = 3,
+}
+
+/// Why a worker ends its lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// The trajectory is complete.
+    Complete(Stop),
+    /// A budget is used up or the worker gives up: partial and leasable again.
+    Release,
+}
+
+impl End {
+    /// The stop that a trajectory of `len` tokens (of at most `max`) has after this end; None while it stays partial.
+    pub fn stop(end: Option<Self>, len: u32, max: u32) -> Option<Stop> {
+        match end {
+            Some(Self::Complete(stop)) => Some(stop),
+            _ if len >= max => Some(Stop::Length),
+            _ => None,
+        }
+    }
+}
+
+/// One stored run of tokens: where its arrays lie. Neighbours of equal version and temperature are one segment to readers.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Segment {
+    /// Tokens.
+    pub len: u32,
+    /// Policy version that generated them.
+    pub version: Version,
+    /// Sampling temperature.
+    pub temperature: f32,
+    /// Frame that holds the arrays.
+    pub location: Location,
+    /// Item of the frame's append record.
+    pub item: u32,
+    /// Index of the token array in the frame; log-probs follow, then extra columns.
+    pub array: u32,
+}
+
+/// How scoring went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Outcome {
+    /// A reward.
+    Scored,
+    /// A reward for a completion that is invalid.
+    Invalid,
+    /// No reward; the attempt can be repeated.
+    InfraFailure,
+}
+
+/// What scoring has decided about a trajectory.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Verdict {
+    /// Nothing yet.
+    Pending,
+    /// A reward.
+    Scored {
+        /// `Scored` or `Invalid`.
+        outcome: Outcome,
+        /// The reward.
+        reward: f64,
+        /// Its components by name.
+        components: BTreeMap<String, f64>,
+    },
+    /// Too many infra failures: outside the baseline.
+    Failed,
+}
+
+/// The token record of one attempt at a prompt, without the tokens themselves.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Trajectory {
+    /// Group it belongs to.
+    pub group: u64,
+    /// Number of leases so far; the newest lease's fencing epoch.
+    pub epoch: u64,
+    /// Generated tokens.
+    pub len: u32,
+    /// Tokens at the end that `last_version` generated.
+    pub tail: u32,
+    /// Why it is complete.
+    pub stop: Stop,
+    /// Infra failures recorded; the number of the next scoring attempt.
+    pub attempts: u32,
+    /// The reward.
+    pub verdict: Verdict,
+    /// Stored runs of tokens in order; versions never decrease.
+    pub segments: Vec<Segment>,
+}
+
+impl Trajectory {
+    /// An empty trajectory of `group`.
+    pub fn new(group: u64) -> Self {
+        Self {
+            group,
+            epoch: 0,
+            len: 0,
+            tail: 0,
+            stop: Stop::None,
+            attempts: 0,
+            verdict: Verdict::Pending,
+            segments: Vec::new(),
+        }
+    }
+
+    /// Whether it can still grow.
+    pub fn is_partial(&self) -> bool {
+        self.stop == Stop::None
+    }
+
+    /// Whether it is complete and waits for its reward.
+    pub fn is_unscored(&self) -> bool {
+        !self.is_partial() && self.verdict == Verdict::Pending
+    }
+
+    /// Version of the newest token; None when empty.
+    pub fn last_version(&self) -> Option<Version> {
+        self.segments.last().map(|segment| segment.version)
+    }
+
+    /// Whether a worker at `version` may extend it: versions never decrease along a trajectory.
+    pub fn accepts(&self, version: Version) -> bool {
+        self.last_version().is_none_or(|last| last <= version)
+    }
+
+    /// Tokens generated under `version`, for a version not older than the newest token's.
+    pub fn tokens_under(&self, version: Version) -> u32 {
+        if self.last_version() == Some(version) { self.tail } else { 0 }
+    }
+
+    /// Adds a run of tokens.
+    pub fn push(&mut self, segment: Segment) {
+        self.tail = self.tokens_under(segment.version) + segment.len;
+        self.len += segment.len;
+        self.segments.push(segment);
+    }
+
+    /// Segments as readers see them: (length, version, temperature), neighbours merged.
+    pub fn merged(&self) -> Vec<(u32, Version, f32)> {
+        let mut merged: Vec<(u32, Version, f32)> = Vec::new();
+        for segment in &self.segments {
+            match merged.last_mut() {
+                Some((len, version, temperature))
+                    if *version == segment.version && temperature.to_bits() == segment.temperature.to_bits() =>
+                {
+                    *len += segment.len;
+                }
+                _ => merged.push((segment.len, segment.version, segment.temperature)),
+            }
+        }
+        merged
+    }
+}

@@ -1,0 +1,63 @@
+"""Real kills: an actor, everything, and Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from integration.runs import Up, small_config
+from integration.test_run import assert_prompts_once, ledger_of
+
+from pmdflow.archive import parts, read_part
+
+pytestmark = pytest.mark.timeout(400)
+
+
+def assert_exact(up: Up) -> None:
+    ledger = ledger_of(up.iterations()[-1])
+    assert ledger.pop("generated") == sum(ledger.values())
+    assert_prompts_once(up.run)
+
+
+@pytest.mark.parametrize("actor", ["RolloutActor", "RewardActor", "LearnerActor", "StoreActor"])
+def test_a_killed_actor_is_replaced_and_the_run_goes_on(tmp_path: Path, actor: str) -> None:
+    up = Up(tmp_path, small_config(tmp_path, run__iterations=6, learner__checkpoint_every=1))
+    up.wait_for(lambda: len(up.iterations()) >= 2, "the second iteration")
+    up.actor(actor).send_signal(signal.SIGKILL)
+    assert up.wait() == 0, up.output
+    assert up.iterations()[-1]["iteration"] == 6
+    assert_exact(up)
+
+
+def test_after_everything_is_killed_up_continues_without_skipping_or_repeating(tmp_path: Path) -> None:
+    config = small_config(tmp_path, run__iterations=6)
+    up = Up(tmp_path, config)
+    up.wait_for(lambda: len(up.iterations()) >= 3, "the third iteration")
+    up.kill_everything()
+    again = Up(tmp_path, config)
+    assert again.wait() == 0, again.output
+    assert any(event["kind"] == "resume" for event in again.events())
+    assert [int(path.name[5:11]) for path in parts(again.run)] == [1, 2, 3, 4, 5, 6]
+    assert_exact(again)
+    cursors = {name for path in parts(again.run) for name in read_part(path).prompt_ids}
+    assert len(cursors) == 6 * 4
+
+
+def test_ctrl_c_drains_and_says_how_to_resume(tmp_path: Path) -> None:
+    up = Up(tmp_path, small_config(tmp_path, run__iterations=50))
+    up.wait_for(lambda: len(up.iterations()) >= 1, "the first iteration")
+    os.kill(up.process.pid, signal.SIGINT)
+    assert up.wait(60) == 0, up.output
+    assert f"pmdflow up {up.file}" in up.output
+    assert (up.run / "checkpoints" / f"iteration-{up.iterations()[-1]['iteration']:06d}.json").exists()
+
+
+def test_ctrl_c_twice_stops_at_once(tmp_path: Path) -> None:
+    up = Up(tmp_path, small_config(tmp_path, run__iterations=50))
+    up.wait_for(lambda: len(up.iterations()) >= 1, "the first iteration")
+    os.kill(up.process.pid, signal.SIGINT)
+    up.wait_for(lambda: "draining" in up.output, "the first answer")
+    os.kill(up.process.pid, signal.SIGINT)
+    assert up.wait(30) in (0, 130), up.output

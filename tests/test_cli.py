@@ -1,0 +1,132 @@
+"""The command line: what it parses, what it dispatches to, how it ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import pmdflow
+import pmdflow.dashboard
+from pmdflow.cli import app, main
+from pmdflow.config.load import Loaded
+from pmdflow.errors import LaunchError
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = "configs/quickstart.yaml"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the real program."""
+    return subprocess.run(
+        [sys.executable, "-m", "pmdflow.cli", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def install(monkeypatch: pytest.MonkeyPatch, package: types.ModuleType, name: str, **functions: Any) -> None:
+    """Put a module in the place of one that would start processes."""
+    module = types.ModuleType(f"{package.__name__}.{name}")
+    for key, function in functions.items():
+        setattr(module, key, function)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(package, name, module, raising=False)
+
+
+def test_a_dry_run_prints_the_plan_and_starts_nothing() -> None:
+    before = set((ROOT / "runs").glob("*"))
+    done = run("up", QUICKSTART, "run.name=never", "scheduler.max_staleness=5", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "override" in done.stdout
+    assert "active groups" in done.stdout
+    assert "nothing was started" in done.stdout
+    assert set((ROOT / "runs").glob("*")) == before
+
+
+def test_configuration_errors_exit_with_2_and_are_all_on_stderr() -> None:
+    done = run("up", QUICKSTART, "scheduler.max_stalenes=5", "run.iterations=0", "learner.lr=fast")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "hint: did you mean `max_staleness`?" in done.stderr
+    assert done.stderr.count(": error: ") == 3
+    assert "Traceback" not in done.stderr
+    assert done.stderr.endswith("3 errors; nothing was started\n")
+
+
+def test_usage_errors_exit_with_2() -> None:
+    assert run("up").returncode == 2
+    assert run("fly").returncode == 2
+
+
+def test_help_names_every_command() -> None:
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    assert all(command in result.output for command in ("up", "down", "status", "dashboard", "replay"))
+
+
+def test_a_named_error_is_one_line_and_exits_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(loaded: Loaded) -> int:
+        raise LaunchError(f"{loaded.config.model.path} has no tokenizer")
+
+    install(monkeypatch, pmdflow, "launch", up=refuse)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["pmdflow", "up", QUICKSTART, "model.path=elsewhere"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert capsys.readouterr() == ("", "error: elsewhere has no tokenizer\n")
+
+
+def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(run: Path) -> int:
+        raise KeyboardInterrupt
+
+    install(monkeypatch, pmdflow, "launch", status=interrupt)
+    monkeypatch.setattr(sys, "argv", ["pmdflow", "status", "runs/a"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+
+
+@pytest.mark.parametrize("code", [0, 1, 130])
+def test_the_exit_code_is_that_of_the_command(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    seen: list[Any] = []
+
+    def answer(argument: Any) -> int:
+        seen.append(argument)
+        return code
+
+    install(monkeypatch, pmdflow, "launch", up=answer, down=answer, status=answer)
+    runner = CliRunner()
+    assert runner.invoke(app, ["up", str(ROOT / QUICKSTART), "run.seed=9"]).exit_code == code
+    assert runner.invoke(app, ["down", "runs/a"]).exit_code == code
+    assert runner.invoke(app, ["status", "runs/a"]).exit_code == code
+    assert seen[0].config.run.seed == 9
+    assert seen[1:] == [Path("runs/a"), Path("runs/a")]
+
+
+def test_replay_and_dashboard_pass_their_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    install(monkeypatch, pmdflow.dashboard, "server", serve=lambda run, port: seen.append((run, port)))
+    install(monkeypatch, pmdflow, "replay", replay=lambda run, **options: seen.append((run, options)))
+    runner = CliRunner()
+    assert runner.invoke(app, ["dashboard", "runs/a", "--port", "8080"]).exit_code == 0
+    runner.invoke(app, ["replay", "runs/a", "--verify"])
+    runner.invoke(app, ["replay", "runs/a", "--from", "5", "--set", "learner.tau=0.1", "--set", "learner.lr=0.2"])
+    assert seen == [
+        (Path("runs/a"), 8080),
+        (Path("runs/a"), {"verify": True, "start": 0, "overrides": ()}),
+        (Path("runs/a"), {"verify": False, "start": 5, "overrides": ["learner.tau=0.1", "learner.lr=0.2"]}),
+    ]
