@@ -2,8 +2,10 @@
 
 Ours against transformers' continuous batching (`ContinuousBatchingManager`, log-probs on) and against padded batches
 of plain `generate` (with `output_logits`, from which the log-probs are taken). All three run in one process,
-interleaved, with the same weights, prompts, maximum lengths, temperature and number of threads. Tokens are counted up
-to the end of each sequence; the sampled lengths differ a little, so compare tokens/s.
+interleaved, with the same random weights (they rarely end a sequence early, so the lengths are those asked for),
+prompts, maximum lengths, temperature and number of threads. Tokens are counted up
+to the end of each sequence; the sampled lengths differ a little, so compare tokens/s. On a shared machine the tokens
+per second of CPU time are the steadier number.
 
     uv run --with psutil python bench/rollout_engine.py --json out.json
 
@@ -17,16 +19,18 @@ import json
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from pmdflow.rollout.engine import Request
 from pmdflow.rollout.transformers_engine import TransformersEngine
@@ -77,8 +81,8 @@ def run_manager(model: Any, cases: Sequence[Case], *, slots: int) -> int:
     """Generate all cases with transformers' continuous batching; returns the tokens."""
     config = ContinuousBatchingConfig(
         return_logprobs=True,
-        page_size=64,
-        num_blocks=slots * 16,
+        page_size=16,
+        num_blocks=slots * 64,
         max_requests_per_batch=slots,
         max_batch_tokens=max(512, slots),
         auto_switch_to_flash=False,
@@ -132,33 +136,38 @@ def run_generate(model: Any, cases: Sequence[Case], *, slots: int) -> int:
     return tokens
 
 
-def measure(runs: dict[str, Callable[[], int]], *, rounds: int) -> list[dict[str, Any]]:
-    """Run each once to warm up, then `rounds` times in turn."""
+def measure(
+    runs: dict[str, Callable[[Sequence[Case]], int]], cases: Sequence[Case], *, rounds: int
+) -> list[dict[str, Any]]:
+    """Warm each up with a few cases, then run all cases `rounds` times in turn."""
     for run in runs.values():
-        run()
-    rates: dict[str, list[float]] = {name: [] for name in runs}
+        run(cases[:32])
+    walls: dict[str, list[float]] = {name: [] for name in runs}
+    cpus: dict[str, list[float]] = {name: [] for name in runs}
     tokens: dict[str, list[int]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
-            tokens[name].append(run())
-            rates[name].append(tokens[name][-1] / (time.perf_counter() - start))
+            wall, cpu = time.perf_counter(), time.process_time()
+            tokens[name].append(run(cases))
+            walls[name].append(tokens[name][-1] / (time.perf_counter() - wall))
+            cpus[name].append(tokens[name][-1] / (time.process_time() - cpu))
     return [
         {
             "engine": name,
-            "tokens_per_s_median": statistics.median(values),
-            "tokens_per_s_min": min(values),
-            "tokens_per_s_max": max(values),
+            "tokens_per_s_median": statistics.median(walls[name]),
+            "tokens_per_s_min": min(walls[name]),
+            "tokens_per_s_max": max(walls[name]),
+            "tokens_per_cpu_s_median": statistics.median(cpus[name]),
             "tokens_mean": statistics.mean(tokens[name]),
         }
-        for name, values in rates.items()
+        for name in runs
     ]
 
 
 def main() -> None:
     """Measure, print a table and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="configs/tiny-arithmetic", help="Hugging Face folder")
+    parser.add_argument("--model", default="configs/tiny-arithmetic", help="folder whose architecture is measured")
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=384)
     parser.add_argument("--slots", type=int, nargs="+", default=[16, 64, 128])
@@ -168,39 +177,52 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(arguments.threads)
-    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    eos = model.generation_config.eos_token_id
-    cases = make_cases(
-        arguments.requests, max_tokens=arguments.max_tokens, vocab_size=model.config.vocab_size, special=[0, eos], seed=0
-    )
-    rows = []
-    for slots in arguments.slots:
-        engine = TransformersEngine(
-            model_path=arguments.model,
-            dtype="float32",
-            num_slots=slots,
-            threads=arguments.threads,
-            seed=0,
-            device="cpu",
-        )
-        runs: dict[str, Callable[[], int]] = {
-            "pmdflow": lambda engine=engine: run_ours(engine, cases),  # type: ignore[misc]
-            "transformers continuous": lambda slots=slots: run_manager(model, cases, slots=slots),  # type: ignore[misc]
-            "transformers generate": lambda slots=slots: run_generate(model, cases, slots=slots),  # type: ignore[misc]
-        }
-        for row in measure(runs, rounds=arguments.rounds):
-            rows.append({"slots": slots} | row)
-            print(
-                f"slots {slots:4d}  {row['engine']:24s} {row['tokens_per_s_median']:8.0f} tokens/s "
-                f"({row['tokens_per_s_min']:.0f} to {row['tokens_per_s_max']:.0f})  {row['tokens_mean']:.0f} tokens",
-                flush=True,
-            )
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(arguments.model), dtype=torch.float32)
+        model.save_pretrained(folder)
+        rows = compare(model.eval(), folder, arguments)
     if arguments.json:
         machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "load_average": os.getloadavg()}
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         settings = vars(arguments) | {"dtype": "float32", "temperature": 1.0}
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump({"settings": settings, "machine": machine, "versions": versions, "results": rows}, file, indent=2)
+
+
+def compare(model: Any, folder: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure all engines for each number of slots, printing as it goes."""
+    cases = make_cases(
+        arguments.requests,
+        max_tokens=arguments.max_tokens,
+        vocab_size=model.config.vocab_size,
+        special=[0, model.generation_config.eos_token_id],
+        seed=0,
+    )
+    rows = []
+    for slots in arguments.slots:
+        engine = TransformersEngine(
+            model_path=folder,
+            dtype="float32",
+            num_slots=slots,
+            threads=arguments.threads,
+            seed=0,
+            device="cpu",
+        )
+        runs: dict[str, Callable[[Sequence[Case]], int]] = {
+            "pmdflow": partial(run_ours, engine),
+            "transformers continuous": partial(run_manager, model, slots=slots),
+            "transformers generate": partial(run_generate, model, slots=slots),
+        }
+        for row in measure(runs, cases, rounds=arguments.rounds):
+            rows.append({"slots": slots} | row)
+            print(
+                f"slots {slots:4d}  {row['engine']:24s} {row['tokens_per_s_median']:8.0f} tokens/s "
+                f"({row['tokens_per_s_min']:.0f} to {row['tokens_per_s_max']:.0f})  "
+                f"{row['tokens_per_cpu_s_median']:8.0f} tokens/CPU s  {row['tokens_mean']:.0f} tokens",
+                flush=True,
+            )
+    return rows
 
 
 if __name__ == "__main__":

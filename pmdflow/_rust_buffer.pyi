@@ -8,6 +8,8 @@ Arrays cross as little-endian bytes; `pmdflow.store` gives them their NumPy type
 
 from typing import Any, Literal, final
 
+__all__ = ["Conflict", "CorruptLog", "StaleLease", "StoreError", "StoreFull", "StoreLocked", "TrajectoryStore"]
+
 class StoreError(Exception):
     """Root of the store's errors."""
 
@@ -69,7 +71,8 @@ class TrajectoryStore:
         """Admit a prompt with `group_size` empty trajectories; returns the group id.
 
         `prompt` is int32 ids, `metadata` opaque bytes. `cursor` (train only) advances `next_cursor` to at least
-        cursor + 1. A repeat of a live `request_id` returns its group; of one already gone raises Conflict.
+        cursor + 1. A repeat of a live `request_id` returns its group; of one already gone raises Conflict (but the ids
+        of dropped evaluations are free again).
 
         Raises:
             StoreFull: untrained groups have reached the quota, or no room for group_size x max_tokens.

@@ -98,6 +98,7 @@ class Controller:
         counts: Counts = self._call("counts")
         if counts.max_version > self.version:
             self.version = counts.max_version + 1
+        if counts.max_version != self.version:
             self._call("publish", self.version, None, {})
         self._grant_first_budget()
         if self.version > 0:

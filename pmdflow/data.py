@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import random
@@ -55,7 +54,7 @@ def make_prompts(config: Config) -> PromptSource:
     """Make the source that `data.task` names, with the tokenizer of `model.path`.
 
     Raises:
-        ValueError: unknown task, bad arguments, a malformed line (`file:line: cause`), too few prompts to hold out
+        ValueError: unknown data set, bad arguments, a malformed line (`file:line: cause`), too few prompts to hold out
             `eval.prompts`, or no tokenizer.
     """
     task = config.data.task
@@ -67,17 +66,13 @@ def make_prompts(config: Config) -> PromptSource:
             num_held_out=config.eval.prompts,
             tokenize=make_tokenize(config.model.path),
         )
-    if task.endswith(".jsonl"):
-        if config.data.args:
-            raise ValueError(f"data.args is {config.data.args}: only reasoning_gym tasks take arguments; remove it")
-        return JsonlPrompts(
-            path=Path(task),
-            seed=config.run.seed,
-            num_held_out=config.eval.prompts,
-            tokenize=make_tokenize(config.model.path),
-        )
-    raise ValueError(
-        f"data.task is {task!r}: give reasoning_gym/NAME (for example chain_sum) or the path of a .jsonl file"
+    if config.data.args:
+        raise ValueError(f"data.args is {config.data.args}: only reasoning_gym tasks take arguments; remove it")
+    return JsonlPrompts(
+        path=Path(task),
+        seed=config.run.seed,
+        num_held_out=config.eval.prompts,
+        tokenize=make_tokenize(config.model.path),
     )
 
 
@@ -192,14 +187,9 @@ class GymPrompts:
         return entry
 
     def _make_dataset(self, start: int) -> ProceduralDataset:
-        import reasoning_gym
+        from pmdflow.reward.reasoning_gym import make_dataset
 
-        _check_name(self._name)
-        arguments = {"size": CHUNK, **_gym_arguments(self._name, self._args), "seed": self._base + start}
-        try:
-            return reasoning_gym.create_dataset(self._name, **arguments)
-        except (AssertionError, TypeError, ValueError) as error:
-            raise ValueError(f"data.args {dict(self._args)} of {GYM_PREFIX}{self._name}: {error}") from error
+        return make_dataset(name=self._name, args={"size": CHUNK, **self._args}, seed=self._base + start)
 
     def _prompt(self, id: str, entry: Mapping[str, Any]) -> Prompt:
         from pmdflow.reward.reasoning_gym import pack
@@ -215,40 +205,6 @@ class GymPrompts:
             tokens=self._tokenize(entry["question"]),
             metadata={**metadata, "metadata": pack(entry["metadata"])},
         )
-
-
-def _check_name(name: str) -> None:
-    from reasoning_gym.factory import DATASETS
-
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it has {len(DATASETS)}, for example chain_sum"
-        raise ValueError(f"data.task is {GYM_PREFIX}{name}: reasoning-gym has no data set {name}; {hint}")
-
-
-def _gym_arguments(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
-    """The data set's keyword arguments, with the parts of `composite` as its own type."""
-    from reasoning_gym.composite import DatasetSpec
-
-    if "seed" in args:
-        raise ValueError(f"data.args.seed is {args['seed']}: prompts are seeded by run.seed; remove it")
-    if name != "composite":
-        return dict(args)
-    specs = []
-    for index, spec in enumerate(args.get("datasets") or []):
-        where = f"data.args.datasets[{index}]"
-        if not isinstance(spec, Mapping) or "name" not in spec or spec.keys() - {"name", "weight", "config"}:
-            raise ValueError(
-                f"{where} is {spec}: give a mapping of name, weight (default 1) and config (default empty)"
-            )
-        _check_name(spec["name"])
-        config = dict(spec.get("config") or {})
-        if spec["name"] == "composite" or config.keys() & {"seed", "size"}:
-            raise ValueError(f"{where} is {spec}: it may neither be composite nor set seed or size")
-        specs.append(DatasetSpec(name=spec["name"], weight=spec.get("weight", 1.0), config=config))
-    if not specs:
-        raise ValueError("data.args.datasets is empty: reasoning_gym/composite needs at least one data set")
-    return {**args, "datasets": specs}
 
 
 class JsonlPrompts:

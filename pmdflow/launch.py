@@ -207,7 +207,7 @@ def _actor(cls: type, **options: Any) -> Any:
         cls.__init__(self, **arguments)
 
     logged = types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update({"__init__": start}))
-    return ray.remote(logged).options(**{"num_cpus": 0, **options})
+    return ray.remote(**{"num_cpus": 0, **options})(logged)
 
 
 def _interrupt(supervisor: Supervisor, signum: int, frame: types.FrameType | None) -> None:

@@ -74,6 +74,7 @@ class Simulation:
             groups_per_iteration=settings.scheduler.groups_per_iteration,
             lookahead=settings.scheduler.lookahead,
             max_staleness=settings.max_staleness,
+            min_group_size=min(2, settings.group_size),
             lease_ttl_s=5.0,
         )
         self._report = SimulationReport()

@@ -214,8 +214,8 @@ def test_the_summary_states_learning_ledger_staleness_and_time(tmp_path: Path) -
     assert "sums match" in text
     assert f"(limit: {MAX_STALENESS})" in text and " 0 tokens over the limit" in text
     assert "rollout busy after start-up            93.9%" in text
-    assert "wait_claim 4" in text and "wait_lease" in text
-    assert "100.0% of step time" not in text and "of step time" in text
+    assert "wait_claim 39.4%" in text and "wait_lease" in text
+    assert "generation during learner steps        100.0% of step time" in text
 
 
 def test_the_summary_counts_what_is_wrong(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_run_without_an_iteration_has_a_summary(tmp_path: Path) -> None:
 def view_of(*, terminal: bool) -> tuple[LiveView, io.StringIO]:
     out = io.StringIO()
     raw = {
-        "run": {"name": "demo", "iterations": 60}, "model": {"path": "m"}, "data": {"task": "t", "max_tokens": 9},
+        "run": {"name": "demo", "iterations": 60}, "model": {"path": "m"}, "data": {"task": "t.jsonl", "max_tokens": 9},
         "reward": {"functions": [{"function": "a:b"}]},
         "scheduler": {"groups_per_iteration": 4, "tokens_per_iteration": 8192},
     }  # fmt: skip

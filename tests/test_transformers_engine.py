@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from pmdflow.rollout.engine import Output, Request, RolloutEngine
 from pmdflow.rollout.sampling import sample
 from pmdflow.rollout.simulated_engine import SimulatedEngine
+from pmdflow.rollout.slot_batch import HeldSequence, plan_slots
 from pmdflow.rollout.transformers_engine import TransformersEngine
 from pmdflow.types import PmdflowError
 
@@ -417,3 +421,35 @@ def test_simulated_engine_keeps_the_same_contract() -> None:
         engine.add(request(1, [1, 2]))
     engine.load_weights(3, {}, on_new_weights="reprefill")
     assert (engine.version, engine.prefill_tokens) == (3, 4)
+
+
+@given(data=st.data())
+def test_slot_plan_is_a_permutation_that_groups_similar_lengths(data: st.DataObject) -> None:
+    num_slots = data.draw(st.integers(1, 24))
+    slots = data.draw(st.lists(st.integers(0, num_slots - 1), unique=True))
+    held = [
+        HeldSequence(
+            id=100 + slot,
+            tokens=[0] * (length + 1),
+            limit=data.draw(st.integers(0, 1)),
+            remaining=9,
+            temperature=1.0,
+            top_p=1.0,
+            slot=slot,
+            cached=length,
+        )
+        for slot in slots
+        for length in [data.draw(st.integers(0, 3000))]
+    ]
+    ready, others = [s for s in held if s.ready], [s for s in held if not s.ready]
+    plan = plan_slots(ready, others, num_slots=num_slots)
+    assert len(set(plan.slots.values())) == len(held) and set(plan.slots.values()) <= set(range(num_slots))
+    assert {plan.slots[s.id] for s in ready} == set(range(len(ready)))
+    assert [first for first, _, _ in plan.groups] == [0, *(end for _, end, _ in plan.groups)][: len(plan.groups)]
+    assert len(plan.groups) <= 3 and (not ready or plan.groups[-1][1] == len(ready))
+    for s in ready:
+        length = next(length for first, end, length in plan.groups if first <= plan.slots[s.id] < end)
+        longest = max(other.cached + 1 for other in ready)
+        assert s.cached + 1 <= length <= max(2 * (s.cached + 1), 64, longest / 2 + 1)
+    again = [replace(s, slot=plan.slots[s.id]) for s in held]
+    assert plan_slots([s for s in again if s.ready], [s for s in again if not s.ready], num_slots=num_slots) == plan

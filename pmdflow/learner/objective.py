@@ -100,7 +100,8 @@ def pmd_loss(
     if aggregation == "seq-mean-token-mean":
         per_sequence = per_sequence / gen.sum(1).clamp(min=1)
     elif aggregation == "seq-mean-token-sum-norm":
-        _require(norm_length is not None and norm_length > 0, f"norm_length is {norm_length}; it must be positive")
+        if norm_length is None or not norm_length > 0:
+            raise ValueError(f"norm_length is {norm_length}; it must be positive")
         per_sequence = per_sequence / norm_length
     else:
         _require(aggregation == "seq-mean-token-sum", f"aggregation {aggregation!r} is not known")

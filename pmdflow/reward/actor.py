@@ -90,10 +90,12 @@ class RewardActor:
         start = time.time()
         ttl_s = self._config.reward.timeout_s + TTL_MARGIN_S
         wait_s = 0.0 if self._in_flight else FETCH_WAIT_S
-        items: list[Unscored] = self._call(self._store.unscored, room, ttl_s, wait_s) or []
+        items: list[Unscored] = self._call("unscored", room, ttl_s, wait_s) or []
         if not self._in_flight:
             self._spans.add("wait_unscored", start, time.time())
         fresh = [item for item in items if (item.trajectory, item.attempt) not in self._in_flight]
+        if not fresh:  # batch_decode makes [""] of []
+            return
         texts = _decode(tokenizer, [ids for item in fresh for ids in (item.tokens, item.prompt)])
         for item, completion, prompt in zip(fresh, texts[::2], texts[1::2], strict=True):
             work = ScoreItem(completion=completion, prompt=prompt, metadata=item.metadata)
@@ -106,7 +108,7 @@ class RewardActor:
         done = {key: future.result() for key, future in self._in_flight.items() if future.done()}
         if done:
             self._call(
-                self._store.score,
+                "score",
                 [(*key, scored.outcome, scored.reward, dict(scored.components)) for key, scored in done.items()],
             )
         for key in done:
@@ -117,16 +119,15 @@ class RewardActor:
             attrs["messages"] = failures[-NUM_MESSAGES:]
         self._spans.add("score", start, time.time(), **attrs)
 
-    def _call(self, method: Any, *args: Any) -> Any:
+    def _call(self, method: str, *args: Any) -> Any:
         """The answer of the store actor; None if `stop` came first."""
-        ref = method.remote(*args)
+        ref = getattr(self._store, method).remote(*args)
         deadline = time.monotonic() + STORE_TIMEOUT_S
         while not ray.wait([ref], timeout=FETCH_WAIT_S)[0]:
             if self._stopping.is_set():
                 return None
             if time.monotonic() > deadline:
-                name = getattr(method, "_method_name", "call")
-                raise WaitTimeout(f"the store actor did not answer {name} of the reward actor in {STORE_TIMEOUT_S:g} s")
+                raise WaitTimeout(f"the store actor did not answer {method} within {STORE_TIMEOUT_S:g} s")
         return ray.get(ref, timeout=STORE_TIMEOUT_S)
 
 

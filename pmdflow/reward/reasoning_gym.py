@@ -1,15 +1,21 @@
-"""Reasoning-gym as verifier, and the lossless plain form in which its entries travel through the store."""
+"""Reasoning-gym: its data sets, its verifiers, and the lossless plain form in which entries pass through the store."""
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-import reasoning_gym
-from reasoning_gym.dataset import ProceduralDataset
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", SyntaxWarning)  # of a dependency, each time it is compiled
+    import reasoning_gym
+    from reasoning_gym.composite import DatasetSpec
+    from reasoning_gym.dataset import ProceduralDataset
+    from reasoning_gym.factory import DATASETS
 
 from pmdflow.reward.rubric import InvalidCompletion
 
@@ -52,6 +58,22 @@ def score(*, completion: str, prompt: str, metadata: Mapping[str, Any]) -> float
             dataset.score_answer(entry["answer"], entry)  # raises too if the entry, not the answer, is at fault
         raise InvalidCompletion(f"the verifier cannot read the answer: {type(error).__name__}: {error}") from error
     return 1.0 if value >= 1.0 else 0.0
+
+
+def make_dataset(*, name: str, args: Mapping[str, Any], seed: int) -> ProceduralDataset:
+    """Make a data set from `data.args`; the parts of `composite` are mappings of name, weight and config.
+
+    Raises:
+        ValueError: unknown data set or bad arguments; names them.
+    """
+    _check_name(name)
+    if "seed" in args:
+        raise ValueError(f"data.args.seed is {args['seed']}: prompts are seeded by run.seed; remove it")
+    arguments = {**args, "datasets": _parts(args)} if name == "composite" else dict(args)
+    try:
+        return reasoning_gym.create_dataset(name, seed=seed, **arguments)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"data.args {dict(args)} of reasoning_gym/{name}: {error}") from error
 
 
 def final_answer(completion: str) -> str:
@@ -117,4 +139,27 @@ def unpack(value: Any) -> Any:
 
 @lru_cache(maxsize=256)
 def _scorer(name: str, args: str) -> ProceduralDataset:
-    return reasoning_gym.create_dataset(name, seed=0, size=1, **json.loads(args))
+    return make_dataset(name=name, args={**json.loads(args), "size": 1}, seed=0)
+
+
+def _check_name(name: str) -> None:
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {len(DATASETS)}, for example chain_sum"
+        raise ValueError(f"data.task is reasoning_gym/{name}: reasoning-gym has no data set {name}; {hint}")
+
+
+def _parts(args: Mapping[str, Any]) -> list[DatasetSpec]:
+    parts = []
+    for index, part in enumerate(args.get("datasets") or []):
+        where = f"data.args.datasets[{index}] is {part}"
+        if not isinstance(part, Mapping) or "name" not in part or part.keys() - {"name", "weight", "config"}:
+            raise ValueError(f"{where}: give a mapping of name, weight (default 1) and config (default empty)")
+        _check_name(part["name"])
+        config = dict(part.get("config") or {})
+        if part["name"] == "composite" or config.keys() & {"seed", "size"}:
+            raise ValueError(f"{where}: a part may neither be composite nor set seed or size")
+        parts.append(DatasetSpec(name=part["name"], weight=part.get("weight", 1.0), config=config))
+    if not parts:
+        raise ValueError("data.args.datasets is empty: reasoning_gym/composite needs at least one data set")
+    return parts

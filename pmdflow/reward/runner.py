@@ -20,9 +20,9 @@ from multiprocessing.connection import wait as wait_readable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from pmdflow.errors import PmdflowError, WaitTimeout
 from pmdflow.reward.rubric import Scored, infra_failure
 from pmdflow.reward.worker import decode, encode
-from pmdflow.errors import PmdflowError, WaitTimeout
 
 if TYPE_CHECKING:
     from pmdflow.config.schema import RewardConfig
@@ -180,10 +180,11 @@ class RewardRunner:
         if self._wakeup in readable:
             self._wakeup.recv(4096)
         for index, worker in enumerate(self._workers):
+            was_ready = worker.ready
             failure = worker.receive(self._config.timeout_s)
             if failure is not None:
                 self._workers[index] = self._replace(worker, failure)
-            elif worker.ready:
+            elif worker.ready and not was_ready:
                 self._failed_starts = 0
         if all(worker.ready for worker in self._workers) and not self._started.done():
             self._started.set_result(None)
@@ -227,7 +228,7 @@ class _Worker:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", _TRANSFER_TIMEOUT_S, 0))
         with theirs:
-            self._process = subprocess.Popen(  # noqa: S603 - our own module
+            self._process = subprocess.Popen(
                 [sys.executable, "-m", "pmdflow.reward.worker", str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),

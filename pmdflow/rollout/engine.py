@@ -61,12 +61,13 @@ class RolloutEngine(Protocol):
         """Forget sequence `id`; unknown ids are ignored."""
 
     def step(self) -> list[Output]:
-        """Generate one token for each sequence that has a limit left; [] if none has."""
+        """Generate one token for each sequence that has a limit left; [] if none has.
+
+        One whose prompt is long may begin some steps later: its prefill must not stop the others.
+        """
 
     def active(self) -> int:
         """Sequences that would generate in the next step."""
 
-    def load_weights(
-        self, version: int, weights: Mapping[str, torch.Tensor], *, on_new_weights: OnNewWeights
-    ) -> None:
+    def load_weights(self, version: int, weights: Mapping[str, torch.Tensor], *, on_new_weights: OnNewWeights) -> None:
         """Take new weights between steps: `keep_kv` goes on, `reprefill` recomputes every held sequence's cache."""

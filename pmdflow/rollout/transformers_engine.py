@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,47 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pmdflow.rollout.engine import OnNewWeights, Output, Request
 from pmdflow.rollout.sampling import sample
+from pmdflow.rollout.slot_batch import DecodeBatch, HeldSequence, SlotGroup, plan_slots
 from pmdflow.rollout.slot_cache import ATTENTION, SlotCache
 from pmdflow.types import PmdflowError
 
 _PREFILL_TOKENS = 4096
 """Padded tokens prefilled between two decode steps: bounds how long a newcomer stalls the others, and the mask."""
-_GROUP_BITS = 6
-"""Sequences below 2^6 tokens are read together whatever their lengths."""
-
-
-@dataclass(slots=True)
-class _Sequence:
-    """A held sequence; `cached` of its tokens have keys in slot `row`."""
-
-    id: int
-    tokens: list[int]
-    limit: int
-    remaining: int
-    temperature: float
-    top_p: float
-    row: int
-    cached: int = 0
-
-    @property
-    def pending(self) -> int:
-        """Tokens to prefill; the last token is the next decode step's input."""
-        return len(self.tokens) - 1 - self.cached
-
-
-@dataclass(slots=True)
-class _Batch:
-    """The sequences that decode together; batch row i is slot i."""
-
-    sequences: list[_Sequence]
-    tokens: Tensor
-    positions: Tensor
-    rows: Tensor
-    temperatures: Tensor
-    greedy: Tensor | None
-    top_p: Tensor | None
-    groups: list[tuple[int, int, int]]
-    """First row, last row + 1 and greatest length of the rows of similar length, longest first."""
 
 
 class TransformersEngine:
@@ -104,9 +68,9 @@ class TransformersEngine:
         self._generator = torch.Generator(self._device).manual_seed(seed)
         self._cache = SlotCache(num_slots)
         self._range = torch.arange(0, device=self._device)
-        self._sequences: dict[int, _Sequence] = {}
-        self._slots: list[_Sequence | None] = [None] * num_slots
-        self._batch: _Batch | None = None
+        self._sequences: dict[int, HeldSequence] = {}
+        self._slots: list[HeldSequence | None] = [None] * num_slots
+        self._batch: DecodeBatch | None = None
         self.version = 0
         self.num_slots = num_slots
         self.prefill_tokens = 0
@@ -124,17 +88,17 @@ class TransformersEngine:
         if request.id in self._sequences:
             raise ValueError(f"sequence {request.id} is held already; abort it first")
         self._check(request)
-        row = self._slots.index(None)
-        sequence = _Sequence(
+        slot = self._slots.index(None)
+        sequence = HeldSequence(
             id=request.id,
             tokens=request.tokens.tolist(),
             limit=request.limit,
             remaining=request.remaining,
             temperature=request.temperature,
             top_p=request.top_p,
-            row=row,
+            slot=slot,
         )
-        self._slots[row] = self._sequences[request.id] = sequence
+        self._slots[slot] = self._sequences[request.id] = sequence
         self._batch = None
 
     def extend(self, id: int, limit: int) -> None:
@@ -156,7 +120,7 @@ class TransformersEngine:
         """Forget sequence `id`; unknown ids are ignored."""
         sequence = self._sequences.pop(id, None)
         if sequence is not None:
-            self._slots[sequence.row] = None
+            self._slots[sequence.slot] = None
             self._batch = None
 
     def active(self) -> int:
@@ -174,7 +138,7 @@ class TransformersEngine:
             PmdflowError: The model gave a log-prob that is not finite.
         """
         if self._batch is None:
-            self._prefill([sequence for sequence in self._sequences.values() if sequence.limit > 0], all=False)
+            self._prefill([sequence for sequence in self._sequences.values() if sequence.limit > 0], bounded=True)
             batch = self._arrange()
             # Kept only while nothing waits for its prefill.
             self._batch = batch if len(batch.sequences) == self.active() else None
@@ -218,7 +182,7 @@ class TransformersEngine:
             cached = [sequence for sequence in self._sequences.values() if sequence.cached]
             for sequence in cached:
                 sequence.cached = 0
-            self._prefill(cached, all=True)
+            self._prefill(cached, bounded=False)
 
     def _check(self, request: Request) -> None:
         if len(request.tokens) == 0:
@@ -235,29 +199,29 @@ class TransformersEngine:
                 "lower data.max_tokens"
             )
 
-    def _prefill(self, sequences: Iterable[_Sequence], *, all: bool) -> None:
-        """Cache what is pending, oldest first: `all` of it, or up to the bound and at least one whole sequence."""
+    def _prefill(self, sequences: Iterable[HeldSequence], *, bounded: bool) -> None:
+        """Cache what is pending, oldest first; `bounded` stops at the bound once one sequence can decode."""
         budget = _PREFILL_TOKENS
         waiting = [sequence for sequence in sequences if sequence.pending]
-        some_ready = any(not sequence.pending and sequence.limit for sequence in self._sequences.values())
-        while waiting and (all or budget > 0 or not some_ready):
+        some_ready = any(sequence.ready for sequence in self._sequences.values())
+        while waiting and (not bounded or budget > 0 or not some_ready):
             width = min(waiting[0].pending, _PREFILL_TOKENS)
             # Much shorter ones would be mostly padding; they go with the next group.
             group = [sequence for sequence in waiting if 2 * sequence.pending >= width]
             group = group[: max(1, _PREFILL_TOKENS // width)]
             self._prefill_group(group, width)
             budget -= width * len(group)
-            some_ready = some_ready or any(not sequence.pending for sequence in group)
+            some_ready = some_ready or any(sequence.ready for sequence in group)
             waiting = [sequence for sequence in waiting if sequence.pending]
 
-    def _prefill_group(self, group: list[_Sequence], width: int) -> None:
+    def _prefill_group(self, group: list[HeldSequence], width: int) -> None:
         """Cache up to `width` pending tokens of each; shorter ones are padded on the right, where nothing looks."""
         chunks = [s.tokens[s.cached : s.cached + min(s.pending, width)] for s in group]
         ids = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self._device)
         starts = torch.tensor([s.cached for s in group], device=self._device)
         positions = starts[:, None] + self._positions(width)
         length = width + max(s.cached for s in group)
-        rows = torch.tensor([s.row for s in group], device=self._device)
+        rows = torch.tensor([s.slot for s in group], device=self._device)
         self._cache.aim(rows=rows, positions=positions, length=length, read="new" if length == width else "rows")
         self._model.base_model(
             input_ids=ids,
@@ -270,56 +234,49 @@ class TransformersEngine:
             sequence.cached += len(chunk)
             self.prefill_tokens += len(chunk)
 
-    def _arrange(self) -> _Batch:
-        """Bring the n sequences that can decode into slots 0 to n - 1, those of similar length side by side."""
-        ready = [s for s in self._sequences.values() if s.limit > 0 and s.pending == 0]
-        groups = _length_groups(ready)
-        first, targets, batch_groups = 0, {}, []
-        for members in groups:
-            end = first + len(members)
-            targets.update(_fill(members, range(first, end)))
-            batch_groups.append((first, end, max(s.cached + 1 for s in members)))
-            first = end
-        others = [s for s in self._sequences.values() if s.id not in targets]
-        targets.update(_fill(others, range(first, self.num_slots)))
-        self._move(targets)
-        return self._make_batch(sorted(ready, key=lambda sequence: sequence.row), batch_groups)
+    def _arrange(self) -> DecodeBatch:
+        """Make the batch of all sequences that are prefilled and have a limit left."""
+        held = self._sequences.values()
+        plan = plan_slots([s for s in held if s.ready], [s for s in held if not s.ready], num_slots=self.num_slots)
+        self._move(plan.slots)
+        return self._make_batch(sorted((s for s in held if s.ready), key=lambda s: s.slot), plan.groups)
 
     def _move(self, targets: Mapping[int, int]) -> None:
         """Give every held sequence the slot in `targets`, by id."""
-        moved = [(s.row, targets[s.id], s) for s in self._sequences.values() if s.row != targets[s.id]]
+        moved = [(s.slot, targets[s.id], s) for s in self._sequences.values() if s.slot != targets[s.id]]
         for source, _, _ in moved:
             self._slots[source] = None
         for _, target, sequence in moved:
             self._slots[target] = sequence
-            sequence.row = target
+            sequence.slot = target
         copies = [(source, target, s.cached) for source, target, s in moved if s.cached]
         if copies:
             sources, rows, lengths = zip(*copies, strict=True)
             self._cache.move(sources=sources, targets=rows, length=max(lengths))
 
-    def _make_batch(self, sequences: list[_Sequence], groups: list[tuple[int, int, int]]) -> _Batch:
+    def _make_batch(self, sequences: list[HeldSequence], groups: list[SlotGroup]) -> DecodeBatch:
         def tensor(values: Iterable[float], dtype: torch.dtype) -> Tensor:
             return torch.tensor(list(values), dtype=dtype, device=self._device)
 
         greedy = [s.temperature == 0 for s in sequences]
-        return _Batch(
+        return DecodeBatch(
             sequences=sequences,
             tokens=tensor((s.tokens[-1] for s in sequences), torch.int64),
             positions=tensor((s.cached for s in sequences), torch.int64),
-            rows=torch.arange(len(sequences), device=self._device),
+            slots=torch.arange(len(sequences), device=self._device),
             temperatures=tensor((s.temperature or 1.0 for s in sequences), torch.float32),
             greedy=tensor(greedy, torch.bool) if any(greedy) else None,
             top_p=tensor((s.top_p for s in sequences), torch.float32) if any(s.top_p < 1 for s in sequences) else None,
             groups=groups,
         )
 
-    def _decode(self, batch: _Batch) -> tuple[list[int], list[float]]:
+    def _decode(self, batch: DecodeBatch) -> tuple[list[int], list[float]]:
         """Feed each sequence's last token and sample the next; `batch` is moved on by one position."""
         positions = batch.positions[:, None]
-        groups = [(first, end, -(-length // 8) * 8) for first, end, length in batch.groups]  # aligned for CUDA kernels
+        # CUDA kernels want aligned mask rows.
+        groups = [(first, end, -(-length // 8) * 8) for first, end, length in batch.groups]
         length = groups[0][2]
-        self._cache.aim(rows=batch.rows, positions=positions, length=length, read="first")
+        self._cache.aim(rows=batch.slots, positions=positions, length=length, read="first")
         logits = self._model(
             input_ids=batch.tokens[:, None],
             position_ids=positions,
@@ -339,7 +296,7 @@ class TransformersEngine:
         batch.groups = [(first, end, length + 1) for first, end, length in batch.groups]
         return batch.tokens.tolist(), logprobs.tolist()
 
-    def _advance(self, sequences: list[_Sequence], tokens: list[int], logprobs: list[float]) -> list[Output]:
+    def _advance(self, sequences: list[HeldSequence], tokens: list[int], logprobs: list[float]) -> list[Output]:
         outputs = []
         for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
             sequence.tokens.append(token)
@@ -370,29 +327,12 @@ class TransformersEngine:
         return self._range[:length]
 
 
-def _length_groups(sequences: list[_Sequence]) -> list[list[_Sequence]]:
-    """Split by powers of two into at most three groups, longest first: few long ones do not pad the many short."""
-    bits = [(sequence.cached.bit_length(), sequence) for sequence in sequences]
-    least = max([_GROUP_BITS, *(number - 2 for number, _ in bits)])
-    groups: dict[int, list[_Sequence]] = {}
-    for number, sequence in bits:
-        groups.setdefault(max(least, number), []).append(sequence)
-    return [groups[number] for number in sorted(groups, reverse=True)]
-
-
-def _fill(sequences: list[_Sequence], rows: range) -> dict[int, int]:
-    """Give each sequence one of `rows`, by id; those that are in there stay."""
-    staying = {s.id: s.row for s in sequences if s.row in rows}
-    free = iter(sorted(set(rows) - set(staying.values())))
-    return staying | {s.id: next(free) for s in sequences if s.id not in staying}
-
-
 def _require_full_attention(config: Any, model_path: str) -> None:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds or getattr(config, "sliding_window", None) is not None:
         raise ValueError(
             f"{model_path} has layers without full attention ({', '.join(sorted(kinds)) or 'sliding window'}): "
-            "the transformers engine cannot cache them; use the vllm engine"
+            "the transformers engine cannot cache them; choose another model"
         )
 
 

@@ -88,6 +88,7 @@ impl Ledger {
     }
 }
 
-fn signed(tokens: u64) -> i64 {
+/// Tokens as a signed number.
+pub fn signed(tokens: u64) -> i64 {
     i64::try_from(tokens).unwrap_or(i64::MAX)
 }

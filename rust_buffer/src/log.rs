@@ -37,7 +37,7 @@ use std::{
 
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::{
-    fs::{FallocateFlags, FlockOperation, fallocate, flock},
+    fs::{FallocateFlags, FlockOperation, SeekFrom, fallocate, flock, seek},
     io::Errno,
 };
 use serde::{Deserialize, Serialize};
@@ -463,15 +463,16 @@ fn scan(path: &Path, number: u32) -> Result<Option<Scan>> {
     }
     let map = map_file(&file, path)?;
     let whole = Mapped { map: Arc::clone(&map), offset: 0, len: map.len() };
-    let bytes = whole.bytes();
+    let image = Image { path, number, bytes: whole.bytes(), data_end: data_end(&file, len) };
+    let bytes = image.bytes;
     let Some(first) = read_file_header(path, bytes, number)? else {
-        refuse_if_used(path, bytes, 0, 1, "the file's header is not readable")?;
+        image.refuse_if_used(0, 1, "the file's header is not readable")?;
         return Ok(None);
     };
     let (snapshot_len, head) = match parse(&bytes[FILE_HEADER as usize..]) {
         Ok(found) => found,
         Err(detail) => {
-            refuse_if_used(path, bytes, FILE_HEADER, first, detail)?;
+            image.refuse_if_used(FILE_HEADER, first, detail)?;
             return Ok(None);
         }
     };
@@ -481,10 +482,10 @@ fn scan(path: &Path, number: u32) -> Result<Option<Scan>> {
     let data_start = FILE_HEADER + snapshot_len as u64;
     let location = Location { file: number, offset: FILE_HEADER, len: snapshot_len as u32 };
     let snapshot = Some(mapped_frame(&map, location));
-    let (frames, proven) = replay(path, bytes, number, data_start, head)?;
+    let (frames, proven) = image.replay(data_start, head)?;
     let tail = frames.last().map_or(data_start, |last| last.offset + u64::from(last.len));
     let next = first + 1 + frames.len() as u64;
-    let dirty_end = tail_end(bytes, tail).max(tail);
+    let dirty_end = image.dirty_end(tail);
     let unproven = match proven.checked_sub(first) {
         None => 0,
         Some(durable) => frames.get(durable as usize).map_or(tail, |location| location.offset),
@@ -493,68 +494,90 @@ fn scan(path: &Path, number: u32) -> Result<Option<Scan>> {
     Ok(Some(Scan { recovery, next, data_start, tail, dirty_end, unproven }))
 }
 
-/// Walks the frames after the snapshot up to the tail; returns them and the highest LSN proven durable.
-fn replay(path: &Path, bytes: &[u8], number: u32, start: u64, head: Stamp) -> Result<(Vec<Location>, Lsn)> {
-    let (mut at, mut next, mut proven) = (start, head.lsn + 1, head.durable);
-    let mut frames = Vec::new();
-    loop {
-        let (len, found) = match parse(&bytes[at as usize..]) {
-            Ok(found) => found,
-            Err(detail) => {
-                refuse_if_used(path, bytes, at, next, detail)?;
-                return Ok((frames, proven));
+/// A log file before recovery: nothing in it is trusted.
+struct Image<'a> {
+    path: &'a Path,
+    number: u32,
+    bytes: &'a [u8],
+    data_end: usize,
+}
+
+impl Image<'_> {
+    /// Walks the frames after the snapshot up to the tail; returns them and the highest LSN proven durable.
+    fn replay(&self, start: u64, head: Stamp) -> Result<(Vec<Location>, Lsn)> {
+        let (mut at, mut next, mut proven) = (start, head.lsn + 1, head.durable);
+        let mut frames = Vec::new();
+        loop {
+            let (len, found) = match parse(&self.bytes[at as usize..]) {
+                Ok(found) => found,
+                Err(detail) => {
+                    self.refuse_if_used(at, next, detail)?;
+                    return Ok((frames, proven));
+                }
+            };
+            if found.kind == MARK && found.lsn + 1 == next && found.durable == found.lsn {
+                self.refuse_if_used(at, next, "a mark stands in place of the record")?;
+                return Ok((frames, found.lsn));
             }
-        };
-        if found.kind == MARK && found.lsn + 1 == next && found.durable == found.lsn {
-            refuse_if_used(path, bytes, at, next, "a mark stands in place of the record")?;
-            return Ok((frames, found.lsn));
+            if found.kind == MARK && found.durable >= next {
+                let detail = format!("LSN {} was durable, but LSN {next} is not here", found.durable);
+                return Err(StoreError::corrupt(self.path, at, detail));
+            }
+            if found.kind == MARK || found.kind == SNAPSHOT || found.lsn != next || found.durable >= next {
+                let detail = format!("found LSN {} of kind {} where LSN {next} belongs", found.lsn, found.kind);
+                return Err(StoreError::corrupt(self.path, at, detail));
+            }
+            frames.push(Location { file: self.number, offset: at, len: len as u32 });
+            proven = proven.max(found.durable);
+            at += len as u64;
+            next += 1;
         }
-        if found.kind == MARK && found.durable >= next {
-            let detail = format!("LSN {} was durable, but LSN {next} is not here", found.durable);
-            return Err(StoreError::corrupt(path, at, detail));
+    }
+
+    /// Fails if anything behind the unreadable record `lsn` at `at` says that the record was durable.
+    fn refuse_if_used(&self, at: u64, lsn: Lsn, detail: &str) -> Result<()> {
+        // Hostile bytes could look like a frame everywhere; each look costs a CRC, so the total is bounded.
+        let mut budget = 4 * self.bytes.len() as u64;
+        for later in (at as usize + 8..self.data_end).step_by(8) {
+            let rest = &self.bytes[later..];
+            if rest.len() < FRAME_HEADER as usize {
+                break;
+            }
+            if u32_at(rest, 0) == 0 {
+                continue;
+            }
+            let (len, found) = (u64::from(u32_at(rest, 0)), stamp(rest));
+            let sane = len <= rest.len() as u64 && rest[26..28] == [0, 0] && found.kind != SNAPSHOT;
+            if !sane || found.durable < lsn || found.durable > found.lsn {
+                continue;
+            }
+            let spent = budget < len;
+            budget = budget.saturating_sub(len);
+            if spent || parse(rest).is_ok() {
+                let detail = format!("{detail}, but LSN {lsn} was durable according to the record at byte {later}");
+                return Err(StoreError::corrupt(self.path, at, detail));
+            }
         }
-        if found.kind == MARK || found.kind == SNAPSHOT || found.lsn != next || found.durable >= next {
-            let detail = format!("found LSN {} of kind {} where LSN {next} belongs", found.lsn, found.kind);
-            return Err(StoreError::corrupt(path, at, detail));
-        }
-        frames.push(Location { file: number, offset: at, len: len as u32 });
-        proven = proven.max(found.durable);
-        at += len as u64;
-        next += 1;
+        Ok(())
+    }
+
+    /// End of the last byte at or after `from` that is not zero.
+    fn dirty_end(&self, from: u64) -> u64 {
+        let tail = self.bytes.get(from as usize..self.data_end).unwrap_or_default();
+        from + tail.iter().rposition(|&byte| byte != 0).map_or(0, |last| last as u64 + 1)
     }
 }
 
-/// Fails if anything behind the unreadable record `lsn` at `at` says that the record was durable.
-fn refuse_if_used(path: &Path, bytes: &[u8], at: u64, lsn: Lsn, detail: &str) -> Result<()> {
-    let start = (at as usize + 8).min(bytes.len());
-    // Hostile bytes could look like a frame everywhere; each look costs a CRC, so the total is bounded.
-    let mut budget = 4 * bytes.len() as u64;
-    for (i, _) in bytes[start..].chunks_exact(8).enumerate().filter(|(_, word)| word[..4] != [0; 4]) {
-        let rest = &bytes[start + 8 * i..];
-        if rest.len() < FRAME_HEADER as usize {
-            break;
-        }
-        let (len, found) = (u64::from(u32_at(rest, 0)), stamp(rest));
-        let sane = len <= rest.len() as u64 && rest[26..28] == [0, 0] && found.kind != SNAPSHOT;
-        if !sane || found.durable < lsn || found.durable > found.lsn {
-            continue;
-        }
-        let spent = budget < len;
-        budget = budget.saturating_sub(len);
-        if spent || parse(rest).is_ok() {
-            let later = start + 8 * i;
-            let detail = format!("{detail}, but LSN {lsn} was durable according to the record at byte {later}");
-            return Err(StoreError::corrupt(path, at, detail));
+/// Where the last data of `file` ends: behind it are only blocks that were never written, which read as zeros.
+fn data_end(file: &File, len: u64) -> usize {
+    let (mut at, mut end) = (0, 0);
+    loop {
+        match seek(file, SeekFrom::Data(at)).and_then(|start| seek(file, SeekFrom::Hole(start))) {
+            Ok(hole) if hole > at => (at, end) = (hole, hole),
+            Err(Errno::NXIO) => return end as usize,
+            _ => return len as usize,
         }
     }
-    Ok(())
-}
-
-/// End of the last 8-byte word at or after `from` that is not zero.
-fn tail_end(bytes: &[u8], from: u64) -> u64 {
-    let tail = &bytes[from as usize..];
-    let last = tail.chunks(8).rposition(|word| word.iter().any(|&byte| byte != 0));
-    last.map_or(from, |i| (from + 8 * i as u64 + 8).min(bytes.len() as u64))
 }
 
 fn file_path(dir: &Path, number: u32) -> PathBuf {

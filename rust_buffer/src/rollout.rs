@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    error::{Result, StoreError},
+    error::Result,
     group::Kind,
     lease::Lease,
     log::Location,
     order::Micros,
     record::{Appended, Record},
-    store::{Store, conflict},
+    store::Store,
     trajectory::{End, Segment, Stop, Trajectory, Version},
     wire::Item,
 };
@@ -185,33 +185,158 @@ impl Store {
         self.expire(now)?;
         let mut ahead = BTreeMap::new();
         let decisions = batch.iter().map(|item| self.decide(item, &mut ahead)).collect::<Result<Vec<_>>>()?;
-        let (mut items, mut arrays) = (Vec::new(), Vec::new());
+        self.write(batch, &decisions)?;
+        let deadline = now.saturating_add(self.settings.lease_ttl);
         for (item, decision) in batch.iter().zip(&decisions) {
-            if let Decision::Extend { write, stop, .. } = *decision {
-                if write {
-                    arrays.extend([item.tokens, item.logprobs]);
-                    arrays.extend(item.extra.values().map(|(_, bytes)| &***bytes));
-                }
-                if write || stop.is_some() {
-                    items.push(appended(item, write, stop)?);
-                }
+            match *decision {
+                Decision::Stale | Decision::Ended => {}
+                Decision::Older => self.renew(item.trajectory, None, deadline)?,
+                Decision::Extend { end: true, .. } => self.end_lease(item.trajectory)?,
+                Decision::Extend { .. } => self.renew(item.trajectory, Some(item.next_version), deadline)?,
             }
         }
-        if !items.is_empty() {
-            self.commit(&Record::Append(items), &arrays)?;
-        }
-        let deadline = now.saturating_add(self.settings.lease_ttl);
-        batch.iter().zip(decisions).try_for_each(|(item, decision)| self.settle(item, decision, deadline))?;
-        let reply = |(item, decision): (&Item<'_>, &Decision)| Reply {
-            trajectory: item.trajectory,
-            stale: *decision == Decision::Stale,
-            grant: match decision {
-                Decision::Stale => 0,
-                _ => self.leases.get(item.trajectory).map_or(0, |lease| lease.grant),
-            },
+        let reply = |(item, decision): (&Item<'_>, &Decision)| {
+            let stale = *decision == Decision::Stale;
+            let lease = self.leases.get(item.trajectory).filter(|_| !stale);
+            Reply { trajectory: item.trajectory, stale, grant: lease.map_or(0, |lease| lease.grant) }
         };
-        let decisions = ahead_free(&ahead, batch);
-        let _ = decisions;
-        Ok(batch.iter().zip(&[]).map(reply).collect())
+        Ok(batch.iter().zip(&decisions).map(reply).collect())
     }
+
+    fn write(&mut self, batch: &[Item<'_>], decisions: &[Decision]) -> Result<()> {
+        let (mut items, mut arrays): (Vec<Appended>, Vec<&[u8]>) = (Vec::new(), Vec::new());
+        for (item, decision) in batch.iter().zip(decisions) {
+            let Decision::Extend { write, stop, .. } = *decision else { continue };
+            if !write && stop.is_none() {
+                continue;
+            }
+            let mut appended = Appended {
+                trajectory: item.trajectory,
+                len: 0,
+                version: item.version,
+                temperature: item.temperature,
+                stop,
+                extra: Vec::new(),
+            };
+            if write {
+                appended.len = item.count()?;
+                arrays.extend([item.tokens, item.logprobs]);
+                for (name, (dtype, bytes)) in &item.extra {
+                    appended.extra.push(((*name).to_owned(), (*dtype).to_owned()));
+                    arrays.push(bytes);
+                }
+            }
+            items.push(appended);
+        }
+        if items.is_empty() { Ok(()) } else { self.commit(&Record::Append(items), &arrays).map(drop) }
+    }
+
+    fn renew(&mut self, id: u64, version: Option<Version>, deadline: Micros) -> Result<()> {
+        if let Some(mut lease) = self.leases.remove(id) {
+            if let Some(version) = version {
+                lease.grant = self.grant(id, version)?;
+                lease.version = version;
+            }
+            lease.deadline = deadline;
+            self.leases.insert(id, lease);
+        }
+        Ok(())
+    }
+
+    fn decide(&self, item: &Item<'_>, ahead: &mut BTreeMap<u64, Ahead>) -> Result<Decision> {
+        let (count, end) = (item.count()?, item.end()?);
+        let Some(trajectory) = self.state.trajectories.get(&item.trajectory) else {
+            let gone = item.trajectory < self.state.next_trajectory;
+            return if gone { Ok(Decision::Stale) } else { Err(item.conflict("it was never admitted")) };
+        };
+        let Some(until) = item.offset.checked_add(count).filter(|_| item.epoch <= trajectory.epoch) else {
+            let epoch = trajectory.epoch;
+            return Err(
+                item.conflict(&format!("epoch {} or its length was never given out (newest: {epoch})", item.epoch))
+            );
+        };
+        if item.epoch < trajectory.epoch {
+            return Ok(Decision::Stale);
+        }
+        let ended = !self.leases.contains(item.trajectory);
+        let before = Ahead { len: trajectory.len, last: trajectory.last_version(), ended };
+        let before = ahead.get(&item.trajectory).copied().unwrap_or(before);
+        let max = self.state.group(trajectory.group)?.max_tokens;
+        if before.ended {
+            return self.decide_ended(item, trajectory, end, max);
+        }
+        let write = count > 0 && item.offset == before.len;
+        let mut after = before;
+        if write {
+            check_new(item, before, until, max)?;
+            after = Ahead { len: until, last: Some(item.version), ended: false };
+        } else if item.offset > before.len {
+            return Err(item.conflict(&format!("a gap; the next offset is {}", before.len)));
+        } else if count > 0 && !self.holds(trajectory, item)? {
+            return Err(item.conflict("other content is durable there"));
+        }
+        if until < before.len {
+            let refused = item.conflict(&format!("it ends the lease before its {} tokens", before.len));
+            return if end.is_none() { Ok(Decision::Older) } else { Err(refused) };
+        }
+        let stop = End::stop(end, until, max);
+        after.ended = stop.is_some() || end.is_some();
+        ahead.insert(item.trajectory, after);
+        Ok(Decision::Extend { write, stop, end: after.ended })
+    }
+
+    /// Without a lease only repeats are answered; everything else came too late.
+    fn decide_ended(&self, item: &Item<'_>, trajectory: &Trajectory, end: Option<End>, max: u32) -> Result<Decision> {
+        let (count, until) = (item.count()?, item.offset + item.count()?);
+        if until > trajectory.len || (count > 0 && !self.holds(trajectory, item)?) {
+            return Ok(Decision::Stale);
+        }
+        let repeats = match end {
+            _ if until < trajectory.len => count > 0 && end.is_none(),
+            Some(End::Release) => true,
+            end => !trajectory.is_partial() && End::stop(end, until, max) == Some(trajectory.stop),
+        };
+        Ok(if repeats { Decision::Ended } else { Decision::Stale })
+    }
+
+    /// Whether exactly these tokens are durable at the item's offset.
+    fn holds(&self, trajectory: &Trajectory, item: &Item<'_>) -> Result<bool> {
+        let (start, end) = (item.offset, item.offset + item.count()?);
+        let mut position = 0;
+        for segment in &trajectory.segments {
+            let (first, last) = (position.max(start), (position + segment.len).min(end));
+            if first < last {
+                let frame = self.log.frame(segment.location)?;
+                let stored = |array: u32| {
+                    let bytes = frame.array(array as usize).unwrap_or_default();
+                    bytes.get(4 * (first - position) as usize..4 * (last - position) as usize)
+                };
+                let range = 4 * (first - start) as usize..4 * (last - start) as usize;
+                if stored(segment.array) != item.tokens.get(range.clone())
+                    || stored(segment.array + 1) != item.logprobs.get(range)
+                    || segment.version != item.version
+                    || segment.temperature.to_bits() != item.temperature.to_bits()
+                {
+                    return Ok(false);
+                }
+            }
+            position += segment.len;
+        }
+        Ok(position >= end)
+    }
+}
+
+fn check_new(item: &Item<'_>, before: Ahead, until: u32, max: u32) -> Result<()> {
+    if until > max {
+        return Err(item.conflict(&format!("{until} tokens, the trajectory's limit is {max}")));
+    }
+    if item.version < 0 || item.version > i64::from(i32::MAX) || before.last.is_some_and(|last| item.version < last) {
+        return Err(
+            item.conflict(&format!("version {} after {:?}; versions never decrease", item.version, before.last))
+        );
+    }
+    if !item.temperature.is_finite() {
+        return Err(item.conflict(&format!("temperature {} is not finite", item.temperature)));
+    }
+    Ok(())
 }

@@ -1,7 +1,5 @@
-//! The durable state: everything but the tokens themselves, and how each record changes it.
-//!
-//! `apply` is deterministic and needs neither settings nor a clock, so that replay gives the same state. Replaying the
-//! log after a snapshot of this state is recovery.
+//! The durable state: everything but the tokens themselves. `apply` says how each record changes it; a snapshot of it
+//! and the records after that are what recovery reads.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,15 +8,14 @@ use serde::{Deserialize, Serialize};
 use crate::{
     error::{Result, StoreError},
     group::{Group, Kind, Phase},
-    ledger::{Ledger, Place},
-    log::{Location, Lsn},
-    order,
-    record::{Admit, Appended, Claimed, Masked, Quota, Reason, Record, Score, SegmentLoss},
-    trajectory::{Outcome, Segment, Stop, Trajectory, Verdict, Version},
+    ledger::Ledger,
+    log::Lsn,
+    record::{Masked, Quota, SegmentLoss},
+    trajectory::{Trajectory, Version},
 };
 
 /// Quotas that are kept; a version below the oldest of them has no budget any more.
-const KEPT_QUOTAS: usize = 32;
+pub(crate) const KEPT_QUOTAS: usize = 32;
 
 /// What has become of a claim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,7 +42,8 @@ pub struct ClaimSums {
 }
 
 impl ClaimSums {
-    fn total(&self) -> u64 {
+    /// All of them.
+    pub fn total(&self) -> u64 {
         self.trainable + self.over_age + self.segment + self.failed
     }
 }
@@ -97,7 +95,7 @@ pub struct State {
     pub spent: BTreeMap<Version, u64>,
     /// Publications by version.
     pub publications: BTreeMap<Version, Publication>,
-    /// Hashes of the request ids whose groups are gone.
+    /// Hashes of the request ids of training groups that are gone.
     pub gone: BTreeSet<u64>,
     /// Token counts.
     pub ledger: Ledger,
@@ -171,6 +169,11 @@ impl State {
         self.claims.last_key_value().filter(|(_, claim)| claim.status == ClaimStatus::Claimed).map(|(i, _)| *i)
     }
 
+    /// Whether the books of `version` are closed: enough newer versions have a quota.
+    pub fn is_closed(&self, version: Version) -> bool {
+        self.quotas.len() >= KEPT_QUOTAS && self.quotas.first_key_value().is_some_and(|(oldest, _)| version < *oldest)
+    }
+
     /// Whether a group counts against the quota of groups.
     pub fn is_untrained(&self, group: &Group) -> bool {
         group.kind == Kind::Train
@@ -180,255 +183,5 @@ impl State {
                 }
                 _ => true,
             }
-    }
-
-    /// Changes the state by one record at `location`, `lsn`.
-    ///
-    /// # Errors
-    /// `Conflict` when the record does not fit the state: an error of ours, or damage in a log.
-    pub fn apply(&mut self, record: &Record, location: Location, lsn: Lsn) -> Result<()> {
-        match record {
-            Record::Quota(version, quota) => self.apply_quota(*version, *quota),
-            Record::Admit(admit) => self.apply_admit(admit, location),
-            Record::Lease(trajectories) => trajectories.iter().try_for_each(|id| self.apply_lease(*id))?,
-            Record::Append(items) => self.apply_append(items, location)?,
-            Record::Score(score) => self.apply_score(score)?,
-            Record::Publish(version, iteration, masked) => self.apply_publish(*version, *iteration, *masked)?,
-            Record::Claim(claimed) => self.apply_claim(claimed, lsn)?,
-            Record::Evict(groups, reason) => groups.iter().try_for_each(|id| self.apply_evict(*id, *reason))?,
-            Record::Commit(iteration) => {
-                self.claims.range_mut(..=iteration).for_each(|(_, claim)| claim.status = ClaimStatus::Committed);
-            }
-            Record::Uncommit(iteration) => self.apply_uncommit(*iteration)?,
-            Record::Drop(iteration) => self.apply_drop(*iteration)?,
-        }
-        Ok(())
-    }
-
-    fn apply_quota(&mut self, version: Version, quota: Quota) {
-        self.quotas.insert(version, quota);
-        self.max_version = self.max_version.max(version);
-        while self.quotas.len() > KEPT_QUOTAS {
-            self.quotas.pop_first();
-        }
-        if let Some((oldest, _)) = self.quotas.first_key_value().filter(|_| self.quotas.len() == KEPT_QUOTAS) {
-            self.spent = self.spent.split_off(oldest);
-        }
-    }
-
-    fn apply_admit(&mut self, admit: &Admit, location: Location) {
-        let (group, first) = (self.next_group, self.next_trajectory);
-        self.next_group += 1;
-        self.next_trajectory += u64::from(admit.size);
-        if let Some(cursor) = admit.cursor {
-            self.next_cursor = self.next_cursor.max(cursor + 1);
-        }
-        if admit.kind == Kind::Train {
-            self.ledger.prompt += u64::from(admit.prompt_len) * u64::from(admit.size);
-        }
-        self.groups.insert(
-            group,
-            Group {
-                request_id: admit.request_id.clone(),
-                kind: admit.kind,
-                prompt_id: admit.prompt_id.clone(),
-                location,
-                prompt_len: admit.prompt_len,
-                max_tokens: admit.max_tokens,
-                first,
-                size: admit.size,
-                cursor: admit.cursor,
-                phase: Phase::Partial,
-                pending: admit.size,
-                failed: 0,
-                tokens: 0,
-            },
-        );
-        self.trajectories.extend((first..self.next_trajectory).map(|id| (id, Trajectory::new(group))));
-    }
-
-    fn apply_lease(&mut self, id: u64) -> Result<()> {
-        let (trajectory, group) = self.pair_mut(id)?;
-        let reprefilled = if trajectory.epoch > 0 && group.kind == Kind::Train { trajectory.len } else { 0 };
-        trajectory.epoch += 1;
-        self.ledger.reprefill += u64::from(reprefilled);
-        Ok(())
-    }
-
-    fn apply_append(&mut self, items: &[Appended], location: Location) -> Result<()> {
-        let mut array = 0;
-        for (index, item) in items.iter().enumerate() {
-            let (trajectory, group) = self.pair_mut(item.trajectory)?;
-            let (kind, tokens) = (group.kind, u64::from(item.len));
-            if item.len > 0 {
-                let (len, version, temperature, index) = (item.len, item.version, item.temperature, index as u32);
-                trajectory.push(Segment { len, version, temperature, location, item: index, array });
-                array += 2 + item.extra.len() as u32;
-                group.tokens += tokens;
-            }
-            let len = u64::from(trajectory.len);
-            trajectory.stop = item.stop.unwrap_or(Stop::None);
-            if item.len > 0 {
-                self.max_version = self.max_version.max(item.version);
-            }
-            if kind == Kind::Eval {
-                self.ledger.eval += tokens;
-                continue;
-            }
-            self.ledger.add(Place::Partial, tokens);
-            if tokens > 0 {
-                *self.spent.entry(item.version).or_default() += tokens;
-            }
-            if item.stop.is_some() {
-                self.ledger.shift(Place::Partial, Place::Unscored, len);
-            }
-        }
-        Ok(())
-    }
-
-    fn apply_score(&mut self, score: &Score) -> Result<()> {
-        let (trajectory, group) = self.pair_mut(score.trajectory)?;
-        let (id, len) = (trajectory.group, u64::from(trajectory.len));
-        if score.outcome == Outcome::InfraFailure {
-            trajectory.attempts += 1;
-            if !score.failed {
-                return Ok(());
-            }
-            trajectory.verdict = Verdict::Failed;
-            group.failed += 1;
-        } else {
-            let (outcome, reward, components) = (score.outcome, score.reward, score.components.clone());
-            trajectory.verdict = Verdict::Scored { outcome, reward, components };
-        }
-        group.pending -= 1;
-        let (kind, tokens) = (group.kind, group.tokens);
-        if let Some(phase) = score.phase {
-            group.phase = phase;
-        }
-        if kind == Kind::Train {
-            self.ledger.shift(Place::Unscored, Place::WaitingGroup, len);
-            match score.phase {
-                Some(Phase::Ready) => self.ledger.shift(Place::WaitingGroup, Place::Ready, tokens),
-                None => self.ledger.shift(Place::WaitingGroup, Place::EvictedMinGroupSize, tokens),
-                _ => {}
-            }
-        }
-        if score.phase.is_none() {
-            self.forget(id)?;
-        }
-        Ok(())
-    }
-
-    fn apply_publish(&mut self, version: Version, iteration: Option<i64>, masked: Masked) -> Result<()> {
-        self.version = version;
-        self.max_version = self.max_version.max(version);
-        self.publications.insert(version, Publication { iteration, masked });
-        let Some(iteration) = iteration else { return Ok(()) };
-        let claim = self.claim_mut(iteration)?;
-        claim.status = ClaimStatus::Trained;
-        claim.masked = masked;
-        let trained = claim.sums.trainable - masked.filter - masked.veto;
-        self.ledger.shift(Place::Claimed, Place::Trained, trained);
-        self.ledger.shift(Place::Claimed, Place::MaskedFilter, masked.filter);
-        self.ledger.shift(Place::Claimed, Place::MaskedVeto, masked.veto);
-        Ok(())
-    }
-
-    fn apply_claim(&mut self, claimed: &Claimed, lsn: Lsn) -> Result<()> {
-        let mut claim = Claim {
-            version: claimed.version,
-            max_staleness: claimed.max_staleness,
-            segment_loss: claimed.segment_loss,
-            groups: claimed.groups.clone(),
-            lsn,
-            status: ClaimStatus::Claimed,
-            sums: ClaimSums::default(),
-            masked: Masked::default(),
-        };
-        for id in &claimed.groups {
-            claim.sums = order::add_sums(self, *id, &claim)?;
-            self.group_mut(*id)?.phase = Phase::Claimed(claimed.iteration);
-        }
-        self.ledger.shift(Place::Ready, Place::Claimed, claim.sums.trainable);
-        self.ledger.shift(Place::Ready, Place::MaskedOverAge, claim.sums.over_age);
-        self.ledger.shift(Place::Ready, Place::MaskedSegment, claim.sums.segment);
-        self.ledger.shift(Place::Ready, Place::EvictedFailed, claim.sums.failed);
-        self.claims.insert(claimed.iteration, claim);
-        Ok(())
-    }
-
-    fn apply_uncommit(&mut self, iteration: i64) -> Result<()> {
-        for (_, claim) in self.claims.split_off(&(iteration + 1)) {
-            let sums = claim.sums;
-            let (filter, veto) = (claim.masked.filter, claim.masked.veto);
-            if claim.status == ClaimStatus::Claimed {
-                self.ledger.shift(Place::Claimed, Place::Ready, sums.trainable);
-            } else {
-                self.ledger.shift(Place::Trained, Place::Ready, sums.trainable - filter - veto);
-                self.ledger.shift(Place::MaskedFilter, Place::Ready, filter);
-                self.ledger.shift(Place::MaskedVeto, Place::Ready, veto);
-            }
-            self.ledger.shift(Place::MaskedOverAge, Place::Ready, sums.over_age);
-            self.ledger.shift(Place::MaskedSegment, Place::Ready, sums.segment);
-            self.ledger.shift(Place::EvictedFailed, Place::Ready, sums.failed);
-            debug_assert_eq!(sums.total(), claim.groups.iter().map(|id| self.groups[id].tokens).sum::<u64>());
-            for id in claim.groups {
-                self.group_mut(id)?.phase = Phase::Ready;
-            }
-        }
-        Ok(())
-    }
-
-    fn apply_drop(&mut self, iteration: i64) -> Result<()> {
-        let dropped: Vec<i64> = self
-            .claims
-            .range(..=iteration)
-            .filter(|(_, claim)| claim.status == ClaimStatus::Committed)
-            .map(|(iteration, _)| *iteration)
-            .collect();
-        for iteration in dropped {
-            for id in self.claims.remove(&iteration).map(|claim| claim.groups).unwrap_or_default() {
-                self.forget(id)?;
-            }
-            self.evicted = self.evicted.max(Some(iteration));
-        }
-        let newest = self.version;
-        self.publications.retain(|version, made| *version == newest || made.iteration > self.evicted);
-        Ok(())
-    }
-
-    fn apply_evict(&mut self, id: u64, reason: Reason) -> Result<()> {
-        if reason == Reason::OverAge {
-            let tokens = self.group(id)?.tokens;
-            self.ledger.shift(Place::Ready, Place::EvictedOverAge, tokens);
-        }
-        self.forget(id)
-    }
-
-    /// Drops a group and its trajectories.
-    fn forget(&mut self, id: u64) -> Result<()> {
-        let members = self.group(id)?.members();
-        members.for_each(|member| drop(self.trajectories.remove(&member)));
-        if let Some(group) = self.groups.remove(&id) {
-            self.gone.insert(request_hash(&group.request_id));
-        }
-        Ok(())
-    }
-
-    fn group_mut(&mut self, id: u64) -> Result<&mut Group> {
-        self.groups.get_mut(&id).ok_or_else(|| StoreError::Conflict(format!("group {id} is not in the store")))
-    }
-
-    fn claim_mut(&mut self, iteration: i64) -> Result<&mut Claim> {
-        self.claims
-            .get_mut(&iteration)
-            .ok_or_else(|| StoreError::Conflict(format!("iteration {iteration} has no claim in the store")))
-    }
-
-    fn pair_mut(&mut self, id: u64) -> Result<(&mut Trajectory, &mut Group)> {
-        let missing = || StoreError::Conflict(format!("trajectory {id} is not in the store"));
-        let trajectory = self.trajectories.get_mut(&id).ok_or_else(missing)?;
-        let group = self.groups.get_mut(&trajectory.group).ok_or_else(missing)?;
-        Ok((trajectory, group))
     }
 }

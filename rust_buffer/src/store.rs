@@ -10,7 +10,7 @@ use std::{
 
 use crate::{
     error::{Result, StoreError},
-    group::{Kind, Phase},
+    group::{Group, Kind, Phase},
     lease::Leases,
     log::{Durability, Location, Log, LogOptions, Lsn},
     order::{Index, Micros},
@@ -79,7 +79,8 @@ impl Store {
     pub fn open(dir: Option<&Path>, settings: Settings) -> Result<Self> {
         let options = LogOptions { durability: settings.durability, file_bytes: settings.file_bytes };
         let (log, recovery) = Log::open(dir, options)?;
-        let damaged = |offset: u64, detail: String| StoreError::corrupt(dir.unwrap_or(Path::new("memory")), offset, detail);
+        let damaged =
+            |offset: u64, detail: String| StoreError::corrupt(dir.unwrap_or(Path::new("memory")), offset, detail);
         let mut state = match recovery.snapshot() {
             [] => State::default(),
             bytes => wire::decode(bytes).map_err(|detail| damaged(0, detail))?,
@@ -122,12 +123,16 @@ impl Store {
         for id in &trajectories {
             self.index.remove(&self.state, *id, self.leases.contains(*id))?;
         }
-        groups.iter().for_each(|id| self.index.remove_group(&self.state, *id));
+        for id in &groups {
+            self.index.remove_group(&self.state, *id);
+        }
         let (next_group, next_trajectory) = (self.state.next_group, self.state.next_trajectory);
         self.state.apply(record, location, lsn)?;
         trajectories.extend(next_trajectory..self.state.next_trajectory);
         groups.extend(next_group..self.state.next_group);
-        groups.iter().for_each(|id| self.index.add_group(&self.state, *id));
+        for id in &groups {
+            self.index.add_group(&self.state, *id);
+        }
         for id in &trajectories {
             self.index.add(&self.state, *id, self.leases.contains(*id))?;
         }
@@ -139,7 +144,7 @@ impl Store {
 
     fn touched(&self, record: &Record) -> Touched {
         let members = |ids: &BTreeSet<u64>| -> BTreeSet<u64> {
-            ids.iter().filter_map(|id| self.state.groups.get(id)).flat_map(|group| group.members()).collect()
+            ids.iter().filter_map(|id| self.state.groups.get(id)).flat_map(Group::members).collect()
         };
         let claimed = |iterations: &mut dyn Iterator<Item = &i64>| -> BTreeSet<u64> {
             iterations.filter_map(|i| self.state.claims.get(i)).flat_map(|claim| claim.groups.clone()).collect()
@@ -185,8 +190,10 @@ impl Store {
         if self.state.quotas.get(&version) == Some(&quota) {
             return Ok(());
         }
-        if self.state.quotas.is_full_above(version) {
-            return conflict(format!("version {version} is older than every quota that is kept; set one for a newer version"));
+        if self.state.is_closed(version) {
+            return conflict(format!(
+                "version {version} is older than every quota that is kept; set one for a newer version"
+            ));
         }
         self.commit(&Record::Quota(version, quota), &[]).map(drop)
     }
@@ -200,7 +207,10 @@ impl Store {
             return self.check_repeated_admission(id, admit, prompt, metadata);
         }
         if self.state.gone.contains(&request_hash(&admit.request_id)) {
-            return conflict(format!("request {:?} was admitted and its group is gone; use a new id", admit.request_id));
+            return conflict(format!(
+                "request {:?} was admitted and its group is gone; use a new id",
+                admit.request_id
+            ));
         }
         if admit.size == 0 || admit.max_tokens == 0 || prompt.is_empty() || prompt.len() % 4 != 0 {
             return conflict(format!(
@@ -244,7 +254,8 @@ impl Store {
         let tokens = self.index.outstanding_tokens + u64::from(admit.size) * u64::from(admit.max_tokens);
         let value = self.log.bytes() + tokens * BYTES_PER_TOKEN + bytes as u64;
         if value > limit {
-            let (what, remedy) = ("the store's size in bytes, unfinished work included,", "raise max_bytes or evict what is archived");
+            let (what, remedy) =
+                ("the store's size in bytes, unfinished work included,", "raise max_bytes or evict what is archived");
             return Err(StoreError::Full { what, value, limit, remedy });
         }
         Ok(())

@@ -73,7 +73,7 @@ impl<'a> Item<'a> {
     ///
     /// # Errors
     /// `Conflict` when the arrays do not fit each other.
-    pub fn len(&self) -> Result<u32> {
+    pub fn count(&self) -> Result<u32> {
         if self.tokens.len() % 4 != 0 || self.tokens.len() != self.logprobs.len() {
             return Err(self.conflict(&format!(
                 "{} bytes of tokens and {} of log-probs; both are 4 bytes for each token",

@@ -1,0 +1,199 @@
+"""A run directory as numbers: what the pages show, read from files alone, in any state of the run."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pmdflow.metrics.history import History, Record
+from pmdflow.metrics.intervals import clip, covered_s, is_bubble, union
+from pmdflow.metrics.summary import busy_share, duration, latest_ledger, ledger_gap, ledger_places, read_config
+
+DIAGNOSIS_WINDOW_S = 600.0
+SILENT_AFTER_S = 30.0
+_MAX_SPANS = 40_000
+_RECENT_DEATH_S = 60.0
+_NOTABLE_SHARE = 0.15
+
+State = Literal["waiting", "running", "silent", "stopped", "finished"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnosis:
+    """The one sentence on top of the page."""
+
+    state: State
+    text: str
+
+
+class RunView:
+    """A run directory that may still grow. Safe to use from several threads.
+
+    Example:
+        view = RunView(Path("runs/quickstart"))
+        view.refresh()
+        print(view.diagnosis().text)
+    """
+
+    def __init__(self, run_dir: Path, *, clock: Callable[[], float] = time.time) -> None:
+        """Read nothing yet."""
+        self.run_dir = run_dir
+        self.config = read_config(run_dir)
+        self.history = History(run_dir, max_spans=_MAX_SPANS)
+        self.lock = threading.RLock()
+        """Hold it while reading `history`."""
+        self.revision = 0
+        """Grows whenever the files did."""
+        self._clock = clock
+
+    def refresh(self) -> int:
+        """Read what the files have gained and return the revision."""
+        with self.lock:
+            if self.history.update():
+                self.config = self.config or read_config(self.run_dir)
+                self.revision += 1
+            return self.revision
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return str(self.setting("run", "name") or self.run_dir.name)
+
+    def setting(self, section: str, key: str) -> Any:
+        """A value of the run's configuration; None if it is not there."""
+        values = self.config.get(section)
+        return values.get(key) if isinstance(values, dict) else None
+
+    def iterations(self) -> list[Record]:
+        """Iteration records of the surviving history, ascending."""
+        return [self.history.iterations[number] for number in sorted(self.history.iterations)]
+
+    def evals(self) -> list[Record]:
+        """Held-out evaluations, ascending by round."""
+        return [self.history.evals[number] for number in sorted(self.history.evals)]
+
+    def origin(self) -> float:
+        """Unix time that charts count seconds from."""
+        return self.history.first_time or 0.0
+
+    def diagnosis(self) -> Diagnosis:
+        """What limits the run now, or why it does not move."""
+        with self.lock:
+            history = self.history
+            closing = next((e for e in reversed(history.events) if e.get("kind") in _LIFECYCLE), None)
+            kind = closing.get("kind") if closing else None
+            if kind == "finish":
+                return Diagnosis(state="finished", text=f"finished: {self._learned()}")
+            if kind in ("drain", "stop"):
+                resume = "starting the same `pmdflow up` again resumes it"
+                return Diagnosis(state="stopped", text=f"stopped after {self._learned()}; {resume}")
+            if history.last_time is None:
+                return Diagnosis(state="waiting", text="waiting for the first metric: actors are starting")
+            silent_s = self._clock() - max(history.last_time, closing["time"] if closing else 0.0)
+            if silent_s > SILENT_AFTER_S:
+                ago = duration(silent_s // 10 * 10)
+                text = (
+                    f"no new metric for {ago}: the run hangs or has died; `pmdflow status` tells, `pmdflow up` resumes"
+                )
+                return Diagnosis(state="silent", text=text)
+            return Diagnosis(state="running", text=self._bottleneck(history.last_time))
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Labelled numbers of the run as text, most important first."""
+        with self.lock:
+            iterations, evals = self.iterations(), self.evals()
+            last = iterations[-1] if iterations else {}
+            sample = self.history.samples[-1] if self.history.samples else {}
+            total = self.setting("run", "iterations")
+            held_out = _number(evals[-1].get("eval/reward_mean"), 3) if evals else "-"
+            rate = sample.get("rollout/tokens_per_s", last.get("rollout/tokens_per_s"))
+            return [
+                ("iteration", f"{last.get('iteration', 0)} / {total if total is not None else '?'}"),
+                ("policy version", _number(sample.get("scheduler/version", last.get("version")), 0)),
+                ("train reward", _number(last.get("reward/mean"), 3)),
+                ("held-out reward", held_out),
+                ("length, tokens", _number(last.get("trajectory/length_mean"), 1)),
+                ("tokens/s", _number(rate, 0)),
+                ("rollout busy", _percent(last.get("rollout/busy_share"))),
+                ("spans 2+ versions", _percent(last.get("trajectory/multi_version_share"))),
+                ("masked tokens", _percent(last.get("staleness/masked_share"))),
+                ("groups ready", _number(sample.get("store/groups_ready"), 0)),
+            ]
+
+    def ledger(self) -> dict[str, Any]:
+        """The newest token ledger: `rows` of (place, tokens, share), `generated`, `gap` and `outside` the sum."""
+        with self.lock:
+            ledger = latest_ledger(self.history)
+        generated = ledger.get("generated", 0)
+        rows = [(key, n, _percent(n / generated if generated else None)) for key, n in ledger_places(ledger).items()]
+        outside = {key: ledger[key] for key in ("prompt", "reprefill", "eval") if key in ledger}
+        return {"rows": rows, "generated": generated, "gap": ledger_gap(ledger), "outside": outside}
+
+    def events(self, most: int = 12) -> list[tuple[str, str, str]]:
+        """The newest events as (time since the start, kind, message), newest first."""
+        with self.lock:
+            newest = list(self.history.events)[-most:][::-1]
+            return [
+                (duration(e.get("time", 0.0) - self.origin()), str(e.get("kind")), str(e.get("message", "")))
+                for e in newest
+            ]
+
+    def _learned(self) -> str:
+        iterations, evals = self.iterations(), self.evals()
+        text = f"{len(iterations)} iterations"
+        if iterations:
+            text += f" in {duration(sum(record.get('time/iteration_s') or 0.0 for record in iterations))}"
+        if evals:
+            first, last = (_number(record.get("eval/reward_mean"), 3) for record in (evals[0], evals[-1]))
+            text += f", held-out reward {first} -> {last}"
+        return text
+
+    def _bottleneck(self, now: float) -> str:
+        window_s = min(DIAGNOSIS_WINDOW_S, max(now - self.origin(), 1.0))
+        start = now - window_s
+        spans = [span for span in self.history.spans if span["end"] > start]
+        deaths = [e for e in self.history.events if e.get("kind") == "actor_died" and e["time"] > now - _RECENT_DEATH_S]
+        lead = f"{deaths[-1].get('message', 'an actor died')}; " if deaths else ""
+        waits = [s for s in spans if s["name"] == "wait_claim"]
+        learner = covered_s(union(clip(waits, start, now))) / window_s
+        rollout = busy_share(spans, "rollout", start, now)
+        last = f"of the last {duration(window_s)}"
+        if rollout is None:
+            return f"{lead}starting: no rollout actor has reported yet"
+        if learner > _NOTABLE_SHARE and learner >= 1 - rollout:
+            return f"{lead}rollout-bound: the learner waited {_percent(learner)} {last} for complete groups"
+        if 1 - rollout > _NOTABLE_SHARE:
+            cause = longest_wait(spans, "rollout", start, now)
+            why = f", mostly {cause.removeprefix('wait_')}" if cause else ""
+            return f"{lead}learner-bound: rollout actors were idle {_percent(1 - rollout)} {last}{why}"
+        return f"{lead}balanced: rollout busy {_percent(rollout)}, the learner waited {_percent(learner)} {last}"
+
+
+_LIFECYCLE = frozenset({"start", "resume", "drain", "stop", "finish"})
+
+
+def longest_wait(spans: Iterable[Mapping[str, Any]], actor_prefix: str, start: float, end: float) -> str | None:
+    """Name of the bubble in which actors of the prefix spent most time."""
+    total: defaultdict[str, float] = defaultdict(float)
+    for span in spans:
+        if is_bubble(span["name"]) and str(span["actor"]).startswith(actor_prefix):
+            total[span["name"]] += max(0.0, min(span["end"], end) - max(span["start"], start))
+    return max(total, key=lambda name: total[name]) if total else None
+
+
+def column(records: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
+    """One value of each record, None where it is missing."""
+    return [record.get(key) for record in records]
+
+
+def _number(value: Any, digits: int) -> str:
+    return f"{value:,.{digits}f}" if isinstance(value, int | float) else "-"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f} %"

@@ -1,0 +1,190 @@
+"""The web pages of one run directory: server-rendered, streamed over SSE, nothing from other hosts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import socket
+import sys
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import plotly
+import uvicorn
+from sse_starlette.sse import EventSourceResponse
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.templating import Jinja2Templates
+
+from pmdflow.dashboard import trajectories
+from pmdflow.dashboard.panels import figures
+from pmdflow.dashboard.queries import RunView
+from pmdflow.errors import LaunchError
+
+HOST = "127.0.0.1"
+UPDATE_INTERVAL_S = 1.0
+
+_HERE = Path(__file__).parent
+_PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+_POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; frame-ancestors 'none'"
+
+
+def serve(run: Path, port: int) -> None:
+    """Serve `run` on 127.0.0.1 until interrupted; port 0 takes a free one. Prints the address.
+
+    Raises:
+        LaunchError: `run` is no run directory, or the port is taken.
+    """
+    app = make_app(run)
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+        except OSError as error:
+            raise LaunchError(
+                f"port {port} of {HOST} is taken ({error.strerror}); choose another with --port, or 0 for any free one"
+            ) from error
+        listener.listen()  # from here on a browser that is too early waits instead of failing
+        sys.stdout.write(f"dashboard: http://{HOST}:{listener.getsockname()[1]}\n")
+        sys.stdout.flush()
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def make_app(run: Path) -> Starlette:
+    """The application that serves `run`; `app.state.view` is its `RunView`.
+
+    Raises:
+        LaunchError: `run` is no run directory.
+    """
+    if not (run / "config.yaml").is_file() and not (run / "metrics.jsonl").is_file():
+        raise LaunchError(f"{run} is no run directory (it has neither config.yaml nor metrics.jsonl)")
+    pages = Pages(run)
+    routes = [
+        Route("/", pages.overview),
+        Route("/api/update", pages.update),
+        Route("/events", pages.events),
+        Route("/trajectories", pages.table),
+        Route("/trajectories/{iteration:int}/{trajectory:int}", pages.trajectory),
+        Route("/plotly.min.js", lambda _: FileResponse(_PLOTLY, media_type="text/javascript")),
+        Mount("/static", StaticFiles(directory=_HERE / "static")),
+    ]
+    # Another site's page must not read a run through a name that resolves to this machine.
+    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+    app = Starlette(routes=routes, middleware=[hosts])
+    app.state.view = pages.view
+    return app
+
+
+class Pages:
+    """The handlers of one run's pages."""
+
+    def __init__(self, run: Path) -> None:
+        """Read nothing yet."""
+        self.view = RunView(run)
+        self._templates = Jinja2Templates(directory=_HERE / "templates")
+        self._charts: tuple[int, dict[str, str]] = (-1, {})
+
+    def overview(self, request: Request) -> Response:
+        """The run page."""
+        self.view.refresh()
+        return self._page(request, "overview.html", **self._parts())
+
+    def update(self, _: Request) -> Response:
+        """Everything that the page shows, as one JSON object: what the stream sends first."""
+        return JSONResponse({key: json.loads(value) for key, value in self._snapshot().items()})
+
+    def events(self, request: Request) -> Response:
+        """The stream: each message holds the parts of the page that have changed."""
+        return EventSourceResponse(self._stream(request), headers={"Cache-Control": "no-store"})
+
+    def table(self, request: Request) -> Response:
+        """The table of archived trajectories."""
+        wanted, page = _filter(request.query_params)
+        rows = trajectories.search(self.view.run_dir, wanted)
+        last = max(0, math.ceil(len(rows) / trajectories.PAGE_ROWS) - 1)
+        page = min(page, last)
+        shown = rows[page * trajectories.PAGE_ROWS : (page + 1) * trajectories.PAGE_ROWS]
+        return self._page(
+            request, "table.html", rows=shown, total=len(rows), page=page, last=last, wanted=wanted,
+            query=dict(request.query_params), sort_keys=trajectories.SORT_KEYS, newest=trajectories.NEWEST_PARTS,
+        )  # fmt: skip
+
+    def trajectory(self, request: Request) -> Response:
+        """One trajectory, token by token."""
+        iteration, trajectory = request.path_params["iteration"], request.path_params["trajectory"]
+        self.view.refresh()
+        tokenizer = trajectories.load_tokenizer(self.view.run_dir, self.view.setting("model", "path"))
+        found = trajectories.detail(self.view.run_dir, iteration, trajectory, tokenizer)
+        if found is None:
+            raise HTTPException(404, f"the archive holds no trajectory {trajectory} in iteration {iteration}")
+        return self._page(request, "trajectory.html", detail=found, decoded=tokenizer is not None)
+
+    def _page(self, request: Request, template: str, **context: Any) -> Response:
+        values = {"run": self.view.name, "path": str(self.view.run_dir), **context}
+        headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-store"}
+        return self._templates.TemplateResponse(request, template, values, headers=headers)
+
+    def _parts(self) -> dict[str, Any]:
+        view = self.view
+        return {
+            "diagnosis": view.diagnosis(), "facts": view.facts(), "ledger": view.ledger(), "happened": view.events(),
+        }  # fmt: skip
+
+    def _snapshot(self) -> dict[str, str]:
+        """Parts of the page by name, each as JSON text: figures, and fragments of HTML."""
+        view = self.view
+        with view.lock:
+            revision = view.refresh()
+            if self._charts[0] != revision:
+                charts = figures(view)
+                self._charts = revision, {f"chart:{name}": json.dumps(figure) for name, figure in charts.items()}
+            fragments = self._parts()
+            html = {
+                f"html:{name}": json.dumps(self._templates.get_template(f"{name}.html").render(fragments))
+                for name in ("diagnosis", "facts", "ledger", "happened")
+            }
+            return {**self._charts[1], **html}
+
+    async def _stream(self, request: Request) -> AsyncIterator[dict[str, str]]:
+        sent: dict[str, str] = {}
+        while not await request.is_disconnected():
+            now = await run_in_threadpool(self._snapshot)
+            changed = [f"{json.dumps(key)}:{value}" for key, value in now.items() if sent.get(key) != value]
+            if changed:
+                yield {"data": "{" + ",".join(changed) + "}"}
+            sent = now
+            await asyncio.sleep(UPDATE_INTERVAL_S)
+
+
+def _filter(query: Mapping[str, str]) -> tuple[trajectories.Filter, int]:
+    """The table's filter and page from a query string; what is not a number does not filter."""
+    sort = query.get("sort", "iteration")
+    iteration = _read(query.get("iteration"), math.nan)
+    wanted = trajectories.Filter(
+        iteration=None if math.isnan(iteration) else int(iteration),
+        reward_min=_read(query.get("reward_min"), -math.inf),
+        reward_max=_read(query.get("reward_max"), math.inf),
+        length_min=int(_read(query.get("length_min"), 0)),
+        multi_version=query.get("multi_version") == "1",
+        sort=sort if sort in trajectories.SORT_KEYS else "iteration",
+        descending=query.get("order", "down") != "up",
+    )
+    return wanted, max(0, int(_read(query.get("page"), 0)))
+
+
+def _read(text: str | None, default: float) -> float:
+    try:
+        value = float(text or "")
+    except ValueError:
+        return default
+    return value if math.isfinite(value) else default

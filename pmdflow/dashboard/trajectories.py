@@ -1,0 +1,211 @@
+"""Trajectories of the archive as rows of a table, and one of them token by token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from pmdflow.archive import open_part, part_iteration, part_path, parts, read_table
+from pmdflow.types import Mask, Stop
+
+PAGE_ROWS = 50
+NEWEST_PARTS = 50
+"""Without a filter on the iteration, only this many newest iterations are searched."""
+
+SortKey = Literal["iteration", "trajectory", "reward", "length", "versions", "stop"]
+SORT_KEYS: tuple[SortKey, ...] = ("iteration", "trajectory", "reward", "length", "versions", "stop")
+
+_STOP_NAMES = {Stop.NONE: "partial", Stop.STOP: "stop", Stop.LENGTH: "length", Stop.REPETITION: "repetition"}
+_MASK_REASONS = (
+    (Mask.OVER_AGE, "over-age"), (Mask.SEGMENT, "older segment"), (Mask.FILTER, "filtered"), (Mask.VETO, "veto"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One trajectory in the table."""
+
+    iteration: int
+    trajectory: int
+    group: int
+    prompt_id: str
+    reward: float
+    length: int
+    """Generated tokens."""
+    first_version: int
+    last_version: int
+    versions: int
+    """Policy versions that generated it."""
+    stop: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filter:
+    """What the table shows."""
+
+    iteration: int | None = None
+    reward_min: float = -math.inf
+    reward_max: float = math.inf
+    length_min: int = 0
+    multi_version: bool = False
+    sort: SortKey = "iteration"
+    descending: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """One token as shown."""
+
+    text: str
+    """Decoded text, or the id if the run's tokenizer is missing."""
+    generated: bool
+    trained: bool
+    starts_segment: bool
+    version: int
+    hint: str
+    """Everything known about it, as a sentence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detail:
+    """One trajectory with its tokens."""
+
+    row: Row
+    claim_version: int
+    components: dict[str, float]
+    temperature: float
+    tokens: list[Token]
+    versions: list[tuple[int, int, int]]
+    """(policy version, tokens, tokens with a gradient), ascending."""
+    siblings: list[Row]
+    """The group's trajectories, this one included."""
+
+
+def search(run_dir: Path, wanted: Filter) -> list[Row]:
+    """All rows that match, sorted."""
+    paths = parts(run_dir)
+    if wanted.iteration is not None:
+        paths = [path for path in paths if part_iteration(path) == wanted.iteration]
+    found = [row for path in paths[-NEWEST_PARTS:] for row in part_rows(path) if _matches(row, wanted)]
+    found.sort(key=lambda row: (row.iteration, row.trajectory))
+    found.sort(key=lambda row: getattr(row, wanted.sort), reverse=wanted.descending)
+    return found
+
+
+def part_rows(path: Path) -> tuple[Row, ...]:
+    """The rows of one archive part."""
+    return _part_rows(path, (path / "zarr.json").stat().st_mtime_ns)
+
+
+def detail(run_dir: Path, iteration: int, trajectory: int, tokenizer: Tokenizer | None) -> Detail | None:
+    """One trajectory of one claim; None if the archive does not hold it."""
+    path = part_path(run_dir, iteration)
+    rows = part_rows(path) if path.is_dir() else ()
+    index = next((i for i, row in enumerate(rows) if row.trajectory == trajectory), None)
+    if index is None:
+        return None
+    root: Any = open_part(path)
+    low, high = (int(offset) for offset in root["trajectory/token_offset"][index : index + 2])
+    ids, logprobs, mask = (root[f"token/{name}"][low:high] for name in ("id", "logprob", "mask"))
+    lengths = root["segment/length"][...]
+    versions = np.repeat(root["segment/policy_version"][...], lengths)[low:high]
+    temperatures = np.repeat(root["segment/temperature"][...], lengths)[low:high]
+    starts = np.zeros(high - low, bool)
+    edges = np.concatenate(([0], np.cumsum(lengths)))
+    starts[edges[(edges >= low) & (edges < high)] - low] = True
+    names = root.attrs["components"]
+    values = root["trajectory/components"][index] if names else []
+    columns = zip(_texts(ids.tolist(), tokenizer), ids, logprobs, mask, versions, starts, strict=True)
+    return Detail(
+        row=rows[index],
+        claim_version=int(root.attrs["version"]),
+        components={name: float(value) for name, value in zip(names, values, strict=True)},
+        temperature=float(temperatures[-1]) if high > low else 1.0,
+        tokens=[_token(*column) for column in columns],
+        versions=_version_counts(versions, mask),
+        siblings=[row for row in rows if row.group == rows[index].group],
+    )
+
+
+def load_tokenizer(run_dir: Path, model: str | None) -> Tokenizer | None:
+    """The tokenizer of the run's model folder; None if it is not on this machine."""
+    for base in (Path(), run_dir, run_dir.parent.parent) if model else ():
+        file = base / str(model) / "tokenizer.json"
+        if file.is_file():
+            return Tokenizer.from_file(str(file))
+    return None
+
+
+@lru_cache(maxsize=4 * NEWEST_PARTS)
+def _part_rows(path: Path, _written_ns: int) -> tuple[Row, ...]:
+    columns = ("id", "group", "num_segments", "token_offset", "prompt_length", "reward", "stop")
+    trajectory = read_table(path, "trajectory", columns)
+    group = read_table(path, "group", ("prompt_id", "size"))
+    versions = np.split(
+        read_table(path, "segment", ("policy_version",))["policy_version"], np.cumsum(trajectory["num_segments"])[:-1]
+    )
+    prompts = [str(p) for p, size in zip(group["prompt_id"], group["size"], strict=True) for _ in range(size)]
+    lengths = np.diff(trajectory["token_offset"]) - trajectory["prompt_length"]
+    rows = []
+    for i, prompt_id in enumerate(prompts):
+        used = np.unique(versions[i][versions[i] >= 0])
+        row = Row(
+            iteration=part_iteration(path),
+            trajectory=int(trajectory["id"][i]),
+            group=int(trajectory["group"][i]),
+            prompt_id=prompt_id,
+            reward=float(trajectory["reward"][i]),
+            length=int(lengths[i]),
+            first_version=int(used[0]) if len(used) else -1,
+            last_version=int(used[-1]) if len(used) else -1,
+            versions=len(used),
+            stop=_STOP_NAMES.get(Stop(int(trajectory["stop"][i])), "?"),
+        )
+        rows.append(row)
+    return tuple(rows)
+
+
+def _matches(row: Row, wanted: Filter) -> bool:
+    return (
+        wanted.reward_min <= row.reward <= wanted.reward_max
+        and row.length >= wanted.length_min
+        and (row.versions >= 2 or not wanted.multi_version)
+    )
+
+
+def _texts(ids: list[int], tokenizer: Tokenizer | None) -> Iterator[str]:
+    """The text that each token adds; a token that only begins a character adds none yet."""
+    if tokenizer is None:
+        yield from (f"{token} " for token in ids)
+        return
+    stream = DecodeStream(skip_special_tokens=False)
+    for token in ids:
+        yield stream.step(tokenizer, token) or ""
+
+
+def _token(text: str, token: int, logprob: float, mask: int, version: int, starts: bool) -> Token:
+    generated, trained = bool(mask & Mask.GENERATED), bool(mask & Mask.TRAINED)
+    if not generated:
+        hint = f"prompt, id {token}"
+    else:
+        reasons = ", ".join(reason for flag, reason in _MASK_REASONS if mask & flag) or "masked"
+        hint = f"version {version}, logprob {logprob:.4f}, {'trained' if trained else reasons}, id {token}"
+    return Token(
+        text=text, generated=generated, trained=trained, starts_segment=bool(starts), version=int(version), hint=hint
+    )
+
+
+def _version_counts(versions: Any, mask: Any) -> list[tuple[int, int, int]]:
+    generated, trained = (mask & Mask.GENERATED) != 0, (mask & Mask.TRAINED) != 0
+    return [
+        (int(version), int(np.sum(generated & (versions == version))), int(np.sum(trained & (versions == version))))
+        for version in np.unique(versions[generated])
+    ]

@@ -1,0 +1,263 @@
+"""The learner: one FSDP2 rank that trains on claims, and the Ray actor around it."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
+from torch.distributed.device_mesh import DeviceMesh
+
+from pmdflow.config.schema import Config
+from pmdflow.learner.algorithms import find_algorithm
+from pmdflow.learner.batch import Bool, StepPlan, pack, plan_iteration, trained_counts
+from pmdflow.learner.fsdp import Policy, build_policy, free_address, full_state_dict, join_ranks, learner_device
+from pmdflow.learner.steps import Sums, Tensors, all_sum, mismatch_sums, reference_pass, take_step
+from pmdflow.metrics.spans import SpanBuffer
+from pmdflow.reward.length import length_reward
+from pmdflow.types import Float64, Mask, TrainBatch
+from pmdflow.weights.transport import WeightsHandle, make_transport
+
+CORRECT_REWARD = 0.5
+"""For the length reward a trajectory is correct from this reward on: it separates 0 and 1 as well as -1 and 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """What one iteration did; equal on all ranks."""
+
+    metrics: dict[str, Any]
+    """The `learner/*` keys of `steps.Sums.metrics`."""
+    masked: dict[str, int]
+    """Tokens that the learner itself left out of the claim, by reason."""
+    advantages: Float64
+    """One value a trajectory [N], as the algorithm gave it to the loss."""
+
+
+class Learner:
+    """One rank. Every rank makes the same calls in the same order; each waits for the others in its collectives.
+
+    Example:
+        >>> learner = Learner(config=config, rank=0)                # doctest: +SKIP
+        >>> learner.setup(learner.address())                        # doctest: +SKIP
+        >>> result = learner.train(batch)                           # doctest: +SKIP
+        >>> learner.save("checkpoints/iteration-000001.tmp")        # doctest: +SKIP
+    """
+
+    def __init__(self, *, config: Config, rank: int) -> None:
+        """Check the settings; nothing is loaded before `setup`.
+
+        Raises:
+            ValueError: `learner.algorithm` is not known.
+        """
+        self._config = config
+        self._rank = rank
+        self._algorithm = find_algorithm(config.learner.algorithm)
+        self._device = learner_device(rank)
+        self._spans = SpanBuffer(f"learner-{rank}")
+        self._mesh: DeviceMesh | None = None
+        self._policy: Policy
+        self._optimizer: torch.optim.AdamW
+        self._num_steps = 0
+        self._pristine = False
+
+    def address(self) -> str:
+        """A free `host:port` of this machine, for `setup`."""
+        return free_address("127.0.0.1")
+
+    def setup(self, master: str) -> None:
+        """Join the other ranks at `master` (`host:port` of rank 0) and load the initial weights.
+
+        Raises:
+            WaitTimeout: not all ranks joined in time.
+            ValueError: the model cannot be read.
+        """
+        torch.set_num_threads(self._config.learner.threads)
+        if self._device.type == "cpu":
+            torch.use_deterministic_algorithms(True)
+        self._mesh = join_ranks(master, rank=self._rank, ranks=self._config.learner.ranks, device=self._device)
+        self._build()
+
+    def close(self) -> None:
+        """Leave the process group, so that this process can join another."""
+        if self._mesh is not None:
+            self._mesh = None
+            dist.destroy_process_group()
+
+    def load_initial(self) -> None:
+        """Go back to the weights of the model folder, with a fresh optimizer and schedule."""
+        if not self._pristine:
+            self._build()
+
+    def train(self, batch: TrainBatch) -> TrainResult:
+        """Take the iteration's optimizer steps on one claim; every rank gets the whole claim.
+
+        Raises:
+            ValueError: a reward is not finite, or a trajectory does not fit `learner.tokens_per_microbatch`.
+            PmdflowError: a gradient is not finite.
+        """
+        learner, sums = self._config.learner, Sums()
+        torch.set_num_threads(learner.threads)  # Also for this thread: it need not be the one that ran setup.
+        advantages = self._advantages(batch)
+        trained = (batch.mask & Mask.TRAINED) != 0
+        plans = plan_iteration(
+            batch,
+            trained=trained,
+            steps=learner.steps_per_iteration,
+            ranks=learner.ranks,
+            tokens_per_microbatch=learner.tokens_per_microbatch,
+        )
+        steps = [self._load(batch, plan, trained, advantages) for plan in plans]
+        anchors = self._anchors(batch, steps, sums)
+        if learner.reset_optimizer:
+            self._optimizer.state.clear()
+        self._pristine = False
+        for index, (plan, micros) in enumerate(zip(plans, steps, strict=True)):
+            where = f"iteration {batch.iteration}, step {index + 1} of {len(plans)}"
+            with self._spans.span("step", iteration=batch.iteration, step=index, tokens=plan.num_tokens):
+                self._step(plan, micros, anchors[index], sums, where)
+        return TrainResult(metrics=sums.metrics(), masked={"filter": 0, "veto": 0}, advantages=advantages)
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """All weights by Hugging Face names, on the CPU in `model.dtype`, at rank 0; None elsewhere."""
+        with self._spans.span("publish"):
+            return full_state_dict(self._policy, dtype=self._config.model.dtype, rank=self._rank)
+
+    def save(self, directory: str) -> None:
+        """Write weights, optimizer, schedule and random state to a directory; any number of ranks can load it."""
+        with self._spans.span("checkpoint", directory=directory):
+            save_state(self._state(), checkpoint_id=directory)
+
+    def load(self, directory: str) -> None:
+        """Continue from a saved directory, bit for bit if the ranks are equally many."""
+        with self._spans.span("checkpoint", directory=directory):
+            state = self._state()
+            load_state(state, checkpoint_id=directory)
+            set_state_dict(
+                self._policy,
+                self._optimizer,
+                model_state_dict=state["model"],
+                optim_state_dict=state["optimizer"],
+            )
+            if not state["has_moments"]:
+                self._optimizer.state.clear()
+            self._num_steps = state["num_steps"]
+            torch.set_rng_state(state["random"])
+            self._pristine = False
+
+    def drain(self) -> list[dict[str, Any]]:
+        """The spans since the last call; safe beside `train`."""
+        return self._spans.drain()
+
+    def device_info(self) -> dict[str, Any]:
+        """What bitwise equality of a replay depends on."""
+        cuda = self._device.type == "cuda"
+        return {
+            "device": torch.cuda.get_device_name(self._device) if cuda else "cpu",
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "dtype": self._config.model.dtype,
+            "threads": self._config.learner.threads,
+            "torch": torch.__version__,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+        }
+
+    def _build(self) -> None:
+        assert self._mesh is not None, "setup comes first"
+        learner = self._config.learner
+        torch.manual_seed(self._config.run.seed)
+        self._policy = build_policy(self._config.model.path, dtype=self._config.model.dtype, mesh=self._mesh)
+        self._optimizer = torch.optim.AdamW(
+            self._policy.parameters(), lr=learner.lr, betas=(0.9, 0.95), weight_decay=learner.weight_decay
+        )
+        self._num_steps = 0
+        self._pristine = True
+
+    def _advantages(self, batch: TrainBatch) -> Float64:
+        rewards, weight = batch.rewards, self._config.reward.length_weight
+        if weight > 0:
+            lengths = trained_counts(batch, (batch.mask & Mask.GENERATED) != 0)
+            rewards = rewards + weight * length_reward(lengths, rewards >= CORRECT_REWARD, batch.groups)
+        return self._algorithm.advantages(rewards, batch.groups, self._config.learner)
+
+    def _load(self, batch: TrainBatch, plan: StepPlan, trained: Bool, advantages: Float64) -> list[Tensors]:
+        micros = (pack(batch, trained=trained, trajectories=rows) for rows in plan.ranks[self._rank])
+        return [
+            Tensors.of(micro, advantages=advantages, version=batch.version, device=self._device) for micro in micros
+        ]
+
+    def _anchors(self, batch: TrainBatch, steps: list[list[Tensors]], sums: Sums) -> list[list[Tensor]]:
+        """The log-probs to compare with; log pi_i of the whole claim is computed before the first step."""
+        if self._config.learner.anchor == "behavior":
+            return [[micro.behavior for micro in micros] for micros in steps]
+        with self._spans.span("reference", iteration=batch.iteration):
+            anchors = [reference_pass(self._policy, micros) for micros in steps]
+            pairs = zip(itertools.chain(*steps), itertools.chain(*anchors), strict=True)
+            local = np.sum([[0.0, 0.0], *(mismatch_sums(micro, logprobs) for micro, logprobs in pairs)], axis=0)
+            sums.mismatch, sums.mismatch_tokens = all_sum(local.tolist(), self._device)
+        return anchors
+
+    def _step(self, plan: StepPlan, micros: list[Tensors], anchors: list[Tensor], sums: Sums, where: str) -> None:
+        """One optimizer step, or none: AdamW moves weights even on zero gradients."""
+        if plan.num_tokens == 0:
+            sums.skipped += 1
+            sums.step_losses.append(0.0)
+            return
+        learner = self._config.learner
+        sums.lr = learner.lr * min(1.0, (self._num_steps + 1) / max(learner.warmup_steps, 1))
+        for group in self._optimizer.param_groups:
+            group["lr"] = sums.lr
+        take_step(
+            self._policy,
+            self._optimizer,
+            micros,
+            anchors,
+            algorithm=self._algorithm,
+            config=self._config,
+            denominator=plan.num_sequences if self._algorithm.mean_over == "sequences" else plan.num_tokens,
+            sums=sums,
+            where=where,
+        )
+        sums.trained_tokens += plan.num_tokens
+        self._num_steps += 1
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds; the tensors are the live shards, and loading fills them in place."""
+        has_moments = bool(self._optimizer.state)
+        model, optimizer = get_state_dict(self._policy, self._optimizer)
+        if not has_moments:
+            # get_state_dict makes moments by an empty step; without them the first step's bias correction is right.
+            self._optimizer.state.clear()
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "has_moments": has_moments,
+            "num_steps": self._num_steps,
+            "random": torch.get_rng_state(),
+        }
+
+
+class LearnerActor(Learner):
+    """A `Learner` as a Ray actor, which publishes its weights; `launch` makes it remote."""
+
+    def __init__(self, *, config: Config, rank: int, run_dir: str) -> None:
+        """Also open the transport of the run."""
+        super().__init__(config=config, rank=rank)
+        self._transport = make_transport(config, Path(run_dir))
+
+    def address(self) -> str:
+        """A free `host:port` of this node."""
+        return free_address(ray.util.get_node_ip_address())
+
+    def publish(self, version: int) -> WeightsHandle | None:
+        """Gather the weights and make them fetchable as `version`; the handle at rank 0, None elsewhere."""
+        weights = self.weights()
+        return None if weights is None else self._transport.publish(version, weights)

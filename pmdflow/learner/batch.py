@@ -1,0 +1,201 @@
+"""One claim -> optimizer steps -> ranks -> padded micro-batches. NumPy; every rank computes the same plan.
+
+A logit at position t - 1 predicts token t. Only generated tokens are predicted, so a micro-batch carries its
+per-token values packed over those: P of them, in the order of its rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pmdflow.types import Float32, Int32, Int64, Mask, TrainBatch
+
+BUCKET = 0.6
+"""A row shorter than this share of the longest begins a new micro-batch: padding costs as much as tokens."""
+
+Bool = npt.NDArray[np.bool_]
+Indices = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """One optimizer step: which trajectories each rank computes, and the denominators over all ranks."""
+
+    num_sequences: int
+    """Trajectories with a trained token."""
+    num_tokens: int
+    """Trained tokens."""
+    ranks: tuple[tuple[Indices, ...], ...]
+    """For each rank its micro-batches, equally many; each the indices of its trajectories, empty to keep pace."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """What one forward pass reads: B rows of width W, right-padded, and P generated tokens."""
+
+    trajectories: Int64
+    """Index of each row's trajectory [B]; empty for a micro-batch that only keeps pace with the other ranks."""
+    tokens: Int64
+    """[B, W], 0 at padding."""
+    attention: Bool
+    """[B, W], False at padding."""
+    positions: Int64
+    """Where each generated token is predicted: index into the flattened [B * W] [P]."""
+    targets: Int64
+    """The generated tokens [P]."""
+    temperatures: Float32
+    """[P]"""
+    behavior: Float32
+    """Log-probs at generation [P]."""
+    versions: Int32
+    """[P]"""
+    trained: Bool
+    """[P]"""
+    cu_seqlens: Int64
+    """Start of each row's generated tokens and the end [B + 1]."""
+
+
+def group_slices(batch: TrainBatch) -> list[slice]:
+    """The trajectories of each group, in claim order.
+
+    Raises:
+        ValueError: members of a group are not adjacent.
+    """
+    starts = [0, *(np.flatnonzero(np.diff(batch.groups)) + 1).tolist(), len(batch.groups)]
+    slices = [slice(first, last) for first, last in itertools.pairwise(starts) if last > first]
+    if len(slices) != len(np.unique(batch.groups)):
+        raise ValueError("the members of a group must be adjacent in a TrainBatch: sort trajectories by group")
+    return slices
+
+
+def plan_iteration(
+    batch: TrainBatch, *, trained: Bool, steps: int, ranks: int, tokens_per_microbatch: int
+) -> list[StepPlan]:
+    """Split a claim into steps, ranks and micro-batches.
+
+    Groups stay whole and in claim order; their number in two steps differs by at most one. Trajectories without a
+    trained token are in no micro-batch: they have no gradient and are in no denominator.
+
+    Args:
+        batch: The claim.
+        trained: Which tokens have a gradient [T].
+        steps: Optimizer steps.
+        ranks: Learner ranks.
+        tokens_per_microbatch: Most tokens of a micro-batch, padding included.
+
+    Raises:
+        ValueError: one trajectory alone is longer than `tokens_per_microbatch`.
+    """
+    counts = trained_counts(batch, trained)
+    lengths = np.diff(batch.cu_seqlens)
+    groups = [np.arange(group.start, group.stop) for group in group_slices(batch)]
+    plans = []
+    for chunk in np.array_split(np.arange(len(groups)), steps):
+        members = np.concatenate([groups[index] for index in chunk]) if len(chunk) else np.zeros(0, np.int64)
+        members = members[counts[members] > 0]
+        parts = [
+            _fill(part, lengths, tokens_per_microbatch) for part in _spread(members.tolist(), lengths, num_parts=ranks)
+        ]
+        pace = max(len(part) for part in parts)
+        plans.append(
+            StepPlan(
+                num_sequences=len(members),
+                num_tokens=int(counts[members].sum()),
+                ranks=tuple(tuple(part) + ((),) * (pace - len(part)) for part in parts),
+            )
+        )
+    return plans
+
+
+def trained_counts(batch: TrainBatch, flags: Bool) -> Int64:
+    """How many tokens of each trajectory have the flag set [N]."""
+    running = np.concatenate([[0], np.cumsum(flags, dtype=np.int64)])
+    return np.asarray(running[batch.cu_seqlens[1:]] - running[batch.cu_seqlens[:-1]])
+
+
+def _spread(members: Sequence[int], lengths: Int64, *, num_parts: int) -> list[list[int]]:
+    """Longest first, each to the part with the fewest tokens; ties go to the earlier trajectory and part."""
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    loads = [0] * num_parts
+    for member in sorted(members, key=lambda index: (-int(lengths[index]), index)):
+        least = loads.index(min(loads))
+        parts[least].append(member)
+        loads[least] += int(lengths[member])
+    return parts
+
+
+def _fill(members: Sequence[int], lengths: Int64, limit: int) -> list[Indices]:
+    """Cut a list that is sorted longest first into micro-batches of rows x width <= limit and of similar lengths."""
+    filled: list[list[int]] = []
+    for member in members:
+        width = int(lengths[member])
+        if width > limit:
+            raise ValueError(
+                f"a trajectory has {width} tokens, learner.tokens_per_microbatch is {limit}: raise it to at least "
+                "data.max_tokens plus the longest prompt"
+            )
+        widest = int(lengths[filled[-1][0]]) if filled else 0
+        if width >= BUCKET * widest > 0 and (len(filled[-1]) + 1) * widest <= limit:
+            filled[-1].append(member)
+        else:
+            filled.append([member])
+    return [tuple(rows) for rows in filled]
+
+
+def pack(batch: TrainBatch, *, trained: Bool, trajectories: Indices) -> MicroBatch:
+    """Gather the rows of one micro-batch.
+
+    Raises:
+        ValueError: a generated token is the first of its trajectory, so nothing predicts it.
+    """
+    if not trajectories:
+        return _empty()
+    starts, ends = batch.cu_seqlens[list(trajectories)], batch.cu_seqlens[[index + 1 for index in trajectories]]
+    width = int((ends - starts).max())
+    tokens = np.zeros((len(trajectories), width), np.int64)
+    attention = np.zeros((len(trajectories), width), np.bool_)
+    sources, positions = [], []
+    for row, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+        tokens[row, : end - start] = batch.tokens[start:end]
+        attention[row, : end - start] = True
+        generated = np.flatnonzero(batch.mask[start:end] & Mask.GENERATED)
+        if len(generated) and generated[0] == 0:
+            raise ValueError(
+                f"trajectory {batch.trajectories[trajectories[row]]} has no prompt: add at least one token"
+            )
+        sources.append(start + generated)
+        positions.append(row * width + generated - 1)
+    source = np.concatenate(sources)
+    return MicroBatch(
+        trajectories=np.asarray(trajectories, np.int64),
+        tokens=tokens,
+        attention=attention,
+        positions=np.concatenate(positions),
+        targets=batch.tokens[source].astype(np.int64),
+        temperatures=batch.temperatures[source],
+        behavior=batch.logprobs[source],
+        versions=batch.versions[source],
+        trained=trained[source],
+        cu_seqlens=np.concatenate([[0], np.cumsum([len(part) for part in sources])]).astype(np.int64),
+    )
+
+
+def _empty() -> MicroBatch:
+    """One row of two tokens, nothing trained: its forward and backward keep the ranks' collectives in step."""
+    return MicroBatch(
+        trajectories=np.zeros(0, np.int64),
+        tokens=np.zeros((1, 2), np.int64),
+        attention=np.ones((1, 2), np.bool_),
+        positions=np.zeros(1, np.int64),
+        targets=np.zeros(1, np.int64),
+        temperatures=np.ones(1, np.float32),
+        behavior=np.zeros(1, np.float32),
+        versions=np.full(1, -1, np.int32),
+        trained=np.zeros(1, np.bool_),
+        cu_seqlens=np.array([0, 1], np.int64),
+    )

@@ -1,0 +1,364 @@
+"""Typed facade of the Rust trajectory store.
+
+Every method that changes state is safe to repeat with the same ids and offsets: Ray may lose a reply. Errors are those
+of the native module: `StoreError` is their root; `StaleLease`, `StoreFull`, `Conflict`, `CorruptLog` and `StoreLocked`
+say what was wrong. A closed store raises `StoreError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgpack
+import numpy as np
+
+from pmdflow import _rust_buffer
+from pmdflow._rust_buffer import Conflict, CorruptLog, StaleLease, StoreError, StoreFull, StoreLocked
+from pmdflow.types import (
+    Counts,
+    Grant,
+    Int32,
+    Lease,
+    LeaseKind,
+    Outcome,
+    Prompt,
+    Quota,
+    Segment,
+    Stop,
+    TrainBatch,
+    Unscored,
+)
+
+__all__ = [
+    "ClaimAnswer",
+    "Conflict",
+    "CorruptLog",
+    "EvalResult",
+    "StaleLease",
+    "StoreError",
+    "StoreFull",
+    "StoreLocked",
+    "TrajectoryStore",
+    "encode_segments",
+]
+
+GroupState = Literal["partial", "ready", "claimed", "trained", "committed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimAnswer:
+    """The answer to `TrajectoryStore.claim`."""
+
+    status: Literal["claimed", "starved", "timeout"]
+    groups: tuple[int, ...]
+    """Group ids in claim order; empty unless claimed."""
+    lsn: int
+    """Record of the claim, or the newest one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalResult:
+    """Result of one evaluation trajectory."""
+
+    request_id: str
+    prompt_id: str
+    reward: float | None
+    """None when scoring failed for good."""
+    length: int
+    """Generated tokens."""
+    stop: Stop
+    first_version: int | None
+    """Policy version of the first token; None when empty."""
+    last_version: int | None
+    """Policy version of the last token; None when empty."""
+
+
+def encode_segments(
+    segments: Sequence[Segment], *, extra: Sequence[Mapping[str, np.ndarray[Any, Any]]] | None = None
+) -> bytes:
+    """Encode segments as the batch that `TrajectoryStore.append` takes.
+
+    Args:
+        segments: In the order in which they are to be appended.
+        extra: Named columns of each segment, stored with it and returned by `trajectory` (for example expert ids).
+
+    Raises:
+        ValueError: `extra` has another length than `segments`.
+    """
+    columns: Sequence[Mapping[str, np.ndarray[Any, Any]]] = [{}] * len(segments) if extra is None else extra
+    rows = [_segment_row(segment, named) for segment, named in zip(segments, columns, strict=True)]
+    encoded: bytes = msgpack.packb(rows, use_bin_type=True)
+    return encoded
+
+
+def _segment_row(segment: Segment, extra: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
+    return {
+        "t": segment.trajectory,
+        "e": segment.epoch,
+        "o": segment.offset,
+        "v": segment.version,
+        "temp": float(segment.temperature),
+        "tok": np.asarray(segment.tokens, dtype="<i4").tobytes(),
+        "lp": np.asarray(segment.logprobs, dtype="<f4").tobytes(),
+        "next": segment.next_version,
+        "stop": segment.stop,
+        "extra": {name: [array.dtype.str, array.tobytes()] for name, array in extra.items()},
+    }
+
+
+class TrajectoryStore:
+    """The trajectory store with NumPy arrays and dataclasses; see `pmdflow/_rust_buffer.pyi` for the exact rules.
+
+    Example:
+        >>> store = TrajectoryStore(None, groups_per_iteration=1, lookahead=1, max_staleness=4)
+        >>> store.publish(0)
+        >>> store.set_quota(Quota(version=0, groups=1, tokens=100, tokens_per_segment=None))
+        >>> prompt = Prompt(id="p0", text="1+1=", tokens=np.array([1, 2], dtype=np.int32))
+        >>> group = store.admit("train-0", prompt, group_size=2, max_tokens=8, cursor=0)
+        >>> [lease.grant for lease in store.lease("worker", version=0, max_leases=2, timeout_s=0.0)]
+        [8, 8]
+    """
+
+    def __init__(
+        self,
+        path: Path | str | None,
+        *,
+        groups_per_iteration: int,
+        lookahead: int,
+        max_staleness: int | None,
+        segment_loss: Literal["all", "current_only"] = "all",
+        min_group_size: int = 2,
+        max_attempts: int = 3,
+        lease_ttl_s: float = 30.0,
+        grant_tokens: int = 64,
+        durability: Literal["os", "group", "always"] = "group",
+        max_bytes: int | None = None,
+        file_bytes: int = 64 * 1024 * 1024,
+    ) -> None:
+        """Open or create the store in directory `path`; None keeps it in memory.
+
+        Raises:
+            StoreLocked: another writer has it open.
+            CorruptLog: damage before the tail of the log, or a newer format.
+        """
+        self._native = _rust_buffer.TrajectoryStore(
+            None if path is None else str(path),
+            groups_per_iteration=groups_per_iteration,
+            lookahead=lookahead,
+            max_staleness=max_staleness,
+            segment_loss=segment_loss,
+            min_group_size=min_group_size,
+            max_attempts=max_attempts,
+            lease_ttl_s=lease_ttl_s,
+            grant_tokens=grant_tokens,
+            durability=durability,
+            max_bytes=max_bytes,
+            file_bytes=file_bytes,
+        )
+
+    def set_quota(self, quota: Quota) -> None:
+        """Set what rollout may do under `quota.version`; a later call for the same version replaces it."""
+        self._native.set_quota(quota.version, quota.groups, quota.tokens, quota.tokens_per_segment)
+
+    def admit(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        *,
+        group_size: int,
+        max_tokens: int,
+        cursor: int | None = None,
+        kind: LeaseKind = "train",
+    ) -> int:
+        """Admit a prompt with `group_size` empty trajectories; returns the group id.
+
+        Raises:
+            StoreFull: the quota of groups or `max_bytes` is reached.
+            Conflict: the id was admitted with other content, or its group is gone.
+        """
+        return self._native.admit(
+            request_id,
+            cursor=cursor,
+            kind=kind,
+            prompt_id=prompt.id,
+            prompt=np.asarray(prompt.tokens, dtype="<i4").tobytes(),
+            metadata=msgpack.packb(dict(prompt.metadata), use_bin_type=True),
+            group_size=group_size,
+            max_tokens=max_tokens,
+        )
+
+    def lease(
+        self, worker: str, version: int, max_leases: int, timeout_s: float, *, now_s: float | None = None
+    ) -> list[Lease]:
+        """Lease up to `max_leases` trajectories to a worker whose engine holds `version`; waits for the first one."""
+        rows = self._native.lease(worker, version, max_leases, timeout_s, now_s)
+        return [Lease(**row | {"prompt": _int32(row["prompt"]), "prefix": _int32(row["prefix"])}) for row in rows]
+
+    def append(self, batch: bytes | Sequence[Segment], *, now_s: float | None = None) -> tuple[int, list[Grant]]:
+        """Append segments (encoded or not), extend grants, end leases; returns the log position and a grant for each.
+
+        Raises:
+            Conflict: a gap, other content at the same offset, more than `max_tokens`, or a decreasing version.
+        """
+        encoded = batch if isinstance(batch, bytes) else encode_segments(batch)
+        lsn, replies = self._native.append(encoded, now_s)
+        return lsn, [Grant(trajectory=trajectory, stale=stale, tokens=grant) for trajectory, stale, grant in replies]
+
+    def unscored(self, max_items: int, ttl_s: float, timeout_s: float, *, now_s: float | None = None) -> list[Unscored]:
+        """Complete trajectories without a reward; each is handed out again only after `ttl_s` or a restart."""
+        rows = self._native.unscored(max_items, ttl_s, timeout_s, now_s)
+        return [
+            Unscored(
+                **row
+                | {
+                    "metadata": msgpack.unpackb(row["metadata"]),
+                    "prompt": _int32(row["prompt"]),
+                    "tokens": _int32(row["tokens"]),
+                    "stop": Stop(row["stop"]),
+                }
+            )
+            for row in rows
+        ]
+
+    def score(
+        self,
+        trajectory: int,
+        attempt: int,
+        outcome: Outcome,
+        reward: float = 0.0,
+        components: Mapping[str, float] | None = None,
+    ) -> None:
+        """Record the outcome of scoring attempt `attempt`.
+
+        Raises:
+            Conflict: not complete, a reward that is not finite, or another outcome for an attempt already recorded.
+        """
+        self._native.score(trajectory, attempt, outcome, reward, dict(components or {}))
+
+    def publish(self, version: int, iteration: int | None = None, masked: Mapping[str, int] | None = None) -> None:
+        """Make `version` the newest; `iteration`'s claim is trained. `masked` counts tokens by `filter` and `veto`.
+
+        Raises:
+            Conflict: the version is not above every earlier one, or the claim is not there to be trained.
+        """
+        self._native.publish(version, iteration, dict(masked or {}))
+
+    def claim(self, iteration: int, version: int, timeout_s: float, *, now_s: float | None = None) -> ClaimAnswer:
+        """Claim `iteration`'s groups for a learner at `version`, waiting until they are ready or rollout is closed.
+
+        Raises:
+            Conflict: another claim is untrained, or the iteration is not above every earlier one.
+        """
+        row = self._native.claim(iteration, version, timeout_s, now_s)
+        return ClaimAnswer(status=row["status"], groups=tuple(row["groups"]), lsn=row["lsn"])
+
+    def read_claim(self, iteration: int) -> TrainBatch:
+        """The groups of a claim, packed; members whose scoring failed for good are left out.
+
+        Raises:
+            Conflict: the iteration has no claim.
+        """
+        row = self._native.read_claim(iteration)
+        arrays = {name: np.frombuffer(row.pop(name), dtype=dtype) for name, dtype in _BATCH_DTYPES.items()}
+        components = {name: np.frombuffer(data, dtype="<f8") for name, data in row.pop("components").items()}
+        return TrainBatch(**row | arrays | {"components": components, "prompt_ids": tuple(row["prompt_ids"])})
+
+    def commit(self, iteration: int) -> None:
+        """A durable checkpoint covers every claim up to `iteration`.
+
+        Raises:
+            Conflict: one of them is not trained.
+        """
+        self._native.commit(iteration)
+
+    def uncommit(self, iteration: int) -> list[int]:
+        """Undo every claim after `iteration`: their groups are ready again. Returns the undone iterations.
+
+        Raises:
+            Conflict: one of them is evicted.
+        """
+        return self._native.uncommit(iteration)
+
+    def evict(self, iteration: int) -> int:
+        """Drop the groups of every committed claim up to `iteration`, and log files without live groups."""
+        return self._native.evict(iteration)
+
+    def eval_results(self, prefix: str, timeout_s: float) -> list[EvalResult] | None:
+        """Results of the evaluation groups whose request ids start with `prefix`; None if some are missing in time."""
+        rows = self._native.eval_results(prefix, timeout_s)
+        return None if rows is None else [EvalResult(**row | {"stop": Stop(row["stop"])}) for row in rows]
+
+    def drop_eval(self, prefix: str) -> int:
+        """Evict the evaluation groups whose request ids start with `prefix`; returns how many."""
+        return self._native.drop_eval(prefix)
+
+    def groups(self, state: GroupState | None = None) -> list[dict[str, Any]]:
+        """Live groups: {group, request_id, prompt_id, kind, state, iteration, trajectories, cursor}."""
+        return self._native.groups(state)
+
+    def trajectory(self, trajectory: int) -> dict[str, Any]:
+        """One live trajectory with its arrays.
+
+        Keys: trajectory, group, state (`leased`, `idle`, `unscored`, `scored` or `failed`), prompt int32 [P], tokens
+        int32 [S], logprobs float32 [S], segments [(length, version, temperature)], reward, components, stop, attempts,
+        epoch, extra {name: [(offset, length, values)]}.
+
+        Raises:
+            Conflict: it is not in the store.
+        """
+        row = self._native.trajectory(trajectory)
+        extra = {
+            name: [(offset, length, np.frombuffer(data, dtype=dtype)) for offset, length, dtype, data in runs]
+            for name, runs in row["extra"].items()
+        }
+        arrays = {
+            "prompt": _int32(row["prompt"]),
+            "tokens": _int32(row["tokens"]),
+            "logprobs": np.frombuffer(row["logprobs"], dtype="<f4"),
+        }
+        return row | arrays | {"stop": Stop(row["stop"]), "extra": extra}
+
+    def counts(self) -> Counts:
+        """Live numbers."""
+        return Counts(**self._native.counts())
+
+    def ledger(self) -> dict[str, int]:
+        """Durable generated training tokens, each in one place; `generated` is their sum.
+
+        Outside the sum: `prompt` (prompt tokens, once for each trajectory), `reprefill` and `eval`.
+        """
+        return self._native.ledger()
+
+    def versions_spent(self) -> dict[int, int]:
+        """Durable training tokens by policy version, for the versions that still have a quota."""
+        return self._native.versions_spent()
+
+    def wait_durable(self, lsn: int, timeout_s: float) -> bool:
+        """Wait until every record up to `lsn` is on disk."""
+        return self._native.wait_durable(lsn, timeout_s)
+
+    def close(self) -> None:
+        """Sync, wake every waiter with `StoreError` and release the lock. Safe to repeat."""
+        self._native.close()
+
+
+_BATCH_DTYPES = {
+    "tokens": "<i4",
+    "logprobs": "<f4",
+    "versions": "<i4",
+    "temperatures": "<f4",
+    "mask": "|u1",
+    "cu_seqlens": "<i8",
+    "prompt_lengths": "<i4",
+    "groups": "<i8",
+    "trajectories": "<i8",
+    "rewards": "<f8",
+    "stops": "|u1",
+}
+
+
+def _int32(data: bytes) -> Int32:
+    return np.frombuffer(data, dtype="<i4")

@@ -1,0 +1,112 @@
+//! Recomputes from the state what the store keeps incrementally; for tests and for doubt.
+
+use std::collections::BTreeMap;
+
+use crate::{
+    error::Result,
+    group::{Kind, Phase},
+    ledger::{Place, signed},
+    order::Index,
+    state::{ClaimStatus, ClaimSums},
+    store::{Store, conflict},
+    trajectory::{Verdict, Version},
+};
+
+/// Compares ledger, spent tokens, index and reservations with what state and leases say.
+///
+/// # Errors
+/// `Conflict` naming the first difference.
+pub fn check(store: &Store) -> Result<()> {
+    check_trajectories(store)?;
+    check_ledger(store)?;
+    check_claims(store)?;
+    check_index(store)?;
+    check_reservations(store)
+}
+
+#[allow(clippy::needless_pass_by_value)] // Values read better at the call.
+fn same<T: PartialEq + std::fmt::Debug>(what: &str, kept: T, recomputed: T) -> Result<()> {
+    if kept == recomputed { Ok(()) } else { conflict(format!("{what}: kept {kept:?}, recomputed {recomputed:?}")) }
+}
+
+fn check_trajectories(store: &Store) -> Result<()> {
+    for trajectory in store.state.trajectories.values() {
+        let segments = &trajectory.segments;
+        let newest = segments.iter().filter(|segment| Some(segment.version) == trajectory.last_version());
+        same("tokens of a trajectory", trajectory.len, segments.iter().map(|segment| segment.len).sum())?;
+        same("tokens of the newest version", trajectory.tail, newest.map(|segment| segment.len).sum())?;
+        same("order of versions", segments.is_sorted_by_key(|segment| segment.version), true)?;
+    }
+    Ok(())
+}
+
+fn check_ledger(store: &Store) -> Result<()> {
+    let state = &store.state;
+    let mut live: BTreeMap<&str, i64> = BTreeMap::new();
+    for group in state.groups.values() {
+        let tokens: u64 = group.members().map(|id| state.trajectories.get(&id).map_or(0, |t| u64::from(t.len))).sum();
+        same("tokens of a group", group.tokens, tokens)?;
+        if group.kind == Kind::Eval {
+            continue;
+        }
+        match group.phase {
+            Phase::Ready => *live.entry("ready").or_default() += signed(tokens),
+            Phase::Claimed(_) => {}
+            Phase::Partial => {
+                for id in group.members() {
+                    let trajectory = state.trajectory(id)?;
+                    let place = match trajectory.verdict {
+                        Verdict::Pending if trajectory.is_partial() => "partial",
+                        Verdict::Pending => "unscored",
+                        _ => "waiting_group",
+                    };
+                    *live.entry(place).or_default() += i64::from(trajectory.len);
+                }
+            }
+        }
+    }
+    for (place, name) in Place::ALL.iter().take(4) {
+        same(name, state.ledger.get(*place), live.get(name).copied().unwrap_or(0))?;
+    }
+    match Place::ALL.iter().find(|(place, _)| state.ledger.get(*place) < 0) {
+        Some((place, name)) => same(name, state.ledger.get(*place), 0),
+        None => Ok(()),
+    }
+}
+
+fn check_claims(store: &Store) -> Result<()> {
+    let state = &store.state;
+    let mut claimed = 0;
+    for (iteration, claim) in &state.claims {
+        let mut sums = crate::state::Claim { sums: ClaimSums::default(), ..claim.clone() };
+        for id in &claim.groups {
+            sums.sums = crate::order::add_sums(state, *id, &sums)?;
+            same("phase of a claimed group", state.group(*id)?.phase, Phase::Claimed(*iteration))?;
+        }
+        same("sums of a claim", claim.sums, sums.sums)?;
+        if claim.status == ClaimStatus::Claimed {
+            claimed += signed(claim.sums.trainable);
+        }
+    }
+    same("claimed", state.ledger.get(Place::Claimed), claimed)
+}
+
+fn check_index(store: &Store) -> Result<()> {
+    let mut index = store.index.clone();
+    // What is handed out for scoring is soft state of its own.
+    index.take_back(&store.state, i64::MAX);
+    let mut fresh = Index::of(&store.state)?;
+    for (id, _) in store.leases.iter() {
+        fresh.remove(&store.state, *id, false)?;
+        fresh.add(&store.state, *id, true)?;
+    }
+    same("index", index, fresh)
+}
+
+fn check_reservations(store: &Store) -> Result<()> {
+    let mut reserved: BTreeMap<Version, u64> = BTreeMap::new();
+    for (_, lease) in store.leases.iter().filter(|(_, lease)| lease.budgeted) {
+        *reserved.entry(lease.version).or_default() += u64::from(lease.grant);
+    }
+    reserved.into_iter().try_for_each(|(version, tokens)| same("reserved", store.leases.reserved(version), tokens))
+}

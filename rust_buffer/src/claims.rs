@@ -1,0 +1,202 @@
+//! The learner's side of the store: claims, commits and eviction; and evaluation results.
+
+use crate::{
+    error::Result,
+    group::Phase,
+    log::Lsn,
+    order::{self, Micros},
+    record::{Claimed, Reason, Record},
+    state::ClaimStatus,
+    store::{Store, conflict},
+    trajectory::{Stop, Verdict, Version},
+};
+
+/// The answer to `claim`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ClaimAnswer {
+    /// The iteration's groups, and the record that claims them.
+    Claimed(Vec<u64>, Lsn),
+    /// Rollout is closed and no group is ready.
+    Starved,
+}
+
+/// Result of one evaluation trajectory.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EvalResult {
+    /// Request id of its group.
+    pub request_id: String,
+    /// Prompt id.
+    pub prompt_id: String,
+    /// Reward; None when scoring failed for good.
+    pub reward: Option<f64>,
+    /// Generated tokens.
+    pub len: u32,
+    /// Why it ended.
+    pub stop: Stop,
+    /// Version of its first token; None when empty.
+    pub first_version: Option<Version>,
+    /// Version of its last token; None when empty.
+    pub last_version: Option<Version>,
+}
+
+impl Store {
+    /// Whether no group can become ready any more under the newest version and what is admitted.
+    fn is_closed(&self) -> bool {
+        self.index.leased == 0 && self.index.unscored_train == 0 && self.next_trainable(self.state.version).is_none()
+    }
+
+    /// Claims `iteration`'s groups for a learner at `version`; None while it has to wait.
+    ///
+    /// # Errors
+    /// `Conflict`: another claim is untrained, or the iteration is not above every earlier one.
+    pub fn claim(&mut self, iteration: i64, version: Version, now: Micros) -> Result<Option<ClaimAnswer>> {
+        self.expire(now)?;
+        if let Some(claim) = self.state.claims.get(&iteration) {
+            return Ok(Some(ClaimAnswer::Claimed(claim.groups.clone(), claim.lsn)));
+        }
+        if let Some(open) = self.state.open_claim() {
+            return conflict(format!(
+                "the claim of iteration {open} is untrained; publish it or undo it before claiming {iteration}"
+            ));
+        }
+        let newest = self.state.claims.last_key_value().map(|(newest, _)| *newest).max(self.state.evicted);
+        if newest.is_some_and(|newest| iteration <= newest) {
+            return conflict(format!("iteration {iteration} is not above the newest claim's, {newest:?}"));
+        }
+        let wanted = self.settings.groups_per_iteration;
+        if self.index.ready.len() < wanted && !self.is_closed() {
+            return Ok(None);
+        }
+        let groups = self.pick(wanted, version)?;
+        match (groups.is_empty(), groups.len() == wanted || self.is_closed()) {
+            (_, false) => Ok(None),
+            (true, true) => Ok(Some(ClaimAnswer::Starved)),
+            (false, true) => {
+                let (max_staleness, segment_loss) = (self.settings.max_staleness, self.settings.segment_loss);
+                let claimed = Claimed { iteration, version, max_staleness, segment_loss, groups: groups.clone() };
+                let (lsn, _) = self.commit(&Record::Claim(claimed), &[])?;
+                Ok(Some(ClaimAnswer::Claimed(groups, lsn)))
+            }
+        }
+    }
+
+    /// The first `wanted` ready groups that have a token to train; those before them that have none are evicted.
+    fn pick(&mut self, wanted: usize, version: Version) -> Result<Vec<u64>> {
+        let (mut groups, mut over_age) = (Vec::new(), Vec::new());
+        for id in &self.index.ready {
+            if groups.len() == wanted {
+                break;
+            }
+            let group = self.state.group(*id)?;
+            let trainable = order::is_trainable(&self.state, group, version, self.settings.max_staleness)?;
+            if trainable { groups.push(*id) } else { over_age.push(*id) }
+        }
+        if !over_age.is_empty() {
+            self.commit(&Record::Evict(over_age, Reason::OverAge), &[])?;
+        }
+        Ok(groups)
+    }
+
+    /// Commits every claim up to `iteration`.
+    ///
+    /// # Errors
+    /// `Conflict` when one of them is untrained.
+    pub fn commit_claims(&mut self, iteration: i64) -> Result<()> {
+        let mut claims = self.state.claims.range(..=iteration);
+        if let Some((open, _)) = claims.clone().find(|(_, claim)| claim.status == ClaimStatus::Claimed) {
+            return conflict(format!(
+                "the claim of iteration {open} is untrained and cannot be committed; publish it first"
+            ));
+        }
+        if claims.any(|(_, claim)| claim.status == ClaimStatus::Trained) {
+            self.commit(&Record::Commit(iteration), &[])?;
+        }
+        Ok(())
+    }
+
+    /// Undoes every claim after `iteration`; returns their iterations.
+    ///
+    /// # Errors
+    /// `Conflict` when one of them is evicted.
+    pub fn uncommit(&mut self, iteration: i64) -> Result<Vec<i64>> {
+        if let Some(evicted) = self.state.evicted.filter(|evicted| *evicted > iteration) {
+            return conflict(format!(
+                "claims up to iteration {evicted} are evicted; resume from a checkpoint of it or later"
+            ));
+        }
+        let undone: Vec<i64> = self.state.claims.range(iteration + 1..).map(|(iteration, _)| *iteration).collect();
+        if !undone.is_empty() {
+            self.commit(&Record::Uncommit(iteration), &[])?;
+        }
+        Ok(undone)
+    }
+
+    /// Drops the groups of every committed claim up to `iteration`; returns how many.
+    ///
+    /// The caller then deletes the log files before `first_live_file`, once the record is durable.
+    ///
+    /// # Errors
+    /// Those of the log.
+    pub fn evict(&mut self, iteration: i64) -> Result<usize> {
+        let committed = self.state.claims.range(..=iteration).map(|(_, claim)| claim);
+        let committed: Vec<_> = committed.filter(|claim| claim.status == ClaimStatus::Committed).collect();
+        let groups = committed.iter().map(|claim| claim.groups.len()).sum();
+        if !committed.is_empty() {
+            self.commit(&Record::Drop(iteration), &[])?;
+        }
+        Ok(groups)
+    }
+
+    fn eval_groups(&self, prefix: &str) -> Vec<u64> {
+        let matching = self.index.requests.range(prefix.to_owned()..).take_while(|(id, _)| id.starts_with(prefix));
+        let mut groups: Vec<u64> = matching.map(|(_, group)| *group).collect();
+        groups.retain(|id| self.state.groups.get(id).is_some_and(|group| group.kind == crate::group::Kind::Eval));
+        groups.sort_unstable();
+        groups
+    }
+
+    /// Results of the evaluation groups whose request ids start with `prefix`; None while one awaits its verdict.
+    ///
+    /// # Errors
+    /// An error of ours.
+    pub fn eval_results(&self, prefix: &str) -> Result<Option<Vec<EvalResult>>> {
+        let mut results = Vec::new();
+        for id in self.eval_groups(prefix) {
+            let group = self.state.group(id)?;
+            if group.phase == Phase::Partial {
+                return Ok(None);
+            }
+            for member in group.members() {
+                let trajectory = self.state.trajectory(member)?;
+                results.push(EvalResult {
+                    request_id: group.request_id.clone(),
+                    prompt_id: group.prompt_id.clone(),
+                    reward: match trajectory.verdict {
+                        Verdict::Scored { reward, .. } => Some(reward),
+                        _ => None,
+                    },
+                    len: trajectory.len,
+                    stop: trajectory.stop,
+                    first_version: trajectory.segments.first().map(|segment| segment.version),
+                    last_version: trajectory.last_version(),
+                });
+            }
+        }
+        Ok(Some(results))
+    }
+
+    /// Evicts the evaluation groups whose request ids start with `prefix`; returns how many.
+    ///
+    /// # Errors
+    /// Those of the log.
+    pub fn drop_eval(&mut self, prefix: &str) -> Result<usize> {
+        let groups = self.eval_groups(prefix);
+        for id in &groups {
+            self.state.group(*id)?.members().try_for_each(|member| self.end_lease(member))?;
+        }
+        if !groups.is_empty() {
+            self.commit(&Record::Evict(groups.clone(), Reason::Eval), &[])?;
+        }
+        Ok(groups.len())
+    }
+}

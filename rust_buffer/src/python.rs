@@ -1,0 +1,382 @@
+//! The Python module; this file and its submodules alone name pyo3. Every call releases the GIL before it takes the store's lock.
+
+#![allow(clippy::needless_pass_by_value)] // pyo3 hands over owned arguments.
+
+mod errors;
+mod rows;
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use pyo3::{exceptions::PyValueError, prelude::*, types::PyDict};
+
+use crate::{
+    batch,
+    claims::ClaimAnswer,
+    error::StoreError as Failure,
+    group::Kind,
+    log::Durability,
+    record::{Admit, Masked, Quota, SegmentLoss},
+    rollout::Granted,
+    shared::Shared,
+    store::{Settings, micros},
+    trajectory::{Outcome, Version},
+    wire::Item,
+};
+use rows::Row;
+
+fn choose<T: Copy>(what: &str, value: &str, known: &[(&str, T)]) -> PyResult<T> {
+    known.iter().find(|(name, _)| *name == value).map(|(_, choice)| *choice).ok_or_else(|| {
+        let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
+        PyValueError::new_err(format!("{what} is {value:?}; choose one of {}", names.join(", ")))
+    })
+}
+
+fn seconds(what: &str, value: f64) -> PyResult<f64> {
+    if value.is_nan() || value < 0.0 {
+        return Err(PyValueError::new_err(format!("{what} is {value}; it must be a number of seconds >= 0")));
+    }
+    Ok(value)
+}
+
+/// Trajectory, stale, grant.
+type Answer = (u64, bool, u32);
+
+/// The trajectory store; `pmdflow/_rust_buffer.pyi` documents it.
+#[pyclass(frozen, module = "pmdflow._rust_buffer")]
+struct TrajectoryStore {
+    shared: Shared,
+}
+
+#[pymethods]
+impl TrajectoryStore {
+    #[new]
+    #[pyo3(signature = (path, *, groups_per_iteration, lookahead, max_staleness, segment_loss = "all",
+        min_group_size = 2, max_attempts = 3, lease_ttl_s = 30.0, grant_tokens = 64, durability = "group",
+        max_bytes = None, file_bytes = 67_108_864))]
+    #[allow(clippy::too_many_arguments)]
+    fn new(
+        py: Python<'_>,
+        path: Option<PathBuf>,
+        groups_per_iteration: usize,
+        lookahead: u32,
+        max_staleness: Option<u32>,
+        segment_loss: &str,
+        min_group_size: u32,
+        max_attempts: u32,
+        lease_ttl_s: f64,
+        grant_tokens: u32,
+        durability: &str,
+        max_bytes: Option<u64>,
+        file_bytes: u64,
+    ) -> PyResult<Self> {
+        if groups_per_iteration == 0 || max_attempts == 0 || grant_tokens == 0 || file_bytes == 0 {
+            return Err(PyValueError::new_err(
+                "groups_per_iteration, max_attempts, grant_tokens and file_bytes must be >= 1",
+            ));
+        }
+        let settings = Settings {
+            groups_per_iteration,
+            lookahead,
+            max_staleness,
+            segment_loss: choose(
+                "segment_loss",
+                segment_loss,
+                &[("all", SegmentLoss::All), ("current_only", SegmentLoss::CurrentOnly)],
+            )?,
+            min_group_size,
+            max_attempts,
+            lease_ttl: micros(seconds("lease_ttl_s", lease_ttl_s)?),
+            grant_tokens,
+            durability: choose(
+                "durability",
+                durability,
+                &[("os", Durability::Os), ("group", Durability::Group), ("always", Durability::Always)],
+            )?,
+            max_bytes,
+            file_bytes,
+        };
+        Ok(Self { shared: py.detach(|| Shared::open(path.as_deref(), settings))? })
+    }
+
+    #[pyo3(signature = (version, groups, tokens, tokens_per_segment))]
+    fn set_quota(
+        &self,
+        py: Python<'_>,
+        version: Version,
+        groups: u64,
+        tokens: u64,
+        tokens_per_segment: Option<u32>,
+    ) -> PyResult<()> {
+        let quota = Quota { groups, tokens, tokens_per_segment };
+        py.detach(|| self.shared.change(|store| store.set_quota(version, quota)))?;
+        Ok(())
+    }
+
+    #[pyo3(signature = (request_id, *, cursor, kind, prompt_id, prompt, metadata, group_size, max_tokens))]
+    #[allow(clippy::too_many_arguments)]
+    fn admit(
+        &self,
+        py: Python<'_>,
+        request_id: String,
+        cursor: Option<u64>,
+        kind: &str,
+        prompt_id: String,
+        prompt: &[u8],
+        metadata: &[u8],
+        group_size: u32,
+        max_tokens: u32,
+    ) -> PyResult<u64> {
+        let kind = choose("kind", kind, &[("train", Kind::Train), ("eval", Kind::Eval)])?;
+        let cursor = cursor.filter(|_| kind == Kind::Train);
+        let prompt_len = (prompt.len() / 4) as u32;
+        let admit = Admit { request_id, cursor, kind, prompt_id, prompt_len, size: group_size, max_tokens };
+        Ok(py.detach(|| self.shared.change(|store| store.admit(&admit, prompt, metadata)))?.1)
+    }
+
+    #[pyo3(signature = (worker, version, max_leases, timeout_s, now_s = None))]
+    fn lease<'py>(
+        &self,
+        py: Python<'py>,
+        worker: &str,
+        version: Version,
+        max_leases: usize,
+        timeout_s: f64,
+        now_s: Option<f64>,
+    ) -> PyResult<Vec<Row<'py>>> {
+        let timeout_s = seconds("timeout_s", timeout_s)?;
+        let leases = py.detach(|| {
+            let granted = self.shared.wait(timeout_s, self.shared.clock(now_s), |store, now| {
+                store.lease(worker, version, max_leases, now).map(|leases| Some(leases).filter(|l| !l.is_empty()))
+            })?;
+            let granted = granted.map(|(_, granted)| granted).unwrap_or_default();
+            granted.into_iter().map(|lease| self.read_lease(lease)).collect::<Result<Vec<_>, Failure>>()
+        })?;
+        leases.iter().map(|(lease, prompt, prefix)| rows::lease(py, lease, prompt, prefix)).collect()
+    }
+
+    #[pyo3(signature = (batch, now_s = None))]
+    fn append(&self, py: Python<'_>, batch: &[u8], now_s: Option<f64>) -> PyResult<(u64, Vec<Answer>)> {
+        let (lsn, replies) = py.detach(|| {
+            let items = Item::decode_batch(batch)?;
+            let now = self.shared.clock(now_s).base();
+            self.shared.change(|store| store.append(&items, now))
+        })?;
+        Ok((lsn, replies.into_iter().map(|reply| (reply.trajectory, reply.stale, reply.grant)).collect()))
+    }
+
+    #[pyo3(signature = (max_items, ttl_s, timeout_s, now_s = None))]
+    fn unscored<'py>(
+        &self,
+        py: Python<'py>,
+        max_items: usize,
+        ttl_s: f64,
+        timeout_s: f64,
+        now_s: Option<f64>,
+    ) -> PyResult<Vec<Row<'py>>> {
+        let (ttl, timeout_s) = (micros(seconds("ttl_s", ttl_s)?), seconds("timeout_s", timeout_s)?);
+        let items = py.detach(|| {
+            let waiting = self.shared.wait(timeout_s, self.shared.clock(now_s), |store, now| {
+                let ids = store.unscored(max_items, ttl, now);
+                let waiting = ids.into_iter().map(|id| {
+                    let trajectory = store.state().trajectory(id)?.clone();
+                    let group = store.state().group(trajectory.group)?.clone();
+                    Ok(rows::Waiting { id, trajectory, group })
+                });
+                waiting.collect::<Result<Vec<_>, Failure>>().map(|items| Some(items).filter(|items| !items.is_empty()))
+            })?;
+            let waiting = waiting.map(|(_, waiting)| waiting).unwrap_or_default();
+            let read = |item: rows::Waiting| {
+                let prompt = batch::read_array(self.shared.log(), item.group.location, 0)?;
+                let metadata = batch::read_array(self.shared.log(), item.group.location, 1)?;
+                let (tokens, _) = batch::read_segments(self.shared.log(), &item.trajectory.segments)?;
+                Ok((item, prompt, metadata, tokens))
+            };
+            waiting.into_iter().map(read).collect::<Result<Vec<_>, Failure>>()
+        })?;
+        items.into_iter().map(|item| rows::unscored(py, &item)).collect()
+    }
+
+    #[pyo3(signature = (trajectory, attempt, outcome, reward, components))]
+    fn score(
+        &self,
+        py: Python<'_>,
+        trajectory: u64,
+        attempt: u32,
+        outcome: &str,
+        reward: f64,
+        components: BTreeMap<String, f64>,
+    ) -> PyResult<()> {
+        let known =
+            [("scored", Outcome::Scored), ("invalid", Outcome::Invalid), ("infra_failure", Outcome::InfraFailure)];
+        let outcome = choose("outcome", outcome, &known)?;
+        py.detach(|| self.shared.change(|store| store.score(trajectory, attempt, outcome, reward, components)))?;
+        Ok(())
+    }
+
+    #[pyo3(signature = (version, iteration, masked))]
+    fn publish(
+        &self,
+        py: Python<'_>,
+        version: Version,
+        iteration: Option<i64>,
+        masked: BTreeMap<String, u64>,
+    ) -> PyResult<()> {
+        if let Some(reason) = masked.keys().find(|reason| !matches!(reason.as_str(), "filter" | "veto")) {
+            return Err(PyValueError::new_err(format!("masked has the reason {reason:?}; choose one of filter, veto")));
+        }
+        let tokens = |reason| masked.get(reason).copied().unwrap_or(0);
+        let masked = Masked { filter: tokens("filter"), veto: tokens("veto") };
+        py.detach(|| self.shared.change(|store| store.publish(version, iteration, masked)))?;
+        Ok(())
+    }
+
+    #[pyo3(signature = (iteration, version, timeout_s, now_s = None))]
+    fn claim<'py>(
+        &self,
+        py: Python<'py>,
+        iteration: i64,
+        version: Version,
+        timeout_s: f64,
+        now_s: Option<f64>,
+    ) -> PyResult<Row<'py>> {
+        let timeout_s = seconds("timeout_s", timeout_s)?;
+        let (lsn, answer) = py.detach(|| {
+            let clock = self.shared.clock(now_s);
+            match self.shared.wait(timeout_s, clock, |store, now| store.claim(iteration, version, now))? {
+                Some((lsn, answer)) => Ok((lsn, Some(answer))),
+                None => self.shared.query(|store| Ok((store.lsn(), None))),
+            }
+        })?;
+        let (status, groups, lsn) = match answer {
+            Some(ClaimAnswer::Claimed(groups, lsn)) => ("claimed", groups, lsn),
+            Some(ClaimAnswer::Starved) => ("starved", Vec::new(), lsn),
+            None => ("timeout", Vec::new(), lsn),
+        };
+        let row = PyDict::new(py);
+        row.set_item("status", status)?;
+        row.set_item("groups", groups)?;
+        row.set_item("lsn", lsn)?;
+        Ok(row)
+    }
+
+    #[pyo3(signature = (iteration))]
+    fn read_claim<'py>(&self, py: Python<'py>, iteration: i64) -> PyResult<Row<'py>> {
+        let (version, packed) = py.detach(|| {
+            let (version, members) = self.shared.query(|store| store.claimed_members(iteration))?;
+            batch::pack(self.shared.log(), &members).map(|packed| (version, packed))
+        })?;
+        rows::batch(py, iteration, version, &packed)
+    }
+
+    #[pyo3(signature = (iteration))]
+    fn commit(&self, py: Python<'_>, iteration: i64) -> PyResult<()> {
+        py.detach(|| self.shared.change(|store| store.commit_claims(iteration)))?;
+        Ok(())
+    }
+
+    #[pyo3(signature = (iteration))]
+    fn uncommit(&self, py: Python<'_>, iteration: i64) -> PyResult<Vec<i64>> {
+        Ok(py.detach(|| self.shared.change(|store| store.uncommit(iteration)))?.1)
+    }
+
+    #[pyo3(signature = (iteration))]
+    fn evict(&self, py: Python<'_>, iteration: i64) -> PyResult<usize> {
+        Ok(py.detach(|| {
+            let (_, groups) = self.shared.change(|store| store.evict(iteration))?;
+            self.shared.remove_dead_files().map(|()| groups)
+        })?)
+    }
+
+    #[pyo3(signature = (prefix, timeout_s))]
+    fn eval_results<'py>(&self, py: Python<'py>, prefix: &str, timeout_s: f64) -> PyResult<Option<Vec<Row<'py>>>> {
+        let timeout_s = seconds("timeout_s", timeout_s)?;
+        let results =
+            py.detach(|| self.shared.wait(timeout_s, self.shared.clock(None), |store, _| store.eval_results(prefix)))?;
+        let Some((_, results)) = results else { return Ok(None) };
+        results.iter().map(|result| rows::eval_result(py, result)).collect::<PyResult<Vec<_>>>().map(Some)
+    }
+
+    #[pyo3(signature = (prefix))]
+    fn drop_eval(&self, py: Python<'_>, prefix: &str) -> PyResult<usize> {
+        Ok(py.detach(|| {
+            let (_, groups) = self.shared.change(|store| store.drop_eval(prefix))?;
+            self.shared.remove_dead_files().map(|()| groups)
+        })?)
+    }
+
+    #[pyo3(signature = (state = None))]
+    fn groups<'py>(&self, py: Python<'py>, state: Option<&str>) -> PyResult<Vec<Row<'py>>> {
+        let groups = py.detach(|| {
+            self.shared.query(|store| {
+                let rows = store.state().groups.iter().map(|(id, group)| (*id, group.clone(), store.phase_of(group)));
+                Ok(rows.filter(|(_, _, (name, _))| state.is_none_or(|state| state == *name)).collect::<Vec<_>>())
+            })
+        })?;
+        groups.iter().map(|(id, group, phase)| rows::group(py, *id, group, *phase)).collect()
+    }
+
+    #[pyo3(signature = (trajectory))]
+    fn trajectory<'py>(&self, py: Python<'py>, trajectory: u64) -> PyResult<Row<'py>> {
+        let id = trajectory;
+        let view = py.detach(|| {
+            let (trajectory, location, state) = self.shared.query(|store| {
+                let trajectory = store.state().trajectory(id)?;
+                let location = store.state().group(trajectory.group)?.location;
+                Ok((trajectory.clone(), location, store.state_of(id, trajectory)))
+            })?;
+            let log = self.shared.log();
+            let prompt = batch::read_array(log, location, 0)?;
+            let (tokens, logprobs) = batch::read_segments(log, &trajectory.segments)?;
+            let extras = batch::read_extras(log, &trajectory.segments)?;
+            Ok::<_, Failure>(rows::TrajectoryView { id, trajectory, state, prompt, tokens, logprobs, extras })
+        })?;
+        rows::trajectory(py, &view)
+    }
+
+    fn counts<'py>(&self, py: Python<'py>) -> PyResult<Row<'py>> {
+        let counts = py.detach(|| self.shared.query(|store| Ok(store.counts())))?;
+        rows::counts(py, &counts)
+    }
+
+    fn ledger<'py>(&self, py: Python<'py>) -> PyResult<Row<'py>> {
+        let ledger = py.detach(|| self.shared.query(|store| Ok(store.ledger())))?;
+        let row = PyDict::new(py);
+        ledger.into_iter().try_for_each(|(key, tokens)| row.set_item(key, tokens))?;
+        Ok(row)
+    }
+
+    fn versions_spent(&self, py: Python<'_>) -> PyResult<BTreeMap<Version, u64>> {
+        Ok(py.detach(|| self.shared.query(|store| Ok(store.versions_spent())))?)
+    }
+
+    #[pyo3(signature = (lsn, timeout_s))]
+    fn wait_durable(&self, py: Python<'_>, lsn: u64, timeout_s: f64) -> PyResult<bool> {
+        let timeout = std::time::Duration::try_from_secs_f64(seconds("timeout_s", timeout_s)?)
+            .map_err(|error| PyValueError::new_err(format!("timeout_s is {timeout_s}: {error}")))?;
+        Ok(py.detach(|| {
+            self.shared.query(|_| Ok(()))?;
+            self.shared.log().wait_durable(lsn, timeout)
+        })?)
+    }
+
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.shared.close())?)
+    }
+}
+
+impl TrajectoryStore {
+    fn read_lease(&self, lease: Granted) -> Result<(Granted, Vec<u8>, Vec<u8>), Failure> {
+        let prompt = batch::read_array(self.shared.log(), lease.prompt, 0)?;
+        let (prefix, _) = batch::read_segments(self.shared.log(), &lease.segments)?;
+        Ok((lease, prompt, prefix))
+    }
+}
+
+/// The trajectory store: the life of a trajectory on an append-only, CRC-framed log.
+#[pymodule(gil_used = false)]
+mod _rust_buffer {
+    #[pymodule_export]
+    use super::TrajectoryStore;
+    #[pymodule_export]
+    use super::errors::{Conflict, CorruptLog, StaleLease, StoreError, StoreFull, StoreLocked};
+}

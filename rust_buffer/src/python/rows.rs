@@ -1,0 +1,171 @@
+//! Answers as Python dictionaries.
+
+use std::collections::BTreeMap;
+
+use pyo3::{
+    prelude::*,
+    types::{PyBytes, PyDict},
+};
+
+use crate::{
+    batch::{Extra, Packed},
+    claims::EvalResult,
+    group::Group,
+    rollout::Granted,
+    trajectory::{Trajectory, Verdict, Version},
+    view::Counts,
+};
+
+/// One answer.
+pub type Row<'py> = Bound<'py, PyDict>;
+
+/// An unscored trajectory, before its arrays are read.
+pub struct Waiting {
+    pub id: u64,
+    pub trajectory: Trajectory,
+    pub group: Group,
+}
+
+/// A trajectory with its arrays.
+pub struct TrajectoryView {
+    pub id: u64,
+    pub trajectory: Trajectory,
+    pub state: &'static str,
+    pub prompt: Vec<u8>,
+    pub tokens: Vec<u8>,
+    pub logprobs: Vec<u8>,
+    pub extras: BTreeMap<String, Vec<Extra>>,
+}
+
+pub fn lease<'py>(py: Python<'py>, lease: &Granted, prompt: &[u8], prefix: &[u8]) -> PyResult<Row<'py>> {
+    let row = PyDict::new(py);
+    row.set_item("trajectory", lease.trajectory)?;
+    row.set_item("group", lease.group)?;
+    row.set_item("epoch", lease.epoch)?;
+    row.set_item("kind", lease.kind.name())?;
+    row.set_item("prompt", PyBytes::new(py, prompt))?;
+    row.set_item("prefix", PyBytes::new(py, prefix))?;
+    row.set_item("max_tokens", lease.max_tokens)?;
+    row.set_item("grant", lease.grant)?;
+    Ok(row)
+}
+
+fn extra<'py>(py: Python<'py>, extras: &BTreeMap<String, Vec<Extra>>) -> PyResult<Row<'py>> {
+    let row = PyDict::new(py);
+    for (name, runs) in extras {
+        let run = |run: &Extra| (run.offset, run.len, run.dtype.clone(), PyBytes::new(py, &run.bytes).unbind());
+        row.set_item(name, runs.iter().map(run).collect::<Vec<_>>())?;
+    }
+    Ok(row)
+}
+
+/// `item`: the trajectory, its prompt, metadata and tokens.
+pub fn unscored<'py>(py: Python<'py>, item: &(Waiting, Vec<u8>, Vec<u8>, Vec<u8>)) -> PyResult<Row<'py>> {
+    let (item, prompt, metadata, tokens) = item;
+    let row = PyDict::new(py);
+    row.set_item("trajectory", item.id)?;
+    row.set_item("group", item.trajectory.group)?;
+    row.set_item("kind", item.group.kind.name())?;
+    row.set_item("attempt", item.trajectory.attempts)?;
+    row.set_item("prompt_id", &item.group.prompt_id)?;
+    row.set_item("metadata", PyBytes::new(py, metadata))?;
+    row.set_item("prompt", PyBytes::new(py, prompt))?;
+    row.set_item("tokens", PyBytes::new(py, tokens))?;
+    row.set_item("stop", item.trajectory.stop as u8)?;
+    Ok(row)
+}
+
+pub fn batch<'py>(py: Python<'py>, iteration: i64, version: Version, packed: &Packed) -> PyResult<Row<'py>> {
+    let row = PyDict::new(py);
+    row.set_item("iteration", iteration)?;
+    row.set_item("version", version)?;
+    let arrays = [
+        ("tokens", &packed.tokens),
+        ("logprobs", &packed.logprobs),
+        ("versions", &packed.versions),
+        ("temperatures", &packed.temperatures),
+        ("mask", &packed.mask),
+        ("cu_seqlens", &packed.cu_seqlens),
+        ("prompt_lengths", &packed.prompt_lengths),
+        ("groups", &packed.groups),
+        ("trajectories", &packed.trajectories),
+        ("rewards", &packed.rewards),
+        ("stops", &packed.stops),
+    ];
+    arrays.into_iter().try_for_each(|(name, bytes)| row.set_item(name, PyBytes::new(py, bytes)))?;
+    let components = PyDict::new(py);
+    packed.components.iter().try_for_each(|(name, bytes)| components.set_item(name, PyBytes::new(py, bytes)))?;
+    row.set_item("components", components)?;
+    row.set_item("prompt_ids", &packed.prompt_ids)?;
+    Ok(row)
+}
+
+pub fn eval_result<'py>(py: Python<'py>, result: &EvalResult) -> PyResult<Row<'py>> {
+    let row = PyDict::new(py);
+    row.set_item("request_id", &result.request_id)?;
+    row.set_item("prompt_id", &result.prompt_id)?;
+    row.set_item("reward", result.reward)?;
+    row.set_item("length", result.len)?;
+    row.set_item("stop", result.stop as u8)?;
+    row.set_item("first_version", result.first_version)?;
+    row.set_item("last_version", result.last_version)?;
+    Ok(row)
+}
+
+pub fn group<'py>(py: Python<'py>, id: u64, group: &Group, phase: (&str, Option<i64>)) -> PyResult<Row<'py>> {
+    let row = PyDict::new(py);
+    row.set_item("group", id)?;
+    row.set_item("request_id", &group.request_id)?;
+    row.set_item("prompt_id", &group.prompt_id)?;
+    row.set_item("kind", group.kind.name())?;
+    row.set_item("state", phase.0)?;
+    row.set_item("iteration", phase.1)?;
+    row.set_item("trajectories", group.members().collect::<Vec<_>>())?;
+    row.set_item("cursor", group.cursor)?;
+    Ok(row)
+}
+
+pub fn trajectory<'py>(py: Python<'py>, view: &TrajectoryView) -> PyResult<Row<'py>> {
+    let (trajectory, row) = (&view.trajectory, PyDict::new(py));
+    row.set_item("trajectory", view.id)?;
+    row.set_item("group", trajectory.group)?;
+    row.set_item("state", view.state)?;
+    row.set_item("prompt", PyBytes::new(py, &view.prompt))?;
+    row.set_item("tokens", PyBytes::new(py, &view.tokens))?;
+    row.set_item("logprobs", PyBytes::new(py, &view.logprobs))?;
+    row.set_item("segments", trajectory.merged())?;
+    let components = PyDict::new(py);
+    let mut reward = None;
+    if let Verdict::Scored { reward: value, components: values, .. } = &trajectory.verdict {
+        reward = Some(*value);
+        values.iter().try_for_each(|(name, value)| components.set_item(name, value))?;
+    }
+    row.set_item("reward", reward)?;
+    row.set_item("components", components)?;
+    row.set_item("stop", trajectory.stop as u8)?;
+    row.set_item("attempts", trajectory.attempts)?;
+    row.set_item("epoch", trajectory.epoch)?;
+    row.set_item("extra", extra(py, &view.extras)?)?;
+    Ok(row)
+}
+
+pub fn counts<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Row<'py>> {
+    let row = PyDict::new(py);
+    row.set_item("version", counts.version)?;
+    row.set_item("max_version", counts.max_version)?;
+    row.set_item("next_cursor", counts.next_cursor)?;
+    row.set_item("lsn", counts.lsn)?;
+    row.set_item("durable_lsn", counts.durable_lsn)?;
+    row.set_item("groups_untrained", counts.groups_untrained)?;
+    row.set_item("groups_ready", counts.groups_ready)?;
+    row.set_item("groups_claimed", counts.groups_claimed)?;
+    row.set_item("trajectories_leased", counts.trajectories_leased)?;
+    row.set_item("trajectories_idle", counts.trajectories_idle)?;
+    row.set_item("trajectories_partial", counts.trajectories_partial)?;
+    row.set_item("trajectories_unscored", counts.trajectories_unscored)?;
+    row.set_item("eval_pending", counts.eval_pending)?;
+    row.set_item("tokens_budget", counts.tokens_budget)?;
+    row.set_item("tokens_spent", counts.tokens_spent)?;
+    row.set_item("bytes", counts.bytes)?;
+    Ok(row)
+}

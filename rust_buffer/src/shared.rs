@@ -1,0 +1,172 @@
+//! The store shared by threads: one lock, one condition variable, and every wait with a deadline.
+
+use std::{
+    path::Path,
+    sync::{Condvar, Mutex, MutexGuard},
+    time::{Duration, Instant},
+};
+
+use crate::{
+    error::{Result, StoreError},
+    log::{Durability, Log, Lsn},
+    order::Micros,
+    store::{Settings, Store, micros},
+};
+
+/// Time that a record may take to be durable before its call fails.
+const SYNC_TIMEOUT: Duration = Duration::from_secs(60);
+
+struct Guarded {
+    store: Store,
+    closed: bool,
+}
+
+/// The store and its waiters.
+pub struct Shared {
+    guarded: Mutex<Guarded>,
+    changed: Condvar,
+    log: Log,
+    durability: Durability,
+    start: Instant,
+}
+
+/// The caller's clock: a start, and real time since the call.
+#[derive(Clone, Copy)]
+pub struct Clock {
+    base: Micros,
+    since: Instant,
+}
+
+impl Clock {
+    /// The time of the call.
+    pub fn base(self) -> Micros {
+        self.base
+    }
+
+    fn now(self) -> Micros {
+        self.base.saturating_add(i64::try_from(self.since.elapsed().as_micros()).unwrap_or(i64::MAX))
+    }
+}
+
+impl Shared {
+    /// Opens the store.
+    ///
+    /// # Errors
+    /// Those of `Store::open`.
+    pub fn open(dir: Option<&Path>, settings: Settings) -> Result<Self> {
+        let store = Store::open(dir, settings)?;
+        let log = store.log().clone();
+        let guarded = Mutex::new(Guarded { store, closed: false });
+        Ok(Self { guarded, changed: Condvar::new(), log, durability: settings.durability, start: Instant::now() })
+    }
+
+    /// The log, for reads that need not hold the store.
+    pub fn log(&self) -> &Log {
+        &self.log
+    }
+
+    /// The clock of a call: `now_s`, or the monotonic clock.
+    pub fn clock(&self, now_s: Option<f64>) -> Clock {
+        let since = Instant::now();
+        let base = now_s.unwrap_or_else(|| since.duration_since(self.start).as_secs_f64());
+        Clock { base: micros(base), since }
+    }
+
+    fn lock(&self) -> Result<MutexGuard<'_, Guarded>> {
+        let guarded = self.guarded.lock().map_err(|_| StoreError::Poisoned { detail: "a call panicked".to_owned() })?;
+        if guarded.closed { Err(StoreError::Closed) } else { Ok(guarded) }
+    }
+
+    /// Runs a query.
+    ///
+    /// # Errors
+    /// Those of the query, or `Closed`.
+    pub fn query<T>(&self, run: impl FnOnce(&Store) -> Result<T>) -> Result<T> {
+        run(&self.lock()?.store)
+    }
+
+    /// Runs a change, wakes the waiters, and waits until it is as durable as the settings promise.
+    ///
+    /// # Errors
+    /// Those of the change, or `Closed`.
+    pub fn change<T>(&self, run: impl FnOnce(&mut Store) -> Result<T>) -> Result<(Lsn, T)> {
+        let mut guarded = self.lock()?;
+        let answer = run(&mut guarded.store);
+        let lsn = guarded.store.lsn();
+        drop(guarded);
+        self.changed.notify_all();
+        let answer = answer?;
+        self.acknowledge(lsn)?;
+        Ok((lsn, answer))
+    }
+
+    /// Repeats `attempt` after each change and deadline until it has an answer; None after `timeout_s`.
+    ///
+    /// # Errors
+    /// Those of the attempt, or `Closed`.
+    pub fn wait<T>(
+        &self,
+        timeout_s: f64,
+        clock: Clock,
+        mut attempt: impl FnMut(&mut Store, Micros) -> Result<Option<T>>,
+    ) -> Result<Option<(Lsn, T)>> {
+        let deadline = clock.base.saturating_add(micros(timeout_s.max(0.0)));
+        let mut guarded = self.lock()?;
+        // A simulator's clock stands still unless we really wait.
+        let mut now = clock.base;
+        loop {
+            let before = guarded.store.lsn();
+            let answer = attempt(&mut guarded.store, now);
+            let lsn = guarded.store.lsn();
+            if lsn != before {
+                self.changed.notify_all();
+            }
+            if let Some(answer) = answer? {
+                drop(guarded);
+                self.acknowledge(lsn)?;
+                return Ok(Some((lsn, answer)));
+            }
+            if now >= deadline {
+                return Ok(None);
+            }
+            let until = guarded.store.next_deadline().map_or(deadline, |next| next.clamp(now + 1, deadline));
+            let pause = Duration::from_micros(u64::try_from(until - now).unwrap_or(0));
+            let woken = self.changed.wait_timeout(guarded, pause);
+            guarded = woken.map_err(|_| StoreError::Poisoned { detail: "a call panicked".to_owned() })?.0;
+            if guarded.closed {
+                return Err(StoreError::Closed);
+            }
+            now = clock.now();
+        }
+    }
+
+    fn acknowledge(&self, lsn: Lsn) -> Result<()> {
+        if self.durability == Durability::Os || self.log.wait_durable(lsn, SYNC_TIMEOUT)? {
+            return Ok(());
+        }
+        let detail = format!("record {lsn} is not on disk after {} s", SYNC_TIMEOUT.as_secs());
+        Err(StoreError::Poisoned { detail })
+    }
+
+    /// Deletes the log files without live groups. Only after the records that emptied them are acknowledged: recovery
+    /// must never need a deleted file.
+    ///
+    /// # Errors
+    /// Those of the log, or `Closed`.
+    pub fn remove_dead_files(&self) -> Result<()> {
+        let file = self.query(|store| Ok(store.first_live_file()))?;
+        self.log.remove_before(file).map(drop)
+    }
+
+    /// Syncs, wakes every waiter with `Closed` and releases the lock. Safe to repeat.
+    ///
+    /// # Errors
+    /// A failed sync.
+    pub fn close(&self) -> Result<()> {
+        let Ok(mut guarded) = self.lock() else { return Ok(()) };
+        guarded.closed = true;
+        drop(guarded);
+        self.changed.notify_all();
+        self.log.close()
+    }
+}

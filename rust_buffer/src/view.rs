@@ -1,0 +1,185 @@
+//! Queries of the store: counts, the ledger, groups, and the parts of claims and trajectories that lie in the log.
+
+use std::collections::BTreeMap;
+
+use crate::{
+    error::Result,
+    group::{Group, Phase},
+    ledger::{Place, signed},
+    log::{Location, Lsn},
+    order,
+    state::ClaimStatus,
+    store::Store,
+    trajectory::{Segment, Stop, Trajectory, Verdict, Version},
+};
+
+/// Live numbers, as in `pmdflow.types.Counts`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Counts {
+    /// Newest published version.
+    pub version: Version,
+    /// Newest version ever seen.
+    pub max_version: Version,
+    /// First prompt cursor position never admitted.
+    pub next_cursor: u64,
+    /// Newest record.
+    pub lsn: Lsn,
+    /// Newest durable record.
+    pub durable_lsn: Lsn,
+    /// Training groups not yet trained.
+    pub groups_untrained: u64,
+    /// Ready ones.
+    pub groups_ready: usize,
+    /// Those in the untrained claim.
+    pub groups_claimed: usize,
+    /// Leased training trajectories.
+    pub trajectories_leased: u64,
+    /// Idle ones.
+    pub trajectories_idle: usize,
+    /// Idle ones that hold tokens.
+    pub trajectories_partial: usize,
+    /// Complete ones without a verdict.
+    pub trajectories_unscored: u64,
+    /// Evaluation trajectories without a verdict.
+    pub eval_pending: u64,
+    /// Budget of the newest version.
+    pub tokens_budget: u64,
+    /// Durable tokens of the newest version.
+    pub tokens_spent: u64,
+    /// Size of the log.
+    pub bytes: u64,
+}
+
+/// Where one member of a claim lies, and what the claim makes of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ClaimedMember {
+    /// Group.
+    pub group: u64,
+    /// Trajectory.
+    pub trajectory: u64,
+    /// Prompt id.
+    pub prompt_id: String,
+    /// Frame of the prompt.
+    pub prompt: Location,
+    /// Prompt tokens.
+    pub prompt_len: u32,
+    /// Segments with their mask flags.
+    pub segments: Vec<(Segment, u8)>,
+    /// Reward.
+    pub reward: f64,
+    /// Components by name.
+    pub components: BTreeMap<String, f64>,
+    /// Why it ended.
+    pub stop: Stop,
+}
+
+impl Store {
+    /// Live numbers.
+    pub fn counts(&self) -> Counts {
+        let (state, index) = (&self.state, &self.index);
+        let (idle, partial) = index.idle();
+        let claimed = state.open_claim().and_then(|iteration| state.claims.get(&iteration));
+        Counts {
+            version: state.version,
+            max_version: state.max_version,
+            next_cursor: state.next_cursor,
+            lsn: self.log.lsn(),
+            durable_lsn: self.log.durable_lsn(),
+            groups_untrained: index.groups_untrained,
+            groups_ready: index.ready.len(),
+            groups_claimed: claimed.map_or(0, |claim| claim.groups.len()),
+            trajectories_leased: index.leased,
+            trajectories_idle: idle,
+            trajectories_partial: partial,
+            trajectories_unscored: index.unscored_train,
+            eval_pending: index.eval_pending,
+            tokens_budget: state.quotas.get(&state.version).map_or(0, |quota| quota.tokens),
+            tokens_spent: state.spent.get(&state.version).copied().unwrap_or(0),
+            bytes: self.log.bytes(),
+        }
+    }
+
+    /// The ledger by key; `prompt`, `reprefill` and `eval` are outside the sum `generated`.
+    pub fn ledger(&self) -> Vec<(&'static str, i64)> {
+        let ledger = &self.state.ledger;
+        let leased = signed(self.index.leased_tokens);
+        let mut rows = vec![
+            ("generated", ledger.generated()),
+            ("partial_leased", leased),
+            ("partial_idle", ledger.get(Place::Partial) - leased),
+        ];
+        let rest = Place::ALL.iter().filter(|(place, _)| *place != Place::Partial);
+        rows.extend(rest.map(|(place, key)| (*key, ledger.get(*place))));
+        rows.extend([
+            ("prompt", signed(ledger.prompt)),
+            ("reprefill", signed(ledger.reprefill)),
+            ("eval", signed(ledger.eval)),
+        ]);
+        rows
+    }
+
+    /// Durable training tokens by version, for the versions that have a quota.
+    pub fn versions_spent(&self) -> BTreeMap<Version, u64> {
+        let spent = |version| self.state.spent.get(version).copied().unwrap_or(0);
+        self.state.quotas.keys().map(|version| (*version, spent(version))).collect()
+    }
+
+    /// Name of a group's state in Python, and the iteration of its claim.
+    pub fn phase_of(&self, group: &Group) -> (&'static str, Option<i64>) {
+        match group.phase {
+            Phase::Partial => ("partial", None),
+            Phase::Ready => ("ready", None),
+            Phase::Claimed(iteration) => {
+                let status = self.state.claims.get(&iteration).map(|claim| claim.status);
+                let name = match status {
+                    Some(ClaimStatus::Committed) => "committed",
+                    Some(ClaimStatus::Trained) => "trained",
+                    _ => "claimed",
+                };
+                (name, Some(iteration))
+            }
+        }
+    }
+
+    /// Name of a trajectory's state in Python.
+    pub fn state_of(&self, id: u64, trajectory: &Trajectory) -> &'static str {
+        match trajectory.verdict {
+            Verdict::Scored { .. } => "scored",
+            Verdict::Failed => "failed",
+            Verdict::Pending if !trajectory.is_partial() => "unscored",
+            Verdict::Pending if self.leases.contains(id) => "leased",
+            Verdict::Pending => "idle",
+        }
+    }
+
+    /// Members of a claim in claim order, without those given up by scoring; and the learner version of the claim.
+    ///
+    /// # Errors
+    /// `Conflict` when the iteration has no claim.
+    pub fn claimed_members(&self, iteration: i64) -> Result<(Version, Vec<ClaimedMember>)> {
+        let claim = self.state.claim(iteration)?;
+        let mut members = Vec::new();
+        for id in &claim.groups {
+            let group = self.state.group(*id)?;
+            for member in group.members() {
+                let trajectory = self.state.trajectory(member)?;
+                let Verdict::Scored { reward, components, .. } = &trajectory.verdict else { continue };
+                let flags = |segment: &Segment| {
+                    order::mask(segment, trajectory, claim.version, claim.max_staleness, claim.segment_loss)
+                };
+                members.push(ClaimedMember {
+                    group: *id,
+                    trajectory: member,
+                    prompt_id: group.prompt_id.clone(),
+                    prompt: group.location,
+                    prompt_len: group.prompt_len,
+                    segments: trajectory.segments.iter().map(|segment| (*segment, flags(segment))).collect(),
+                    reward: *reward,
+                    components: components.clone(),
+                    stop: trajectory.stop,
+                });
+            }
+        }
+        Ok((claim.version, members))
+    }
+}

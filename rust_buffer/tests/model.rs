@@ -1,0 +1,493 @@
+//! Random histories of the store against a simple model: rollout, scoring, learner and restarts.
+
+#![allow(clippy::unwrap_used, clippy::cast_possible_wrap)]
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use _rust_buffer::{
+    batch,
+    claims::ClaimAnswer,
+    error::StoreError,
+    group::Kind,
+    log::Durability,
+    record::{Admit, Masked, Quota, SegmentLoss},
+    rollout::Reply,
+    store::{Settings, Store},
+    trajectory::{Outcome, Verdict},
+    wire::Item,
+};
+use proptest::prelude::*;
+
+const TTL: i64 = 1_000;
+const GROUPS: usize = 2;
+
+fn settings(lookahead: u32, current_only: bool) -> Settings {
+    Settings {
+        groups_per_iteration: GROUPS,
+        lookahead,
+        max_staleness: Some(2),
+        segment_loss: if current_only { SegmentLoss::CurrentOnly } else { SegmentLoss::All },
+        min_group_size: 2,
+        max_attempts: 2,
+        lease_ttl: TTL,
+        grant_tokens: 4,
+        durability: Durability::Os,
+        max_bytes: None,
+        // Small, so that histories rotate and delete files.
+        file_bytes: 2048,
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Quota { tokens: u64, segment: Option<u32> },
+    Admit { size: u32, max_tokens: u32, eval: bool },
+    Lease { max: usize, lag: i64 },
+    Append { pick: usize, count: u32, stop: Option<&'static str>, newer: bool },
+    Work { stop: Option<&'static str> },
+    StaleAppend { pick: usize },
+    Wait { time: i64 },
+    Score { pick: usize, outcome: Outcome },
+    Claim,
+    Publish { filter: bool, idle: bool, tokens: u64, segment: Option<u32> },
+    Commit,
+    Uncommit { back: i64 },
+    Evict,
+    DropEval,
+    Reopen,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let stop = prop_oneof![
+        4 => Just(None),
+        2 => Just(Some("stop")),
+        1 => Just(Some("budget")),
+        1 => Just(Some("repetition")),
+        1 => Just(Some("length")),
+    ];
+    let outcome =
+        prop_oneof![5 => Just(Outcome::Scored), 1 => Just(Outcome::Invalid), 2 => Just(Outcome::InfraFailure)];
+    prop_oneof![
+        1 => (0..60_u64, prop::option::of(1..5_u32)).prop_map(|(tokens, segment)| Op::Quota { tokens, segment }),
+        3 => (2..6_u32, 1..9_u32, prop::bool::weighted(0.2))
+            .prop_map(|(size, max_tokens, eval)| Op::Admit { size, max_tokens, eval }),
+        5 => (1..4_usize, 0..2_i64).prop_map(|(max, lag)| Op::Lease { max, lag }),
+        8 => (0..8_usize, 0..5_u32, stop, prop::bool::weighted(0.2))
+            .prop_map(|(pick, count, stop, newer)| Op::Append { pick, count, stop, newer }),
+        8 => prop::option::of(Just("stop")).prop_map(|stop| Op::Work { stop }),
+        1 => (0..8_usize).prop_map(|pick| Op::StaleAppend { pick }),
+        2 => (1..TTL).prop_map(|time| Op::Wait { time }),
+        10 => (0..8_usize, outcome).prop_map(|(pick, outcome)| Op::Score { pick, outcome }),
+        4 => Just(Op::Claim),
+        4 => (any::<bool>(), prop::bool::weighted(0.1), 10..60_u64, prop::option::of(1..6_u32))
+            .prop_map(|(filter, idle, tokens, segment)| Op::Publish { filter, idle, tokens, segment }),
+        2 => Just(Op::Commit),
+        1 => (0..3_i64).prop_map(|back| Op::Uncommit { back }),
+        1 => Just(Op::Evict),
+        1 => Just(Op::DropEval),
+        1 => Just(Op::Reopen),
+    ]
+}
+
+#[derive(Clone)]
+struct Held {
+    trajectory: u64,
+    epoch: u64,
+    version: i64,
+    grant: u32,
+    deadline: i64,
+}
+
+struct Model {
+    dir: tempfile::TempDir,
+    settings: Settings,
+    store: Option<Store>,
+    now: i64,
+    admitted: u64,
+    evals: u64,
+    /// Generated tokens of each trajectory: (token, version); evaluation apart.
+    tokens: BTreeMap<u64, Vec<(i32, i64)>>,
+    eval: BTreeSet<u64>,
+    held: Vec<Held>,
+    /// Largest budget that each version ever had.
+    budgets: BTreeMap<i64, u64>,
+    claims: BTreeMap<i64, Vec<u64>>,
+    committed: BTreeSet<u64>,
+    trained_through: i64,
+    evicted: i64,
+}
+
+impl Model {
+    fn new(settings: Settings) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = Store::open(Some(dir.path()), settings).unwrap();
+        store.publish(0, None, Masked::default()).unwrap();
+        Self {
+            dir,
+            settings,
+            store: Some(store),
+            now: 0,
+            admitted: 0,
+            evals: 0,
+            tokens: BTreeMap::new(),
+            eval: BTreeSet::new(),
+            held: Vec::new(),
+            budgets: BTreeMap::new(),
+            claims: BTreeMap::new(),
+            committed: BTreeSet::new(),
+            trained_through: 0,
+            evicted: 0,
+        }
+    }
+
+    fn store(&mut self) -> &mut Store {
+        self.store.as_mut().unwrap()
+    }
+
+    fn newest(&self) -> i64 {
+        self.store.as_ref().unwrap().state().version
+    }
+
+    fn run(&mut self, op: &Op) {
+        match op {
+            Op::Quota { tokens, segment } => self.quota(*tokens, *segment),
+            Op::Admit { size, max_tokens, eval } => self.admit(*size, *max_tokens, *eval),
+            Op::Lease { max, lag } => self.lease(*max, *lag),
+            Op::Append { pick, count, stop, newer } => self.append(*pick, *count, *stop, *newer),
+            Op::StaleAppend { pick } => self.stale_append(*pick),
+            Op::Wait { time } => {
+                self.now += time;
+                let now = self.now;
+                self.store().expire(now).unwrap();
+                self.held.retain(|held| held.deadline > now);
+            }
+            Op::Score { pick, outcome } => self.score(*pick, *outcome),
+            Op::Claim => self.claim(),
+            Op::Work { stop } => (0..self.held.len()).rev().for_each(|pick| self.append(pick, 4, *stop, true)),
+            Op::Publish { filter, idle, tokens, segment } => {
+                if *idle || self.store().state().open_claim().is_some() {
+                    self.publish(*filter);
+                    self.quota(*tokens, *segment);
+                }
+            }
+            Op::Commit => self.commit(),
+            Op::Uncommit { back } => self.uncommit(*back),
+            Op::Evict => self.evict(),
+            Op::DropEval => {
+                let live = self.store().drop_eval("eval-").unwrap();
+                assert!(live as u64 <= self.evals);
+                let eval = std::mem::take(&mut self.eval);
+                self.held.retain(|held| !eval.contains(&held.trajectory));
+                self.tokens.retain(|id, _| !eval.contains(id));
+            }
+            Op::Reopen => self.reopen(),
+        }
+        self.check();
+    }
+
+    fn quota(&mut self, tokens: u64, tokens_per_segment: Option<u32>) {
+        let version = self.newest();
+        let quota = Quota { groups: 6, tokens, tokens_per_segment };
+        self.store().set_quota(version, quota).unwrap();
+        let most = self.budgets.entry(version).or_default();
+        *most = (*most).max(tokens);
+    }
+
+    fn admit(&mut self, size: u32, max_tokens: u32, eval: bool) {
+        let number = if eval { self.evals } else { self.admitted };
+        let admit = Admit {
+            request_id: format!("{}-{number}", if eval { "eval" } else { "train" }),
+            cursor: (!eval).then_some(number),
+            kind: if eval { Kind::Eval } else { Kind::Train },
+            prompt_id: format!("p{number}"),
+            prompt_len: 2,
+            size,
+            max_tokens,
+        };
+        let prompt: Vec<u8> = [7_i32, 8].iter().flat_map(|token| token.to_le_bytes()).collect();
+        let untrained = self.store().counts().groups_untrained;
+        match self.store().admit(&admit, &prompt, b"meta") {
+            Ok(group) => {
+                assert_eq!(self.store().admit(&admit, &prompt, b"meta").unwrap(), group);
+                let members = self.store().state().groups[&group].members();
+                for id in members {
+                    self.tokens.insert(id, Vec::new());
+                    if eval {
+                        self.eval.insert(id);
+                    }
+                }
+                *(if eval { &mut self.evals } else { &mut self.admitted }) += 1;
+            }
+            Err(StoreError::Full { limit, .. }) => assert!(!eval && untrained >= limit),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn lease(&mut self, max: usize, lag: i64) {
+        let (now, version) = (self.now, (self.newest() - lag).max(0));
+        let open = self.store().state().open_claim().is_some() || version != self.newest();
+        let grants = self.store().lease("worker", version, max, now).unwrap();
+        for lease in grants {
+            assert!(lease.grant > 0);
+            assert!(lease.kind == Kind::Eval || self.settings.lookahead > 0 || !open);
+            assert!(!self.held.iter().any(|held| held.trajectory == lease.trajectory));
+            let (prefix, _) = batch::read_segments(self.store().log(), &lease.segments).unwrap();
+            assert_eq!(prefix, ids(&self.tokens[&lease.trajectory]));
+            self.held.push(Held {
+                trajectory: lease.trajectory,
+                epoch: lease.epoch,
+                version,
+                grant: lease.grant,
+                deadline: now + TTL,
+            });
+        }
+    }
+
+    fn append(&mut self, pick: usize, count: u32, stop: Option<&str>, newer: bool) {
+        if self.held.is_empty() {
+            return;
+        }
+        let index = pick % self.held.len();
+        let held = self.held[index].clone();
+        let offset = self.tokens[&held.trajectory].len() as u32;
+        let count = count.min(held.grant);
+        let new: Vec<i32> = (0..count).map(|i| (held.trajectory * 100) as i32 + (offset + i) as i32).collect();
+        let (tokens, logprobs) = (bytes(&new), bytes(&new));
+        let next_version = if newer { self.newest().max(held.version) } else { held.version };
+        let item = Item {
+            trajectory: held.trajectory,
+            epoch: held.epoch,
+            offset,
+            version: held.version,
+            temperature: 1.0,
+            tokens: &tokens,
+            logprobs: &logprobs,
+            next_version,
+            stop,
+            extra: BTreeMap::new(),
+        };
+        let now = self.now;
+        let reply = self.store().append(std::slice::from_ref(&item), now).unwrap()[0];
+        assert!(!reply.stale);
+        let version = held.version;
+        self.tokens.get_mut(&held.trajectory).unwrap().extend(new.iter().map(|token| (*token, version)));
+        let before = self.store().state().clone();
+        let repeat = self.store().append(&[item], now).unwrap()[0];
+        assert_eq!(self.store().state(), &before);
+        assert_eq!(repeat, reply);
+        if stop.is_some() || !before.trajectories[&held.trajectory].is_partial() {
+            assert_eq!(reply.grant, 0);
+            self.held.remove(index);
+        } else {
+            self.held[index] = Held { version: next_version, grant: reply.grant, deadline: now + TTL, ..held };
+        }
+    }
+
+    fn stale_append(&mut self, pick: usize) {
+        let fenced: Vec<(u64, u64)> = self
+            .store()
+            .state()
+            .trajectories
+            .iter()
+            .filter(|(_, t)| t.epoch > 0)
+            .map(|(id, t)| (*id, t.epoch - 1))
+            .collect();
+        if fenced.is_empty() {
+            return;
+        }
+        let (trajectory, epoch) = fenced[pick % fenced.len()];
+        let (tokens, now) = (bytes(&[1, 2, 3]), self.now);
+        let before = self.store().state().clone();
+        let item = Item {
+            trajectory,
+            epoch,
+            offset: 0,
+            version: 0,
+            temperature: 1.0,
+            tokens: &tokens,
+            logprobs: &tokens,
+            next_version: 0,
+            stop: Some("stop"),
+            extra: BTreeMap::new(),
+        };
+        assert_eq!(self.store().append(&[item], now).unwrap(), [Reply { trajectory, stale: true, grant: 0 }]);
+        assert_eq!(self.store().state(), &before);
+    }
+
+    fn score(&mut self, pick: usize, outcome: Outcome) {
+        let now = self.now;
+        let mut unscored = self.store().unscored(8, 0, now);
+        if unscored.is_empty() {
+            return;
+        }
+        let odd = unscored.swap_remove(pick % unscored.len());
+        unscored.into_iter().for_each(|id| self.score_one(id, Outcome::Scored));
+        self.score_one(odd, outcome);
+    }
+
+    fn score_one(&mut self, id: u64, outcome: Outcome) {
+        let attempt = self.store().state().trajectories[&id].attempts;
+        let components = BTreeMap::from([("right".to_owned(), 1.0)]);
+        self.store().score(id, attempt, outcome, 1.0, components.clone()).unwrap();
+        let before = self.store().state().clone();
+        if let Some(trajectory) = before.trajectories.get(&id) {
+            let given_up = outcome == Outcome::InfraFailure && attempt + 1 == self.settings.max_attempts;
+            assert_eq!(trajectory.verdict == Verdict::Failed, given_up);
+        }
+        self.store().score(id, attempt, outcome, 1.0, components.clone()).unwrap();
+        assert_eq!(self.store().state(), &before);
+        if before.trajectories.contains_key(&id) && outcome != Outcome::InfraFailure {
+            assert!(matches!(self.store().score(id, attempt, outcome, 2.0, components), Err(StoreError::Conflict(_))));
+        }
+    }
+
+    fn claim(&mut self) {
+        let iteration = self.claims.keys().max().copied().unwrap_or(0).max(self.evicted) + 1;
+        let (now, version) = (self.now, self.newest());
+        match self.store().claim(iteration, version, now) {
+            Ok(Some(ClaimAnswer::Claimed(groups, lsn))) => {
+                assert!(!groups.is_empty() && groups.len() <= GROUPS);
+                assert!(groups.is_sorted());
+                for group in &groups {
+                    assert!(!self.claims.values().any(|claimed| claimed.contains(group)), "group claimed twice");
+                    assert!(!self.committed.contains(group), "committed group claimed again");
+                }
+                let again = self.store().claim(iteration, version, now).unwrap();
+                assert_eq!(again, Some(ClaimAnswer::Claimed(groups.clone(), lsn)));
+                self.check_claim(iteration);
+                self.claims.insert(iteration, groups);
+            }
+            Ok(Some(ClaimAnswer::Starved)) => {
+                let counts = self.store().counts();
+                assert_eq!((counts.groups_ready, counts.trajectories_leased, counts.trajectories_unscored), (0, 0, 0));
+            }
+            Ok(None) => {}
+            Err(StoreError::Conflict(_)) => assert!(self.store().state().open_claim().is_some()),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn check_claim(&mut self, iteration: i64) {
+        let (version, members) = self.store().claimed_members(iteration).unwrap();
+        let packed = batch::pack(self.store().log(), &members).unwrap();
+        let versions: Vec<i32> = packed.versions.chunks(4).map(|b| i32::from_le_bytes(b.try_into().unwrap())).collect();
+        let trained: Vec<i32> =
+            versions.iter().zip(&packed.mask).filter(|(_, mask)| *mask & 2 != 0).map(|(v, _)| *v).collect();
+        assert!(trained.iter().all(|v| version - i64::from(*v) <= 2));
+        for group in &self.store().state().claims[&iteration].groups.clone() {
+            let flags = members.iter().filter(|member| member.group == *group).flat_map(|member| &member.segments);
+            assert!(flags.clone().any(|(_, mask)| mask & 2 != 0), "group {group} has nothing to train");
+        }
+        assert_eq!(trained.len() as u64, self.store().state().claims[&iteration].sums.trainable);
+        assert!(versions.iter().zip(&packed.mask).all(|(v, mask)| (*v < 0) == (*mask == 0)));
+        let all: Vec<u8> = members
+            .iter()
+            .flat_map(|member| [bytes(&[7, 8]), ids(&self.tokens[&member.trajectory])].concat())
+            .collect();
+        assert_eq!(packed.tokens, all);
+    }
+
+    fn publish(&mut self, filter: bool) {
+        let open = self.store().state().open_claim();
+        let version = self.newest() + 1;
+        let trainable = open.map_or(0, |iteration| self.store().state().claims[&iteration].sums.trainable);
+        let masked = Masked { filter: if filter { trainable / 2 } else { 0 }, veto: 0 };
+        self.store().publish(version, open, masked).unwrap();
+        let before = self.store().state().clone();
+        self.store().publish(version, open, masked).unwrap();
+        assert_eq!(self.store().state(), &before);
+        self.trained_through = open.unwrap_or(self.trained_through);
+    }
+
+    fn commit(&mut self) {
+        let through = self.trained_through;
+        self.store().commit_claims(through).unwrap();
+        self.store().commit_claims(through).unwrap();
+        for (_, groups) in self.claims.range(..=through) {
+            self.committed.extend(groups);
+        }
+    }
+
+    fn uncommit(&mut self, back: i64) {
+        let through = (self.trained_through - back).max(self.evicted);
+        let undone = self.store().uncommit(through).unwrap();
+        assert_eq!(undone, self.claims.split_off(&(through + 1)).into_keys().collect::<Vec<_>>());
+        assert!(self.store().uncommit(through).unwrap().is_empty());
+        self.trained_through = through;
+        let live: BTreeSet<u64> = self.claims.values().flatten().copied().collect();
+        let store = self.store.as_ref().unwrap();
+        self.committed.retain(|group| live.contains(group) || !store.state().groups.contains_key(group));
+    }
+
+    fn evict(&mut self) {
+        let through = self.trained_through;
+        let dropped: Vec<i64> = self
+            .claims
+            .iter()
+            .filter(|(_, groups)| groups.iter().all(|group| self.committed.contains(group)))
+            .map(|(iteration, _)| *iteration)
+            .collect();
+        let expected: usize = dropped.iter().map(|iteration| self.claims[iteration].len()).sum();
+        assert_eq!(self.store().evict(through).unwrap(), expected);
+        assert_eq!(self.store().evict(through).unwrap(), 0);
+        dropped.iter().for_each(|iteration| drop(self.claims.remove(iteration)));
+        self.evicted = self.evicted.max(dropped.iter().max().copied().unwrap_or(0));
+        let first = self.store().first_live_file();
+        self.store().log().remove_before(first).unwrap();
+    }
+
+    fn reopen(&mut self) {
+        let before = self.store().state().clone();
+        self.store().log().close().unwrap();
+        self.store = None;
+        self.store = Some(Store::open(Some(self.dir.path()), self.settings).unwrap());
+        assert_eq!(self.store().state(), &before);
+        self.held.clear();
+    }
+
+    fn check(&mut self) {
+        let generated: usize =
+            self.tokens.iter().filter(|(id, _)| !self.eval.contains(id)).map(|(_, tokens)| tokens.len()).sum();
+        let admitted = self.admitted;
+        let budgets = self.budgets.clone();
+        let tokens = &self.tokens;
+        let held: BTreeSet<u64> = self.held.iter().map(|held| held.trajectory).collect();
+        let store = self.store.as_ref().unwrap();
+        store.check().unwrap();
+        let ledger: BTreeMap<&str, i64> = store.ledger().into_iter().collect();
+        assert_eq!(ledger["generated"], generated as i64);
+        assert_eq!(store.state().next_cursor, admitted);
+        for (version, spent) in &store.state().spent {
+            assert!(*spent <= budgets.get(version).copied().unwrap_or(0), "version {version} spent {spent}");
+        }
+        let groups = store.state().groups.iter();
+        let committed = groups.filter(|(_, group)| store.phase_of(group).0 == "committed").map(|(id, _)| *id).collect();
+        assert!(self.committed.is_superset(&committed));
+        for (id, trajectory) in &store.state().trajectories {
+            assert_eq!(trajectory.len as usize, tokens[id].len());
+            assert_eq!(store.state_of(*id, trajectory) == "leased", held.contains(id));
+        }
+    }
+}
+
+fn bytes(values: &[i32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+fn ids(tokens: &[(i32, i64)]) -> Vec<u8> {
+    bytes(&tokens.iter().map(|(token, _)| *token).collect::<Vec<_>>())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, max_shrink_iters: 4000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn random_histories_keep_every_invariant(
+        ops in prop::collection::vec(op(), 1..400), lookahead in 0..2_u32, current_only in any::<bool>()
+    ) {
+        let mut model = Model::new(settings(lookahead, current_only));
+        model.run(&Op::Quota { tokens: 30, segment: None });
+        ops.iter().for_each(|op| model.run(op));
+        model.run(&Op::Reopen);
+    }
+}

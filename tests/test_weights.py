@@ -1,0 +1,56 @@
+"""The transports give back what was published, and nothing that is not whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from pmdflow.errors import WaitTimeout
+from pmdflow.weights.filesystem import FilesystemTransport
+from pmdflow.weights.object_store import ObjectStoreTransport
+from pmdflow.weights.transport import Transport
+
+WEIGHTS = {
+    "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
+    "b": torch.tensor([1.5, -2.25], dtype=torch.bfloat16),
+}
+
+
+@pytest.fixture(params=["filesystem", "object_store"])
+def transport(request: pytest.FixtureRequest, tmp_path: Path) -> Transport:
+    if request.param == "filesystem":
+        return FilesystemTransport(tmp_path / "weights")
+    if not ray.is_initialized():
+        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        request.addfinalizer(ray.shutdown)
+    return ObjectStoreTransport()
+
+
+def test_what_is_published_is_fetched_bit_for_bit(transport: Transport) -> None:
+    handle = transport.publish(3, WEIGHTS)
+    fetched = transport.fetch(handle, timeout_s=10.0)
+    assert handle.version == 3
+    assert fetched.keys() == WEIGHTS.keys()
+    for name, tensor in WEIGHTS.items():
+        assert fetched[name].dtype == tensor.dtype
+        assert torch.equal(fetched[name], tensor)
+
+
+def test_an_older_version_can_still_be_read_beside_the_newest(transport: Transport) -> None:
+    older = transport.publish(1, WEIGHTS)
+    transport.publish(2, {"a": torch.zeros(1)})
+    assert torch.equal(transport.fetch(older, timeout_s=10.0)["a"], WEIGHTS["a"])
+
+
+def test_the_directory_shows_whole_files_only_and_forgets_old_versions(tmp_path: Path) -> None:
+    transport = FilesystemTransport(tmp_path)
+    handles = [transport.publish(version, WEIGHTS) for version in range(4)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "version-000002.safetensors",
+        "version-000003.safetensors",
+    ]
+    with pytest.raises(WaitTimeout, match="version 0"):
+        transport.fetch(handles[0], timeout_s=1.0)
