@@ -185,7 +185,7 @@ def main() -> None:
     if arguments.json:
         machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "load_average": os.getloadavg()}
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        settings = vars(arguments) | {"dtype": "float32", "temperature": 1.0}
+        settings = {k: v for k, v in vars(arguments).items() if k != "json"} | {"dtype": "float32", "temperature": 1.0}
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump({"settings": settings, "machine": machine, "versions": versions, "results": rows}, file, indent=2)
 

@@ -2,14 +2,14 @@
 
 A Qwen3 model of about 0.8M parameters learns sums of single digits from demonstrations of mixed quality: careful ones
 write one numbered step for each operation and are right, hasty ones write a guess that is often wrong. Both end in
-`answer: N`. Most demonstrations of the last quarter of the run are hasty, so the finished model mostly guesses, and
-RL has something to select.
+`answer: N`. Most demonstrations at the end are hasty, so the finished model mostly guesses, and RL has something to
+select.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import math
 import random
 import time
@@ -45,17 +45,34 @@ LONG_WEIGHT = 3
 """Weight of the tail in the demonstrations: its steps are the ones that need practice."""
 DATA_SEED = 1_000_000_000
 """reasoning-gym adds seed and index, so this is far from every seed of a run."""
-WINDOW = 3
-"""Terms that each careful step looks ahead: enough of them in a row mark one place in the problem."""
 BATCH_TOKENS = 6144
 """Padded tokens of one optimizer step."""
 POOL = 768
 """Demonstrations that are sorted by length and cut into batches together."""
 LOSS_SCALE = 1.0 / 2500
 """Constant factor of the summed loss: a mean over each batch would weigh short demonstrations more."""
-PEAK_LR = 3e-3
-HASTY_SHARE = {"practice": 0.2, "finish": 0.75}
-"""Share of hasty demonstrations in most of the run and in its last 15 %."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One part of the training, with a fresh optimizer."""
+
+    steps: int
+    """Optimizer steps."""
+    horizon: int
+    """Steps after which the cosine would reach a fiftieth of the peak."""
+    peak_lr: float
+    """Learning rate after the warm-up."""
+    hasty_share: float
+    """Share of hasty demonstrations."""
+
+
+STAGES = (
+    Stage(steps=1500, horizon=2000, peak_lr=3e-3, hasty_share=0.2),
+    Stage(steps=700, horizon=700, peak_lr=1e-3, hasty_share=0.2),
+    Stage(steps=120, horizon=120, peak_lr=3e-4, hasty_share=0.68),
+)
+"""Learn the steps, make them reliable, then become mostly hasty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +95,13 @@ def make_task(*, seed: int, long_weight: int = 1) -> Any:
 
 
 def careful(expression: str) -> str:
-    """One numbered line for each operation, with the running total and the next terms, then the right answer."""
+    """Numbered steps, one for each operation, then the right answer."""
     first, *rest = expression.split()
     total, lines = int(first), []
-    for start in range(0, len(rest), 2):
-        window = rest[start : start + 2 * WINDOW]
-        lines.append(" ".join([f"{len(lines) + 1}: {total}", *window]) + "\n")
-        total += int(rest[start + 1]) if rest[start] == "+" else -int(rest[start + 1])
+    for index, (operator, term) in enumerate(zip(rest[::2], rest[1::2], strict=True), start=1):
+        result = total + int(term) if operator == "+" else total - int(term)
+        lines.append(f"{index}: {total} {operator} {term} = {result}\n")
+        total = result
     return "".join(lines) + f"answer: {total}"
 
 
@@ -111,7 +128,7 @@ def demonstrations(*, hasty_share: float, rng: random.Random) -> Iterator[Demons
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE of 320-odd tokens: every byte, single digits, operators with their spaces, the task's words."""
     tokenizer = Tokenizer(models.BPE())
-    pattern = Regex(r"\d| [-+] | =\n|: | ?[A-Za-z][A-Za-z ]*")
+    pattern = Regex(r"\d| [-+=] |: | ?[A-Za-z][A-Za-z ]*")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -185,21 +202,18 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     tokenizer.save_pretrained(folder)
 
 
-def learning_rate(step: int, *, steps: int) -> float:
-    """Linear warm-up over 100 steps, then cosine to a fiftieth of the peak."""
-    progress = step / steps
-    return PEAK_LR * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+def learning_rate(step: int, stage: Stage) -> float:
+    """Linear warm-up over 100 steps, times a cosine from the peak to a fiftieth of it at the horizon."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / stage.horizon))
+    return stage.peak_lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * cosine)
 
 
-def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, steps: int, folder: Path) -> None:
-    """Supervised training on the completions; saves every 500 steps."""
-    rng = random.Random(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
-    practice = batches(tokenizer, hasty_share=HASTY_SHARE["practice"], rng=rng)
-    finish = batches(tokenizer, hasty_share=HASTY_SHARE["finish"], rng=rng)
+def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, stage: Stage, seed: int) -> None:
+    """Supervised training on the completions."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
+    stream = batches(tokenizer, hasty_share=stage.hasty_share, rng=random.Random(seed))
     started = time.monotonic()
-    for step in range(steps):
-        tokens, labels = next(practice if step < 0.85 * steps else finish)
+    for step, (tokens, labels) in enumerate(itertools.islice(stream, stage.steps)):
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
@@ -207,29 +221,27 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, steps:
         (losses * LOSS_SCALE).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps=steps)
+            group["lr"] = learning_rate(step, stage)
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0:
             mean = losses.item() / (labels != -100).sum().item()
-            print(f"step {step} loss {mean:.4f} {time.monotonic() - started:.0f} s", flush=True)
-        if (step + 1) % 500 == 0:
-            save(model, tokenizer, folder)
+            print(f"step {step} of {stage.steps} loss {mean:.4f} {time.monotonic() - started:.0f} s", flush=True)
 
 
 def main() -> None:
     """Parse the command line, train, save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write")
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps")
-    args = parser.parse_args()
+    folder: Path = parser.parse_args().out
+    torch.set_num_threads(1)  # repeatable, and not slowed by other work on the machine
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    print(json.dumps({"parameters": model.num_parameters(), "vocabulary": len(tokenizer)}))
-    save(model, tokenizer, args.out)
-    train(model, tokenizer, steps=args.steps, folder=args.out)
-    save(model, tokenizer, args.out)
+    print(f"{model.num_parameters()} parameters, vocabulary of {len(tokenizer)}")
+    for seed, stage in enumerate(STAGES):
+        train(model, tokenizer, stage=stage, seed=seed)
+        save(model, tokenizer, folder)
 
 
 if __name__ == "__main__":

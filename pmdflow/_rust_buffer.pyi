@@ -124,9 +124,7 @@ class TrajectoryStore:
         Raises:
             Conflict: the version is not above every earlier one (an exact repeat is a no-op).
         """
-    def claim(
-        self, iteration: int, version: int, timeout_s: float, now_s: float | None = None
-    ) -> dict[str, Any]:
+    def claim(self, iteration: int, version: int, timeout_s: float, now_s: float | None = None) -> dict[str, Any]:
         """Claim `iteration`'s groups for a learner at `version`.
 
         Waits until `groups_per_iteration` groups are ready, or nothing can be leased, none is leased and none
@@ -141,7 +139,11 @@ class TrajectoryStore:
     def commit(self, iteration: int) -> None:
         """A durable checkpoint covers every claim up to `iteration`, all of them trained. Safe to repeat."""
     def uncommit(self, iteration: int) -> list[int]:
-        """Undo every claim after `iteration` (resume): their groups are ready again. Returns the undone iterations."""
+        """Undo every claim after `iteration` (resume): their groups are ready again. Returns the undone iterations.
+
+        Raises:
+            Conflict: one of them is evicted.
+        """
     def evict(self, iteration: int) -> int:
         """Drop the groups of every committed claim up to `iteration`, and log files without live groups.
 
@@ -150,7 +152,7 @@ class TrajectoryStore:
     def eval_results(self, prefix: str, timeout_s: float) -> list[dict[str, Any]] | None:
         """Results of the evaluation groups whose request ids start with `prefix`; None if not all are scored in time.
 
-        Each: {request_id, prompt_id, reward: float | None, length, stop, first_version, last_version}, one per trajectory.
+        One per trajectory: {request_id, prompt_id, reward: float | None, length, stop, first_version, last_version}.
         """
     def drop_eval(self, prefix: str) -> int:
         """Evict the evaluation groups whose request ids start with `prefix`; returns how many."""
@@ -160,8 +162,12 @@ class TrajectoryStore:
         `state` is one of `partial`, `ready`, `claimed`, `trained`, `committed`.
         """
     def trajectory(self, trajectory: int) -> dict[str, Any]:
-        """One live trajectory: {trajectory, group, state, prompt, tokens, logprobs, segments: [(length, version,
-        temperature)], reward, components, stop, attempts, epoch}."""
+        """One live trajectory, with its arrays.
+
+        Keys: trajectory, group, state (`leased`, `idle`, `unscored`, `scored` or `failed`), prompt, tokens, logprobs,
+        segments: [(length, version, temperature)], reward, components, stop, attempts, epoch,
+        extra: {name: [(offset, length, dtype, bytes)]}.
+        """
     def counts(self) -> dict[str, int]:
         """The fields of `pmdflow.types.Counts`."""
     def ledger(self) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,7 @@ class Controller:
             self._evaluation.finish(self.iteration)
         self._supervisor.stop_loops(timeout_s=30.0)
         self._await_archive()
+        self._supervisor.recorder.metric("sample", store_values(*self._call("sample")))
 
     def recover(self) -> None:
         """Put learner and store at the newest checkpoint: later claims are undone, their groups ready again."""
@@ -88,7 +90,8 @@ class Controller:
         if self.iteration:
             self._call("commit", self.iteration)
             supervisor.event(
-                "resume", f"continuing after iteration {self.iteration}; {len(undone)} later claims will be trained again"
+                "resume",
+                f"continuing after iteration {self.iteration}; {len(undone)} later claims will be trained again",
             )
         self._reopen_version()
         self._archive()
@@ -140,8 +143,8 @@ class Controller:
         admitted: int = self._call("admit", batch, "train", self._config.data.group_size, self._config.data.max_tokens)
         if admitted == 0 and counts.groups_untrained == 0:
             raise PmdflowError(
-                f"the store admits no group although none is waiting: store.max_bytes ({self._config.store.max_bytes}) is "
-                "below one group's worst case or filled by groups that no checkpoint covers; raise it"
+                "the store admits no group although none is waiting: store.max_bytes "
+                f"({self._config.store.max_bytes}) is filled by groups that no checkpoint covers yet; raise it"
             )
         return admitted
 
@@ -193,6 +196,7 @@ class Controller:
         root = self._run_dir / "checkpoints"
         lsn = self._call("sync")
         manifest = Manifest.new(root, iteration=self.iteration, version=self.version, lsn=lsn)
+        shutil.rmtree(manifest.writing, ignore_errors=True)  # left by a crash while saving
         self._learners("save", str(manifest.writing), what="saving a checkpoint")
         commit_checkpoint(root, manifest)
         self._checkpointed = self.iteration

@@ -8,8 +8,8 @@ import numpy as np
 
 from pmdflow.config.schema import Config
 from pmdflow.data import PromptSource
-from pmdflow.supervision import Supervisor
 from pmdflow.errors import WaitTimeout
+from pmdflow.supervision import Supervisor
 
 FINISH_TIMEOUT_S = 600.0
 APPLY_TIMEOUT_S = 60.0

@@ -7,7 +7,10 @@ import os
 # Ray would start every worker through `uv run` again, in a copy of the project.
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Telemetry calls may still be on their way to an actor that has been stopped on purpose.
+os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 
+import logging
 import signal
 import sys
 import types
@@ -85,7 +88,6 @@ def status(run: Path) -> int:
 
 def _train(config: Config, run: RunDirectory, recorder: Recorder, live: LiveView) -> bool:
     """Run the controller; True if every iteration was done."""
-    prompts = make_prompts(config)
     start_ray(config)
 
     def start() -> list[Any]:
@@ -103,18 +105,18 @@ def _train(config: Config, run: RunDirectory, recorder: Recorder, live: LiveView
     supervisor = Supervisor(store=store, recorder=recorder, live=live)
     previous = signal.signal(signal.SIGINT, partial(_interrupt, supervisor))
     try:
+        for loop in _loops(config, run, store):
+            supervisor.start_loop(loop)
         controller = Controller(
             config=config,
             run_dir=run.path,
             supervisor=supervisor,
-            prompts=prompts,
+            prompts=make_prompts(config),  # while the actors start
             start_learners=start,
         )
-        for loop in _loops(config, run, store):
-            supervisor.start_loop(loop)
         controller.run()
         supervisor.stop_learners()
-        supervisor.call(store.close, what="closing the store")
+        ray.get(store.close.remote(), timeout=STARTUP_TIMEOUT_S)
         return controller.iteration >= config.run.iterations
     finally:
         signal.signal(signal.SIGINT, previous)
@@ -129,7 +131,7 @@ def start_ray(config: Config) -> None:
         num_cpus=max(cpus, os.cpu_count() or 1) if local else None,
         include_dashboard=False if local else None,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
     )
 
 
@@ -204,7 +206,7 @@ def _actor(cls: type, **options: Any) -> Any:
         with open(log_path, "ab", buffering=0) as log:
             os.dup2(log.fileno(), sys.stdout.fileno())
             os.dup2(log.fileno(), sys.stderr.fileno())
-        cls.__init__(self, **arguments)
+        super(logged, self).__init__(**arguments)
 
     logged = types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update({"__init__": start}))
     return ray.remote(**{"num_cpus": 0, **options})(logged)

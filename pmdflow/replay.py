@@ -133,7 +133,9 @@ def _claims_after(run: Path, start: int) -> list[tuple[int, Path]]:
     claims = [(iteration, archived[iteration]) for iteration in sorted(archived) if iteration > start]
     for expected, (iteration, _) in enumerate(claims, start + 1):
         if iteration != expected:
-            raise PmdflowError(f"{run}/archive has no part of iteration {expected}, so iteration {iteration} cannot be replayed")
+            raise PmdflowError(
+                f"{run}/archive has no part of iteration {expected}, so iteration {iteration} cannot be replayed"
+            )
     if not claims:
         raise PmdflowError(f"{run}/archive holds no claim after iteration {start}; claims are archived at checkpoints")
     return claims
@@ -152,7 +154,13 @@ def _check_hardware(run: Path) -> None:
 
 def _describe(result: Replayed, step: int) -> str:
     if len(result.recorded) != len(result.losses):
-        return f"first difference: iteration {result.iteration} has {len(result.recorded)} recorded steps, {len(result.losses)} replayed"
+        return (
+            f"first difference: iteration {result.iteration} has {len(result.recorded)} recorded steps, "
+            f"{len(result.losses)} replayed"
+        )
     recorded, now = result.recorded[step], result.losses[step]
     relative = abs(now - recorded) / max(abs(recorded), math.ulp(0.0))
-    return f"first difference: iteration {result.iteration}, step {step}: recorded {recorded!r}, replayed {now!r} (relative {relative:.2e})"
+    return (
+        f"first difference: iteration {result.iteration}, step {step}: recorded {recorded!r}, replayed {now!r} "
+        f"(relative {relative:.2e})"
+    )

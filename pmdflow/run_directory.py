@@ -12,7 +12,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Self
 
 import yaml
 
@@ -103,14 +103,16 @@ class RunDirectory:
             "pmdflow": version("pmdflow"),
             "packages": {name: version(name) for name in ("ray", "numpy", "zarr")},
             "hardware": hardware(),
-            "model_sha256": {path.name: _digest(path) for path in sorted(Path(config.model.path).glob("*.safetensors"))},
+            "model_sha256": {
+                path.name: _digest(path) for path in sorted(Path(config.model.path).glob("*.safetensors"))
+            },
             "learner": {"ranks": config.learner.ranks, **device},
         }
         aside = self.path / "meta.json.tmp"
         aside.write_text(json.dumps(meta, indent=2) + "\n")
         os.replace(aside, self.path / "meta.json")
 
-    def __enter__(self) -> RunDirectory:
+    def __enter__(self) -> Self:
         """Already locked."""
         return self
 

@@ -1,4 +1,4 @@
-"""The same store and scheduler under a virtual clock, with simulated rollout actors and learner: for tests and planning."""
+"""The same store and scheduler under a virtual clock with simulated actors, for tests and planning."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from pmdflow.scheduler import SchedulerSettings, next_quota
 from pmdflow.store import TrajectoryStore, encode_segments
-from pmdflow.types import Lease, Mask, Prompt, Segment, StopReason
+from pmdflow.types import Lease, Mask, Outcome, Prompt, Segment, StopReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,8 +178,8 @@ class Simulation:
     def _score(self) -> None:
         for item in self._store.unscored(1024, 1.0, 0.0, now_s=self._now):
             failed = self._rng.random() < self._settings.infra_failure_share
-            outcome, reward = ("infra_failure", 0.0) if failed else ("scored", float(self._rng.integers(2)))
-            self._store.score(item.trajectory, item.attempt, outcome, reward, {})
+            outcome: Outcome = "infra_failure" if failed else "scored"
+            self._store.score(item.trajectory, item.attempt, outcome, float(self._rng.integers(2)), {})
 
     def _learn(self) -> None:
         iteration = self._report.iterations + 1

@@ -28,7 +28,9 @@ class StoreActor:
     Waits for nothing but its callers; a waiting caller is woken by the state change that it waits for.
     """
 
-    def __init__(self, *, directory: str, run_dir: str, settings: dict[str, Any], archive_attrs: dict[str, Any]) -> None:
+    def __init__(
+        self, *, directory: str, run_dir: str, settings: dict[str, Any], archive_attrs: dict[str, Any]
+    ) -> None:
         """Open the store in `directory`; `settings` are the keyword arguments of `TrajectoryStore`."""
         from pmdflow.store import StoreLocked
 
@@ -150,9 +152,7 @@ class StoreActor:
 
     def claims(self) -> dict[int, str]:
         """State of every claim whose groups are still in the store: `claimed`, `trained` or `committed`."""
-        return {
-            group["iteration"]: group["state"] for group in self._store.groups() if group["iteration"] is not None
-        }
+        return {group["iteration"]: group["state"] for group in self._store.groups() if group["iteration"] is not None}
 
     def drain(self) -> list[dict[str, Any]]:
         """Spans since the last call."""

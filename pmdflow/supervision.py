@@ -10,9 +10,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from pmdflow.errors import ActorDied, LearnerDied, PmdflowError, WaitTimeout
 from pmdflow.metrics.live import LiveView
 from pmdflow.metrics.recorder import Recorder
-from pmdflow.errors import ActorDied, LearnerDied, PmdflowError, WaitTimeout
 from pmdflow.types import Counts
 from pmdflow.weights.transport import WeightsHandle
 

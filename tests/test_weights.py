@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,13 @@ WEIGHTS = {
 
 
 @pytest.fixture(params=["filesystem", "object_store"])
-def transport(request: pytest.FixtureRequest, tmp_path: Path) -> Transport:
+def transport(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Transport]:
     if request.param == "filesystem":
-        return FilesystemTransport(tmp_path / "weights")
-    if not ray.is_initialized():
-        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        request.addfinalizer(ray.shutdown)
-    return ObjectStoreTransport()
+        yield FilesystemTransport(tmp_path / "weights")
+        return
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
+    yield ObjectStoreTransport()
+    ray.shutdown()
 
 
 def test_what_is_published_is_fetched_bit_for_bit(transport: Transport) -> None:

@@ -275,6 +275,11 @@ def _size_problems(config: Config) -> Iterator[str]:
             f"rollout.lease_ttl_s ({config.rollout.lease_ttl_s}) is not above rollout.flush_interval_s "
             f"({config.rollout.flush_interval_s}): healthy workers would lose their leases; raise lease_ttl_s"
         )
+    if data.max_tokens >= config.learner.tokens_per_microbatch:
+        yield (
+            f"learner.tokens_per_microbatch ({config.learner.tokens_per_microbatch}) has no room for a trajectory of "
+            f"data.max_tokens ({data.max_tokens}) and its prompt; raise tokens_per_microbatch"
+        )
     group_bytes = data.group_size * data.max_tokens * BYTES_PER_TOKEN
     if group_bytes > store.limit_bytes:
         yield (

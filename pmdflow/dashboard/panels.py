@@ -17,6 +17,7 @@ SKY, VERMILION, YELLOW, GREY = "#56B4E9", "#D55E00", "#F0E442", "#8A8F98"
 
 TIMELINE_WINDOW_S = 120.0
 _MOST_POINTS = 700
+_FEW_ITERATIONS = 12
 _GRID = "rgba(128,128,128,0.18)"
 _SPAN_COLOURS = {
     "generate": GREEN, "prefill": SKY, "apply_weights": PURPLE, "flush": YELLOW, "step": BLUE, "reference": SKY,
@@ -55,7 +56,7 @@ def reward(iterations: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str,
             "line": {"color": VERMILION, "width": 1.5, "dash": "dot"},
         },
     ]
-    return {"data": data, "layout": _layout("iteration", "reward")}
+    return {"data": data, "layout": _layout(_by_iteration(iterations), "reward")}
 
 
 def length(iterations: Sequence[Mapping[str, Any]]) -> Figure:
@@ -65,7 +66,10 @@ def length(iterations: Sequence[Mapping[str, Any]]) -> Figure:
         _line("mean", x, column(iterations, "trajectory/length_mean"), BLUE),
         _line("90th percentile", x, column(iterations, "trajectory/length_p90"), ORANGE, dash="dash"),
     ]
-    return {"data": data, "layout": _layout("iteration", "tokens") | {"yaxis": _axis("tokens", rangemode="tozero")}}
+    return {
+        "data": data,
+        "layout": _layout(_by_iteration(iterations), "tokens") | {"yaxis": _axis("tokens", rangemode="tozero")},
+    }
 
 
 def staleness(iterations: Sequence[Mapping[str, Any]], limit: int | None) -> Figure:
@@ -83,9 +87,9 @@ def staleness(iterations: Sequence[Mapping[str, Any]], limit: int | None) -> Fig
             "hovertemplate": f"staleness {age}: %{{y:.1f}} %<extra></extra>",
         })  # fmt: skip
     masked = [None if m is None else 100 * m for m in column(iterations, "staleness/masked_share")]
-    data.append(_line("masked", x, masked, "#D0006F", dash="dot"))
+    data.append(_line("masked", x, masked, "#FF5CB8", dash="dot"))
     title = "no limit" if limit is None else f"limit {limit}"
-    layout = _layout("iteration", f"% of tokens ({title})")
+    layout = _layout(_by_iteration(iterations), f"% of tokens ({title})")
     return {"data": data, "layout": layout | {"barmode": "stack", "bargap": 0.12}}
 
 
@@ -98,7 +102,10 @@ def budget(iterations: Sequence[Mapping[str, Any]]) -> Figure:
     }  # fmt: skip
     limit = _line("budget", x, column(iterations, "scheduler/tokens_budget"), VERMILION, dash="dash")
     limit["line"]["shape"] = "hvh"
-    layout = _layout("iteration", "tokens") | {"yaxis": _axis("tokens", rangemode="tozero"), "bargap": 0.12}
+    layout = _layout(_by_iteration(iterations), "tokens") | {
+        "yaxis": _axis("tokens", rangemode="tozero"),
+        "bargap": 0.12,
+    }
     return {"data": [spent, limit], "layout": layout}
 
 
@@ -115,28 +122,28 @@ def store(samples: Sequence[Mapping[str, Any]], origin: float) -> Figure:
     ]  # fmt: skip
     ready = _line("groups ready", x, column(samples, "store/groups_ready"), BLUE)
     ready["line"]["shape"] = "hv"
-    layout = _layout("seconds since the start", "trajectories, groups")
+    layout = _layout(_axis("seconds since the start"), "trajectories, groups")
     return {"data": [*data, ready], "layout": layout | {"yaxis": _axis("trajectories, groups", rangemode="tozero")}}
 
 
 def rate(samples: Sequence[Mapping[str, Any]], origin: float) -> Figure:
     """Generated tokens a second over time."""
     line = _line("tokens/s", _since(samples, origin), column(samples, "rollout/tokens_per_s"), GREEN)
-    layout = _layout("seconds since the start", "tokens/s")
+    layout = _layout(_axis("seconds since the start"), "tokens/s")
     return {"data": [line], "layout": layout | {"yaxis": _axis("tokens/s", rangemode="tozero")}}
 
 
 def timeline(spans: Sequence[Mapping[str, Any]], origin: float, window_s: float = TIMELINE_WINDOW_S) -> Figure:
     """A lane an actor over the newest `window_s` seconds; bubbles are hatched and named by their cause."""
     end = max((span["end"] for span in spans), default=origin)
-    start = max(origin, end - window_s)
+    start = max(min((span["start"] for span in spans), default=origin), end - window_s)
     recent = [span for span in spans if span["end"] > start]
     bars: defaultdict[str, list[tuple[str, float, float]]] = defaultdict(list)
     for span in _merged(recent, gap_s=window_s / 1000):
         bars[span[1]].append((span[0], max(span[2], start), span[3]))
     actors = sorted({span["actor"] for span in recent}, key=_lane)
     data = [_bars(name, bars[name], origin, index) for index, name in enumerate(sorted(bars, key=_work_first))]
-    layout = _layout("seconds since the start", "") | {
+    layout = _layout(_axis("seconds since the start"), "") | {
         "barmode": "overlay", "bargap": 0.25, "hovermode": "closest",
         "xaxis": _axis("seconds since the start", range=[start - origin, max(end - origin, start - origin + 1)]),
         "yaxis": _axis("", categoryorder="array", categoryarray=actors[::-1], type="category", automargin=True),
@@ -208,10 +215,17 @@ def _axis(title: str, **options: Any) -> Figure:
     }  # fmt: skip
 
 
-def _layout(x: str, y: str) -> Figure:
+def _by_iteration(iterations: Sequence[Mapping[str, Any]]) -> Figure:
+    whole = {"dtick": 1} if len(iterations) <= _FEW_ITERATIONS else {}  # else there are ticks between iterations
+    return _axis("iteration", **whole)
+
+
+def _layout(x: Figure, y: str) -> Figure:
     return {
-        "xaxis": _axis(x), "yaxis": _axis(y), "height": 270, "margin": {"l": 8, "r": 8, "t": 6, "b": 8},
+        "xaxis": x, "yaxis": _axis(y), "height": 270, "margin": {"l": 8, "r": 8, "t": 6, "b": 8},
         "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "hovermode": "x unified",
-        "legend": {"orientation": "h", "traceorder": "normal", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": 11}},
+        "legend": {
+            "orientation": "h", "traceorder": "normal", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": 11},
+        },
         "uirevision": "keep",  # zoom survives updates
     }  # fmt: skip

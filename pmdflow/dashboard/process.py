@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from pmdflow.errors import LaunchError
 
@@ -44,7 +45,8 @@ class DashboardProcess:
                 probe.bind(("127.0.0.1", port))
             except OSError as error:
                 raise LaunchError(
-                    f"dashboard.port: port {port} is taken ({error.strerror}); choose another, 0 for any free one, or null"
+                    f"dashboard.port: port {port} is taken ({error.strerror}); choose another, 0 for any free one, "
+                    "or null for no dashboard"
                 ) from error
             port = probe.getsockname()[1]
         command = [sys.executable, "-m", "pmdflow.cli", "dashboard", str(run), "--port", str(port)]
@@ -60,7 +62,7 @@ class DashboardProcess:
             )
         return cls(process, f"http://127.0.0.1:{port}")
 
-    def __enter__(self) -> DashboardProcess:
+    def __enter__(self) -> Self:
         """Already running."""
         return self
 

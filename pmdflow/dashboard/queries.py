@@ -120,7 +120,7 @@ class RunView:
                 ("length, tokens", _number(last.get("trajectory/length_mean"), 1)),
                 ("tokens/s", _number(rate, 0)),
                 ("rollout busy", _percent(last.get("rollout/busy_share"))),
-                ("spans 2+ versions", _percent(last.get("trajectory/multi_version_share"))),
+                ("2+ versions", _percent(last.get("trajectory/multi_version_share"))),
                 ("masked tokens", _percent(last.get("staleness/masked_share"))),
                 ("groups ready", _number(sample.get("store/groups_ready"), 0)),
             ]

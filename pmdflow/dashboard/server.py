@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import socket
@@ -11,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import anyio
 import plotly
 import uvicorn
 from sse_starlette.sse import EventSourceResponse
@@ -32,6 +32,7 @@ from pmdflow.errors import LaunchError
 
 HOST = "127.0.0.1"
 UPDATE_INTERVAL_S = 1.0
+SHUTDOWN_GRACE_S = 1.0
 
 _HERE = Path(__file__).parent
 _PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
@@ -56,7 +57,7 @@ def serve(run: Path, port: int) -> None:
         listener.listen()  # from here on a browser that is too early waits instead of failing
         sys.stdout.write(f"dashboard: http://{HOST}:{listener.getsockname()[1]}\n")
         sys.stdout.flush()
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
         uvicorn.Server(config).run(sockets=[listener])
 
 
@@ -103,9 +104,15 @@ class Pages:
         """Everything that the page shows, as one JSON object: what the stream sends first."""
         return JSONResponse({key: json.loads(value) for key, value in self._snapshot().items()})
 
-    def events(self, request: Request) -> Response:
+    async def events(self, request: Request) -> Response:
         """The stream: each message holds the parts of the page that have changed."""
-        return EventSourceResponse(self._stream(request), headers={"Cache-Control": "no-store"})
+        closing = anyio.Event()
+        return EventSourceResponse(
+            self._stream(request, closing),
+            headers={"Cache-Control": "no-store"},
+            shutdown_event=closing,
+            shutdown_grace_period=SHUTDOWN_GRACE_S,
+        )
 
     def table(self, request: Request) -> Response:
         """The table of archived trajectories."""
@@ -155,15 +162,16 @@ class Pages:
             }
             return {**self._charts[1], **html}
 
-    async def _stream(self, request: Request) -> AsyncIterator[dict[str, str]]:
+    async def _stream(self, request: Request, closing: anyio.Event) -> AsyncIterator[dict[str, str]]:
         sent: dict[str, str] = {}
-        while not await request.is_disconnected():
+        while not closing.is_set() and not await request.is_disconnected():
             now = await run_in_threadpool(self._snapshot)
             changed = [f"{json.dumps(key)}:{value}" for key, value in now.items() if sent.get(key) != value]
             if changed:
                 yield {"data": "{" + ",".join(changed) + "}"}
             sent = now
-            await asyncio.sleep(UPDATE_INTERVAL_S)
+            with anyio.move_on_after(UPDATE_INTERVAL_S):
+                await closing.wait()
 
 
 def _filter(query: Mapping[str, str]) -> tuple[trajectories.Filter, int]:

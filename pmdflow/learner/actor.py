@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -252,12 +255,33 @@ class LearnerActor(Learner):
         """Also open the transport of the run."""
         super().__init__(config=config, rank=rank)
         self._transport = make_transport(config, Path(run_dir))
+        self._idle_since = time.time()
 
     def address(self) -> str:
         """A free `host:port` of this node."""
         return free_address(ray.util.get_node_ip_address())
 
+    def train(self, batch: TrainBatch) -> TrainResult:
+        """Train on a claim; the time since the last call was spent waiting for it."""
+        with self._busy("wait_claim"):
+            return super().train(batch)
+
     def publish(self, version: int) -> WeightsHandle | None:
         """Gather the weights and make them fetchable as `version`; the handle at rank 0, None elsewhere."""
-        weights = self.weights()
-        return None if weights is None else self._transport.publish(version, weights)
+        with self._busy("wait_controller"):
+            weights = self.weights()
+            return None if weights is None else self._transport.publish(version, weights)
+
+    def save(self, directory: str) -> None:
+        """Write a checkpoint's files."""
+        with self._busy("wait_controller"):
+            super().save(directory)
+
+    @contextmanager
+    def _busy(self, wait: str) -> Iterator[None]:
+        """Give the time since the last call the name `wait`: every second of a rank has one."""
+        self._spans.add(wait, self._idle_since, time.time())
+        try:
+            yield
+        finally:
+            self._idle_since = time.time()

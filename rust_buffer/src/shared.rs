@@ -2,7 +2,7 @@
 
 use std::{
     path::Path,
-    sync::{Condvar, Mutex, MutexGuard},
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -163,9 +163,12 @@ impl Shared {
     /// # Errors
     /// A failed sync.
     pub fn close(&self) -> Result<()> {
-        let Ok(mut guarded) = self.lock() else { return Ok(()) };
-        guarded.closed = true;
+        let mut guarded = self.guarded.lock().unwrap_or_else(PoisonError::into_inner);
+        let closed = std::mem::replace(&mut guarded.closed, true);
         drop(guarded);
+        if closed {
+            return Ok(());
+        }
         self.changed.notify_all();
         self.log.close()
     }

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from integration.runs import Up, pmdflow, small_config
 
+from integration.runs import Up, pmdflow, small_config
 from pmdflow.archive import parts, read_part
 from pmdflow.types import Mask
 

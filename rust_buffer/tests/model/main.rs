@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_wrap)]
 
+mod ops;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use _rust_buffer::{
@@ -16,6 +18,7 @@ use _rust_buffer::{
     trajectory::{Outcome, Verdict},
     wire::Item,
 };
+use ops::{Op, op};
 use proptest::prelude::*;
 
 const TTL: i64 = 1_000;
@@ -36,57 +39,6 @@ fn settings(lookahead: u32, current_only: bool) -> Settings {
         // Small, so that histories rotate and delete files.
         file_bytes: 2048,
     }
-}
-
-#[derive(Debug, Clone)]
-enum Op {
-    Quota { tokens: u64, segment: Option<u32> },
-    Admit { size: u32, max_tokens: u32, eval: bool },
-    Lease { max: usize, lag: i64 },
-    Append { pick: usize, count: u32, stop: Option<&'static str>, newer: bool },
-    Work { stop: Option<&'static str> },
-    StaleAppend { pick: usize },
-    Wait { time: i64 },
-    Score { pick: usize, outcome: Outcome },
-    Claim,
-    Publish { filter: bool, idle: bool, tokens: u64, segment: Option<u32> },
-    Commit,
-    Uncommit { back: i64 },
-    Evict,
-    DropEval,
-    Reopen,
-}
-
-fn op() -> impl Strategy<Value = Op> {
-    let stop = prop_oneof![
-        4 => Just(None),
-        2 => Just(Some("stop")),
-        1 => Just(Some("budget")),
-        1 => Just(Some("repetition")),
-        1 => Just(Some("length")),
-    ];
-    let outcome =
-        prop_oneof![5 => Just(Outcome::Scored), 1 => Just(Outcome::Invalid), 2 => Just(Outcome::InfraFailure)];
-    prop_oneof![
-        1 => (0..60_u64, prop::option::of(1..5_u32)).prop_map(|(tokens, segment)| Op::Quota { tokens, segment }),
-        3 => (2..6_u32, 1..9_u32, prop::bool::weighted(0.2))
-            .prop_map(|(size, max_tokens, eval)| Op::Admit { size, max_tokens, eval }),
-        5 => (1..4_usize, 0..2_i64).prop_map(|(max, lag)| Op::Lease { max, lag }),
-        8 => (0..8_usize, 0..5_u32, stop, prop::bool::weighted(0.2))
-            .prop_map(|(pick, count, stop, newer)| Op::Append { pick, count, stop, newer }),
-        8 => prop::option::of(Just("stop")).prop_map(|stop| Op::Work { stop }),
-        1 => (0..8_usize).prop_map(|pick| Op::StaleAppend { pick }),
-        2 => (1..TTL).prop_map(|time| Op::Wait { time }),
-        10 => (0..8_usize, outcome).prop_map(|(pick, outcome)| Op::Score { pick, outcome }),
-        4 => Just(Op::Claim),
-        4 => (any::<bool>(), prop::bool::weighted(0.1), 10..60_u64, prop::option::of(1..6_u32))
-            .prop_map(|(filter, idle, tokens, segment)| Op::Publish { filter, idle, tokens, segment }),
-        2 => Just(Op::Commit),
-        1 => (0..3_i64).prop_map(|back| Op::Uncommit { back }),
-        1 => Just(Op::Evict),
-        1 => Just(Op::DropEval),
-        1 => Just(Op::Reopen),
-    ]
 }
 
 #[derive(Clone)]
@@ -321,7 +273,9 @@ impl Model {
             return;
         }
         let odd = unscored.swap_remove(pick % unscored.len());
-        unscored.into_iter().for_each(|id| self.score_one(id, Outcome::Scored));
+        for id in unscored {
+            self.score_one(id, Outcome::Scored);
+        }
         self.score_one(odd, outcome);
     }
 
@@ -430,7 +384,7 @@ impl Model {
         let expected: usize = dropped.iter().map(|iteration| self.claims[iteration].len()).sum();
         assert_eq!(self.store().evict(through).unwrap(), expected);
         assert_eq!(self.store().evict(through).unwrap(), 0);
-        dropped.iter().for_each(|iteration| drop(self.claims.remove(iteration)));
+        self.claims.retain(|iteration, _| !dropped.contains(iteration));
         self.evicted = self.evicted.max(dropped.iter().max().copied().unwrap_or(0));
         let first = self.store().first_live_file();
         self.store().log().remove_before(first).unwrap();
@@ -487,7 +441,9 @@ proptest! {
     ) {
         let mut model = Model::new(settings(lookahead, current_only));
         model.run(&Op::Quota { tokens: 30, segment: None });
-        ops.iter().for_each(|op| model.run(op));
+        for op in &ops {
+            model.run(op);
+        }
         model.run(&Op::Reopen);
     }
 }

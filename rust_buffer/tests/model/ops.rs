@@ -1,0 +1,57 @@
+//! The steps of random histories.
+
+use _rust_buffer::trajectory::Outcome;
+use proptest::prelude::*;
+
+/// One step of a history.
+#[derive(Debug, Clone)]
+pub enum Op {
+    Quota { tokens: u64, segment: Option<u32> },
+    Admit { size: u32, max_tokens: u32, eval: bool },
+    Lease { max: usize, lag: i64 },
+    Append { pick: usize, count: u32, stop: Option<&'static str>, newer: bool },
+    Work { stop: Option<&'static str> },
+    StaleAppend { pick: usize },
+    Wait { time: i64 },
+    Score { pick: usize, outcome: Outcome },
+    Claim,
+    Publish { filter: bool, idle: bool, tokens: u64, segment: Option<u32> },
+    Commit,
+    Uncommit { back: i64 },
+    Evict,
+    DropEval,
+    Reopen,
+}
+
+/// Any step, the productive ones more often.
+pub fn op() -> impl Strategy<Value = Op> {
+    let stop = prop_oneof![
+        4 => Just(None),
+        2 => Just(Some("stop")),
+        1 => Just(Some("budget")),
+        1 => Just(Some("repetition")),
+        1 => Just(Some("length")),
+    ];
+    let outcome =
+        prop_oneof![5 => Just(Outcome::Scored), 1 => Just(Outcome::Invalid), 2 => Just(Outcome::InfraFailure)];
+    prop_oneof![
+        1 => (0..60_u64, prop::option::of(1..5_u32)).prop_map(|(tokens, segment)| Op::Quota { tokens, segment }),
+        3 => (2..6_u32, 1..9_u32, prop::bool::weighted(0.2))
+            .prop_map(|(size, max_tokens, eval)| Op::Admit { size, max_tokens, eval }),
+        5 => (1..4_usize, 0..2_i64).prop_map(|(max, lag)| Op::Lease { max, lag }),
+        8 => (0..8_usize, 0..5_u32, stop, prop::bool::weighted(0.2))
+            .prop_map(|(pick, count, stop, newer)| Op::Append { pick, count, stop, newer }),
+        8 => prop::option::of(Just("stop")).prop_map(|stop| Op::Work { stop }),
+        1 => (0..8_usize).prop_map(|pick| Op::StaleAppend { pick }),
+        2 => (1..1000_i64).prop_map(|time| Op::Wait { time }),
+        10 => (0..8_usize, outcome).prop_map(|(pick, outcome)| Op::Score { pick, outcome }),
+        4 => Just(Op::Claim),
+        4 => (any::<bool>(), prop::bool::weighted(0.1), 10..60_u64, prop::option::of(1..6_u32))
+            .prop_map(|(filter, idle, tokens, segment)| Op::Publish { filter, idle, tokens, segment }),
+        2 => Just(Op::Commit),
+        1 => (0..3_i64).prop_map(|back| Op::Uncommit { back }),
+        1 => Just(Op::Evict),
+        1 => Just(Op::DropEval),
+        1 => Just(Op::Reopen),
+    ]
+}
