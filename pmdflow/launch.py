@@ -202,11 +202,13 @@ def _gpu_share(config: Config) -> float:
 def _actor(cls: type, **options: Any) -> Any:
     """The Ray actor class of `cls`, whose processes write their output to the run's `logs/`."""
 
+    initialize: Any = vars(cls)["__init__"]
+
     def start(self: Any, *, log_path: str, **arguments: Any) -> None:
         with open(log_path, "ab", buffering=0) as log:
             os.dup2(log.fileno(), sys.stdout.fileno())
             os.dup2(log.fileno(), sys.stderr.fileno())
-        super(logged, self).__init__(**arguments)
+        initialize(self, **arguments)
 
     logged = types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update({"__init__": start}))
     return ray.remote(**{"num_cpus": 0, **options})(logged)
