@@ -15,8 +15,8 @@
 //!    its map, also beyond the deletion of the file.
 //!
 //! # Format (little endian, everything 8-byte aligned)
-//! File `NNNNNNNNNN.log`: `magic [u8; 8] | format u32 | crc32c u32 | number u32 | 0 u32 | first lsn u64`, frames, zeros.
-//! Frame: `len u32 | crc32c u32 | lsn u64 | durable lsn u64 | kind u8 | narrays u8 | 0 u16 | header_len u32 |
+//! File `NNNNNNNNNN.log`: `magic [u8; 8] | format u32 | crc32c u32 | number u32 | 0 u32 | first lsn u64`, frames,
+//! zeros. Frame: `len u32 | crc32c u32 | lsn u64 | durable lsn u64 | kind u8 | narrays u8 | 0 u16 | header_len u32 |
 //! array lengths [u32] | header | arrays`, each part padded with zeros to 8 bytes; `len` counts the whole frame and the
 //! CRC covers all but itself. Kind 0 is a snapshot, 255 a mark, the rest is the caller's. The file header's layout and
 //! the place of the format number stay the same in every later format.
