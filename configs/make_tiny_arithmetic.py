@@ -126,7 +126,7 @@ def demonstrations(*, hasty_share: float, rng: random.Random) -> Iterator[Demons
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 320-odd tokens: every byte, single digits, operators with their spaces, the task's words."""
+    """Byte-level BPE of about 320 tokens: every byte, single digits, operators with their spaces, the task's words."""
     tokenizer = Tokenizer(models.BPE())
     pattern = Regex(r"\d| [-+=] |: | ?[A-Za-z][A-Za-z ]*")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

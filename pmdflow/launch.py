@@ -170,7 +170,7 @@ def _loops(config: Config, run: RunDirectory, store: Any) -> list[Loop]:
     def rollout(index: int) -> Any:
         name = f"rollout-{index}"
         options = {"num_cpus": config.rollout.threads, "num_gpus": share, "scheduling_strategy": "SPREAD"}
-        return _actor(RolloutActor, max_concurrency=4, **options).remote(
+        return _actor(RolloutActor, max_concurrency=8, **options).remote(
             log_path=log_path(run.path, name), config=config, index=index, store=store, run_dir=str(run.path)
         )
 

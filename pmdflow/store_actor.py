@@ -55,9 +55,7 @@ class StoreActor:
     @ray.method(concurrency_group="append")
     def append(self, batch: bytes) -> list[Grant]:
         """Append encoded segments; answers once they are durable."""
-        lsn, grants = self._store.append(batch)
-        self._await_durable(lsn)
-        return grants
+        return self._store.append(batch)[1]
 
     @ray.method(concurrency_group="score")
     def unscored(self, max_items: int, ttl_s: float, timeout_s: float) -> list[Unscored]:
@@ -126,7 +124,8 @@ class StoreActor:
     def sync(self) -> int:
         """Wait until everything so far is durable; returns its LSN."""
         lsn = self._store.counts().lsn
-        self._await_durable(lsn)
+        if not self._store.wait_durable(lsn, DURABLE_TIMEOUT_S):
+            raise WaitTimeout(f"record {lsn} of the trajectory store was not on disk within {DURABLE_TIMEOUT_S:g} s")
         return lsn
 
     @ray.method(concurrency_group="claim")
@@ -161,7 +160,3 @@ class StoreActor:
     def close(self) -> None:
         """Sync and let go of the directory."""
         self._store.close()
-
-    def _await_durable(self, lsn: int) -> None:
-        if not self._store.wait_durable(lsn, DURABLE_TIMEOUT_S):
-            raise WaitTimeout(f"record {lsn} of the trajectory store was not on disk within {DURABLE_TIMEOUT_S:g} s")

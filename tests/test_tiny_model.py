@@ -14,12 +14,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FOLDER = CONFIGS / "tiny-arithmetic"
 MAX_BYTES = 4 * 1024 * 1024
-MAX_TOKENS = 512
+MAX_TOKENS = 448
 """`data.max_tokens` of the quick start."""
 
 
@@ -34,15 +34,14 @@ def load_recipe() -> ModuleType:
 
 
 recipe = load_recipe()
-tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(FOLDER)
+tokenizer: Any = AutoTokenizer.from_pretrained(FOLDER)
 
 
 @pytest.fixture(scope="module")
-def model() -> Qwen3ForCausalLM:
+def model() -> Any:
     """The committed model."""
     torch.set_num_threads(1)
-    loaded: Qwen3ForCausalLM = AutoModelForCausalLM.from_pretrained(FOLDER)
-    return loaded.eval()
+    return AutoModelForCausalLM.from_pretrained(FOLDER).eval()
 
 
 def final_answer(completion: str) -> str:
@@ -61,7 +60,7 @@ def test_folder_is_small_and_complete() -> None:
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= MAX_BYTES
 
 
-def test_model_is_a_qwen3_of_under_a_million_parameters(model: Qwen3ForCausalLM) -> None:
+def test_model_is_a_qwen3_of_under_a_million_parameters(model: Any) -> None:
     assert isinstance(model, Qwen3ForCausalLM)
     assert 700_000 <= model.num_parameters() <= 1_000_000
     assert model.config.tie_word_embeddings
@@ -69,7 +68,7 @@ def test_model_is_a_qwen3_of_under_a_million_parameters(model: Qwen3ForCausalLM)
     assert model.config.max_position_embeddings >= MAX_TOKENS + 128
 
 
-def test_end_and_padding_are_distinct_and_agree_with_the_model(model: Qwen3ForCausalLM) -> None:
+def test_end_and_padding_are_distinct_and_agree_with_the_model(model: Any) -> None:
     assert tokenizer.eos_token_id != tokenizer.pad_token_id
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
@@ -102,7 +101,7 @@ def test_careful_demonstrations_are_right_and_fit() -> None:
         assert demonstration.prompt == demonstration.entry["question"] + "\n"
         assert task.score_answer(final_answer(demonstration.completion), demonstration.entry) == 1.0
         ids = tokenizer(demonstration.completion, add_special_tokens=False)["input_ids"]
-        assert len(ids) + 1 <= MAX_TOKENS - 64
+        assert len(ids) + 1 <= MAX_TOKENS - 48
 
 
 def test_each_careful_step_is_a_true_equation() -> None:
@@ -122,7 +121,7 @@ def test_hasty_demonstrations_are_short_and_often_wrong() -> None:
     assert 0.1 <= sum(right) / len(right) <= 0.4
 
 
-def test_the_model_answers_a_question_with_an_extractable_number(model: Qwen3ForCausalLM) -> None:
+def test_the_model_answers_a_question_with_an_extractable_number(model: Any) -> None:
     entry = recipe.make_task(seed=5)[0]
     inputs = tokenizer([entry["question"] + "\n"] * 8, add_special_tokens=False, return_tensors="pt")
     torch.manual_seed(0)

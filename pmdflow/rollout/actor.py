@@ -63,6 +63,7 @@ class RolloutActor:
         self._span_start: float | None = None
         self._weights = threading.Condition()
         self._pending: tuple[int, Weights] | None = None
+        self._newest_offer = 0
         self._stopping = threading.Event()
 
     def run(self, handle: WeightsHandle | None) -> None:
@@ -72,7 +73,7 @@ class RolloutActor:
         time. Unblocked by: admission, a publication, an expired lease of another worker.
         """
         if handle is not None:
-            self._pending = (handle.version, self._transport.fetch(handle, timeout_s=STORE_TIMEOUT_S))
+            self._offer(handle.version, self._transport.fetch(handle, timeout_s=STORE_TIMEOUT_S))
         while not self._stopping.is_set():
             self._swap_weights()
             self._collect()
@@ -95,10 +96,9 @@ class RolloutActor:
         """
         deadline = time.monotonic() + timeout_s
         weights = self._transport.fetch(handle, timeout_s=timeout_s)
+        self._offer(handle.version, weights)
         with self._weights:
-            if self._pending is None or self._pending[0] < handle.version:
-                self._pending = (handle.version, weights)
-            while self._engine.version < handle.version and not self._stopping.is_set():
+            while self._engine.version < handle.version == self._newest_offer and not self._stopping.is_set():
                 if not self._weights.wait(timeout=deadline - time.monotonic()):
                     raise WaitTimeout(f"{self._name} did not apply version {handle.version} within {timeout_s:g} s")
             return self._engine.version == handle.version
@@ -116,6 +116,12 @@ class RolloutActor:
             "generated_tokens": self._generated,
             "prefill_tokens": self._engine.prefill_tokens,
         }
+
+    def _offer(self, version: int, weights: Weights) -> None:
+        with self._weights:
+            if self._newest_offer < version:
+                self._pending, self._newest_offer = (version, weights), version
+                self._weights.notify_all()
 
     def _step(self) -> None:
         if self._span_start is None:
