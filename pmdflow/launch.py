@@ -9,6 +9,8 @@ os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Telemetry calls may still be on their way to an actor that has been stopped on purpose.
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+# Progress bars of libraries in actors would only fill the logs.
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 import logging
 import signal
@@ -19,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 
 from pmdflow.config.load import Loaded
 from pmdflow.config.schema import Config
 from pmdflow.controller import Controller
 from pmdflow.dashboard.process import DashboardProcess
-from pmdflow.data import make_prompts
+from pmdflow.data import PromptSource, make_prompts
+from pmdflow.errors import LaunchError, PmdflowError
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.metrics.live import LiveView
 from pmdflow.metrics.recorder import Recorder
@@ -58,6 +62,8 @@ def up(loaded: Loaded) -> int:
                 recorder.event("stop", "stopped at once")
                 sys.stderr.write(f"stopped at once; `{run.resume_command(loaded)}` continues from what is stored\n")
                 return 130
+            except RayTaskError as error:
+                raise PmdflowError(str(error.cause)) from error
             finally:
                 ray.shutdown()
             recorder.event("finish" if finished else "drain", "all iterations are done" if finished else "drained")
@@ -111,7 +117,7 @@ def _train(config: Config, run: RunDirectory, recorder: Recorder, live: LiveView
             config=config,
             run_dir=run.path,
             supervisor=supervisor,
-            prompts=make_prompts(config),  # while the actors start
+            prompts=_prompts(config),  # while the actors start
             start_learners=start,
         )
         controller.run()
@@ -120,6 +126,13 @@ def _train(config: Config, run: RunDirectory, recorder: Recorder, live: LiveView
         return controller.iteration >= config.run.iterations
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def _prompts(config: Config) -> PromptSource:
+    try:
+        return make_prompts(config)
+    except ValueError as error:
+        raise LaunchError(str(error)) from error
 
 
 def start_ray(config: Config) -> None:

@@ -143,6 +143,8 @@ def _claims_after(run: Path, start: int) -> list[tuple[int, Path]]:
 
 def _check_hardware(run: Path) -> None:
     """Refuse to compare bit for bit where floating point may differ."""
+    if not (run / "meta.json").is_file():
+        raise PmdflowError(f"{run} has no meta.json: its learner never started, so there is nothing to verify")
     meta = json.loads((run / "meta.json").read_text())
     for name, now in hardware().items():
         if meta["hardware"][name] != now:
