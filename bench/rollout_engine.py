@@ -7,7 +7,7 @@ prompts, maximum lengths, temperature and number of threads. Tokens are counted 
 to the end of each sequence; the sampled lengths differ a little, so compare tokens/s. On a shared machine the tokens
 per second of CPU time are the steadier number.
 
-    uv run --with psutil python bench/rollout_engine.py --json out.json
+    uv run python bench/rollout_engine.py --json out.json
 
 (On a CPU, transformers' continuous batching sizes its cache with psutil and sees 0 bytes without it.)
 """

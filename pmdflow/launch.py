@@ -64,6 +64,11 @@ def up(loaded: Loaded) -> int:
                 return 130
             except RayTaskError as error:
                 raise PmdflowError(str(error.cause)) from error
+            except OSError as error:
+                raise PmdflowError(
+                    f"{error.filename or run.path}: {error.strerror}; mend that, and "
+                    f"`{run.resume_command(loaded)}` continues from what is stored"
+                ) from error
             finally:
                 ray.shutdown()
             recorder.event("finish" if finished else "drain", "all iterations are done" if finished else "drained")
@@ -214,7 +219,6 @@ def _gpu_share(config: Config) -> float:
 
 def _actor(cls: type, **options: Any) -> Any:
     """The Ray actor class of `cls`, whose processes write their output to the run's `logs/`."""
-
     initialize: Any = vars(cls)["__init__"]
 
     def start(self: Any, *, log_path: str, **arguments: Any) -> None:

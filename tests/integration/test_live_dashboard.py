@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import pytest
+
 from integration.runs import Up, small_config
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
@@ -19,8 +20,9 @@ ARGUMENTS = [
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
     "--disable-sync", "--no-first-run",
 ]  # fmt: skip
-POINTS = "() => Array.from(document.querySelectorAll('.js-plotly-plot')).flatMap(p => p.data).reduce(" \
-    "(n, trace) => n + ((trace.x && trace.x.length) || 0), 0)"  # fmt: skip
+POINTS = """() => Array.from(document.querySelectorAll('.js-plotly-plot')).flatMap(p => p.data)
+    .reduce((n, trace) => n + ((trace.x && trace.x.length) || 0), 0)"""
+"""Points of all charts."""
 
 
 def test_charts_grow_while_the_run_goes_on(tmp_path: Path) -> None:
