@@ -132,7 +132,7 @@ class Controller:
             "time/checkpoint_s": time.time() - published,
             "time/iteration_s": time.time() - started,
         }
-        self._record(batch, result.metrics, spent, times)
+        self._record(batch, {**result.metrics, **result.speed}, spent, times)
 
     def _admit(self) -> int:
         """Admit prompts up to the quota; only admission is ever refused, so a full store admits fewer."""

@@ -33,6 +33,19 @@ class SchedulerSettings:
         )
 
 
+def sampling_temperature(version: int, *, initial: float, final: float | None, iterations: int | None) -> float:
+    """Temperature under a policy version: linear from `initial` at version 0 to `final` at version `iterations`.
+
+    Without a schedule (`final` is None) it is `initial`. Version numbers run ahead of iterations after a resume, so
+    the schedule then ends a little earlier.
+
+    Source: arXiv:2507.20534 sec. 3.2 (high to low).
+    """
+    if final is None or iterations is None:
+        return initial
+    return initial + (final - initial) * min(version / iterations, 1.0)
+
+
 def next_quota(settings: SchedulerSettings, counts: Counts) -> Quota:
     """The quota of the newest version, with its token budget granted one more time.
 

@@ -7,6 +7,7 @@ from decimal import Decimal, getcontext
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -139,6 +140,25 @@ def test_errors_name_the_index_and_the_shapes():
     with pytest.raises(ValueError, match=r"\(2,\).*\(1,\)"):
         grpo([0.0, 1.0], [0])
     assert pmd_mean([], []).shape == (0,)
+
+
+@pytest.mark.parametrize("labels", [[1, "1", 1, "1"], torch.tensor([1, 2, 1, 2]), np.array(["x", "y", "x", "y"])])
+def test_labels_of_any_kind_and_interleaved_groups(labels):
+    rewards = torch.tensor([1.0, 10.0, 2.0, 30.0])
+    np.testing.assert_array_equal(pmd_mean(rewards, labels), [-1.0, -20.0, 1.0, 20.0])
+    np.testing.assert_array_equal(keep_groups(rewards, labels, low=5), [False, True, False, True])
+
+
+def test_huge_rewards_and_small_tau_do_not_overflow():
+    rewards = np.array([1e4, 1e4, -1e4, 0.0] * 2)
+    groups = ["a", "a", "a", "a", 7, 7, 7, 7]
+    with np.errstate(all="raise", under="ignore"):
+        for floor in (None, 1e-8):
+            for loo in (True, False):
+                assert np.isfinite(pmd_partition(rewards, groups, tau=1e-4, leave_one_out=loo, floor=floor)).all()
+        np.testing.assert_array_equal(boltzmann_weights(rewards, groups, tau=1e-4), [2.0, 2.0, 0.0, 0.0] * 2)
+    floored = pmd_partition([1e4, 0.0], [0, 0], tau=1e-4, floor=1e-8)
+    np.testing.assert_allclose(floored, [-1e-4 * math.log(1e-8), -1e4])
 
 
 def test_length_reward():

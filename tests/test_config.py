@@ -253,6 +253,20 @@ def test_merged_yaml_keys_keep_their_place(cluster_yaml: Path) -> None:
         (["data.group_size=1"], "scheduler.min_group_size", "lower min_group_size"),
         (["rollout.lease_ttl_s=0.1"], "rollout.lease_ttl_s", "raise lease_ttl_s"),
         (["store.max_bytes=1KiB"], "store.max_bytes", "raise max_bytes"),
+        (["learner.algorithm=pmd_men"], "learner.algorithm", "did you mean pmd_mean"),
+        (["learner.clip_low=0.2"], "learner.clip_low", "use one of token_pmd"),
+        (["learner.algorithm=grpo", "learner.clip_low=1.5"], "learner.clip_low", "lower it"),
+        (["learner.partition_floor=1.0e-8"], "learner.partition_floor", "use one of pmd_partition"),
+        (["learner.keep_groups_above=1.0", "learner.keep_groups_below=0.0"], "learner.keep_groups_above", "widen"),
+        (["learner.veto=true", "learner.anchor=behavior"], "learner.veto", "set anchor to reference"),
+        (
+            ["learner.importance_weights=token", "learner.algorithm=ctpo"],
+            "learner.importance_weights",
+            "set importance_weights to none",
+        ),
+        (["rollout.final_temperature=0.8"], "rollout.final_temperature", "set both"),
+        (["reward.length_warmup_iterations=5"], "reward.length_warmup_iterations", "set length_weight"),
+        (["reward.repetition_penalty=0.5"], "reward.repetition_penalty", "set repetition_limit"),
     ],
 )
 def test_impossible_combinations_are_refused_with_a_remedy(
@@ -376,6 +390,7 @@ def test_derived_numbers(cluster_yaml: Path) -> None:
         (["rollout.tokens_per_segment=8"], "raise scheduler.max_staleness (4)"),
         (["rollout.tokens_per_segment=64"], "rollout.tokens_per_segment has no effect"),
         (["rollout.engine=simulated"], "tokens are random"),
+        (["learner.algorithm=pmd_partition", "learner.tau=0.05"], "is small for pmd_partition"),
         (["store.max_bytes=10KiB"], "store.max_bytes (10KiB) is below"),
     ],
 )

@@ -612,6 +612,11 @@ def test_every_named_algorithm_has_a_finite_loss_and_gradient():
             anchor=torch.full((6,), -1.0),
             behavior=torch.full((6,), -1.2),
             advantages=torch.from_numpy(algorithm.advantages(np.array([1.0, 0.0]), np.array([0, 0]), config)),
+            weights=torch.from_numpy(
+                np.ones(2)
+                if algorithm.weights is None
+                else algorithm.weights(np.array([1.0, 0.0]), np.array([0, 0]), config)
+            ),
             trained=torch.tensor([1, 1, 0, 1, 1, 1], dtype=torch.bool),
             scope=torch.ones(6, dtype=torch.bool),
             cu_seqlens=torch.tensor([0, 3, 6]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -218,6 +219,23 @@ def test_extreme_values_stay_finite():
             (gradient,) = torch.autograd.grad(value, lp)
             assert torch.isfinite(value)
             assert torch.isfinite(gradient).all()
+
+
+def test_half_precision_log_probs_are_summed_in_float32_and_advantages_may_be_numpy():
+    torch.manual_seed(0)
+    lp, ref = (-torch.rand(1, 4096)).bfloat16(), (-torch.rand(1, 4096)).bfloat16()
+    mask = torch.ones(1, 4096, dtype=torch.bool)
+    value = pmd_loss(lp, ref, np.array([1.0]), mask, tau=0.1)
+    exact = pmd_loss(lp.double(), ref.double(), [1.0], mask, tau=0.1)
+    assert float(value) == pytest.approx(float(exact), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autograd_gradcheck(name):
+    case = Case()
+    function = losses(case)[name]
+    lp = case.lp.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: function(x, case.ref, case.mask, case.mask, None), (lp,), atol=1e-7)
 
 
 def test_token_pmd_has_no_policy_gradient_outside_the_band():

@@ -30,8 +30,8 @@ class Loaded:
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Loaded:
     """Read and check a configuration file.
 
-    A relative `model.path`, or `.jsonl` path in `data.task`, is looked for in the current directory first, then beside
-    the configuration file; if it is in neither, it is left as written.
+    A relative `model.path`, `learner.ptx_data` or `.jsonl` path in `data.task` is looked for in the current directory
+    first, then beside the configuration file; if it is in neither, it is left as written.
 
     Args:
         path: The YAML file.
@@ -89,7 +89,7 @@ def _read(path: Path) -> str:
 
 
 def _find_paths(data: Any, *, beside: Path) -> None:
-    for section, key, suffix in (("model", "path", ""), ("data", "task", ".jsonl")):
+    for section, key, suffix in (("model", "path", ""), ("data", "task", ".jsonl"), ("learner", "ptx_data", ".jsonl")):
         settings = data.get(section) if isinstance(data, dict) else None
         written = settings.get(key) if isinstance(settings, dict) else None
         if isinstance(settings, dict) and isinstance(written, str) and written.endswith(suffix):

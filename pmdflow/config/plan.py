@@ -15,6 +15,8 @@ from pmdflow.config.schema import BYTES_PER_TOKEN, Config
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 _MASTER_BYTES = 16
 """Float32 master weight, gradient and Adam's two moments of one parameter."""
+SMALL_PARTITION_TAU = 0.2
+"""Below this share of a reward of 1 the log-partition is nearly the maximum."""
 _LOGITS_COPIES = 2
 """Float32 logits of a micro-batch and their gradient."""
 
@@ -163,6 +165,11 @@ def _notes(config: Config, store_bytes: int) -> Iterator[str]:
     oldest = _versions_per_trajectory(config) - 1
     if learner.steps_per_iteration == 1 and learner.algorithm == "pmd_mean":
         yield "learner.tau has no effect: with one step an iteration the policy is still the reference policy"
+    if learner.algorithm == "pmd_partition" and learner.tau < SMALL_PARTITION_TAU:
+        yield (
+            f"learner.tau ({learner.tau}) is small for pmd_partition: beside a right answer wrong ones get nearly the "
+            "whole reward as penalty and right ones nearly nothing; with rewards of 0 and 1, start at 0.5"
+        )
     if scheduler.max_staleness is not None and oldest > scheduler.max_staleness:
         yield (
             f"a trajectory of data.max_tokens is {oldest} versions old at its end: its first tokens will have no "

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pmdflow.config.combinations import learner_problems, sampling_problems
+
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -104,6 +106,12 @@ class RewardConfig(Section):
     """Reward of a completion that its function calls invalid."""
     length_weight: NonNegativeFloat = 0.0
     """Weight of the length reward of Kimi k1.5 (section 2.3.3)."""
+    length_warmup_iterations: NonNegativeInt = 0
+    """First iterations without the length reward."""
+    repetition_penalty: NonNegativeFloat = 0.0
+    """Subtracted from the reward of a trajectory that `rollout.repetition_limit` ended."""
+    cut_reward: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """Reward of a trajectory that was cut at `data.max_tokens`, whatever it says (Kimi K2); null judges it."""
 
 
 class RolloutConfig(Section):
@@ -119,6 +127,12 @@ class RolloutConfig(Section):
     """Most tokens that one trajectory may generate in one iteration (the budget of Kimi k1.5); null is unlimited."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature; recorded with every segment and applied by the learner."""
+    final_temperature: PositiveFloat | None = None
+    """End of a linear temperature schedule over policy versions (Kimi K2: high to low); null keeps it constant."""
+    temperature_iterations: PositiveInt | None = None
+    """Iterations after which `final_temperature` is reached."""
+    repetition_limit: Annotated[int, Field(ge=2)] | None = None
+    """A trajectory that ends in this many copies of one block of at most 64 tokens is stopped; null never stops it."""
     on_new_weights: Literal["keep_kv", "reprefill", "finish"] = "keep_kv"
     """What running sequences do when weights arrive: go on, recompute their prefix, or finish on the old ones."""
     flush_interval_s: PositiveFloat = 0.25
@@ -148,9 +162,39 @@ class LearnerConfig(Section):
     """Policy optimization."""
 
     algorithm: str = "pmd_mean"
-    """Name of the algorithm, or import path `package.module:name`."""
+    """`pmd_mean`, `pmd_partition`, `boltzmann_pmd`, `token_pmd` (K2.5), `weighted_sft` (BOLT), `ctpo`, `grpo`, `gspo`,
+    or the import path `package.module:name` of an `Algorithm`."""
     tau: PositiveFloat = 0.05
     """KL regularization of policy mirror descent. With one step an iteration it has no effect in `pmd_mean`."""
+    leave_one_out: bool = True
+    """Baselines of the PMD algorithms leave the trajectory itself out; false includes it, as Kimi k1.5 does."""
+    partition_floor: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Lower bound of the mean inside the partition baseline's logarithm; OpenKimi uses 1e-8."""
+    clip_low: PositiveFloat | None = None
+    """Lower clipping bound of `token_pmd`, `ctpo`, `grpo` or `gspo`; null is the algorithm's own."""
+    clip_high: PositiveFloat | None = None
+    """Upper clipping bound, likewise."""
+    keep_groups_above: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """Groups with a mean reward at or below this have no gradient; 0 drops prompts that nobody solved."""
+    keep_groups_below: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """Groups with a mean reward at or above this have no gradient; 1 drops prompts that everybody solved."""
+    importance_weights: Literal["none", "token", "sequence"] = "none"
+    """Truncated importance weights between the generating engine and the learner: of token ratios, averaged over each
+    sequence, or of the sequence's ratio."""
+    importance_cap: PositiveFloat = 2.0
+    """Upper bound of an importance weight."""
+    importance_normalize: bool = False
+    """Scale the importance weights of a step to mean 1."""
+    veto: bool = False
+    """Sequences with a token 10,000 times less likely under the learner than under the engine have no gradient."""
+    entropy_weight: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus, the mean entropy of the policy at trained tokens."""
+    ptx_data: str | None = Field(default=None, pattern=r"\.jsonl$")
+    """Supervised `.jsonl` file (found like `model.path`), `prompt` and `completion` on each line; its loss is added."""
+    ptx_weight: PositiveFloat = 0.1
+    """Weight of the supervised loss (PTX)."""
+    ptx_sequences: PositiveInt = 8
+    """Supervised sequences of each optimizer step."""
     ranks: PositiveInt = 1
     """Learner processes (FSDP2)."""
     steps_per_iteration: PositiveInt = 4
@@ -230,7 +274,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _refuse_impossible(self) -> Config:
-        problems = [*_staleness_problems(self), *_size_problems(self)]
+        problems = [
+            *_staleness_problems(self),
+            *_size_problems(self),
+            *learner_problems(self.learner),
+            *sampling_problems(self.rollout, self.reward),
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self

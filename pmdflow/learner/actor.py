@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,16 +21,16 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from pmdflow.config.schema import Config
 from pmdflow.learner.algorithms import find_algorithm
-from pmdflow.learner.batch import Bool, StepPlan, pack, plan_iteration, trained_counts
+from pmdflow.learner.batch import Bool, StepPlan, pack, plan_iteration
+from pmdflow.learner.flops import Speed
 from pmdflow.learner.fsdp import Policy, build_policy, free_address, full_state_dict, join_ranks, learner_device
-from pmdflow.learner.steps import Sums, Tensors, all_sum, mismatch_sums, reference_pass, take_step
+from pmdflow.learner.selection import Corrected, correct_step, correction_metrics, filter_groups, finish_step
+from pmdflow.learner.steps import Sums, Supervised, Tensors, all_sum, reference_pass, take_step
+from pmdflow.learner.supervised import SupervisedData
 from pmdflow.metrics.spans import SpanBuffer
-from pmdflow.reward.length import length_reward
+from pmdflow.reward.total import total_rewards
 from pmdflow.types import Float64, Mask, TrainBatch
 from pmdflow.weights.transport import WeightsHandle, make_transport
-
-CORRECT_REWARD = 0.5
-"""For the length reward a trajectory is correct from this reward on: it separates 0 and 1 as well as -1 and 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +38,9 @@ class TrainResult:
     """What one iteration did; equal on all ranks."""
 
     metrics: dict[str, Any]
-    """The `learner/*` keys of `steps.Sums.metrics`."""
+    """The `learner/*` and `reward/*` metrics that repeat bit for bit."""
+    speed: dict[str, Any]
+    """Those that depend on the clock."""
     masked: dict[str, int]
     """Tokens that the learner itself left out of the claim, by reason."""
     advantages: Float64
@@ -69,7 +70,9 @@ class Learner:
         self._spans = SpanBuffer(f"learner-{rank}")
         self._mesh: DeviceMesh | None = None
         self._policy: Policy
+        self._speed: Speed
         self._optimizer: torch.optim.AdamW
+        self._ptx: SupervisedData | None = None
         self._num_steps = 0
         self._pristine = False
 
@@ -109,18 +112,18 @@ class Learner:
             PmdflowError: a gradient is not finite.
         """
         learner, sums = self._config.learner, Sums()
+        started = time.perf_counter()
         torch.set_num_threads(learner.threads)  # Also for this thread: it need not be the one that ran setup.
-        advantages = self._advantages(batch)
-        trained = (batch.mask & Mask.TRAINED) != 0
-        plans = plan_iteration(
-            batch,
-            trained=trained,
-            steps=learner.steps_per_iteration,
-            ranks=learner.ranks,
-            tokens_per_microbatch=learner.tokens_per_microbatch,
-        )
-        steps = [self._load(batch, plan, trained, advantages) for plan in plans]
+        rewards = total_rewards(batch, self._config.reward)
+        arguments = (rewards.total, batch.groups, learner)
+        advantages = self._algorithm.advantages(*arguments)
+        weights = np.ones(len(advantages)) if self._algorithm.weights is None else self._algorithm.weights(*arguments)
+        claimed = (batch.mask & Mask.TRAINED) != 0
+        trained = filter_groups(batch, claimed, rewards.task, learner)
+        plans = self._plan(batch, trained, steps=learner.steps_per_iteration)
+        steps = [self._load(batch, plan, trained, advantages, weights) for plan in plans]
         anchors = self._anchors(batch, steps, sums)
+        plans, steps, corrected = self._correct(plans, steps, anchors)
         if learner.reset_optimizer:
             self._optimizer.state.clear()
         self._pristine = False
@@ -128,7 +131,16 @@ class Learner:
             where = f"iteration {batch.iteration}, step {index + 1} of {len(plans)}"
             with self._spans.span("step", iteration=batch.iteration, step=index, tokens=plan.num_tokens):
                 self._step(plan, micros, anchors[index], sums, where)
-        return TrainResult(metrics=sums.metrics(), masked={"filter": 0, "veto": 0}, advantages=advantages)
+        left, kept = int(claimed.sum()), int(trained.sum())
+        masked = {"filter": left - kept, "veto": round(sum(total.vetoed_tokens for total in corrected))}
+        metrics = {
+            **sums.metrics(),
+            **correction_metrics(corrected, learner),
+            **rewards.metrics(),
+            **{f"learner/{reason}_share": tokens / max(left, 1) for reason, tokens in masked.items()},
+        }
+        speed = self._speed.metrics(batch, plans, seconds=time.perf_counter() - started)
+        return TrainResult(metrics=metrics, speed=speed, masked=masked, advantages=advantages)
 
     def weights(self) -> dict[str, Tensor] | None:
         """All weights by Hugging Face names, on the CPU in `model.dtype`, at rank 0; None elsewhere."""
@@ -177,36 +189,67 @@ class Learner:
         assert self._mesh is not None, "setup comes first"
         learner = self._config.learner
         torch.manual_seed(self._config.run.seed)
+        self._ptx = SupervisedData.of(self._config)
         self._policy = build_policy(self._config.model.path, dtype=self._config.model.dtype, mesh=self._mesh)
         self._optimizer = torch.optim.AdamW(
             self._policy.parameters(), lr=learner.lr, betas=(0.9, 0.95), weight_decay=learner.weight_decay
         )
+        self._speed = Speed.of(self._policy.model, config=self._config, device=self._device)
         self._num_steps = 0
         self._pristine = True
 
-    def _advantages(self, batch: TrainBatch) -> Float64:
-        rewards, weight = batch.rewards, self._config.reward.length_weight
-        if weight > 0:
-            lengths = trained_counts(batch, (batch.mask & Mask.GENERATED) != 0)
-            rewards = rewards + weight * length_reward(lengths, rewards >= CORRECT_REWARD, batch.groups)
-        return self._algorithm.advantages(rewards, batch.groups, self._config.learner)
+    def _plan(self, batch: TrainBatch, trained: Bool, *, steps: int) -> list[StepPlan]:
+        learner = self._config.learner
+        return plan_iteration(
+            batch,
+            trained=trained,
+            steps=steps,
+            ranks=learner.ranks,
+            tokens_per_microbatch=learner.tokens_per_microbatch,
+        )
 
-    def _load(self, batch: TrainBatch, plan: StepPlan, trained: Bool, advantages: Float64) -> list[Tensors]:
+    def _load(
+        self, batch: TrainBatch, plan: StepPlan, trained: Bool, advantages: Float64, weights: Float64
+    ) -> list[Tensors]:
         micros = (pack(batch, trained=trained, trajectories=rows) for rows in plan.ranks[self._rank])
-        return [
-            Tensors.of(micro, advantages=advantages, version=batch.version, device=self._device) for micro in micros
-        ]
+        values = {"advantages": advantages, "weights": weights}
+        return [Tensors.of(micro, **values, version=batch.version, device=self._device) for micro in micros]
 
     def _anchors(self, batch: TrainBatch, steps: list[list[Tensors]], sums: Sums) -> list[list[Tensor]]:
         """The log-probs to compare with; log pi_i of the whole claim is computed before the first step."""
         if self._config.learner.anchor == "behavior":
             return [[micro.behavior for micro in micros] for micros in steps]
         with self._spans.span("reference", iteration=batch.iteration):
-            anchors = [reference_pass(self._policy, micros) for micros in steps]
-            pairs = zip(itertools.chain(*steps), itertools.chain(*anchors), strict=True)
-            local = np.sum([[0.0, 0.0], *(mismatch_sums(micro, logprobs) for micro, logprobs in pairs)], axis=0)
-            sums.mismatch, sums.mismatch_tokens = all_sum(local.tolist(), self._device)
-        return anchors
+            passes = [reference_pass(self._policy, micros) for micros in steps]
+            local = np.sum([part for _, part in passes], axis=0)
+            total = all_sum(local.tolist(), self._device)
+            sums.mismatch, sums.mismatch_tokens, sums.entropy, sums.entropy_tokens = total
+        return [anchors for anchors, _ in passes]
+
+    def _correct(
+        self, plans: list[StepPlan], steps: list[list[Tensors]], anchors: list[list[Tensor]]
+    ) -> tuple[list[StepPlan], list[list[Tensors]], list[Corrected]]:
+        """Veto and importance weights of every step, before the first one; nothing where the config has neither."""
+        learner = self._config.learner
+        if not learner.veto and learner.importance_weights == "none":
+            return plans, steps, []
+        done = [correct_step(micros, old, learner) for micros, old in zip(steps, anchors, strict=True)]
+        totals = [Corrected(*all_sum(local.as_list(), self._device)) for _, local in done]
+        finished = [
+            finish_step(plan, micros, total, learner)
+            for plan, (micros, _), total in zip(plans, done, totals, strict=True)
+        ]
+        return [plan for plan, _ in finished], [micros for _, micros in finished], totals
+
+    def _supervised(self) -> Supervised | None:
+        """The supervised sequences of the next step, which its number selects."""
+        if self._ptx is None:
+            return None
+        batch = self._ptx.batch(self._num_steps)
+        trained = (batch.mask & Mask.TRAINED) != 0
+        plan = self._plan(batch, trained, steps=1)[0]
+        ones = np.ones(len(batch.rewards))
+        return Supervised(micros=self._load(batch, plan, trained, ones, ones), num_sequences=plan.num_sequences)
 
     def _step(self, plan: StepPlan, micros: list[Tensors], anchors: list[Tensor], sums: Sums, where: str) -> None:
         """One optimizer step, or none: AdamW moves weights even on zero gradients."""
@@ -223,9 +266,10 @@ class Learner:
             self._optimizer,
             micros,
             anchors,
+            supervised=self._supervised(),
             algorithm=self._algorithm,
             config=self._config,
-            denominator=plan.num_sequences if self._algorithm.mean_over == "sequences" else plan.num_tokens,
+            plan=plan,
             sums=sums,
             where=where,
         )

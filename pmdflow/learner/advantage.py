@@ -24,7 +24,7 @@ Singleton = Literal["reward", "zero"]
 def _checked(rewards: npt.ArrayLike, groups: npt.ArrayLike) -> tuple[Float64, npt.NDArray[np.int64], int]:
     """The rewards as float64, the group number of each, and how many groups there are."""
     values = np.asarray(rewards, dtype=np.float64)
-    labels: npt.NDArray[Any] = np.asarray(groups)
+    labels: npt.NDArray[Any] = np.asarray(groups, dtype=object)  # so that 1 and "1" stay different
     if values.ndim != 1 or labels.shape != values.shape:
         raise ValueError(
             f"rewards {values.shape} and groups {labels.shape} must be one-dimensional and of equal length: "
@@ -35,8 +35,9 @@ def _checked(rewards: npt.ArrayLike, groups: npt.ArrayLike) -> tuple[Float64, np
         raise ValueError(
             f"reward {int(bad[0])} is {values[bad[0]]}; rewards must be finite: let the reward function return a number"
         )
-    unique, numbers = np.unique(labels, return_inverse=True)
-    return values, numbers.reshape(-1).astype(np.int64), len(unique)
+    known: dict[Any, int] = {}
+    numbers = np.array([known.setdefault(label, len(known)) for label in labels.tolist()], np.int64)
+    return values, numbers, len(known)
 
 
 def _each_group(rewards: npt.ArrayLike, groups: npt.ArrayLike, function: Callable[[Float64], npt.ArrayLike]) -> Float64:

@@ -7,12 +7,14 @@ A new algorithm is a pure function and a line in `ALGORITHMS`; one of your own i
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
+from pmdflow.config.combinations import ALGORITHM_NAMES
 from pmdflow.config.schema import LearnerConfig
 from pmdflow.learner import advantage, objective
 from pmdflow.types import Float64, Int64
@@ -30,6 +32,8 @@ class Terms:
     """Log-probs recorded at generation [P]."""
     advantages: Tensor
     """[B]"""
+    weights: Tensor
+    """Of the algorithm, times importance weights [B]; constants that never change a denominator."""
     trained: Tensor
     """bool [P]"""
     scope: Tensor
@@ -42,7 +46,7 @@ class Terms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Algorithm:
-    """Two pure functions and what the loss is a mean over.
+    """Pure functions and what the loss is a mean over.
 
     Example:
         >>> Algorithm(advantages=lambda rewards, groups, learner: rewards, loss=_pmd).mean_over
@@ -53,6 +57,10 @@ class Algorithm:
     """Rewards [N] and group ids [N] to one value a trajectory [N]."""
     loss: Callable[[Terms, LearnerConfig], Tensor]
     """The mean loss of a micro-batch, a scalar; 0 if nothing in it is trained."""
+    weights: Callable[[Float64, Int64, LearnerConfig], Float64] | None = None
+    """Rewards and group ids to one weight a trajectory [N]; None is 1 for all."""
+    clipped: Callable[[Terms, LearnerConfig], Tensor] | None = None
+    """Trained tokens of a micro-batch whose objective is clipped, a count; None for an algorithm without a band."""
     mean_over: Literal["sequences", "tokens"] = "sequences"
     """What the loss divides by: sequences with a trained token, or trained tokens. The step's count replaces it."""
 
@@ -65,61 +73,123 @@ def _pmd(terms: Terms, learner: LearnerConfig) -> Tensor:
         terms.trained,
         tau=learner.tau,
         aggregation=learner.aggregation,
+        weights=terms.weights,
         cu_seqlens=terms.cu_seqlens,
         generated_mask=terms.scope,
         norm_length=terms.max_tokens,
     )
 
 
+def _band(learner: LearnerConfig, low: float, high: float) -> tuple[float, float]:
+    """The clipping bounds: those of the config, else the algorithm's own."""
+    return learner.clip_low or low, learner.clip_high or high
+
+
+# The bands of token_pmd and ctpo are our choice: our sources give none.
+def _token_band(learner: LearnerConfig) -> tuple[float, float]:
+    return _band(learner, 0.5, 0.5)
+
+
+def _ctpo_band(learner: LearnerConfig) -> tuple[float, float]:
+    return _band(learner, 0.2, 0.2)
+
+
+def _grpo_band(learner: LearnerConfig) -> tuple[float, float]:
+    return _band(learner, 0.2, 0.2)
+
+
+def _gspo_band(learner: LearnerConfig) -> tuple[float, float]:
+    return _band(learner, 3e-4, 4e-4)
+
+
 def _token_pmd(terms: Terms, learner: LearnerConfig) -> Tensor:
-    # The band is our choice: the paper gives none.
+    low, high = _token_band(learner)
     return objective.token_pmd_loss(
         terms.logprobs,
         terms.anchor,
         terms.advantages,
         terms.trained,
-        alpha=-0.5,
-        beta=0.5,
+        alpha=-low,
+        beta=high,
         tau=learner.tau,
+        weights=terms.weights,
         cu_seqlens=terms.cu_seqlens,
     )
 
 
+# min(rho A, clip(rho) A) is linear in A where A keeps its sign: a weight of the sequence is a factor of A.
 def _ctpo(terms: Terms, learner: LearnerConfig) -> Tensor:
-    # The band is our choice: the summary that we read gives none.
+    low, high = _ctpo_band(learner)
     return objective.ctpo_loss(
         terms.logprobs,
         terms.behavior,
-        terms.advantages,
+        terms.advantages * terms.weights,
         terms.trained,
-        eps_low=0.2,
-        eps_high=0.2,
+        eps_low=low,
+        eps_high=high,
         cu_seqlens=terms.cu_seqlens,
     )
 
 
 def _weighted_sft(terms: Terms, learner: LearnerConfig) -> Tensor:
-    return objective.weighted_sft_loss(terms.logprobs, terms.trained, terms.advantages, cu_seqlens=terms.cu_seqlens)
+    return objective.weighted_sft_loss(terms.logprobs, terms.trained, terms.weights, cu_seqlens=terms.cu_seqlens)
 
 
 def _grpo(terms: Terms, learner: LearnerConfig) -> Tensor:
+    low, high = _grpo_band(learner)
     return objective.grpo_loss(
-        terms.logprobs, terms.anchor, terms.advantages, terms.trained, cu_seqlens=terms.cu_seqlens
+        terms.logprobs,
+        terms.anchor,
+        terms.advantages * terms.weights,
+        terms.trained,
+        eps_low=low,
+        eps_high=high,
+        cu_seqlens=terms.cu_seqlens,
     )
 
 
 def _gspo(terms: Terms, learner: LearnerConfig) -> Tensor:
+    low, high = _gspo_band(learner)
     return objective.gspo_loss(
-        terms.logprobs, terms.anchor, terms.advantages, terms.trained, cu_seqlens=terms.cu_seqlens
+        terms.logprobs,
+        terms.anchor,
+        terms.advantages * terms.weights,
+        terms.trained,
+        eps_low=low,
+        eps_high=high,
+        cu_seqlens=terms.cu_seqlens,
     )
 
 
+def _clipped(
+    ratio: objective.Ratio, band: Callable[[LearnerConfig], tuple[float, float]], *, logarithmic: bool
+) -> Callable[[Terms, LearnerConfig], Tensor]:
+    """Count clipped tokens; a `logarithmic` band bounds log rho at -low and high, another rho at 1 - low, 1 + high."""
+
+    def count(terms: Terms, learner: LearnerConfig) -> Tensor:
+        low, high = band(learner)
+        return objective.clipped_tokens(
+            terms.logprobs,
+            terms.behavior if ratio == "prefix" else terms.anchor,
+            terms.advantages,
+            terms.trained,
+            ratio=ratio,
+            low=-low if logarithmic else math.log1p(-low),
+            high=high if logarithmic else math.log1p(high),
+            cu_seqlens=terms.cu_seqlens,
+        )
+
+    return count
+
+
 def _mean(rewards: Float64, groups: Int64, learner: LearnerConfig) -> Float64:
-    return advantage.pmd_mean(rewards, groups)
+    return advantage.pmd_mean(rewards, groups, leave_one_out=learner.leave_one_out)
 
 
 def _partition(rewards: Float64, groups: Int64, learner: LearnerConfig) -> Float64:
-    return advantage.pmd_partition(rewards, groups, tau=learner.tau)
+    return advantage.pmd_partition(
+        rewards, groups, tau=learner.tau, leave_one_out=learner.leave_one_out, floor=learner.partition_floor
+    )
 
 
 def _boltzmann(rewards: Float64, groups: Int64, learner: LearnerConfig) -> Float64:
@@ -133,13 +203,20 @@ def _normalized(rewards: Float64, groups: Int64, learner: LearnerConfig) -> Floa
 ALGORITHMS: dict[str, Algorithm] = {
     "pmd_mean": Algorithm(advantages=_mean, loss=_pmd),
     "pmd_partition": Algorithm(advantages=_partition, loss=_pmd),
-    "token_pmd": Algorithm(advantages=_mean, loss=_token_pmd, mean_over="tokens"),
-    "weighted_sft": Algorithm(advantages=_boltzmann, loss=_weighted_sft),
-    "ctpo": Algorithm(advantages=_normalized, loss=_ctpo),
-    "grpo": Algorithm(advantages=_normalized, loss=_grpo),
-    "gspo": Algorithm(advantages=_normalized, loss=_gspo),
+    "boltzmann_pmd": Algorithm(advantages=_partition, loss=_pmd, weights=_boltzmann),
+    "weighted_sft": Algorithm(advantages=_mean, loss=_weighted_sft, weights=_boltzmann),
+    "token_pmd": Algorithm(
+        advantages=_mean,
+        loss=_token_pmd,
+        clipped=_clipped("token-both-sides", _token_band, logarithmic=True),
+        mean_over="tokens",
+    ),
+    "ctpo": Algorithm(advantages=_normalized, loss=_ctpo, clipped=_clipped("prefix", _ctpo_band, logarithmic=True)),
+    "grpo": Algorithm(advantages=_normalized, loss=_grpo, clipped=_clipped("token", _grpo_band, logarithmic=False)),
+    "gspo": Algorithm(advantages=_normalized, loss=_gspo, clipped=_clipped("sequence", _gspo_band, logarithmic=False)),
 }
 """Names that `learner.algorithm` knows."""
+assert tuple(ALGORITHMS) == ALGORITHM_NAMES
 
 
 def find_algorithm(name: str) -> Algorithm:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,15 @@ LOGITS_PER_CHUNK = 1 << 26
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+class TokenScores(NamedTuple):
+    """What the policy says of each given token, in float32."""
+
+    logprobs: Tensor
+    """[P]"""
+    entropies: Tensor
+    """Entropy in nats of the distribution that the token was drawn from [P]."""
+
+
 class Policy(nn.Module):
     """Log-probs of given tokens under a causal language model, without ever holding all logits.
 
@@ -42,9 +51,16 @@ class Policy(nn.Module):
         self._plain_head = _has_plain_head(model)
 
     def forward(
-        self, tokens: Tensor, attention: Tensor, positions: Tensor, targets: Tensor, temperatures: Tensor
+        self,
+        tokens: Tensor,
+        attention: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        temperatures: Tensor,
+        *,
+        entropy: bool = False,
     ) -> Tensor:
-        """Log-probs [P] in float32 of `targets`, of logits / temperature.
+        """Log-probs [P] in float32 of `targets`, of logits / temperature; with `entropy` log-probs, entropies [P, 2].
 
         Args:
             tokens: [B, W], right-padded.
@@ -52,24 +68,31 @@ class Policy(nn.Module):
             positions: Indices into the flattened [B * W] whose logits predict the targets [P].
             targets: Token ids [P].
             temperatures: [P]
+            entropy: Whether to add the entropy of the distribution over all tokens.
         """
         if not self._plain_head:
             logits = self.model(input_ids=tokens, attention_mask=attention, use_cache=False).logits
-            return _token_logprobs(logits.flatten(0, 1)[positions], targets, temperatures)
+            return _token_logprobs(logits.flatten(0, 1)[positions], targets, temperatures, entropy)
         decoder = self.model.get_decoder()
         hidden = decoder(input_ids=tokens, attention_mask=attention, use_cache=False).last_hidden_state
         chosen = hidden.flatten(0, 1)[positions]
         size = max(1, LOGITS_PER_CHUNK // self.model.config.get_text_config().vocab_size)
         chunks = zip(chosen.split(size), targets.split(size), temperatures.split(size), strict=True)
-        return torch.cat([checkpoint(self._head_logprobs, *chunk, use_reentrant=False) for chunk in chunks])
+        return torch.cat([checkpoint(self._head_logprobs, *chunk, entropy, use_reentrant=False) for chunk in chunks])
 
-    def _head_logprobs(self, hidden: Tensor, targets: Tensor, temperatures: Tensor) -> Tensor:
-        return _token_logprobs(self.model.get_output_embeddings()(hidden), targets, temperatures)
+    def _head_logprobs(self, hidden: Tensor, targets: Tensor, temperatures: Tensor, entropy: bool) -> Tensor:
+        return _token_logprobs(self.model.get_output_embeddings()(hidden), targets, temperatures, entropy)
 
 
-def _token_logprobs(logits: Tensor, targets: Tensor, temperatures: Tensor) -> Tensor:
+def _token_logprobs(logits: Tensor, targets: Tensor, temperatures: Tensor, entropy: bool) -> Tensor:
     scaled = logits.float() / temperatures[:, None]
-    return scaled.gather(1, targets[:, None]).squeeze(1) - scaled.logsumexp(1)
+    total = scaled.logsumexp(1)
+    logprobs = scaled.gather(1, targets[:, None]).squeeze(1) - total
+    if not entropy:
+        return logprobs
+    # log Z - E[logit]; a logit of -inf has probability 0 and no part in the mean.
+    parts = (scaled - total[:, None]).exp() * scaled
+    return torch.stack([logprobs, total - torch.where(scaled.isneginf(), torch.zeros_like(parts), parts).sum(1)], 1)
 
 
 @torch.no_grad()

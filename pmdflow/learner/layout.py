@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 
 def rows(cu_seqlens: Tensor | None, *tensors: Tensor) -> list[Tensor]:
     """Lay packed `[T]` tensors out as `[B, width]`, right-padded with 0; padded ones pass through.
+
+    Half-precision values become float32: a sum over thousands of tokens needs it.
 
     Args:
         cu_seqlens: Start of each sequence and the end [B + 1]; None means that the tensors are padded.
@@ -17,6 +20,7 @@ def rows(cu_seqlens: Tensor | None, *tensors: Tensor) -> list[Tensor]:
         ValueError: a shape fits neither form.
     """
     shapes = [tuple(tensor.shape) for tensor in tensors]
+    tensors = tuple(tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor for tensor in tensors)
     if cu_seqlens is None:
         if any(len(shape) != 2 or shape != shapes[0] for shape in shapes):
             raise ValueError(f"padded tensors must share one shape [B, T], got {shapes}: pass cu_seqlens if packed")
@@ -44,11 +48,12 @@ def masked(mask: Tensor, values: Tensor) -> Tensor:
     return torch.where(mask, values, torch.zeros_like(values))
 
 
-def column(active: Tensor, values: Tensor, like: Tensor) -> Tensor:
+def column(active: Tensor, values: ArrayLike, like: Tensor) -> Tensor:
     """One value a sequence `[B]` in the type of `like`, 0 where the sequence is not active."""
-    if values.shape != active.shape:
-        raise ValueError(f"expected one value for each of {len(active)} sequences, got shape {tuple(values.shape)}")
-    return masked(active, values.to(like.device, like.dtype))
+    given = torch.as_tensor(values)
+    if given.shape != active.shape:
+        raise ValueError(f"expected one value for each of {len(active)} sequences, got shape {tuple(given.shape)}")
+    return masked(active, given.to(like.device, like.dtype))
 
 
 def sequence_mean(active: Tensor, per_sequence: Tensor) -> Tensor:

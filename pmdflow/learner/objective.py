@@ -21,6 +21,8 @@ from pmdflow.learner.correction import veto as veto
 from pmdflow.learner.layout import column, masked, rows, sequence_mean, token_mean
 
 Aggregation = Literal["seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+Ratio = Literal["token", "token-both-sides", "prefix", "sequence"]
+"""What an algorithm clips: token ratios, the same whatever the sign of A, their cumulative product, or their mean."""
 
 
 def _pessimistic(log_ratio: Tensor, advantages: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
@@ -131,6 +133,7 @@ def token_pmd_loss(
     alpha: float,
     beta: float,
     tau: float,
+    weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """-(1 / N) sum [clip(rho, e^alpha, e^beta) A - tau (log rho)^2] over the N trained tokens of the batch.
@@ -145,6 +148,7 @@ def token_pmd_loss(
         alpha: Lower bound of log rho, negative.
         beta: Upper bound of log rho, positive.
         tau: Weight of the pull back, not negative.
+        weights: One factor a sequence [B], default 1; they never change the denominator.
         cu_seqlens: Start of each sequence and the end [B + 1], for packed tensors.
 
     Raises:
@@ -155,10 +159,13 @@ def token_pmd_loss(
     _require(alpha < 0 < beta, f"alpha is {alpha} and beta {beta}; they bound the log-ratio: alpha < 0 < beta")
     _require(tau >= 0, f"tau is {tau}; it must not be negative")
     lp, ref, trained = rows(cu_seqlens, logprobs, reference_logprobs, mask.bool())
-    adv = column(trained.any(1), advantages, lp)
+    active = trained.any(1)
+    adv = column(active, advantages, lp)
     log_ratio = masked(trained, lp - ref.detach())
     # The logarithm is cut, not the ratio: the value is the same and nothing overflows.
     per_token = torch.exp(log_ratio.clamp(alpha, beta)) * adv[:, None] - tau * log_ratio**2
+    if weights is not None:
+        per_token = per_token * column(active, weights, lp)[:, None]
     return -masked(trained, per_token).sum() / trained.sum().clamp(min=1)
 
 
@@ -242,3 +249,39 @@ def gspo_loss(
     log_ratio = token_mean(trained, lp - old.detach())
     adv = column(active, advantages, lp)
     return -sequence_mean(active, _pessimistic(log_ratio, adv, math.log1p(-eps_low), math.log1p(eps_high)))
+
+
+@torch.no_grad()
+def clipped_tokens(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    ratio: Ratio,
+    low: float,
+    high: float,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """How many trained tokens have a clipped objective, a scalar count.
+
+    Args:
+        logprobs: log pi_theta of each token, `[B, T]` or `[T]`.
+        old_logprobs: What the ratio is taken to.
+        advantages: A [B]; only the side that min(rho A, clip(rho) A) cuts counts, unless `ratio` has both sides.
+        mask: Trained tokens.
+        ratio: What is clipped.
+        low: Lower bound of the log-ratio, negative; of a prefix it grows with the root of its length.
+        high: Upper bound, likewise.
+        cu_seqlens: Start of each sequence and the end [B + 1], for packed tensors.
+    """
+    lp, old, trained = rows(cu_seqlens, logprobs, old_logprobs, mask.bool())
+    log_ratio, scale = masked(trained, lp - old), torch.ones_like(lp)
+    if ratio == "prefix":
+        log_ratio, scale = log_ratio.cumsum(1), trained.cumsum(1).to(lp.dtype).sqrt()
+    elif ratio == "sequence":
+        log_ratio = token_mean(trained, log_ratio)[:, None].expand_as(lp)
+    below, above = log_ratio < low * scale, log_ratio > high * scale
+    rising = column(trained.any(1), advantages, lp)[:, None] >= 0
+    cut = below | above if ratio == "token-both-sides" else torch.where(rising, above, below)
+    return (cut & trained).sum()

@@ -14,9 +14,9 @@ from torch import Tensor
 from pmdflow.config.schema import Config
 from pmdflow.errors import PmdflowError
 from pmdflow.learner.algorithms import Algorithm, Terms
-from pmdflow.learner.batch import MicroBatch
-from pmdflow.learner.fsdp import Policy, clip_gradients
-from pmdflow.learner.objective import sequence_log_ratio
+from pmdflow.learner.batch import MicroBatch, StepPlan
+from pmdflow.learner.fsdp import Policy, TokenScores, clip_gradients
+from pmdflow.learner.objective import sequence_log_ratio, weighted_sft_loss
 from pmdflow.types import Float64
 
 
@@ -36,18 +36,33 @@ class Tensors:
     cu_seqlens: Tensor
     advantages: Tensor
     """float64 [B]"""
+    weights: Tensor
+    """Of the loss of each row, float64 [B]."""
     real: bool
     """False for a micro-batch that only keeps pace with the other ranks."""
 
     @classmethod
-    def of(cls, micro: MicroBatch, *, advantages: Float64, version: int, device: torch.device) -> Tensors:
-        """Copy a micro-batch to `device`; `advantages` are those of the whole claim [N]."""
+    def of(
+        cls, micro: MicroBatch, *, advantages: Float64, weights: Float64, version: int, device: torch.device
+    ) -> Tensors:
+        """Copy a micro-batch to `device`; `advantages` and `weights` are those of the whole claim [N]."""
         real = len(micro.trajectories) > 0
-        own = advantages[micro.trajectories] if real else np.zeros(1)
+        own = [values[micro.trajectories] if real else np.zeros(1) for values in (advantages, weights)]
         names = ("tokens", "attention", "positions", "targets", "temperatures", "behavior", "trained", "cu_seqlens")
         arrays = {name: torch.from_numpy(getattr(micro, name)).to(device) for name in names}
         newest = torch.from_numpy(micro.versions == version).to(device)
-        return cls(**arrays, newest=newest, advantages=torch.from_numpy(own).to(device), real=real)
+        own_advantages, own_weights = (torch.from_numpy(values).to(device) for values in own)
+        return cls(**arrays, newest=newest, advantages=own_advantages, weights=own_weights, real=real)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Supervised:
+    """The supervised sequences of one step."""
+
+    micros: Sequence[Tensors]
+    """This rank's."""
+    num_sequences: int
+    """Over all ranks."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,21 +83,26 @@ class Sums:
     mismatch: float = 0.0
     """Sum of log behavior - log learner over tokens of the newest version."""
     mismatch_tokens: float = 0.0
+    entropy: float = 0.0
+    """Sum over generated tokens of the policy's entropy."""
+    entropy_tokens: float = 0.0
+    clipped: float | None = None
+    """Trained tokens with a clipped objective; None for an algorithm without a band."""
+    supervised_losses: list[float] = field(default_factory=list)
+    """Supervised loss of each step taken."""
 
     def metrics(self) -> dict[str, Any]:
-        """The `learner/*` metrics of the iteration; None where there was nothing to measure.
-
-        - `loss`: mean of the losses of the steps taken; `step_losses`: of all, 0.0 for skipped ones.
-        - `grad_norm`: mean over steps, before clipping.
-        - `u_mean`, `u_std`: sequence log-ratio to the anchor over trained sequences, when their step came.
-        - `reference_kl`: estimate k1 of KL(anchor || policy) in nats a token: mean of -u over generated tokens.
-        - `mismatch_kl`: estimate k1 of KL(engine || learner) in nats a token, same weights: mean of log behavior -
-          log learner over the tokens that the newest version generated.
-        """
+        """The `learner/*` metrics of the iteration, defined in `pmdflow/metrics/METRICS.md`."""
         taken = len(self.grad_norms)
         mean = self.u / self.sequences if self.sequences else 0.0
         variance = self.u_squared / self.sequences - mean**2 if self.sequences else 0.0
+        optional = {}
+        if self.clipped is not None:
+            optional["learner/clipped_share"] = self.clipped / self.trained_tokens if self.trained_tokens else 0.0
+        if self.supervised_losses:
+            optional["learner/ptx_loss"] = sum(self.supervised_losses) / taken
         return {
+            **optional,
             "learner/loss": sum(self.step_losses) / taken if taken else 0.0,
             "learner/step_losses": self.step_losses,
             "learner/grad_norm": sum(self.grad_norms) / taken if taken else 0.0,
@@ -90,6 +110,7 @@ class Sums:
             "learner/u_std": max(variance, 0.0) ** 0.5,
             "learner/reference_kl": -self.u / self.generated if self.generated else 0.0,
             "learner/mismatch_kl": self.mismatch / self.mismatch_tokens if self.mismatch_tokens else None,
+            "learner/entropy": self.entropy / self.entropy_tokens if self.entropy_tokens else None,
             "learner/trained_tokens": self.trained_tokens,
             "learner/lr": self.lr,
             "learner/skipped_steps": self.skipped,
@@ -103,6 +124,12 @@ def all_sum(values: Sequence[float], device: torch.device) -> list[float]:
     return [float(value) for value in total.tolist()]
 
 
+def evaluate(policy: Policy, micro: Tensors) -> TokenScores:
+    """Log-probs and entropies [P] of the micro-batch's generated tokens under the policy, with gradient."""
+    arguments = (micro.tokens, micro.attention, micro.positions, micro.targets, micro.temperatures)
+    return TokenScores(*policy(*arguments, entropy=True).unbind(1))
+
+
 def logprobs_of(policy: Policy, micro: Tensors) -> Tensor:
     """Log-probs [P] of the micro-batch's generated tokens under the policy."""
     result: Tensor = policy(micro.tokens, micro.attention, micro.positions, micro.targets, micro.temperatures)
@@ -110,9 +137,25 @@ def logprobs_of(policy: Policy, micro: Tensors) -> Tensor:
 
 
 @torch.no_grad()
-def reference_pass(policy: Policy, micros: Sequence[Tensors]) -> list[Tensor]:
-    """log pi_i of every generated token, in the very micro-batches of the steps: at the first step u is exactly 0."""
-    return [logprobs_of(policy, micro) for micro in micros]
+def reference_pass(policy: Policy, micros: Sequence[Tensors]) -> tuple[list[Tensor], list[float]]:
+    """log pi_i of every generated token, in the very micro-batches of the steps: at the first step u is exactly 0.
+
+    Returns:
+        The log-probs of each micro-batch, and of all of them the sums of `mismatch_sums` and `entropy_sums`.
+    """
+    anchors, sums = [], np.zeros(4)
+    for micro in micros:
+        logprobs, entropies = evaluate(policy, micro)
+        anchors.append(logprobs)
+        sums += [*mismatch_sums(micro, logprobs), *entropy_sums(micro, entropies)]
+    return anchors, sums.tolist()
+
+
+def entropy_sums(micro: Tensors, entropies: Tensor) -> list[float]:
+    """Sum and count of the entropy over generated tokens."""
+    if not micro.real:
+        return [0.0, 0.0]
+    return [float(entropies.detach().double().sum()), float(entropies.numel())]
 
 
 def mismatch_sums(micro: Tensors, logprobs: Tensor) -> list[float]:
@@ -128,9 +171,10 @@ def take_step(
     micros: Sequence[Tensors],
     anchors: Sequence[Tensor],
     *,
+    supervised: Supervised | None,
     algorithm: Algorithm,
     config: Config,
-    denominator: int,
+    plan: StepPlan,
     sums: Sums,
     where: str,
 ) -> None:
@@ -144,23 +188,22 @@ def take_step(
         optimizer: Its learning rate is set.
         micros: This rank's micro-batches; every rank has equally many.
         anchors: Log-probs to compare with, for each micro-batch.
+        supervised: What the supervised loss is computed on; None without one.
         algorithm: Gives the loss and says what it is a mean over.
         config: The run's.
-        denominator: Over all ranks, sequences with a trained token or trained tokens, as the algorithm says.
+        plan: The denominators over all ranks.
         sums: Added to.
         where: Names iteration and step in errors.
 
     Raises:
         PmdflowError: the gradient is not finite; the weights are unchanged.
     """
-    totals = np.zeros(7)
+    totals = np.zeros(9)
     for micro, anchor in zip(micros, anchors, strict=True):
-        logprobs = logprobs_of(policy, micro)
-        terms = _terms(micro, logprobs, anchor, config)
-        loss = algorithm.loss(terms, config.learner) * (_count(terms, algorithm) / denominator)
-        loss.backward()
-        totals += [float(loss.detach()), *_u_sums(terms), *mismatch_sums(micro, logprobs)]
-    loss_sum, u, u_squared, sequences, generated, mismatch, mismatch_tokens = all_sum(
+        totals[:8] += _backward(policy, micro, anchor, algorithm=algorithm, config=config, plan=plan)
+    if supervised is not None:
+        totals[8] = _supervised_backward(policy, supervised, weight=config.learner.ptx_weight)
+    loss_sum, u, u_squared, sequences, generated, *first_step, clipped, ptx = all_sum(
         totals.tolist(), micros[0].tokens.device
     )
     norm = clip_gradients(list(policy.parameters()), config.learner.max_grad_norm)
@@ -173,13 +216,50 @@ def take_step(
     optimizer.zero_grad()
     if config.learner.anchor == "behavior" and not sums.grad_norms:
         # Only before the first step does the policy have the newest version's weights.
-        sums.mismatch, sums.mismatch_tokens = mismatch, mismatch_tokens
+        sums.mismatch, sums.mismatch_tokens = first_step
     sums.step_losses.append(loss_sum)
     sums.grad_norms.append(norm)
     sums.u += u
     sums.u_squared += u_squared
     sums.sequences += sequences
     sums.generated += generated
+    if algorithm.clipped is not None:
+        sums.clipped = (sums.clipped or 0.0) + clipped
+    if supervised is not None:
+        sums.supervised_losses.append(ptx)
+
+
+def _backward(
+    policy: Policy, micro: Tensors, anchor: Tensor, *, algorithm: Algorithm, config: Config, plan: StepPlan
+) -> list[float]:
+    """Add one micro-batch's gradient; its part of the loss, of u's and of mismatch's sums, and its clipped tokens."""
+    learner = config.learner
+    bonus: Tensor | float = 0.0
+    if learner.entropy_weight > 0:
+        logprobs, entropies = evaluate(policy, micro)
+        chosen = torch.where(micro.trained, entropies, torch.zeros_like(entropies))
+        bonus = learner.entropy_weight * chosen.sum() / plan.num_tokens
+    else:
+        logprobs = logprobs_of(policy, micro)
+    terms = _terms(micro, logprobs, anchor, config)
+    denominator = plan.num_sequences if algorithm.mean_over == "sequences" else plan.num_tokens
+    loss = algorithm.loss(terms, learner) * (_count(terms, algorithm) / denominator) - bonus
+    loss.backward()
+    clipped = 0.0 if algorithm.clipped is None else float(algorithm.clipped(terms, learner))
+    return [float(loss.detach()), *_u_sums(terms), *mismatch_sums(micro, logprobs), clipped]
+
+
+def _supervised_backward(policy: Policy, supervised: Supervised, *, weight: float) -> float:
+    """Add the gradient of the supervised loss; this rank's part of the loss, without its weight."""
+    total = 0.0
+    for micro in supervised.micros:
+        loss = weighted_sft_loss(
+            logprobs_of(policy, micro), micro.trained, torch.ones_like(micro.weights), cu_seqlens=micro.cu_seqlens
+        )
+        part = loss * (int((_tokens_of_rows(micro.trained, micro.cu_seqlens) > 0).sum()) / supervised.num_sequences)
+        (weight * part).backward()
+        total += float(part.detach())
+    return total
 
 
 def _terms(micro: Tensors, logprobs: Tensor, anchor: Tensor, config: Config) -> Terms:
@@ -189,6 +269,7 @@ def _terms(micro: Tensors, logprobs: Tensor, anchor: Tensor, config: Config) -> 
         anchor=anchor,
         behavior=micro.behavior,
         advantages=micro.advantages,
+        weights=micro.weights,
         trained=micro.trained,
         scope=torch.ones_like(micro.trained) if generated else micro.trained,
         cu_seqlens=micro.cu_seqlens,
@@ -196,21 +277,20 @@ def _terms(micro: Tensors, logprobs: Tensor, anchor: Tensor, config: Config) -> 
     )
 
 
-def _trained_rows(terms: Terms) -> Tensor:
-    """Trained tokens of each sequence [B]."""
-    running = torch.nn.functional.pad(terms.trained.cumsum(0), (1, 0))
-    return running[terms.cu_seqlens].diff()
+def _tokens_of_rows(flags: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Set flags of each sequence [B]."""
+    return torch.nn.functional.pad(flags.cumsum(0), (1, 0))[cu_seqlens].diff()
 
 
 def _count(terms: Terms, algorithm: Algorithm) -> int:
-    counts = _trained_rows(terms)
+    counts = _tokens_of_rows(terms.trained, terms.cu_seqlens)
     return int((counts > 0).sum() if algorithm.mean_over == "sequences" else counts.sum())
 
 
 @torch.no_grad()
 def _u_sums(terms: Terms) -> list[float]:
     """Sums over trained sequences of u, u^2, 1 and the tokens under u."""
-    active = _trained_rows(terms) > 0
+    active = _tokens_of_rows(terms.trained, terms.cu_seqlens) > 0
     u = sequence_log_ratio(terms.logprobs.double(), terms.anchor.double(), terms.scope, cu_seqlens=terms.cu_seqlens)[
         active
     ]

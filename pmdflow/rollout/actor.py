@@ -15,6 +15,8 @@ from pmdflow.config.schema import Config
 from pmdflow.errors import WaitTimeout
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.rollout.engine import Output, Request, RolloutEngine
+from pmdflow.rollout.repetition import repeats
+from pmdflow.scheduler import sampling_temperature
 from pmdflow.store import encode_segments
 from pmdflow.types import Grant, Lease, Segment, StopReason
 from pmdflow.weights.transport import Weights, WeightsHandle, make_transport
@@ -37,6 +39,8 @@ class _Sequence:
     temperature: float
     limit: int
     """Tokens that the engine may still generate."""
+    history: list[int]
+    """Everything generated so far, under this lease and before."""
     tokens: list[int] = field(default_factory=list)
     """Generated and not yet sent."""
     logprobs: list[float] = field(default_factory=list)
@@ -134,6 +138,7 @@ class RolloutActor:
     def _take(self, output: Output) -> None:
         sequence = self._running[output.id]
         sequence.tokens.extend(output.tokens)
+        sequence.history.extend(output.tokens)
         sequence.logprobs.extend(output.logprobs)
         sequence.limit -= len(output.tokens)
         sequence.stop = output.stop
@@ -196,9 +201,9 @@ class RolloutActor:
     def _join(self, lease: Lease) -> None:
         # A grant is for the version it was asked for; after a swap the next append asks for a new one.
         grant = lease.grant if self._lease_version == self._engine.version else 0
-        temperature = self._config.rollout.temperature if lease.kind == "train" else self._config.eval.temperature
+        temperature = self._temperature() if lease.kind == "train" else self._config.eval.temperature
         self._running[lease.trajectory] = _Sequence(
-            lease=lease, offset=len(lease.prefix), temperature=temperature, limit=grant
+            lease=lease, offset=len(lease.prefix), temperature=temperature, limit=grant, history=lease.prefix.tolist()
         )
         self._engine.add(
             Request(
@@ -208,6 +213,16 @@ class RolloutActor:
                 remaining=lease.max_tokens - len(lease.prefix),
                 temperature=temperature,
             )
+        )
+
+    def _temperature(self) -> float:
+        """That of the engine's version; a lease keeps the one it began with, and every segment records its own."""
+        rollout = self._config.rollout
+        return sampling_temperature(
+            self._engine.version,
+            initial=rollout.temperature,
+            final=rollout.final_temperature,
+            iterations=rollout.temperature_iterations,
         )
 
     def _flush_when_due(self) -> None:
@@ -224,10 +239,21 @@ class RolloutActor:
             return
         segments = []
         for sequence in self._running.values():
+            self._stop_repetition(sequence)
             segments.append(self._segment(sequence, next_version=next_version))
             sequence.offset += len(sequence.tokens)
             sequence.tokens, sequence.logprobs = [], []
         self._append_ref = self._store.append.remote(encode_segments(segments))
+
+    def _stop_repetition(self, sequence: _Sequence) -> None:
+        """End a trajectory that only repeats itself; looked at when tokens are sent, so it overruns by a few."""
+        times = self._config.rollout.repetition_limit
+        trained = sequence.lease.kind == "train"
+        if times is None or not trained or sequence.stop is not None or not sequence.tokens:
+            return
+        if repeats(sequence.history, times=times):
+            sequence.stop = "repetition"
+            self._engine.abort(sequence.lease.trajectory)
 
     def _segment(self, sequence: _Sequence, *, next_version: int) -> Segment:
         return Segment(
