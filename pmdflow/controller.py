@@ -47,7 +47,10 @@ class Controller:
         self._settings = SchedulerSettings.of(config)
         self._evaluation = Evaluation(config=config, supervisor=supervisor, prompts=prompts)
         self._archive_ref: Any = None
+        self._saving: tuple[Manifest, list[Any]] | None = None
+        """The checkpoint whose files are being written, and what the ranks answer when they are whole."""
         self._checkpointed = 0
+        # Newest iteration whose checkpoint is committed or being written."""
         self._generated_before = 0
         self.iteration = 0
         """Iterations trained in the surviving history."""
@@ -69,6 +72,7 @@ class Controller:
                 self.recover()
         if self._checkpointed < self.iteration:
             self._checkpoint()
+        self._commit_checkpoint()
         if not self._supervisor.draining:
             self._evaluation.finish(self.iteration)
         self._supervisor.stop_loops(timeout_s=30.0)
@@ -78,6 +82,7 @@ class Controller:
     def recover(self) -> None:
         """Put learner and store at the newest checkpoint: later claims are undone, their groups ready again."""
         supervisor, manifest = self._supervisor, newest_manifest(self._run_dir / "checkpoints")
+        self._saving = None
         supervisor.stop_learners()
         supervisor.learners = self._start_learners()
         if manifest is None:
@@ -117,6 +122,8 @@ class Controller:
         batch_ref = self._store.read_claim.remote(iteration)
         result = self._learners("train", batch_ref, what=f"training iteration {iteration}", timeout_s=STEP_TIMEOUT_S)[0]
         trained = time.time()
+        self._commit_checkpoint()
+        committed = time.time()
         spent: Counts = self._call("counts")
         self._publish(iteration, result.masked)
         published = time.time()
@@ -128,8 +135,8 @@ class Controller:
         times = {
             "time/claim_wait_s": claimed - started,
             "time/train_s": trained - claimed,
-            "time/publish_s": published - trained,
-            "time/checkpoint_s": time.time() - published,
+            "time/publish_s": published - committed,
+            "time/checkpoint_s": committed - trained + time.time() - published,
             "time/iteration_s": time.time() - started,
         }
         self._record(batch, {**result.metrics, **result.speed}, spent, times)
@@ -141,6 +148,10 @@ class Controller:
         cursors = range(counts.next_cursor, counts.next_cursor + max(room, 0))
         batch = [(f"train-{cursor}", cursor, self._prompts.prompt(cursor)) for cursor in cursors]
         admitted: int = self._call("admit", batch, "train", self._config.data.group_size, self._config.data.max_tokens)
+        if admitted == 0 and counts.groups_untrained == 0 and self._saving is not None:
+            self._commit_checkpoint()
+            self._await_archive()
+            return self._admit()
         if admitted == 0 and counts.groups_untrained == 0:
             raise PmdflowError(
                 "the store admits no group although none is waiting: store.max_bytes "
@@ -192,16 +203,25 @@ class Controller:
             self._call("set_quota", next_quota(self._settings, counts))
 
     def _checkpoint(self) -> None:
-        """Claims durable, files, rename of the manifest (the commit point), then the store's commit and the archive."""
+        """Claims durable, then the files, which the learner writes beside its next iteration."""
+        self._commit_checkpoint()
         root = self._run_dir / "checkpoints"
         lsn = self._call("sync")
         manifest = Manifest.new(root, iteration=self.iteration, version=self.version, lsn=lsn)
         shutil.rmtree(manifest.writing, ignore_errors=True)  # left by a crash while saving
         self._learners("save", str(manifest.writing), what="saving a checkpoint")
-        commit_checkpoint(root, manifest)
-        self._checkpointed = self.iteration
-        self._call("commit", self.iteration)
-        prune(root, self._config.learner.keep_checkpoints)
+        refs = [learner.await_saved.remote() for learner in self._supervisor.learners]
+        self._saving, self._checkpointed = (manifest, refs), self.iteration
+
+    def _commit_checkpoint(self) -> None:
+        """Files whole, rename of the manifest (the commit point), then the store's commit and the archive."""
+        if self._saving is None:
+            return
+        (manifest, refs), self._saving = self._saving, None
+        self._await_learners(refs, what="writing a checkpoint", timeout_s=STEP_TIMEOUT_S)
+        commit_checkpoint(manifest.root, manifest)
+        self._call("commit", manifest.iteration)
+        prune(manifest.root, self._config.learner.keep_checkpoints)
         self._archive()
 
     def _archive(self) -> None:
@@ -243,6 +263,9 @@ class Controller:
 
     def _learners(self, method: str, *args: Any, what: str, timeout_s: float = 600.0) -> list[Any]:
         refs = [getattr(learner, method).remote(*args) for learner in self._supervisor.learners]
+        return self._await_learners(refs, what=what, timeout_s=timeout_s)
+
+    def _await_learners(self, refs: list[Any], *, what: str, timeout_s: float) -> list[Any]:
         try:
             return self._supervisor.wait(refs, what=what, timeout_s=timeout_s)
         except ActorDied as error:

@@ -170,7 +170,7 @@ def store_settings(config: Config) -> dict[str, Any]:
 
 def start_learners(config: Config, run_dir: Path, *, log_prefix: str = "") -> list[Any]:
     """One actor a rank, joined into one process group."""
-    options = {"num_cpus": config.learner.threads, "num_gpus": _gpu_share(config), "max_concurrency": 2}
+    options = {"num_cpus": config.learner.threads, "num_gpus": _gpu_share(config), "max_concurrency": 3}
     learners = [
         _actor(LearnerActor, **options).remote(
             log_path=log_path(run_dir, f"{log_prefix}learner-{rank}"), config=config, rank=rank, run_dir=str(run_dir)

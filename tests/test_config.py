@@ -380,7 +380,7 @@ def test_derived_numbers(cluster_yaml: Path) -> None:
     assert result.store_bytes == (64 + 6 * 32) * 64 * 8
     memory = {actor.role: (actor.count, actor.memory_bytes) for actor in result.actors}
     assert memory["rollout"] == (1, 4 * (1000 + 64 * 64 * 10))
-    assert memory["learner"] == (2, 1000 * 16 // 2 + 8192 * 5 * 8)
+    assert memory["learner"] == (2, 1000 * 16 // 2 + 8192 * 5 * 12)
 
 
 @pytest.mark.parametrize(

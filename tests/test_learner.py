@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, 
 
 from pmdflow.config.schema import Config
 from pmdflow.errors import PmdflowError
-from pmdflow.learner import fsdp
+from pmdflow.learner import token_scores
 from pmdflow.learner.actor import Learner
 from pmdflow.learner.advantage import pmd_mean
 from pmdflow.learner.algorithms import ALGORITHMS, find_algorithm
+from pmdflow.learner.attention import ATTENTION
 from pmdflow.learner.batch import BUCKET, pack, plan_iteration
 from pmdflow.learner.checkpoint import (
     Manifest,
@@ -29,6 +30,7 @@ from pmdflow.learner.checkpoint import (
     oldest_manifest,
     prune,
 )
+from pmdflow.learner.policy import Layout, Policy
 from pmdflow.reward.length import length_reward
 from pmdflow.types import Mask, TrainBatch
 
@@ -138,18 +140,29 @@ def same_weights(first, second) -> bool:
 # ---- steps, ranks, micro-batches
 
 
-@given(seed=st.integers(0, 50), steps=st.integers(1, 6), ranks=st.integers(1, 4), limit=st.integers(20, 200))
+@given(
+    seed=st.integers(0, 50),
+    steps=st.integers(1, 6),
+    ranks=st.integers(1, 4),
+    limit=st.integers(20, 200),
+    packing=st.booleans(),
+)
 @settings(max_examples=40, deadline=None)
-def test_plan_covers_every_trained_trajectory_once(seed, steps, ranks, limit):
+def test_plan_covers_every_trained_trajectory_once(seed, steps, ranks, limit, packing):
     batch = make_batch(seed=seed)
     trained = (batch.mask & Mask.TRAINED) != 0
     lengths = np.diff(batch.cu_seqlens)
-    plans = plan_iteration(batch, trained=trained, steps=steps, ranks=ranks, tokens_per_microbatch=limit)
+    plans = plan_iteration(
+        batch, trained=trained, steps=steps, ranks=ranks, tokens_per_microbatch=limit, packing=packing
+    )
     assert len(plans) == steps
     seen, last_group = [], -1
     for plan in plans:
         assert len({len(rank) for rank in plan.ranks}) == 1
         for micro in (micro for rank in plan.ranks for micro in rank if micro):
+            if packing:
+                assert sum(lengths[list(micro)]) <= limit
+                continue
             assert len(micro) * max(lengths[list(micro)]) <= limit
             assert min(lengths[list(micro)]) >= BUCKET * max(lengths[list(micro)])
         members = [index for rank in plan.ranks for micro in rank for index in micro]
@@ -182,20 +195,24 @@ def test_plan_is_balanced_and_refuses_what_does_not_fit():
         )
 
 
-def test_pack_predicts_each_generated_token_from_the_position_before():
+@pytest.mark.parametrize("packing", [True, False])
+def test_pack_predicts_each_generated_token_from_the_position_before(packing):
     batch = make_batch()
     trained = (batch.mask & Mask.TRAINED) != 0
-    micro = pack(batch, trained=trained, trajectories=(3, 0))
-    width = micro.tokens.shape[1]
-    for row, trajectory in enumerate((3, 0)):
+    micro = pack(batch, trained=trained, trajectories=(3, 0), packing=packing)
+    assert micro.tokens.shape == (1, sum(micro.lengths)) if packing else (2, max(micro.lengths))
+    offsets = (0, micro.lengths[0] if packing else micro.tokens.shape[1])
+    for row, (trajectory, offset) in enumerate(zip((3, 0), offsets, strict=True)):
         first, last = batch.cu_seqlens[trajectory], batch.cu_seqlens[trajectory + 1]
         generated = np.flatnonzero(batch.mask[first:last] & Mask.GENERATED)
         part = slice(micro.cu_seqlens[row], micro.cu_seqlens[row + 1])
-        np.testing.assert_array_equal(micro.positions[part], row * width + generated - 1)
+        np.testing.assert_array_equal(micro.positions[part], offset + generated - 1)
         np.testing.assert_array_equal(micro.targets[part], batch.tokens[first + generated])
         np.testing.assert_array_equal(micro.trained[part], trained[first + generated])
         np.testing.assert_array_equal(micro.versions[part], batch.versions[first + generated])
-        assert micro.attention[row].sum() == last - first
+        np.testing.assert_array_equal(
+            micro.tokens.reshape(-1)[offset : offset + micro.lengths[row]], batch.tokens[first:last]
+        )
 
 
 # ---- log-probs
@@ -208,34 +225,37 @@ def softcapped() -> Gemma2ForCausalLM:
     return Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, final_logit_softcapping=5.0))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
-def test_padded_chunked_logprobs_equal_those_of_single_sequences(model_path, monkeypatch, family):
+@pytest.mark.parametrize(("family", "packing"), [("qwen3", True), ("qwen3", False), ("gemma2", False)])
+def test_chunked_logprobs_equal_those_of_single_sequences(model_path, monkeypatch, family, packing):
     torch.manual_seed(1)
-    model = softcapped().eval() if family == "gemma2" else AutoModelForCausalLM.from_pretrained(model_path).eval()
+    qwen3 = AutoModelForCausalLM.from_pretrained(model_path, attn_implementation=ATTENTION if packing else "sdpa")
+    model = softcapped().eval() if family == "gemma2" else qwen3.eval()
     batch = make_batch()
-    micro = pack(batch, trained=(batch.mask & Mask.TRAINED) != 0, trajectories=(2, 0, 5))
-    args = [
-        torch.from_numpy(getattr(micro, name))
-        for name in ("tokens", "attention", "positions", "targets", "temperatures")
+    micro = pack(batch, trained=(batch.mask & Mask.TRAINED) != 0, trajectories=(2, 0, 5), packing=packing)
+    tokens, *rest = [
+        torch.from_numpy(getattr(micro, name)) for name in ("tokens", "positions", "targets", "temperatures")
     ]
-    monkeypatch.setattr(fsdp, "LOGITS_PER_CHUNK", 4 * VOCAB)
-    policy = fsdp.Policy(model)
+    monkeypatch.setattr(token_scores, "LOGITS_PER_CHUNK", 4 * VOCAB)
+    policy = Policy(model)
     assert policy._plain_head == (family == "qwen3")
-    logprobs = policy(*args)
-    gradients = torch.autograd.grad((logprobs**2).sum(), list(model.parameters()))
+    layout = Layout.of(micro.lengths, packed=packing, device=torch.device("cpu"))
+    logprobs, entropies = policy(tokens, layout, *rest)
+    gradients = torch.autograd.grad((logprobs**2).sum() + entropies.sum(), list(model.parameters()))
 
-    single = []
+    single, spread = [], []
     for index in (2, 0, 5):
         part = slice(batch.cu_seqlens[index], batch.cu_seqlens[index + 1])
         ids = torch.from_numpy(batch.tokens[part].astype(np.int64))
         logits = model(ids[None]).logits[0, :-1] / torch.from_numpy(batch.temperatures[part][1:, None])
-        values = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-        single.append(values[torch.from_numpy((batch.mask[part] & Mask.GENERATED) != 0)[1:]])
-    expected = torch.cat(single)
+        values = logits.log_softmax(-1)
+        generated = torch.from_numpy((batch.mask[part] & Mask.GENERATED) != 0)[1:]
+        single.append(values.gather(1, ids[1:, None])[:, 0][generated])
+        spread.append(-(values.exp() * values).sum(1)[generated])
+    expected, expected_entropies = torch.cat(single), torch.cat(spread)
     torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
-    for gradient, other in zip(
-        gradients, torch.autograd.grad((expected**2).sum(), list(model.parameters())), strict=True
-    ):
+    torch.testing.assert_close(entropies, expected_entropies, rtol=1e-5, atol=1e-5)
+    loss = (expected**2).sum() + expected_entropies.sum()
+    for gradient, other in zip(gradients, torch.autograd.grad(loss, list(model.parameters())), strict=True):
         torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-4)
 
 

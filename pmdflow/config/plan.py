@@ -17,8 +17,8 @@ _MASTER_BYTES = 16
 """Float32 master weight, gradient and Adam's two moments of one parameter."""
 SMALL_PARTITION_TAU = 0.2
 """Below this share of a reward of 1 the log-partition is nearly the maximum."""
-_LOGITS_COPIES = 2
-"""Float32 logits of a micro-batch and their gradient."""
+_LOGITS_BYTES = 3 * 4 * (1 << 26)
+"""The most that the log-probs of a micro-batch hold: three float32 tensors of `token_scores.LOGITS_PER_CHUNK`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,11 +153,13 @@ def _engine_bytes(config: Config, model: ModelSize | None) -> int | None:
 
 
 def _rank_bytes(config: Config, model: ModelSize | None) -> int | None:
-    """Sharded master weights, gradients and moments, and the logits of one micro-batch; other activations left out."""
+    """Sharded master weights, gradients and moments, and logits; activations and adapters left out."""
     if model is None:
         return None
-    logits = config.learner.tokens_per_microbatch * model.vocab_size * 4 * _LOGITS_COPIES
-    return model.num_parameters * _MASTER_BYTES // config.learner.ranks + logits
+    learner = config.learner
+    logits = min(learner.tokens_per_microbatch * model.vocab_size * 3 * 4, _LOGITS_BYTES)
+    held = _DTYPE_BYTES["float32"] if learner.lora else _MASTER_BYTES
+    return model.num_parameters * held * learner.replicas // learner.ranks + logits
 
 
 def _notes(config: Config, store_bytes: int) -> Iterator[str]:

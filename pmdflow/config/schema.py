@@ -158,6 +158,17 @@ class SchedulerConfig(Section):
     """A group with fewer scored members is evicted."""
 
 
+class LoraConfig(Section):
+    """Low-rank adapters, trained instead of the weights (needs the `lora` extra)."""
+
+    rank: PositiveInt = 16
+    """Rank of each adapter."""
+    alpha: PositiveFloat = 32.0
+    """An adapter is scaled by alpha / rank."""
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Names of the adapted layers, such as `[q_proj, v_proj]`; `all-linear` is every one but the output head."""
+
+
 class LearnerConfig(Section):
     """Policy optimization."""
 
@@ -197,6 +208,8 @@ class LearnerConfig(Section):
     """Supervised sequences of each optimizer step."""
     ranks: PositiveInt = 1
     """Learner processes (FSDP2)."""
+    replicas: PositiveInt = 1
+    """Copies of the model among the ranks: each is sharded over ranks / replicas of them (hybrid sharding)."""
     steps_per_iteration: PositiveInt = 4
     """Optimizer steps that one claim is split into; each group is in exactly one."""
     lr: PositiveFloat = 1.0e-4
@@ -211,6 +224,16 @@ class LearnerConfig(Section):
     """Clear Adam's moments at the start of each iteration, as Kimi k1.5 does; use it with a warm-up."""
     tokens_per_microbatch: PositiveInt = 8192
     """Most tokens, padding included, that one forward pass may hold."""
+    packing: bool = True
+    """Sequences of a micro-batch lie in one row, without padding; false pads each to a row of its own."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of each decoder layer and compute it again in the backward pass: less memory, more time."""
+    cpu_offload: bool = False
+    """On a GPU: keep master weights, gradients and moments in the machine's memory; the optimizer runs there."""
+    compile: bool = False
+    """Compile each decoder layer with `torch.compile`."""
+    lora: LoraConfig | None = None
+    """Train adapters and publish only these; null trains all weights."""
     aggregation: Literal["seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = "seq-mean-token-mean"
     """How the loss of a sequence's tokens is reduced."""
     segment_loss: Literal["all", "current_only"] = "all"
@@ -328,6 +351,11 @@ def _size_problems(config: Config) -> Iterator[str]:
         yield (
             f"learner.tokens_per_microbatch ({config.learner.tokens_per_microbatch}) has no room for a trajectory of "
             f"data.max_tokens ({data.max_tokens}) and its prompt; raise tokens_per_microbatch"
+        )
+    if config.learner.ranks % config.learner.replicas:
+        yield (
+            f"learner.ranks ({config.learner.ranks}) is not a multiple of learner.replicas "
+            f"({config.learner.replicas}): each replica is sharded over equally many ranks; change one of them"
         )
     group_bytes = data.group_size * data.max_tokens * BYTES_PER_TOKEN
     if group_bytes > store.limit_bytes:

@@ -14,16 +14,15 @@ import ray
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load as load_state
-from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from torch.distributed.device_mesh import DeviceMesh
 
 from pmdflow.config.schema import Config
 from pmdflow.learner.algorithms import find_algorithm
 from pmdflow.learner.batch import Bool, StepPlan, pack, plan_iteration
 from pmdflow.learner.flops import Speed
-from pmdflow.learner.fsdp import Policy, build_policy, free_address, full_state_dict, join_ranks, learner_device
+from pmdflow.learner.fsdp import build_policy, free_address, full_state_dict, join_ranks, learner_device
+from pmdflow.learner.policy import Policy
+from pmdflow.learner.saving import AsyncSaver, load_training, training_state
 from pmdflow.learner.selection import Corrected, correct_step, correction_metrics, filter_groups, finish_step
 from pmdflow.learner.steps import Sums, Supervised, Tensors, all_sum, reference_pass, take_step
 from pmdflow.learner.supervised import SupervisedData
@@ -55,6 +54,7 @@ class Learner:
         >>> learner.setup(learner.address())                        # doctest: +SKIP
         >>> result = learner.train(batch)                           # doctest: +SKIP
         >>> learner.save("checkpoints/iteration-000001.tmp")        # doctest: +SKIP
+        >>> learner.await_saved()                                   # doctest: +SKIP
     """
 
     def __init__(self, *, config: Config, rank: int) -> None:
@@ -69,6 +69,7 @@ class Learner:
         self._device = learner_device(rank)
         self._spans = SpanBuffer(f"learner-{rank}")
         self._mesh: DeviceMesh | None = None
+        self._saver: AsyncSaver
         self._policy: Policy
         self._speed: Speed
         self._optimizer: torch.optim.AdamW
@@ -90,12 +91,15 @@ class Learner:
         torch.set_num_threads(self._config.learner.threads)
         if self._device.type == "cpu":
             torch.use_deterministic_algorithms(True)
-        self._mesh = join_ranks(master, rank=self._rank, ranks=self._config.learner.ranks, device=self._device)
+        ranks, replicas = self._config.learner.ranks, self._config.learner.replicas
+        self._mesh = join_ranks(master, rank=self._rank, ranks=ranks, device=self._device, replicas=replicas)
+        self._saver = AsyncSaver()
         self._build()
 
     def close(self) -> None:
         """Leave the process group, so that this process can join another."""
         if self._mesh is not None:
+            self._saver.wait()
             self._mesh = None
             dist.destroy_process_group()
 
@@ -143,30 +147,28 @@ class Learner:
         return TrainResult(metrics=metrics, speed=speed, masked=masked, advantages=advantages)
 
     def weights(self) -> dict[str, Tensor] | None:
-        """All weights by Hugging Face names, on the CPU in `model.dtype`, at rank 0; None elsewhere."""
+        """All weights, or the adapters alone, on the CPU in `model.dtype`, at rank 0; None elsewhere."""
         with self._spans.span("publish"):
-            return full_state_dict(self._policy, dtype=self._config.model.dtype, rank=self._rank)
+            dtype, lora = self._config.model.dtype, self._config.learner.lora
+            return full_state_dict(self._policy, dtype=dtype, rank=self._rank, lora=lora)
 
     def save(self, directory: str) -> None:
-        """Write weights, optimizer, schedule and random state to a directory; any number of ranks can load it."""
+        """Copy weights, optimizer, schedule and random state, and begin to write them; any number of ranks can load.
+
+        Returns once the copy is made: training may go on. The files are whole when `await_saved` returns.
+        """
         with self._spans.span("checkpoint", directory=directory):
-            save_state(self._state(), checkpoint_id=directory)
+            self._saver.save(training_state(self._policy, self._optimizer, self._num_steps), directory)
+
+    def await_saved(self) -> None:
+        """Wait for the files of the last `save`; safe beside `train`, and raises what went wrong in writing them."""
+        self._saver.wait()
 
     def load(self, directory: str) -> None:
         """Continue from a saved directory, bit for bit if the ranks are equally many."""
         with self._spans.span("checkpoint", directory=directory):
-            state = self._state()
-            load_state(state, checkpoint_id=directory)
-            set_state_dict(
-                self._policy,
-                self._optimizer,
-                model_state_dict=state["model"],
-                optim_state_dict=state["optimizer"],
-            )
-            if not state["has_moments"]:
-                self._optimizer.state.clear()
-            self._num_steps = state["num_steps"]
-            torch.set_rng_state(state["random"])
+            self._saver.wait()
+            self._num_steps = load_training(self._policy, self._optimizer, directory)
             self._pristine = False
 
     def drain(self) -> list[dict[str, Any]]:
@@ -190,9 +192,11 @@ class Learner:
         learner = self._config.learner
         torch.manual_seed(self._config.run.seed)
         self._ptx = SupervisedData.of(self._config)
-        self._policy = build_policy(self._config.model.path, dtype=self._config.model.dtype, mesh=self._mesh)
+        model = self._config.model
+        self._policy = build_policy(model.path, dtype=model.dtype, learner=learner, mesh=self._mesh)
+        trained = [parameter for parameter in self._policy.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(
-            self._policy.parameters(), lr=learner.lr, betas=(0.9, 0.95), weight_decay=learner.weight_decay
+            trained, lr=learner.lr, betas=(0.9, 0.95), weight_decay=learner.weight_decay
         )
         self._speed = Speed.of(self._policy.model, config=self._config, device=self._device)
         self._num_steps = 0
@@ -206,12 +210,14 @@ class Learner:
             steps=steps,
             ranks=learner.ranks,
             tokens_per_microbatch=learner.tokens_per_microbatch,
+            packing=learner.packing,
         )
 
     def _load(
         self, batch: TrainBatch, plan: StepPlan, trained: Bool, advantages: Float64, weights: Float64
     ) -> list[Tensors]:
-        micros = (pack(batch, trained=trained, trajectories=rows) for rows in plan.ranks[self._rank])
+        packing = self._config.learner.packing
+        micros = (pack(batch, trained=trained, trajectories=part, packing=packing) for part in plan.ranks[self._rank])
         values = {"advantages": advantages, "weights": weights}
         return [Tensors.of(micro, **values, version=batch.version, device=self._device) for micro in micros]
 
@@ -276,21 +282,6 @@ class Learner:
         sums.trained_tokens += plan.num_tokens
         self._num_steps += 1
 
-    def _state(self) -> dict[str, Any]:
-        """What a checkpoint holds; the tensors are the live shards, and loading fills them in place."""
-        has_moments = bool(self._optimizer.state)
-        model, optimizer = get_state_dict(self._policy, self._optimizer)
-        if not has_moments:
-            # get_state_dict makes moments by an empty step; without them the first step's bias correction is right.
-            self._optimizer.state.clear()
-        return {
-            "model": model,
-            "optimizer": optimizer,
-            "has_moments": has_moments,
-            "num_steps": self._num_steps,
-            "random": torch.get_rng_state(),
-        }
-
 
 class LearnerActor(Learner):
     """A `Learner` as a Ray actor, which publishes its weights; `launch` makes it remote."""
@@ -317,7 +308,7 @@ class LearnerActor(Learner):
             return None if weights is None else self._transport.publish(version, weights)
 
     def save(self, directory: str) -> None:
-        """Write a checkpoint's files."""
+        """Begin to write a checkpoint's files."""
         with self._busy("wait_controller"):
             super().save(directory)
 

@@ -1,4 +1,4 @@
-"""One claim -> optimizer steps -> ranks -> padded micro-batches. NumPy; every rank computes the same plan.
+"""One claim -> optimizer steps -> ranks -> micro-batches. NumPy; every rank computes the same plan.
 
 A logit at position t - 1 predicts token t. Only generated tokens are predicted, so a micro-batch carries its
 per-token values packed over those: P of them, in the order of its rows.
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from pmdflow.types import Float32, Int32, Int64, Mask, TrainBatch
 
 BUCKET = 0.6
-"""A row shorter than this share of the longest begins a new micro-batch: padding costs as much as tokens."""
+"""A padded row shorter than this share of the longest begins a new micro-batch: padding costs as much as tokens."""
 
 Bool = npt.NDArray[np.bool_]
 Indices = tuple[int, ...]
@@ -36,16 +36,16 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """What one forward pass reads: B rows of width W, right-padded, and P generated tokens."""
+    """What one forward pass reads: B sequences, in one row or each right-padded in its own, and P generated tokens."""
 
     trajectories: Int64
-    """Index of each row's trajectory [B]; empty for a micro-batch that only keeps pace with the other ranks."""
+    """Index of each sequence's trajectory [B]; empty for a micro-batch that only keeps pace with the other ranks."""
     tokens: Int64
-    """[B, W], 0 at padding."""
-    attention: Bool
-    """[B, W], False at padding."""
+    """[1, W] if packed, else [B, W] with 0 at padding."""
+    lengths: tuple[int, ...]
+    """Tokens of each sequence [B]."""
     positions: Int64
-    """Where each generated token is predicted: index into the flattened [B * W] [P]."""
+    """Where each generated token is predicted: index into the flattened tokens [P]."""
     targets: Int64
     """The generated tokens [P]."""
     temperatures: Float32
@@ -57,7 +57,9 @@ class MicroBatch:
     trained: Bool
     """[P]"""
     cu_seqlens: Int64
-    """Start of each row's generated tokens and the end [B + 1]."""
+    """Start of each sequence's generated tokens and the end [B + 1]."""
+    packed: bool
+    """Whether the sequences lie one after another in a single row."""
 
 
 def group_slices(batch: TrainBatch) -> list[slice]:
@@ -74,7 +76,7 @@ def group_slices(batch: TrainBatch) -> list[slice]:
 
 
 def plan_iteration(
-    batch: TrainBatch, *, trained: Bool, steps: int, ranks: int, tokens_per_microbatch: int
+    batch: TrainBatch, *, trained: Bool, steps: int, ranks: int, tokens_per_microbatch: int, packing: bool = True
 ) -> list[StepPlan]:
     """Split a claim into steps, ranks and micro-batches.
 
@@ -87,6 +89,7 @@ def plan_iteration(
         steps: Optimizer steps.
         ranks: Learner ranks.
         tokens_per_microbatch: Most tokens of a micro-batch, padding included.
+        packing: Whether a micro-batch is one row without padding.
 
     Raises:
         ValueError: one trajectory alone is longer than `tokens_per_microbatch`.
@@ -99,7 +102,8 @@ def plan_iteration(
         members = np.concatenate([groups[index] for index in chunk]) if len(chunk) else np.zeros(0, np.int64)
         members = members[counts[members] > 0]
         parts = [
-            _fill(part, lengths, tokens_per_microbatch) for part in _spread(members.tolist(), lengths, num_parts=ranks)
+            _fill(part, lengths, tokens_per_microbatch, packing=packing)
+            for part in _spread(members.tolist(), lengths, num_parts=ranks)
         ]
         pace = max(len(part) for part in parts)
         plans.append(
@@ -129,52 +133,69 @@ def _spread(members: Sequence[int], lengths: Int64, *, num_parts: int) -> list[l
     return parts
 
 
-def _fill(members: Sequence[int], lengths: Int64, limit: int) -> list[Indices]:
-    """Cut a list that is sorted longest first into micro-batches of rows x width <= limit and of similar lengths."""
+def _fill(members: Sequence[int], lengths: Int64, limit: int, *, packing: bool) -> list[Indices]:
+    """Cut a list that is sorted longest first into micro-batches within the limit."""
+    if members and int(lengths[members[0]]) > limit:
+        raise ValueError(
+            f"a trajectory has {lengths[members[0]]} tokens, learner.tokens_per_microbatch is {limit}: raise it to at "
+            "least data.max_tokens plus the longest prompt"
+        )
+    return _fill_rows(members, lengths, limit) if packing else _fill_padded(members, lengths, limit)
+
+
+def _fill_rows(members: Sequence[int], lengths: Int64, limit: int) -> list[Indices]:
+    """First fit, longest first: at most 11/9 as many rows as the fewest, and one."""
+    filled: list[list[int]] = []
+    room: list[int] = []
+    for member in members:
+        length = int(lengths[member])
+        first = next((row for row, left in enumerate(room) if left >= length), len(filled))
+        if first == len(filled):
+            filled.append([])
+            room.append(limit)
+        filled[first].append(member)
+        room[first] -= length
+    return [tuple(row) for row in filled]
+
+
+def _fill_padded(members: Sequence[int], lengths: Int64, limit: int) -> list[Indices]:
+    """Micro-batches of rows x width <= limit and of similar lengths."""
     filled: list[list[int]] = []
     for member in members:
-        width = int(lengths[member])
-        if width > limit:
-            raise ValueError(
-                f"a trajectory has {width} tokens, learner.tokens_per_microbatch is {limit}: raise it to at least "
-                "data.max_tokens plus the longest prompt"
-            )
         widest = int(lengths[filled[-1][0]]) if filled else 0
-        if width >= BUCKET * widest > 0 and (len(filled[-1]) + 1) * widest <= limit:
+        if int(lengths[member]) >= BUCKET * widest > 0 and (len(filled[-1]) + 1) * widest <= limit:
             filled[-1].append(member)
         else:
             filled.append([member])
     return [tuple(rows) for rows in filled]
 
 
-def pack(batch: TrainBatch, *, trained: Bool, trajectories: Indices) -> MicroBatch:
-    """Gather the rows of one micro-batch.
+def pack(batch: TrainBatch, *, trained: Bool, trajectories: Indices, packing: bool = True) -> MicroBatch:
+    """Gather the sequences of one micro-batch.
 
     Raises:
         ValueError: a generated token is the first of its trajectory, so nothing predicts it.
     """
     if not trajectories:
-        return _empty()
+        return _empty(packing)
     starts, ends = batch.cu_seqlens[list(trajectories)], batch.cu_seqlens[[index + 1 for index in trajectories]]
-    width = int((ends - starts).max())
-    tokens = np.zeros((len(trajectories), width), np.int64)
-    attention = np.zeros((len(trajectories), width), np.bool_)
+    lengths = ends - starts
+    width = int(lengths.sum() if packing else lengths.max())
+    tokens = np.zeros((1 if packing else len(trajectories), width), np.int64)
+    offsets = np.cumsum(lengths) - lengths if packing else np.arange(len(trajectories)) * width
     sources, positions = [], []
-    for row, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
-        tokens[row, : end - start] = batch.tokens[start:end]
-        attention[row, : end - start] = True
+    for trajectory, start, end, offset in zip(trajectories, starts, ends, offsets, strict=True):
+        tokens.reshape(-1)[offset : offset + end - start] = batch.tokens[start:end]
         generated = np.flatnonzero(batch.mask[start:end] & Mask.GENERATED)
         if len(generated) and generated[0] == 0:
-            raise ValueError(
-                f"trajectory {batch.trajectories[trajectories[row]]} has no prompt: add at least one token"
-            )
+            raise ValueError(f"trajectory {batch.trajectories[trajectory]} has no prompt: add at least one token")
         sources.append(start + generated)
-        positions.append(row * width + generated - 1)
+        positions.append(offset + generated - 1)
     source = np.concatenate(sources)
     return MicroBatch(
         trajectories=np.asarray(trajectories, np.int64),
         tokens=tokens,
-        attention=attention,
+        lengths=tuple(lengths.tolist()),
         positions=np.concatenate(positions),
         targets=batch.tokens[source].astype(np.int64),
         temperatures=batch.temperatures[source],
@@ -182,15 +203,16 @@ def pack(batch: TrainBatch, *, trained: Bool, trajectories: Indices) -> MicroBat
         versions=batch.versions[source],
         trained=trained[source],
         cu_seqlens=np.concatenate([[0], np.cumsum([len(part) for part in sources])]).astype(np.int64),
+        packed=packing,
     )
 
 
-def _empty() -> MicroBatch:
-    """One row of two tokens, nothing trained: its forward and backward keep the ranks' collectives in step."""
+def _empty(packing: bool) -> MicroBatch:
+    """One sequence of two tokens, nothing trained: its passes keep the ranks' collectives in step."""
     return MicroBatch(
         trajectories=np.zeros(0, np.int64),
         tokens=np.zeros((1, 2), np.int64),
-        attention=np.ones((1, 2), np.bool_),
+        lengths=(2,),
         positions=np.zeros(1, np.int64),
         targets=np.zeros(1, np.int64),
         temperatures=np.ones(1, np.float32),
@@ -198,4 +220,5 @@ def _empty() -> MicroBatch:
         versions=np.full(1, -1, np.int32),
         trained=np.zeros(1, np.bool_),
         cu_seqlens=np.array([0, 1], np.int64),
+        packed=packing,
     )

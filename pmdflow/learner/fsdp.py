@@ -2,110 +2,32 @@
 
 from __future__ import annotations
 
-import logging
 import socket
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
+from pmdflow.config.schema import LearnerConfig, LoraConfig
 from pmdflow.errors import WaitTimeout
-
-logger = logging.getLogger(__name__)
+from pmdflow.learner.attention import ATTENTION, require_packable
+from pmdflow.learner.lora import add_adapters, published_name, published_scale
+from pmdflow.learner.policy import Policy
 
 JOIN_TIMEOUT_S = 120.0
 """All ranks must have joined within this."""
 COLLECTIVE_TIMEOUT_S = 1800.0
 """A rank that does not answer a collective for this long is dead: it covers the longest micro-batch and save."""
-LOGITS_PER_CHUNK = 1 << 26
-"""Float32 logits held at a time (256 MiB)."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class TokenScores(NamedTuple):
-    """What the policy says of each given token, in float32."""
-
-    logprobs: Tensor
-    """[P]"""
-    entropies: Tensor
-    """Entropy in nats of the distribution that the token was drawn from [P]."""
-
-
-class Policy(nn.Module):
-    """Log-probs of given tokens under a causal language model, without ever holding all logits.
-
-    The output head runs over chunks of positions, and its logits are recomputed in the backward pass. A model that
-    does more to its logits than a linear map is called whole instead.
-    """
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-        self._plain_head = _has_plain_head(model)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        attention: Tensor,
-        positions: Tensor,
-        targets: Tensor,
-        temperatures: Tensor,
-        *,
-        entropy: bool = False,
-    ) -> Tensor:
-        """Log-probs [P] in float32 of `targets`, of logits / temperature; with `entropy` log-probs, entropies [P, 2].
-
-        Args:
-            tokens: [B, W], right-padded.
-            attention: bool [B, W], False at padding.
-            positions: Indices into the flattened [B * W] whose logits predict the targets [P].
-            targets: Token ids [P].
-            temperatures: [P]
-            entropy: Whether to add the entropy of the distribution over all tokens.
-        """
-        if not self._plain_head:
-            logits = self.model(input_ids=tokens, attention_mask=attention, use_cache=False).logits
-            return _token_logprobs(logits.flatten(0, 1)[positions], targets, temperatures, entropy)
-        decoder = self.model.get_decoder()
-        hidden = decoder(input_ids=tokens, attention_mask=attention, use_cache=False).last_hidden_state
-        chosen = hidden.flatten(0, 1)[positions]
-        size = max(1, LOGITS_PER_CHUNK // self.model.config.get_text_config().vocab_size)
-        chunks = zip(chosen.split(size), targets.split(size), temperatures.split(size), strict=True)
-        return torch.cat([checkpoint(self._head_logprobs, *chunk, entropy, use_reentrant=False) for chunk in chunks])
-
-    def _head_logprobs(self, hidden: Tensor, targets: Tensor, temperatures: Tensor, entropy: bool) -> Tensor:
-        return _token_logprobs(self.model.get_output_embeddings()(hidden), targets, temperatures, entropy)
-
-
-def _token_logprobs(logits: Tensor, targets: Tensor, temperatures: Tensor, entropy: bool) -> Tensor:
-    scaled = logits.float() / temperatures[:, None]
-    total = scaled.logsumexp(1)
-    logprobs = scaled.gather(1, targets[:, None]).squeeze(1) - total
-    if not entropy:
-        return logprobs
-    # log Z - E[logit]; a logit of -inf has probability 0 and no part in the mean.
-    parts = (scaled - total[:, None]).exp() * scaled
-    return torch.stack([logprobs, total - torch.where(scaled.isneginf(), torch.zeros_like(parts), parts).sum(1)], 1)
-
-
-@torch.no_grad()
-def _has_plain_head(model: Any) -> bool:
-    """Whether the logits are the output embedding of the decoder's last hidden state and nothing more."""
-    # Distinct tokens, compared bit for bit: a padding token's hidden state may be 0, and a soft cap is nearly linear
-    # where logits are small. A false alarm costs memory only.
-    tokens = torch.arange(8)[None] % model.config.get_text_config().vocab_size
-    hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
-    plain = torch.equal(model.get_output_embeddings()(hidden), model(input_ids=tokens, use_cache=False).logits)
-    if not plain:
-        logger.info("%s does more to its logits than a linear map: its log-probs are not chunked", type(model).__name__)
-    return plain
 
 
 def learner_device(rank: int) -> torch.device:
@@ -122,7 +44,7 @@ def free_address(host: str) -> str:
         return f"{host}:{listener.getsockname()[1]}"
 
 
-def join_ranks(master: str, *, rank: int, ranks: int, device: torch.device) -> DeviceMesh:
+def join_ranks(master: str, *, rank: int, ranks: int, device: torch.device, replicas: int = 1) -> DeviceMesh:
     """Join the process group of all learner ranks.
 
     Args:
@@ -130,9 +52,10 @@ def join_ranks(master: str, *, rank: int, ranks: int, device: torch.device) -> D
         rank: This rank.
         ranks: How many there are.
         device: Where the shards live; decides between gloo and NCCL.
+        replicas: Copies of the model; the ranks of one are neighbours.
 
     Returns:
-        A one-dimensional mesh over the ranks.
+        A mesh over the ranks: `shard`, or `replicate` x `shard` if there are several replicas.
 
     Raises:
         ValueError: the address has no port.
@@ -159,10 +82,12 @@ def join_ranks(master: str, *, rank: int, ranks: int, device: torch.device) -> D
         world_size=ranks,
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
     )
-    return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
+    if replicas == 1:
+        return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
 
 
-def build_policy(path: str, *, dtype: str, mesh: DeviceMesh) -> Policy:
+def build_policy(path: str, *, dtype: str, learner: LearnerConfig, mesh: DeviceMesh) -> Policy:
     """Read a Hugging Face folder and shard it: each decoder layer by itself, and the rest at the root.
 
     Master weights and gradient reduction are float32. Gradients are summed over ranks, not averaged: losses are
@@ -171,39 +96,55 @@ def build_policy(path: str, *, dtype: str, mesh: DeviceMesh) -> Policy:
     Args:
         path: Folder of the model.
         dtype: Compute type, `float32` or `bfloat16`.
-        mesh: The ranks.
+        learner: Packing, adapters and what saves memory or time.
+        mesh: The ranks, from `join_ranks`.
 
     Raises:
-        ValueError: the folder holds no causal language model.
+        ValueError: the folder holds no causal language model, or not one that the settings fit.
     """
+    attention = ATTENTION if learner.packing else "sdpa"
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
     except OSError as error:
         raise ValueError(f"model.path {path} is no Hugging Face model folder with weights: {error}") from error
+    if learner.packing:
+        require_packable(model, path)
+    if learner.lora is not None:
+        add_adapters(model, learner.lora)
     policy = Policy(model.eval())
-    compute = DTYPES[dtype]
-    layer = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    layers = [module for module in model.modules() if type(module).__name__ in set(model._no_split_modules or ())]
+    for layer in layers:
+        if learner.activation_checkpointing:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if learner.compile:
+            layer.compile(dynamic=True)
+    _shard(policy, layers, dtype=DTYPES[dtype], cpu_offload=learner.cpu_offload, mesh=mesh)
+    return policy
+
+
+def _shard(policy: Policy, layers: list[Any], *, dtype: torch.dtype, cpu_offload: bool, mesh: DeviceMesh) -> None:
+    offload = CPUOffloadPolicy() if cpu_offload and mesh.device_type != "cpu" else OffloadPolicy()
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=offload)
     # The root's inputs are temperatures: they must stay float32.
-    root = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    layers = set(model._no_split_modules or ())
-    for module in list(model.modules()):
-        if type(module).__name__ in layers:
-            fully_shard(module, mesh=mesh, mp_policy=layer)
-    fully_shard(policy, mesh=mesh, mp_policy=root)
+    fully_shard(policy, mesh=mesh, mp_policy=replace(precision, cast_forward_inputs=False), offload_policy=offload)
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
-    return policy
 
 
-def full_state_dict(policy: Policy, *, dtype: str, rank: int) -> dict[str, Tensor] | None:
+def full_state_dict(
+    policy: Policy, *, dtype: str, rank: int, lora: LoraConfig | None = None
+) -> dict[str, Tensor] | None:
     """Gather all weights by their Hugging Face names; of tied names only the first. Every rank must call.
 
     Args:
         policy: The sharded policy.
         dtype: Type of the gathered floating-point tensors.
         rank: This rank.
+        lora: The settings if the policy has adapters: then only these are gathered, for `AdapterMerger`.
 
     Returns:
         The weights on the CPU at rank 0, None elsewhere.
@@ -214,12 +155,16 @@ def full_state_dict(policy: Policy, *, dtype: str, rank: int) -> dict[str, Tenso
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
+        published = name.removeprefix("model.") if lora is None else published_name(name.removeprefix("model."))
+        if published is None:
+            continue
         value = tensor.detach()
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         if rank == 0:
             wanted = DTYPES[dtype] if whole.is_floating_point() else whole.dtype
             # A copy: with one rank the gathered tensor may be the parameter itself, which the next step overwrites.
-            gathered[name.removeprefix("model.")] = whole.to(device="cpu", dtype=wanted, copy=True)
+            scale = 1.0 if lora is None else published_scale(published, lora)
+            gathered[published] = (whole * scale if scale != 1 else whole).to(device="cpu", dtype=wanted, copy=True)
     return gathered if rank == 0 else None
 
 

@@ -15,8 +15,10 @@ from pmdflow.config.schema import Config
 from pmdflow.errors import PmdflowError
 from pmdflow.learner.algorithms import Algorithm, Terms
 from pmdflow.learner.batch import MicroBatch, StepPlan
-from pmdflow.learner.fsdp import Policy, TokenScores, clip_gradients
+from pmdflow.learner.fsdp import clip_gradients
 from pmdflow.learner.objective import sequence_log_ratio, weighted_sft_loss
+from pmdflow.learner.policy import Layout, Policy
+from pmdflow.learner.token_scores import TokenScores
 from pmdflow.types import Float64
 
 
@@ -25,7 +27,7 @@ class Tensors:
     """A `MicroBatch` on the learner's device; same names and shapes, and the advantage of each row."""
 
     tokens: Tensor
-    attention: Tensor
+    layout: Layout
     positions: Tensor
     targets: Tensor
     temperatures: Tensor
@@ -48,11 +50,12 @@ class Tensors:
         """Copy a micro-batch to `device`; `advantages` and `weights` are those of the whole claim [N]."""
         real = len(micro.trajectories) > 0
         own = [values[micro.trajectories] if real else np.zeros(1) for values in (advantages, weights)]
-        names = ("tokens", "attention", "positions", "targets", "temperatures", "behavior", "trained", "cu_seqlens")
+        names = ("tokens", "positions", "targets", "temperatures", "behavior", "trained", "cu_seqlens")
         arrays = {name: torch.from_numpy(getattr(micro, name)).to(device) for name in names}
         newest = torch.from_numpy(micro.versions == version).to(device)
+        layout = Layout.of(micro.lengths, packed=micro.packed, device=device)
         own_advantages, own_weights = (torch.from_numpy(values).to(device) for values in own)
-        return cls(**arrays, newest=newest, advantages=own_advantages, weights=own_weights, real=real)
+        return cls(**arrays, layout=layout, newest=newest, advantages=own_advantages, weights=own_weights, real=real)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,16 +127,15 @@ def all_sum(values: Sequence[float], device: torch.device) -> list[float]:
     return [float(value) for value in total.tolist()]
 
 
-def evaluate(policy: Policy, micro: Tensors) -> TokenScores:
-    """Log-probs and entropies [P] of the micro-batch's generated tokens under the policy, with gradient."""
-    arguments = (micro.tokens, micro.attention, micro.positions, micro.targets, micro.temperatures)
-    return TokenScores(*policy(*arguments, entropy=True).unbind(1))
-
-
 def logprobs_of(policy: Policy, micro: Tensors) -> Tensor:
     """Log-probs [P] of the micro-batch's generated tokens under the policy."""
-    result: Tensor = policy(micro.tokens, micro.attention, micro.positions, micro.targets, micro.temperatures)
-    return result
+    return evaluate(policy, micro).logprobs
+
+
+def evaluate(policy: Policy, micro: Tensors) -> TokenScores:
+    """Log-probs and entropies [P] of the micro-batch's generated tokens under the policy, with gradient."""
+    scores: TokenScores = policy(micro.tokens, micro.layout, micro.positions, micro.targets, micro.temperatures)
+    return scores
 
 
 @torch.no_grad()
@@ -206,7 +208,7 @@ def take_step(
     loss_sum, u, u_squared, sequences, generated, *first_step, clipped, ptx = all_sum(
         totals.tolist(), micros[0].tokens.device
     )
-    norm = clip_gradients(list(policy.parameters()), config.learner.max_grad_norm)
+    norm = clip_gradients([p for p in policy.parameters() if p.requires_grad], config.learner.max_grad_norm)
     if not np.isfinite(norm):
         raise PmdflowError(
             f"the gradient norm is {norm} at {where} (loss {loss_sum}); the weights were not changed: look for "

@@ -15,6 +15,7 @@ from pmdflow.rollout.sampling import sample
 from pmdflow.rollout.slot_batch import DecodeBatch, HeldSequence, SlotGroup, plan_slots
 from pmdflow.rollout.slot_cache import ATTENTION, SlotCache
 from pmdflow.types import PmdflowError
+from pmdflow.weights.lora import AdapterMerger
 
 _PREFILL_TOKENS = 4096
 """Padded tokens prefilled between two decode steps: bounds how long a newcomer stalls the others, and the mask."""
@@ -67,6 +68,7 @@ class TransformersEngine:
         self._max_length: int | None = getattr(model.config, "max_position_embeddings", None)
         self._generator = torch.Generator(self._device).manual_seed(seed)
         self._cache = SlotCache(num_slots)
+        self._adapters = AdapterMerger()
         self._range = torch.arange(0, device=self._device)
         self._sequences: dict[int, HeldSequence] = {}
         self._slots: list[HeldSequence | None] = [None] * num_slots
@@ -157,15 +159,18 @@ class TransformersEngine:
     def load_weights(self, version: int, weights: Mapping[str, Tensor], *, on_new_weights: OnNewWeights) -> None:
         """Copy `weights`, by the names of the model's state dict, into the model; of tied names one suffices.
 
+        Adapters are merged into the weights that the engine was made with.
+
         Args:
             version: Policy version of the weights.
-            weights: Tensors of the model's shapes, any type and device.
+            weights: Tensors of the model's shapes, or adapters as the learner publishes them; any type and device.
             on_new_weights: `reprefill` recomputes every cached prefix before it returns; otherwise caches stay.
 
         Raises:
             ValueError: Names or shapes do not fit the model; nothing was changed.
         """
         state: dict[str, Tensor] = self._model.state_dict(keep_vars=True)
+        weights = self._adapters.merge(weights, state)
         given = {id(state[name]) for name in weights if name in state}
         missing = sorted(name for name, tensor in state.items() if id(tensor) not in given)
         unexpected = sorted(weights.keys() - state.keys())

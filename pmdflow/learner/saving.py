@@ -1,0 +1,103 @@
+"""The files of a checkpoint: what is in them, writing them beside training, and reading them on any number of ranks."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import async_save
+
+from pmdflow.errors import PmdflowError, WaitTimeout
+from pmdflow.learner.policy import Policy
+
+WRITE_TIMEOUT_S = 3600.0
+"""A checkpoint that is not written after this long never will be."""
+
+
+class AsyncSaver:
+    """Writes one checkpoint at a time in a thread of its own. Every rank makes one, and the same calls in one order.
+
+    Example:
+        >>> saver = AsyncSaver()                          # doctest: +SKIP
+        >>> saver.save({"weights": tensor}, "directory")  # doctest: +SKIP
+        >>> saver.wait()                                  # doctest: +SKIP
+    """
+
+    def __init__(self) -> None:
+        # A group of its own: two threads must not mix their collectives in one.
+        self._group = dist.new_group(backend="gloo")
+        self._writing: Future[Any] | None = None
+        self._directory = ""
+
+    def save(self, state: dict[str, Any], directory: str) -> None:
+        """Copy `state` and begin to write it; waits for the save before it, if that is still going on."""
+        self.wait()
+        writing = async_save(state, checkpoint_id=directory, process_group=self._group)
+        assert isinstance(writing, Future), "only a stager of one's own makes it answer otherwise"
+        self._writing, self._directory = writing, directory
+
+    def wait(self) -> None:
+        """Wait until the last save's files are whole.
+
+        Raises:
+            PmdflowError: they could not be written, on whichever rank.
+            WaitTimeout: they were not written in time.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            writing.result(timeout=WRITE_TIMEOUT_S)
+        except TimeoutError as error:
+            raise WaitTimeout(f"checkpoint {self._directory} was not written in {WRITE_TIMEOUT_S:g} s") from error
+        except CheckpointException as error:  # a BaseException
+            causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in sorted(error.failures.items()))
+            raise PmdflowError(f"checkpoint {self._directory} cannot be written: {causes}") from error
+
+
+def training_state(policy: Policy, optimizer: torch.optim.Optimizer, num_steps: int) -> dict[str, Any]:
+    """What a checkpoint holds; the tensors are the live shards, and loading fills them in place."""
+    has_moments = bool(optimizer.state)
+    model, moments = get_state_dict(policy, optimizer, options=_options(policy))
+    if not has_moments:
+        # get_state_dict makes moments by an empty step; without them the first step's bias correction is right.
+        optimizer.state.clear()
+    frozen = {
+        name for name, parameter in policy.named_parameters(remove_duplicate=False) if not parameter.requires_grad
+    }
+    return {
+        # A tied name of a frozen tensor is still there.
+        "model": {name: tensor for name, tensor in model.items() if name not in frozen},
+        "optimizer": moments,
+        "has_moments": has_moments,
+        "num_steps": num_steps,
+        "random": torch.get_rng_state(),
+    }
+
+
+def load_training(policy: Policy, optimizer: torch.optim.Optimizer, directory: str) -> int:
+    """Put policy, optimizer and random state where `directory` has them; returns the optimizer steps taken."""
+    state = training_state(policy, optimizer, 0)
+    load_state(state, checkpoint_id=directory)
+    set_state_dict(
+        policy,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=_options(policy),
+    )
+    if not state["has_moments"]:
+        optimizer.state.clear()
+    torch.set_rng_state(state["random"])
+    return int(state["num_steps"])
+
+
+def _options(policy: Policy) -> StateDictOptions:
+    """With adapters the frozen weights stay out: they are those of the model folder."""
+    frozen = any(not parameter.requires_grad for parameter in policy.parameters())
+    return StateDictOptions(ignore_frozen_params=frozen, strict=not frozen)

@@ -1,0 +1,138 @@
+"""Log-probs and entropies of tokens from hidden states, without ever holding all logits.
+
+The output head runs over chunks of positions, forward and again backward; the largest tensor is one chunk's logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LOGITS_PER_CHUNK = 1 << 26
+"""Float32 logits held at a time (256 MiB); the passes hold two or three such tensors."""
+
+
+class TokenScores(NamedTuple):
+    """What the policy says of each given token, in float32."""
+
+    logprobs: Tensor
+    """[P]"""
+    entropies: Tensor
+    """Entropy in nats of the distribution that the token was drawn from [P]."""
+
+
+def token_scores(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperatures: Tensor
+) -> TokenScores:
+    """Score `targets` under softmax((hidden @ weight.T + bias) / temperature), both outputs with gradient.
+
+    Memory beyond inputs and gradients is 2 to 3 times `LOGITS_PER_CHUNK` floats, whatever P is. The gradient of
+    `weight` is accumulated in float32.
+
+    Args:
+        hidden: [P, H].
+        weight: Output embeddings [V, H].
+        bias: [V], or None.
+        targets: Token ids [P].
+        temperatures: float32 [P].
+    """
+    apply: Any = _TokenScores.apply
+    return TokenScores(*apply(hidden, weight, bias, targets, temperatures))
+
+
+def scores_of_logits(logits: Tensor, targets: Tensor, temperatures: Tensor) -> TokenScores:
+    """The same from logits [P, V] that are there already."""
+    logprobs = (logits.float() / temperatures[:, None]).log_softmax(1)
+    entropies = -(logprobs.exp() * logprobs).sum(1)
+    return TokenScores(logprobs.gather(1, targets[:, None]).squeeze(1), entropies)
+
+
+class _TokenScores(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperatures: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        size = _chunk_size(weight)
+        shape = (len(targets),)
+        logprobs, entropies, normalizers = (hidden.new_empty(shape, dtype=torch.float32) for _ in range(3))
+        for start in range(0, len(targets), size):
+            part = slice(start, start + size)
+            scaled = _scaled_logits(hidden[part], weight, bias, temperatures[part])
+            normalizers[part] = scaled.logsumexp(1)
+            scaled.sub_(normalizers[part, None])
+            logprobs[part] = scaled.gather(1, targets[part, None]).squeeze(1)
+            entropies[part] = scaled.exp().mul_(scaled).sum(1).neg_()
+        ctx.save_for_backward(hidden, weight, bias, targets, temperatures, normalizers, entropies)
+        ctx.set_materialize_grads(False)
+        return logprobs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_logprob: Tensor | None, by_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, temperatures, normalizers, entropies = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        hidden_grad = torch.zeros_like(hidden) if needs_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        bias_grad = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+        if by_logprob is None:
+            by_logprob = torch.zeros_like(normalizers)
+        size = _chunk_size(weight)
+        for start in range(0, len(targets), size):
+            part = slice(start, start + size)
+            logprobs = _scaled_logits(hidden[part], weight, bias, temperatures[part]).sub_(normalizers[part, None])
+            gradient = _logit_gradient(
+                logprobs,
+                targets[part, None],
+                by_logprob[part, None],
+                None if by_entropy is None else by_entropy[part, None],
+                entropies[part, None],
+            )
+            gradient = gradient.div_(temperatures[part, None]).to(weight.dtype)
+            if hidden_grad is not None:
+                torch.mm(gradient, weight, out=hidden_grad[part])
+            if weight_grad is not None:
+                _add_product(weight_grad, gradient, hidden[part])
+            if bias_grad is not None:
+                bias_grad += gradient.sum(0, dtype=torch.float32)
+        return (
+            hidden_grad,
+            None if weight_grad is None else weight_grad.to(weight.dtype),
+            None if bias_grad is None else bias_grad.to(bias.dtype),
+            None,
+            None,
+        )
+
+
+def _chunk_size(weight: Tensor) -> int:
+    return max(1, LOGITS_PER_CHUNK // len(weight))
+
+
+def _scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperatures: Tensor) -> Tensor:
+    return torch.nn.functional.linear(hidden, weight, bias).float().div_(temperatures[:, None])
+
+
+def _logit_gradient(
+    logprobs: Tensor, targets: Tensor, by_logprob: Tensor, by_entropy: Tensor | None, entropies: Tensor
+) -> Tensor:
+    """Gradient by the scaled logits; overwrites `logprobs`.
+
+    d log p_y / dz = onehot(y) - p, and dH / dz = -p (log p + H).
+    """
+    if by_entropy is None:
+        gradient = logprobs.exp_().mul_(-by_logprob)
+    else:
+        probabilities = logprobs.exp()
+        gradient = logprobs.add_(entropies).mul_(by_entropy).add_(by_logprob).mul_(probabilities).neg_()
+    # Each row has one target, so this reads and writes without a collision: deterministic, unlike scatter_add.
+    return gradient.scatter_(1, targets, gradient.gather(1, targets) + by_logprob)
+
+
+def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """total += gradient.T @ hidden, in float32."""
+    if gradient.dtype == total.dtype:
+        total.addmm_(gradient.T, hidden)
+    else:
+        total.add_(gradient.T @ hidden)
