@@ -61,6 +61,7 @@ def replay(run: Path, *, verify: bool, start: int, overrides: Sequence[str]) -> 
     Raises:
         PmdflowError: nothing to replay, no such checkpoint, or hardware on which equality is not to be expected.
     """
+    run = run.absolute()
     if verify and overrides:
         raise PmdflowError("--verify compares with the recorded settings; leave out --set, or leave out --verify")
     if not (run / "config.yaml").is_file():

@@ -243,7 +243,8 @@ class LearnerConfig(Section):
     u_scope: Literal["generated", "trained"] = "generated"
     """Tokens over which the sequence log-ratio runs."""
     checkpoint_every: PositiveInt = 1
-    """Iterations between checkpoints; a crash repeats at most these from stored rollouts."""
+    """Iterations between checkpoints; a crash repeats at most these and the one during which a checkpoint was being
+    written, from stored rollouts."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints that are kept."""
     threads: PositiveInt = 1
