@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,20 @@ def test_replay_verifies_bit_for_bit(finished: Up) -> None:
     done = pmdflow("replay", str(finished.run), "--verify")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 of 4 iterations have equal losses" in done.stdout
+
+
+def test_verify_refuses_other_hardware_by_name(finished: Up) -> None:
+    meta = finished.run / "meta.json"
+    written = meta.read_text()
+    try:
+        changed = json.loads(written)
+        changed["hardware"]["processor"] = "another one"
+        meta.write_text(json.dumps(changed))
+        done = pmdflow("replay", str(finished.run), "--verify")
+    finally:
+        meta.write_text(written)
+    assert done.returncode == 1
+    assert "processor 'another one'" in done.stderr
 
 
 def test_replay_from_a_checkpoint_verifies(finished: Up) -> None:
