@@ -61,13 +61,20 @@ class Controller:
 
         Consumes: ready groups. Produces: policy versions, checkpoints, archive parts. Waits for: claims, learner
         steps. Unblocked by: the score that makes a group ready, an exhausted budget, a drain.
+
+        Raises:
+            LearnerDied: twice in the same iteration, so that a third time would be the same.
         """
         self.recover()
         self._evaluation.start(self.iteration)
+        died_after = -1
         while self.iteration < self._config.run.iterations and not self._supervisor.draining:
             try:
                 self._iterate()
             except LearnerDied as error:
+                if died_after == self.iteration:
+                    raise
+                died_after = self.iteration
                 self._supervisor.event("actor_died", f"{error}; the learner restarts from the newest checkpoint")
                 self.recover()
         if self._checkpointed < self.iteration:
