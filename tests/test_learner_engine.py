@@ -271,7 +271,7 @@ def test_two_n_iterations_equal_n_then_sigkill_then_resume(model_path, tmp_path)
 
 def test_adapters_alone_are_trained_saved_and_published(start, model_path, tmp_path):
     pytest.importorskip("peft")
-    lora = {"rank": 4, "alpha": 8.0}
+    lora = {"rank": 4, "alpha": 8}
     learner = start(make_config(model_path, lora=lora, lr=1e-2))
     plain = start(make_config(model_path)).train(make_batch()).metrics["learner/step_losses"]
     learner = start(make_config(model_path, lora=lora, lr=1e-2))

@@ -163,7 +163,7 @@ class LoraConfig(Section):
 
     rank: PositiveInt = 16
     """Rank of each adapter."""
-    alpha: PositiveFloat = 32.0
+    alpha: PositiveInt = 32
     """An adapter is scaled by alpha / rank."""
     targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Names of the adapted layers, such as `[q_proj, v_proj]`; `all-linear` is every one but the output head."""
