@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from pmdflow.archive import parts, read_part
+from pmdflow.archive import part_iteration, parts, read_part
 from pmdflow.config.load import load
 from pmdflow.config.schema import Config
 from pmdflow.errors import PmdflowError
@@ -130,7 +130,7 @@ def replay_claims(run: Path, config: Config, *, start: int) -> Iterator[Replayed
 
 def _claims_after(run: Path, start: int) -> list[tuple[int, Path]]:
     """Archived claims after iteration `start`, without a gap."""
-    archived = {int(path.name.removeprefix("part-").split(".")[0]): path for path in parts(run)}
+    archived = {part_iteration(path): path for path in parts(run)}
     claims = [(iteration, archived[iteration]) for iteration in sorted(archived) if iteration > start]
     for expected, (iteration, _) in enumerate(claims, start + 1):
         if iteration != expected:

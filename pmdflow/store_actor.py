@@ -12,7 +12,7 @@ import ray
 from pmdflow.archive import write_part
 from pmdflow.errors import WaitTimeout
 from pmdflow.metrics.spans import SpanBuffer
-from pmdflow.store import ClaimAnswer, EvalResult, TrajectoryStore
+from pmdflow.store import ClaimAnswer, EvalResult, StoreFull, StoreLocked, TrajectoryStore
 from pmdflow.types import Counts, Grant, Lease, Outcome, Prompt, Quota, TrainBatch, Unscored
 
 LOCK_TIMEOUT_S = 30.0
@@ -32,8 +32,6 @@ class StoreActor:
         self, *, directory: str, run_dir: str, settings: dict[str, Any], archive_attrs: dict[str, Any]
     ) -> None:
         """Open the store in `directory`; `settings` are the keyword arguments of `TrajectoryStore`."""
-        from pmdflow.store import StoreLocked
-
         self._run_dir = Path(run_dir)
         self._archive_attrs = archive_attrs
         self._spans = SpanBuffer("store")
@@ -86,8 +84,6 @@ class StoreActor:
         max_tokens: int,
     ) -> int:
         """Admit (request id, cursor, prompt) in order, stopping at the first that is refused; returns how many were."""
-        from pmdflow.store import StoreFull
-
         for number, (request_id, cursor, prompt) in enumerate(prompts):
             try:
                 self._store.admit(

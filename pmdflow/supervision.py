@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -38,7 +38,8 @@ class Loop:
     drain_since: float = 0.0
     answered: bool = False
     quick_deaths: int = 0
-    totals: dict[str, int] = field(default_factory=dict)
+    generated_tokens: int = 0
+    """By the present actor, as last drained."""
 
 
 class Supervisor:
@@ -71,7 +72,7 @@ class Supervisor:
         """Create the actor of a loop and run it from the newest weights."""
         loop.actor = loop.make()
         loop.run_ref = loop.actor.run.remote(self.handle) if loop.takes_weights else loop.actor.run.remote()
-        loop.drain_ref, loop.drain_since, loop.answered, loop.totals = None, time.monotonic(), False, {}
+        loop.drain_ref, loop.drain_since, loop.answered, loop.generated_tokens = None, time.monotonic(), False, 0
         if loop not in self.loops:
             self.loops.append(loop)
 
@@ -192,8 +193,8 @@ class Supervisor:
                 self.waited_s += seconds
             else:
                 self.busy_s += seconds
-        self.generated_tokens += answer["generated_tokens"] - loop.totals.get("generated_tokens", 0)
-        loop.totals = {name: value for name, value in answer.items() if name != "spans"}
+        self.generated_tokens += answer["generated_tokens"] - loop.generated_tokens
+        loop.generated_tokens = answer["generated_tokens"]
 
     def _replace_ended(self, loop: Loop) -> None:
         try:

@@ -114,12 +114,8 @@ class RolloutActor:
             self._weights.notify_all()
 
     def drain(self) -> dict[str, Any]:
-        """Spans since the last call, and running totals of generated and prefilled tokens."""
-        return {
-            "spans": self._spans.drain(),
-            "generated_tokens": self._generated,
-            "prefill_tokens": self._engine.prefill_tokens,
-        }
+        """Spans since the last call, and the tokens generated since the start."""
+        return {"spans": self._spans.drain(), "generated_tokens": self._generated}
 
     def _offer(self, version: int, weights: Weights) -> None:
         with self._weights:
