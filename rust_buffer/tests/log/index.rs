@@ -3,15 +3,22 @@
 use std::{
     fs,
     path::Path,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use _rust_buffer::{
     error::StoreError,
-    log::{Disk, Location, Log, Position},
+    log::{Arrays, Disk, Location, Log, Position, Storage},
 };
 
 use crate::*;
+
+fn existing(dir: &Path) -> Arc<dyn Storage> {
+    Arc::new(Disk::existing(dir))
+}
 
 /// A closed log of 40 records in several files with an index before record `at` (counted from 0).
 fn indexed(dir: &Path, at: usize) -> Vec<Location> {
@@ -209,9 +216,9 @@ fn sealed_files_are_trimmed_and_read_after_reopening() {
 fn a_reader_needs_no_lock_and_changes_nothing() {
     let dir = scratch();
     let (log, _) = open_with(dir.path(), TINY);
-    fill(&log, 0..30);
+    let mut locations = fill(&log, 0..30);
     log.write_index(log.position(), b"thirty").unwrap();
-    fill(&log, 30..40);
+    locations.extend(fill(&log, 30..40));
     assert!(log.wait_durable(40, PATIENCE).unwrap());
     // Remains of a crash stay too.
     let copy = crash(dir.path());
@@ -226,10 +233,28 @@ fn a_reader_needs_no_lock_and_changes_nothing() {
         };
         let before = image(dir);
         let mut seen = Seen::default();
-        Log::read(&Disk::existing(dir), &mut seen).unwrap();
+        let reader = Log::read(existing(dir), &mut seen).unwrap();
         assert_eq!((seen.snapshot.as_deref(), seen.records()), (Some(&b"thirty"[..]), records(30..40)));
+        assert_eq!((reader.lsn(), reader.durable_lsn()), (40, 40));
+        for (i, location) in locations.iter().enumerate() {
+            assert_eq!(read(&reader.frame(*location).unwrap()), record(i));
+        }
+        assert!(matches!(reader.append(1, b"", &Arrays::default()), Err(StoreError::ReadOnly { .. })));
+        assert!(matches!(reader.write_index(reader.position(), b""), Err(StoreError::ReadOnly { .. })));
+        assert!(matches!(reader.remove_before(9), Err(StoreError::ReadOnly { .. })));
+        reader.close().unwrap();
+        drop(reader);
         assert_eq!(image(dir), before);
     }
+}
+
+#[test]
+fn a_reader_of_no_log_is_refused_and_makes_none() {
+    let dir = scratch();
+    let refused = Log::read(existing(&dir.path().join("none")), &mut Seen::default());
+    assert!(matches!(refused, Err(StoreError::Io { .. })));
+    assert!(matches!(Log::read(existing(dir.path()), &mut Seen::default()), Err(StoreError::Io { .. })));
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }
 
 #[test]
@@ -246,7 +271,7 @@ fn a_reader_beside_a_writer_sees_a_prefix_of_what_is_written() {
         while !written.load(Ordering::Acquire) {
             let before = log.lsn() as usize;
             let mut seen = Seen::default();
-            Log::read(&Disk::existing(dir.path()), &mut seen).unwrap();
+            Log::read(existing(dir.path()), &mut seen).unwrap();
             assert!(seen.frames.len() >= before.max(seen_most));
             seen_most = seen.frames.len();
             assert!(seen.records().into_iter().eq((0..seen_most).map(record)));
