@@ -13,7 +13,7 @@ use crate::*;
 #[test]
 fn records_come_back_from_every_place_and_level() {
     for durability in [Durability::Os, Durability::Group, Durability::Always] {
-        let dir = TempDir::new().unwrap();
+        let dir = scratch();
         let places: [Arc<dyn Storage>; 2] = [disk(dir.path()), Arc::new(Memory::default())];
         for storage in places {
             let mut seen = Seen::default();
@@ -136,7 +136,7 @@ fn a_second_writer_is_refused_until_the_first_closes() {
 
 #[test]
 fn waiting_for_durability_ends() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let (log, _) = open(dir.path());
     assert!(matches!(log.wait_durable(1, PATIENCE), Err(StoreError::Conflict(_))));
     for i in 0..100 {
@@ -185,7 +185,7 @@ fn level_always_is_durable_when_append_returns() {
 
 #[test]
 fn threads_append_rotate_read_index_and_wait_together() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let (log, _) = open(dir.path());
     std::thread::scope(|scope| {
         for thread in 0..4 {

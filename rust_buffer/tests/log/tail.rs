@@ -6,7 +6,6 @@ use _rust_buffer::{
     error::StoreError,
     log::{Durability, LogOptions},
 };
-use tempfile::TempDir;
 
 use crate::*;
 
@@ -139,7 +138,7 @@ fn a_torn_creation_of_the_newest_file_falls_back_to_the_one_before() {
 
 #[test]
 fn a_file_with_records_in_it_never_counts_as_a_torn_creation() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let locations = filled(dir.path(), 12, TINY);
     let last = locations[11].file;
     assert!(last > 1);
