@@ -105,9 +105,13 @@ fn a_random_bit_flip_in_a_closed_log_of_several_files_never_gives_wrong_data() {
     let (log, _) = open_with(template.path(), TINY);
     let mut written = fill(&log, 0..12);
     log.write_index(log.position(), &[12; 30]).unwrap();
-    written.extend(fill(&log, 12..24));
+    // Up to a file that is not full, or most bits would be those of its preallocation.
+    while written.len() < 20 || log.position().offset > HEADER + TINY.file_bytes {
+        written.extend(fill(&log, written.len()..written.len() + 1));
+    }
     log.close().unwrap();
-    assert!(written[23].file > 4);
+    let num_records = written.len();
+    assert!(log.position().file > 4);
     let mut paths: Vec<_> = files(template.path()).into_iter().map(name).collect();
     paths.push("index".to_owned());
     let damaged_bit = (any::<Index>(), any::<Index>());
@@ -118,9 +122,9 @@ fn a_random_bit_flip_in_a_closed_log_of_several_files_never_gives_wrong_data() {
         if answers_are_right(copy.path(), &written, 12) {
             // A whole log stays whole: opening it twice gives all of it, and it goes on.
             let (log, seen) = open_with(copy.path(), TINY);
-            prop_assert_eq!(seen.frames.len(), 12);
+            prop_assert_eq!(seen.frames.len(), num_records - 12);
             prop_assert_eq!(seen.snapshot, Some(vec![12; 30]));
-            prop_assert_eq!(append(&log, &record(24)).0, 25);
+            prop_assert_eq!(append(&log, &record(0)).0, num_records as u64 + 1);
         }
         Ok(())
     });
