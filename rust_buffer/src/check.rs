@@ -9,7 +9,7 @@ use crate::{
     order::Index,
     state::{ClaimStatus, ClaimSums},
     store::{Store, conflict},
-    trajectory::{Verdict, Version},
+    trajectory::{Segment, Verdict, Version},
 };
 
 /// Compares ledger, spent tokens, index and reservations with what state and leases say.
@@ -33,7 +33,9 @@ fn same<T: PartialEq + std::fmt::Debug>(what: &str, kept: T, recomputed: T) -> R
 /// Tokens of a group's members; those of late ones are evicted.
 fn tokens_of(store: &Store, group: &Group) -> Result<u64> {
     let members = group.members().map(|id| store.state.trajectory(id));
-    members.map(|trajectory| trajectory.map(|t| if t.verdict == Verdict::Late { 0 } else { u64::from(t.len) })).sum()
+    members
+        .map(|trajectory| trajectory.map(|t| if t.verdict == Verdict::Late { 0 } else { u64::from(t.generated()) }))
+        .sum()
 }
 
 fn check_group(store: &Store, group: &Group) -> Result<()> {
@@ -58,7 +60,9 @@ fn check_trajectories(store: &Store) -> Result<()> {
         let segments = &trajectory.segments;
         let newest = segments.iter().filter(|segment| Some(segment.version) == trajectory.last_version());
         same("tokens of a trajectory", trajectory.len, segments.iter().map(|segment| segment.len).sum())?;
-        same("tokens of the newest version", trajectory.tail, newest.map(|segment| segment.len).sum())?;
+        same("tokens of the newest version", trajectory.tail, newest.map(Segment::generated).sum())?;
+        let generated = segments.iter().map(Segment::generated).sum();
+        same("generated tokens of a trajectory", trajectory.generated(), generated)?;
         same("order of versions", segments.is_sorted_by_key(|segment| segment.version), true)?;
     }
     Ok(())
@@ -85,7 +89,7 @@ fn check_ledger(store: &Store) -> Result<()> {
                         Verdict::Pending => "unscored",
                         _ => "waiting_group",
                     };
-                    *live.entry(place).or_default() += i64::from(trajectory.len);
+                    *live.entry(place).or_default() += i64::from(trajectory.generated());
                 }
             }
         }

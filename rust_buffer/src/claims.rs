@@ -3,7 +3,7 @@
 use crate::{
     error::Result,
     group::Phase,
-    log::Lsn,
+    log::{Arrays, Lsn},
     order::{self, Micros},
     record::{Claimed, Reason, Record},
     state::ClaimStatus,
@@ -91,7 +91,7 @@ impl Store {
         if groups.len() == wanted || (closed && !groups.is_empty()) {
             let (max_staleness, segment_loss) = (self.settings.max_staleness, self.settings.segment_loss);
             let claimed = Claimed { iteration, version, max_staleness, segment_loss, groups: groups.clone() };
-            let (lsn, _) = self.commit(&Record::Claim(claimed), &[])?;
+            let (lsn, _) = self.commit(&Record::Claim(claimed), &Arrays::default())?;
             return Ok(Some(ClaimAnswer::Claimed(groups, lsn)));
         }
         let why = if over_age > 0 { Some(Starvation::OverAge) } else { closed.then_some(Starvation::Closed) };
@@ -112,7 +112,7 @@ impl Store {
         }
         let evicted = over_age.len();
         if evicted > 0 {
-            self.commit(&Record::Evict(over_age, Reason::OverAge), &[])?;
+            self.commit(&Record::Evict(over_age, Reason::OverAge), &Arrays::default())?;
         }
         Ok((groups, evicted))
     }
@@ -129,7 +129,7 @@ impl Store {
             ));
         }
         if claims.any(|(_, claim)| claim.status == ClaimStatus::Trained) {
-            self.commit(&Record::Commit(iteration), &[])?;
+            self.commit(&Record::Commit(iteration), &Arrays::default())?;
         }
         Ok(())
     }
@@ -146,7 +146,7 @@ impl Store {
         }
         let undone: Vec<i64> = self.state.claims.range(iteration + 1..).map(|(iteration, _)| *iteration).collect();
         if !undone.is_empty() {
-            self.commit(&Record::Uncommit(iteration), &[])?;
+            self.commit(&Record::Uncommit(iteration), &Arrays::default())?;
         }
         Ok(undone)
     }
@@ -162,7 +162,7 @@ impl Store {
         let committed: Vec<_> = committed.filter(|claim| claim.status == ClaimStatus::Committed).collect();
         let groups = committed.iter().map(|claim| claim.groups.len()).sum();
         if !committed.is_empty() {
-            self.commit(&Record::Drop(iteration), &[])?;
+            self.commit(&Record::Drop(iteration), &Arrays::default())?;
         }
         Ok(groups)
     }
@@ -192,7 +192,7 @@ impl Store {
                     request_id: group.request_id.clone(),
                     prompt_id: group.prompt_id.clone(),
                     reward: trajectory.reward(),
-                    len: trajectory.len,
+                    len: trajectory.generated(),
                     stop: trajectory.stop,
                     first_version: trajectory.segments.first().map(|segment| segment.version),
                     last_version: trajectory.last_version(),
@@ -212,7 +212,7 @@ impl Store {
             self.state.group(*id)?.members().try_for_each(|member| self.end_lease(member))?;
         }
         if !groups.is_empty() {
-            self.commit(&Record::Evict(groups.clone(), Reason::Eval), &[])?;
+            self.commit(&Record::Evict(groups.clone(), Reason::Eval), &Arrays::default())?;
         }
         Ok(groups.len())
     }

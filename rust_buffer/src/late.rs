@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet, btree_map::Entry};
 
-use crate::{error::Result, group::Group, order::Micros, record::Record, store::Store, trajectory::Verdict};
+use crate::{
+    error::Result, group::Group, log::Arrays, order::Micros, record::Record, store::Store, trajectory::Verdict,
+};
 
 /// Reports that are kept for a caller that does not take them.
 const KEPT_REPORTS: usize = 1024;
@@ -76,7 +78,7 @@ impl Store {
             reports.push(self.late_report(*id, &group)?);
             group.members().try_for_each(|member| self.end_lease(member))?;
         }
-        self.commit(&Record::Late(expired.clone()), &[])?;
+        self.commit(&Record::Late(expired.clone()), &Arrays::default())?;
         if let Some(overdue) = &mut self.overdue {
             for id in expired {
                 overdue.remove(id);
@@ -92,7 +94,7 @@ impl Store {
             LateReport { group: id, prompt_id: group.prompt_id.clone(), members: group.pending, tokens: 0 };
         for member in group.members() {
             let trajectory = self.state.trajectory(member)?;
-            report.tokens += if trajectory.verdict == Verdict::Pending { u64::from(trajectory.len) } else { 0 };
+            report.tokens += if trajectory.verdict == Verdict::Pending { u64::from(trajectory.generated()) } else { 0 };
         }
         Ok(report)
     }

@@ -20,6 +20,7 @@ pub mod query;
 pub mod record;
 pub mod rollout;
 pub mod shared;
+mod snapshot;
 pub mod state;
 pub mod store;
 pub mod trajectory;

@@ -86,7 +86,7 @@ impl Filter {
             && is(self.kind.as_ref(), &group.kind)
             && is(self.stop.as_ref(), &trajectory.stop)
             && self.state.as_ref().is_none_or(|state| state == group_state || state == store.state_of(id, trajectory))
-            && holds(&self.length, &trajectory.len)
+            && holds(&self.length, &trajectory.generated())
             && (!is_bounded(&self.reward) || trajectory.reward().is_some_and(|reward| holds(&self.reward, &reward)))
             && (!is_bounded(&self.version) || trajectory.segments.iter().any(|s| holds(&self.version, &s.version)))
     }
@@ -135,7 +135,7 @@ impl Store {
             group_state,
             iteration,
             reward: trajectory.reward(),
-            len: trajectory.len,
+            len: trajectory.generated(),
             stop: trajectory.stop,
             first_version: trajectory.segments.first().map(|segment| segment.version),
             last_version: trajectory.last_version(),

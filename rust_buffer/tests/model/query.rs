@@ -17,7 +17,7 @@ fn plain(store: &Store, filter: &Filter) -> Vec<u64> {
         let trajectory = &store.state().trajectories[id];
         let group = &store.state().groups[&trajectory.group];
         let (group_state, iteration) = store.phase_of(group);
-        let mut wanted = within(filter.length, trajectory.len);
+        let mut wanted = within(filter.length, trajectory.generated());
         if let Some(number) = filter.iteration {
             wanted &= iteration == Some(number);
         }
@@ -51,7 +51,7 @@ pub fn check(store: &Store, filter: &Filter, limit: usize) {
         assert!(page.len() == limit || next.is_none());
         for row in page {
             let trajectory = &store.state().trajectories[&row.trajectory];
-            assert_eq!((row.group, row.len, row.stop), (trajectory.group, trajectory.len, trajectory.stop));
+            assert_eq!((row.group, row.len, row.stop), (trajectory.group, trajectory.generated(), trajectory.stop));
             assert_eq!(
                 (row.state, row.last_version),
                 (store.state_of(row.trajectory, trajectory), trajectory.last_version())
