@@ -72,10 +72,12 @@ class TrajectoryStore:
         max_bytes: int | None = None,
         file_bytes: int = 67108864,
         commit_interval_s: float = 0.005,
+        read_only: bool = False,
     ) -> TrajectoryStore:
         """Open or create the store in directory `path`; None keeps the log in memory (simulation, tests).
 
-        Opening drops all leases (their trajectories are partial again); epochs go on counting.
+        With `read_only` it is a picture of the store as it is now, beside a process that may be writing it: no lock is
+        taken and every change is refused. Opening drops all leases (their trajectories are partial again); epochs go on counting.
 
         `straggler` is (members, wait in seconds), off by default: a training group with at least that many scored
         members is ready once that time has passed since, without its late members: those not complete or without an

@@ -270,6 +270,20 @@ class TrajectoryStore:
             commit_interval_s=commit_interval_s,
         )
 
+    @classmethod
+    def read(cls, path: Path | str) -> TrajectoryStore:
+        """The store in directory `path` as it is now, beside a run that may be writing it; every change is refused.
+
+        Raises:
+            CorruptLog: as at opening.
+            StoreError: there is no store.
+        """
+        reader = cls.__new__(cls)
+        reader._native = _rust_buffer.TrajectoryStore(
+            str(path), groups_per_iteration=1, lookahead=0, max_staleness=None, read_only=True
+        )
+        return reader
+
     def set_quota(self, quota: Quota) -> None:
         """Set what rollout may do under `quota.version`; a later call for the same version replaces it."""
         self._native.set_quota(quota.version, quota.groups, quota.tokens, quota.tokens_per_segment)
@@ -317,6 +331,7 @@ class TrajectoryStore:
             Lease(
                 **row
                 | {
+                    "metadata": msgpack.unpackb(row["metadata"]),
                     "prompt": _int32(row["prompt"]),
                     "prefix": _int32(row["prefix"]),
                     "prefix_observed": np.frombuffer(row["prefix_observed"], np.uint8),

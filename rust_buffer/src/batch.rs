@@ -270,9 +270,9 @@ impl Packer<'_, '_> {
         column(columns.tokens, from, to)?.copy_from_slice(ids);
         let stored = column(columns.logprobs, from, to)?;
         if logprobs.is_empty() {
-            stored.fill(0)
+            stored.fill(0);
         } else {
-            stored.copy_from_slice(logprobs)
+            stored.copy_from_slice(logprobs);
         }
         repeat(column(columns.versions, from, to)?, fill.0.to_le_bytes());
         repeat(column(columns.temperatures, from, to)?, fill.1.to_le_bytes());

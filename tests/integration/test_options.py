@@ -62,11 +62,12 @@ def test_filtered_tokens_are_masked_in_the_ledger_and_the_sum_is_exact(finished:
 def test_groups_are_trained_without_late_members_who_are_events(finished: Up, batches: list[TrainBatch]) -> None:
     for batch in batches:
         assert np.unique(batch.groups, return_counts=True)[1].tolist() == [3] * 6
-    events = [event for event in map(json.loads, open(finished.run / "events.jsonl")) if event["kind"] == "late_members"]
+    lines = (finished.run / "events.jsonl").read_text().splitlines()
+    events = [event for event in map(json.loads, lines) if event["kind"] == "late_members"]
     assert {event["members"] for event in events} == {1}
     last = finished.iterations()[-1]
-    assert 0 < last["store/trajectories_late"]
-    assert 0 < sum(event["tokens"] for event in events)
+    assert last["store/trajectories_late"] > 0
+    assert sum(event["tokens"] for event in events) > 0
 
 
 def test_the_temperature_follows_the_version(batches: list[TrainBatch]) -> None:
