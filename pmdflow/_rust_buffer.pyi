@@ -77,7 +77,8 @@ class TrajectoryStore:
         """Open or create the store in directory `path`; None keeps the log in memory (simulation, tests).
 
         With `read_only` it is a picture of the store as it is now, beside a process that may be writing it: no lock is
-        taken and every change is refused. Opening drops all leases (their trajectories are partial again); epochs go on counting.
+        taken and every change is refused. Opening drops all leases (their trajectories are partial again); epochs go
+        on counting.
 
         `straggler` is (members, wait in seconds), off by default: a training group with at least that many scored
         members is ready once that time has passed since, without its late members: those not complete or without an
@@ -273,7 +274,8 @@ class TrajectoryStore:
 
         Keys: generated, partial_leased, partial_idle, unscored, waiting_group, ready, claimed, trained,
         masked_over_age, masked_segment, masked_filter, masked_veto, evicted_<reason>...; and, outside the sum,
-        `prompt`, `observed` (made by environments), `reprefill` (prefix tokens handed out with leases after the first), `eval`.
+        `prompt`, `observed` (made by environments), `reprefill` (prefix tokens handed out with leases after the
+        first), `eval`.
         """
     def versions_spent(self) -> dict[int, int]:
         """Durable training tokens by policy version, for the versions that still have a quota."""

@@ -7,9 +7,8 @@ say what was wrong. A closed store raises `StoreError`.
 
 from __future__ import annotations
 
-import itertools
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -126,8 +125,10 @@ class StoredTrajectory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchBuffers:
-    """Arrays that `TrajectoryStore.read_claim` fills, to be used again: the first touch of new memory costs more than
-    the copy itself. What was read stays valid until the next read into the same buffers.
+    """Arrays that `TrajectoryStore.read_claim` fills, to be used again.
+
+    The first touch of new memory costs more than the copy itself. What was read stays valid until the next read into
+    the same buffers.
 
     Example:
         >>> buffers = BatchBuffers.allocate(1 << 20)
@@ -169,8 +170,9 @@ def encode_segments(
     Raises:
         ValueError: `extra` has another length than `segments`, or log-probs another shape than tokens.
     """
-    columns = itertools.repeat({}, len(segments)) if extra is None else extra
-    rows, arrays = [], []
+    columns: Iterable[Mapping[str, np.ndarray[Any, Any]]] = extra if extra is not None else [{}] * len(segments)
+    rows: list[tuple[Any, ...]] = []
+    arrays: list[Any] = []
     for segment, named in zip(segments, columns, strict=True):
         tokens = np.ascontiguousarray(segment.tokens, dtype="<i4")
         others = [(name, np.ascontiguousarray(array)) for name, array in named.items()]
@@ -189,7 +191,7 @@ def encode_segments(
             arrays.append(np.ascontiguousarray(segment.logprobs, dtype="<f4"))
         for _, array in others:
             arrays += array, _padding(array.nbytes)
-    header = msgpack.packb(rows)
+    header: bytes = msgpack.packb(rows)
     return b"".join([_WIRE.pack(b"PMDB", 1, 0, len(header), 0), header, _padding(len(header)), *arrays])
 
 
