@@ -44,7 +44,7 @@ def batches(finished: Up) -> list[TrainBatch]:
 def test_filtered_tokens_are_masked_in_the_ledger_and_the_sum_is_exact(finished: Up, batches: list[TrainBatch]) -> None:
     records = finished.iterations()
     last = {key.removeprefix("ledger/"): value for key, value in records[-1].items() if key.startswith("ledger/")}
-    for outside in ("prompt", "reprefill", "eval"):
+    for outside in ("prompt", "reprefill", "eval", "observed"):
         last.pop(outside)
     assert last.pop("generated") == sum(last.values())
     left = sum(int(((batch.mask & Mask.TRAINED) != 0).sum()) for batch in batches)
