@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from store_workload import BATCH_GROUPS, GROUP_SIZE, NUM_VERSIONS, Batch, Out, Workload
 
-from pmdflow.store import TrajectoryStore
+from pmdflow.store import BatchBuffers, TrajectoryStore
 from pmdflow.types import Mask, Prompt, Quota, Segment, TrainBatch
 
 TIMEOUT_S = 60.0
-PIPELINED = "wait" in inspect.signature(TrajectoryStore.append).parameters
-"""Whether `append` can return before its record is durable."""
 
 
 def open_store(directory: Path | None, **settings: Any) -> TrajectoryStore:
@@ -46,7 +44,8 @@ def admit(store: TrajectoryStore, groups: Iterable[int], *, size: int = GROUP_SI
     tokens = np.array([1], dtype=np.int32)
     for group in groups:
         prompt = Prompt(id=f"p{group}", text="", tokens=tokens)
-        store.admit(f"g{group}", prompt, group_size=size, max_tokens=8192, cursor=group)
+        store.admit(f"g{group}", prompt, group_size=size, max_tokens=8192, cursor=group, wait=False)
+    sync(store)
 
 
 def lease(store: TrajectoryStore, count: int, *, version: int = NUM_VERSIONS - 1) -> npt.NDArray[np.int64]:
@@ -56,17 +55,6 @@ def lease(store: TrajectoryStore, count: int, *, version: int = NUM_VERSIONS - 1
         leases = store.lease("bench", version, min(4096, count - len(rows)), TIMEOUT_S)
         rows += [(lease.trajectory, lease.epoch) for lease in leases]
     return np.array(sorted(rows), dtype=np.int64)
-
-
-def append(store: TrajectoryStore, batch: Sequence[Segment] | bytes, *, wait: bool = True) -> int:
-    """Append and return the LSN, waiting for the disk or not."""
-    if not PIPELINED:
-        return store.append(batch)[0]
-    if wait:
-        store.append(batch)
-        return store.counts().lsn
-    _, lsn = store.append(batch, wait=False)
-    return lsn
 
 
 def sync(store: TrajectoryStore) -> None:
@@ -113,7 +101,7 @@ class Ours:
         self._work, self._wait = work, wait
 
     def append(self, members: Sequence[int]) -> None:
-        append(self.store, self.segments(members), wait=self._wait)
+        self.store.append(self.segments(members), wait=self._wait)
 
     def flush(self) -> None:
         sync(self.store)
@@ -121,7 +109,7 @@ class Ours:
     def claim_all(self) -> range:
         """Score and claim everything; the iterations, each a batch of 64 groups."""
         for trajectory in range(self.segments.first, self.segments.first + self._work.size):
-            self.store.score(trajectory, 0, "scored", 1.0)
+            self.store.score(trajectory, 0, "scored", 1.0, wait=False)
         iterations = range(self._work.num_groups // BATCH_GROUPS)
         for iteration in iterations:
             answer = self.store.claim(iteration, NUM_VERSIONS - 1 + iteration, TIMEOUT_S)
@@ -129,9 +117,16 @@ class Ours:
             publish(self.store, NUM_VERSIONS + iteration, iteration)
         return iterations
 
-    def read_claim(self, iteration: int, *, fresh: bool) -> TrainBatch:
+    def read_claim(self, iteration: int, out: BatchBuffers | None) -> TrainBatch:
         """A batch in reused arrays and unchecked, or in fresh arrays and checked."""
-        return self.store.read_claim(iteration)
+        return self.store.read_claim(iteration, out=out, check=out is None)
+
+    def buffers(self) -> BatchBuffers:
+        """Room for any claim, touched."""
+        buffers = BatchBuffers.allocate(self._work.out().tokens.size)
+        for field in fields(buffers):
+            getattr(buffers, field.name).fill(1)
+        return buffers
 
     def as_batch(self, packed: TrainBatch) -> Batch:
         """A claim without its prompts, for the comparison with the truth."""

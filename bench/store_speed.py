@@ -13,9 +13,9 @@ from statistics import median
 from typing import Any
 
 import store_peers as peers
-from store_ours import PIPELINED, Ours, append
+from store_ours import Ours
 from store_paired import Answer, Rounds
-from store_workload import Workload, members_of
+from store_workload import Workload
 
 from pmdflow.store import encode_segments
 
@@ -71,8 +71,8 @@ def check_ours(directory: Path, **settings: Any) -> None:
     for members in work.append_batches():
         ours.append(members)
     for iteration in ours.claim_all():
-        for fresh in (False, True):
-            work.check(ours.as_batch(ours.read_claim(iteration, fresh=fresh)))
+        for out in (None, ours.buffers()):
+            work.check(ours.as_batch(ours.read_claim(iteration, out)))
     ours.close()
 
 
@@ -105,15 +105,14 @@ def pipelined_appends(bench: Bench) -> Answer:
     """The producer gets an LSN at once; all is durable at the end of the run, which is inside the clock."""
     work = bench.workload()
     check_reads(peers.Dict, bench.directory / "dict")
-    ours = partial(Ours, wait=False) if PIPELINED else partial(Ours, durability="os")
+    check_ours(bench.directory / "ours", wait=False)
     rounds = Rounds("appends/s")
-    makes = {"ours": ours, "dict": peers.Dict}
+    makes = {"ours": partial(Ours, wait=False), "dict": peers.Dict}
     rounds.run(
         bench.rounds,
         {name: partial(appends_per_s, make, bench.directory / name, work) for name, make in makes.items()},
     )
-    notes = () if PIPELINED else ("`append` cannot return before its record is durable: level `os` stands in for it",)
-    return Answer(rounds=rounds, ratios=[rounds.ratio("ours", "dict", 0.8)], notes=notes)
+    return Answer(rounds=rounds, ratios=[rounds.ratio("ours", "dict", 0.8)])
 
 
 def appends_each_synced(bench: Bench) -> Answer:
@@ -146,21 +145,21 @@ def packed_reads(bench: Bench) -> Answer:
     for members in work.append_batches():
         ours.append(members)
         lmdb.append(members)
-    gather, out = peers.RawGather(work), work.out()
+    gather, out, buffers = peers.RawGather(work), work.out(), ours.buffers()
     batches = list(zip(ours.claim_all(), work.group_batches(), strict=True))
     rounds = Rounds("ms a batch")
     for _ in range(bench.rounds):
         seen: dict[str, list[float]] = {}
         for iteration, groups in batches:
             # The same groups for everybody: those that the store put into this claim.
-            claim = ours.as_batch(ours.read_claim(iteration, fresh=False))
+            claim = ours.as_batch(ours.read_claim(iteration, buffers))
             groups = (claim.members[::8] // 8).tolist()
             work.check(claim)
             calls: dict[str, Callable[[], object]] = {
                 "raw gather": gather.prepare(groups),
-                "ours, reused": partial(ours.read_claim, iteration, fresh=False),
+                "ours, reused": partial(ours.read_claim, iteration, buffers),
                 "lmdb, reused": partial(lmdb.read, groups, out),
-                "ours, fresh and checked": partial(ours.read_claim, iteration, fresh=True),
+                "ours, fresh and checked": partial(ours.read_claim, iteration, None),
                 "lmdb, fresh": partial(lmdb.read, groups, None),
             }
             for name, call in calls.items():
@@ -198,7 +197,7 @@ def appending_threads(bench: Bench) -> Answer:
         def append_share(first: int) -> None:
             barrier.wait()
             for number in range(first, len(batches), threads):
-                append(ours.store, ready[number] if encoded else ours.segments(batches[number]))
+                ours.store.append(ready[number] if encoded else ours.segments(batches[number]))
 
         workers = [threading.Thread(target=append_share, args=(first,)) for first in range(threads)]
         for worker in workers:
@@ -231,6 +230,3 @@ def appending_threads(bench: Bench) -> Answer:
             f"{os.cpu_count()} cores; Python builds segments under its global lock, encoded batches arrive as from actors",
         ),
     )
-
-
-__all__ = ["members_of"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import store_peers as peers
-from store_ours import NUM_VERSIONS, Ours, admit, append, lease, open_store, publish, publish_all, sync
+from store_ours import NUM_VERSIONS, Ours, admit, lease, open_store, publish, publish_all, sync
 from store_paired import Answer, Ratio, Rounds
 from store_speed import Bench
 from store_workload import GROUP_SIZE, Workload
@@ -66,7 +66,7 @@ def wakeup(bench: Bench) -> Answer:
         version = NUM_VERSIONS - 1 + number
         admit(store, [number], size=2)
         leases = lease(store, 2, version=version)
-        append(store, short_segments(leases, stop=True))
+        store.append(short_segments(leases, stop=True))
         first, second = leases[:, 0].tolist()
         store.score(first, 0, "scored", 0.0)
         orders.put((number, version))
@@ -112,7 +112,7 @@ def opening(bench: Bench) -> Answer:
     admit(store, range(count // GROUP_SIZE))
     leases = lease(store, count // GROUP_SIZE * GROUP_SIZE)
     for start in range(0, len(leases), 64):
-        append(store, short_segments(leases[start : start + 64], stop=False, count=64))
+        store.append(short_segments(leases[start : start + 64], stop=False, count=64), wait=False)
     sync(store)
     for _ in range(bench.rounds):
         rounds.add("partial trajectories", timed_opening(crashed_copy(home, copy), len(leases)))
@@ -222,7 +222,7 @@ class Population:
         leases = lease(self.store, groups * GROUP_SIZE, version=NUM_VERSIONS - 1 + self._iteration)
         start = time.perf_counter()
         for first in range(0, len(leases), 64):
-            append(self.store, short_segments(leases[first : first + 64], stop=True))
+            self.store.append(short_segments(leases[first : first + 64], stop=True))
         sync(self.store)
         rate = len(leases) / (time.perf_counter() - start)
         for trajectory in leases[:, 0].tolist():
