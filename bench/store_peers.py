@@ -1,4 +1,4 @@
-"""The peers of `bench/store.py`, each as its own users would write it: 64 trajectories a transaction, no extra copies."""
+"""The peers of `bench/store.py`, each as its own users would write it: 64 trajectories a transaction."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,7 +64,11 @@ class Dict:
     def append(self, members: Sequence[int]) -> None:
         work = self._work
         for member in members:
-            self._rows[member] = (work.tokens(member).copy(), work.logprobs(member).copy(), work.versions(member).copy())
+            self._rows[member] = (
+                work.tokens(member).copy(),
+                work.logprobs(member).copy(),
+                work.versions(member).copy(),
+            )
 
     def flush(self) -> None:
         pass
@@ -229,7 +234,7 @@ class RawGather:
         rows = [np.frombuffer(row_of(work, member), np.uint8) for member in range(work.size)]
         starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
         memory = np.concatenate(rows)
-        self._rows = [memory[start:end] for start, end in zip(starts[:-1], starts[1:], strict=True)]
+        self._rows = [memory[start:end] for start, end in pairwise(starts)]
         self._out = np.ones(BATCH * 8 * 8192 * BYTES_PER_TOKEN, np.uint8)
 
     def prepare(self, groups: Sequence[int]) -> Callable[[], object]:

@@ -28,7 +28,9 @@ ONE_FILE_BYTES = 64 << 20
 LONG_LOG_BYTES = 256 << 20
 
 
-def short_segments(leases: np.ndarray[tuple[int, int], np.dtype[np.int64]], *, stop: bool, count: int = 16) -> list[Segment]:
+def short_segments(
+    leases: np.ndarray[tuple[int, int], np.dtype[np.int64]], *, stop: bool, count: int = 16
+) -> list[Segment]:
     """One segment of `count` tokens for each lease."""
     tokens, logprobs = np.arange(count, dtype=np.int32), np.zeros(count, dtype=np.float32)
     return [
@@ -84,7 +86,9 @@ def wakeup(bench: Bench) -> Answer:
     store.close()
     rounds = Rounds("ms", {"claim after score": latencies, "the score itself": durable})
     p99 = float(np.percentile(latencies, 99))
-    return Answer(rounds=rounds, ratios=[Ratio(name="p99 of the claim, ms", values=(p99,), wanted=5.0, sense="at most")])
+    return Answer(
+        rounds=rounds, ratios=[Ratio(name="p99 of the claim, ms", values=(p99,), wanted=5.0, sense="at most")]
+    )
 
 
 def crashed_copy(directory: Path, to: Path) -> Path:
@@ -150,8 +154,18 @@ def memory_and_disk(bench: Bench) -> Answer:
             rounds.add(name, seen[name] / 1e6)
         limit = (64 << 20) + 256 * seen["trajectories"]
         ratios += [
-            Ratio(name=f"anonymous / limit, mean {mean:g}", values=(seen["anonymous"] / limit,), wanted=1.0, sense="at most"),
-            Ratio(name=f"written / payload, mean {mean:g}", values=(seen["written"] / seen["payload"],), wanted=1.02, sense="at most"),
+            Ratio(
+                name=f"anonymous / limit, mean {mean:g}",
+                values=(seen["anonymous"] / limit,),
+                wanted=1.0,
+                sense="at most",
+            ),
+            Ratio(
+                name=f"written / payload, mean {mean:g}",
+                values=(seen["written"] / seen["payload"],),
+                wanted=1.02,
+                sense="at most",
+            ),
             Ratio(
                 name=f"written / payload of 8 B a token, mean {mean:g}",
                 values=(1.5 * seen["written"] / seen["payload"],),

@@ -50,7 +50,9 @@ class Out:
 class Workload:
     """Trajectories 0 .. size - 1; members of group g are 8 g .. 8 g + 7."""
 
-    def __init__(self, size: int, *, mean_tokens: float = 1000.0, low: int = 16, high: int = 8192, seed: int = 0) -> None:
+    def __init__(
+        self, size: int, *, mean_tokens: float = 1000.0, low: int = 16, high: int = 8192, seed: int = 0
+    ) -> None:
         """Lengths are lognormal with sigma 0.8, clipped; tokens Zipf-like, log-probs exponential."""
         rng = np.random.default_rng(seed)
         self.size = size - size % GROUP_SIZE
@@ -118,9 +120,7 @@ class Workload:
         """Reused arrays for the largest batch, their pages touched."""
         most = max(int(self.lengths[members_of(groups)].sum()) for groups in self.group_batches())
         room = most + 64 * BATCH_GROUPS * GROUP_SIZE
-        return Out(
-            tokens=np.ones(room, np.int32), logprobs=np.ones(room, np.float32), versions=np.ones(room, np.int32)
-        )
+        return Out(tokens=np.ones(room, np.int32), logprobs=np.ones(room, np.float32), versions=np.ones(room, np.int32))
 
 
 def members_of(groups: Sequence[int]) -> npt.NDArray[np.int64]:

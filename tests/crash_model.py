@@ -246,9 +246,7 @@ class Model:
         for number, group in self.admitted.items():
             if group in groups:
                 prompt = prompt_of(number)
-                again = store.admit(
-                    f"r{number}", prompt, group_size=GROUP_SIZE, max_tokens=MAX_TOKENS, cursor=number
-                )
+                again = store.admit(f"r{number}", prompt, group_size=GROUP_SIZE, max_tokens=MAX_TOKENS, cursor=number)
                 assert again == group
         for trajectory, row in rows.items():
             known = self.trajectories[trajectory]

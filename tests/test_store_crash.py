@@ -1,4 +1,4 @@
-"""A process that uses the store is killed again and again; what it was told is durable must be there, and no half of the rest."""
+"""A process that uses the store is killed again and again: what was acknowledged is there, and nothing by half."""
 
 from __future__ import annotations
 
