@@ -228,7 +228,5 @@ def appending_threads(bench: Bench) -> Answer:
             rounds.ratio("4 threads, segments", "1 threads, segments", None),
             rounds.ratio("4 threads, encoded", "1 threads, encoded", 2.0),
         ],
-        notes=(
-            f"{os.cpu_count()} cores; Python builds segments under its global lock, actors send them encoded",
-        ),
+        notes=(f"{os.cpu_count()} cores; Python builds segments under its global lock, actors send them encoded",),
     )
