@@ -15,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from crash_child import open_store
+from crash_child import open_store, tokens_of
 from crash_model import Model
+
+from pmdflow.store import TrajectoryStore
 
 KILLS_PER_DIRECTORY = 25
 MOST_LINES = 250
@@ -47,10 +49,24 @@ def kill_once(server: subprocess.Popen[bytes], directory: Path, model: Model, ra
             return
         else:
             model.hear(kind, *rest)
+        if kind == "claimed":
+            look(directory)
         if number == last:
             time.sleep(random.uniform(0, LONGEST_PAUSE_S))  # where in a call it dies is to be random
             os.kill(pid, signal.SIGKILL)
     raise AssertionError("the server of children died")
+
+
+def look(directory: Path) -> None:
+    """Read beside the living writer: whole calls only, with the content that they were given."""
+    reader = TrajectoryStore.read(directory)
+    length = 0
+    for trajectory in [t for row in reader.groups() for t in row["trajectories"]]:
+        tokens = reader.trajectory(trajectory)["tokens"]
+        assert tokens.tobytes() == tokens_of(trajectory, 0, len(tokens)).tobytes()
+        length += len(tokens)
+    assert length <= reader.ledger()["generated"]
+    reader.close()
 
 
 @pytest.mark.parametrize(
