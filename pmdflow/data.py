@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgpack
 import numpy as np
 
+from pmdflow.rollout.control import check_overrides
 from pmdflow.types import Int32, Prompt
 
 if TYPE_CHECKING:
@@ -210,6 +211,8 @@ class GymPrompts:
 class JsonlPrompts:
     """Prompts of a `.jsonl` file: `prompt` on each line, every other key is metadata; blank lines are skipped.
 
+    The key `sampling` overrides how the prompt is sampled, see `pmdflow.rollout.control`.
+
     The last `num_held_out` lines are held out; earlier lines with the text of one of them are not trained on.
     Each epoch goes once through the others in an order drawn from the seed and the epoch.
     """
@@ -222,6 +225,9 @@ class JsonlPrompts:
         self._held_out = rows[split:]
         texts = {text for _, text, _ in self._held_out}
         self._train = [row for row in rows[:split] if row[1] not in texts]
+        for training, checked in ((True, self._train), (False, self._held_out)):
+            for number, _, metadata in checked:
+                _check_sampling(path, number, metadata, training=training)
         if not self._train:
             raise ValueError(
                 f"{path} has {len(rows)} prompts, of which none is left for training when the last "
@@ -248,6 +254,13 @@ class JsonlPrompts:
     def _prompt(self, row: tuple[int, str, dict[str, Any]]) -> Prompt:
         number, text, metadata = row
         return Prompt(id=f"{self._path.stem}-{number}", text=text, tokens=self._tokenize(text), metadata=metadata)
+
+
+def _check_sampling(path: Path, number: int, metadata: Mapping[str, Any], *, training: bool) -> None:
+    try:
+        check_overrides(metadata, training=training)
+    except ValueError as error:
+        raise ValueError(f"{path}:{number}: {error}") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:

@@ -76,6 +76,8 @@ class Lease:
     """Generated tokens the whole trajectory may reach, prefix included."""
     grant: int
     """Tokens that may be generated now, under the policy version the lease was asked for."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """The prompt's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -367,6 +367,7 @@ def test_a_repeating_trajectory_is_ended_and_stored_as_such(model_path):
             history=tokens,
             tokens=tokens,
             logprobs=[-1.0] * len(tokens),
+            stop_text=None,
         )
         actor._stop_repetition(sequence)
         segments.append(actor._segment(sequence, next_version=0))

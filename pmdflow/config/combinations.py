@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pmdflow.config.schema import LearnerConfig, RewardConfig, RolloutConfig
+    from pmdflow.config.schema import DataConfig, EvalConfig, LearnerConfig, RewardConfig, RolloutConfig
 
 CLIPPED = ("token_pmd", "ctpo", "grpo", "gspo")
 """Algorithms with a clipping band."""
@@ -84,4 +84,13 @@ def sampling_problems(rollout: RolloutConfig, reward: RewardConfig) -> Iterator[
         yield (
             f"reward.repetition_penalty is {reward.repetition_penalty} while rollout.repetition_limit is null: no "
             "trajectory is ended for repetition; set repetition_limit"
+        )
+
+
+def evaluation_problems(evaluation: EvalConfig, data: DataConfig) -> Iterator[str]:
+    """Each as `key ...: why; remedy`."""
+    if evaluation.min_tokens > data.max_tokens:
+        yield (
+            f"eval.min_tokens ({evaluation.min_tokens}) is above data.max_tokens ({data.max_tokens}): no answer could "
+            "end by itself; lower min_tokens"
         )

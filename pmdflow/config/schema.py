@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pmdflow.config.combinations import learner_problems, sampling_problems
+from pmdflow.config.combinations import evaluation_problems, learner_problems, sampling_problems
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -80,6 +80,9 @@ class EvalConfig(Section):
     """Iterations between evaluations; the initial and the final policy are always evaluated."""
     temperature: NonNegativeFloat = 1.0
     """Sampling temperature; 0 is greedy."""
+    min_tokens: NonNegativeInt = 0
+    """Generated tokens before which an answer cannot end. Training has none: it would change what the learner's
+    log-probs stand for."""
 
 
 class RewardFunctionConfig(Section):
@@ -131,6 +134,10 @@ class RolloutConfig(Section):
     """End of a linear temperature schedule over policy versions (Kimi K2: high to low); null keeps it constant."""
     temperature_iterations: PositiveInt | None = None
     """Iterations after which `final_temperature` is reached."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Texts that end a trajectory; the token that completes one is its last."""
+    stop_token_ids: list[NonNegativeInt] = []
+    """Token ids that end a trajectory, besides the model's end of sequence."""
     repetition_limit: Annotated[int, Field(ge=2)] | None = None
     """A trajectory that ends in this many copies of one block of at most 64 tokens is stopped; null never stops it."""
     on_new_weights: Literal["keep_kv", "reprefill", "finish"] = "keep_kv"
@@ -303,6 +310,7 @@ class Config(Section):
             *_size_problems(self),
             *learner_problems(self.learner),
             *sampling_problems(self.rollout, self.reward),
+            *evaluation_problems(self.eval, self.data),
         ]
         if problems:
             raise ValueError("\n".join(problems))

@@ -6,20 +6,26 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 
 from pmdflow.config.schema import Config
+from pmdflow.data import load_tokenizer
 from pmdflow.errors import WaitTimeout
 from pmdflow.metrics.spans import SpanBuffer
+from pmdflow.rollout.control import SamplingControl, control_for
 from pmdflow.rollout.engine import Output, Request, RolloutEngine
 from pmdflow.rollout.repetition import repeats
+from pmdflow.rollout.stop_text import StopText
 from pmdflow.scheduler import sampling_temperature
 from pmdflow.store import encode_segments
 from pmdflow.types import Grant, Lease, Segment, StopReason
 from pmdflow.weights.transport import Weights, WeightsHandle, make_transport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LEASE_WAIT_S = 0.25
 """How long a request for leases stays parked in the store; bounds how old the version it was asked for can be."""
@@ -41,6 +47,8 @@ class _Sequence:
     """Tokens that the engine may still generate."""
     history: list[int]
     """Everything generated so far, under this lease and before."""
+    stop_text: StopText | None
+    """Watches for stop strings; None if there are none."""
     tokens: list[int] = field(default_factory=list)
     """Generated and not yet sent."""
     logprobs: list[float] = field(default_factory=list)
@@ -63,6 +71,8 @@ class RolloutActor:
         self._lease_version = -1
         self._append_ref: Any = None
         self._last_flush = 0.0
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        """Loaded for the first stop string."""
         self._generated = 0
         self._span_start: float | None = None
         self._weights = threading.Condition()
@@ -133,12 +143,17 @@ class RolloutActor:
 
     def _take(self, output: Output) -> None:
         sequence = self._running[output.id]
-        sequence.tokens.extend(output.tokens)
-        sequence.history.extend(output.tokens)
-        sequence.logprobs.extend(output.logprobs)
-        sequence.limit -= len(output.tokens)
+        end = sequence.stop_text.find(output.tokens) if sequence.stop_text is not None else None
+        count = len(output.tokens) if end is None else end + 1
+        sequence.tokens.extend(output.tokens[:count])
+        sequence.history.extend(output.tokens[:count])
+        sequence.logprobs.extend(output.logprobs[:count])
+        sequence.limit -= count
         sequence.stop = output.stop
-        self._generated += len(output.tokens)
+        if end is not None:
+            sequence.stop = "stop"
+            self._engine.abort(output.id)
+        self._generated += count
 
     def _end_span(self) -> None:
         if self._span_start is not None:
@@ -197,19 +212,48 @@ class RolloutActor:
     def _join(self, lease: Lease) -> None:
         # A grant is for the version it was asked for; after a swap the next append asks for a new one.
         grant = lease.grant if self._lease_version == self._engine.version else 0
-        temperature = self._temperature() if lease.kind == "train" else self._config.eval.temperature
+        control = control_for(lease.metadata, self._defaults(lease))
+        generated = len(lease.prefix)
+        min_tokens = max(control.min_tokens - generated, 0)
+        prefix = lease.prefix.tolist()
         self._running[lease.trajectory] = _Sequence(
-            lease=lease, offset=len(lease.prefix), temperature=temperature, limit=grant, history=lease.prefix.tolist()
+            lease=lease,
+            offset=generated,
+            temperature=control.temperature,
+            limit=grant,
+            history=prefix,
+            stop_text=self._stop_text(control.stop, prefix, min_tokens),
         )
         self._engine.add(
             Request(
                 id=lease.trajectory,
                 tokens=np.concatenate([lease.prompt, lease.prefix]),
                 limit=grant,
-                remaining=lease.max_tokens - len(lease.prefix),
-                temperature=temperature,
+                remaining=control.max_tokens - generated,
+                temperature=control.temperature,
+                top_p=control.top_p,
+                min_tokens=min_tokens,
+                stop_token_ids=control.stop_token_ids,
             )
         )
+
+    def _defaults(self, lease: Lease) -> SamplingControl:
+        """How a prompt without overrides is sampled."""
+        train = lease.kind == "train"
+        return SamplingControl(
+            temperature=self._temperature() if train else self._config.eval.temperature,
+            max_tokens=lease.max_tokens,
+            min_tokens=0 if train else self._config.eval.min_tokens,
+            stop=tuple(self._config.rollout.stop),
+            stop_token_ids=tuple(self._config.rollout.stop_token_ids),
+        )
+
+    def _stop_text(self, stop: tuple[str, ...], history: list[int], ignored: int) -> StopText | None:
+        if not stop:
+            return None
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._config.model.path)
+        return StopText(self._tokenizer, stop, history=history, ignored=ignored)
 
     def _temperature(self) -> float:
         """That of the engine's version; a lease keeps the one it began with, and every segment records its own."""
