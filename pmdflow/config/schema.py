@@ -83,6 +83,8 @@ class EvalConfig(Section):
     min_tokens: NonNegativeInt = 0
     """Generated tokens before which an answer cannot end. Training has none: it would change what the learner's
     log-probs stand for."""
+    stop_repetition: bool = False
+    """End held-out answers by `rollout.repetition` too."""
 
 
 class RewardFunctionConfig(Section):
@@ -112,9 +114,24 @@ class RewardConfig(Section):
     length_warmup_iterations: NonNegativeInt = 0
     """First iterations without the length reward."""
     repetition_penalty: NonNegativeFloat = 0.0
-    """Subtracted from the reward of a trajectory that `rollout.repetition_limit` ended."""
+    """Subtracted from the reward of a trajectory that `rollout.repetition` ended."""
     cut_reward: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """Reward of a trajectory that was cut at `data.max_tokens`, whatever it says (Kimi K2); null judges it."""
+
+
+class RepetitionConfig(Section):
+    """What counts as a loop, in tokens: copies of one block, or a window with few different n-grams."""
+
+    ngram: PositiveInt = 12
+    """Tokens of an n-gram. Shorter ones are few in tables too; longer ones are spoilt by each slip."""
+    copies: Annotated[int, Field(ge=2)] = 4
+    """Copies of a block, one after another, that are a loop."""
+    min_tokens: PositiveInt = 512
+    """Least length of all copies together: the rulers and blank cells of tables are shorter."""
+    window: PositiveInt = 2048
+    """Last tokens that are looked at; no block is longer."""
+    max_distinct: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """A window with at most this share of different n-grams is a low-entropy cycle."""
 
 
 class RolloutConfig(Section):
@@ -138,8 +155,8 @@ class RolloutConfig(Section):
     """Texts that end a trajectory; the token that completes one is its last."""
     stop_token_ids: list[NonNegativeInt] = []
     """Token ids that end a trajectory, besides the model's end of sequence."""
-    repetition_limit: Annotated[int, Field(ge=2)] | None = None
-    """A trajectory that ends in this many copies of one block of at most 64 tokens is stopped; null never stops it."""
+    repetition: RepetitionConfig | None = None
+    """End trajectories that only repeat themselves (`{}` takes the defaults); null never does."""
     on_new_weights: Literal["keep_kv", "reprefill", "finish"] = "keep_kv"
     """What running sequences do when weights arrive: go on, recompute their prefix, or finish on the old ones."""
     flush_interval_s: PositiveFloat = 0.25
@@ -310,7 +327,7 @@ class Config(Section):
             *_size_problems(self),
             *learner_problems(self.learner),
             *sampling_problems(self.rollout, self.reward),
-            *evaluation_problems(self.eval, self.data),
+            *evaluation_problems(self.eval, self.data, self.rollout),
         ]
         if problems:
             raise ValueError("\n".join(problems))

@@ -17,7 +17,7 @@ from pmdflow.errors import WaitTimeout
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.rollout.control import SamplingControl, control_for
 from pmdflow.rollout.engine import Output, Request, RolloutEngine
-from pmdflow.rollout.repetition import repeats
+from pmdflow.rollout.repetition import RepetitionDetector
 from pmdflow.rollout.stop_text import StopText
 from pmdflow.scheduler import sampling_temperature
 from pmdflow.store import encode_segments
@@ -45,10 +45,10 @@ class _Sequence:
     temperature: float
     limit: int
     """Tokens that the engine may still generate."""
-    history: list[int]
-    """Everything generated so far, under this lease and before."""
     stop_text: StopText | None
     """Watches for stop strings; None if there are none."""
+    repetition: RepetitionDetector | None
+    """Watches for loops; None if they are let go on."""
     tokens: list[int] = field(default_factory=list)
     """Generated and not yet sent."""
     logprobs: list[float] = field(default_factory=list)
@@ -146,7 +146,6 @@ class RolloutActor:
         end = sequence.stop_text.find(output.tokens) if sequence.stop_text is not None else None
         count = len(output.tokens) if end is None else end + 1
         sequence.tokens.extend(output.tokens[:count])
-        sequence.history.extend(output.tokens[:count])
         sequence.logprobs.extend(output.logprobs[:count])
         sequence.limit -= count
         sequence.stop = output.stop
@@ -221,7 +220,7 @@ class RolloutActor:
             offset=generated,
             temperature=control.temperature,
             limit=grant,
-            history=prefix,
+            repetition=self._repetition(lease),
             stop_text=self._stop_text(control.stop, prefix, min_tokens),
         )
         self._engine.add(
@@ -247,6 +246,12 @@ class RolloutActor:
             stop=tuple(self._config.rollout.stop),
             stop_token_ids=tuple(self._config.rollout.stop_token_ids),
         )
+
+    def _repetition(self, lease: Lease) -> RepetitionDetector | None:
+        config = self._config.rollout.repetition
+        if config is None or (lease.kind == "eval" and not self._config.eval.stop_repetition):
+            return None
+        return RepetitionDetector(config, history=lease.prefix.tolist())
 
     def _stop_text(self, stop: tuple[str, ...], history: list[int], ignored: int) -> StopText | None:
         if not stop:
@@ -286,12 +291,12 @@ class RolloutActor:
         self._append_ref = self._store.append.remote(encode_segments(segments))
 
     def _stop_repetition(self, sequence: _Sequence) -> None:
-        """End a trajectory that only repeats itself; looked at when tokens are sent, so it overruns by a few."""
-        times = self._config.rollout.repetition_limit
-        trained = sequence.lease.kind == "train"
-        if times is None or not trained or sequence.stop is not None or not sequence.tokens:
+        """End a trajectory at the token with which it is repetitive; looked at when tokens are sent."""
+        if sequence.repetition is None or sequence.stop is not None or not sequence.tokens:
             return
-        if repeats(sequence.history, times=times):
+        end = sequence.repetition.find(sequence.tokens)
+        if end is not None:
+            del sequence.tokens[end + 1 :], sequence.logprobs[end + 1 :]
             sequence.stop = "repetition"
             self._engine.abort(sequence.lease.trajectory)
 

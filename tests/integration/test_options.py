@@ -21,8 +21,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Up:
     supervised.write_text(
         "".join(json.dumps({"prompt": f"{n} + 1 = ?", "completion": f"{n + 1}"}) + "\n" for n in (1, 2))
     )
+    loops = {"ngram": 1, "copies": 2, "min_tokens": 2}
     config = small_config(
-        directory, run__iterations=3, rollout__repetition_limit=2, rollout__final_temperature=0.5,
+        directory, run__iterations=3, rollout__repetition=loops, rollout__final_temperature=0.5,
         rollout__temperature_iterations=2, eval__prompts=0, scheduler__groups_per_iteration=6,
     )  # fmt: skip
     config["reward"] |= {"repetition_penalty": 0.25, "cut_reward": -0.5, "length_weight": 0.1}
