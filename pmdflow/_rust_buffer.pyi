@@ -8,6 +8,8 @@ Arrays cross as little-endian bytes; `pmdflow.store` gives them their NumPy type
 
 from typing import Any, Literal, final
 
+from typing_extensions import Buffer
+
 __all__ = ["Conflict", "CorruptLog", "StaleLease", "StoreError", "StoreFull", "StoreLocked", "TrajectoryStore"]
 
 class StoreError(Exception):
@@ -45,6 +47,7 @@ class TrajectoryStore:
         durability: Literal["os", "group", "always"] = "group",
         max_bytes: int | None = None,
         file_bytes: int = 67108864,
+        commit_interval_s: float = 0.005,
     ) -> TrajectoryStore:
         """Open or create the store in directory `path`; None keeps the log in memory (simulation, tests).
 
@@ -67,6 +70,7 @@ class TrajectoryStore:
         metadata: bytes,
         group_size: int,
         max_tokens: int,
+        wait: bool = True,
     ) -> int:
         """Admit a prompt with `group_size` empty trajectories; returns the group id.
 
@@ -86,12 +90,14 @@ class TrajectoryStore:
         grant would be 0. With lookahead 0 nothing (but evaluation) is leased while a claim is untrained or
         `version` is not the newest. Keys of an answer: the fields of `pmdflow.types.Lease`.
         """
-    def append(self, batch: bytes, now_s: float | None = None) -> tuple[int, list[tuple[int, bool, int]]]:
+    def append(
+        self, batch: bytes, wait: bool = True, now_s: float | None = None
+    ) -> tuple[int, list[tuple[int, bool, int]]]:
         """Append segments, extend grants, end leases. Returns (lsn, [(trajectory, stale, grant)]) in order.
 
-        `batch` is msgpack: a list of maps {t, e, o, v, temp, tok: bin int32, lp: bin float32, next, stop: str|nil,
-        extra: {name: [dtype, bin]}} (see `pmdflow.store.encode_segments`). Empty `tok` renews the lease and asks for
-        a new grant. A repeat of identical content is a no-op that answers as the first time.
+        `batch` is what `pmdflow.store.encode_segments` makes; rust_buffer/src/wire.rs describes it. A segment without
+        tokens renews the lease and asks for a new grant. A repeat of identical content is a no-op that answers as the
+        first time. Without `wait` it answers before the batch is durable.
 
         Raises:
             Conflict: a gap, other content at the same offset, more tokens than max_tokens, or a decreasing version.
@@ -107,6 +113,7 @@ class TrajectoryStore:
         outcome: Literal["scored", "invalid", "infra_failure"],
         reward: float,
         components: dict[str, float],
+        wait: bool = True,
     ) -> None:
         """Record the outcome of scoring attempt `attempt`. `max_attempts` infra failures make the member `failed`.
 
@@ -134,8 +141,28 @@ class TrajectoryStore:
         rollout is closed and no group is ready: grant the budget again or admit. A repeat for an iteration already
         claimed returns the first answer.
         """
-    def read_claim(self, iteration: int) -> dict[str, Any]:
-        """The claim as packed arrays: the fields of `pmdflow.types.TrainBatch`, arrays as bytes."""
+    def claim_tokens(self, iteration: int) -> int:
+        """Tokens of the claim, prompts included: what `read_claim` needs room for."""
+    def read_claim(
+        self,
+        iteration: int,
+        *,
+        tokens: Buffer,
+        logprobs: Buffer,
+        versions: Buffer,
+        temperatures: Buffer,
+        mask: Buffer,
+        check: bool,
+    ) -> dict[str, Any]:
+        """Pack the claim into the given byte arrays, without the GIL: nobody else may touch them during the call.
+
+        Returns the other fields of `pmdflow.types.TrainBatch`, arrays as bytes.
+
+        Raises:
+            ValueError: the arrays are read-only, not contiguous or share memory.
+            Conflict: they are too short.
+            CorruptLog: with `check`, a token array is not the one that was written.
+        """
     def commit(self, iteration: int) -> None:
         """A durable checkpoint covers every claim up to `iteration`, all of them trained. Safe to repeat."""
     def uncommit(self, iteration: int) -> list[int]:
@@ -165,7 +192,7 @@ class TrajectoryStore:
         """One live trajectory, with its arrays.
 
         Keys: trajectory, group, state (`leased`, `idle`, `unscored`, `scored` or `failed`), prompt, tokens, logprobs,
-        segments: [(length, version, temperature)], reward, components, stop, attempts, epoch,
+        observed, segments: [(length, version, temperature, observed)], reward, components, stop, attempts, epoch,
         extra: {name: [(offset, length, dtype, bytes)]}.
         """
     def counts(self) -> dict[str, int]:
@@ -175,11 +202,11 @@ class TrajectoryStore:
 
         Keys: generated, partial_leased, partial_idle, unscored, waiting_group, ready, claimed, trained,
         masked_over_age, masked_segment, masked_filter, masked_veto, evicted_<reason>...; and, outside the sum,
-        `prompt`, `reprefill` (prefix tokens handed out with leases after the first), `eval`.
+        `prompt`, `observed` (made by environments), `reprefill` (prefix tokens handed out with leases after the first), `eval`.
         """
     def versions_spent(self) -> dict[int, int]:
         """Durable training tokens by policy version, for the versions that still have a quota."""
-    def wait_durable(self, lsn: int, timeout_s: float) -> bool:
-        """Wait until every record up to `lsn` is on disk."""
+    def wait_durable(self, lsn: int | None, timeout_s: float) -> bool:
+        """Wait until every record up to `lsn` (None: the newest) is on disk; False when it is not in time."""
     def close(self) -> None:
         """Sync, wake every waiter with StoreError and release the lock. Safe to repeat."""

@@ -7,8 +7,10 @@ say what was wrong. A closed store raises `StoreError`.
 
 from __future__ import annotations
 
+import itertools
+import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +21,7 @@ from pmdflow import _rust_buffer
 from pmdflow._rust_buffer import Conflict, CorruptLog, StaleLease, StoreError, StoreFull, StoreLocked
 from pmdflow.types import (
     Counts,
+    Float32,
     Grant,
     Int32,
     Lease,
@@ -29,10 +32,12 @@ from pmdflow.types import (
     Segment,
     Stop,
     TrainBatch,
+    UInt8,
     Unscored,
 )
 
 __all__ = [
+    "BatchBuffers",
     "ClaimAnswer",
     "Conflict",
     "CorruptLog",
@@ -76,6 +81,39 @@ class EvalResult:
     """Policy version of the last token; None when empty."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchBuffers:
+    """Arrays that `TrajectoryStore.read_claim` fills, to be used again: the first touch of new memory costs more than
+    the copy itself. What was read stays valid until the next read into the same buffers.
+
+    Example:
+        >>> buffers = BatchBuffers.allocate(1 << 20)
+        >>> batch = store.read_claim(iteration, out=buffers)
+    """
+
+    tokens: Int32
+    """All have one capacity, shape [C]."""
+    logprobs: Float32
+    versions: Int32
+    temperatures: Float32
+    mask: UInt8
+
+    @classmethod
+    def allocate(cls, num_tokens: int) -> BatchBuffers:
+        """Buffers for claims of up to `num_tokens` tokens."""
+        return cls(
+            tokens=np.empty(num_tokens, np.int32),
+            logprobs=np.empty(num_tokens, np.float32),
+            versions=np.empty(num_tokens, np.int32),
+            temperatures=np.empty(num_tokens, np.float32),
+            mask=np.empty(num_tokens, np.uint8),
+        )
+
+
+_WIRE = struct.Struct("<4sHHII")
+"""Magic, version, 0, length of the header, 0; `rust_buffer/src/wire.rs` describes the whole."""
+
+
 def encode_segments(
     segments: Sequence[Segment], *, extra: Sequence[Mapping[str, np.ndarray[Any, Any]]] | None = None
 ) -> bytes:
@@ -86,27 +124,49 @@ def encode_segments(
         extra: Named columns of each segment, stored with it and returned by `trajectory` (for example expert ids).
 
     Raises:
-        ValueError: `extra` has another length than `segments`.
+        ValueError: `extra` has another length than `segments`, or log-probs another shape than tokens.
     """
-    columns: Sequence[Mapping[str, np.ndarray[Any, Any]]] = [{}] * len(segments) if extra is None else extra
-    rows = [_segment_row(segment, named) for segment, named in zip(segments, columns, strict=True)]
-    encoded: bytes = msgpack.packb(rows, use_bin_type=True)
-    return encoded
+    columns = itertools.repeat({}, len(segments)) if extra is None else extra
+    rows, arrays = [], []
+    for segment, named in zip(segments, columns, strict=True):
+        tokens = np.ascontiguousarray(segment.tokens, dtype="<i4")
+        others = [(name, np.ascontiguousarray(array)) for name, array in named.items()]
+        rows.append(_segment_row(segment, len(tokens), others))
+        if len(tokens) == 0:
+            continue
+        arrays.append(tokens)
+        if segment.observed:
+            arrays.append(_padding(tokens.nbytes))
+        else:
+            if len(segment.logprobs) != len(tokens):
+                raise ValueError(
+                    f"trajectory {segment.trajectory}: {len(segment.logprobs)} log-probs for {len(tokens)} tokens; "
+                    "give one for each"
+                )
+            arrays.append(np.ascontiguousarray(segment.logprobs, dtype="<f4"))
+        for _, array in others:
+            arrays += array, _padding(array.nbytes)
+    header = msgpack.packb(rows)
+    return b"".join([_WIRE.pack(b"PMDB", 1, 0, len(header), 0), header, _padding(len(header)), *arrays])
 
 
-def _segment_row(segment: Segment, extra: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
-    return {
-        "t": segment.trajectory,
-        "e": segment.epoch,
-        "o": segment.offset,
-        "v": segment.version,
-        "temp": float(segment.temperature),
-        "tok": np.asarray(segment.tokens, dtype="<i4").tobytes(),
-        "lp": np.asarray(segment.logprobs, dtype="<f4").tobytes(),
-        "next": segment.next_version,
-        "stop": segment.stop,
-        "extra": {name: [array.dtype.str, array.tobytes()] for name, array in extra.items()},
-    }
+def _padding(length: int) -> bytes:
+    return bytes(-length % 8)
+
+
+def _segment_row(segment: Segment, count: int, extra: Sequence[tuple[str, np.ndarray[Any, Any]]]) -> tuple[Any, ...]:
+    return (
+        segment.trajectory,
+        segment.epoch,
+        segment.offset,
+        count,
+        segment.version,
+        float(segment.temperature),
+        segment.next_version,
+        segment.stop,
+        segment.observed,
+        [(name, array.dtype.str, array.nbytes) for name, array in extra],
+    )
 
 
 class TrajectoryStore:
@@ -137,6 +197,7 @@ class TrajectoryStore:
         durability: Literal["os", "group", "always"] = "group",
         max_bytes: int | None = None,
         file_bytes: int = 64 * 1024 * 1024,
+        commit_interval_s: float = 0.005,
     ) -> None:
         """Open or create the store in directory `path`; None keeps it in memory.
 
@@ -157,6 +218,7 @@ class TrajectoryStore:
             durability=durability,
             max_bytes=max_bytes,
             file_bytes=file_bytes,
+            commit_interval_s=commit_interval_s,
         )
 
     def set_quota(self, quota: Quota) -> None:
@@ -172,8 +234,11 @@ class TrajectoryStore:
         max_tokens: int,
         cursor: int | None = None,
         kind: LeaseKind = "train",
+        wait: bool = True,
     ) -> int:
         """Admit a prompt with `group_size` empty trajectories; returns the group id.
+
+        Without `wait` it answers before the admission is durable; `wait_durable` awaits that.
 
         Raises:
             StoreFull: the quota of groups or `max_bytes` is reached.
@@ -188,6 +253,7 @@ class TrajectoryStore:
             metadata=msgpack.packb(dict(prompt.metadata), use_bin_type=True),
             group_size=group_size,
             max_tokens=max_tokens,
+            wait=wait,
         )
 
     def lease(
@@ -195,16 +261,30 @@ class TrajectoryStore:
     ) -> list[Lease]:
         """Lease up to `max_leases` trajectories to a worker whose engine holds `version`; waits for the first one."""
         rows = self._native.lease(worker, version, max_leases, timeout_s, now_s)
-        return [Lease(**row | {"prompt": _int32(row["prompt"]), "prefix": _int32(row["prefix"])}) for row in rows]
+        return [
+            Lease(
+                **row
+                | {
+                    "prompt": _int32(row["prompt"]),
+                    "prefix": _int32(row["prefix"]),
+                    "prefix_observed": np.frombuffer(row["prefix_observed"], np.uint8),
+                }
+            )
+            for row in rows
+        ]
 
-    def append(self, batch: bytes | Sequence[Segment], *, now_s: float | None = None) -> tuple[int, list[Grant]]:
+    def append(
+        self, batch: bytes | Sequence[Segment], *, wait: bool = True, now_s: float | None = None
+    ) -> tuple[int, list[Grant]]:
         """Append segments (encoded or not), extend grants, end leases; returns the log position and a grant for each.
+
+        Without `wait` it answers before the segments are durable; `wait_durable` with the log position awaits that.
 
         Raises:
             Conflict: a gap, other content at the same offset, more than `max_tokens`, or a decreasing version.
         """
         encoded = batch if isinstance(batch, bytes) else encode_segments(batch)
-        lsn, replies = self._native.append(encoded, now_s)
+        lsn, replies = self._native.append(encoded, wait, now_s)
         return lsn, [Grant(trajectory=trajectory, stale=stale, tokens=grant) for trajectory, stale, grant in replies]
 
     def unscored(self, max_items: int, ttl_s: float, timeout_s: float, *, now_s: float | None = None) -> list[Unscored]:
@@ -217,6 +297,7 @@ class TrajectoryStore:
                     "metadata": msgpack.unpackb(row["metadata"]),
                     "prompt": _int32(row["prompt"]),
                     "tokens": _int32(row["tokens"]),
+                    "observed": np.frombuffer(row["observed"], np.uint8),
                     "stop": Stop(row["stop"]),
                 }
             )
@@ -230,13 +311,15 @@ class TrajectoryStore:
         outcome: Outcome,
         reward: float = 0.0,
         components: Mapping[str, float] | None = None,
+        *,
+        wait: bool = True,
     ) -> None:
-        """Record the outcome of scoring attempt `attempt`.
+        """Record the outcome of scoring attempt `attempt`; without `wait` it answers before that is durable.
 
         Raises:
             Conflict: not complete, a reward that is not finite, or another outcome for an attempt already recorded.
         """
-        self._native.score(trajectory, attempt, outcome, reward, dict(components or {}))
+        self._native.score(trajectory, attempt, outcome, reward, dict(components or {}), wait)
 
     def publish(self, version: int, iteration: int | None = None, masked: Mapping[str, int] | None = None) -> None:
         """Make `version` the newest; `iteration`'s claim is trained. `masked` counts tokens by `filter` and `veto`.
@@ -255,14 +338,24 @@ class TrajectoryStore:
         row = self._native.claim(iteration, version, timeout_s, now_s)
         return ClaimAnswer(status=row["status"], groups=tuple(row["groups"]), lsn=row["lsn"])
 
-    def read_claim(self, iteration: int) -> TrainBatch:
+    def read_claim(self, iteration: int, *, out: BatchBuffers | None = None, check: bool = True) -> TrainBatch:
         """The groups of a claim, packed; members whose scoring failed for good are left out.
 
+        Args:
+            iteration: Of the claim.
+            out: Filled and referred to by the answer; nobody else may touch them during the call.
+            check: Test the checksum of every token array.
+
         Raises:
-            Conflict: the iteration has no claim.
+            Conflict: the iteration has no claim, or `out` is too small for it.
+            CorruptLog: bytes of it are not those that were written; names file and offset.
         """
-        row = self._native.read_claim(iteration)
-        arrays = {name: np.frombuffer(row.pop(name), dtype=dtype) for name, dtype in _BATCH_DTYPES.items()}
+        buffers = BatchBuffers.allocate(self._native.claim_tokens(iteration)) if out is None else out
+        names = [field.name for field in fields(BatchBuffers)]
+        views = {name: getattr(buffers, name).view(np.uint8) for name in names}
+        row = self._native.read_claim(iteration, **views, check=check)
+        arrays = {name: np.frombuffer(row.pop(name), dtype=dtype) for name, dtype in _ROW_DTYPES.items()}
+        arrays |= {name: getattr(buffers, name)[: arrays["cu_seqlens"][-1]] for name in names}
         components = {name: np.frombuffer(data, dtype="<f8") for name, data in row.pop("components").items()}
         return TrainBatch(**row | arrays | {"components": components, "prompt_ids": tuple(row["prompt_ids"])})
 
@@ -303,7 +396,7 @@ class TrajectoryStore:
         """One live trajectory with its arrays.
 
         Keys: trajectory, group, state (`leased`, `idle`, `unscored`, `scored` or `failed`), prompt int32 [P], tokens
-        int32 [S], logprobs float32 [S], segments [(length, version, temperature)], reward, components, stop, attempts,
+        int32 [S], logprobs float32 [S], observed uint8 [S], segments [(length, version, temperature, observed)], reward, components, stop, attempts,
         epoch, extra {name: [(offset, length, values)]}.
 
         Raises:
@@ -318,6 +411,7 @@ class TrajectoryStore:
             "prompt": _int32(row["prompt"]),
             "tokens": _int32(row["tokens"]),
             "logprobs": np.frombuffer(row["logprobs"], dtype="<f4"),
+            "observed": np.frombuffer(row["observed"], np.uint8),
         }
         return row | arrays | {"stop": Stop(row["stop"]), "extra": extra}
 
@@ -336,8 +430,8 @@ class TrajectoryStore:
         """Durable training tokens by policy version, for the versions that still have a quota."""
         return self._native.versions_spent()
 
-    def wait_durable(self, lsn: int, timeout_s: float) -> bool:
-        """Wait until every record up to `lsn` is on disk."""
+    def wait_durable(self, lsn: int | None, timeout_s: float) -> bool:
+        """Wait until every record up to `lsn` (None: the newest one) is on disk; False when it is not in time."""
         return self._native.wait_durable(lsn, timeout_s)
 
     def close(self) -> None:
@@ -345,12 +439,7 @@ class TrajectoryStore:
         self._native.close()
 
 
-_BATCH_DTYPES = {
-    "tokens": "<i4",
-    "logprobs": "<f4",
-    "versions": "<i4",
-    "temperatures": "<f4",
-    "mask": "|u1",
+_ROW_DTYPES = {
     "cu_seqlens": "<i8",
     "prompt_lengths": "<i4",
     "groups": "<i8",

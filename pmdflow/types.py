@@ -71,9 +71,11 @@ class Lease:
     prompt: Int32
     """Prompt token ids, shape [P]."""
     prefix: Int32
-    """Durable generated token ids so far, shape [S]; the next append has offset S."""
+    """Durable token ids after the prompt so far, shape [S]; the next append has offset S."""
+    prefix_observed: UInt8
+    """1 where the environment made the token, shape [S]."""
     max_tokens: int
-    """Generated tokens the whole trajectory may reach, prefix included."""
+    """Tokens after the prompt that the whole trajectory may reach, prefix included."""
     grant: int
     """Tokens that may be generated now, under the policy version the lease was asked for."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -87,7 +89,7 @@ class Segment:
     trajectory: int
     epoch: int
     offset: int
-    """Number of generated tokens of the trajectory before these."""
+    """Number of tokens after the prompt before these."""
     version: int
     temperature: float
     tokens: Int32
@@ -97,6 +99,9 @@ class Segment:
     """The version that the next tokens will be generated under; the returned grant is for it."""
     stop: StopReason | None = None
     """None keeps the lease; anything else ends it."""
+    observed: bool = False
+    """The environment made the tokens: they count in offsets and `max_tokens`, but in no budget, have no gradient, and
+    `logprobs` is ignored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +127,8 @@ class Unscored:
     metadata: Mapping[str, Any]
     prompt: Int32
     tokens: Int32
+    observed: UInt8
+    """1 where the environment made the token; shape of `tokens`."""
     stop: Stop
 
 

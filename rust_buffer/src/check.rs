@@ -9,7 +9,7 @@ use crate::{
     order::Index,
     state::{ClaimStatus, ClaimSums},
     store::{Store, conflict},
-    trajectory::{Verdict, Version},
+    trajectory::{Segment, Verdict, Version},
 };
 
 /// Compares ledger, spent tokens, index and reservations with what state and leases say.
@@ -34,7 +34,9 @@ fn check_trajectories(store: &Store) -> Result<()> {
         let segments = &trajectory.segments;
         let newest = segments.iter().filter(|segment| Some(segment.version) == trajectory.last_version());
         same("tokens of a trajectory", trajectory.len, segments.iter().map(|segment| segment.len).sum())?;
-        same("tokens of the newest version", trajectory.tail, newest.map(|segment| segment.len).sum())?;
+        same("tokens of the newest version", trajectory.tail, newest.map(Segment::generated).sum())?;
+        let generated = segments.iter().map(Segment::generated).sum();
+        same("generated tokens of a trajectory", trajectory.generated(), generated)?;
         same("order of versions", segments.is_sorted_by_key(|segment| segment.version), true)?;
     }
     Ok(())
@@ -44,7 +46,8 @@ fn check_ledger(store: &Store) -> Result<()> {
     let state = &store.state;
     let mut live: BTreeMap<&str, i64> = BTreeMap::new();
     for group in state.groups.values() {
-        let tokens: u64 = group.members().map(|id| state.trajectories.get(&id).map_or(0, |t| u64::from(t.len))).sum();
+        let tokens: u64 =
+            group.members().map(|id| state.trajectories.get(&id).map_or(0, |t| u64::from(t.generated()))).sum();
         same("tokens of a group", group.tokens, tokens)?;
         if group.kind == Kind::Eval {
             continue;
@@ -60,7 +63,7 @@ fn check_ledger(store: &Store) -> Result<()> {
                         Verdict::Pending => "unscored",
                         _ => "waiting_group",
                     };
-                    *live.entry(place).or_default() += i64::from(trajectory.len);
+                    *live.entry(place).or_default() += i64::from(trajectory.generated());
                 }
             }
         }

@@ -3,7 +3,7 @@
 use crate::{
     error::Result,
     group::Phase,
-    log::Lsn,
+    log::{Arrays, Lsn},
     order::{self, Micros},
     record::{Claimed, Reason, Record},
     state::ClaimStatus,
@@ -74,7 +74,7 @@ impl Store {
             (false, true) => {
                 let (max_staleness, segment_loss) = (self.settings.max_staleness, self.settings.segment_loss);
                 let claimed = Claimed { iteration, version, max_staleness, segment_loss, groups: groups.clone() };
-                let (lsn, _) = self.commit(&Record::Claim(claimed), &[])?;
+                let (lsn, _) = self.commit(&Record::Claim(claimed), &Arrays::default())?;
                 Ok(Some(ClaimAnswer::Claimed(groups, lsn)))
             }
         }
@@ -92,7 +92,7 @@ impl Store {
             if trainable { groups.push(*id) } else { over_age.push(*id) }
         }
         if !over_age.is_empty() {
-            self.commit(&Record::Evict(over_age, Reason::OverAge), &[])?;
+            self.commit(&Record::Evict(over_age, Reason::OverAge), &Arrays::default())?;
         }
         Ok(groups)
     }
@@ -109,7 +109,7 @@ impl Store {
             ));
         }
         if claims.any(|(_, claim)| claim.status == ClaimStatus::Trained) {
-            self.commit(&Record::Commit(iteration), &[])?;
+            self.commit(&Record::Commit(iteration), &Arrays::default())?;
         }
         Ok(())
     }
@@ -126,7 +126,7 @@ impl Store {
         }
         let undone: Vec<i64> = self.state.claims.range(iteration + 1..).map(|(iteration, _)| *iteration).collect();
         if !undone.is_empty() {
-            self.commit(&Record::Uncommit(iteration), &[])?;
+            self.commit(&Record::Uncommit(iteration), &Arrays::default())?;
         }
         Ok(undone)
     }
@@ -142,7 +142,7 @@ impl Store {
         let committed: Vec<_> = committed.filter(|claim| claim.status == ClaimStatus::Committed).collect();
         let groups = committed.iter().map(|claim| claim.groups.len()).sum();
         if !committed.is_empty() {
-            self.commit(&Record::Drop(iteration), &[])?;
+            self.commit(&Record::Drop(iteration), &Arrays::default())?;
         }
         Ok(groups)
     }
@@ -175,7 +175,7 @@ impl Store {
                         Verdict::Scored { reward, .. } => Some(reward),
                         _ => None,
                     },
-                    len: trajectory.len,
+                    len: trajectory.generated(),
                     stop: trajectory.stop,
                     first_version: trajectory.segments.first().map(|segment| segment.version),
                     last_version: trajectory.last_version(),
@@ -195,7 +195,7 @@ impl Store {
             self.state.group(*id)?.members().try_for_each(|member| self.end_lease(member))?;
         }
         if !groups.is_empty() {
-            self.commit(&Record::Evict(groups.clone(), Reason::Eval), &[])?;
+            self.commit(&Record::Evict(groups.clone(), Reason::Eval), &Arrays::default())?;
         }
         Ok(groups.len())
     }

@@ -61,6 +61,8 @@ pub struct Ledger {
     pub prompt: u64,
     /// Prefix tokens handed out with training leases after the first.
     pub reprefill: u64,
+    /// Tokens of training trajectories that the environment made.
+    pub observed: u64,
     /// Evaluation tokens.
     pub eval: u64,
 }

@@ -17,6 +17,7 @@ mod python;
 pub mod record;
 pub mod rollout;
 pub mod shared;
+mod snapshot;
 pub mod state;
 pub mod store;
 pub mod trajectory;

@@ -30,9 +30,11 @@ pub fn mask(
     max_staleness: Option<u32>,
     segment_loss: SegmentLoss,
 ) -> u8 {
-    if max_staleness.is_some_and(|limit| version - segment.version > i64::from(limit)) {
+    if segment.observed {
+        0
+    } else if max_staleness.is_some_and(|limit| version - segment.version > i64::from(limit)) {
         GENERATED | OVER_AGE
-    } else if segment_loss == SegmentLoss::CurrentOnly && Some(segment.version) != trajectory.last_version() {
+    } else if segment_loss == SegmentLoss::CurrentOnly && Some(segment.version) != trajectory.newest_generated() {
         GENERATED | SEGMENT
     } else {
         GENERATED | TRAINED
@@ -48,10 +50,10 @@ pub fn add_sums(state: &State, id: u64, claim: &Claim) -> Result<ClaimSums> {
     for member in state.group(id)?.members() {
         let trajectory = state.trajectory(member)?;
         if trajectory.verdict == Verdict::Failed {
-            sums.failed += u64::from(trajectory.len);
+            sums.failed += u64::from(trajectory.generated());
             continue;
         }
-        for segment in &trajectory.segments {
+        for segment in trajectory.segments.iter().filter(|segment| !segment.observed) {
             let flags = mask(segment, trajectory, claim.version, claim.max_staleness, claim.segment_loss);
             let sum = match flags {
                 flags if flags & TRAINED != 0 => &mut sums.trainable,
@@ -73,7 +75,7 @@ pub fn add_sums(state: &State, id: u64, claim: &Claim) -> Result<ClaimSums> {
 pub fn is_trainable(state: &State, group: &Group, version: Version, max_staleness: Option<u32>) -> Result<bool> {
     for member in group.members() {
         let trajectory = state.trajectory(member)?;
-        let newest = trajectory.last_version();
+        let newest = trajectory.newest_generated();
         let fresh = newest.is_some_and(|v| max_staleness.is_none_or(|limit| version - v <= i64::from(limit)));
         if fresh && trajectory.verdict != Verdict::Failed {
             return Ok(true);
@@ -164,7 +166,7 @@ impl Index {
             self.outstanding_tokens += u64::from(group.max_tokens - trajectory.len);
             if leased {
                 self.leased += u64::from(group.kind == Kind::Train);
-                self.leased_tokens += if group.kind == Kind::Train { u64::from(trajectory.len) } else { 0 };
+                self.leased_tokens += if group.kind == Kind::Train { u64::from(trajectory.generated()) } else { 0 };
             } else {
                 self.idle_set(state, trajectory, group.kind).insert((trajectory.group, id));
             }
@@ -190,7 +192,7 @@ impl Index {
             self.outstanding_tokens -= u64::from(group.max_tokens - trajectory.len);
             if leased {
                 self.leased -= u64::from(group.kind == Kind::Train);
-                self.leased_tokens -= if group.kind == Kind::Train { u64::from(trajectory.len) } else { 0 };
+                self.leased_tokens -= if group.kind == Kind::Train { u64::from(trajectory.generated()) } else { 0 };
             } else {
                 self.idle_set(state, trajectory, group.kind).remove(&(trajectory.group, id));
                 self.exhausted.retain(|_, set| !set.is_empty());
@@ -237,6 +239,16 @@ impl Index {
     pub fn idle(&self) -> (usize, usize) {
         let partial = self.partial.len() + self.exhausted.values().map(BTreeSet::len).sum::<usize>();
         (partial + self.fresh.len(), partial)
+    }
+
+    /// Idle trajectories, evaluation too.
+    pub fn num_idle(&self) -> usize {
+        self.idle().0 + self.eval.len()
+    }
+
+    /// Complete trajectories without a verdict that can be handed out.
+    pub fn num_unscored(&self) -> usize {
+        self.unscored.len()
     }
 
     /// Hands out up to `max_items` unscored trajectories until `deadline`.

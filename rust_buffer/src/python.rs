@@ -2,26 +2,28 @@
 
 #![allow(clippy::needless_pass_by_value)] // pyo3 hands over owned arguments.
 
+mod buffers;
 mod errors;
 mod rows;
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
-use pyo3::{exceptions::PyValueError, prelude::*, types::PyDict};
+use pyo3::{buffer::PyBuffer, exceptions::PyValueError, prelude::*, types::PyDict};
 
 use crate::{
-    batch,
+    batch::{self, ClaimView, Columns, Tokens},
     claims::ClaimAnswer,
     error::StoreError as Failure,
     group::Kind,
-    log::Durability,
+    log::{Disk, Durability, Memory, Storage},
     record::{Admit, Masked, Quota, SegmentLoss},
     rollout::Granted,
     shared::Shared,
     store::{Settings, micros},
     trajectory::{Outcome, Version},
-    wire::Item,
+    wire::Batch,
 };
+use buffers::Buffers;
 use rows::Row;
 
 fn choose<T: Copy>(what: &str, value: &str, known: &[(&str, T)]) -> PyResult<T> {
@@ -52,7 +54,7 @@ impl TrajectoryStore {
     #[new]
     #[pyo3(signature = (path, *, groups_per_iteration, lookahead, max_staleness, segment_loss = "all",
         min_group_size = 2, max_attempts = 3, lease_ttl_s = 30.0, grant_tokens = 64, durability = "group",
-        max_bytes = None, file_bytes = 67_108_864))]
+        max_bytes = None, file_bytes = 67_108_864, commit_interval_s = 0.005))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
@@ -68,6 +70,7 @@ impl TrajectoryStore {
         durability: &str,
         max_bytes: Option<u64>,
         file_bytes: u64,
+        commit_interval_s: f64,
     ) -> PyResult<Self> {
         if groups_per_iteration == 0 || max_attempts == 0 || grant_tokens == 0 || file_bytes == 0 {
             return Err(PyValueError::new_err(
@@ -94,8 +97,16 @@ impl TrajectoryStore {
             )?,
             max_bytes,
             file_bytes,
+            commit_interval: Duration::from_secs_f64(seconds("commit_interval_s", commit_interval_s)?.min(3600.0)),
         };
-        Ok(Self { shared: py.detach(|| Shared::open(path.as_deref(), settings))? })
+        let open = || {
+            let storage: Arc<dyn Storage> = match path {
+                Some(path) => Arc::new(Disk::new(&path)?),
+                None => Arc::new(Memory::default()),
+            };
+            Shared::open(storage, settings)
+        };
+        Ok(Self { shared: py.detach(open)? })
     }
 
     #[pyo3(signature = (version, groups, tokens, tokens_per_segment))]
@@ -108,11 +119,11 @@ impl TrajectoryStore {
         tokens_per_segment: Option<u32>,
     ) -> PyResult<()> {
         let quota = Quota { groups, tokens, tokens_per_segment };
-        py.detach(|| self.shared.change(|store| store.set_quota(version, quota)))?;
+        py.detach(|| self.shared.change(true, |store| store.set_quota(version, quota)))?;
         Ok(())
     }
 
-    #[pyo3(signature = (request_id, *, cursor, kind, prompt_id, prompt, metadata, group_size, max_tokens))]
+    #[pyo3(signature = (request_id, *, cursor, kind, prompt_id, prompt, metadata, group_size, max_tokens, wait = true))]
     #[allow(clippy::too_many_arguments)]
     fn admit(
         &self,
@@ -125,12 +136,13 @@ impl TrajectoryStore {
         metadata: &[u8],
         group_size: u32,
         max_tokens: u32,
+        wait: bool,
     ) -> PyResult<u64> {
         let kind = choose("kind", kind, &[("train", Kind::Train), ("eval", Kind::Eval)])?;
         let cursor = cursor.filter(|_| kind == Kind::Train);
         let prompt_len = (prompt.len() / 4) as u32;
         let admit = Admit { request_id, cursor, kind, prompt_id, prompt_len, size: group_size, max_tokens };
-        Ok(py.detach(|| self.shared.change(|store| store.admit(&admit, prompt, metadata)))?.1)
+        Ok(py.detach(|| self.shared.change(wait, |store| store.admit(&admit, prompt, metadata)))?.1)
     }
 
     #[pyo3(signature = (worker, version, max_leases, timeout_s, now_s = None))]
@@ -154,12 +166,12 @@ impl TrajectoryStore {
         leases.iter().map(|(lease, prompt, prefix)| rows::lease(py, lease, prompt, prefix)).collect()
     }
 
-    #[pyo3(signature = (batch, now_s = None))]
-    fn append(&self, py: Python<'_>, batch: &[u8], now_s: Option<f64>) -> PyResult<(u64, Vec<Answer>)> {
+    #[pyo3(signature = (batch, wait = true, now_s = None))]
+    fn append(&self, py: Python<'_>, batch: &[u8], wait: bool, now_s: Option<f64>) -> PyResult<(u64, Vec<Answer>)> {
         let (lsn, replies) = py.detach(|| {
-            let items = Item::decode_batch(batch)?;
+            let batch = Batch::decode(batch)?;
             let now = self.shared.clock(now_s).base();
-            self.shared.change(|store| store.append(&items, now))
+            self.shared.change(wait, |store| store.append(&batch, now))
         })?;
         Ok((lsn, replies.into_iter().map(|reply| (reply.trajectory, reply.stale, reply.grant)).collect()))
     }
@@ -188,7 +200,7 @@ impl TrajectoryStore {
             let read = |item: rows::Waiting| {
                 let prompt = batch::read_array(self.shared.log(), item.group.location, 0)?;
                 let metadata = batch::read_array(self.shared.log(), item.group.location, 1)?;
-                let (tokens, _) = batch::read_segments(self.shared.log(), &item.trajectory.segments)?;
+                let tokens = batch::read_segments(self.shared.log(), &item.trajectory.segments)?;
                 Ok((item, prompt, metadata, tokens))
             };
             waiting.into_iter().map(read).collect::<Result<Vec<_>, Failure>>()
@@ -196,7 +208,8 @@ impl TrajectoryStore {
         items.into_iter().map(|item| rows::unscored(py, &item)).collect()
     }
 
-    #[pyo3(signature = (trajectory, attempt, outcome, reward, components))]
+    #[pyo3(signature = (trajectory, attempt, outcome, reward, components, wait = true))]
+    #[allow(clippy::too_many_arguments)]
     fn score(
         &self,
         py: Python<'_>,
@@ -205,11 +218,12 @@ impl TrajectoryStore {
         outcome: &str,
         reward: f64,
         components: BTreeMap<String, f64>,
+        wait: bool,
     ) -> PyResult<()> {
         let known =
             [("scored", Outcome::Scored), ("invalid", Outcome::Invalid), ("infra_failure", Outcome::InfraFailure)];
         let outcome = choose("outcome", outcome, &known)?;
-        py.detach(|| self.shared.change(|store| store.score(trajectory, attempt, outcome, reward, components)))?;
+        py.detach(|| self.shared.change(wait, |store| store.score(trajectory, attempt, outcome, reward, components)))?;
         Ok(())
     }
 
@@ -226,7 +240,7 @@ impl TrajectoryStore {
         }
         let tokens = |reason| masked.get(reason).copied().unwrap_or(0);
         let masked = Masked { filter: tokens("filter"), veto: tokens("veto") };
-        py.detach(|| self.shared.change(|store| store.publish(version, iteration, masked)))?;
+        py.detach(|| self.shared.change(true, |store| store.publish(version, iteration, masked)))?;
         Ok(())
     }
 
@@ -260,29 +274,48 @@ impl TrajectoryStore {
     }
 
     #[pyo3(signature = (iteration))]
-    fn read_claim<'py>(&self, py: Python<'py>, iteration: i64) -> PyResult<Row<'py>> {
+    fn claim_tokens(&self, py: Python<'_>, iteration: i64) -> PyResult<usize> {
+        Ok(py.detach(|| self.shared.query(|store| ClaimView::new(store.state(), iteration))?.num_tokens())?)
+    }
+
+    #[pyo3(signature = (iteration, *, tokens, logprobs, versions, temperatures, mask, check))]
+    #[allow(clippy::too_many_arguments)]
+    fn read_claim<'py>(
+        &self,
+        py: Python<'py>,
+        iteration: i64,
+        tokens: PyBuffer<u8>,
+        logprobs: PyBuffer<u8>,
+        versions: PyBuffer<u8>,
+        temperatures: PyBuffer<u8>,
+        mask: PyBuffer<u8>,
+        check: bool,
+    ) -> PyResult<Row<'py>> {
+        let mut buffers = Buffers::new([tokens, logprobs, versions, temperatures, mask])?;
         let (version, packed) = py.detach(|| {
-            let (version, members) = self.shared.query(|store| store.claimed_members(iteration))?;
-            batch::pack(self.shared.log(), &members).map(|packed| (version, packed))
+            let view = self.shared.query(|store| ClaimView::new(store.state(), iteration))?;
+            let [tokens, logprobs, versions, temperatures, mask] = buffers.slices();
+            let mut columns = Columns { tokens, logprobs, versions, temperatures, mask };
+            view.pack(self.shared.log(), &mut columns, check).map(|rows| (view.version(), rows))
         })?;
         rows::batch(py, iteration, version, &packed)
     }
 
     #[pyo3(signature = (iteration))]
     fn commit(&self, py: Python<'_>, iteration: i64) -> PyResult<()> {
-        py.detach(|| self.shared.change(|store| store.commit_claims(iteration)))?;
+        py.detach(|| self.shared.change(true, |store| store.commit_claims(iteration)))?;
         Ok(())
     }
 
     #[pyo3(signature = (iteration))]
     fn uncommit(&self, py: Python<'_>, iteration: i64) -> PyResult<Vec<i64>> {
-        Ok(py.detach(|| self.shared.change(|store| store.uncommit(iteration)))?.1)
+        Ok(py.detach(|| self.shared.change(true, |store| store.uncommit(iteration)))?.1)
     }
 
     #[pyo3(signature = (iteration))]
     fn evict(&self, py: Python<'_>, iteration: i64) -> PyResult<usize> {
         Ok(py.detach(|| {
-            let (_, groups) = self.shared.change(|store| store.evict(iteration))?;
+            let (_, groups) = self.shared.change(true, |store| store.evict(iteration))?;
             self.shared.remove_dead_files().map(|()| groups)
         })?)
     }
@@ -299,7 +332,7 @@ impl TrajectoryStore {
     #[pyo3(signature = (prefix))]
     fn drop_eval(&self, py: Python<'_>, prefix: &str) -> PyResult<usize> {
         Ok(py.detach(|| {
-            let (_, groups) = self.shared.change(|store| store.drop_eval(prefix))?;
+            let (_, groups) = self.shared.change(true, |store| store.drop_eval(prefix))?;
             self.shared.remove_dead_files().map(|()| groups)
         })?)
     }
@@ -322,13 +355,15 @@ impl TrajectoryStore {
             let (trajectory, location, state) = self.shared.query(|store| {
                 let trajectory = store.state().trajectory(id)?;
                 let location = store.state().group(trajectory.group)?.location;
-                Ok((trajectory.clone(), location, store.state_of(id, trajectory)))
+                let verdict = rows::verdict(store.state(), trajectory);
+                Ok(((trajectory.clone(), verdict), location, store.state_of(id, trajectory)))
             })?;
+            let (trajectory, verdict) = trajectory;
             let log = self.shared.log();
             let prompt = batch::read_array(log, location, 0)?;
-            let (tokens, logprobs) = batch::read_segments(log, &trajectory.segments)?;
+            let tokens = batch::read_segments(log, &trajectory.segments)?;
             let extras = batch::read_extras(log, &trajectory.segments)?;
-            Ok::<_, Failure>(rows::TrajectoryView { id, trajectory, state, prompt, tokens, logprobs, extras })
+            Ok::<_, Failure>(rows::TrajectoryView { id, trajectory, state, verdict, prompt, tokens, extras })
         })?;
         rows::trajectory(py, &view)
     }
@@ -350,12 +385,12 @@ impl TrajectoryStore {
     }
 
     #[pyo3(signature = (lsn, timeout_s))]
-    fn wait_durable(&self, py: Python<'_>, lsn: u64, timeout_s: f64) -> PyResult<bool> {
-        let timeout = std::time::Duration::try_from_secs_f64(seconds("timeout_s", timeout_s)?)
+    fn wait_durable(&self, py: Python<'_>, lsn: Option<u64>, timeout_s: f64) -> PyResult<bool> {
+        let timeout = Duration::try_from_secs_f64(seconds("timeout_s", timeout_s)?)
             .map_err(|error| PyValueError::new_err(format!("timeout_s is {timeout_s}: {error}")))?;
         Ok(py.detach(|| {
-            self.shared.query(|_| Ok(()))?;
-            self.shared.log().wait_durable(lsn, timeout)
+            let newest = self.shared.query(|store| Ok(store.lsn()))?;
+            self.shared.log().wait_durable(lsn.unwrap_or(newest), timeout)
         })?)
     }
 
@@ -365,9 +400,9 @@ impl TrajectoryStore {
 }
 
 impl TrajectoryStore {
-    fn read_lease(&self, lease: Granted) -> Result<(Granted, Vec<u8>, Vec<u8>), Failure> {
+    fn read_lease(&self, lease: Granted) -> Result<(Granted, Vec<u8>, Tokens), Failure> {
         let prompt = batch::read_array(self.shared.log(), lease.prompt, 0)?;
-        let (prefix, _) = batch::read_segments(self.shared.log(), &lease.segments)?;
+        let prefix = batch::read_segments(self.shared.log(), &lease.segments)?;
         Ok((lease, prompt, prefix))
     }
 }

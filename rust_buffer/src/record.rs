@@ -66,7 +66,7 @@ pub struct Admit {
     pub max_tokens: u32,
 }
 
-/// New tokens of one trajectory; arrays: tokens, log-probs, extra columns (none of them when `len` is 0).
+/// New tokens of one trajectory; arrays: tokens with log-probs, extra columns (none of them when `len` is 0).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Appended {
     /// Trajectory.
@@ -77,6 +77,8 @@ pub struct Appended {
     pub version: Version,
     /// Sampling temperature.
     pub temperature: f32,
+    /// The environment made them.
+    pub observed: bool,
     /// Set when the trajectory is complete with them.
     pub stop: Option<Stop>,
     /// Name and dtype of the extra columns.

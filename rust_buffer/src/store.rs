@@ -5,16 +5,19 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::Path,
+    sync::Arc,
+    time::Duration,
 };
 
 use crate::{
+    apply::Placed,
     error::{Result, StoreError},
     group::{Group, Kind, Phase},
     lease::Leases,
-    log::{Durability, Location, Log, LogOptions, Lsn},
+    log::{Arrays, Durability, Location, Log, LogOptions, Lsn, Storage},
     order::{Index, Micros},
     record::{Admit, Masked, Quota, Record, Score, SegmentLoss},
+    snapshot::Snapshots,
     state::{ClaimStatus, Publication, State, request_hash},
     trajectory::{Outcome, Verdict, Version},
     wire,
@@ -48,6 +51,8 @@ pub struct Settings {
     pub max_bytes: Option<u64>,
     /// Size at which the log starts a new file.
     pub file_bytes: u64,
+    /// Longest time between two syncs of a log that is written to and that nobody waits for.
+    pub commit_interval: Duration,
 }
 
 /// The trajectory store.
@@ -57,6 +62,23 @@ pub struct Store {
     pub(crate) state: State,
     pub(crate) index: Index,
     pub(crate) leases: Leases,
+    pub(crate) snapshots: Snapshots,
+    quota_changes: u64,
+}
+
+/// What waits look at.
+#[derive(PartialEq)]
+pub(crate) struct Signature {
+    ready: usize,
+    unscored: usize,
+    idle: usize,
+    leased: u64,
+    eval_pending: u64,
+    next_group: u64,
+    version: Version,
+    open_claim: Option<i64>,
+    budgets: Vec<bool>,
+    quotas: u64,
 }
 
 /// Microseconds of `seconds` of the caller's clock.
@@ -72,28 +94,21 @@ pub(crate) fn conflict<T>(detail: impl Into<String>) -> Result<T> {
 type Touched = (BTreeSet<u64>, BTreeSet<u64>);
 
 impl Store {
-    /// Opens or creates the store in `dir`; None keeps it in memory. No lease survives.
+    /// Opens or creates the store in `storage`. No lease survives.
     ///
     /// # Errors
     /// `Locked`, `Corrupt`, `Version` or `Io` of the log; `Corrupt` for a record that does not fit the state.
-    pub fn open(dir: Option<&Path>, settings: Settings) -> Result<Self> {
-        let options = LogOptions { durability: settings.durability, file_bytes: settings.file_bytes };
-        let (log, recovery) = Log::open(dir, options)?;
-        let damaged =
-            |offset: u64, detail: String| StoreError::corrupt(dir.unwrap_or(Path::new("memory")), offset, detail);
-        let mut state = match recovery.snapshot() {
-            [] => State::default(),
-            bytes => wire::decode(bytes).map_err(|detail| damaged(0, detail))?,
+    pub fn open(storage: Arc<dyn Storage>, settings: Settings) -> Result<Self> {
+        let options = LogOptions {
+            durability: settings.durability,
+            file_bytes: settings.file_bytes,
+            commit_interval: settings.commit_interval,
         };
-        for frame in recovery.frames() {
-            let location = frame.location();
-            let record: Record = wire::decode(frame.header()).map_err(|detail| damaged(location.offset, detail))?;
-            state
-                .apply(&record, location, frame.lsn())
-                .map_err(|error| damaged(location.offset, format!("record {}: {error}", frame.lsn())))?;
-        }
+        let mut state = State::default();
+        let log = Log::open(storage, options, &mut state)?;
         let index = Index::of(&state)?;
-        Ok(Self { log, settings, state, index, leases: Leases::default() })
+        let snapshots = Snapshots::new(settings.file_bytes);
+        Ok(Self { log, settings, state, index, leases: Leases::default(), snapshots, quota_changes: 0 })
     }
 
     /// The durable state.
@@ -111,14 +126,32 @@ impl Store {
         self.log.lsn()
     }
 
+    /// Changes with whatever a wait may be for. Tokens that are appended to a lease that goes on change nothing.
+    pub(crate) fn signature(&self) -> Signature {
+        let budgets = self.state.quotas.keys().rev().take(2).map(|version| self.budget_left(*version) > 0);
+        Signature {
+            ready: self.index.ready.len(),
+            unscored: self.index.num_unscored(),
+            idle: self.index.num_idle(),
+            leased: self.index.leased,
+            eval_pending: self.index.eval_pending,
+            next_group: self.state.next_group,
+            version: self.state.version,
+            open_claim: self.state.open_claim(),
+            budgets: budgets.collect(),
+            quotas: self.quota_changes,
+        }
+    }
+
     /// When the passing of time alone next changes what a wait can have.
     pub fn next_deadline(&self) -> Option<Micros> {
         [self.leases.next_deadline(), self.index.next_deadline()].into_iter().flatten().min()
     }
 
     /// Logs and applies a record.
-    pub(crate) fn commit(&mut self, record: &Record, arrays: &[&[u8]]) -> Result<(Lsn, Location)> {
-        let (lsn, location) = self.log.append(record.kind(), &wire::encode(record)?, arrays)?;
+    pub(crate) fn commit(&mut self, record: &Record, arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
+        let header = wire::encode(record)?;
+        let (lsn, location) = self.log.append(record.kind(), &header, arrays)?;
         let (mut trajectories, mut groups) = self.touched(record);
         for id in &trajectories {
             self.index.remove(&self.state, *id, self.leases.contains(*id))?;
@@ -127,7 +160,7 @@ impl Store {
             self.index.remove_group(&self.state, *id);
         }
         let (next_group, next_trajectory) = (self.state.next_group, self.state.next_trajectory);
-        self.state.apply(record, location, lsn)?;
+        self.state.apply(record, &Placed { location, lsn, arrays: arrays.places(header.len()) })?;
         trajectories.extend(next_trajectory..self.state.next_trajectory);
         groups.extend(next_group..self.state.next_group);
         for id in &groups {
@@ -136,8 +169,8 @@ impl Store {
         for id in &trajectories {
             self.index.add(&self.state, *id, self.leases.contains(*id))?;
         }
-        if self.log.should_rotate() {
-            self.log.rotate(&wire::encode(&self.state)?)?;
+        if self.snapshots.is_due(location.len) {
+            self.snapshots.take(&self.state, &self.log);
         }
         Ok((lsn, location))
     }
@@ -176,7 +209,7 @@ impl Store {
     /// First log file that a live group needs. Segments lie after their group's admission, and groups are admitted in
     /// the order of their ids.
     pub fn first_live_file(&self) -> u32 {
-        self.state.groups.first_key_value().map_or(self.log.current_file(), |(_, group)| group.location.file)
+        self.state.groups.get_min().map_or(self.log.position().file, |(_, group)| group.location.file)
     }
 
     /// Sets what rollout may do under `version`.
@@ -195,7 +228,8 @@ impl Store {
                 "version {version} is older than every quota that is kept; set one for a newer version"
             ));
         }
-        self.commit(&Record::Quota(version, quota), &[]).map(drop)
+        self.quota_changes += 1;
+        self.commit(&Record::Quota(version, quota), &Arrays::default()).map(drop)
     }
 
     /// Admits a group; answers a repeat with its id.
@@ -225,7 +259,7 @@ impl Store {
             self.check_room(admit, prompt.len() + metadata.len())?;
         }
         let id = self.state.next_group;
-        self.commit(&Record::Admit(admit.clone()), &[prompt, metadata])?;
+        self.commit(&Record::Admit(admit.clone()), &Arrays::of(&[prompt, metadata]))?;
         Ok(id)
     }
 
@@ -299,7 +333,8 @@ impl Store {
         let repeats = if attempt < trajectory.attempts {
             outcome == Outcome::InfraFailure
         } else {
-            trajectory.verdict == Verdict::Scored { outcome, reward, components: components.clone() }
+            matches!(&trajectory.verdict, Verdict::Scored { outcome: o, reward: r, components: c }
+                if (*o, *r) == (outcome, reward) && self.state.components(c) == components)
         };
         if repeats {
             return Ok(());
@@ -318,7 +353,7 @@ impl Store {
             group.after_verdict(failed, self.settings.min_group_size)
         };
         let score = Score { trajectory: id, outcome, reward, components, failed, phase };
-        self.commit(&Record::Score(score), &[]).map(drop)
+        self.commit(&Record::Score(score), &Arrays::default()).map(drop)
     }
 
     /// Makes `version` the newest and `iteration`'s claim trained.
@@ -349,7 +384,7 @@ impl Store {
                 ));
             }
         }
-        self.commit(&Record::Publish(version, iteration, masked), &[]).map(drop)
+        self.commit(&Record::Publish(version, iteration, masked), &Arrays::default()).map(drop)
     }
 
     /// Recomputes everything that is kept incrementally.

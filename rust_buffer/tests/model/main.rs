@@ -4,19 +4,24 @@
 
 mod ops;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
 use _rust_buffer::{
-    batch,
+    batch::{self, ClaimView, Columns, Rows},
     claims::ClaimAnswer,
     error::StoreError,
     group::Kind,
-    log::Durability,
+    log::{Disk, Durability},
     record::{Admit, Masked, Quota, SegmentLoss},
     rollout::Reply,
     store::{Settings, Store},
     trajectory::{Outcome, Verdict},
-    wire::Item,
+    wire::Batch,
 };
 use ops::{Op, op};
 use proptest::prelude::*;
@@ -38,7 +43,14 @@ fn settings(lookahead: u32, current_only: bool) -> Settings {
         max_bytes: None,
         // Small, so that histories rotate and delete files.
         file_bytes: 2048,
+        commit_interval: Duration::from_millis(5),
     }
+}
+
+#[derive(Clone, Copy)]
+struct Token {
+    id: i32,
+    observed: bool,
 }
 
 #[derive(Clone)]
@@ -50,6 +62,10 @@ struct Held {
     deadline: i64,
 }
 
+fn open(dir: &Path, settings: Settings) -> Store {
+    Store::open(Arc::new(Disk::new(dir).unwrap()), settings).unwrap()
+}
+
 struct Model {
     dir: tempfile::TempDir,
     settings: Settings,
@@ -57,8 +73,8 @@ struct Model {
     now: i64,
     admitted: u64,
     evals: u64,
-    /// Generated tokens of each trajectory: (token, version); evaluation apart.
-    tokens: BTreeMap<u64, Vec<(i32, i64)>>,
+    /// Tokens of each trajectory; evaluation apart.
+    tokens: BTreeMap<u64, Vec<Token>>,
     eval: BTreeSet<u64>,
     held: Vec<Held>,
     /// Largest budget that each version ever had.
@@ -72,7 +88,7 @@ struct Model {
 impl Model {
     fn new(settings: Settings) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let mut store = Store::open(Some(dir.path()), settings).unwrap();
+        let mut store = open(dir.path(), settings);
         store.publish(0, None, Masked::default()).unwrap();
         Self {
             dir,
@@ -105,7 +121,9 @@ impl Model {
             Op::Quota { tokens, segment } => self.quota(*tokens, *segment),
             Op::Admit { size, max_tokens, eval } => self.admit(*size, *max_tokens, *eval),
             Op::Lease { max, lag } => self.lease(*max, *lag),
-            Op::Append { pick, count, stop, newer } => self.append(*pick, *count, *stop, *newer),
+            Op::Append { pick, count, stop, newer, observed } => {
+                self.append(*pick, *count, *stop, (*newer, *observed));
+            }
             Op::StaleAppend { pick } => self.stale_append(*pick),
             Op::Wait { time } => {
                 self.now += time;
@@ -115,7 +133,7 @@ impl Model {
             }
             Op::Score { pick, outcome } => self.score(*pick, *outcome),
             Op::Claim => self.claim(),
-            Op::Work { stop } => (0..self.held.len()).rev().for_each(|pick| self.append(pick, 4, *stop, true)),
+            Op::Work { stop } => (0..self.held.len()).rev().for_each(|pick| self.append(pick, 4, *stop, (true, false))),
             Op::Publish { filter, idle, tokens, segment } => {
                 if *idle || self.store().state().open_claim().is_some() {
                     self.publish(*filter);
@@ -183,8 +201,10 @@ impl Model {
             assert!(lease.grant > 0);
             assert!(lease.kind == Kind::Eval || self.settings.lookahead > 0 || !open);
             assert!(!self.held.iter().any(|held| held.trajectory == lease.trajectory));
-            let (prefix, _) = batch::read_segments(self.store().log(), &lease.segments).unwrap();
-            assert_eq!(prefix, ids(&self.tokens[&lease.trajectory]));
+            let prefix = batch::read_segments(self.store().log(), &lease.segments).unwrap();
+            assert_eq!(prefix.ids, ids(&self.tokens[&lease.trajectory]));
+            let observed: Vec<u8> = self.tokens[&lease.trajectory].iter().map(|t| u8::from(t.observed)).collect();
+            assert_eq!(prefix.observed, observed);
             self.held.push(Held {
                 trajectory: lease.trajectory,
                 epoch: lease.epoch,
@@ -195,36 +215,26 @@ impl Model {
         }
     }
 
-    fn append(&mut self, pick: usize, count: u32, stop: Option<&str>, newer: bool) {
+    fn append(&mut self, pick: usize, count: u32, stop: Option<&str>, (newer, observed): (bool, bool)) {
         if self.held.is_empty() {
             return;
         }
         let index = pick % self.held.len();
         let held = self.held[index].clone();
         let offset = self.tokens[&held.trajectory].len() as u32;
-        let count = count.min(held.grant);
+        let group = self.store().state().trajectories[&held.trajectory].group;
+        let room = self.store().state().groups[&group].max_tokens - offset;
+        let count = count.min(if observed { room } else { held.grant });
         let new: Vec<i32> = (0..count).map(|i| (held.trajectory * 100) as i32 + (offset + i) as i32).collect();
-        let (tokens, logprobs) = (bytes(&new), bytes(&new));
         let next_version = if newer { self.newest().max(held.version) } else { held.version };
-        let item = Item {
-            trajectory: held.trajectory,
-            epoch: held.epoch,
-            offset,
-            version: held.version,
-            temperature: 1.0,
-            tokens: &tokens,
-            logprobs: &logprobs,
-            next_version,
-            stop,
-            extra: BTreeMap::new(),
-        };
-        let now = self.now;
-        let reply = self.store().append(std::slice::from_ref(&item), now).unwrap()[0];
+        let sent = Sent { held: &held, offset, tokens: &new, next_version, stop, observed }.encode();
+        let (item, now) = (Batch::decode(&sent).unwrap(), self.now);
+        let reply = self.store().append(&item, now).unwrap()[0];
         assert!(!reply.stale);
-        let version = held.version;
-        self.tokens.get_mut(&held.trajectory).unwrap().extend(new.iter().map(|token| (*token, version)));
+        let tokens = self.tokens.get_mut(&held.trajectory).unwrap();
+        tokens.extend(new.iter().map(|id| Token { id: *id, observed }));
         let before = self.store().state().clone();
-        let repeat = self.store().append(&[item], now).unwrap()[0];
+        let repeat = self.store().append(&item, now).unwrap()[0];
         assert_eq!(self.store().state(), &before);
         assert_eq!(repeat, reply);
         if stop.is_some() || !before.trajectories[&held.trajectory].is_partial() {
@@ -248,21 +258,13 @@ impl Model {
             return;
         }
         let (trajectory, epoch) = fenced[pick % fenced.len()];
-        let (tokens, now) = (bytes(&[1, 2, 3]), self.now);
+        let now = self.now;
         let before = self.store().state().clone();
-        let item = Item {
-            trajectory,
-            epoch,
-            offset: 0,
-            version: 0,
-            temperature: 1.0,
-            tokens: &tokens,
-            logprobs: &tokens,
-            next_version: 0,
-            stop: Some("stop"),
-            extra: BTreeMap::new(),
-        };
-        assert_eq!(self.store().append(&[item], now).unwrap(), [Reply { trajectory, stale: true, grant: 0 }]);
+        let held = Held { trajectory, epoch, version: 0, grant: 0, deadline: 0 };
+        let sent =
+            Sent { held: &held, offset: 0, tokens: &[1, 2, 3], next_version: 0, stop: Some("stop"), observed: false };
+        let replies = self.store().append(&Batch::decode(&sent.encode()).unwrap(), now).unwrap();
+        assert_eq!(replies, [Reply { trajectory, stale: true, grant: 0 }]);
         assert_eq!(self.store().state(), &before);
     }
 
@@ -322,23 +324,28 @@ impl Model {
     }
 
     fn check_claim(&mut self, iteration: i64) {
-        let (version, members) = self.store().claimed_members(iteration).unwrap();
-        let packed = batch::pack(self.store().log(), &members).unwrap();
-        let versions: Vec<i32> = packed.versions.chunks(4).map(|b| i32::from_le_bytes(b.try_into().unwrap())).collect();
+        let view = ClaimView::new(self.store().state(), iteration).unwrap();
+        let version = view.version();
+        let packed = Packed::read(&view, self.store());
         let trained: Vec<i32> =
-            versions.iter().zip(&packed.mask).filter(|(_, mask)| *mask & 2 != 0).map(|(v, _)| *v).collect();
+            packed.versions.iter().zip(&packed.mask).filter(|(_, mask)| *mask & 2 != 0).map(|(v, _)| *v).collect();
         assert!(trained.iter().all(|v| version - i64::from(*v) <= 2));
+        let spans = packed.rows.cu_seqlens.windows(2).zip(&packed.rows.groups);
         for group in &self.store().state().claims[&iteration].groups.clone() {
-            let flags = members.iter().filter(|member| member.group == *group).flat_map(|member| &member.segments);
-            assert!(flags.clone().any(|(_, mask)| mask & 2 != 0), "group {group} has nothing to train");
+            let mut own = spans.clone().filter(|(_, of)| **of == *group as i64).map(|(span, _)| span);
+            let trains =
+                |span: &[i64]| packed.mask[span[0] as usize..span[1] as usize].iter().any(|mask| mask & 2 != 0);
+            assert!(own.any(trains), "group {group} has nothing to train");
         }
         assert_eq!(trained.len() as u64, self.store().state().claims[&iteration].sums.trainable);
-        assert!(versions.iter().zip(&packed.mask).all(|(v, mask)| (*v < 0) == (*mask == 0)));
-        let all: Vec<u8> = members
-            .iter()
-            .flat_map(|member| [bytes(&[7, 8]), ids(&self.tokens[&member.trajectory])].concat())
-            .collect();
+        assert!(packed.versions.iter().zip(&packed.mask).all(|(v, mask)| (*v < 0) == (*mask == 0)));
+        let (mut all, mut generated) = (Vec::new(), Vec::new());
+        for id in &packed.rows.trajectories {
+            all.extend([7, 8].into_iter().chain(self.tokens[&(*id as u64)].iter().map(|token| token.id)));
+            generated.extend([false, false].into_iter().chain(self.tokens[&(*id as u64)].iter().map(|t| !t.observed)));
+        }
         assert_eq!(packed.tokens, all);
+        assert!(generated.iter().zip(&packed.mask).all(|(generated, mask)| *generated == (mask & 1 != 0)));
     }
 
     fn publish(&mut self, filter: bool) {
@@ -394,14 +401,14 @@ impl Model {
         let before = self.store().state().clone();
         self.store().log().close().unwrap();
         self.store = None;
-        self.store = Some(Store::open(Some(self.dir.path()), self.settings).unwrap());
+        self.store = Some(open(self.dir.path(), self.settings));
         assert_eq!(self.store().state(), &before);
         self.held.clear();
     }
 
     fn check(&mut self) {
-        let generated: usize =
-            self.tokens.iter().filter(|(id, _)| !self.eval.contains(id)).map(|(_, tokens)| tokens.len()).sum();
+        let generated = self.tokens.iter().filter(|(id, _)| !self.eval.contains(id)).flat_map(|(_, tokens)| tokens);
+        let (observed, generated): (Vec<&Token>, Vec<&Token>) = generated.partition(|token| token.observed);
         let admitted = self.admitted;
         let budgets = self.budgets.clone();
         let tokens = &self.tokens;
@@ -409,7 +416,8 @@ impl Model {
         let store = self.store.as_ref().unwrap();
         store.check().unwrap();
         let ledger: BTreeMap<&str, i64> = store.ledger().into_iter().collect();
-        assert_eq!(ledger["generated"], generated as i64);
+        assert_eq!(ledger["generated"], generated.len() as i64);
+        assert_eq!(ledger["observed"], observed.len() as i64);
         assert_eq!(store.state().next_cursor, admitted);
         for (version, spent) in &store.state().spent {
             assert!(*spent <= budgets.get(version).copied().unwrap_or(0), "version {version} spent {spent}");
@@ -428,8 +436,82 @@ fn bytes(values: &[i32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
 
-fn ids(tokens: &[(i32, i64)]) -> Vec<u8> {
-    bytes(&tokens.iter().map(|(token, _)| *token).collect::<Vec<_>>())
+fn ids(tokens: &[Token]) -> Vec<u8> {
+    bytes(&tokens.iter().map(|token| token.id).collect::<Vec<_>>())
+}
+
+/// A batch of one segment.
+struct Sent<'a> {
+    held: &'a Held,
+    offset: u32,
+    tokens: &'a [i32],
+    next_version: i64,
+    stop: Option<&'a str>,
+    observed: bool,
+}
+
+impl Sent<'_> {
+    fn encode(&self) -> Vec<u8> {
+        let Held { trajectory, epoch, version, .. } = *self.held;
+        let none: Vec<(&str, &str, u32)> = Vec::new();
+        let count = self.tokens.len() as u32;
+        let item = (
+            trajectory,
+            epoch,
+            self.offset,
+            count,
+            version,
+            1.0_f32,
+            self.next_version,
+            self.stop,
+            self.observed,
+            none,
+        );
+        let header = rmp_serde::to_vec(&[item]).unwrap();
+        let mut batch =
+            [&b"PMDB"[..], &1_u32.to_le_bytes(), &(header.len() as u32).to_le_bytes(), &[0; 4], &header].concat();
+        batch.resize(batch.len().next_multiple_of(8), 0);
+        batch.extend(bytes(self.tokens));
+        if !self.observed {
+            batch.extend(bytes(self.tokens));
+        }
+        batch.resize(batch.len().next_multiple_of(8), 0);
+        batch
+    }
+}
+
+struct Packed {
+    tokens: Vec<i32>,
+    versions: Vec<i32>,
+    mask: Vec<u8>,
+    rows: Rows,
+}
+
+impl Packed {
+    fn read(view: &ClaimView, store: &Store) -> Self {
+        let len = view.num_tokens().unwrap();
+        let [mut tokens, mut logprobs, mut versions, mut temperatures] = [(); 4].map(|()| vec![9; 4 * len]);
+        let mut mask = vec![9; len];
+        let mut columns = Columns {
+            tokens: &mut tokens,
+            logprobs: &mut logprobs,
+            versions: &mut versions,
+            temperatures: &mut temperatures,
+            mask: &mut mask,
+        };
+        let rows = view.pack(store.log(), &mut columns, true).unwrap();
+        let numbers = |bytes: &[u8]| bytes.chunks(4).map(|b| i32::from_le_bytes(b.try_into().unwrap())).collect();
+        let (tokens, versions): (Vec<i32>, Vec<i32>) = (numbers(&tokens), numbers(&versions));
+        let silent = mask.iter().map(|mask| mask & 1 == 0);
+        assert!(
+            numbers(&logprobs)
+                .iter()
+                .zip(&tokens)
+                .zip(silent)
+                .all(|((p, t), silent)| *p == if silent { 0 } else { *t })
+        );
+        Self { tokens, versions, mask, rows }
+    }
 }
 
 proptest! {

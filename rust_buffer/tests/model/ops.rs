@@ -9,7 +9,7 @@ pub enum Op {
     Quota { tokens: u64, segment: Option<u32> },
     Admit { size: u32, max_tokens: u32, eval: bool },
     Lease { max: usize, lag: i64 },
-    Append { pick: usize, count: u32, stop: Option<&'static str>, newer: bool },
+    Append { pick: usize, count: u32, stop: Option<&'static str>, newer: bool, observed: bool },
     Work { stop: Option<&'static str> },
     StaleAppend { pick: usize },
     Wait { time: i64 },
@@ -39,8 +39,8 @@ pub fn op() -> impl Strategy<Value = Op> {
         3 => (2..6_u32, 1..9_u32, prop::bool::weighted(0.2))
             .prop_map(|(size, max_tokens, eval)| Op::Admit { size, max_tokens, eval }),
         5 => (1..4_usize, 0..2_i64).prop_map(|(max, lag)| Op::Lease { max, lag }),
-        8 => (0..8_usize, 0..5_u32, stop, prop::bool::weighted(0.2))
-            .prop_map(|(pick, count, stop, newer)| Op::Append { pick, count, stop, newer }),
+        8 => (0..8_usize, 0..5_u32, stop, prop::bool::weighted(0.2), prop::bool::weighted(0.2))
+            .prop_map(|(pick, count, stop, newer, observed)| Op::Append { pick, count, stop, newer, observed }),
         8 => prop::option::of(Just("stop")).prop_map(|stop| Op::Work { stop }),
         1 => (0..8_usize).prop_map(|pick| Op::StaleAppend { pick }),
         2 => (1..1000_i64).prop_map(|time| Op::Wait { time }),
