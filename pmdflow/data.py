@@ -77,6 +77,20 @@ def make_prompts(config: Config) -> PromptSource:
     )
 
 
+def read_prompts(path: Path, tokenize: Tokenize) -> list[Prompt]:
+    """Every prompt of a `.jsonl` file, in its order, for evaluation.
+
+    Raises:
+        ValueError: a malformed line (`file:line: cause`), or no prompt.
+    """
+    rows = list(_read_jsonl(path))
+    if not rows:
+        raise ValueError(f"{path} holds no prompt; give each line a key prompt")
+    for number, _, metadata in rows:
+        _check_sampling(path, number, metadata, training=False)
+    return [_jsonl_prompt(path, row, tokenize) for row in rows]
+
+
 def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a local Hugging Face folder; never asks the network.
 
@@ -239,21 +253,22 @@ class JsonlPrompts:
         """See `PromptSource`."""
         assert cursor >= 0, cursor
         epoch, position = divmod(cursor, len(self._train))
-        return self._prompt(self._train[self._order(epoch)[position]])
+        return _jsonl_prompt(self._path, self._train[self._order(epoch)[position]], self._tokenize)
 
     def held_out(self, n: int) -> list[Prompt]:
         """See `PromptSource`."""
         assert 0 <= n <= len(self._held_out), (n, len(self._held_out))
-        return [self._prompt(row) for row in self._held_out[:n]]
+        return [_jsonl_prompt(self._path, row, self._tokenize) for row in self._held_out[:n]]
 
     def _shuffled(self, epoch: int) -> list[int]:
         order = list(range(len(self._train)))
         random.Random(f"pmdflow-epoch-{self._seed}-{epoch}").shuffle(order)
         return order
 
-    def _prompt(self, row: tuple[int, str, dict[str, Any]]) -> Prompt:
-        number, text, metadata = row
-        return Prompt(id=f"{self._path.stem}-{number}", text=text, tokens=self._tokenize(text), metadata=metadata)
+
+def _jsonl_prompt(path: Path, row: tuple[int, str, dict[str, Any]], tokenize: Tokenize) -> Prompt:
+    number, text, metadata = row
+    return Prompt(id=f"{path.stem}-{number}", text=text, tokens=tokenize(text), metadata=metadata)
 
 
 def _check_sampling(path: Path, number: int, metadata: Mapping[str, Any], *, training: bool) -> None:
