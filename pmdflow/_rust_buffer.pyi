@@ -48,10 +48,13 @@ class TrajectoryStore:
         max_bytes: int | None = None,
         file_bytes: int = 67108864,
         commit_interval_s: float = 0.005,
+        read_only: bool = False,
     ) -> TrajectoryStore:
         """Open or create the store in directory `path`; None keeps the log in memory (simulation, tests).
 
-        Opening drops all leases (their trajectories are partial again); epochs go on counting.
+        With `read_only` it is a picture of the store as it is now, beside a process that may be writing it: no lock is
+        taken and every change is refused. Opening drops all leases (their trajectories are partial again); epochs go
+        on counting.
 
         Raises:
             StoreLocked: another writer has it open.
@@ -202,7 +205,8 @@ class TrajectoryStore:
 
         Keys: generated, partial_leased, partial_idle, unscored, waiting_group, ready, claimed, trained,
         masked_over_age, masked_segment, masked_filter, masked_veto, evicted_<reason>...; and, outside the sum,
-        `prompt`, `observed` (made by environments), `reprefill` (prefix tokens handed out with leases after the first), `eval`.
+        `prompt`, `observed` (made by environments), `reprefill` (prefix tokens handed out with leases after the
+        first), `eval`.
         """
     def versions_spent(self) -> dict[int, int]:
         """Durable training tokens by policy version, for the versions that still have a quota."""

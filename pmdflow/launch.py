@@ -155,6 +155,7 @@ def store_settings(config: Config) -> dict[str, Any]:
         "max_attempts": config.reward.max_attempts,
         "lease_ttl_s": config.rollout.lease_ttl_s,
         "durability": config.store.durability,
+        "commit_interval_s": config.store.commit_interval_s,
         "max_bytes": config.store.limit_bytes,
     }
 

@@ -7,9 +7,8 @@ say what was wrong. A closed store raises `StoreError`.
 
 from __future__ import annotations
 
-import itertools
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -83,8 +82,10 @@ class EvalResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchBuffers:
-    """Arrays that `TrajectoryStore.read_claim` fills, to be used again: the first touch of new memory costs more than
-    the copy itself. What was read stays valid until the next read into the same buffers.
+    """Arrays that `TrajectoryStore.read_claim` fills, to be used again.
+
+    The first touch of new memory costs more than the copy itself. What was read stays valid until the next read into
+    the same buffers.
 
     Example:
         >>> buffers = BatchBuffers.allocate(1 << 20)
@@ -126,8 +127,9 @@ def encode_segments(
     Raises:
         ValueError: `extra` has another length than `segments`, or log-probs another shape than tokens.
     """
-    columns = itertools.repeat({}, len(segments)) if extra is None else extra
-    rows, arrays = [], []
+    columns: Iterable[Mapping[str, np.ndarray[Any, Any]]] = extra if extra is not None else [{}] * len(segments)
+    rows: list[tuple[Any, ...]] = []
+    arrays: list[Any] = []
     for segment, named in zip(segments, columns, strict=True):
         tokens = np.ascontiguousarray(segment.tokens, dtype="<i4")
         others = [(name, np.ascontiguousarray(array)) for name, array in named.items()]
@@ -146,7 +148,7 @@ def encode_segments(
             arrays.append(np.ascontiguousarray(segment.logprobs, dtype="<f4"))
         for _, array in others:
             arrays += array, _padding(array.nbytes)
-    header = msgpack.packb(rows)
+    header: bytes = msgpack.packb(rows)
     return b"".join([_WIRE.pack(b"PMDB", 1, 0, len(header), 0), header, _padding(len(header)), *arrays])
 
 
@@ -221,6 +223,20 @@ class TrajectoryStore:
             commit_interval_s=commit_interval_s,
         )
 
+    @classmethod
+    def read(cls, path: Path | str) -> TrajectoryStore:
+        """The store in directory `path` as it is now, beside a run that may be writing it; every change is refused.
+
+        Raises:
+            CorruptLog: as at opening.
+            StoreError: there is no store.
+        """
+        reader = cls.__new__(cls)
+        reader._native = _rust_buffer.TrajectoryStore(
+            str(path), groups_per_iteration=1, lookahead=0, max_staleness=None, read_only=True
+        )
+        return reader
+
     def set_quota(self, quota: Quota) -> None:
         """Set what rollout may do under `quota.version`; a later call for the same version replaces it."""
         self._native.set_quota(quota.version, quota.groups, quota.tokens, quota.tokens_per_segment)
@@ -265,6 +281,7 @@ class TrajectoryStore:
             Lease(
                 **row
                 | {
+                    "metadata": msgpack.unpackb(row["metadata"]),
                     "prompt": _int32(row["prompt"]),
                     "prefix": _int32(row["prefix"]),
                     "prefix_observed": np.frombuffer(row["prefix_observed"], np.uint8),
@@ -396,8 +413,8 @@ class TrajectoryStore:
         """One live trajectory with its arrays.
 
         Keys: trajectory, group, state (`leased`, `idle`, `unscored`, `scored` or `failed`), prompt int32 [P], tokens
-        int32 [S], logprobs float32 [S], observed uint8 [S], segments [(length, version, temperature, observed)], reward, components, stop, attempts,
-        epoch, extra {name: [(offset, length, values)]}.
+        int32 [S], logprobs float32 [S], observed uint8 [S], segments [(length, version, temperature, observed)],
+        reward, components, stop, attempts, epoch, extra {name: [(offset, length, values)]}.
 
         Raises:
             Conflict: it is not in the store.

@@ -68,6 +68,8 @@ class Lease:
     group: int
     epoch: int
     kind: LeaseKind
+    metadata: Mapping[str, Any]
+    """That of the prompt."""
     prompt: Int32
     """Prompt token ids, shape [P]."""
     prefix: Int32

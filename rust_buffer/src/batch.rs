@@ -1,6 +1,6 @@
 //! Claims as packed arrays, and trajectories as arrays, read from the log without holding the store.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use crate::{
     error::{Result, StoreError},
@@ -202,7 +202,7 @@ impl ClaimView {
     /// # Errors
     /// Those of the log, or `Conflict` when the columns are too short.
     pub fn pack(&self, log: &Log, columns: &mut Columns<'_>, check: bool) -> Result<Rows> {
-        let mut rows = self.empty_rows()?;
+        let (mut rows, mut components) = (Rows::default(), self.components()?);
         let mut packer = Packer { columns, at: 0 };
         let mut prompt: Option<(u64, Vec<u8>)> = None;
         for member in self.members() {
@@ -222,9 +222,10 @@ impl ClaimView {
                     if flags & GENERATED == 0 { -1 } else { i32::try_from(segment.version).unwrap_or(i32::MAX) };
                 packer.push(ids, logprobs, (version, segment.temperature, flags))?;
             }
-            self.push_row(&mut rows, &member);
+            push_row(&mut rows, &mut components, &member);
         }
         rows.cu_seqlens.push(packer.at as i64);
+        rows.components = self.named(components);
         Ok(rows)
     }
 
@@ -232,27 +233,31 @@ impl ClaimView {
         order::mask(segment, trajectory, self.claim.version, self.claim.max_staleness, self.claim.segment_loss)
     }
 
-    fn empty_rows(&self) -> Result<Rows> {
-        let mut used = BTreeSet::new();
+    /// The used reward components, each with its name and no values yet.
+    fn components(&self) -> Result<BTreeMap<u32, Vec<f64>>> {
+        let mut used = BTreeMap::new();
         for member in self.members() {
-            used.extend(member?.components.iter().map(|(name, _)| *name));
+            used.extend(member?.components.iter().map(|(name, _)| (*name, Vec::new())));
         }
-        let named: Vec<_> = used.into_iter().map(|name| (name, 0.0)).collect();
-        let components = self.state.components(&named).into_keys().map(|name| (name, Vec::new())).collect();
-        Ok(Rows { components, ..Rows::default() })
+        Ok(used)
     }
 
-    fn push_row(&self, rows: &mut Rows, member: &Member<'_>) {
-        rows.prompt_lengths.push(member.admission.prompt_len as i32);
-        rows.groups.push(member.group as i64);
-        rows.trajectories.push(member.id as i64);
-        rows.rewards.push(member.reward);
-        rows.stops.push(member.trajectory.stop as u8);
-        rows.prompt_ids.push(member.admission.prompt_id.clone());
-        let components = self.state.components(member.components);
-        for (name, values) in &mut rows.components {
-            values.push(components.get(name).copied().unwrap_or(0.0));
-        }
+    fn named(&self, components: BTreeMap<u32, Vec<f64>>) -> BTreeMap<String, Vec<f64>> {
+        let name = |index: u32| self.state.components.get(index as usize).cloned().unwrap_or_default();
+        components.into_iter().map(|(index, values)| (name(index), values)).collect()
+    }
+}
+
+fn push_row(rows: &mut Rows, components: &mut BTreeMap<u32, Vec<f64>>, member: &Member<'_>) {
+    rows.prompt_lengths.push(member.admission.prompt_len as i32);
+    rows.groups.push(member.group as i64);
+    rows.trajectories.push(member.id as i64);
+    rows.rewards.push(member.reward);
+    rows.stops.push(member.trajectory.stop as u8);
+    rows.prompt_ids.push(member.admission.prompt_id.clone());
+    for (name, values) in components {
+        let own = member.components.iter().find(|(own, _)| own == name);
+        values.push(own.map_or(0.0, |(_, value)| *value));
     }
 }
 
@@ -270,9 +275,9 @@ impl Packer<'_, '_> {
         column(columns.tokens, from, to)?.copy_from_slice(ids);
         let stored = column(columns.logprobs, from, to)?;
         if logprobs.is_empty() {
-            stored.fill(0)
+            stored.fill(0);
         } else {
-            stored.copy_from_slice(logprobs)
+            stored.copy_from_slice(logprobs);
         }
         repeat(column(columns.versions, from, to)?, fill.0.to_le_bytes());
         repeat(column(columns.temperatures, from, to)?, fill.1.to_le_bytes());

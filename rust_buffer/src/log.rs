@@ -50,6 +50,7 @@ use self::{
     format::{MARK, SNAPSHOT},
     recovery::{recover, resume, write_index},
     sync::Shared,
+    writer::Writer,
 };
 pub use self::{
     disk::Disk,
@@ -145,7 +146,7 @@ impl Log {
         let guard = storage.lock()?;
         let found = recover(&*storage, replay, true)?;
         let writer = resume(&*storage, &found, options.file_bytes)?;
-        let shared = Arc::new(Shared::new(storage, options, writer, found.sealed, guard));
+        let shared = Arc::new(Shared::new(storage, options, writer, found.sealed, Some(guard)));
         let thread = if options.durability == Durability::Group {
             let shared = Arc::clone(&shared);
             let path = shared.storage.path().to_path_buf();
@@ -157,12 +158,17 @@ impl Log {
         Ok(Self(Arc::new(Inner { shared, thread: Mutex::new(thread), index: Mutex::new(found.index) })))
     }
 
-    /// Gives `replay` what is in `storage` now, beside a writer that may be at work; changes nothing.
+    /// Reads what is in `storage` now, beside a writer that may be at work: no lock, no change, and no record after it.
     ///
     /// # Errors
-    /// As `open`, but never `Locked`.
-    pub fn read(storage: &dyn Storage, replay: &mut dyn Replay) -> Result<()> {
-        recover(storage, replay, false).map(drop)
+    /// As `open`, but never `Locked`; `Io` also when there is no log.
+    pub fn read(storage: Arc<dyn Storage>, replay: &mut dyn Replay) -> Result<Self> {
+        let found = recover(&*storage, replay, false)?;
+        let missing = || StoreError::io(storage.path(), std::io::Error::from(std::io::ErrorKind::NotFound));
+        let (number, tail) = found.last.as_ref().ok_or_else(missing)?;
+        let writer = Writer::read_only(&*storage, *number, tail)?;
+        let shared = Arc::new(Shared::new(storage, LogOptions::default(), writer, found.sealed, None));
+        Ok(Self(Arc::new(Inner { shared, thread: Mutex::new(None), index: Mutex::new(found.index) })))
     }
 
     /// Appends one record: `header` and `arrays` are the caller's, `kind` is 1 to 254. Level `Always` waits for the

@@ -11,7 +11,7 @@ use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 use pyo3::{buffer::PyBuffer, exceptions::PyValueError, prelude::*, types::PyDict};
 
 use crate::{
-    batch::{self, ClaimView, Columns, Tokens},
+    batch::{self, ClaimView, Columns},
     claims::ClaimAnswer,
     error::StoreError as Failure,
     group::Kind,
@@ -19,7 +19,7 @@ use crate::{
     record::{Admit, Masked, Quota, SegmentLoss},
     rollout::Granted,
     shared::Shared,
-    store::{Settings, micros},
+    store::{Settings, Store, micros},
     trajectory::{Outcome, Version},
     wire::Batch,
 };
@@ -54,7 +54,7 @@ impl TrajectoryStore {
     #[new]
     #[pyo3(signature = (path, *, groups_per_iteration, lookahead, max_staleness, segment_loss = "all",
         min_group_size = 2, max_attempts = 3, lease_ttl_s = 30.0, grant_tokens = 64, durability = "group",
-        max_bytes = None, file_bytes = 67_108_864, commit_interval_s = 0.005))]
+        max_bytes = None, file_bytes = 67_108_864, commit_interval_s = 0.005, read_only = false))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
@@ -71,6 +71,7 @@ impl TrajectoryStore {
         max_bytes: Option<u64>,
         file_bytes: u64,
         commit_interval_s: f64,
+        read_only: bool,
     ) -> PyResult<Self> {
         if groups_per_iteration == 0 || max_attempts == 0 || grant_tokens == 0 || file_bytes == 0 {
             return Err(PyValueError::new_err(
@@ -101,12 +102,13 @@ impl TrajectoryStore {
         };
         let open = || {
             let storage: Arc<dyn Storage> = match path {
+                Some(path) if read_only => Arc::new(Disk::existing(&path)),
                 Some(path) => Arc::new(Disk::new(&path)?),
                 None => Arc::new(Memory::default()),
             };
-            Shared::open(storage, settings)
+            if read_only { Store::read(&storage, settings) } else { Store::open(storage, settings) }
         };
-        Ok(Self { shared: py.detach(open)? })
+        Ok(Self { shared: Shared::new(py.detach(open)?) })
     }
 
     #[pyo3(signature = (version, groups, tokens, tokens_per_segment))]
@@ -163,7 +165,7 @@ impl TrajectoryStore {
             let granted = granted.map(|(_, granted)| granted).unwrap_or_default();
             granted.into_iter().map(|lease| self.read_lease(lease)).collect::<Result<Vec<_>, Failure>>()
         })?;
-        leases.iter().map(|(lease, prompt, prefix)| rows::lease(py, lease, prompt, prefix)).collect()
+        leases.iter().map(|lease| rows::lease(py, lease)).collect()
     }
 
     #[pyo3(signature = (batch, wait = true, now_s = None))]
@@ -400,10 +402,11 @@ impl TrajectoryStore {
 }
 
 impl TrajectoryStore {
-    fn read_lease(&self, lease: Granted) -> Result<(Granted, Vec<u8>, Tokens), Failure> {
-        let prompt = batch::read_array(self.shared.log(), lease.prompt, 0)?;
-        let prefix = batch::read_segments(self.shared.log(), &lease.segments)?;
-        Ok((lease, prompt, prefix))
+    fn read_lease(&self, granted: Granted) -> Result<rows::LeaseView, Failure> {
+        let prompt = batch::read_array(self.shared.log(), granted.prompt, 0)?;
+        let metadata = batch::read_array(self.shared.log(), granted.prompt, 1)?;
+        let prefix = batch::read_segments(self.shared.log(), &granted.segments)?;
+        Ok(rows::LeaseView { granted, prompt, metadata, prefix })
     }
 }
 

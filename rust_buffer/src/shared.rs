@@ -1,15 +1,15 @@
 //! The store shared by threads: one lock, one condition variable, and every wait with a deadline.
 
 use std::{
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use crate::{
     error::{Result, StoreError},
-    log::{Durability, Log, Lsn, Storage},
+    log::{Durability, Log, Lsn},
     order::Micros,
-    store::{Settings, Store, micros},
+    store::{Store, micros},
 };
 
 /// Time that a record may take to be durable before its call fails.
@@ -48,15 +48,11 @@ impl Clock {
 }
 
 impl Shared {
-    /// Opens the store.
-    ///
-    /// # Errors
-    /// Those of `Store::open`.
-    pub fn open(storage: Arc<dyn Storage>, settings: Settings) -> Result<Self> {
-        let store = Store::open(storage, settings)?;
-        let log = store.log().clone();
+    /// Shares `store`.
+    pub fn new(store: Store) -> Self {
+        let (log, durability) = (store.log().clone(), store.settings.durability);
         let guarded = Mutex::new(Guarded { store, closed: false });
-        Ok(Self { guarded, changed: Condvar::new(), log, durability: settings.durability, start: Instant::now() })
+        Self { guarded, changed: Condvar::new(), log, durability, start: Instant::now() }
     }
 
     /// The log, for reads that need not hold the store.

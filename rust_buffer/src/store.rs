@@ -26,6 +26,9 @@ use crate::{
 /// Room kept in `max_bytes` for a token to come: 8 bytes of payload, the rest for headers and alignment.
 pub const BYTES_PER_TOKEN: u64 = 16;
 
+/// Looks of a reader at a store that is being written, before it believes what it sees.
+const READ_ATTEMPTS: u32 = 3;
+
 /// The settings of a store. What a record decides by them is in the record, so they may change at each opening.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
@@ -106,6 +109,27 @@ impl Store {
         };
         let mut state = State::default();
         let log = Log::open(storage, options, &mut state)?;
+        Self::with(log, state, settings)
+    }
+
+    /// Reads the store in `storage` as it is now, beside one that may be at work there; every change is refused.
+    ///
+    /// # Errors
+    /// As `open`, but never `Locked`.
+    pub fn read(storage: &Arc<dyn Storage>, settings: Settings) -> Result<Self> {
+        let mut attempt = 1;
+        loop {
+            let mut state = State::default();
+            match Log::read(Arc::clone(storage), &mut state) {
+                Ok(log) => return Self::with(log, state, settings),
+                // The writer may have deleted files between two looks.
+                Err(_) if attempt < READ_ATTEMPTS => attempt += 1,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn with(log: Log, state: State, settings: Settings) -> Result<Self> {
         let index = Index::of(&state)?;
         let snapshots = Snapshots::new(settings.file_bytes);
         Ok(Self { log, settings, state, index, leases: Leases::default(), snapshots, quota_changes: 0 })

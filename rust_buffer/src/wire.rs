@@ -140,7 +140,7 @@ impl<'a> Head<'a> {
             entries: Vec::new(),
         };
         if self.count == 0 {
-            if self.extra.is_empty() { return Ok(item) } else { return Err(item.conflict("columns without tokens")) }
+            return if self.extra.is_empty() { Ok(item) } else { Err(item.conflict("columns without tokens")) };
         }
         for len in lens {
             let end = usize::try_from(len).ok().and_then(|len| at.checked_add(len));

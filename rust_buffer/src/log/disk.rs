@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use memmap2::{MmapOptions, MmapRaw};
+use memmap2::{Advice, MmapOptions, MmapRaw};
 use rustix::{
     fs::{FallocateFlags, FlockOperation, SeekFrom, fallocate, flock, seek},
     io::{Errno, pwritev},
@@ -127,12 +127,40 @@ fn write_all(file: &File, mut at: u64, parts: &[&[u8]]) -> io::Result<()> {
     Ok(())
 }
 
+/// Bytes of a map whose pages are faulted in together: one by one they cost more than copying what is in them.
+const FAULT_BYTES: usize = 2 << 20;
+
 /// A log file; `file` is None where it is only read.
 struct DiskFile {
     path: PathBuf,
     file: Option<File>,
     /// Made at the first read, and again when a read lies beyond it.
-    map: Mutex<Option<Arc<MmapRaw>>>,
+    map: Mutex<Option<Map>>,
+}
+
+struct Map {
+    bytes: Arc<MmapRaw>,
+    /// Which pieces of `FAULT_BYTES` have been faulted in.
+    touched: Vec<bool>,
+}
+
+impl Map {
+    fn of(file: &File) -> io::Result<Self> {
+        let bytes = Arc::new(MmapOptions::new().map_raw_read_only(file)?);
+        let touched = vec![false; bytes.len().div_ceil(FAULT_BYTES)];
+        Ok(Self { bytes, touched })
+    }
+
+    fn touch(&mut self, from: usize, to: usize) {
+        for piece in from / FAULT_BYTES..to.div_ceil(FAULT_BYTES).min(self.touched.len()) {
+            if !std::mem::replace(&mut self.touched[piece], true) {
+                let start = piece * FAULT_BYTES;
+                let len = FAULT_BYTES.min(self.bytes.len() - start);
+                // Older kernels cannot; then the pages come one by one.
+                let _ = self.bytes.advise_range(Advice::PopulateRead, start, len);
+            }
+        }
+    }
 }
 
 impl DiskFile {
@@ -194,13 +222,11 @@ impl Medium for DiskFile {
     fn read(&self, at: u64, len: usize) -> io::Result<Option<Bytes>> {
         let Some(end) = at.checked_add(len as u64) else { return Ok(None) };
         let mut cell = lock(&self.map);
-        let map = match &*cell {
-            Some(map) if map.len() as u64 >= end => Arc::clone(map),
-            _ => {
-                let map = self.with(|file| MmapOptions::new().map_raw_read_only(file))?;
-                Arc::clone(cell.insert(Arc::new(map)))
-            }
+        let map = match &mut *cell {
+            Some(map) if map.bytes.len() as u64 >= end => map,
+            _ => cell.insert(self.with(Map::of)?),
         };
-        Ok(Bytes::mapped(&map, at as usize, len))
+        map.touch(at as usize, end as usize);
+        Ok(Bytes::mapped(&map.bytes, at as usize, len))
     }
 }

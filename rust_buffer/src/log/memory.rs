@@ -88,7 +88,9 @@ impl Medium for MemoryFile {
     fn write(&self, at: u64, parts: &[&[u8]]) -> io::Result<()> {
         let mut bytes = self.0.write().map_err(|_| io::Error::other("a call panicked"))?;
         bytes.resize(at as usize, 0);
-        parts.iter().for_each(|part| bytes.extend_from_slice(part));
+        for part in parts {
+            bytes.extend_from_slice(part);
+        }
         Ok(())
     }
 

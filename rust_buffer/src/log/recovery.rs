@@ -286,7 +286,7 @@ impl Image {
             }
         }
         let unproven = offsets.get((proven + 1 - start) as usize).copied().unwrap_or(at.offset);
-        Ok(Tail { next: at.next, tail: at.offset, dirty_end: self.dirty_end(at.offset), unproven })
+        Ok(Tail { next: at.next, end: at.offset, dirty_end: self.dirty_end(at.offset), unproven })
     }
 
     /// Fails if anything behind the unreadable record `lsn` at `at` says that the record was durable.

@@ -29,7 +29,15 @@ pub(super) struct State {
     /// The sync thread waits for work without a deadline.
     idle: bool,
     failed: Option<String>,
-    closed: bool,
+    access: Access,
+}
+
+/// Whether records are taken.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Access {
+    Open,
+    Closed,
+    ReadOnly,
 }
 
 /// Locks are taken in the order sync, writer, then state or files.
@@ -45,7 +53,7 @@ pub(super) struct Shared {
     /// Wakes who waits for durability.
     done: Condvar,
     pub(super) files: Mutex<BTreeMap<u32, Arc<LogFile>>>,
-    /// Keeps other writers away; None once closed.
+    /// Keeps other writers away; None once closed, and for a reader.
     guard: Mutex<Option<Box<dyn Send>>>,
 }
 
@@ -55,7 +63,7 @@ impl Shared {
         options: LogOptions,
         writer: Writer,
         mut files: BTreeMap<u32, Arc<LogFile>>,
-        guard: Box<dyn Send>,
+        guard: Option<Box<dyn Send>>,
     ) -> Self {
         let file = Arc::clone(&writer.file);
         files.insert(file.number, Arc::clone(&file));
@@ -68,7 +76,7 @@ impl Shared {
             wanted: 0,
             idle: false,
             failed: None,
-            closed: false,
+            access: if guard.is_some() { Access::Open } else { Access::ReadOnly },
         };
         Self {
             storage,
@@ -79,14 +87,18 @@ impl Shared {
             work: Condvar::new(),
             done: Condvar::new(),
             files: Mutex::new(files),
-            guard: Mutex::new(Some(guard)),
+            guard: Mutex::new(guard),
         }
     }
 
     /// The synced LSN, if the log still takes records.
     pub(super) fn accepting(&self) -> Result<Lsn> {
         let state = lock(&self.state);
-        if state.closed { Err(StoreError::Closed) } else { healthy(&state).map(|()| state.synced) }
+        match state.access {
+            Access::Open => healthy(&state).map(|()| state.synced),
+            Access::Closed => Err(StoreError::Closed),
+            Access::ReadOnly => Err(StoreError::ReadOnly { path: self.storage.path().to_path_buf() }),
+        }
     }
 
     /// Records the first failure and wakes everybody; gives the error back.
@@ -197,7 +209,7 @@ impl Shared {
         loop {
             let mut state = lock(&self.state);
             loop {
-                if state.closed || state.failed.is_some() {
+                if state.access != Access::Open || state.failed.is_some() {
                     return;
                 }
                 let wait = due.saturating_duration_since(Instant::now());
@@ -244,7 +256,7 @@ impl Shared {
 
     /// Ends appending, and with it the sync thread.
     pub(super) fn refuse_records(&self) {
-        lock(&self.state).closed = true;
+        lock(&self.state).access = Access::Closed;
         // Whoever saw it open has the writer until its record is written.
         drop(lock(&self.writer));
         self.work.notify_all();

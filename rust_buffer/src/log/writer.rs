@@ -31,8 +31,8 @@ pub(super) struct Tail {
     /// LSN that the next frame gets.
     pub(super) next: Lsn,
     /// Where the next frame goes.
-    pub(super) tail: u64,
-    /// End of the last byte that is not zero: the torn tail is `tail..dirty_end`.
+    pub(super) end: u64,
+    /// End of the last byte that is not zero: the torn tail is `end..dirty_end`.
     pub(super) dirty_end: u64,
     /// Where the first frame starts that nothing proves durable.
     pub(super) unproven: u64,
@@ -68,24 +68,33 @@ impl Writer {
         let build = || -> io::Result<(Arc<dyn Medium>, u64)> {
             let medium = storage.open(&name, true)?;
             let len = medium.len()?;
-            for (at, len) in pieces(found.unproven, found.tail) {
+            for (at, len) in pieces(found.unproven, found.end) {
                 let bytes = medium.read(at, len)?.ok_or(io::ErrorKind::UnexpectedEof)?.to_vec();
                 medium.write(at, &[&bytes])?;
             }
-            let zeros = vec![0; (found.dirty_end.saturating_sub(found.tail)).min(GROWTH) as usize];
-            for (at, len) in pieces(found.tail, found.dirty_end) {
+            let zeros = vec![0; (found.dirty_end.saturating_sub(found.end)).min(GROWTH) as usize];
+            for (at, len) in pieces(found.end, found.dirty_end) {
                 medium.write(at, &[&zeros[..len]])?;
             }
-            let wanted = room(file_bytes).max(found.tail + FRAME_HEADER);
+            let wanted = room(file_bytes).max(found.end + FRAME_HEADER);
             medium.allocate(len, wanted)?;
             medium.sync()?;
             Ok((medium, len.max(wanted)))
         };
         let (medium, allocated) = build().map_err(|e| StoreError::io(&path, e))?;
-        let file = Arc::new(LogFile::new(number, path, medium, found.tail));
-        let mut resumed = Self { file, tail: found.tail, allocated, next: found.next, head: Vec::new() };
+        let file = Arc::new(LogFile::new(number, path, medium, found.end));
+        let mut resumed = Self { file, tail: found.end, allocated, next: found.next, head: Vec::new() };
         resumed.mark()?;
         Ok(resumed)
+    }
+
+    /// The end of a scanned file for readers.
+    pub(super) fn read_only(storage: &dyn Storage, number: u32, found: &Tail) -> Result<Self> {
+        let name = file_name(number);
+        let path = storage.path_of(&name);
+        let medium = storage.open(&name, false).map_err(|e| StoreError::io(&path, e))?;
+        let file = Arc::new(LogFile::new(number, path, medium, found.end));
+        Ok(Self { file, tail: found.end, allocated: found.end, next: found.next, head: Vec::new() })
     }
 
     /// Appends a frame; `synced` is the newest LSN known to be on disk.

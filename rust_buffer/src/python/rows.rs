@@ -48,15 +48,24 @@ pub struct TrajectoryView {
     pub extras: BTreeMap<String, Vec<Extra>>,
 }
 
-pub fn lease<'py>(py: Python<'py>, lease: &Granted, prompt: &[u8], prefix: &Tokens) -> PyResult<Row<'py>> {
-    let row = PyDict::new(py);
+/// A lease with its arrays.
+pub struct LeaseView {
+    pub granted: Granted,
+    pub prompt: Vec<u8>,
+    pub metadata: Vec<u8>,
+    pub prefix: Tokens,
+}
+
+pub fn lease<'py>(py: Python<'py>, view: &LeaseView) -> PyResult<Row<'py>> {
+    let (lease, row) = (&view.granted, PyDict::new(py));
     row.set_item("trajectory", lease.trajectory)?;
     row.set_item("group", lease.group)?;
     row.set_item("epoch", lease.epoch)?;
     row.set_item("kind", lease.kind.name())?;
-    row.set_item("prompt", PyBytes::new(py, prompt))?;
-    row.set_item("prefix", PyBytes::new(py, &prefix.ids))?;
-    row.set_item("prefix_observed", PyBytes::new(py, &prefix.observed))?;
+    row.set_item("metadata", PyBytes::new(py, &view.metadata))?;
+    row.set_item("prompt", PyBytes::new(py, &view.prompt))?;
+    row.set_item("prefix", PyBytes::new(py, &view.prefix.ids))?;
+    row.set_item("prefix_observed", PyBytes::new(py, &view.prefix.observed))?;
     row.set_item("max_tokens", lease.max_tokens)?;
     row.set_item("grant", lease.grant)?;
     Ok(row)

@@ -1,6 +1,6 @@
 //! Random histories of the store against a simple model: rollout, scoring, learner and restarts.
 
-#![allow(clippy::unwrap_used, clippy::cast_possible_wrap)]
+#![allow(clippy::unwrap_used)]
 
 mod ops;
 
