@@ -80,8 +80,6 @@ class Lease:
     """Tokens after the prompt that the whole trajectory may reach, prefix included."""
     grant: int
     """Tokens that may be generated now, under the policy version the lease was asked for."""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    """The prompt's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -167,6 +167,20 @@ class RolloutConfig(Section):
     """CPU threads of one engine."""
 
 
+class EnvironmentConfig(Section):
+    """What trajectories of several turns talk to, such as a tool."""
+
+    factory: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """Import path `package.module:name` of what makes an `Environment`, one for each trajectory. A turn of the model
+    ends with an end of sequence or with one of `rollout.stop` and `rollout.stop_token_ids`."""
+    args: dict[str, Any] = {}
+    """Arguments of the factory."""
+    timeout_s: PositiveFloat = 10.0
+    """Wall-clock limit of one call; meanwhile other trajectories go on."""
+    failure: str = Field(default=" error\n", min_length=1)
+    """What the model reads when a call fails or is late."""
+
+
 class SchedulerConfig(Section):
     """Budgets and staleness."""
 
@@ -316,6 +330,8 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     reward: RewardConfig
     rollout: RolloutConfig = RolloutConfig()
+    environment: EnvironmentConfig | None = None
+    """Makes trajectories of several turns; null makes single answers."""
     scheduler: SchedulerConfig
     learner: LearnerConfig = LearnerConfig()
     store: StoreConfig = StoreConfig()
