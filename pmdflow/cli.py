@@ -104,7 +104,7 @@ def evaluate(
     k: Annotated[list[int] | None, typer.Option("--k", help="k of pass@k; default: powers of two.")] = None,
     prompts: Annotated[int | None, typer.Option(min=1, help="Most prompts.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0.0, help="0 is greedy.")] = None,
-    top_p: Annotated[float, typer.Option(min=1e-6, max=1.0, help="Probability mass that is sampled from.")] = 1.0,
+    top_p: Annotated[float | None, typer.Option(min=1e-6, max=1.0, help="Share of probability to sample from.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
     min_tokens: Annotated[int | None, typer.Option(min=0, help="Tokens before which an answer cannot end.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be repeated.")] = None,

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,8 @@ from pmdflow.data import GYM_PREFIX, load_tokenizer, make_prompts, make_tokenize
 from pmdflow.errors import LaunchError
 from pmdflow.learner.checkpoint import manifest_at, newest_manifest
 from pmdflow.reward.runner import RewardRunner
-from pmdflow.rollout.control import SamplingControl
 from pmdflow.rollout.engine import RolloutEngine
+from pmdflow.rollout.leasing import LeaseTaker
 from pmdflow.task_eval import evaluate, print_table, summarize, write_results
 from pmdflow.types import Prompt
 
@@ -54,7 +55,7 @@ class EvalOptions:
     """k of pass@k; empty takes the powers of two up to `samples`."""
     prompts: int | None = None
     temperature: float | None = None
-    top_p: float = 1.0
+    top_p: float | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
     stop: Sequence[str] = ()
@@ -83,11 +84,12 @@ def evaluate_checkpoint(path: Path, task: str, options: EvalOptions) -> int:
             started = time.monotonic()
             results = evaluate(
                 engine=engine,
+                taker=LeaseTaker(config),
                 tokenizer=tokenizer,
                 runner=runner,
                 prompts=prompts,
                 samples=options.samples,
-                defaults=_control(config, options),
+                max_tokens=config.data.max_tokens,
             )
     except ValueError as error:
         raise LaunchError(str(error)) from error
@@ -151,6 +153,7 @@ def eval_config(checkpoint: Checkpoint, task: str, options: EvalOptions) -> Conf
             f"the task is {task!r}; give a .jsonl file with a prompt a line, {GYM_PREFIX}NAME, or a configuration .yaml"
         )
     values["model"]["path"] = checkpoint.model
+    values["run"]["name"] = f"eval-{uuid.uuid4().hex}"  # begins the keys of environments: no two evaluations share them
     if options.max_tokens is not None:
         values["data"]["max_tokens"] = options.max_tokens
     values["learner"] = {"tokens_per_microbatch": values["data"]["max_tokens"] + 1}  # nothing is learnt
@@ -158,7 +161,7 @@ def eval_config(checkpoint: Checkpoint, task: str, options: EvalOptions) -> Conf
         values["reward"]["functions"] = [{"function": name} for name in options.reward]
     if options.engine is not None:
         values["rollout"]["engine"] = options.engine
-    given = {name: getattr(options, name) for name in ("prompts", "temperature", "min_tokens")}
+    given = {name: getattr(options, name) for name in ("prompts", "temperature", "top_p", "min_tokens")}
     values["eval"] = values["eval"] | {name: value for name, value in given.items() if value is not None}
     if options.stop:
         values["rollout"]["stop"] = list(options.stop)
@@ -193,17 +196,6 @@ def _prompts(config: Config, task: str, options: EvalOptions) -> list[Prompt]:
     if not task.endswith(".jsonl"):
         return make_prompts(config).held_out(config.eval.prompts)
     return read_prompts(Path(task), make_tokenize(config.model.path))[: options.prompts]
-
-
-def _control(config: Config, options: EvalOptions) -> SamplingControl:
-    return SamplingControl(
-        temperature=config.eval.temperature,
-        max_tokens=config.data.max_tokens,
-        min_tokens=config.eval.min_tokens,
-        top_p=options.top_p,
-        stop=tuple(config.rollout.stop),
-        stop_token_ids=tuple(config.rollout.stop_token_ids),
-    )
 
 
 def _engine(checkpoint: Checkpoint, config: Config, *, seed: int) -> RolloutEngine:

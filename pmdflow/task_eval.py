@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
@@ -20,16 +19,16 @@ from pmdflow.errors import WaitTimeout
 from pmdflow.metrics.confidence import bootstrap_mean, wilson
 from pmdflow.reward.rubric import Scored
 from pmdflow.reward.runner import RewardRunner, ScoreItem
-from pmdflow.rollout.control import SamplingControl, control_for
-from pmdflow.rollout.engine import Output, Request, RolloutEngine
-from pmdflow.rollout.stop_text import StopText
+from pmdflow.rollout.attempts import generate_attempts
+from pmdflow.rollout.engine import RolloutEngine
+from pmdflow.rollout.leasing import LeaseTaker
 from pmdflow.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-STALL_TIMEOUT_S = 600.0
-"""Generation without a token for this long is given up."""
+SCORE_TIMEOUT_S = 600.0
+"""An attempt that is not scored for this long after the last one is given up."""
 
 
 @dataclass(slots=True)
@@ -38,7 +37,12 @@ class Sample:
 
     completion: str
     tokens: int
+    """Generated ones."""
+    observed: int
+    """Tokens that the environment made."""
     stop: str
+    problems: Sequence[str] = ()
+    """What the environment failed at."""
     reward: float | None = None
     """None when scoring failed for good."""
     outcome: str = ""
@@ -47,92 +51,46 @@ class Sample:
     """Why it could not be scored."""
 
 
-@dataclass(slots=True)
-class _Running:
-    tokens: list[int]
-    stop_text: StopText | None
-
-
 def evaluate(
     *,
     engine: RolloutEngine,
+    taker: LeaseTaker,
     tokenizer: PreTrainedTokenizerBase,
     runner: RewardRunner,
     prompts: Sequence[Prompt],
     samples: int,
-    defaults: SamplingControl,
+    max_tokens: int,
 ) -> list[list[Sample]]:
     """Generate and score `samples` attempts at every prompt; rewards are made beside generation.
 
     Raises:
         WaitTimeout: nothing was generated, or an attempt not scored, for too long.
     """
-    waiting = deque(range(len(prompts) * samples))
-    running: dict[int, _Running] = {}
     done: list[list[Sample]] = [[] for _ in prompts]
     scores: list[tuple[Sample, Future[Scored]]] = []
-    last = time.monotonic()
-    while waiting or running:
-        while waiting and len(running) < engine.num_slots:
-            id = waiting.popleft()
-            running[id] = _begin(engine, tokenizer, id, prompts[id // samples], defaults)
-        for output in engine.step():
-            last = time.monotonic()
-            sample = _take(engine, tokenizer, running, output)
-            if sample is not None:
-                prompt = prompts[output.id // samples]
-                done[output.id // samples].append(sample)
-                item = ScoreItem(completion=sample.completion, prompt=prompt.text, metadata=prompt.metadata)
-                scores.append((sample, runner.submit(item)))
-        if time.monotonic() - last > STALL_TIMEOUT_S:
-            raise WaitTimeout(f"{len(running)} attempts: no token was generated for {STALL_TIMEOUT_S:g} s")
-    for scored, future in scores:
-        _score(scored, future)
-    return done
-
-
-def _begin(
-    engine: RolloutEngine, tokenizer: PreTrainedTokenizerBase, id: int, prompt: Prompt, defaults: SamplingControl
-) -> _Running:
-    control = control_for(prompt.metadata, defaults)
-    engine.add(
-        Request(
-            id=id,
-            tokens=prompt.tokens,
-            limit=control.max_tokens,
-            remaining=control.max_tokens,
-            temperature=control.temperature,
-            top_p=control.top_p,
-            min_tokens=control.min_tokens,
-            stop_token_ids=control.stop_token_ids,
+    for index, held, problems in generate_attempts(engine, taker, prompts, samples=samples, max_tokens=max_tokens):
+        observed = sum(len(turn.observed) for turn in held.session.turns) if held.session is not None else 0
+        text = tokenizer.decode(held.context, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        sample = Sample(
+            completion=str(text),
+            tokens=len(held.context) - observed,
+            observed=observed,
+            stop=str(held.stop),
+            problems=problems,
         )
-    )
-    stop_text = StopText(tokenizer, control.stop, ignored=control.min_tokens) if control.stop else None
-    return _Running(tokens=[], stop_text=stop_text)
-
-
-def _take(
-    engine: RolloutEngine, tokenizer: PreTrainedTokenizerBase, running: dict[int, _Running], output: Output
-) -> Sample | None:
-    """The finished attempt, if `output` ends it."""
-    held, stop = running[output.id], output.stop
-    end = held.stop_text.find(output.tokens) if held.stop_text is not None else None
-    held.tokens += output.tokens if end is None else output.tokens[: end + 1]
-    if end is not None:
-        stop = "stop"
-        engine.abort(output.id)
-    if stop is None:
-        return None
-    del running[output.id]
-    text = str(tokenizer.decode(held.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    return Sample(completion=text, tokens=len(held.tokens), stop=stop)
+        done[index].append(sample)
+        item = ScoreItem(completion=sample.completion, prompt=prompts[index].text, metadata=prompts[index].metadata)
+        scores.append((sample, runner.submit(item)))
+    for sample, future in scores:
+        _score(sample, future)
+    return done
 
 
 def _score(sample: Sample, future: Future[Scored]) -> None:
     try:
-        scored = future.result(timeout=STALL_TIMEOUT_S)
+        scored = future.result(timeout=SCORE_TIMEOUT_S)
     except TimeoutError as error:
-        raise WaitTimeout(f"an attempt was not scored within {STALL_TIMEOUT_S:g} s") from error
+        raise WaitTimeout(f"an attempt was not scored within {SCORE_TIMEOUT_S:g} s") from error
     sample.outcome, sample.message, sample.components = scored.outcome, scored.message, dict(scored.components)
     sample.reward = None if scored.outcome == "infra_failure" else scored.reward
 
@@ -168,6 +126,7 @@ def summarize(results: Sequence[Sequence[Sample]], *, ks: Sequence[int], pass_re
         "attempts": len(flat),
         "infra_failures": sum(sample.reward is None for sample in flat),
         "invalid": sum(sample.outcome == "invalid" for sample in flat),
+        "environment_failures": sum(len(sample.problems) for sample in flat),
         "tokens": sum(sample.tokens for sample in flat),
         "length_mean": float(np.mean([sample.tokens for sample in flat])),
         "stops": dict(Counter(sample.stop for sample in flat)),

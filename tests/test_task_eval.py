@@ -50,7 +50,9 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
 
 
 def sample(reward: float | None) -> Sample:
-    return Sample(completion="", tokens=5, stop="stop", reward=reward, outcome="scored" if reward is not None else "")
+    return Sample(
+        completion="", tokens=5, observed=0, stop="stop", reward=reward, outcome="scored" if reward is not None else ""
+    )
 
 
 def test_an_attempt_that_was_not_scored_is_in_no_estimate() -> None:
@@ -120,3 +122,13 @@ def test_wrong_k_and_length_are_named() -> None:
         evaluate_checkpoint(MODEL, TASK, EvalOptions(samples=2, ks=[3]))
     with pytest.raises(LaunchError, match=r"eval.min_tokens \(9\) is above"):
         eval_config(find_checkpoint(MODEL), TASK, EvalOptions(min_tokens=9, max_tokens=4))
+
+
+def test_an_environment_is_part_of_the_task(tmp_path: Path) -> None:
+    folder = ROOT / "configs" / "tiny-calculator"
+    options = EvalOptions(samples=4, prompts=4, out=tmp_path / "out")
+    assert evaluate_checkpoint(folder, str(ROOT / "configs" / "calculator.yaml"), options) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    called = [s for row in rows for s in row["samples"] if s["observed"]]
+    assert called and np.mean([s["reward"] for s in called]) > 0.5
+    assert all("] = " in s["completion"] for s in called)

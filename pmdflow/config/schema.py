@@ -80,6 +80,8 @@ class EvalConfig(Section):
     """Iterations between evaluations; the initial and the final policy are always evaluated."""
     temperature: NonNegativeFloat = 1.0
     """Sampling temperature; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the probability that is sampled from. Training has none, like `min_tokens`."""
     min_tokens: NonNegativeInt = 0
     """Generated tokens before which an answer cannot end. Training has none: it would change what the learner's
     log-probs stand for."""

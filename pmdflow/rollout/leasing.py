@@ -75,6 +75,7 @@ class LeaseTaker:
             temperature=temperature if train else self._config.eval.temperature,
             max_tokens=lease.max_tokens,
             min_tokens=0 if train else self._config.eval.min_tokens,
+            top_p=1.0 if train else self._config.eval.top_p,
             stop=tuple(rollout.stop),
             stop_token_ids=tuple(rollout.stop_token_ids),
         )

@@ -9,6 +9,7 @@ import pytest
 
 from integration.runs import Up, small_config
 from pmdflow.archive import parts, read_part
+from pmdflow.metrics.summary import OUTSIDE_SUM
 from pmdflow.types import Mask, Stop, TrainBatch
 
 pytestmark = pytest.mark.timeout(300)
@@ -44,7 +45,7 @@ def batches(finished: Up) -> list[TrainBatch]:
 def test_filtered_tokens_are_masked_in_the_ledger_and_the_sum_is_exact(finished: Up, batches: list[TrainBatch]) -> None:
     records = finished.iterations()
     last = {key.removeprefix("ledger/"): value for key, value in records[-1].items() if key.startswith("ledger/")}
-    for outside in ("prompt", "reprefill", "eval"):
+    for outside in OUTSIDE_SUM:
         last.pop(outside)
     assert last.pop("generated") == sum(last.values())
     left = sum(int(((batch.mask & Mask.TRAINED) != 0).sum()) for batch in batches)
