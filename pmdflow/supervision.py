@@ -198,6 +198,8 @@ class Supervisor:
             self.recorder.spans(answer)
             return
         self.recorder.spans(answer["spans"])
+        for problem in answer["problems"]:
+            self.event("environment_failed", problem, actor=loop.name)
         for span in answer["spans"]:
             seconds = span["end"] - span["start"]
             if span["name"].startswith("wait_"):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pmdflow.config.combinations import learner_problems, sampling_problems
+from pmdflow.config.combinations import evaluation_problems, learner_problems, sampling_problems
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -80,6 +80,13 @@ class EvalConfig(Section):
     """Iterations between evaluations; the initial and the final policy are always evaluated."""
     temperature: NonNegativeFloat = 1.0
     """Sampling temperature; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the probability that is sampled from. Training has none, like `min_tokens`."""
+    min_tokens: NonNegativeInt = 0
+    """Generated tokens before which an answer cannot end. Training has none: it would change what the learner's
+    log-probs stand for."""
+    stop_repetition: bool = False
+    """End held-out answers by `rollout.repetition` too."""
 
 
 class RewardFunctionConfig(Section):
@@ -109,9 +116,24 @@ class RewardConfig(Section):
     length_warmup_iterations: NonNegativeInt = 0
     """First iterations without the length reward."""
     repetition_penalty: NonNegativeFloat = 0.0
-    """Subtracted from the reward of a trajectory that `rollout.repetition_limit` ended."""
+    """Subtracted from the reward of a trajectory that `rollout.repetition` ended."""
     cut_reward: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """Reward of a trajectory that was cut at `data.max_tokens`, whatever it says (Kimi K2); null judges it."""
+
+
+class RepetitionConfig(Section):
+    """What counts as a loop, in tokens: copies of one block, or a window with few different n-grams."""
+
+    ngram: PositiveInt = 12
+    """Tokens of an n-gram. Shorter ones are few in tables too; longer ones are spoilt by each slip."""
+    copies: Annotated[int, Field(ge=2)] = 4
+    """Copies of a block, one after another, that are a loop."""
+    min_tokens: PositiveInt = 512
+    """Least length of all copies together: the rulers and blank cells of tables are shorter."""
+    window: PositiveInt = 2048
+    """Last tokens that are looked at; no block is longer."""
+    max_distinct: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """A window with at most this share of different n-grams is a low-entropy cycle."""
 
 
 class RolloutConfig(Section):
@@ -131,8 +153,12 @@ class RolloutConfig(Section):
     """End of a linear temperature schedule over policy versions (Kimi K2: high to low); null keeps it constant."""
     temperature_iterations: PositiveInt | None = None
     """Iterations after which `final_temperature` is reached."""
-    repetition_limit: Annotated[int, Field(ge=2)] | None = None
-    """A trajectory that ends in this many copies of one block of at most 64 tokens is stopped; null never stops it."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Texts that end a trajectory; the token that completes one is its last."""
+    stop_token_ids: list[NonNegativeInt] = []
+    """Token ids that end a trajectory, besides the model's end of sequence."""
+    repetition: RepetitionConfig | None = None
+    """End trajectories that only repeat themselves (`{}` takes the defaults); null never does."""
     on_new_weights: Literal["keep_kv", "reprefill", "finish"] = "keep_kv"
     """What running sequences do when weights arrive: go on, recompute their prefix, or finish on the old ones."""
     flush_interval_s: PositiveFloat = 0.25
@@ -150,6 +176,20 @@ class StragglerConfig(Section):
     """Scored members of a group from which on it waits no longer than `wait_s` for the others."""
     wait_s: NonNegativeFloat
     """Time that it still waits; then late members are evicted, whatever they have generated."""
+
+
+class EnvironmentConfig(Section):
+    """What trajectories of several turns talk to, such as a tool."""
+
+    factory: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """Import path `package.module:name` of what makes an `Environment`, one for each trajectory. A turn of the model
+    ends with an end of sequence or with one of `rollout.stop` and `rollout.stop_token_ids`."""
+    args: dict[str, Any] = {}
+    """Arguments of the factory."""
+    timeout_s: PositiveFloat = 10.0
+    """Wall-clock limit of one call; meanwhile other trajectories go on."""
+    failure: str = Field(default=" error\n", min_length=1)
+    """What the model reads when a call fails or is late."""
 
 
 class SchedulerConfig(Section):
@@ -303,6 +343,8 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     reward: RewardConfig
     rollout: RolloutConfig = RolloutConfig()
+    environment: EnvironmentConfig | None = None
+    """Makes trajectories of several turns; null makes single answers."""
     scheduler: SchedulerConfig
     learner: LearnerConfig = LearnerConfig()
     store: StoreConfig = StoreConfig()
@@ -316,6 +358,7 @@ class Config(Section):
             *_size_problems(self),
             *learner_problems(self.learner),
             *sampling_problems(self.rollout, self.reward),
+            *evaluation_problems(self.eval, self.data, self.rollout),
         ]
         if problems:
             raise ValueError("\n".join(problems))
