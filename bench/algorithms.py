@@ -47,8 +47,7 @@ TRIES: dict[str, tuple[tuple[str, ...], ...]] = {
     "gspo": ((), TWICE, ("learner.clip_low=0.03", "learner.clip_high=0.04")),
 }
 SCAN_SEED, SEEDS = 0, (1, 2, 3)
-SCAN_ITERATIONS, ITERATIONS = 15, 20
-EVAL_EVERY = 10
+ITERATIONS = 15
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
 RUN_TIMEOUT_S = 1800.0
 SMOOTHING = 3
@@ -89,7 +88,7 @@ def train(
     own = TRIES[algorithm][number]
     if iterations not in _history(runs / name).evals:
         given = [f"run.name={name}", f"run.dir={runs}", f"run.iterations={iterations}", f"run.seed={seed}"]
-        given += [f"eval.every={EVAL_EVERY}", f"learner.algorithm={algorithm}", *own]
+        given += [f"eval.every={iterations}", f"learner.algorithm={algorithm}", *own]
         shutil.rmtree(runs / name, ignore_errors=True)  # of a run that was cut short
         command = [sys.executable, "-m", "pmdflow.cli", "up", config, *SETTINGS, *settings, *given]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=RUN_TIMEOUT_S)
@@ -128,8 +127,7 @@ def main() -> None:
     scan: list[Run] = []
     for algorithm, tries in TRIES.items():
         found = [
-            train(algorithm, number, seed=SCAN_SEED, iterations=SCAN_ITERATIONS, **where)
-            for number in range(len(tries))
+            train(algorithm, number, seed=SCAN_SEED, iterations=ITERATIONS, **where) for number in range(len(tries))
         ]
         best[algorithm] = max(range(len(tries)), key=lambda number: found[number].last)
         scan += found
