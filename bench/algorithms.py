@@ -1,37 +1,38 @@
-"""Which algorithm learns best on the tiny model? Real runs by `pmdflow up`; a table, JSON and one plot.
+"""Which algorithm learns best on the tiny model? Runs of the quick start in one process; a table, JSON and one plot.
 
     nice python bench/algorithms.py --runs DIRECTORY --out bench/results/algorithms
 
 Each algorithm first gets three tries with one seed: the quick start's learning rate, twice that, and another value of
 its own setting (`TRIES`). The try with the highest held-out reward then runs with fresh seeds; all algorithms see the
-same prompts under one seed. `scheduler.lookahead=0` alternates rollout and training, so what a run learns does not
-depend on how fast or how busy the machine is. The peers of PMD are GRPO, GSPO, CTPO and BOLT. Runs that are finished in
-`--runs` are read, not repeated. More settings follow as KEY=VALUE.
+same prompts under one seed. The quick start's engine, rewards and learner take turns, so that neither the speed nor the load of
+the machine has an influence: each claim was generated `LAG` versions before it is trained, about as old as most tokens
+of the quick start, whole and without segments. The peers of PMD are GRPO, GSPO, CTPO and BOLT. Runs that are finished
+in `--runs` are read, not repeated. More settings follow as KEY=VALUE.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pmdflow.metrics.history import History
+from pmdflow.config.load import load
+from pmdflow.config.schema import Config
+from pmdflow.data import load_tokenizer, make_prompts
+from pmdflow.learner.actor import Learner
+from pmdflow.reward.rubric import load_rubric
+from pmdflow.rollout.actor import make_engine
+from pmdflow.rollout.engine import Request
+from pmdflow.types import Mask, Prompt, Stop, TrainBatch
 
-SETTINGS = (
-    "scheduler.lookahead=0",
-    "eval.prompts=256",
-    "learner.checkpoint_every=1000",
-    "dashboard.port=null",
-)
+SETTINGS = ("eval.prompts=256", "rollout.slots=128", "rollout.tokens_per_segment=null", "dashboard.port=null")
 TWICE = ("learner.lr=1.0e-4",)
 STRONG, WEAK = ("learner.tau=0.5",), ("learner.tau=0.1",)
 TRIES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -49,8 +50,8 @@ TRIES: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 SCAN_SEED, SEEDS = 0, (1, 2, 3)
 ITERATIONS = 15
+LAG = 1
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
-RUN_TIMEOUT_S = 1800.0
 SMOOTHING = 3
 """Iterations in the moving mean of the training reward."""
 
@@ -64,52 +65,120 @@ class Run:
     seed: int
     train: list[float]
     """Mean reward of each iteration's claim."""
-    held_out: dict[int, float]
-    """Mean reward of the held-out prompts, by the iteration after which they were begun."""
+    last: float
+    """Mean reward of the held-out prompts under the final policy."""
     length: float
-    """Mean tokens of the last held-out answers."""
-    seconds: float
-    """Wall-clock of the iterations."""
+    """Mean tokens of these answers."""
 
-    @property
-    def last(self) -> float:
-        """Held-out reward of the final policy."""
-        return self.held_out[max(self.held_out)]
+
+class Rollout:
+    """The quick start's engine and rewards, without actors and store."""
+
+    def __init__(self, config: Config) -> None:
+        """Load the model, with the weights of version 0."""
+        self._config = config
+        self.engine = make_engine(config, seed=config.run.seed)
+        self.prompts = make_prompts(config)
+        self._rubric = load_rubric(config.reward)
+        self._tokenizer = load_tokenizer(config.model.path)
+
+    def answer(self, prompts: Sequence[Prompt], *, temperature: float) -> TrainBatch:
+        """Answer every prompt once; each run of equal prompts is a group."""
+        tokens: list[list[int]] = [[] for _ in prompts]
+        logprobs: list[list[float]] = [[] for _ in prompts]
+        stops = np.zeros(len(prompts), np.uint8)
+        waiting = deque(range(len(prompts)))
+        held = 0
+        while waiting or held:
+            while waiting and held < self.engine.num_slots:
+                self.engine.add(self._request(waiting[0], prompts[waiting.popleft()], temperature))
+                held += 1
+            for output in self.engine.step():
+                tokens[output.id] += output.tokens
+                logprobs[output.id] += output.logprobs
+                if output.stop is not None:
+                    stops[output.id] = Stop[output.stop.upper()]
+                    held -= 1
+        return self._batch(prompts, tokens, logprobs, stops, temperature)
+
+    def _request(self, number: int, prompt: Prompt, temperature: float) -> Request:
+        most = self._config.data.max_tokens
+        return Request(id=number, tokens=prompt.tokens, limit=most, remaining=most, temperature=temperature)
+
+    def _batch(
+        self,
+        prompts: Sequence[Prompt],
+        tokens: list[list[int]],
+        logprobs: list[list[float]],
+        stops: np.ndarray[Any, np.dtype[np.uint8]],
+        temperature: float,
+    ) -> TrainBatch:
+        flags = Mask.GENERATED | Mask.TRAINED
+        sizes = [(len(prompt.tokens), len(own)) for prompt, own in zip(prompts, tokens, strict=True)]
+
+        def columns(before: float, of: Sequence[Sequence[float]], dtype: type) -> np.ndarray[Any, Any]:
+            return np.concatenate([[*[before] * p, *own] for (p, _), own in zip(sizes, of, strict=True)]).astype(dtype)
+
+        def constant(before: float, after: float, dtype: type) -> np.ndarray[Any, Any]:
+            return columns(before, [[after] * n for _, n in sizes], dtype)
+
+        ids = {prompt.id: number for number, prompt in enumerate(prompts)}
+        return TrainBatch(
+            iteration=0,
+            version=0,
+            tokens=np.concatenate([[*p.tokens, *own] for p, own in zip(prompts, tokens, strict=True)]).astype(np.int32),
+            logprobs=columns(0.0, logprobs, np.float32),
+            versions=constant(-1, self.engine.version, np.int32),
+            temperatures=constant(1.0, temperature, np.float32),
+            mask=constant(0, flags, np.uint8),
+            cu_seqlens=np.cumsum([0, *(p + n for p, n in sizes)]).astype(np.int64),
+            prompt_lengths=np.array([p for p, _ in sizes], np.int32),
+            groups=np.array([ids[prompt.id] for prompt in prompts]),
+            trajectories=np.arange(len(prompts)),
+            rewards=np.array([self._reward(p, own) for p, own in zip(prompts, tokens, strict=True)]),
+            components={},
+            stops=stops,
+            prompt_ids=tuple(prompt.id for prompt in prompts),
+        )
+
+    def _reward(self, prompt: Prompt, tokens: list[int]) -> float:
+        completion = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        scored = self._rubric(completion=completion, prompt=prompt.text, metadata=prompt.metadata)
+        assert scored.outcome != "infra_failure", scored.message
+        return scored.reward
 
 
 def train(algorithm: str, number: int, *, seed: int, config: str, runs: Path, settings: list[str]) -> Run:
-    """Train with one try of an algorithm, unless that run is finished already.
-
-    Raises:
-        RuntimeError: the run failed; its output is in the message.
-    """
-    name = f"{algorithm}-{number}-seed{seed}-{ITERATIONS}"
-    own = TRIES[algorithm][number]
-    if ITERATIONS not in _history(runs / name).evals:
-        given = [f"run.name={name}", f"run.dir={runs}", f"run.iterations={ITERATIONS}", f"run.seed={seed}"]
-        given += [f"eval.every={ITERATIONS}", f"learner.algorithm={algorithm}", *own]
-        shutil.rmtree(runs / name, ignore_errors=True)  # of a run that was cut short
-        command = [sys.executable, "-m", "pmdflow.cli", "up", config, *SETTINGS, *settings, *given]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=RUN_TIMEOUT_S)
-        if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
-    history = _history(runs / name)
-    records = [history.iterations[number] for number in sorted(history.iterations)]
-    return Run(
-        algorithm=algorithm,
-        settings=own,
-        seed=seed,
-        train=[record["reward/mean"] for record in records],
-        held_out={number: record["eval/reward_mean"] for number, record in sorted(history.evals.items())},
-        length=history.evals[ITERATIONS]["eval/length_mean"],
-        seconds=sum(record["time/iteration_s"] for record in records),
-    )
-
-
-def _history(path: Path) -> History:
-    history = History(path, max_spans=0)
-    history.update()
-    return history
+    """Train with one try of an algorithm, unless that run is finished already."""
+    file, own = runs / f"{algorithm}-{number}-seed{seed}.json", TRIES[algorithm][number]
+    if file.exists():
+        return Run(**json.loads(file.read_text()))
+    given = [*SETTINGS, *settings, f"run.seed={seed}", f"learner.algorithm={algorithm}", *own]
+    loaded = load(config, given).config
+    rollout, learner = Rollout(loaded), Learner(config=loaded, rank=0)
+    learner.setup(learner.address())
+    waiting: deque[TrainBatch] = deque()
+    rewards: list[float] = []
+    cursors = iter(range((ITERATIONS + LAG) * loaded.scheduler.groups_per_iteration))
+    for iteration in range(1, ITERATIONS + 1):
+        while len(waiting) <= LAG:
+            group = [rollout.prompts.prompt(next(cursors)) for _ in range(loaded.scheduler.groups_per_iteration)]
+            members = [prompt for prompt in group for _ in range(loaded.data.group_size)]
+            waiting.append(rollout.answer(members, temperature=loaded.rollout.temperature))
+        batch = replace(waiting.popleft(), iteration=iteration, version=iteration - 1)
+        learner.train(batch)
+        rewards.append(float(batch.rewards.mean()))
+        weights = learner.weights()
+        assert weights is not None
+        rollout.engine.load_weights(iteration, weights, on_new_weights="keep_kv")
+    learner.close()
+    held_out = rollout.answer(rollout.prompts.held_out(loaded.eval.prompts), temperature=loaded.eval.temperature)
+    length = float((held_out.mask != 0).sum() / len(held_out.rewards))
+    last = float(held_out.rewards.mean())
+    run = Run(algorithm=algorithm, settings=own, seed=seed, train=rewards, last=last, length=length)
+    runs.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(asdict(run)) + "\n")
+    return run
 
 
 def table(runs: list[Run]) -> str:
@@ -117,15 +186,15 @@ def table(runs: list[Run]) -> str:
     by_seed = {name: {run.seed: run for run in runs if run.algorithm == name} for name in _ranked(runs)}
     best = next(iter(by_seed.values()))
     lines = [
-        "| algorithm | own settings | held-out first -> last | behind the best | train, last 5 | tokens | seeds |",
+        "| algorithm | own settings | held-out, last | behind the best | train, last 5 | tokens | seeds |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, seeds in by_seed.items():
         found = list(seeds.values())
         behind = [best[seed].last - run.last for seed, run in seeds.items() if seed in best]
         lines.append(
-            f"| {name} | {' '.join(found[0].settings) or '-'} | {np.mean([run.held_out[0] for run in found]):.3f} -> "
-            f"{_mean([run.last for run in found])} | {_mean(behind) if seeds is not best else '-'} "
+            f"| {name} | {' '.join(found[0].settings) or '-'} | {_mean([run.last for run in found])} "
+            f"| {_mean(behind) if seeds is not best else '-'} "
             f"| {_mean([float(np.mean(run.train[-5:])) for run in found])} "
             f"| {np.mean([run.length for run in found]):.0f} | {len(found)} |"
         )

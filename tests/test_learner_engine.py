@@ -23,6 +23,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from pmdflow.errors import PmdflowError
 from pmdflow.learner import token_scores
 from pmdflow.learner.actor import Learner, TrainResult
+from pmdflow.learner.attention import Packed, packed_attention
 from pmdflow.rollout.engine import Request
 from pmdflow.rollout.transformers_engine import TransformersEngine
 from pmdflow.weights.lora import AdapterMerger
@@ -105,6 +106,17 @@ def test_a_model_with_other_attention_is_refused_unless_padded(start, tmp_path):
     torch.distributed.destroy_process_group()
     learner = start(make_config(str(tmp_path), packing=False))
     assert np.isfinite(learner.train(make_batch()).metrics["learner/grad_norm"])
+
+
+def test_flash_attention_is_called_with_what_it_takes():
+    """Without a GPU only the arguments and the shapes can be seen: on fake CUDA tensors."""
+    with torch._subclasses.FakeTensorMode(), torch.no_grad():
+        query = torch.empty(1, 4, 10, 16, device="cuda", dtype=torch.bfloat16)
+        key, value = (torch.empty(1, 2, 10, 16, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        packed = Packed.of((4, 6), torch.device("cuda"))
+        output, _ = packed_attention(torch.nn.Module(), query, key, value, None, packed=packed, scaling=0.25)
+    assert output.shape == (1, 10, 4, 16)
+    assert (output.dtype, output.device.type) == (torch.bfloat16, "cuda")
 
 
 def gradients_of(learner: Learner, config, batch) -> dict[str, torch.Tensor]:
