@@ -4,10 +4,10 @@
 
 Each algorithm first gets three tries with one seed: the quick start's learning rate, twice that, and another value of
 its own setting (`TRIES`). The try with the highest held-out reward then runs with fresh seeds; all algorithms see the
-same prompts under one seed. The quick start's engine, rewards and learner take turns, so that neither the speed nor the load of
-the machine has an influence: each claim was generated `LAG` versions before it is trained, about as old as most tokens
-of the quick start, whole and without segments. The peers of PMD are GRPO, GSPO, CTPO and BOLT. Runs that are finished
-in `--runs` are read, not repeated. More settings follow as KEY=VALUE.
+same prompts under one seed. The quick start's engine, rewards and learner take turns, so that neither speed nor load
+of the machine has an influence: each claim was generated `LAG` versions before it is trained, about as old as most
+tokens of the quick start, whole and without segments. The peers of PMD are GRPO, GSPO, CTPO and BOLT. Runs that are
+finished in `--runs` are read, not repeated. More settings follow as KEY=VALUE.
 """
 
 from __future__ import annotations
