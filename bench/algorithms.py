@@ -49,7 +49,7 @@ TRIES: dict[str, tuple[tuple[str, ...], ...]] = {
     "gspo": ((), TWICE, ("learner.clip_low=0.03", "learner.clip_high=0.04")),
 }
 SCAN_SEED, SEEDS = 0, (1, 2, 3)
-ITERATIONS = 15
+SCAN_ITERATIONS, ITERATIONS = 10, 15
 LAG = 1
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
 SMOOTHING = 3
@@ -148,9 +148,11 @@ class Rollout:
         return scored.reward
 
 
-def train(algorithm: str, number: int, *, seed: int, config: str, runs: Path, settings: list[str]) -> Run:
+def train(
+    algorithm: str, number: int, *, seed: int, iterations: int, config: str, runs: Path, settings: list[str]
+) -> Run:
     """Train with one try of an algorithm, unless that run is finished already."""
-    file, own = runs / f"{algorithm}-{number}-seed{seed}.json", TRIES[algorithm][number]
+    file, own = runs / f"{algorithm}-{number}-seed{seed}-{iterations}.json", TRIES[algorithm][number]
     if file.exists():
         return Run(**json.loads(file.read_text()))
     given = [*SETTINGS, *settings, f"run.seed={seed}", f"learner.algorithm={algorithm}", *own]
@@ -159,8 +161,8 @@ def train(algorithm: str, number: int, *, seed: int, config: str, runs: Path, se
     learner.setup(learner.address())
     waiting: deque[TrainBatch] = deque()
     rewards: list[float] = []
-    cursors = iter(range((ITERATIONS + LAG) * loaded.scheduler.groups_per_iteration))
-    for iteration in range(1, ITERATIONS + 1):
+    cursors = iter(range((iterations + LAG) * loaded.scheduler.groups_per_iteration))
+    for iteration in range(1, iterations + 1):
         while len(waiting) <= LAG:
             group = [rollout.prompts.prompt(next(cursors)) for _ in range(loaded.scheduler.groups_per_iteration)]
             members = [prompt for prompt in group for _ in range(loaded.data.group_size)]
@@ -274,13 +276,16 @@ def main() -> None:
     where: dict[str, Any] = {"config": options.config, "runs": options.runs, "settings": options.settings}
     scan: dict[str, list[Run]] = {}
     for algorithm, tries in TRIES.items():
-        scan[algorithm] = [train(algorithm, number, seed=SCAN_SEED, **where) for number in range(len(tries))]
+        scan[algorithm] = [
+            train(algorithm, number, seed=SCAN_SEED, iterations=SCAN_ITERATIONS, **where)
+            for number in range(len(tries))
+        ]
         print(algorithm, *(f"{' '.join(run.settings) or '-'} {run.last:.3f}" for run in scan[algorithm]), flush=True)
     runs: list[Run] = []
     for seed in SEEDS:
         for algorithm, found in scan.items():
             best = max(range(len(found)), key=lambda number: found[number].last)
-            runs.append(train(algorithm, best, seed=seed, **where))
+            runs.append(train(algorithm, best, seed=seed, iterations=ITERATIONS, **where))
             results = {
                 "settings": [*SETTINGS, *options.settings],
                 "scan": [asdict(run) for part in scan.values() for run in part],
