@@ -246,6 +246,7 @@ def test_a_save_that_fails_says_so(start, model_path, tmp_path):
 
 
 CHILD = Path(__file__).with_name("resumed_learner.py")
+CHILD_TIMEOUT_S = 200
 
 
 def child(model: str, directory: Path, *, hold: int) -> subprocess.Popen:
@@ -259,16 +260,16 @@ def test_two_n_iterations_equal_n_then_sigkill_then_resume(model_path, tmp_path)
     for directory in (whole, killed):
         write_claims(directory)
     process = child(model_path, whole, hold=0)
-    process.communicate(timeout=60)
+    process.communicate(timeout=CHILD_TIMEOUT_S)
     assert process.returncode == 0
 
     hold = ITERATIONS // 2 + 1
     process = child(model_path, killed, hold=hold)
     assert [process.stdout.readline() for _ in range(2)] == ["resumed 0\n", "holding\n"]
     process.send_signal(signal.SIGKILL)
-    assert process.wait(60) == -signal.SIGKILL
+    assert process.wait(CHILD_TIMEOUT_S) == -signal.SIGKILL
     process = child(model_path, killed, hold=0)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=CHILD_TIMEOUT_S)
     assert process.returncode == 0
     # Iteration `hold` was trained and the one before it saved, but neither committed: both are trained again.
     assert output == f"resumed {hold - 2}\n"

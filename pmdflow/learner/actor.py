@@ -142,7 +142,7 @@ class Learner:
         self._take_steps(batch, plans, steps, anchors, sums)
         left_out = {"filter": filtered, "veto": vetoed}
         masked = {reason: int(counts[flags].sum()) for reason, flags in left_out.items()}
-        shares = {f"learner/{reason}_share": tokens / max(counts.sum(), 1) for reason, tokens in masked.items()}
+        shares = {f"learner/{reason}_share": tokens / max(int(counts.sum()), 1) for reason, tokens in masked.items()}
         return TrainResult(
             metrics={**sums.metrics(), **importance_metrics(weighed), **rewards.metrics(), **shares},
             speed=self._speed.metrics(batch, plans, seconds=time.perf_counter() - started),
