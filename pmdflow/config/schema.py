@@ -272,7 +272,9 @@ class LearnerConfig(Section):
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
     reset_optimizer: bool = False
-    """Clear Adam's moments at the start of each iteration, as Kimi k1.5 does; use it with a warm-up."""
+    """Clear Adam's moments at the start of each iteration, as Kimi k1.5 does; use it with `reset_warmup_steps`."""
+    reset_warmup_steps: NonNegativeInt = 0
+    """Steps of linear learning-rate warm-up after each reset: the first step of an empty Adam has the full size."""
     tokens_per_microbatch: PositiveInt = 8192
     """Most tokens, padding included, that one forward pass may hold."""
     packing: bool = True
@@ -288,7 +290,8 @@ class LearnerConfig(Section):
     aggregation: Literal["seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = "seq-mean-token-mean"
     """How the loss of a sequence's tokens is reduced."""
     segment_loss: Literal["all", "current_only"] = "all"
-    """Which segments have a gradient: all that are not over-age, or only those of the newest version."""
+    """Which segments have a gradient: all that are not over-age, or only those of each trajectory's newest version,
+    the one that Kimi k1.5's current iteration generates."""
     anchor: Literal["reference", "behavior"] = "reference"
     """Log-probs that the policy is compared with: recomputed when the iteration starts, or recorded at generation."""
     u_scope: Literal["generated", "trained"] = "generated"
