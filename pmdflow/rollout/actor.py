@@ -187,6 +187,7 @@ class RolloutActor:
         self._await_append()
         self._end_span()
         with self._spans.span("apply_weights", version=version) as attrs:
+            attrs["running"] = len(self._running)
             start = time.monotonic()
             for output in self._engine.pause():
                 self._take(output)
@@ -214,7 +215,11 @@ class RolloutActor:
         if self._lease_ref in ready:
             leases: list[Lease] = ray.get(self._lease_ref, timeout=STORE_TIMEOUT_S)
             self._lease_ref = None
+            if any(lease.trajectory in self._running for lease in leases):
+                self._await_append()  # it gave the leases back, and is answered later: once that is durable
             for lease in leases:
+                if self._running.pop(lease.trajectory, None) is not None:  # the lease had expired
+                    self._engine.abort(lease.trajectory)
                 self._join(lease)
 
     def _join(self, lease: Lease) -> None:

@@ -6,12 +6,11 @@ import asyncio
 import math
 import os
 import time
-import weakref
 from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, TypeVar
 
 import numpy as np
-import safetensors.torch
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
@@ -23,6 +22,7 @@ from pmdflow.errors import EngineDied, PmdflowError
 from pmdflow.rollout.engine import OnNewWeights, Output, Request
 from pmdflow.rollout.vllm_settings import VllmSettings, eos_ids, make_engine_args
 from pmdflow.weights.lora import AdapterMerger, has_adapters, load_base
+from pmdflow.weights.shared_memory import StagedWeights
 
 STEP_WAIT_S = 0.05
 """Longest that a step waits for tokens: leases, flushes and weights wait as long."""
@@ -30,21 +30,19 @@ STEP_WAIT_S = 0.05
 T = TypeVar("T")
 
 
+@dataclass(slots=True)
 class _Sequence:
     """A held sequence, and the vLLM request that extends it."""
 
-    __slots__ = ("limit", "remaining", "request", "request_id", "tokens", "turn")
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.tokens: list[int] = request.tokens.tolist()
-        """Prompt and everything generated and given out."""
-        self.limit = request.limit
-        self.remaining = request.remaining
-        self.turn = 0
-        """vLLM requests made for it."""
-        self.request_id: str | None = None
-        """The one that is running; None while it is paused or waits for the next step."""
+    request: Request
+    tokens: list[int]
+    """Prompt and everything generated and given out."""
+    limit: int
+    remaining: int
+    turn: int = 0
+    """vLLM requests made for it."""
+    request_id: str | None = None
+    """The one that is running; None while it is paused or waits for the next step."""
 
 
 class VllmEngine:
@@ -110,7 +108,9 @@ class VllmEngine:
                 f"sequence {request.id} may reach {length} tokens, vLLM was started for {self._max_length}; "
                 "lower data.max_tokens or use a model with more positions"
             )
-        self._sequences[request.id] = _Sequence(request)
+        self._sequences[request.id] = _Sequence(
+            request=request, tokens=request.tokens.tolist(), limit=request.limit, remaining=request.remaining
+        )
         self._waiting.append(request.id)
 
     def extend(self, id: int, limit: int) -> None:
@@ -323,27 +323,3 @@ class VllmEngine:
             process.kill()
         pids = ", ".join(str(process.pid) for process in processes)
         raise EngineDied(f"vLLM's engine process {pids} {how}; its output is above") from cause
-
-
-class StagedWeights:
-    """Whole weights in anonymous shared memory, which vanishes with this process, whatever ends it."""
-
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        """Write `weights`; of tensors that share memory (tied ones) the first is written."""
-        seen: set[int] = set()
-        unique = {
-            name: tensor.contiguous()
-            for name, tensor in weights.items()
-            if tensor.data_ptr() not in seen and not seen.add(tensor.data_ptr())  # type: ignore[func-returns-value]
-        }
-        self._file = os.memfd_create("pmdflow-weights")
-        self.close = weakref.finalize(self, os.close, self._file)
-        """Lets the memory go; so does dropping this object."""
-        with open(self._file, "wb", closefd=False) as file:
-            file.write(safetensors.torch.save(unique))
-
-    @property
-    def path(self) -> str:
-        """Where other processes of this user can open it."""
-        return f"/proc/{os.getpid()}/fd/{self._file}"
-

@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import psutil
 import torch
 from transformers import AutoTokenizer
 from vllm import AsyncEngineArgs
@@ -123,7 +122,7 @@ def _max_length(settings: VllmSettings) -> int:
 
 def _cpu_arguments(settings: VllmSettings) -> dict[str, Any]:
     """Eager: a compiled graph would keep the packed weights of the first version, and takes a minute to make."""
-    most = int(settings.memory_share * psutil.virtual_memory().total)
+    most = int(settings.memory_share * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     size = measure_model(settings.model_path)
     if size is not None:
         number_bytes = torch.finfo(getattr(torch, settings.dtype)).bits // 8
