@@ -21,12 +21,8 @@ class StagedWeights:
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         """Write `weights`; of tensors that share memory (tied ones) the first is written."""
-        seen: set[int] = set()
-        unique = {
-            name: tensor.contiguous()
-            for name, tensor in weights.items()
-            if tensor.data_ptr() not in seen and not seen.add(tensor.data_ptr())  # type: ignore[func-returns-value]
-        }
+        names = {tensor.data_ptr(): name for name, tensor in reversed(list(weights.items()))}
+        unique = {name: weights[name].contiguous() for name in names.values()}
         self._file = os.memfd_create("pmdflow-weights")
         self.close = weakref.finalize(self, os.close, self._file)
         """Lets the memory go; so does dropping this object."""

@@ -53,14 +53,8 @@ class RolloutAlone:
 
     def admit(self, prompts: list[list[int]], *, group_size: int, max_tokens: int, prefix: str = "p") -> None:
         """Admit a group for each prompt."""
-        rows = [
-            (
-                f"{prefix}-{number}",
-                number,
-                Prompt(id=f"{prefix}-{number}", text="", tokens=np.asarray(tokens, np.int32)),
-            )
-            for number, tokens in enumerate(prompts)
-        ]
+        named = [(f"{prefix}-{number}", np.asarray(tokens, np.int32)) for number, tokens in enumerate(prompts)]
+        rows = [(id, number, Prompt(id=id, text="", tokens=tokens)) for number, (id, tokens) in enumerate(named)]
         assert self.call("admit", rows, "train", group_size, max_tokens) == len(rows)
 
     def publish(self, version: int, *, groups: int) -> None:
