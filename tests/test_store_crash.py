@@ -78,6 +78,7 @@ def test_kills_lose_nothing_acknowledged_and_leave_nothing_half(
     random, lines = np.random.default_rng(kills), Counter[str]()
     for first in range(0, kills, KILLS_PER_DIRECTORY):
         directory, copy, model = tmp_path / f"store{first}", tmp_path / "copy", Model()
+        directory.mkdir()
         for _ in range(KILLS_PER_DIRECTORY):
             kill_once(server, directory, model, random)
             # The child goes on where the kill left the files; only the copy is ever closed in order.
