@@ -268,7 +268,9 @@ def test_merged_yaml_keys_keep_their_place(cluster_yaml: Path) -> None:
         ),
         (["rollout.final_temperature=0.8"], "rollout.final_temperature", "set both"),
         (["reward.length_warmup_iterations=5"], "reward.length_warmup_iterations", "set length_weight"),
-        (["reward.repetition_penalty=0.5"], "reward.repetition_penalty", "set repetition_limit"),
+        (["eval.min_tokens=99999"], "eval.min_tokens", "lower min_tokens"),
+        (["reward.repetition_penalty=0.5"], "reward.repetition_penalty", "set repetition"),
+        (["eval.stop_repetition=true"], "eval.stop_repetition", "set repetition"),
     ],
 )
 def test_impossible_combinations_are_refused_with_a_remedy(
