@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class OurActor:
 def across_processes(bench: Bench) -> Answer:
     """64 trajectories a call to another process; TransferQueue keeps them in memory, the store on disk."""
     work = bench.workload()
-    ray.init(num_cpus=4, include_dashboard=False, logging_level="error", log_to_driver=False)
+    ray.init(num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     try:
         check_reads(peers.TransferQueue, bench.directory / "tq")
         rounds = race({"ours": Ours, "our actor": OurActor, "transferqueue": peers.TransferQueue}, bench, work)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import store_peers as peers
-from store_ours import NUM_VERSIONS, Ours, admit, lease, open_store, publish, publish_all, sync
+from store_ours import Ours, admit, lease, open_store, publish, publish_all, sync
 from store_paired import Answer, Ratio, Rounds, at_least, at_most
 from store_speed import Bench
-from store_workload import BATCH_GROUPS, GROUP_SIZE, Workload
+from store_workload import BATCH_GROUPS, GROUP_SIZE, NUM_VERSIONS, Workload
 
 from pmdflow.store import BatchBuffers, TrajectoryStore
 from pmdflow.types import Segment
