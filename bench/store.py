@@ -36,7 +36,8 @@ from store_state import flat_cost, memory_and_disk, opening, wakeup
 
 
 def across_processes(bench: Bench) -> Answer:
-    """Imported late: no other question needs Ray and torch."""
+    """64 trajectories a call to another process: TransferQueue keeps them in memory, the store on disk."""
+    # Imported late: no other question needs Ray and torch.
     from store_processes import across_processes
 
     return across_processes(bench)

@@ -143,3 +143,11 @@ class Ours:
 
     def close(self) -> None:
         self.store.close()
+
+
+class OneByOne(Ours):
+    """The same, a call for each trajectory."""
+
+    def append(self, members: Sequence[int]) -> None:
+        for segment in self.segments(members):
+            self.store.append([segment])

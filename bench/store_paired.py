@@ -38,6 +38,14 @@ class Ratio:
         return {"name": self.name, "median": self.median, "values": self.values, **wanted}
 
 
+def at_least(name: str, wanted: float, *values: float) -> Ratio:
+    return Ratio(name=name, values=values, wanted=wanted)
+
+
+def at_most(name: str, wanted: float, *values: float) -> Ratio:
+    return Ratio(name=name, values=values, wanted=wanted, sense="at most")
+
+
 @dataclass(slots=True)
 class Rounds:
     """Numbers of the subjects, by round."""

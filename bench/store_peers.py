@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import sqlite3
@@ -60,6 +61,8 @@ class Dict:
     def __init__(self, directory: Path, work: Workload) -> None:
         self._work = work
         self._rows: dict[int, tuple[Any, Any, Any]] = {}
+        # A dict that grows touches new memory; what the round before freed must not spare it that.
+        ctypes.CDLL(None).malloc_trim(0)
 
     def append(self, members: Sequence[int]) -> None:
         work = self._work

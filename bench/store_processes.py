@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import store_peers as peers
-from store_ours import Ours
-from store_paired import Answer, Rounds
-from store_speed import Bench, appends_per_s, check_reads
+from store_ours import Ours, Segments
+from store_paired import Answer
+from store_speed import Bench, check_reads, race
 from store_workload import GROUP_SIZE, NUM_VERSIONS, Batch, Out, Workload
 
 from pmdflow.store import encode_segments
@@ -26,8 +27,6 @@ class OurActor:
     """The store inside its Ray actor; an append is answered once it is durable."""
 
     def __init__(self, directory: Path, work: Workload) -> None:
-        import numpy as np
-
         cls: Any = ray.remote(num_cpus=0, concurrency_groups=GROUPS, max_concurrency=4)(StoreActor)
         settings = {"groups_per_iteration": 64, "lookahead": 1_000_000, "max_staleness": None, "lease_ttl_s": 1e6}
         self._actor = cls.remote(
@@ -43,8 +42,6 @@ class OurActor:
         while len(rows) < work.size:
             leases = self._call("lease", "bench", NUM_VERSIONS - 1, 4096, TIMEOUT_S)
             rows += [(lease.trajectory, lease.epoch) for lease in leases]
-        from store_ours import Segments
-
         self._segments = Segments(work, np.array(sorted(rows), dtype=np.int64))
 
     def _call(self, method: str, *args: Any) -> Any:
@@ -67,15 +64,10 @@ class OurActor:
 def across_processes(bench: Bench) -> Answer:
     """64 trajectories a call to another process; TransferQueue keeps them in memory, the store on disk."""
     work = bench.workload()
-    ray.init(num_cpus=4, include_dashboard=False, logging_level="error", log_to_driver=False)
+    ray.init(num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     try:
         check_reads(peers.TransferQueue, bench.directory / "tq")
-        rounds = Rounds("appends/s")
-        makes = {"ours": Ours, "our actor": OurActor, "transferqueue": peers.TransferQueue}
-        rounds.run(
-            bench.rounds,
-            {name: partial(appends_per_s, make, bench.directory / name, work) for name, make in makes.items()},
-        )
+        rounds = race({"ours": Ours, "our actor": OurActor, "transferqueue": peers.TransferQueue}, bench, work)
     finally:
         ray.shutdown()
     return Answer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 import store_peers as peers
-from store_ours import Ours
+from store_ours import OneByOne, Ours
 from store_paired import Answer, Rounds
 from store_workload import GROUP_SIZE, Workload
 
@@ -39,20 +39,34 @@ class Bench:
         return Workload(self.size(20_000))
 
 
-def appends_per_s(make: Callable[[Path, Workload], peers.Subject], directory: Path, work: Workload) -> float:
-    """Rate of one run in a fresh directory, until the last append has what its subject promises."""
-    subject = make(peers.fresh(directory), work)
-    try:
-        start = time.perf_counter()
-        for members in work.append_batches():
-            subject.append(members)
-        subject.flush()
-        return work.size / (time.perf_counter() - start)
-    finally:
-        subject.close()
+Make = Callable[[Path, Workload], peers.Subject]
 
 
-def check_reads(make: Callable[[Path, Workload], peers.Subject], directory: Path) -> None:
+def race(makes: Mapping[str, Make], bench: Bench, work: Workload, *, chunk: int = 16) -> Rounds:
+    """Appends/s of each subject in each round, all of them in fresh directories.
+
+    They take turns every `chunk` batches, so that whatever else the machine does slows them alike; what a subject
+    promises for later is done before its turn ends.
+    """
+    rounds, batches, names = Rounds("appends/s"), list(work.append_batches()), list(makes)
+    for _ in range(bench.rounds):
+        subjects = {name: make(peers.fresh(bench.directory / name), work) for name, make in makes.items()}
+        seconds = dict.fromkeys(names, 0.0)
+        for first in range(0, len(batches), chunk):
+            for name in names:
+                start = time.perf_counter()
+                for members in batches[first : first + chunk]:
+                    subjects[name].append(members)
+                subjects[name].flush()
+                seconds[name] += time.perf_counter() - start
+            names = names[1:] + names[:1]
+        for name in makes:
+            subjects[name].close()
+            rounds.add(name, work.size / seconds[name])
+    return rounds
+
+
+def check_reads(make: Make, directory: Path) -> None:
     """Warm up on a small workload, and see that what is read is what was appended."""
     work = Workload(1024, seed=1)
     subject = make(peers.fresh(directory), work)
@@ -83,12 +97,7 @@ def durable_appends(bench: Bench) -> Answer:
     for name, make in stores.items():
         check_reads(make, bench.directory / name)
     check_ours(bench.directory / "ours")
-    rounds = Rounds("appends/s")
-    makes = {"ours": Ours, **stores}
-    rounds.run(
-        bench.rounds,
-        {name: partial(appends_per_s, make, bench.directory / name, work) for name, make in makes.items()},
-    )
+    rounds = race({"ours": Ours, **stores}, bench, work)
     return Answer(
         rounds=rounds,
         ratios=[
@@ -102,16 +111,11 @@ def durable_appends(bench: Bench) -> Answer:
 
 
 def pipelined_appends(bench: Bench) -> Answer:
-    """The producer gets an LSN at once; all is durable at the end of the run, which is inside the clock."""
+    """The producer gets an LSN at once, and waits for the disk only every 4,096 trajectories."""
     work = bench.workload()
     check_reads(peers.Dict, bench.directory / "dict")
     check_ours(bench.directory / "ours", wait=False)
-    rounds = Rounds("appends/s")
-    makes = {"ours": partial(Ours, wait=False), "dict": peers.Dict}
-    rounds.run(
-        bench.rounds,
-        {name: partial(appends_per_s, make, bench.directory / name, work) for name, make in makes.items()},
-    )
+    rounds = race({"ours": partial(Ours, wait=False), "dict": peers.Dict}, bench, work, chunk=64)
     return Answer(rounds=rounds, ratios=[rounds.ratio("ours", "dict", 0.8)])
 
 
@@ -119,21 +123,8 @@ def appends_each_synced(bench: Bench) -> Answer:
     """One trajectory an append, each durable before the call returns."""
     work = Workload(bench.size(NUM_ALWAYS))
 
-    def run(make: Callable[[Path, Workload], peers.Subject], name: str) -> float:
-        subject = make(peers.fresh(bench.directory / name), work)
-        start = time.perf_counter()
-        for members in work.append_batches():
-            for member in members:
-                subject.append([member])
-        rate = work.size / (time.perf_counter() - start)
-        subject.close()
-        return rate
-
-    rounds = Rounds("appends/s")
-    always = partial(Ours, durability="always")
-    rounds.run(
-        bench.rounds, {"ours": partial(run, always, "ours"), "write + fdatasync": partial(run, peers.RawSync, "raw")}
-    )
+    makes = {"ours": partial(OneByOne, durability="always"), "write + fdatasync": peers.RawSync}
+    rounds = race(makes, bench, work, chunk=1)
     return Answer(rounds=rounds, ratios=[rounds.ratio("ours", "write + fdatasync", 0.9)])
 
 

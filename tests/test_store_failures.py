@@ -23,6 +23,7 @@ from pmdflow.types import Lease, Prompt, Quota, Segment, StopReason
 
 FILE_BYTES = 4096
 NOBODY = 65534
+FLIPS = 10_000
 
 
 def open_store(directory: Path, **settings: Any) -> TrajectoryStore:
@@ -287,24 +288,23 @@ def flip(content: bytes, bit: int) -> bytes:
     return bytes(flipped)
 
 
-@pytest.mark.parametrize("flips", [300, pytest.param(10_000, marks=[pytest.mark.nightly, pytest.mark.timeout(1200)])])
-def test_a_flipped_bit_is_refused_or_does_no_harm(flips: int, scratch: Path) -> None:
+def test_a_flipped_bit_is_refused_or_does_no_harm(scratch: Path) -> None:
     home, copy = scratch / "store", scratch / "copy"
     store = open_store(home)
     life(store)
     wanted = picture(store)
     store.close()
-    files, random, refused = Files.of(home), np.random.default_rng(flips), 0
+    files, random, refused = Files.of(home), np.random.default_rng(0), 0
     names = [name for name, content in files.contents.items() if content]
     sizes = np.array([len(files.contents[name]) for name in names])
-    for _ in range(flips):
+    for _ in range(FLIPS):
         name = names[int(random.choice(len(names), p=sizes / sizes.sum()))]
         bit = int(random.integers(8 * len(files.contents[name])))
         files.write(copy, **{name: flip(files.contents[name], bit)})
         seen = picture_or_refusal(copy)
         assert seen is None or seen == wanted, f"bit {bit} of {name}"
         refused += seen is None
-    assert refused > flips / 3
+    assert refused > FLIPS / 3
 
 
 def test_damaged_tokens_are_reported_with_file_and_offset(tmp_path: Path) -> None:
