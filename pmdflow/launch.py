@@ -19,7 +19,7 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pmdflow.config.load import Loaded
-from pmdflow.config.schema import Config
+from pmdflow.config.schema import DEFAULT_SLOTS, Config
 from pmdflow.controller import Controller
 from pmdflow.dashboard.process import DashboardProcess
 from pmdflow.data import PromptSource, make_prompts
@@ -153,17 +153,27 @@ def start_ray(config: Config) -> None:
 
 def store_settings(config: Config) -> dict[str, Any]:
     """The keyword arguments of the trajectory store."""
+    straggler = config.scheduler.straggler
     return {
         "groups_per_iteration": config.scheduler.groups_per_iteration,
         "lookahead": config.scheduler.lookahead,
         "max_staleness": config.scheduler.max_staleness,
         "segment_loss": config.learner.segment_loss,
         "min_group_size": config.scheduler.min_group_size,
+        "straggler": None if straggler is None else (straggler.members, straggler.wait_s),
         "max_attempts": config.reward.max_attempts,
         "lease_ttl_s": config.rollout.lease_ttl_s,
+        "grant_tokens": _grant_tokens(config),
         "durability": config.store.durability,
+        "commit_interval_s": config.store.commit_interval_s,
         "max_bytes": config.store.limit_bytes,
     }
+
+
+def _grant_tokens(config: Config) -> int:
+    """Tokens of one grant: many, so that it is extended before it ends; but all held ones leave half of the budget."""
+    held = config.rollout.actors * (config.rollout.slots or DEFAULT_SLOTS)
+    return min(max(config.scheduler.tokens_per_iteration // (2 * held), 64), 1024)
 
 
 def place_learners(config: Config) -> list[dict[str, Any]]:
@@ -207,6 +217,8 @@ def start_learners(
 
 def _loops(config: Config, run: RunDirectory, store: Any) -> list[Loop]:
     share, _ = _gpu_shares(config)
+    if config.rollout.tensor_parallel > 1:
+        share = config.rollout.tensor_parallel
 
     def rollout(index: int) -> Any:
         name = f"rollout-{index}"

