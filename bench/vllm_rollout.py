@@ -214,7 +214,9 @@ def main() -> None:
         versions = {"torch": torch.__version__, "vllm": vllm.__version__, "ray": ray.__version__}
         settings = {name: value for name, value in vars(arguments).items() if name != "json"}
         with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"settings": settings, "machine": machine, "versions": versions, "results": result}, file, indent=2)
+            json.dump(
+                {"settings": settings, "machine": machine, "versions": versions, "results": result}, file, indent=2
+            )
 
 
 if __name__ == "__main__":

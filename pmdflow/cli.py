@@ -93,6 +93,52 @@ def replay(
     raise typer.Exit(replay_module.replay(run, verify=verify, start=start, overrides=overrides or ()))
 
 
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="Run, RUN/checkpoints/iteration-N, or Hugging Face folder."),
+    ],
+    task: Annotated[
+        str, typer.Argument(metavar="TASK", help="A .jsonl file, reasoning_gym/NAME, or a configuration .yaml.")
+    ],
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Attempts at each prompt.")] = 4,
+    k: Annotated[list[int] | None, typer.Option("--k", help="k of pass@k; default: powers of two.")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Most prompts.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=1e-6, max=1.0, help="Share of probability to sample from.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
+    min_tokens: Annotated[int | None, typer.Option(min=0, help="Tokens before which an answer cannot end.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be repeated.")] = None,
+    reward: Annotated[
+        list[str] | None, typer.Option(metavar="MODULE:NAME", help="Reward function; may be repeated.")
+    ] = None,
+    pass_reward: Annotated[float, typer.Option(help="Least reward of an attempt that counts for pass@k.")] = 1.0,
+    engine: Annotated[str | None, typer.Option(help="transformers or vllm.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Directory for samples.jsonl and summary.json.")] = None,
+) -> None:
+    """Evaluate a checkpoint on a task: avg@n and pass@k with confidence intervals."""
+    from pmdflow.eval_command import EvalOptions, evaluate_checkpoint
+
+    options = EvalOptions(
+        samples=samples,
+        ks=k or (),
+        prompts=prompts,
+        temperature=temperature,
+        top_p=top_p,
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        stop=stop or (),
+        reward=reward or (),
+        pass_reward=pass_reward,
+        engine=engine,
+        seed=seed,
+        out=out,
+    )
+    raise typer.Exit(evaluate_checkpoint(checkpoint, task, options))
+
+
 def main() -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 bad configuration or usage, 130 interrupted."""
     try:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgpack
 import numpy as np
 
+from pmdflow.rollout.control import check_overrides
 from pmdflow.types import Int32, Prompt
 
 if TYPE_CHECKING:
@@ -74,6 +75,20 @@ def make_prompts(config: Config) -> PromptSource:
         num_held_out=config.eval.prompts,
         tokenize=make_tokenize(config.model.path),
     )
+
+
+def read_prompts(path: Path, tokenize: Tokenize) -> list[Prompt]:
+    """Every prompt of a `.jsonl` file, in its order, for evaluation.
+
+    Raises:
+        ValueError: a malformed line (`file:line: cause`), or no prompt.
+    """
+    rows = list(_read_jsonl(path))
+    if not rows:
+        raise ValueError(f"{path} holds no prompt; give each line a key prompt")
+    for number, _, metadata in rows:
+        _check_sampling(path, number, metadata, training=False)
+    return [_jsonl_prompt(path, row, tokenize) for row in rows]
 
 
 def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
@@ -210,6 +225,8 @@ class GymPrompts:
 class JsonlPrompts:
     """Prompts of a `.jsonl` file: `prompt` on each line, every other key is metadata; blank lines are skipped.
 
+    The key `sampling` overrides how the prompt is sampled, see `pmdflow.rollout.control`.
+
     The last `num_held_out` lines are held out; earlier lines with the text of one of them are not trained on.
     Each epoch goes once through the others in an order drawn from the seed and the epoch.
     """
@@ -222,6 +239,9 @@ class JsonlPrompts:
         self._held_out = rows[split:]
         texts = {text for _, text, _ in self._held_out}
         self._train = [row for row in rows[:split] if row[1] not in texts]
+        for training, checked in ((True, self._train), (False, self._held_out)):
+            for number, _, metadata in checked:
+                _check_sampling(path, number, metadata, training=training)
         if not self._train:
             raise ValueError(
                 f"{path} has {len(rows)} prompts, of which none is left for training when the last "
@@ -233,21 +253,29 @@ class JsonlPrompts:
         """See `PromptSource`."""
         assert cursor >= 0, cursor
         epoch, position = divmod(cursor, len(self._train))
-        return self._prompt(self._train[self._order(epoch)[position]])
+        return _jsonl_prompt(self._path, self._train[self._order(epoch)[position]], self._tokenize)
 
     def held_out(self, n: int) -> list[Prompt]:
         """See `PromptSource`."""
         assert 0 <= n <= len(self._held_out), (n, len(self._held_out))
-        return [self._prompt(row) for row in self._held_out[:n]]
+        return [_jsonl_prompt(self._path, row, self._tokenize) for row in self._held_out[:n]]
 
     def _shuffled(self, epoch: int) -> list[int]:
         order = list(range(len(self._train)))
         random.Random(f"pmdflow-epoch-{self._seed}-{epoch}").shuffle(order)
         return order
 
-    def _prompt(self, row: tuple[int, str, dict[str, Any]]) -> Prompt:
-        number, text, metadata = row
-        return Prompt(id=f"{self._path.stem}-{number}", text=text, tokens=self._tokenize(text), metadata=metadata)
+
+def _jsonl_prompt(path: Path, row: tuple[int, str, dict[str, Any]], tokenize: Tokenize) -> Prompt:
+    number, text, metadata = row
+    return Prompt(id=f"{path.stem}-{number}", text=text, tokens=tokenize(text), metadata=metadata)
+
+
+def _check_sampling(path: Path, number: int, metadata: Mapping[str, Any], *, training: bool) -> None:
+    try:
+        check_overrides(metadata, training=training)
+    except ValueError as error:
+        raise ValueError(f"{path}:{number}: {error}") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:

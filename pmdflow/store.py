@@ -7,8 +7,9 @@ say what was wrong. A closed store raises `StoreError`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from pmdflow import _rust_buffer
 from pmdflow._rust_buffer import Conflict, CorruptLog, StaleLease, StoreError, StoreFull, StoreLocked
 from pmdflow.types import (
     Counts,
+    Float32,
     Grant,
     Int32,
     Lease,
@@ -29,23 +31,31 @@ from pmdflow.types import (
     Segment,
     Stop,
     TrainBatch,
+    UInt8,
     Unscored,
 )
 
 __all__ = [
+    "BatchBuffers",
     "ClaimAnswer",
     "Conflict",
     "CorruptLog",
     "EvalResult",
+    "LateMembers",
     "StaleLease",
     "StoreError",
     "StoreFull",
     "StoreLocked",
+    "StoredTrajectory",
     "TrajectoryStore",
     "encode_segments",
 ]
 
 GroupState = Literal["partial", "ready", "claimed", "trained", "committed"]
+TrajectoryState = Literal["leased", "idle", "unscored", "scored", "failed", "late"]
+
+PAGE_ROWS = 1024
+"""Trajectories that a query reads in one call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +63,8 @@ class ClaimAnswer:
     """The answer to `TrajectoryStore.claim`."""
 
     status: Literal["claimed", "starved", "timeout"]
+    reason: Literal["closed", "over_age"] | None
+    """Why it starves: rollout is closed, or ready groups were over-age and are evicted; None unless it does."""
     groups: tuple[int, ...]
     """Group ids in claim order; empty unless claimed."""
     lsn: int
@@ -76,6 +88,76 @@ class EvalResult:
     """Policy version of the last token; None when empty."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LateMembers:
+    """A group that became ready without its late members (the straggler rule)."""
+
+    group: int
+    prompt_id: str
+    members: int
+    """Late ones."""
+    tokens: int
+    """Their generated tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTrajectory:
+    """What a query tells of one trajectory; `TrajectoryStore.trajectory` has its arrays."""
+
+    trajectory: int
+    group: int
+    prompt_id: str
+    kind: LeaseKind
+    state: TrajectoryState
+    group_state: GroupState
+    iteration: int | None
+    """Iteration that claimed its group."""
+    reward: float | None
+    """None without a reward."""
+    length: int
+    """Generated tokens."""
+    stop: Stop
+    first_version: int | None
+    """Policy version of the first token; None when empty."""
+    last_version: int | None
+    """Policy version of the last token; None when empty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchBuffers:
+    """Arrays that `TrajectoryStore.read_claim` fills, to be used again.
+
+    The first touch of new memory costs more than the copy itself. What was read stays valid until the next read into
+    the same buffers.
+
+    Example:
+        >>> buffers = BatchBuffers.allocate(1 << 20)
+        >>> batch = store.read_claim(iteration, out=buffers)
+    """
+
+    tokens: Int32
+    """All have one capacity, shape [C]."""
+    logprobs: Float32
+    versions: Int32
+    temperatures: Float32
+    mask: UInt8
+
+    @classmethod
+    def allocate(cls, num_tokens: int) -> BatchBuffers:
+        """Buffers for claims of up to `num_tokens` tokens."""
+        return cls(
+            tokens=np.empty(num_tokens, np.int32),
+            logprobs=np.empty(num_tokens, np.float32),
+            versions=np.empty(num_tokens, np.int32),
+            temperatures=np.empty(num_tokens, np.float32),
+            mask=np.empty(num_tokens, np.uint8),
+        )
+
+
+_WIRE = struct.Struct("<4sHHII")
+"""Magic, version, 0, length of the header, 0; `rust_buffer/src/wire.rs` describes the whole."""
+
+
 def encode_segments(
     segments: Sequence[Segment], *, extra: Sequence[Mapping[str, np.ndarray[Any, Any]]] | None = None
 ) -> bytes:
@@ -86,27 +168,50 @@ def encode_segments(
         extra: Named columns of each segment, stored with it and returned by `trajectory` (for example expert ids).
 
     Raises:
-        ValueError: `extra` has another length than `segments`.
+        ValueError: `extra` has another length than `segments`, or log-probs another shape than tokens.
     """
-    columns: Sequence[Mapping[str, np.ndarray[Any, Any]]] = [{}] * len(segments) if extra is None else extra
-    rows = [_segment_row(segment, named) for segment, named in zip(segments, columns, strict=True)]
-    encoded: bytes = msgpack.packb(rows, use_bin_type=True)
-    return encoded
+    columns: Iterable[Mapping[str, np.ndarray[Any, Any]]] = extra if extra is not None else [{}] * len(segments)
+    rows: list[tuple[Any, ...]] = []
+    arrays: list[Any] = []
+    for segment, named in zip(segments, columns, strict=True):
+        tokens = np.ascontiguousarray(segment.tokens, dtype="<i4")
+        others = [(name, np.ascontiguousarray(array)) for name, array in named.items()]
+        rows.append(_segment_row(segment, len(tokens), others))
+        if len(tokens) == 0:
+            continue
+        arrays.append(tokens)
+        if segment.observed:
+            arrays.append(_padding(tokens.nbytes))
+        else:
+            if len(segment.logprobs) != len(tokens):
+                raise ValueError(
+                    f"trajectory {segment.trajectory}: {len(segment.logprobs)} log-probs for {len(tokens)} tokens; "
+                    "give one for each"
+                )
+            arrays.append(np.ascontiguousarray(segment.logprobs, dtype="<f4"))
+        for _, array in others:
+            arrays += array, _padding(array.nbytes)
+    header: bytes = msgpack.packb(rows)
+    return b"".join([_WIRE.pack(b"PMDB", 1, 0, len(header), 0), header, _padding(len(header)), *arrays])
 
 
-def _segment_row(segment: Segment, extra: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
-    return {
-        "t": segment.trajectory,
-        "e": segment.epoch,
-        "o": segment.offset,
-        "v": segment.version,
-        "temp": float(segment.temperature),
-        "tok": np.asarray(segment.tokens, dtype="<i4").tobytes(),
-        "lp": np.asarray(segment.logprobs, dtype="<f4").tobytes(),
-        "next": segment.next_version,
-        "stop": segment.stop,
-        "extra": {name: [array.dtype.str, array.tobytes()] for name, array in extra.items()},
-    }
+def _padding(length: int) -> bytes:
+    return bytes(-length % 8)
+
+
+def _segment_row(segment: Segment, count: int, extra: Sequence[tuple[str, np.ndarray[Any, Any]]]) -> tuple[Any, ...]:
+    return (
+        segment.trajectory,
+        segment.epoch,
+        segment.offset,
+        count,
+        segment.version,
+        float(segment.temperature),
+        segment.next_version,
+        segment.stop,
+        segment.observed,
+        [(name, array.dtype.str, array.nbytes) for name, array in extra],
+    )
 
 
 class TrajectoryStore:
@@ -131,16 +236,22 @@ class TrajectoryStore:
         max_staleness: int | None,
         segment_loss: Literal["all", "current_only"] = "all",
         min_group_size: int = 2,
+        straggler: tuple[int, float] | None = None,
         max_attempts: int = 3,
         lease_ttl_s: float = 30.0,
         grant_tokens: int = 64,
         durability: Literal["os", "group", "always"] = "group",
         max_bytes: int | None = None,
         file_bytes: int = 64 * 1024 * 1024,
+        commit_interval_s: float = 0.005,
     ) -> None:
         """Open or create the store in directory `path`; None keeps it in memory.
 
+        `straggler` is (members, wait in seconds): with that many members scored, a group waits for the late ones only
+        so much longer; None waits for all.
+
         Raises:
+            ValueError: a setting is out of its range.
             StoreLocked: another writer has it open.
             CorruptLog: damage before the tail of the log, or a newer format.
         """
@@ -151,13 +262,29 @@ class TrajectoryStore:
             max_staleness=max_staleness,
             segment_loss=segment_loss,
             min_group_size=min_group_size,
+            straggler=straggler,
             max_attempts=max_attempts,
             lease_ttl_s=lease_ttl_s,
             grant_tokens=grant_tokens,
             durability=durability,
             max_bytes=max_bytes,
             file_bytes=file_bytes,
+            commit_interval_s=commit_interval_s,
         )
+
+    @classmethod
+    def read(cls, path: Path | str) -> TrajectoryStore:
+        """The store in directory `path` as it is now, beside a run that may be writing it; every change is refused.
+
+        Raises:
+            CorruptLog: as at opening.
+            StoreError: there is no store.
+        """
+        reader = cls.__new__(cls)
+        reader._native = _rust_buffer.TrajectoryStore(
+            str(path), groups_per_iteration=1, lookahead=0, max_staleness=None, read_only=True
+        )
+        return reader
 
     def set_quota(self, quota: Quota) -> None:
         """Set what rollout may do under `quota.version`; a later call for the same version replaces it."""
@@ -172,8 +299,13 @@ class TrajectoryStore:
         max_tokens: int,
         cursor: int | None = None,
         kind: LeaseKind = "train",
+        priority: int = 0,
+        wait: bool = True,
     ) -> int:
         """Admit a prompt with `group_size` empty trajectories; returns the group id.
+
+        Groups of higher `priority` are started first; what is started is continued first, whatever its priority.
+        Without `wait` it answers before the admission is durable; `wait_durable` awaits that.
 
         Raises:
             StoreFull: the quota of groups or `max_bytes` is reached.
@@ -188,6 +320,8 @@ class TrajectoryStore:
             metadata=msgpack.packb(dict(prompt.metadata), use_bin_type=True),
             group_size=group_size,
             max_tokens=max_tokens,
+            priority=priority,
+            wait=wait,
         )
 
     def lease(
@@ -195,16 +329,31 @@ class TrajectoryStore:
     ) -> list[Lease]:
         """Lease up to `max_leases` trajectories to a worker whose engine holds `version`; waits for the first one."""
         rows = self._native.lease(worker, version, max_leases, timeout_s, now_s)
-        return [Lease(**row | {"prompt": _int32(row["prompt"]), "prefix": _int32(row["prefix"])}) for row in rows]
+        return [
+            Lease(
+                **row
+                | {
+                    "metadata": msgpack.unpackb(row["metadata"]),
+                    "prompt": _int32(row["prompt"]),
+                    "prefix": _int32(row["prefix"]),
+                    "prefix_observed": np.frombuffer(row["prefix_observed"], np.uint8),
+                }
+            )
+            for row in rows
+        ]
 
-    def append(self, batch: bytes | Sequence[Segment], *, now_s: float | None = None) -> tuple[int, list[Grant]]:
+    def append(
+        self, batch: bytes | Sequence[Segment], *, wait: bool = True, now_s: float | None = None
+    ) -> tuple[int, list[Grant]]:
         """Append segments (encoded or not), extend grants, end leases; returns the log position and a grant for each.
+
+        Without `wait` it answers before the segments are durable; `wait_durable` with the log position awaits that.
 
         Raises:
             Conflict: a gap, other content at the same offset, more than `max_tokens`, or a decreasing version.
         """
         encoded = batch if isinstance(batch, bytes) else encode_segments(batch)
-        lsn, replies = self._native.append(encoded, now_s)
+        lsn, replies = self._native.append(encoded, wait, now_s)
         return lsn, [Grant(trajectory=trajectory, stale=stale, tokens=grant) for trajectory, stale, grant in replies]
 
     def unscored(self, max_items: int, ttl_s: float, timeout_s: float, *, now_s: float | None = None) -> list[Unscored]:
@@ -217,6 +366,7 @@ class TrajectoryStore:
                     "metadata": msgpack.unpackb(row["metadata"]),
                     "prompt": _int32(row["prompt"]),
                     "tokens": _int32(row["tokens"]),
+                    "observed": np.frombuffer(row["observed"], np.uint8),
                     "stop": Stop(row["stop"]),
                 }
             )
@@ -230,13 +380,18 @@ class TrajectoryStore:
         outcome: Outcome,
         reward: float = 0.0,
         components: Mapping[str, float] | None = None,
+        *,
+        wait: bool = True,
+        now_s: float | None = None,
     ) -> None:
-        """Record the outcome of scoring attempt `attempt`.
+        """Record the outcome of scoring attempt `attempt`; of a late member it is ignored.
+
+        Without `wait` it answers before that is durable.
 
         Raises:
             Conflict: not complete, a reward that is not finite, or another outcome for an attempt already recorded.
         """
-        self._native.score(trajectory, attempt, outcome, reward, dict(components or {}))
+        self._native.score(trajectory, attempt, outcome, reward, dict(components or {}), wait, now_s)
 
     def publish(self, version: int, iteration: int | None = None, masked: Mapping[str, int] | None = None) -> None:
         """Make `version` the newest; `iteration`'s claim is trained. `masked` counts tokens by `filter` and `veto`.
@@ -253,16 +408,26 @@ class TrajectoryStore:
             Conflict: another claim is untrained, or the iteration is not above every earlier one.
         """
         row = self._native.claim(iteration, version, timeout_s, now_s)
-        return ClaimAnswer(status=row["status"], groups=tuple(row["groups"]), lsn=row["lsn"])
+        return ClaimAnswer(**row | {"groups": tuple(row["groups"])})
 
-    def read_claim(self, iteration: int) -> TrainBatch:
+    def read_claim(self, iteration: int, *, out: BatchBuffers | None = None, check: bool = True) -> TrainBatch:
         """The groups of a claim, packed; members whose scoring failed for good are left out.
 
+        Args:
+            iteration: Of the claim.
+            out: Filled and referred to by the answer; nobody else may touch them during the call.
+            check: Test the checksum of every token array.
+
         Raises:
-            Conflict: the iteration has no claim.
+            Conflict: the iteration has no claim, or `out` is too small for it.
+            CorruptLog: bytes of it are not those that were written; names file and offset.
         """
-        row = self._native.read_claim(iteration)
-        arrays = {name: np.frombuffer(row.pop(name), dtype=dtype) for name, dtype in _BATCH_DTYPES.items()}
+        buffers = BatchBuffers.allocate(self._native.claim_tokens(iteration)) if out is None else out
+        names = [field.name for field in fields(BatchBuffers)]
+        views = {name: getattr(buffers, name).view(np.uint8) for name in names}
+        row = self._native.read_claim(iteration, **views, check=check)
+        arrays = {name: np.frombuffer(row.pop(name), dtype=dtype) for name, dtype in _ROW_DTYPES.items()}
+        arrays |= {name: getattr(buffers, name)[: arrays["cu_seqlens"][-1]] for name in names}
         components = {name: np.frombuffer(data, dtype="<f8") for name, data in row.pop("components").items()}
         return TrainBatch(**row | arrays | {"components": components, "prompt_ids": tuple(row["prompt_ids"])})
 
@@ -296,14 +461,76 @@ class TrajectoryStore:
         return self._native.drop_eval(prefix)
 
     def groups(self, state: GroupState | None = None) -> list[dict[str, Any]]:
-        """Live groups: {group, request_id, prompt_id, kind, state, iteration, trajectories, cursor}."""
-        return self._native.groups(state)
+        """Live groups with their prompts' metadata.
+
+        Keys: group, request_id, prompt_id, kind, state, iteration, trajectories, cursor, priority, max_tokens,
+        prompt_length, tokens (those of late members excepted), metadata; and scored, failed, late: how many members.
+        """
+        rows = self._native.groups(state)
+        return [row | {"metadata": msgpack.unpackb(row["metadata"])} for row in rows]
+
+    def query(
+        self,
+        *,
+        iteration: int | None = None,
+        version: tuple[int | None, int | None] = (None, None),
+        reward: tuple[float | None, float | None] = (None, None),
+        length: tuple[int | None, int | None] = (None, None),
+        stop: Stop | None = None,
+        prompt_id: str | None = None,
+        group: int | None = None,
+        kind: LeaseKind | None = None,
+        state: TrajectoryState | GroupState | None = None,
+    ) -> Iterator[StoredTrajectory]:
+        """Live trajectories in the order of their ids, read lazily: each page shows the store as it is then.
+
+        Args:
+            iteration: The one that claimed them.
+            version: Inclusive bounds, None for open; some token is of a version within them.
+            reward: Likewise; selects only trajectories with a reward if one is set.
+            length: Likewise, of the number of generated tokens.
+            stop: Why it ended; `Stop.NONE` selects those that did not.
+            prompt_id: Its prompt's.
+            group: Its group's.
+            kind: Training or evaluation.
+            state: Its own or its group's.
+
+        Raises:
+            ValueError: an unknown `kind` or `state`.
+        """
+        after: int | None = None
+        while True:
+            page, after = self._native.select(
+                after,
+                PAGE_ROWS,
+                iteration=iteration,
+                version=version,
+                reward=reward,
+                length=length,
+                stop=stop,
+                prompt_id=prompt_id,
+                group=group,
+                kind=kind,
+                state=state,
+            )
+            for row in page:
+                yield StoredTrajectory(**row | {"stop": Stop(row["stop"])})
+            if after is None:
+                return
+
+    def claims(self) -> dict[int, str]:
+        """State of every claim that is not evicted: `claimed`, `trained` or `committed`."""
+        return self._native.claims()
+
+    def take_late(self) -> list[LateMembers]:
+        """Groups that became ready without late members since the last call."""
+        return [LateMembers(**row) for row in self._native.take_late()]
 
     def trajectory(self, trajectory: int) -> dict[str, Any]:
         """One live trajectory with its arrays.
 
-        Keys: trajectory, group, state (`leased`, `idle`, `unscored`, `scored` or `failed`), prompt int32 [P], tokens
-        int32 [S], logprobs float32 [S], segments [(length, version, temperature)], reward, components, stop, attempts,
+        Keys: trajectory, group, state (a `TrajectoryState`), prompt int32 [P], tokens int32 [S], logprobs float32 [S],
+        observed uint8 [S], segments [(length, version, temperature, observed)], reward, components, stop, attempts,
         epoch, extra {name: [(offset, length, values)]}.
 
         Raises:
@@ -318,6 +545,7 @@ class TrajectoryStore:
             "prompt": _int32(row["prompt"]),
             "tokens": _int32(row["tokens"]),
             "logprobs": np.frombuffer(row["logprobs"], dtype="<f4"),
+            "observed": np.frombuffer(row["observed"], np.uint8),
         }
         return row | arrays | {"stop": Stop(row["stop"]), "extra": extra}
 
@@ -336,8 +564,8 @@ class TrajectoryStore:
         """Durable training tokens by policy version, for the versions that still have a quota."""
         return self._native.versions_spent()
 
-    def wait_durable(self, lsn: int, timeout_s: float) -> bool:
-        """Wait until every record up to `lsn` is on disk."""
+    def wait_durable(self, lsn: int | None, timeout_s: float) -> bool:
+        """Wait until every record up to `lsn` (None: the newest one) is on disk; False when it is not in time."""
         return self._native.wait_durable(lsn, timeout_s)
 
     def close(self) -> None:
@@ -345,12 +573,7 @@ class TrajectoryStore:
         self._native.close()
 
 
-_BATCH_DTYPES = {
-    "tokens": "<i4",
-    "logprobs": "<f4",
-    "versions": "<i4",
-    "temperatures": "<f4",
-    "mask": "|u1",
+_ROW_DTYPES = {
     "cu_seqlens": "<i8",
     "prompt_lengths": "<i4",
     "groups": "<i8",

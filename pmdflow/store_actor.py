@@ -12,7 +12,7 @@ import ray
 from pmdflow.archive import write_part
 from pmdflow.errors import WaitTimeout
 from pmdflow.metrics.spans import SpanBuffer
-from pmdflow.store import ClaimAnswer, EvalResult, StoreFull, StoreLocked, TrajectoryStore
+from pmdflow.store import ClaimAnswer, EvalResult, LateMembers, StoreFull, StoreLocked, TrajectoryStore
 from pmdflow.types import Counts, Grant, Lease, Outcome, Prompt, Quota, TrainBatch, Unscored
 
 LOCK_TIMEOUT_S = 30.0
@@ -64,7 +64,8 @@ class StoreActor:
     def score(self, scores: Sequence[tuple[int, int, Outcome, float, dict[str, float]]]) -> None:
         """Record (trajectory, attempt, outcome, reward, components) of several trajectories."""
         for trajectory, attempt, outcome, reward, components in scores:
-            self._store.score(trajectory, attempt, outcome, reward, components)
+            self._store.score(trajectory, attempt, outcome, reward, components, wait=False)
+        self.sync()
 
     @ray.method(concurrency_group="claim")
     def claim(self, iteration: int, version: int, timeout_s: float) -> ClaimAnswer:
@@ -84,14 +85,23 @@ class StoreActor:
         max_tokens: int,
     ) -> int:
         """Admit (request id, cursor, prompt) in order, stopping at the first that is refused; returns how many were."""
-        for number, (request_id, cursor, prompt) in enumerate(prompts):
+        admitted = 0
+        for request_id, cursor, prompt in prompts:
             try:
                 self._store.admit(
-                    request_id, cursor=cursor, kind=kind, prompt=prompt, group_size=group_size, max_tokens=max_tokens
+                    request_id,
+                    cursor=cursor,
+                    kind=kind,
+                    prompt=prompt,
+                    group_size=group_size,
+                    max_tokens=max_tokens,
+                    wait=False,
                 )
             except StoreFull:
-                return number
-        return len(prompts)
+                break
+            admitted += 1
+        self.sync()
+        return admitted
 
     def set_quota(self, quota: Quota) -> None:
         """Set what rollout may do under a version."""
@@ -117,12 +127,10 @@ class StoreActor:
                 write_part(self._run_dir, self._store.read_claim(iteration), attrs=self._archive_attrs)
         self._store.evict(evict_through)
 
-    def sync(self) -> int:
-        """Wait until everything so far is durable; returns its LSN."""
-        lsn = self._store.counts().lsn
-        if not self._store.wait_durable(lsn, DURABLE_TIMEOUT_S):
-            raise WaitTimeout(f"record {lsn} of the trajectory store was not on disk within {DURABLE_TIMEOUT_S:g} s")
-        return lsn
+    def sync(self) -> None:
+        """Wait until everything so far is durable."""
+        if not self._store.wait_durable(None, DURABLE_TIMEOUT_S):
+            raise WaitTimeout(f"the trajectory store was not on disk within {DURABLE_TIMEOUT_S:g} s")
 
     @ray.method(concurrency_group="claim")
     def eval_results(self, prefix: str, timeout_s: float) -> list[EvalResult] | None:
@@ -147,11 +155,11 @@ class StoreActor:
 
     def claims(self) -> dict[int, str]:
         """State of every claim whose groups are still in the store: `claimed`, `trained` or `committed`."""
-        return {group["iteration"]: group["state"] for group in self._store.groups() if group["iteration"] is not None}
+        return self._store.claims()
 
-    def drain(self) -> list[dict[str, Any]]:
-        """Spans since the last call."""
-        return self._spans.drain()
+    def drain(self) -> tuple[list[dict[str, Any]], list[LateMembers]]:
+        """Spans, and groups that became ready without late members, since the last call."""
+        return self._spans.drain(), self._store.take_late()
 
     def close(self) -> None:
         """Sync and let go of the directory."""

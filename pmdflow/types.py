@@ -39,7 +39,7 @@ class Stop(IntEnum):
 
 
 class Mask(IntFlag):
-    """Per-token flags of a claim; a token is trained if and only if `TRAINED` is set."""
+    """Per-token flags of a claim; a generated token is trained if `TRAINED` is set, else another says why not."""
 
     GENERATED = 1
     TRAINED = 2
@@ -47,6 +47,8 @@ class Mask(IntFlag):
     SEGMENT = 8
     FILTER = 16
     VETO = 32
+    TRAINABLE = TRAINED | FILTER | VETO
+    """What the claim left to the learner, which left out the filtered and vetoed itself and may decide anew."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +70,16 @@ class Lease:
     group: int
     epoch: int
     kind: LeaseKind
+    metadata: Mapping[str, Any]
+    """That of the prompt."""
     prompt: Int32
     """Prompt token ids, shape [P]."""
     prefix: Int32
-    """Durable generated token ids so far, shape [S]; the next append has offset S."""
+    """Durable token ids after the prompt so far, shape [S]; the next append has offset S."""
+    prefix_observed: UInt8
+    """1 where the environment made the token, shape [S]."""
     max_tokens: int
-    """Generated tokens the whole trajectory may reach, prefix included."""
+    """Tokens after the prompt that the whole trajectory may reach, prefix included."""
     grant: int
     """Tokens that may be generated now, under the policy version the lease was asked for."""
 
@@ -85,7 +91,7 @@ class Segment:
     trajectory: int
     epoch: int
     offset: int
-    """Number of generated tokens of the trajectory before these."""
+    """Number of tokens after the prompt before these."""
     version: int
     temperature: float
     tokens: Int32
@@ -95,6 +101,9 @@ class Segment:
     """The version that the next tokens will be generated under; the returned grant is for it."""
     stop: StopReason | None = None
     """None keeps the lease; anything else ends it."""
+    observed: bool = False
+    """The environment made the tokens: they count in offsets and `max_tokens`, but in no budget, have no gradient, and
+    `logprobs` is ignored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +129,8 @@ class Unscored:
     metadata: Mapping[str, Any]
     prompt: Int32
     tokens: Int32
+    observed: UInt8
+    """1 where the environment made the token; shape of `tokens`."""
     stop: Stop
 
 
@@ -158,6 +169,8 @@ class Counts:
     trajectories_partial: int
     """Idle ones that hold at least one token."""
     trajectories_unscored: int
+    trajectories_late: int
+    """Evicted since the store began because their groups did not wait for them (the straggler rule)."""
     eval_pending: int
     """Evaluation trajectories that are not scored yet."""
     tokens_budget: int

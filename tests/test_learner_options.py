@@ -14,7 +14,7 @@ import torch
 from test_learner import make_batch, make_config, model_path, start  # noqa: F401
 from transformers import AutoModelForCausalLM
 
-from pmdflow.config.schema import RewardConfig
+from pmdflow.config.schema import RepetitionConfig, RewardConfig
 from pmdflow.learner.advantage import boltzmann_weights, pmd_mean, pmd_partition
 from pmdflow.learner.algorithms import ALGORITHMS, Algorithm
 from pmdflow.learner.flops import Speed
@@ -24,7 +24,7 @@ from pmdflow.reward.length import length_reward
 from pmdflow.reward.total import total_rewards
 from pmdflow.rollout.actor import RolloutActor, _Sequence
 from pmdflow.rollout.engine import Request
-from pmdflow.rollout.repetition import MAX_PERIOD, repeats
+from pmdflow.rollout.repetition import RepetitionDetector
 from pmdflow.rollout.simulated_engine import SimulatedEngine
 from pmdflow.scheduler import sampling_temperature
 from pmdflow.store import TrajectoryStore
@@ -94,7 +94,9 @@ def test_group_filter_empties_masks_and_is_counted(start, model_path):
     plain = start(make_config(model_path)).train(left)
     assert result.metrics["learner/step_losses"] == plain.metrics["learner/step_losses"]
     assert result.masked == {"filter": trained_tokens(batch) - trained_tokens(left), "veto": 0}
+    assert result.left_out == {"filter": [0, 1, 2, 3, 4, 5, 12, 13, 14], "veto": []}
     assert plain.masked == {"filter": 0, "veto": 0}
+    assert plain.left_out == {"filter": [], "veto": []}
     assert result.metrics["learner/trained_tokens"] == trained_tokens(left)
     assert result.metrics["learner/filter_share"] == pytest.approx(result.masked["filter"] / trained_tokens(batch))
 
@@ -121,7 +123,21 @@ def test_veto_drops_sequences_and_their_denominators(start, model_path, limit):
     plain = start(make_config(model_path, tokens_per_microbatch=limit)).train(left)
     np.testing.assert_allclose(result.metrics["learner/step_losses"], plain.metrics["learner/step_losses"], rtol=1e-5)
     assert result.masked == {"filter": 0, "veto": trained_tokens(batch) - trained_tokens(left)}
+    assert result.left_out == {"filter": [], "veto": [2, 7]}
     assert result.metrics["learner/trained_tokens"] == trained_tokens(left)
+
+
+def test_what_a_learner_left_out_can_be_trained_at_a_replay(start, model_path):
+    """An archived mask says why a token was not trained; other settings may train it."""
+    batch = make_batch(seed=3)
+    flagged = replace(batch, mask=batch.mask.copy())
+    for index, flag in ((0, Mask.FILTER), (7, Mask.VETO)):
+        part = flagged.mask[flagged.cu_seqlens[index] : flagged.cu_seqlens[index + 1]]
+        part[part & Mask.TRAINED != 0] = Mask.GENERATED | flag
+    expected = start(make_config(model_path)).train(batch)
+    found = start(make_config(model_path)).train(flagged)
+    assert found.metrics == expected.metrics
+    assert found.masked == expected.masked
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -188,6 +204,8 @@ def test_entropy_bonus_and_supervised_loss(start, model_path):
     assert metrics["learner/grad_norm"] == pytest.approx(expected, rel=1e-4)
     every = torch.cat([whole.entropies[index] for index in whole.active()]).mean()
     assert metrics["learner/entropy"] == pytest.approx(every.item(), rel=1e-5)
+    behavior = start(make_config(model_path, steps_per_iteration=1, anchor="behavior"))
+    assert behavior.train(batch).metrics["learner/entropy"] == pytest.approx(every.item(), rel=1e-5)
 
 
 def test_supervised_file(tmp_path):
@@ -335,19 +353,9 @@ def test_temperature_schedule():
     assert sampling_temperature(7, initial=1.2, final=None, iterations=None) == 1.2
 
 
-def test_repetition_is_found_at_the_end_only():
-    assert repeats([5, 1, 2, 3, 1, 2, 3, 1, 2, 3], times=3)
-    assert not repeats([1, 2, 3, 1, 2, 3, 1, 2, 3, 5], times=3)
-    assert not repeats([1, 2, 3, 1, 2, 4, 1, 2, 3], times=3)
-    assert not repeats([], times=2)
-    block = list(range(MAX_PERIOD))
-    assert repeats(block * 2, times=2)
-    assert not repeats([*block, 99] * 2, times=2)
-
-
 def test_a_repeating_trajectory_is_ended_and_stored_as_such(model_path):
     config = make_config(model_path)
-    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"repetition_limit": 3})})
+    loops = RepetitionConfig(ngram=2, copies=3, min_tokens=6)
     store = TrajectoryStore(None, groups_per_iteration=1, lookahead=1, max_staleness=4)
     store.publish(0)
     store.set_quota(Quota(version=0, groups=1, tokens=100, tokens_per_segment=None))
@@ -356,7 +364,7 @@ def test_a_repeating_trajectory_is_ended_and_stored_as_such(model_path):
     actor = object.__new__(RolloutActor)
     actor._config, actor._engine = config, SimulatedEngine(num_slots=2, seed=0)
     segments = []
-    for lease, tokens in zip(store.lease("rollout-0", 0, 2, 0.0), ([7, 8] * 3, [7, 8, 7, 9]), strict=True):
+    for lease, tokens in zip(store.lease("rollout-0", 0, 2, 0.0), ([7, 8] * 4, [7, 8, 7, 9]), strict=True):
         request = {"id": lease.trajectory, "tokens": prompt.tokens, "limit": 9, "remaining": 9, "temperature": 1.0}
         actor._engine.add(Request(**request))
         sequence = _Sequence(
@@ -364,14 +372,16 @@ def test_a_repeating_trajectory_is_ended_and_stored_as_such(model_path):
             offset=0,
             temperature=1.0,
             limit=9,
-            history=tokens,
             tokens=tokens,
             logprobs=[-1.0] * len(tokens),
+            stop_text=None,
+            repetition=RepetitionDetector(loops),
         )
         actor._stop_repetition(sequence)
         segments.append(actor._segment(sequence, next_version=0))
     store.append(segments)
     assert [segment.stop for segment in segments] == ["repetition", None]
+    assert [len(segment.tokens) for segment in segments] == [6, 4]
     assert actor._engine.active() == 1
     assert [item.stop for item in store.unscored(9, 1.0, 0.0)] == [Stop.REPETITION]
 

@@ -163,7 +163,7 @@ def test_segments_of_equal_version_and_temperature_are_one() -> None:
     for offset, version in ((0, 0), (2, 0), (4, 1), (6, 1)):
         store.append([segment(lease, 2, offset=offset, version=version, next_version=1)])
     view = store.trajectory(lease.trajectory)
-    assert view["segments"] == [(4, 0, 1.0), (4, 1, 1.0)]
+    assert view["segments"] == [(4, 0, 1.0, False), (4, 1, 1.0, False)]
     assert view["tokens"].tolist() == [100 * lease.trajectory + i for i in range(8)]
     assert view["state"] == "leased"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pmdflow.config.schema import LearnerConfig, RewardConfig, RolloutConfig
+    from pmdflow.config.schema import DataConfig, EvalConfig, LearnerConfig, RewardConfig, RolloutConfig
 
 CLIPPED = ("token_pmd", "ctpo", "grpo", "gspo")
 """Algorithms with a clipping band."""
@@ -26,6 +26,11 @@ def learner_problems(learner: LearnerConfig) -> Iterator[str]:
         yield (
             f"learner.keep_groups_above ({low}) is not below learner.keep_groups_below ({high}): "
             "no group could be trained; widen the interval"
+        )
+    if learner.reset_warmup_steps and not learner.reset_optimizer:
+        yield (
+            f"learner.reset_warmup_steps is {learner.reset_warmup_steps} while learner.reset_optimizer is false: there "
+            "is no reset to warm up from; set reset_optimizer, or use warmup_steps"
         )
     corrects = "importance_weights" if learner.importance_weights != "none" else "veto" if learner.veto else ""
     if corrects and learner.anchor == "behavior":
@@ -87,8 +92,22 @@ def sampling_problems(rollout: RolloutConfig, reward: RewardConfig) -> Iterator[
             f"reward.length_warmup_iterations is {reward.length_warmup_iterations} while reward.length_weight is 0: "
             "there is nothing to warm up; set length_weight"
         )
-    if reward.repetition_penalty and rollout.repetition_limit is None:
+    if reward.repetition_penalty and rollout.repetition is None:
         yield (
-            f"reward.repetition_penalty is {reward.repetition_penalty} while rollout.repetition_limit is null: no "
-            "trajectory is ended for repetition; set repetition_limit"
+            f"reward.repetition_penalty is {reward.repetition_penalty} while rollout.repetition is null: no "
+            "trajectory is ended for repetition; set repetition, {} takes the defaults"
+        )
+
+
+def evaluation_problems(evaluation: EvalConfig, data: DataConfig, rollout: RolloutConfig) -> Iterator[str]:
+    """Each as `key ...: why; remedy`."""
+    if evaluation.min_tokens > data.max_tokens:
+        yield (
+            f"eval.min_tokens ({evaluation.min_tokens}) is above data.max_tokens ({data.max_tokens}): no answer could "
+            "end by itself; lower min_tokens"
+        )
+    if evaluation.stop_repetition and rollout.repetition is None:
+        yield (
+            "eval.stop_repetition is true while rollout.repetition is null: there is nothing to stop by; set "
+            "repetition, {} takes the defaults"
         )

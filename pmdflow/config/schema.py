@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pmdflow.config.combinations import learner_problems, sampling_problems
+from pmdflow.config.combinations import evaluation_problems, learner_problems, sampling_problems
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -82,6 +82,13 @@ class EvalConfig(Section):
     """Iterations between evaluations; the initial and the final policy are always evaluated."""
     temperature: NonNegativeFloat = 1.0
     """Sampling temperature; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the probability that is sampled from. Training has none, like `min_tokens`."""
+    min_tokens: NonNegativeInt = 0
+    """Generated tokens before which an answer cannot end. Training has none: it would change what the learner's
+    log-probs stand for."""
+    stop_repetition: bool = False
+    """End held-out answers by `rollout.repetition` too."""
 
 
 class RewardFunctionConfig(Section):
@@ -111,9 +118,24 @@ class RewardConfig(Section):
     length_warmup_iterations: NonNegativeInt = 0
     """First iterations without the length reward."""
     repetition_penalty: NonNegativeFloat = 0.0
-    """Subtracted from the reward of a trajectory that `rollout.repetition_limit` ended."""
+    """Subtracted from the reward of a trajectory that `rollout.repetition` ended."""
     cut_reward: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """Reward of a trajectory that was cut at `data.max_tokens`, whatever it says (Kimi K2); null judges it."""
+
+
+class RepetitionConfig(Section):
+    """What counts as a loop, in tokens: copies of one block, or a window with few different n-grams."""
+
+    ngram: PositiveInt = 12
+    """Tokens of an n-gram. Shorter ones are few in tables too; longer ones are spoilt by each slip."""
+    copies: Annotated[int, Field(ge=2)] = 4
+    """Copies of a block, one after another, that are a loop."""
+    min_tokens: PositiveInt = 512
+    """Least length of all copies together: the rulers and blank cells of tables are shorter."""
+    window: PositiveInt = 2048
+    """Last tokens that are looked at; no block is longer."""
+    max_distinct: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """A window with at most this share of different n-grams is a low-entropy cycle."""
 
 
 class RolloutConfig(Section):
@@ -135,8 +157,12 @@ class RolloutConfig(Section):
     """End of a linear temperature schedule over policy versions (Kimi K2: high to low); null keeps it constant."""
     temperature_iterations: PositiveInt | None = None
     """Iterations after which `final_temperature` is reached."""
-    repetition_limit: Annotated[int, Field(ge=2)] | None = None
-    """A trajectory that ends in this many copies of one block of at most 64 tokens is stopped; null never stops it."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Texts that end a trajectory; the token that completes one is its last."""
+    stop_token_ids: list[NonNegativeInt] = []
+    """Token ids that end a trajectory, besides the model's end of sequence."""
+    repetition: RepetitionConfig | None = None
+    """End trajectories that only repeat themselves (`{}` takes the defaults); null never does."""
     on_new_weights: Literal["keep_kv", "reprefill", "finish"] = "keep_kv"
     """What running sequences do when weights arrive: go on, recompute their prefix, or finish on the old ones."""
     flush_interval_s: PositiveFloat = 0.25
@@ -156,6 +182,29 @@ class RolloutConfig(Section):
     """A `vllm` engine process that is silent for this long is killed, and its actor replaced."""
 
 
+class StragglerConfig(Section):
+    """When a group is trained without its late members, which biases training towards short answers."""
+
+    members: PositiveInt
+    """Scored members of a group from which on it waits no longer than `wait_s` for the others."""
+    wait_s: NonNegativeFloat
+    """Time that it still waits; then late members are evicted, whatever they have generated."""
+
+
+class EnvironmentConfig(Section):
+    """What trajectories of several turns talk to, such as a tool."""
+
+    factory: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """Import path `package.module:name` of what makes an `Environment`, one for each trajectory. A turn of the model
+    ends with an end of sequence or with one of `rollout.stop` and `rollout.stop_token_ids`."""
+    args: dict[str, Any] = {}
+    """Arguments of the factory."""
+    timeout_s: PositiveFloat = 10.0
+    """Wall-clock limit of one call; meanwhile other trajectories go on."""
+    failure: str = Field(default=" error\n", min_length=1)
+    """What the model reads when a call fails or is late."""
+
+
 class SchedulerConfig(Section):
     """Budgets and staleness."""
 
@@ -169,6 +218,8 @@ class SchedulerConfig(Section):
     """Tokens older than this many versions at the claim have no gradient; null is unbounded."""
     min_group_size: PositiveInt = 2
     """A group with fewer scored members is evicted."""
+    straggler: StragglerConfig | None = None
+    """Train groups without their late members, which biases towards short answers; null waits for every member."""
 
 
 class LoraConfig(Section):
@@ -234,7 +285,9 @@ class LearnerConfig(Section):
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
     reset_optimizer: bool = False
-    """Clear Adam's moments at the start of each iteration, as Kimi k1.5 does; use it with a warm-up."""
+    """Clear Adam's moments at the start of each iteration, as Kimi k1.5 does; use it with `reset_warmup_steps`."""
+    reset_warmup_steps: NonNegativeInt = 0
+    """Steps of linear learning-rate warm-up after each reset: the first step of an empty Adam has the full size."""
     tokens_per_microbatch: PositiveInt = 8192
     """Most tokens, padding included, that one forward pass may hold."""
     packing: bool = True
@@ -250,7 +303,8 @@ class LearnerConfig(Section):
     aggregation: Literal["seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = "seq-mean-token-mean"
     """How the loss of a sequence's tokens is reduced."""
     segment_loss: Literal["all", "current_only"] = "all"
-    """Which segments have a gradient: all that are not over-age, or only those of the newest version."""
+    """Which segments have a gradient: all that are not over-age, or only those of each trajectory's newest version,
+    the one that Kimi k1.5's current iteration generates."""
     anchor: Literal["reference", "behavior"] = "reference"
     """Log-probs that the policy is compared with: recomputed when the iteration starts, or recorded at generation."""
     u_scope: Literal["generated", "trained"] = "generated"
@@ -269,6 +323,8 @@ class StoreConfig(Section):
 
     durability: Literal["os", "group", "always"] = "group"
     """When an append is acknowledged: in the page cache, after a group's fdatasync, or after its own."""
+    commit_interval_s: float = Field(default=0.005, gt=0, le=60)
+    """Longest time between two syncs while records arrive that nobody waits for: what a power loss can take of them."""
     max_bytes: str = Field(default="4GiB", pattern=r"^\d+(\.\d+)?\s*(B|KiB|MiB|GiB|TiB)$")
     """Size above which admission is refused, for example `4GiB`."""
 
@@ -303,6 +359,8 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     reward: RewardConfig
     rollout: RolloutConfig = RolloutConfig()
+    environment: EnvironmentConfig | None = None
+    """Makes trajectories of several turns; null makes single answers."""
     scheduler: SchedulerConfig
     learner: LearnerConfig = LearnerConfig()
     store: StoreConfig = StoreConfig()
@@ -316,6 +374,7 @@ class Config(Section):
             *_size_problems(self),
             *learner_problems(self.learner),
             *sampling_problems(self.rollout, self.reward),
+            *evaluation_problems(self.eval, self.data, self.rollout),
         ]
         if problems:
             raise ValueError("\n".join(problems))
@@ -355,6 +414,13 @@ def _size_problems(config: Config) -> Iterator[str]:
         yield (
             f"scheduler.min_group_size ({scheduler.min_group_size}) is above data.group_size "
             f"({data.group_size}): no group could ever be trained; lower min_group_size"
+        )
+    straggler = scheduler.straggler
+    if straggler is not None and not scheduler.min_group_size <= straggler.members < data.group_size:
+        yield (
+            f"scheduler.straggler.members ({straggler.members}) is not from scheduler.min_group_size "
+            f"({scheduler.min_group_size}) up to below data.group_size ({data.group_size}): the group would be too "
+            "small, or nobody late; change it, or set straggler to null"
         )
     if config.rollout.lease_ttl_s <= config.rollout.flush_interval_s:
         yield (

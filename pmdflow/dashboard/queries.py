@@ -12,7 +12,15 @@ from typing import Any, Literal
 
 from pmdflow.metrics.history import History, Record
 from pmdflow.metrics.intervals import clip, covered_s, is_bubble, union
-from pmdflow.metrics.summary import busy_share, duration, latest_ledger, ledger_gap, ledger_places, read_config
+from pmdflow.metrics.summary import (
+    OUTSIDE_SUM,
+    busy_share,
+    duration,
+    latest_ledger,
+    ledger_gap,
+    ledger_places,
+    read_config,
+)
 
 DIAGNOSIS_WINDOW_S = 600.0
 SILENT_AFTER_S = 30.0
@@ -131,7 +139,7 @@ class RunView:
             ledger = latest_ledger(self.history)
         generated = ledger.get("generated", 0)
         rows = [(key, n, _percent(n / generated if generated else None)) for key, n in ledger_places(ledger).items()]
-        outside = {key: ledger[key] for key in ("prompt", "reprefill", "eval") if key in ledger}
+        outside = {key: ledger[key] for key in OUTSIDE_SUM if key in ledger}
         return {"rows": rows, "generated": generated, "gap": ledger_gap(ledger), "outside": outside}
 
     def events(self, most: int = 12) -> list[tuple[str, str, str]]:

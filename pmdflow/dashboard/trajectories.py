@@ -123,7 +123,8 @@ def detail(run_dir: Path, iteration: int, trajectory: int, tokenizer: Tokenizer 
     starts[edges[(edges >= low) & (edges < high)] - low] = True
     names = root.attrs["components"]
     values = root["trajectory/components"][index] if names else []
-    columns = zip(_texts(ids.tolist(), tokenizer), ids, logprobs, mask, versions, starts, strict=True)
+    in_prompt = np.arange(high - low) < root["trajectory/prompt_length"][index]
+    columns = zip(_texts(ids.tolist(), tokenizer), ids, logprobs, mask, versions, starts, in_prompt, strict=True)
     return Detail(
         row=rows[index],
         claim_version=int(root.attrs["version"]),
@@ -146,14 +147,14 @@ def load_tokenizer(run_dir: Path, model: str | None) -> Tokenizer | None:
 
 @lru_cache(maxsize=4 * NEWEST_PARTS)
 def _part_rows(path: Path, _written_ns: int) -> tuple[Row, ...]:
-    columns = ("id", "group", "num_segments", "token_offset", "prompt_length", "reward", "stop")
+    columns = ("id", "group", "num_segments", "reward", "stop")
     trajectory = read_table(path, "trajectory", columns)
     group = read_table(path, "group", ("prompt_id", "size"))
-    versions = np.split(
-        read_table(path, "segment", ("policy_version",))["policy_version"], np.cumsum(trajectory["num_segments"])[:-1]
-    )
+    segment = read_table(path, "segment", ("policy_version", "length"))
+    bounds = np.cumsum(trajectory["num_segments"])[:-1]
+    versions = np.split(segment["policy_version"], bounds)
+    generated = np.split(np.where(segment["policy_version"] >= 0, segment["length"], 0), bounds)
     prompts = [str(p) for p, size in zip(group["prompt_id"], group["size"], strict=True) for _ in range(size)]
-    lengths = np.diff(trajectory["token_offset"]) - trajectory["prompt_length"]
     rows = []
     for i, prompt_id in enumerate(prompts):
         used = np.unique(versions[i][versions[i] >= 0])
@@ -163,7 +164,7 @@ def _part_rows(path: Path, _written_ns: int) -> tuple[Row, ...]:
             group=int(trajectory["group"][i]),
             prompt_id=prompt_id,
             reward=float(trajectory["reward"][i]),
-            length=int(lengths[i]),
+            length=int(generated[i].sum()),
             first_version=int(used[0]) if len(used) else -1,
             last_version=int(used[-1]) if len(used) else -1,
             versions=len(used),
@@ -191,10 +192,10 @@ def _texts(ids: list[int], tokenizer: Tokenizer | None) -> Iterator[str]:
         yield stream.step(tokenizer, token) or ""
 
 
-def _token(text: str, token: int, logprob: float, mask: int, version: int, starts: bool) -> Token:
+def _token(text: str, token: int, logprob: float, mask: int, version: int, starts: bool, in_prompt: bool) -> Token:
     generated, trained = bool(mask & Mask.GENERATED), bool(mask & Mask.TRAINED)
     if not generated:
-        hint = f"prompt, id {token}"
+        hint = f"{'prompt' if in_prompt else 'observed'}, id {token}"
     else:
         reasons = ", ".join(reason for flag, reason in _MASK_REASONS if mask & flag) or "masked"
         hint = f"version {version}, logprob {logprob:.4f}, {'trained' if trained else reasons}, id {token}"

@@ -14,7 +14,8 @@ from pmdflow.metrics.history import History, Record
 from pmdflow.metrics.intervals import UNRECORDED, clip, covered_s, is_bubble, overlap_s, seconds_by_name, union
 from pmdflow.types import Float64, Int64, Mask, Stop, TrainBatch
 
-_OUTSIDE_SUM = frozenset({"generated", "prompt", "reprefill", "eval"})
+OUTSIDE_SUM = ("prompt", "observed", "reprefill", "eval")
+"""Keys of the ledger that count other tokens than generated ones of training."""
 _ROLES = ("rollout", "learner", "reward", "controller", "store")
 
 
@@ -70,12 +71,12 @@ def ledger_of(record: Mapping[str, Any]) -> dict[str, int]:
 
 def ledger_gap(ledger: Mapping[str, int]) -> int:
     """Generated tokens minus the sum of their places: 0 when the books are right."""
-    return ledger.get("generated", 0) - sum(n for key, n in ledger.items() if key not in _OUTSIDE_SUM)
+    return ledger.get("generated", 0) - sum(n for key, n in ledger.items() if key not in ("generated", *OUTSIDE_SUM))
 
 
 def ledger_places(ledger: Mapping[str, int]) -> dict[str, int]:
     """The places of generated tokens that are in use."""
-    return {key: n for key, n in ledger.items() if key not in _OUTSIDE_SUM and n}
+    return {key: n for key, n in ledger.items() if key not in ("generated", *OUTSIDE_SUM) and n}
 
 
 def latest_ledger(history: History) -> dict[str, int]:
@@ -168,7 +169,7 @@ def _ledger_lines(ledger: Mapping[str, int]) -> list[str]:
     lines += [f"    {key:<24}{n:>14,}  {_percent(_share(n, generated))}" for key, n in ledger_places(ledger).items()]
     check = "sums match" if gap == 0 else f"SUM DIFFERS by {gap:,}"
     lines.append(f"    {'generated':<24}{generated:>14,}  {check}")
-    outside = ", ".join(f"{key} {ledger[key]:,}" for key in ("prompt", "reprefill", "eval") if key in ledger)
+    outside = ", ".join(f"{key} {ledger[key]:,}" for key in OUTSIDE_SUM if key in ledger)
     return [*lines, f"    outside the sum: {outside}"] if outside else lines
 
 

@@ -4,47 +4,33 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, field
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 
 from pmdflow.config.schema import DEFAULT_SLOTS, Config
 from pmdflow.errors import EngineDied, WaitTimeout
 from pmdflow.metrics.spans import SpanBuffer
-from pmdflow.rollout.engine import Output, Request, RolloutEngine
-from pmdflow.rollout.repetition import repeats
-from pmdflow.scheduler import sampling_temperature
+from pmdflow.rollout.engine import Output, RolloutEngine
+from pmdflow.rollout.held import HeldTrajectory
+from pmdflow.rollout.leasing import LeaseTaker
 from pmdflow.store import encode_segments
-from pmdflow.types import Grant, Lease, Segment, StopReason
+from pmdflow.types import Grant, Lease
 from pmdflow.weights.transport import Weights, WeightsHandle, make_transport
 
 LEASE_WAIT_S = 0.25
 """How long a request for leases stays parked in the store; bounds how old the version it was asked for can be."""
 STORE_TIMEOUT_S = 120.0
 """An append unanswered for this long ends the actor: it outlasts a restart of the store actor."""
+CALL_WAIT_S = 0.02
+"""How long an idle actor waits for environments before it looks at the store again."""
+MAX_PROBLEMS = 20
+"""Problems of environments kept between two drains."""
 SPAN_S = 1.0
 """Longest `generate` span, so that a live timeline grows."""
-
-
-@dataclass(slots=True)
-class _Sequence:
-    """What the actor knows of a trajectory that it holds a lease for."""
-
-    lease: Lease
-    offset: int
-    """Generated tokens already sent to the store."""
-    temperature: float
-    limit: int
-    """Tokens that the engine may still generate."""
-    history: list[int]
-    """Everything generated so far, under this lease and before."""
-    tokens: list[int] = field(default_factory=list)
-    """Generated and not yet sent."""
-    logprobs: list[float] = field(default_factory=list)
-    stop: StopReason | None = None
 
 
 class RolloutActor:
@@ -58,11 +44,14 @@ class RolloutActor:
         self._transport = make_transport(config, Path(run_dir))
         self._engine = make_engine(config, seed=config.run.seed * 1000 + index)
         self._spans = SpanBuffer(self._name)
-        self._running: dict[int, _Sequence] = {}
+        self._running: dict[int, HeldTrajectory] = {}
         self._lease_ref: Any = None
         self._lease_version = -1
         self._append_ref: Any = None
         self._last_flush = 0.0
+        self._leases = LeaseTaker(config)
+        self._problems: deque[str] = deque(maxlen=MAX_PROBLEMS)
+        """What environments failed at since the last drain."""
         self._generated = 0
         self._span_start: float | None = None
         self._weights = threading.Condition()
@@ -86,6 +75,7 @@ class RolloutActor:
             while not self._stopping.is_set():
                 self._swap_weights()
                 self._collect()
+                self._take_answers()
                 self._request_leases()
                 if self._engine.active():
                     self._step()
@@ -122,9 +112,10 @@ class RolloutActor:
             self._weights.notify_all()
 
     def drain(self) -> dict[str, Any]:
-        """Spans since the last call, and the tokens generated since the start."""
+        """Spans and problems of environments since the last call, and counts of tokens since the start."""
         return {
             "spans": self._spans.drain(),
+            "problems": [self._problems.popleft() for _ in range(len(self._problems))],
             "generated_tokens": self._generated,
             "drafted_tokens": self._engine.drafted_tokens,
             "accepted_tokens": self._engine.accepted_tokens,
@@ -146,13 +137,22 @@ class RolloutActor:
             self._end_span()
 
     def _take(self, output: Output) -> None:
-        sequence = self._running[output.id]
-        sequence.tokens.extend(output.tokens)
-        sequence.history.extend(output.tokens)
-        sequence.logprobs.extend(output.logprobs)
-        sequence.limit -= len(output.tokens)
-        sequence.stop = output.stop
-        self._generated += len(output.tokens)
+        held = self._running[output.id]
+        self._generated += held.take(output)
+        if output.stop is None and (held.stop is not None or held.phase != "generating"):
+            self._engine.abort(output.id)
+
+    def _take_answers(self) -> None:
+        """Take what environments have answered; their trajectories go on once that is durable."""
+        for held in self._running.values():
+            reply = held.session.poll() if held.session is not None and held.phase == "calling" else None
+            if reply is None:
+                continue
+            if reply.problem:
+                self._problems.append(reply.problem)
+            held.answer(reply)
+            if held.phase == "generating":
+                self._engine.add(held.request())
 
     def _end_span(self) -> None:
         if self._span_start is not None:
@@ -160,14 +160,17 @@ class RolloutActor:
             self._span_start = None
 
     def _idle(self) -> None:
-        """Nothing to decode: wait for a lease or for the grants of the append in flight."""
+        """Nothing to decode: wait for an environment, for a lease or for the grants of the append in flight."""
         self._end_span()
-        if self._append_ref is None and self._running:
+        calls = [held.session.call for held in self._running.values() if held.session and held.phase == "calling"]
+        if self._append_ref is None and len(self._running) > len(calls):
             self._flush()
         refs = [ref for ref in (self._lease_ref, self._append_ref) if ref is not None]
-        name = "wait_grant" if self._running else "wait_lease"
+        name = "wait_environment" if calls else "wait_grant" if self._running else "wait_lease"
         with self._spans.span(name):
-            if refs:
+            if calls:
+                wait([call for call in calls if call is not None], timeout=CALL_WAIT_S, return_when=FIRST_COMPLETED)
+            elif refs:
                 ray.wait(refs, num_returns=1, timeout=LEASE_WAIT_S)
             else:  # new weights are awaited by `finish` with an empty engine
                 self._stopping.wait(timeout=0.01)
@@ -225,32 +228,14 @@ class RolloutActor:
     def _join(self, lease: Lease) -> None:
         # A grant is for the version it was asked for; after a swap the next append asks for a new one.
         grant = lease.grant if self._lease_version == self._engine.version else 0
-        temperature = self._temperature() if lease.kind == "train" else self._config.eval.temperature
-        self._running[lease.trajectory] = _Sequence(
-            lease=lease, offset=len(lease.prefix), temperature=temperature, limit=grant, history=lease.prefix.tolist()
-        )
-        self._engine.add(
-            Request(
-                id=lease.trajectory,
-                tokens=np.concatenate([lease.prompt, lease.prefix]),
-                limit=grant,
-                remaining=lease.max_tokens - len(lease.prefix),
-                temperature=temperature,
-            )
-        )
-
-    def _temperature(self) -> float:
-        """That of the engine's version; a lease keeps the one it began with, and every segment records its own."""
-        rollout = self._config.rollout
-        return sampling_temperature(
-            self._engine.version,
-            initial=rollout.temperature,
-            final=rollout.final_temperature,
-            iterations=rollout.temperature_iterations,
-        )
+        held = self._leases.take(lease, limit=grant, version=self._engine.version)
+        self._running[lease.trajectory] = held
+        if held.phase == "generating":
+            self._engine.add(held.request())
 
     def _flush_when_due(self) -> None:
-        if self._append_ref is None and time.monotonic() - self._last_flush >= self._config.rollout.flush_interval_s:
+        due = time.monotonic() - self._last_flush >= self._config.rollout.flush_interval_s
+        if self._append_ref is None and (due or any(held.urgent for held in self._running.values())):
             self._flush()
 
     def _flush(self) -> None:
@@ -261,36 +246,12 @@ class RolloutActor:
         self._last_flush = time.monotonic()
         if not self._running:
             return
-        segments = []
-        for sequence in self._running.values():
-            self._stop_repetition(sequence)
-            segments.append(self._segment(sequence, next_version=next_version))
-            sequence.offset += len(sequence.tokens)
-            sequence.tokens, sequence.logprobs = [], []
+        for held in self._running.values():
+            if held.end_repetition():
+                self._engine.abort(held.lease.trajectory)
+        version = self._engine.version
+        segments = [held.segment(version=version, next_version=next_version) for held in self._running.values()]
         self._append_ref = self._store.append.remote(encode_segments(segments))
-
-    def _stop_repetition(self, sequence: _Sequence) -> None:
-        """End a trajectory that only repeats itself; looked at when tokens are sent, so it overruns by a few."""
-        times = self._config.rollout.repetition_limit
-        trained = sequence.lease.kind == "train"
-        if times is None or not trained or sequence.stop is not None or not sequence.tokens:
-            return
-        if repeats(sequence.history, times=times):
-            sequence.stop = "repetition"
-            self._engine.abort(sequence.lease.trajectory)
-
-    def _segment(self, sequence: _Sequence, *, next_version: int) -> Segment:
-        return Segment(
-            trajectory=sequence.lease.trajectory,
-            epoch=sequence.lease.epoch,
-            offset=sequence.offset,
-            version=self._engine.version,
-            temperature=sequence.temperature,
-            tokens=np.asarray(sequence.tokens, dtype=np.int32),
-            logprobs=np.asarray(sequence.logprobs, dtype=np.float32),
-            next_version=next_version,
-            stop=sequence.stop,
-        )
 
     def _await_append(self) -> None:
         """Take the answers of the append in flight: grants extend, a stale lease drops its sequence."""
@@ -302,23 +263,36 @@ class RolloutActor:
             self._apply_grant(grant)
 
     def _apply_grant(self, grant: Grant) -> None:
-        sequence = self._running[grant.trajectory]
-        if grant.stale or (sequence.stop is not None and not sequence.tokens):
+        held = self._running[grant.trajectory]
+        if grant.stale or held.closed:
             self._engine.abort(grant.trajectory)
             del self._running[grant.trajectory]
-        elif sequence.stop is None:
-            sequence.limit = max(grant.tokens - len(sequence.tokens), 0)
-            self._engine.extend(grant.trajectory, sequence.limit)
-            if sequence.limit == 0 and not sequence.tokens:
-                sequence.stop = "budget"
+        elif held.stop is None:
+            held.limit = max(grant.tokens - len(held.tokens), 0)
+            self._go_on(held)
+
+    def _go_on(self, held: HeldTrajectory) -> None:
+        """What was sent is durable: generate on, or hand a turn that has ended to its environment."""
+        if held.phase == "ended" and not held.tokens:
+            assert held.session is not None
+            held.phase = "calling"
+            held.session.start(tuple(held.context[held.turn_start :]))
+        elif held.phase == "answered" and not held.observed:
+            held.phase = "generating"
+            self._leases.watch(held)
+            self._engine.add(held.request())
+        elif held.phase == "generating":
+            self._engine.extend(held.lease.trajectory, held.limit)
+        if held.phase == "generating" and held.limit == 0 and not held.tokens:
+            held.stop = "budget"
 
     def _release_all(self) -> None:
         """Send what is unsent and make every held trajectory leasable again."""
         self._await_append()
         self._collect()
-        for sequence in self._running.values():
-            if sequence.stop is None:
-                sequence.stop = "abort"
+        for held in self._running.values():
+            if held.stop is None:
+                held.stop = "abort"
         self._flush()
         self._await_append()
 

@@ -27,6 +27,10 @@ class Request:
     """New tokens until the trajectory's own maximum; reaching it ends it with `length`."""
     temperature: float
     top_p: float = 1.0
+    min_tokens: int = 0
+    """New tokens before which neither an end of sequence nor a stop id is sampled; evaluation only, like `top_p`."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Ids that end the sequence with `stop`, besides the model's end of sequence. Stop strings are the actor's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +40,11 @@ class Output:
     id: int
     tokens: Sequence[int]
     logprobs: Sequence[float]
-    """Log-probs of logits / temperature at the sampled tokens."""
+    """Log-probs of logits / temperature at the sampled tokens, over the whole vocabulary unless evaluation narrows
+    it."""
     stop: Literal["stop", "length"] | None
-    """`stop`: an end-of-sequence token was sampled (it is the last of `tokens`). The sequence has left the engine."""
+    """`stop`: an end of sequence or a stop id was sampled (it is the last of `tokens`). The sequence has left the
+    engine."""
 
 
 class RolloutEngine(Protocol):
@@ -62,7 +68,7 @@ class RolloutEngine(Protocol):
         """Let sequence `id` generate `limit` more tokens from where it stands; resumes it if paused."""
 
     def abort(self, id: int) -> None:
-        """Forget sequence `id`; unknown ids are ignored."""
+        """Forget sequence `id`, of which no `Output` comes any more; unknown ids are ignored."""
 
     def step(self) -> list[Output]:
         """Generate one token or more for sequences that have a limit left; [] if none has.

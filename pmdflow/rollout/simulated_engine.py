@@ -30,6 +30,8 @@ class _Sequence:
 class SimulatedEngine:
     """A `RolloutEngine` whose lengths are lognormal, as those of chains of thought, and whose tokens are random.
 
+    It ignores temperature, `top_p`, `min_tokens` and stop ids.
+
     What a sequence generates depends on the seed, its id and the number of tokens that it joins with, not on the
     others in the batch. A sequence that joins again with a prefix draws a new length.
 

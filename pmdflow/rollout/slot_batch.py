@@ -26,6 +26,10 @@ class HeldSequence:
     top_p: float
     slot: int
     cached: int = 0
+    min_tokens: int = 0
+    """New tokens that none of `stops` may be among."""
+    stops: frozenset[int] = frozenset()
+    """Ids that end it."""
 
     @property
     def pending(self) -> int:
@@ -40,7 +44,7 @@ class HeldSequence:
 
 @dataclass(slots=True)
 class DecodeBatch:
-    """The sequences that decode together; batch row i is slot i. All tensors are [B]."""
+    """The sequences that decode together; batch row i is slot i. Tensors are [B] unless said."""
 
     sequences: list[HeldSequence]
     tokens: Tensor
@@ -53,6 +57,8 @@ class DecodeBatch:
     """None if no row is greedy."""
     top_p: Tensor | None
     """None if it is 1 everywhere."""
+    excluded: Tensor | None
+    """Row and id of each token that must not be drawn [2, E]; None if there is none."""
     groups: list[SlotGroup]
     """Rows of similar length, longest first; they cover the batch."""
 

@@ -66,6 +66,7 @@ class TransformersEngine:
         self._model = model.to(self._device).eval().requires_grad_(False)
         self._eos = _eos_ids(model, model_path)
         self._max_length: int | None = getattr(model.config, "max_position_embeddings", None)
+        self._vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self._generator = torch.Generator(self._device).manual_seed(seed)
         self._cache = SlotCache(num_slots)
         self._adapters = AdapterMerger()
@@ -99,6 +100,8 @@ class TransformersEngine:
             temperature=request.temperature,
             top_p=request.top_p,
             slot=slot,
+            min_tokens=request.min_tokens,
+            stops=self._eos.union(request.stop_token_ids),
         )
         self._slots[slot] = self._sequences[request.id] = sequence
         self._batch = None
@@ -208,6 +211,11 @@ class TransformersEngine:
                 f"sequence {request.id}: limit {request.limit} must be >= 0, remaining {request.remaining} >= 1, "
                 f"temperature {request.temperature} >= 0 and top_p {request.top_p} in (0, 1]"
             )
+        outside = [token for token in request.stop_token_ids if not 0 <= token < self._vocab_size]
+        if outside:
+            raise ValueError(
+                f"sequence {request.id}: stop_token_ids {outside} are not among the model's {self._vocab_size} tokens"
+            )
         length = len(request.tokens) + request.remaining
         if self._max_length is not None and length > self._max_length:
             raise ValueError(
@@ -283,8 +291,14 @@ class TransformersEngine:
             temperatures=tensor((s.temperature or 1.0 for s in sequences), torch.float32),
             greedy=tensor(greedy, torch.bool) if any(greedy) else None,
             top_p=tensor((s.top_p for s in sequences), torch.float32) if any(s.top_p < 1 for s in sequences) else None,
+            excluded=self._excluded(sequences),
             groups=groups,
         )
+
+    def _excluded(self, sequences: list[HeldSequence]) -> Tensor | None:
+        """Row and stop id of every sequence that must not end yet, [2, E]."""
+        pairs = [(row, token) for row, s in enumerate(sequences) if s.min_tokens > 0 for token in s.stops]
+        return torch.tensor(pairs, device=self._device).T if pairs else None
 
     def _decode(self, batch: DecodeBatch) -> tuple[list[int], list[float]]:
         """Feed each sequence's last token and sample the next; `batch` is moved on by one position."""
@@ -306,6 +320,7 @@ class TransformersEngine:
             temperatures=batch.temperatures,
             greedy=batch.greedy,
             top_p=batch.top_p,
+            excluded=batch.excluded,
             generator=self._generator,
         )
         batch.positions = batch.positions + 1
@@ -319,14 +334,15 @@ class TransformersEngine:
             sequence.cached += 1
             sequence.limit -= 1
             sequence.remaining -= 1
+            sequence.min_tokens -= 1
             stop: Literal["stop", "length"] | None = None
-            if token in self._eos:
+            if token in sequence.stops:
                 stop = "stop"
             elif sequence.remaining == 0:
                 stop = "length"
             if stop is not None:
                 self.abort(sequence.id)
-            elif sequence.limit == 0:
+            elif sequence.limit == 0 or sequence.min_tokens == 0:
                 self._batch = None
             outputs.append(Output(id=sequence.id, tokens=(token,), logprobs=(logprob,), stop=stop))
         return outputs

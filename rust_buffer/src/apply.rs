@@ -4,33 +4,51 @@ use crate::{
     error::{Result, StoreError},
     group::{Group, Kind, Phase},
     ledger::Place,
-    log::{Location, Lsn},
+    log::{Frame, Location, Lsn},
     order,
     record::{Admit, Appended, Claimed, Masked, Quota, Reason, Record, Score},
     state::{Claim, ClaimStatus, ClaimSums, KEPT_QUOTAS, Publication, State, request_hash},
     trajectory::{Outcome, Segment, Stop, Trajectory, Verdict, Version},
 };
 
+/// Where a record is.
+pub struct Placed {
+    /// Its frame.
+    pub location: Location,
+    /// Its number.
+    pub lsn: Lsn,
+    /// Offset in the frame and checksum of each array.
+    pub arrays: Vec<(u32, u32)>,
+}
+
+impl From<&Frame> for Placed {
+    fn from(frame: &Frame) -> Self {
+        let arrays = frame.parts().map(|part| (part.at, part.crc)).collect();
+        Self { location: frame.location(), lsn: frame.lsn(), arrays }
+    }
+}
+
 impl State {
-    /// Changes the state by one record at `location`, `lsn`.
+    /// Changes the state by one record at `place`.
     ///
     /// # Errors
     /// `Conflict` when the record does not fit the state: an error of ours, or damage in a log.
-    pub fn apply(&mut self, record: &Record, location: Location, lsn: Lsn) -> Result<()> {
+    pub fn apply(&mut self, record: &Record, place: &Placed) -> Result<()> {
         match record {
             Record::Quota(version, quota) => self.apply_quota(*version, *quota),
-            Record::Admit(admit) => self.apply_admit(admit, location),
+            Record::Admit(admit) => self.apply_admit(admit, place.location),
             Record::Lease(trajectories) => trajectories.iter().try_for_each(|id| self.apply_lease(*id))?,
-            Record::Append(items) => self.apply_append(items, location)?,
+            Record::Append(items) => self.apply_append(items, place)?,
             Record::Score(score) => self.apply_score(score)?,
             Record::Publish(version, iteration, masked) => self.apply_publish(*version, *iteration, *masked)?,
-            Record::Claim(claimed) => self.apply_claim(claimed, lsn)?,
+            Record::Claim(claimed) => self.apply_claim(claimed, place.lsn)?,
             Record::Evict(groups, reason) => groups.iter().try_for_each(|id| self.apply_evict(*id, *reason))?,
             Record::Commit(iteration) => {
                 self.claims.range_mut(..=iteration).for_each(|(_, claim)| claim.status = ClaimStatus::Committed);
             }
             Record::Uncommit(iteration) => self.apply_uncommit(*iteration)?,
             Record::Drop(iteration) => self.apply_drop(*iteration)?,
+            Record::Late(groups) => groups.iter().try_for_each(|id| self.apply_late(*id))?,
         }
         Ok(())
     }
@@ -68,9 +86,11 @@ impl State {
                 first,
                 size: admit.size,
                 cursor: admit.cursor,
+                priority: admit.priority,
                 phase: Phase::Partial,
                 pending: admit.size,
                 failed: 0,
+                late: 0,
                 tokens: 0,
             },
         );
@@ -85,40 +105,53 @@ impl State {
         Ok(())
     }
 
-    fn apply_append(&mut self, items: &[Appended], location: Location) -> Result<()> {
-        let mut array = 0;
-        for (index, item) in items.iter().enumerate() {
+    fn apply_append(&mut self, items: &[Appended], place: &Placed) -> Result<()> {
+        let mut arrays = place.arrays.iter();
+        for item in items {
             let (trajectory, group) = self.pair_mut(item.trajectory)?;
-            let (kind, tokens) = (group.kind, u64::from(item.len));
+            let generated = u64::from(if item.observed { 0 } else { item.len });
             if item.len > 0 {
-                let (len, version, temperature, index) = (item.len, item.version, item.temperature, index as u32);
-                trajectory.push(Segment { len, version, temperature, location, item: index, array });
-                array += 2 + item.extra.len() as u32;
-                group.tokens += tokens;
+                let missing = || StoreError::Conflict(format!("no tokens for trajectory {}", item.trajectory));
+                let &(at, crc) = arrays.next().ok_or_else(missing)?;
+                (&mut arrays).take(item.extra.len()).for_each(drop);
+                trajectory.push(Segment {
+                    len: item.len,
+                    version: item.version,
+                    temperature: item.temperature,
+                    observed: item.observed,
+                    file: place.location.file,
+                    frame: place.location.offset,
+                    at,
+                    crc,
+                });
+                group.tokens += generated;
             }
-            let len = u64::from(trajectory.len);
+            let all = u64::from(trajectory.generated());
+            let kind = group.kind;
             trajectory.stop = item.stop.unwrap_or(Stop::None);
             if item.len > 0 {
                 self.max_version = self.max_version.max(item.version);
             }
             if kind == Kind::Eval {
-                self.ledger.eval += tokens;
+                self.ledger.eval += generated;
                 continue;
             }
-            self.ledger.add(Place::Partial, tokens);
-            if tokens > 0 {
-                *self.spent.entry(item.version).or_default() += tokens;
+            self.ledger.add(Place::Partial, generated);
+            self.ledger.observed += u64::from(item.len) - generated;
+            if generated > 0 {
+                *self.spent.entry(item.version).or_default() += generated;
             }
             if item.stop.is_some() {
-                self.ledger.shift(Place::Partial, Place::Unscored, len);
+                self.ledger.shift(Place::Partial, Place::Unscored, all);
             }
         }
         Ok(())
     }
 
     fn apply_score(&mut self, score: &Score) -> Result<()> {
+        let components = score.components.iter().map(|(name, value)| (self.component(name), *value)).collect();
         let (trajectory, group) = self.pair_mut(score.trajectory)?;
-        let (id, len) = (trajectory.group, u64::from(trajectory.len));
+        let (id, len) = (trajectory.group, u64::from(trajectory.generated()));
         if score.outcome == Outcome::InfraFailure {
             trajectory.attempts += 1;
             if !score.failed {
@@ -127,7 +160,7 @@ impl State {
             trajectory.verdict = Verdict::Failed;
             group.failed += 1;
         } else {
-            let (outcome, reward, components) = (score.outcome, score.reward, score.components.clone());
+            let (outcome, reward) = (score.outcome, score.reward);
             trajectory.verdict = Verdict::Scored { outcome, reward, components };
         }
         group.pending -= 1;
@@ -146,6 +179,28 @@ impl State {
         if score.phase.is_none() {
             self.forget(id)?;
         }
+        Ok(())
+    }
+
+    fn apply_late(&mut self, id: u64) -> Result<()> {
+        for member in self.group(id)?.members() {
+            let (trajectory, group) = self.pair_mut(member)?;
+            if trajectory.verdict != Verdict::Pending {
+                continue;
+            }
+            let tokens = u64::from(trajectory.generated());
+            let place = if trajectory.is_partial() { Place::Partial } else { Place::Unscored };
+            trajectory.verdict = Verdict::Late;
+            group.pending -= 1;
+            group.late += 1;
+            group.tokens -= tokens;
+            self.ledger.shift(place, Place::EvictedLate, tokens);
+            self.ledger.late += 1;
+        }
+        let group = self.group_mut(id)?;
+        group.phase = Phase::Ready;
+        let tokens = group.tokens;
+        self.ledger.shift(Place::WaitingGroup, Place::Ready, tokens);
         Ok(())
     }
 
@@ -243,6 +298,15 @@ impl State {
             self.gone.insert(request_hash(&group.request_id));
         }
         Ok(())
+    }
+
+    /// Index of a reward component's name.
+    fn component(&mut self, name: &str) -> u32 {
+        let known = self.components.iter().position(|known| known == name);
+        known.unwrap_or_else(|| {
+            self.components.push(name.to_owned());
+            self.components.len() - 1
+        }) as u32
     }
 
     fn group_mut(&mut self, id: u64) -> Result<&mut Group> {

@@ -1,42 +1,64 @@
 //! Claims as packed arrays, and trajectories as arrays, read from the log without holding the store.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use crate::{
     error::{Result, StoreError},
-    log::{Frame, Location, Log},
+    group::Group,
+    log::{Bytes, Location, Log},
+    order::{self, GENERATED},
     record::Record,
-    trajectory::{Segment, Version},
-    view::ClaimedMember,
+    state::{Claim, State},
+    trajectory::{Segment, Trajectory, Verdict, Version},
     wire,
 };
 
-/// The fields of `pmdflow.types.TrainBatch` as little-endian bytes.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Packed {
+/// A claim and all that it refers to, as it was when it was asked for.
+pub struct ClaimView {
+    claim: Claim,
+    state: State,
+}
+
+/// One member of a claim.
+struct Member<'a> {
+    group: u64,
+    id: u64,
+    admission: &'a Group,
+    trajectory: &'a Trajectory,
+    reward: f64,
+    components: &'a [(u32, f64)],
+}
+
+/// The per-token arrays of `pmdflow.types.TrainBatch`, little-endian, to be filled; they may be longer than needed.
+pub struct Columns<'a> {
     /// int32 token ids.
-    pub tokens: Vec<u8>,
+    pub tokens: &'a mut [u8],
     /// float32 log-probs.
-    pub logprobs: Vec<u8>,
+    pub logprobs: &'a mut [u8],
     /// int32 versions.
-    pub versions: Vec<u8>,
+    pub versions: &'a mut [u8],
     /// float32 temperatures.
-    pub temperatures: Vec<u8>,
+    pub temperatures: &'a mut [u8],
     /// Mask flags.
-    pub mask: Vec<u8>,
-    /// int64 starts.
-    pub cu_seqlens: Vec<u8>,
-    /// int32.
-    pub prompt_lengths: Vec<u8>,
-    /// int64.
-    pub groups: Vec<u8>,
-    /// int64.
-    pub trajectories: Vec<u8>,
-    /// float64.
-    pub rewards: Vec<u8>,
-    /// float64 by component.
-    pub components: BTreeMap<String, Vec<u8>>,
-    /// uint8.
+    pub mask: &'a mut [u8],
+}
+
+/// The per-trajectory arrays of `pmdflow.types.TrainBatch`.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Rows {
+    /// Starts of the trajectories, and the end.
+    pub cu_seqlens: Vec<i64>,
+    /// Prompt tokens.
+    pub prompt_lengths: Vec<i32>,
+    /// Group ids.
+    pub groups: Vec<i64>,
+    /// Trajectory ids.
+    pub trajectories: Vec<i64>,
+    /// Rewards.
+    pub rewards: Vec<f64>,
+    /// Components by name.
+    pub components: BTreeMap<String, Vec<f64>>,
+    /// Why they ended.
     pub stops: Vec<u8>,
     /// Prompt ids.
     pub prompt_ids: Vec<String>,
@@ -55,34 +77,54 @@ pub struct Extra {
     pub bytes: Vec<u8>,
 }
 
-fn array(frame: &Frame, index: u32) -> Result<&[u8]> {
-    let location = frame.location();
-    frame.array(index as usize).ok_or_else(|| {
-        let path = format!("log file {}", location.file);
-        StoreError::corrupt(path, location.offset, format!("the record has no array {index}"))
-    })
+/// Tokens after the prompt, as little-endian bytes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Tokens {
+    /// int32 ids.
+    pub ids: Vec<u8>,
+    /// float32 log-probs; 0 where observed.
+    pub logprobs: Vec<u8>,
+    /// 1 where the environment made the token.
+    pub observed: Vec<u8>,
 }
 
-/// One array of a frame.
+/// Array `index` of the record at `location`.
 ///
 /// # Errors
 /// Those of the log.
-pub fn read_array(log: &Log, location: Location, index: u32) -> Result<Vec<u8>> {
-    array(&log.frame(location)?, index).map(<[u8]>::to_vec)
+pub fn read_array(log: &Log, location: Location, index: usize) -> Result<Vec<u8>> {
+    let frame = log.frame(location)?;
+    let array = frame.array(index).map(<[u8]>::to_vec);
+    array.ok_or_else(|| log.corrupt(location.file, location.offset, format!("the record has no array {index}")))
 }
 
-/// Token ids and log-probs of consecutive segments.
+/// The array of a segment: tokens, then log-probs unless observed; its checksum is tested if `check`.
 ///
 /// # Errors
 /// Those of the log.
-pub fn read_segments(log: &Log, segments: &[Segment]) -> Result<(Vec<u8>, Vec<u8>)> {
-    let (mut tokens, mut logprobs) = (Vec::new(), Vec::new());
-    for segment in segments {
-        let frame = log.frame(segment.location)?;
-        tokens.extend_from_slice(array(&frame, segment.array)?);
-        logprobs.extend_from_slice(array(&frame, segment.array + 1)?);
+pub fn read_segment(log: &Log, segment: &Segment, check: bool) -> Result<Bytes> {
+    let bytes = log.bytes_at(segment.file, segment.offset(), segment.bytes())?;
+    if check && crc32c::crc32c(&bytes) != segment.crc {
+        return Err(log.corrupt(segment.file, segment.offset(), "the checksum of an array does not match"));
     }
-    Ok((tokens, logprobs))
+    Ok(bytes)
+}
+
+/// Tokens of consecutive segments.
+///
+/// # Errors
+/// Those of the log.
+pub fn read_segments(log: &Log, segments: &[Segment]) -> Result<Tokens> {
+    let mut tokens = Tokens::default();
+    for segment in segments {
+        let bytes = read_segment(log, segment, true)?;
+        let (ids, logprobs) = bytes.split_at(4 * segment.len as usize);
+        tokens.ids.extend_from_slice(ids);
+        tokens.logprobs.extend_from_slice(logprobs);
+        tokens.logprobs.resize(tokens.ids.len(), 0);
+        tokens.observed.resize(tokens.ids.len() / 4, u8::from(segment.observed));
+    }
+    Ok(tokens)
 }
 
 /// Extra columns by name, one entry for each stored run of tokens that has the column.
@@ -92,71 +134,171 @@ pub fn read_segments(log: &Log, segments: &[Segment]) -> Result<(Vec<u8>, Vec<u8
 pub fn read_extras(log: &Log, segments: &[Segment]) -> Result<BTreeMap<String, Vec<Extra>>> {
     let (mut extras, mut offset) = (BTreeMap::<String, Vec<Extra>>::new(), 0);
     for segment in segments {
-        let frame = log.frame(segment.location)?;
-        let record: Record = wire::decode(frame.header()).map_err(|detail| {
-            StoreError::corrupt(format!("log file {}", segment.location.file), segment.location.offset, detail)
-        })?;
+        let frame = log.frame_at(segment.file, segment.frame)?;
+        let damaged = |detail| log.corrupt(segment.file, segment.frame, detail);
+        let record: Record = wire::decode(frame.header()).map_err(damaged)?;
+        let mut arrays = frame.parts();
         let items = if let Record::Append(items) = record { items } else { Vec::new() };
-        let columns = items.into_iter().nth(segment.item as usize).map(|item| item.extra).unwrap_or_default();
-        for (index, (name, dtype)) in (segment.array + 2..).zip(columns) {
-            let bytes = array(&frame, index)?.to_vec();
-            extras.entry(name).or_default().push(Extra { offset, len: segment.len, dtype, bytes });
+        for item in items.into_iter().filter(|item| item.len > 0) {
+            let main = arrays.next();
+            for ((name, dtype), part) in item.extra.into_iter().zip(arrays.by_ref()) {
+                if main.as_ref().is_some_and(|main| main.at == segment.at) {
+                    let extra = Extra { offset, len: segment.len, dtype, bytes: part.bytes.to_vec() };
+                    extras.entry(name).or_default().push(extra);
+                }
+            }
         }
         offset += segment.len;
     }
     Ok(extras)
 }
 
-fn repeat<const N: usize>(out: &mut Vec<u8>, value: [u8; N], count: u32) {
-    (0..count).for_each(|_| out.extend_from_slice(&value));
-}
-
-/// A version as the int32 of the arrays.
-fn narrow(version: Version) -> i32 {
-    i32::try_from(version).unwrap_or(i32::MAX)
-}
-
-/// Packs the members of a claim.
-///
-/// # Errors
-/// Those of the log.
-pub fn pack(log: &Log, members: &[ClaimedMember]) -> Result<Packed> {
-    let mut packed = Packed::default();
-    let mut start = 0_i64;
-    let names: BTreeSet<&String> = members.iter().flat_map(|member| member.components.keys()).collect();
-    packed.components = names.into_iter().map(|name| (name.clone(), Vec::new())).collect();
-    for member in members {
-        let prompt = log.frame(member.prompt)?;
-        packed.tokens.extend_from_slice(array(&prompt, 0)?);
-        repeat(&mut packed.logprobs, 0_f32.to_le_bytes(), member.prompt_len);
-        repeat(&mut packed.versions, (-1_i32).to_le_bytes(), member.prompt_len);
-        repeat(&mut packed.temperatures, 1_f32.to_le_bytes(), member.prompt_len);
-        repeat(&mut packed.mask, [0], member.prompt_len);
-        packed.cu_seqlens.extend_from_slice(&start.to_le_bytes());
-        start += i64::from(member.prompt_len);
-        for (segment, flags) in &member.segments {
-            let frame = log.frame(segment.location)?;
-            packed.tokens.extend_from_slice(array(&frame, segment.array)?);
-            packed.logprobs.extend_from_slice(array(&frame, segment.array + 1)?);
-            repeat(&mut packed.versions, narrow(segment.version).to_le_bytes(), segment.len);
-            repeat(&mut packed.temperatures, segment.temperature.to_le_bytes(), segment.len);
-            repeat(&mut packed.mask, [*flags], segment.len);
-            start += i64::from(segment.len);
-        }
-        push_scalars(&mut packed, member);
+impl ClaimView {
+    /// The claim of `iteration`.
+    ///
+    /// # Errors
+    /// `Conflict` when it has none.
+    pub fn new(state: &State, iteration: i64) -> Result<Self> {
+        Ok(Self { claim: state.claim(iteration)?.clone(), state: state.clone() })
     }
-    packed.cu_seqlens.extend_from_slice(&start.to_le_bytes());
-    Ok(packed)
+
+    /// Learner version of the claim.
+    pub fn version(&self) -> Version {
+        self.claim.version
+    }
+
+    /// Members in claim order, without those given up by scoring.
+    fn members(&self) -> impl Iterator<Item = Result<Member<'_>>> {
+        let of_group = |id: &u64| -> Result<Vec<Member<'_>>> {
+            let (group, admission) = (*id, self.state.group(*id)?);
+            let mut members = Vec::with_capacity(admission.size as usize);
+            for id in admission.members() {
+                let trajectory = self.state.trajectory(id)?;
+                if let Verdict::Scored { reward, components, .. } = &trajectory.verdict {
+                    members.push(Member { group, id, admission, trajectory, reward: *reward, components });
+                }
+            }
+            Ok(members)
+        };
+        self.claim.groups.iter().flat_map(move |id| match of_group(id) {
+            Ok(members) => members.into_iter().map(Ok).collect::<Vec<_>>(),
+            Err(error) => vec![Err(error)],
+        })
+    }
+
+    /// Tokens of all members, prompts included.
+    ///
+    /// # Errors
+    /// An error of ours.
+    pub fn num_tokens(&self) -> Result<usize> {
+        self.members().try_fold(0, |sum, member| {
+            let member = member?;
+            Ok(sum + (member.admission.prompt_len + member.trajectory.len) as usize)
+        })
+    }
+
+    /// Packs the claim; checksums of tokens are tested if `check`.
+    ///
+    /// # Errors
+    /// Those of the log, or `Conflict` when the columns are too short.
+    pub fn pack(&self, log: &Log, columns: &mut Columns<'_>, check: bool) -> Result<Rows> {
+        let (mut rows, mut components) = (Rows::default(), self.components()?);
+        let mut packer = Packer { columns, at: 0 };
+        let mut prompt: Option<(u64, Vec<u8>)> = None;
+        for member in self.members() {
+            let member = member?;
+            let known = prompt.take().filter(|(group, _)| *group == member.group);
+            let (_, ids) = match known {
+                Some(known) => prompt.insert(known),
+                None => prompt.insert((member.group, read_array(log, member.admission.location, 0)?)),
+            };
+            rows.cu_seqlens.push(packer.at as i64);
+            packer.push(ids, &[], (-1, 1.0, 0))?;
+            for segment in &member.trajectory.segments {
+                let bytes = read_segment(log, segment, check)?;
+                let (ids, logprobs) = bytes.split_at(4 * segment.len as usize);
+                let flags = self.flags(segment, member.trajectory);
+                let version =
+                    if flags & GENERATED == 0 { -1 } else { i32::try_from(segment.version).unwrap_or(i32::MAX) };
+                packer.push(ids, logprobs, (version, segment.temperature, flags))?;
+            }
+            push_row(&mut rows, &mut components, &member);
+        }
+        rows.cu_seqlens.push(packer.at as i64);
+        rows.components = self.named(components);
+        Ok(rows)
+    }
+
+    fn flags(&self, segment: &Segment, trajectory: &Trajectory) -> u8 {
+        order::mask(segment, trajectory, self.claim.version, self.claim.max_staleness, self.claim.segment_loss)
+    }
+
+    /// The used reward components, each with its name and no values yet.
+    fn components(&self) -> Result<BTreeMap<u32, Vec<f64>>> {
+        let mut used = BTreeMap::new();
+        for member in self.members() {
+            used.extend(member?.components.iter().map(|(name, _)| (*name, Vec::new())));
+        }
+        Ok(used)
+    }
+
+    fn named(&self, components: BTreeMap<u32, Vec<f64>>) -> BTreeMap<String, Vec<f64>> {
+        let name = |index: u32| self.state.components.get(index as usize).cloned().unwrap_or_default();
+        components.into_iter().map(|(index, values)| (name(index), values)).collect()
+    }
 }
 
-fn push_scalars(packed: &mut Packed, member: &ClaimedMember) {
-    packed.prompt_lengths.extend_from_slice(&member.prompt_len.to_le_bytes());
-    packed.groups.extend_from_slice(&member.group.to_le_bytes());
-    packed.trajectories.extend_from_slice(&member.trajectory.to_le_bytes());
-    packed.rewards.extend_from_slice(&member.reward.to_le_bytes());
-    packed.stops.push(member.stop as u8);
-    packed.prompt_ids.push(member.prompt_id.clone());
-    for (name, values) in &mut packed.components {
-        values.extend_from_slice(&member.components.get(name).copied().unwrap_or(0.0).to_le_bytes());
+fn push_row(rows: &mut Rows, components: &mut BTreeMap<u32, Vec<f64>>, member: &Member<'_>) {
+    rows.prompt_lengths.push(member.admission.prompt_len as i32);
+    rows.groups.push(member.group as i64);
+    rows.trajectories.push(member.id as i64);
+    rows.rewards.push(member.reward);
+    rows.stops.push(member.trajectory.stop as u8);
+    rows.prompt_ids.push(member.admission.prompt_id.clone());
+    for (name, values) in components {
+        let own = member.components.iter().find(|(own, _)| own == name);
+        values.push(own.map_or(0.0, |(_, value)| *value));
+    }
+}
+
+struct Packer<'a, 'b> {
+    columns: &'a mut Columns<'b>,
+    at: usize,
+}
+
+impl Packer<'_, '_> {
+    /// Adds tokens; `logprobs` may be empty, then they are 0. `fill`: version, temperature and mask flags.
+    fn push(&mut self, ids: &[u8], logprobs: &[u8], fill: (i32, f32, u8)) -> Result<()> {
+        let count = ids.len() / 4;
+        let (from, to) = (4 * self.at, 4 * (self.at + count));
+        let columns = &mut *self.columns;
+        column(columns.tokens, from, to)?.copy_from_slice(ids);
+        let stored = column(columns.logprobs, from, to)?;
+        if logprobs.is_empty() {
+            stored.fill(0);
+        } else {
+            stored.copy_from_slice(logprobs);
+        }
+        repeat(column(columns.versions, from, to)?, fill.0.to_le_bytes());
+        repeat(column(columns.temperatures, from, to)?, fill.1.to_le_bytes());
+        column(columns.mask, self.at, self.at + count)?.fill(fill.2);
+        self.at += count;
+        Ok(())
+    }
+}
+
+fn column(bytes: &mut [u8], from: usize, to: usize) -> Result<&mut [u8]> {
+    let len = bytes.len();
+    bytes.get_mut(from..to).ok_or_else(|| {
+        StoreError::Conflict(format!(
+            "a column of `out` has {len} bytes, the claim needs at least {to}; make it longer"
+        ))
+    })
+}
+
+fn repeat(bytes: &mut [u8], value: [u8; 4]) {
+    match bytemuck::try_cast_slice_mut::<u8, u32>(bytes) {
+        Ok(words) => words.fill(u32::from_ne_bytes(value)),
+        Err(_) => bytes.chunks_exact_mut(4).for_each(|word| word.copy_from_slice(&value)),
     }
 }

@@ -3,12 +3,12 @@
 use crate::{
     error::Result,
     group::Phase,
-    log::Lsn,
+    log::{Arrays, Lsn},
     order::{self, Micros},
     record::{Claimed, Reason, Record},
     state::ClaimStatus,
     store::{Store, conflict},
-    trajectory::{Stop, Verdict, Version},
+    trajectory::{Stop, Version},
 };
 
 /// The answer to `claim`.
@@ -16,8 +16,27 @@ use crate::{
 pub enum ClaimAnswer {
     /// The iteration's groups, and the record that claims them.
     Claimed(Vec<u64>, Lsn),
+    /// Too few groups can be trained, and waiting would not help.
+    Starved(Starvation),
+}
+
+/// Why a claim starves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Starvation {
     /// Rollout is closed and no group is ready.
-    Starved,
+    Closed,
+    /// Ready groups had nothing left to train and were evicted: others may be admitted in their place.
+    OverAge,
+}
+
+impl Starvation {
+    /// Name in Python.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Closed => "closed",
+            Self::OverAge => "over_age",
+        }
+    }
 }
 
 /// Result of one evaluation trajectory.
@@ -67,21 +86,21 @@ impl Store {
         if self.index.ready.len() < wanted && !self.is_closed() {
             return Ok(None);
         }
-        let groups = self.pick(wanted, version)?;
-        match (groups.is_empty(), groups.len() == wanted || self.is_closed()) {
-            (_, false) => Ok(None),
-            (true, true) => Ok(Some(ClaimAnswer::Starved)),
-            (false, true) => {
-                let (max_staleness, segment_loss) = (self.settings.max_staleness, self.settings.segment_loss);
-                let claimed = Claimed { iteration, version, max_staleness, segment_loss, groups: groups.clone() };
-                let (lsn, _) = self.commit(&Record::Claim(claimed), &[])?;
-                Ok(Some(ClaimAnswer::Claimed(groups, lsn)))
-            }
+        let (groups, over_age) = self.pick(wanted, version)?;
+        let closed = self.is_closed();
+        if groups.len() == wanted || (closed && !groups.is_empty()) {
+            let (max_staleness, segment_loss) = (self.settings.max_staleness, self.settings.segment_loss);
+            let claimed = Claimed { iteration, version, max_staleness, segment_loss, groups: groups.clone() };
+            let (lsn, _) = self.commit(&Record::Claim(claimed), &Arrays::default())?;
+            return Ok(Some(ClaimAnswer::Claimed(groups, lsn)));
         }
+        let why = if over_age > 0 { Some(Starvation::OverAge) } else { closed.then_some(Starvation::Closed) };
+        Ok(why.map(ClaimAnswer::Starved))
     }
 
-    /// The first `wanted` ready groups that have a token to train; those before them that have none are evicted.
-    fn pick(&mut self, wanted: usize, version: Version) -> Result<Vec<u64>> {
+    /// The first `wanted` ready groups that have a token to train; those before them that have none are evicted, and
+    /// counted.
+    fn pick(&mut self, wanted: usize, version: Version) -> Result<(Vec<u64>, usize)> {
         let (mut groups, mut over_age) = (Vec::new(), Vec::new());
         for id in &self.index.ready {
             if groups.len() == wanted {
@@ -91,10 +110,11 @@ impl Store {
             let trainable = order::is_trainable(&self.state, group, version, self.settings.max_staleness)?;
             if trainable { groups.push(*id) } else { over_age.push(*id) }
         }
-        if !over_age.is_empty() {
-            self.commit(&Record::Evict(over_age, Reason::OverAge), &[])?;
+        let evicted = over_age.len();
+        if evicted > 0 {
+            self.commit(&Record::Evict(over_age, Reason::OverAge), &Arrays::default())?;
         }
-        Ok(groups)
+        Ok((groups, evicted))
     }
 
     /// Commits every claim up to `iteration`.
@@ -109,7 +129,7 @@ impl Store {
             ));
         }
         if claims.any(|(_, claim)| claim.status == ClaimStatus::Trained) {
-            self.commit(&Record::Commit(iteration), &[])?;
+            self.commit(&Record::Commit(iteration), &Arrays::default())?;
         }
         Ok(())
     }
@@ -126,7 +146,7 @@ impl Store {
         }
         let undone: Vec<i64> = self.state.claims.range(iteration + 1..).map(|(iteration, _)| *iteration).collect();
         if !undone.is_empty() {
-            self.commit(&Record::Uncommit(iteration), &[])?;
+            self.commit(&Record::Uncommit(iteration), &Arrays::default())?;
         }
         Ok(undone)
     }
@@ -142,7 +162,7 @@ impl Store {
         let committed: Vec<_> = committed.filter(|claim| claim.status == ClaimStatus::Committed).collect();
         let groups = committed.iter().map(|claim| claim.groups.len()).sum();
         if !committed.is_empty() {
-            self.commit(&Record::Drop(iteration), &[])?;
+            self.commit(&Record::Drop(iteration), &Arrays::default())?;
         }
         Ok(groups)
     }
@@ -171,11 +191,8 @@ impl Store {
                 results.push(EvalResult {
                     request_id: group.request_id.clone(),
                     prompt_id: group.prompt_id.clone(),
-                    reward: match trajectory.verdict {
-                        Verdict::Scored { reward, .. } => Some(reward),
-                        _ => None,
-                    },
-                    len: trajectory.len,
+                    reward: trajectory.reward(),
+                    len: trajectory.generated(),
                     stop: trajectory.stop,
                     first_version: trajectory.segments.first().map(|segment| segment.version),
                     last_version: trajectory.last_version(),
@@ -195,7 +212,7 @@ impl Store {
             self.state.group(*id)?.members().try_for_each(|member| self.end_lease(member))?;
         }
         if !groups.is_empty() {
-            self.commit(&Record::Evict(groups.clone(), Reason::Eval), &[])?;
+            self.commit(&Record::Evict(groups.clone(), Reason::Eval), &Arrays::default())?;
         }
         Ok(groups.len())
     }

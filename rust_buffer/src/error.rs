@@ -71,6 +71,12 @@ pub enum StoreError {
     /// A repeat with other content, a gap, or an operation in the wrong state.
     #[error("{0}")]
     Conflict(String),
+    /// A change was asked of a reader.
+    #[error("{} is open for reading only; open it without `read` to change it", path.display())]
+    ReadOnly {
+        /// The directory.
+        path: PathBuf,
+    },
     /// The store or its log is closed.
     #[error("the store is closed; open it again")]
     Closed,

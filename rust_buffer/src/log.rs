@@ -4,32 +4,40 @@
 //! 1. LSNs are dense: each frame has the LSN of the frame before it plus one, across files; the CRC covers it.
 //! 2. `durable_lsn` moves only after an fdatasync that began after the frames were written (level `Os`: after the
 //!    write). A failed write or sync poisons the log: nothing is retried and nothing later is reported durable.
-//! 3. Every file begins with a snapshot frame that was durable before the file's second frame was written, so opening
-//!    reads only the newest file. Sealed files are immutable and deleted whole, oldest first, never recycled.
-//! 4. Each frame carries the durable LSN of the moment it was written, and each completed sync of an otherwise idle
+//! 3. A file is synced before the next one is made, and a new file's header and name are durable before its first
+//!    record is written. Sealed files are immutable and deleted whole, oldest first, never recycled.
+//! 4. The index (a snapshot of the state, and the position of the first record that it does not cover) is replaced
+//!    atomically, and only once every record that it covers is on disk. Opening reads it and the records after it; no
+//!    file from its position on is ever deleted.
+//! 5. Each frame carries the synced LSN of the moment it was written, and each completed sync of an otherwise idle
 //!    log leaves a *mark* (the same LSN, no payload) where the next frame will go. At recovery the first unreadable
-//!    frame is a torn tail if no later frame or mark says that it was durable, and is zeroed durably; otherwise
-//!    bytes that were acknowledged are gone, and opening fails with file and offset. Power loss may lose any subset
-//!    of unsynced pages, so a later frame that is whole is by itself no evidence of damage.
-//! 5. Bytes below a file's published end are never written again, so maps of them are immutable; each [`Frame`] pins
-//!    its map, also beyond the deletion of the file.
+//!    frame of the last file is a torn tail if no later frame or mark says that it was on disk, and is zeroed durably;
+//!    otherwise bytes that were acknowledged are gone, and opening fails with file and offset. Power loss may lose any
+//!    subset of unsynced pages, so a later frame that is whole is by itself no evidence of damage.
+//! 6. Bytes below a file's published end are never written again, so maps of them are immutable; whoever reads them
+//!    pins the map, also beyond the deletion of the file.
 //!
-//! # Format (little endian, everything 8-byte aligned)
+//! # Format 2 (little endian, everything 8-byte aligned)
 //! File `NNNNNNNNNN.log`: `magic [u8; 8] | format u32 | crc32c u32 | number u32 | 0 u32 | first lsn u64`, frames,
-//! zeros. Frame: `len u32 | crc32c u32 | lsn u64 | durable lsn u64 | kind u8 | narrays u8 | 0 u16 | header_len u32 |
-//! array lengths [u32] | header | arrays`, each part padded with zeros to 8 bytes; `len` counts the whole frame and the
-//! CRC covers all but itself. Kind 0 is a snapshot, 255 a mark, the rest is the caller's. The file header's layout and
-//! the place of the format number stay the same in every later format.
+//! zeros. Frame: `len u32 | crc32c u32 | lsn u64 | synced lsn u64 | kind u8 | 0 u8 | narrays u16 | header_len u32 |
+//! (array length u32, array crc32c u32) x narrays | header | arrays`, header and arrays each padded with zeros to 8
+//! bytes; `len` counts the whole frame. The frame's CRC covers all before the arrays but itself, so the arrays through
+//! their own CRCs: an array can be read and checked without the rest of its frame. Kind 0 is a snapshot, 255 a mark,
+//! the rest is the caller's. File `index`: a file header (number and first LSN of its position), and one frame of kind
+//! 0 with the position's offset (u64) as header and the snapshot as array. The file header's layout and the place of
+//! the format number stay the same in every later format.
 
 mod directory;
+mod disk;
 mod format;
+mod memory;
 mod reader;
 mod recovery;
+mod storage;
 mod sync;
 mod writer;
 
 use std::{
-    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
     time::Duration,
@@ -38,16 +46,23 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use self::{
-    directory::{file_path, lock_dir, remove_file},
+    directory::{file_name, remove},
     format::{MARK, SNAPSHOT},
-    recovery::recover,
+    recovery::{recover, resume, write_index},
     sync::Shared,
     writer::Writer,
 };
-pub use self::{reader::Frame, recovery::Recovery};
+pub use self::{
+    disk::Disk,
+    format::{Arrays, Entry},
+    memory::Memory,
+    reader::{Frame, Part},
+    recovery::Replay,
+    storage::{Bytes, Medium, Storage},
+};
 use crate::error::{Result, StoreError};
 
-/// Log sequence number: 1 is the first snapshot of a new log.
+/// Log sequence number: 1 is the first record of a new log.
 pub type Lsn = u64;
 
 /// Where a frame is.
@@ -59,6 +74,17 @@ pub struct Location {
     pub offset: u64,
     /// Length of the whole frame in bytes.
     pub len: u32,
+}
+
+/// A place between two records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Position {
+    /// Number of the log file.
+    pub file: u32,
+    /// Offset of the frame after it in bytes.
+    pub offset: u64,
+    /// LSN of the record after it.
+    pub next: Lsn,
 }
 
 /// When a record counts as durable.
@@ -78,17 +104,19 @@ pub enum Durability {
 pub struct LogOptions {
     /// When a record counts as durable.
     pub durability: Durability,
-    /// Bytes of records after which a file should be rotated, and that are preallocated.
+    /// Bytes of records after which a new file is begun, and that are preallocated.
     pub file_bytes: u64,
+    /// Longest time between two syncs of a log that is written to and that nobody waits for.
+    pub commit_interval: Duration,
 }
 
 impl Default for LogOptions {
     fn default() -> Self {
-        Self { durability: Durability::Group, file_bytes: 64 << 20 }
+        Self { durability: Durability::Group, file_bytes: 64 << 20, commit_interval: Duration::from_millis(5) }
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -99,6 +127,9 @@ pub struct Log(Arc<Inner>);
 struct Inner {
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    index: Mutex<Position>,
+    /// Held while the index is written: the storage is not released meanwhile.
+    indexing: Mutex<()>,
 }
 
 impl Drop for Inner {
@@ -109,70 +140,119 @@ impl Drop for Inner {
 }
 
 impl Log {
-    /// Opens or creates the log in directory `dir`; None keeps it in memory.
+    /// Opens or creates the log in `storage`; `replay` gets what is there.
     ///
     /// # Errors
-    /// `Locked` by another writer, `Version` of a newer format, `Corrupt` for damage to what was durable, `Io`.
-    pub fn open(dir: Option<&Path>, options: LogOptions) -> Result<(Self, Recovery)> {
-        let Some(dir) = dir else {
-            let shared = Shared::new(None, options, Writer::in_memory(1, 1), Vec::new(), None);
-            return Ok((Self::start(shared)?, Recovery::nothing()));
+    /// `Locked` by another writer, `Version` of another format, `Corrupt` for damage to what was durable, `Io`.
+    pub fn open(storage: Arc<dyn Storage>, options: LogOptions, replay: &mut dyn Replay) -> Result<Self> {
+        let guard = storage.lock()?;
+        let found = recover(&*storage, replay, true)?;
+        let writer = resume(&*storage, &found, options.file_bytes)?;
+        let shared = Arc::new(Shared::new(storage, options, writer, found.sealed, Some(guard)));
+        let thread = if options.durability == Durability::Group {
+            let shared = Arc::clone(&shared);
+            let path = shared.storage.path().to_path_buf();
+            let spawned = std::thread::Builder::new().name("log-sync".into()).spawn(move || shared.run());
+            Some(spawned.map_err(|e| StoreError::io(path, e))?)
+        } else {
+            None
         };
-        let guard = lock_dir(dir)?;
-        let (writer, sealed, recovery) = recover(dir, options.file_bytes)?;
-        Ok((Self::start(Shared::new(Some(dir), options, writer, sealed, Some(guard)))?, recovery))
+        Ok(Self(Arc::new(Inner {
+            shared,
+            thread: Mutex::new(thread),
+            index: Mutex::new(found.index),
+            indexing: Mutex::default(),
+        })))
     }
 
-    fn start(shared: Shared) -> Result<Self> {
-        let shared = Arc::new(shared);
-        let thread = match (&shared.dir, shared.options.durability) {
-            (Some(dir), Durability::Group) => {
-                let shared = Arc::clone(&shared);
-                let spawned = std::thread::Builder::new().name("log-sync".into()).spawn(move || shared.run());
-                Some(spawned.map_err(|e| StoreError::io(dir, e))?)
-            }
-            _ => None,
-        };
-        Ok(Self(Arc::new(Inner { shared, thread: Mutex::new(thread) })))
+    /// Reads what is in `storage` now, beside a writer that may be at work: no lock, no change, and no record after it.
+    ///
+    /// # Errors
+    /// As `open`, but never `Locked`; `Io` also when there is no log.
+    pub fn read(storage: Arc<dyn Storage>, replay: &mut dyn Replay) -> Result<Self> {
+        let found = recover(&*storage, replay, false)?;
+        let missing = || StoreError::io(storage.path(), std::io::Error::from(std::io::ErrorKind::NotFound));
+        let (number, tail) = found.last.as_ref().ok_or_else(missing)?;
+        let writer = Writer::read_only(&*storage, *number, tail)?;
+        let shared = Arc::new(Shared::new(storage, LogOptions::default(), writer, found.sealed, None));
+        Ok(Self(Arc::new(Inner {
+            shared,
+            thread: Mutex::new(None),
+            index: Mutex::new(found.index),
+            indexing: Mutex::default(),
+        })))
     }
 
     /// Appends one record: `header` and `arrays` are the caller's, `kind` is 1 to 254. Level `Always` waits for the
-    /// disk; otherwise `wait_durable` does.
+    /// disk; otherwise `wait_durable` does. A full file is sealed first.
     ///
     /// # Errors
-    /// `Closed`, `Poisoned` by an earlier failure, `Io` (which poisons), `Full` beyond 4 GiB or 255 arrays.
-    pub fn append(&self, kind: u8, header: &[u8], arrays: &[&[u8]]) -> Result<(Lsn, Location)> {
+    /// `Closed`, `Poisoned` by an earlier failure, `Io` (which poisons), `Full` beyond 4 GiB or 65,535 arrays.
+    pub fn append(&self, kind: u8, header: &[u8], arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
         if kind == SNAPSHOT || kind == MARK {
             return Err(StoreError::Conflict(format!("record kind {kind} is the log's own; use 1 to 254")));
         }
         self.0.shared.append(kind, header, arrays)
     }
 
-    /// Whether the current file has its share: `file_bytes` of records, and no fewer than its snapshot.
-    pub fn should_rotate(&self) -> bool {
-        let shared = &self.0.shared;
-        lock(&shared.writer).is_full(shared.options.file_bytes)
+    /// Where the next record goes.
+    pub fn position(&self) -> Position {
+        self.0.shared.position()
     }
 
-    /// Seals the current file and begins a new one with `snapshot`, durably; recovery starts there. Takes one LSN.
+    /// Where recovery starts.
+    pub fn index(&self) -> Position {
+        *lock(&self.0.index)
+    }
+
+    /// Makes recovery start at `position`, which `position()` gave, with `snapshot`; waits for the disk.
     ///
     /// # Errors
-    /// As `append`. A failure while the files change hands poisons the log.
-    pub fn rotate(&self, snapshot: &[u8]) -> Result<()> {
-        self.0.shared.rotate(snapshot)
+    /// As `append`; after `Io` recovery starts where it did.
+    pub fn write_index(&self, position: Position, snapshot: &[u8]) -> Result<()> {
+        let shared = &self.0.shared;
+        let _one = lock(&self.0.indexing);
+        shared.accepting()?;
+        shared.sync()?;
+        write_index(&*shared.storage, position, snapshot)?;
+        *lock(&self.0.index) = position;
+        Ok(())
     }
 
-    /// The record at `location`, its checksum checked now.
+    /// The record at `location`, its checksums checked now.
     ///
     /// # Errors
     /// `Corrupt` when the bytes are damaged or gone, `Io`.
     pub fn frame(&self, location: Location) -> Result<Frame> {
-        let shared = &self.0.shared;
-        let file = lock(&shared.files).get(&location.file).cloned().ok_or_else(|| {
-            let path = file_path(shared.dir.as_deref().unwrap_or(Path::new("memory")), location.file);
-            StoreError::corrupt(path, location.offset, "the file is gone, a record in it is wanted")
-        })?;
-        file.frame(location)
+        self.file(location.file, location.offset)?.frame(location)
+    }
+
+    /// The record that starts at `offset` of file `file`, its checksums checked now.
+    ///
+    /// # Errors
+    /// `Corrupt` when the bytes are damaged or gone, `Io`.
+    pub fn frame_at(&self, file: u32, offset: u64) -> Result<Frame> {
+        let log_file = self.file(file, offset)?;
+        let len = format::u32_at(&log_file.read(offset, 4)?, 0);
+        log_file.frame(Location { file, offset, len })
+    }
+
+    /// `len` bytes of file `file` at `offset`, unchecked: an array whose CRC the caller knows.
+    ///
+    /// # Errors
+    /// `Corrupt` when they are gone, `Io`.
+    pub fn bytes_at(&self, file: u32, offset: u64, len: usize) -> Result<Bytes> {
+        self.file(file, offset)?.read(offset, len)
+    }
+
+    /// Damage at `offset` of `file`.
+    pub fn corrupt(&self, file: u32, offset: u64, detail: impl Into<String>) -> StoreError {
+        StoreError::corrupt(self.0.shared.storage.path_of(&file_name(file)), offset, detail)
+    }
+
+    fn file(&self, number: u32, offset: u64) -> Result<Arc<reader::LogFile>> {
+        let file = lock(&self.0.shared.files).get(&number).cloned();
+        file.ok_or_else(|| self.corrupt(number, offset, "the file is gone, a record in it is wanted"))
     }
 
     /// LSN of the last record written.
@@ -193,31 +273,25 @@ impl Log {
         self.0.shared.wait_durable(lsn, timeout)
     }
 
-    /// Deletes the sealed files numbered below `file`, oldest first, after syncing the records that say why; returns
-    /// how many. The caller keeps every file that holds live data; frames already read stay readable.
+    /// Deletes the sealed files numbered below `file` and below the index's position, oldest first; returns how many.
+    /// The caller keeps every file that holds live data; what was read stays readable.
     ///
     /// # Errors
     /// As `append`.
     pub fn remove_before(&self, file: u32) -> Result<usize> {
         let shared = &self.0.shared;
         shared.accepting()?;
-        let end = file.min(self.current_file());
+        let end = file.min(self.index().file);
         let doomed: Vec<_> = lock(&shared.files).range(..end).map(|(&number, _)| number).collect();
-        if !doomed.is_empty() && shared.dir.is_some() {
+        if !doomed.is_empty() {
+            // The records that say why must be on disk first.
             shared.sync()?;
         }
         for &number in &doomed {
-            if let Some(dir) = &shared.dir {
-                remove_file(&file_path(dir, number))?;
-            }
+            remove(&*shared.storage, number)?;
             lock(&shared.files).remove(&number);
         }
         Ok(doomed.len())
-    }
-
-    /// Number of the file that takes records.
-    pub fn current_file(&self) -> u32 {
-        lock(&self.0.shared.state).log_file.number
     }
 
     /// Bytes of all files, without what is preallocated.
@@ -225,7 +299,12 @@ impl Log {
         lock(&self.0.shared.files).values().map(|file| file.end()).sum()
     }
 
-    /// Syncs what is written and releases the directory; records stay readable. Safe to repeat.
+    /// Refuses records from now on, whatever the cause: what is in memory may differ from what is written.
+    pub fn poison(&self, error: StoreError) -> StoreError {
+        self.0.shared.poison(error)
+    }
+
+    /// Syncs what is written and releases the storage; records stay readable. Safe to repeat.
     ///
     /// # Errors
     /// `Io` or `Poisoned` when records written are not durable.
@@ -241,6 +320,7 @@ impl Inner {
             // The thread's failures are in the state.
             let _ = thread.join();
         }
+        let _no_index = lock(&self.indexing);
         self.shared.release()
     }
 }

@@ -2,26 +2,30 @@
 
 #![allow(clippy::needless_pass_by_value)] // pyo3 hands over owned arguments.
 
+mod buffers;
 mod errors;
 mod rows;
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
-use pyo3::{exceptions::PyValueError, prelude::*, types::PyDict};
+use pyo3::{buffer::PyBuffer, exceptions::PyValueError, prelude::*, types::PyDict};
 
 use crate::{
-    batch,
+    batch::{self, ClaimView, Columns},
     claims::ClaimAnswer,
     error::StoreError as Failure,
-    group::Kind,
-    log::Durability,
+    group::{Kind, Straggler},
+    log::{Disk, Durability, Memory, Storage},
+    pack::{self as micro_batches, Micro, Packing},
+    query::{Bounds, Filter},
     record::{Admit, Masked, Quota, SegmentLoss},
     rollout::Granted,
     shared::Shared,
-    store::{Settings, micros},
-    trajectory::{Outcome, Version},
-    wire::Item,
+    store::{Settings, Store, micros},
+    trajectory::{Outcome, Stop, Version},
+    wire::Batch,
 };
+use buffers::Buffers;
 use rows::Row;
 
 fn choose<T: Copy>(what: &str, value: &str, known: &[(&str, T)]) -> PyResult<T> {
@@ -38,6 +42,12 @@ fn seconds(what: &str, value: f64) -> PyResult<f64> {
     Ok(value)
 }
 
+const KINDS: [(&str, Kind); 2] = [("train", Kind::Train), ("eval", Kind::Eval)];
+
+/// States of trajectories, then of groups.
+const STATES: [&str; 11] =
+    ["leased", "idle", "unscored", "scored", "failed", "late", "partial", "ready", "claimed", "trained", "committed"];
+
 /// Trajectory, stale, grant.
 type Answer = (u64, bool, u32);
 
@@ -51,8 +61,9 @@ struct TrajectoryStore {
 impl TrajectoryStore {
     #[new]
     #[pyo3(signature = (path, *, groups_per_iteration, lookahead, max_staleness, segment_loss = "all",
-        min_group_size = 2, max_attempts = 3, lease_ttl_s = 30.0, grant_tokens = 64, durability = "group",
-        max_bytes = None, file_bytes = 67_108_864))]
+        min_group_size = 2, straggler = None, max_attempts = 3, lease_ttl_s = 30.0, grant_tokens = 64,
+        durability = "group", max_bytes = None, file_bytes = 67_108_864, commit_interval_s = 0.005,
+        read_only = false))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
@@ -62,18 +73,32 @@ impl TrajectoryStore {
         max_staleness: Option<u32>,
         segment_loss: &str,
         min_group_size: u32,
+        straggler: Option<(u32, f64)>,
         max_attempts: u32,
         lease_ttl_s: f64,
         grant_tokens: u32,
         durability: &str,
         max_bytes: Option<u64>,
         file_bytes: u64,
+        commit_interval_s: f64,
+        read_only: bool,
     ) -> PyResult<Self> {
         if groups_per_iteration == 0 || max_attempts == 0 || grant_tokens == 0 || file_bytes == 0 {
             return Err(PyValueError::new_err(
                 "groups_per_iteration, max_attempts, grant_tokens and file_bytes must be >= 1",
             ));
         }
+        let straggler = match straggler {
+            Some((members, _)) if members < min_group_size.max(1) => {
+                return Err(PyValueError::new_err(format!(
+                    "straggler has {members} members, min_group_size is {min_group_size}; wait for at least these"
+                )));
+            }
+            Some((members, wait_s)) => {
+                Some(Straggler { members, wait: micros(seconds("the wait of straggler", wait_s)?) })
+            }
+            None => None,
+        };
         let settings = Settings {
             groups_per_iteration,
             lookahead,
@@ -84,6 +109,7 @@ impl TrajectoryStore {
                 &[("all", SegmentLoss::All), ("current_only", SegmentLoss::CurrentOnly)],
             )?,
             min_group_size,
+            straggler,
             max_attempts,
             lease_ttl: micros(seconds("lease_ttl_s", lease_ttl_s)?),
             grant_tokens,
@@ -94,8 +120,17 @@ impl TrajectoryStore {
             )?,
             max_bytes,
             file_bytes,
+            commit_interval: Duration::from_secs_f64(seconds("commit_interval_s", commit_interval_s)?.min(3600.0)),
         };
-        Ok(Self { shared: py.detach(|| Shared::open(path.as_deref(), settings))? })
+        let open = || {
+            let storage: Arc<dyn Storage> = match path {
+                Some(path) if read_only => Arc::new(Disk::existing(&path)),
+                Some(path) => Arc::new(Disk::new(&path)?),
+                None => Arc::new(Memory::default()),
+            };
+            if read_only { Store::read(&storage, settings) } else { Store::open(storage, settings) }
+        };
+        Ok(Self { shared: Shared::new(py.detach(open)?) })
     }
 
     #[pyo3(signature = (version, groups, tokens, tokens_per_segment))]
@@ -108,11 +143,12 @@ impl TrajectoryStore {
         tokens_per_segment: Option<u32>,
     ) -> PyResult<()> {
         let quota = Quota { groups, tokens, tokens_per_segment };
-        py.detach(|| self.shared.change(|store| store.set_quota(version, quota)))?;
+        py.detach(|| self.shared.change(true, |store| store.set_quota(version, quota)))?;
         Ok(())
     }
 
-    #[pyo3(signature = (request_id, *, cursor, kind, prompt_id, prompt, metadata, group_size, max_tokens))]
+    #[pyo3(signature = (request_id, *, cursor, kind, prompt_id, prompt, metadata, group_size, max_tokens, priority = 0,
+        wait = true))]
     #[allow(clippy::too_many_arguments)]
     fn admit(
         &self,
@@ -125,12 +161,14 @@ impl TrajectoryStore {
         metadata: &[u8],
         group_size: u32,
         max_tokens: u32,
+        priority: i32,
+        wait: bool,
     ) -> PyResult<u64> {
-        let kind = choose("kind", kind, &[("train", Kind::Train), ("eval", Kind::Eval)])?;
+        let kind = choose("kind", kind, &KINDS)?;
         let cursor = cursor.filter(|_| kind == Kind::Train);
         let prompt_len = (prompt.len() / 4) as u32;
-        let admit = Admit { request_id, cursor, kind, prompt_id, prompt_len, size: group_size, max_tokens };
-        Ok(py.detach(|| self.shared.change(|store| store.admit(&admit, prompt, metadata)))?.1)
+        let admit = Admit { request_id, cursor, kind, prompt_id, prompt_len, size: group_size, max_tokens, priority };
+        Ok(py.detach(|| self.shared.change(wait, |store| store.admit(&admit, prompt, metadata)))?.1)
     }
 
     #[pyo3(signature = (worker, version, max_leases, timeout_s, now_s = None))]
@@ -151,15 +189,15 @@ impl TrajectoryStore {
             let granted = granted.map(|(_, granted)| granted).unwrap_or_default();
             granted.into_iter().map(|lease| self.read_lease(lease)).collect::<Result<Vec<_>, Failure>>()
         })?;
-        leases.iter().map(|(lease, prompt, prefix)| rows::lease(py, lease, prompt, prefix)).collect()
+        leases.iter().map(|lease| rows::lease(py, lease)).collect()
     }
 
-    #[pyo3(signature = (batch, now_s = None))]
-    fn append(&self, py: Python<'_>, batch: &[u8], now_s: Option<f64>) -> PyResult<(u64, Vec<Answer>)> {
+    #[pyo3(signature = (batch, wait = true, now_s = None))]
+    fn append(&self, py: Python<'_>, batch: &[u8], wait: bool, now_s: Option<f64>) -> PyResult<(u64, Vec<Answer>)> {
         let (lsn, replies) = py.detach(|| {
-            let items = Item::decode_batch(batch)?;
+            let batch = Batch::decode(batch)?;
             let now = self.shared.clock(now_s).base();
-            self.shared.change(|store| store.append(&items, now))
+            self.shared.change(wait, |store| store.append(&batch, now))
         })?;
         Ok((lsn, replies.into_iter().map(|reply| (reply.trajectory, reply.stale, reply.grant)).collect()))
     }
@@ -188,7 +226,7 @@ impl TrajectoryStore {
             let read = |item: rows::Waiting| {
                 let prompt = batch::read_array(self.shared.log(), item.group.location, 0)?;
                 let metadata = batch::read_array(self.shared.log(), item.group.location, 1)?;
-                let (tokens, _) = batch::read_segments(self.shared.log(), &item.trajectory.segments)?;
+                let tokens = batch::read_segments(self.shared.log(), &item.trajectory.segments)?;
                 Ok((item, prompt, metadata, tokens))
             };
             waiting.into_iter().map(read).collect::<Result<Vec<_>, Failure>>()
@@ -196,7 +234,8 @@ impl TrajectoryStore {
         items.into_iter().map(|item| rows::unscored(py, &item)).collect()
     }
 
-    #[pyo3(signature = (trajectory, attempt, outcome, reward, components))]
+    #[pyo3(signature = (trajectory, attempt, outcome, reward, components, wait = true, now_s = None))]
+    #[allow(clippy::too_many_arguments)]
     fn score(
         &self,
         py: Python<'_>,
@@ -205,11 +244,16 @@ impl TrajectoryStore {
         outcome: &str,
         reward: f64,
         components: BTreeMap<String, f64>,
+        wait: bool,
+        now_s: Option<f64>,
     ) -> PyResult<()> {
         let known =
             [("scored", Outcome::Scored), ("invalid", Outcome::Invalid), ("infra_failure", Outcome::InfraFailure)];
         let outcome = choose("outcome", outcome, &known)?;
-        py.detach(|| self.shared.change(|store| store.score(trajectory, attempt, outcome, reward, components)))?;
+        let now = self.shared.clock(now_s).base();
+        py.detach(|| {
+            self.shared.change(wait, |store| store.score(trajectory, attempt, outcome, reward, components, now))
+        })?;
         Ok(())
     }
 
@@ -226,7 +270,7 @@ impl TrajectoryStore {
         }
         let tokens = |reason| masked.get(reason).copied().unwrap_or(0);
         let masked = Masked { filter: tokens("filter"), veto: tokens("veto") };
-        py.detach(|| self.shared.change(|store| store.publish(version, iteration, masked)))?;
+        py.detach(|| self.shared.change(true, |store| store.publish(version, iteration, masked)))?;
         Ok(())
     }
 
@@ -247,42 +291,62 @@ impl TrajectoryStore {
                 None => self.shared.query(|store| Ok((store.lsn(), None))),
             }
         })?;
-        let (status, groups, lsn) = match answer {
-            Some(ClaimAnswer::Claimed(groups, lsn)) => ("claimed", groups, lsn),
-            Some(ClaimAnswer::Starved) => ("starved", Vec::new(), lsn),
-            None => ("timeout", Vec::new(), lsn),
+        let (status, reason, groups, lsn) = match answer {
+            Some(ClaimAnswer::Claimed(groups, lsn)) => ("claimed", None, groups, lsn),
+            Some(ClaimAnswer::Starved(why)) => ("starved", Some(why.name()), Vec::new(), lsn),
+            None => ("timeout", None, Vec::new(), lsn),
         };
         let row = PyDict::new(py);
         row.set_item("status", status)?;
+        row.set_item("reason", reason)?;
         row.set_item("groups", groups)?;
         row.set_item("lsn", lsn)?;
         Ok(row)
     }
 
     #[pyo3(signature = (iteration))]
-    fn read_claim<'py>(&self, py: Python<'py>, iteration: i64) -> PyResult<Row<'py>> {
+    fn claim_tokens(&self, py: Python<'_>, iteration: i64) -> PyResult<usize> {
+        Ok(py.detach(|| self.shared.query(|store| ClaimView::new(store.state(), iteration))?.num_tokens())?)
+    }
+
+    #[pyo3(signature = (iteration, *, tokens, logprobs, versions, temperatures, mask, check))]
+    #[allow(clippy::too_many_arguments)]
+    fn read_claim<'py>(
+        &self,
+        py: Python<'py>,
+        iteration: i64,
+        tokens: PyBuffer<u8>,
+        logprobs: PyBuffer<u8>,
+        versions: PyBuffer<u8>,
+        temperatures: PyBuffer<u8>,
+        mask: PyBuffer<u8>,
+        check: bool,
+    ) -> PyResult<Row<'py>> {
+        let mut buffers = Buffers::new([tokens, logprobs, versions, temperatures, mask])?;
         let (version, packed) = py.detach(|| {
-            let (version, members) = self.shared.query(|store| store.claimed_members(iteration))?;
-            batch::pack(self.shared.log(), &members).map(|packed| (version, packed))
+            let view = self.shared.query(|store| ClaimView::new(store.state(), iteration))?;
+            let [tokens, logprobs, versions, temperatures, mask] = buffers.slices();
+            let mut columns = Columns { tokens, logprobs, versions, temperatures, mask };
+            view.pack(self.shared.log(), &mut columns, check).map(|rows| (view.version(), rows))
         })?;
         rows::batch(py, iteration, version, &packed)
     }
 
     #[pyo3(signature = (iteration))]
     fn commit(&self, py: Python<'_>, iteration: i64) -> PyResult<()> {
-        py.detach(|| self.shared.change(|store| store.commit_claims(iteration)))?;
+        py.detach(|| self.shared.change(true, |store| store.commit_claims(iteration)))?;
         Ok(())
     }
 
     #[pyo3(signature = (iteration))]
     fn uncommit(&self, py: Python<'_>, iteration: i64) -> PyResult<Vec<i64>> {
-        Ok(py.detach(|| self.shared.change(|store| store.uncommit(iteration)))?.1)
+        Ok(py.detach(|| self.shared.change(true, |store| store.uncommit(iteration)))?.1)
     }
 
     #[pyo3(signature = (iteration))]
     fn evict(&self, py: Python<'_>, iteration: i64) -> PyResult<usize> {
         Ok(py.detach(|| {
-            let (_, groups) = self.shared.change(|store| store.evict(iteration))?;
+            let (_, groups) = self.shared.change(true, |store| store.evict(iteration))?;
             self.shared.remove_dead_files().map(|()| groups)
         })?)
     }
@@ -299,7 +363,7 @@ impl TrajectoryStore {
     #[pyo3(signature = (prefix))]
     fn drop_eval(&self, py: Python<'_>, prefix: &str) -> PyResult<usize> {
         Ok(py.detach(|| {
-            let (_, groups) = self.shared.change(|store| store.drop_eval(prefix))?;
+            let (_, groups) = self.shared.change(true, |store| store.drop_eval(prefix))?;
             self.shared.remove_dead_files().map(|()| groups)
         })?)
     }
@@ -307,12 +371,59 @@ impl TrajectoryStore {
     #[pyo3(signature = (state = None))]
     fn groups<'py>(&self, py: Python<'py>, state: Option<&str>) -> PyResult<Vec<Row<'py>>> {
         let groups = py.detach(|| {
+            // Within the query, so that no file with metadata is deleted meanwhile.
             self.shared.query(|store| {
-                let rows = store.state().groups.iter().map(|(id, group)| (*id, group.clone(), store.phase_of(group)));
-                Ok(rows.filter(|(_, _, (name, _))| state.is_none_or(|state| state == *name)).collect::<Vec<_>>())
+                let rows = store.state().groups.iter().map(|(id, group)| (*id, group, store.phase_of(group)));
+                let rows = rows.filter(|(_, _, (name, _))| state.is_none_or(|state| state == *name));
+                let read = rows.map(|(id, group, phase)| {
+                    let metadata = batch::read_array(store.log(), group.location, 1)?;
+                    Ok((id, group.clone(), phase, metadata))
+                });
+                read.collect::<Result<Vec<_>, Failure>>()
             })
         })?;
-        groups.iter().map(|(id, group, phase)| rows::group(py, *id, group, *phase)).collect()
+        groups.iter().map(|view| rows::group(py, view)).collect()
+    }
+
+    #[pyo3(signature = (after, limit, *, iteration, version, reward, length, stop, prompt_id, group, kind, state))]
+    #[allow(clippy::too_many_arguments)]
+    fn select<'py>(
+        &self,
+        py: Python<'py>,
+        after: Option<u64>,
+        limit: usize,
+        iteration: Option<i64>,
+        version: Bounds<Version>,
+        reward: Bounds<f64>,
+        length: Bounds<u32>,
+        stop: Option<u8>,
+        prompt_id: Option<String>,
+        group: Option<u64>,
+        kind: Option<&str>,
+        state: Option<String>,
+    ) -> PyResult<(Vec<Row<'py>>, Option<u64>)> {
+        let kind = kind.map(|kind| choose("kind", kind, &KINDS)).transpose()?;
+        if let Some(name) = &state {
+            choose("state", name, &STATES.map(|name| (name, ())))?;
+        }
+        let stops = [Stop::None, Stop::Stop, Stop::Length, Stop::Repetition];
+        let named = |number: u8| {
+            let known = stops.into_iter().find(|stop| *stop as u8 == number);
+            known.ok_or_else(|| PyValueError::new_err(format!("stop is {number}; choose one of pmdflow.types.Stop")))
+        };
+        let stop = stop.map(named).transpose()?;
+        let filter = Filter { iteration, version, reward, length, stop, prompt_id, group, kind, state };
+        let (page, next) = py.detach(|| self.shared.query(|store| Ok(store.select(&filter, after, limit.max(1)))))?;
+        Ok((page.iter().map(|selected| rows::selected(py, selected)).collect::<PyResult<Vec<_>>>()?, next))
+    }
+
+    fn claims(&self, py: Python<'_>) -> PyResult<BTreeMap<i64, &'static str>> {
+        Ok(py.detach(|| self.shared.query(|store| Ok(store.claims())))?)
+    }
+
+    fn take_late<'py>(&self, py: Python<'py>) -> PyResult<Vec<Row<'py>>> {
+        let reports = py.detach(|| self.shared.change(true, |store| Ok(store.take_late_reports())))?.1;
+        reports.iter().map(|report| rows::late_report(py, report)).collect()
     }
 
     #[pyo3(signature = (trajectory))]
@@ -322,13 +433,15 @@ impl TrajectoryStore {
             let (trajectory, location, state) = self.shared.query(|store| {
                 let trajectory = store.state().trajectory(id)?;
                 let location = store.state().group(trajectory.group)?.location;
-                Ok((trajectory.clone(), location, store.state_of(id, trajectory)))
+                let verdict = rows::verdict(store.state(), trajectory);
+                Ok(((trajectory.clone(), verdict), location, store.state_of(id, trajectory)))
             })?;
+            let (trajectory, verdict) = trajectory;
             let log = self.shared.log();
             let prompt = batch::read_array(log, location, 0)?;
-            let (tokens, logprobs) = batch::read_segments(log, &trajectory.segments)?;
+            let tokens = batch::read_segments(log, &trajectory.segments)?;
             let extras = batch::read_extras(log, &trajectory.segments)?;
-            Ok::<_, Failure>(rows::TrajectoryView { id, trajectory, state, prompt, tokens, logprobs, extras })
+            Ok::<_, Failure>(rows::TrajectoryView { id, trajectory, state, verdict, prompt, tokens, extras })
         })?;
         rows::trajectory(py, &view)
     }
@@ -350,12 +463,12 @@ impl TrajectoryStore {
     }
 
     #[pyo3(signature = (lsn, timeout_s))]
-    fn wait_durable(&self, py: Python<'_>, lsn: u64, timeout_s: f64) -> PyResult<bool> {
-        let timeout = std::time::Duration::try_from_secs_f64(seconds("timeout_s", timeout_s)?)
+    fn wait_durable(&self, py: Python<'_>, lsn: Option<u64>, timeout_s: f64) -> PyResult<bool> {
+        let timeout = Duration::try_from_secs_f64(seconds("timeout_s", timeout_s)?)
             .map_err(|error| PyValueError::new_err(format!("timeout_s is {timeout_s}: {error}")))?;
         Ok(py.detach(|| {
-            self.shared.query(|_| Ok(()))?;
-            self.shared.log().wait_durable(lsn, timeout)
+            let newest = self.shared.query(|store| Ok(store.lsn()))?;
+            self.shared.log().wait_durable(lsn.unwrap_or(newest), timeout)
         })?)
     }
 
@@ -365,18 +478,45 @@ impl TrajectoryStore {
 }
 
 impl TrajectoryStore {
-    fn read_lease(&self, lease: Granted) -> Result<(Granted, Vec<u8>, Vec<u8>), Failure> {
-        let prompt = batch::read_array(self.shared.log(), lease.prompt, 0)?;
-        let (prefix, _) = batch::read_segments(self.shared.log(), &lease.segments)?;
-        Ok((lease, prompt, prefix))
+    fn read_lease(&self, granted: Granted) -> Result<rows::LeaseView, Failure> {
+        let prompt = batch::read_array(self.shared.log(), granted.prompt, 0)?;
+        let metadata = batch::read_array(self.shared.log(), granted.prompt, 1)?;
+        let prefix = batch::read_segments(self.shared.log(), &granted.segments)?;
+        Ok(rows::LeaseView { granted, prompt, metadata, prefix })
     }
+}
+
+#[pyfunction]
+#[pyo3(signature = (lengths, *, ranks, limit, steps = None, quadratic = 0.0))]
+fn pack(
+    py: Python<'_>,
+    lengths: Vec<u64>,
+    ranks: usize,
+    limit: u64,
+    steps: Option<Vec<usize>>,
+    quadratic: f64,
+) -> PyResult<Vec<Vec<Vec<Micro>>>> {
+    if ranks == 0 || limit == 0 || !quadratic.is_finite() || quadratic < 0.0 {
+        return Err(PyValueError::new_err(format!(
+            "ranks ({ranks}) and limit ({limit}) must be >= 1 and quadratic ({quadratic}) a number >= 0"
+        )));
+    }
+    let steps = steps.unwrap_or_else(|| vec![lengths.len()]);
+    if steps.iter().sum::<usize>() != lengths.len() {
+        return Err(PyValueError::new_err(format!(
+            "steps has {} sequences, lengths has {}; each sequence is in one step",
+            steps.iter().sum::<usize>(),
+            lengths.len()
+        )));
+    }
+    Ok(py.detach(|| micro_batches::pack_steps(&lengths, &steps, Packing { ranks, limit, quadratic })))
 }
 
 /// The trajectory store: the life of a trajectory on an append-only, CRC-framed log.
 #[pymodule(gil_used = false)]
 mod _rust_buffer {
     #[pymodule_export]
-    use super::TrajectoryStore;
-    #[pymodule_export]
     use super::errors::{Conflict, CorruptLog, StaleLease, StoreError, StoreFull, StoreLocked};
+    #[pymodule_export]
+    use super::{TrajectoryStore, pack};
 }

@@ -64,9 +64,11 @@ pub struct Admit {
     pub size: u32,
     /// Generated tokens that each member may reach.
     pub max_tokens: u32,
+    /// Higher ones are started first.
+    pub priority: i32,
 }
 
-/// New tokens of one trajectory; arrays: tokens, log-probs, extra columns (none of them when `len` is 0).
+/// New tokens of one trajectory; arrays: tokens with log-probs, extra columns (none of them when `len` is 0).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Appended {
     /// Trajectory.
@@ -77,6 +79,8 @@ pub struct Appended {
     pub version: Version,
     /// Sampling temperature.
     pub temperature: f32,
+    /// The environment made them.
+    pub observed: bool,
     /// Set when the trajectory is complete with them.
     pub stop: Option<Stop>,
     /// Name and dtype of the extra columns.
@@ -140,6 +144,8 @@ pub enum Record {
     Uncommit(i64),
     /// Drops every committed claim up to an iteration with its groups.
     Drop(i64),
+    /// Makes groups ready without the members that have no verdict; evicts those.
+    Late(Vec<u64>),
 }
 
 impl Record {
@@ -157,6 +163,7 @@ impl Record {
             Self::Commit(_) => 9,
             Self::Uncommit(_) => 10,
             Self::Drop(_) => 11,
+            Self::Late(_) => 12,
         }
     }
 }

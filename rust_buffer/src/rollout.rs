@@ -3,15 +3,16 @@
 use std::collections::BTreeMap;
 
 use crate::{
+    batch,
     error::Result,
     group::Kind,
     lease::Lease,
-    log::Location,
+    log::{Arrays, Location},
     order::Micros,
     record::{Appended, Record},
     store::Store,
-    trajectory::{End, Segment, Stop, Trajectory, Version},
-    wire::Item,
+    trajectory::{End, Segment, Stop, Trajectory, Verdict, Version},
+    wire::{Batch, Item},
 };
 
 /// A lease as it is answered; the arrays are read from the log.
@@ -68,15 +69,17 @@ struct Ahead {
 }
 
 impl Store {
-    /// Ends every lease that is out of time.
+    /// Does what the passing of time alone does: ends leases, hands trajectories out for scoring again, and makes
+    /// groups ready without their late members.
     ///
     /// # Errors
-    /// An error of ours.
+    /// Those of the log.
     pub fn expire(&mut self, now: Micros) -> Result<()> {
         while let Some(id) = self.leases.expired(now) {
             self.end_lease(id)?;
         }
-        Ok(())
+        self.index.take_back(&self.state, now);
+        self.expire_groups(now)
     }
 
     pub(crate) fn end_lease(&mut self, id: u64) -> Result<()> {
@@ -155,7 +158,8 @@ impl Store {
         if held.is_empty() {
             return Ok(Vec::new());
         }
-        if let Err(error) = self.commit(&Record::Lease(held.iter().map(|(id, _)| *id).collect()), &[]) {
+        let leased = Record::Lease(held.iter().map(|(id, _)| *id).collect());
+        if let Err(error) = self.commit(&leased, &Arrays::default()) {
             held.iter().try_for_each(|(id, _)| self.end_lease(*id))?;
             return Err(error);
         }
@@ -181,13 +185,14 @@ impl Store {
     ///
     /// # Errors
     /// `Conflict`: a gap, other content at the same offset, more than `max_tokens`, or a decreasing version.
-    pub fn append(&mut self, batch: &[Item<'_>], now: Micros) -> Result<Vec<Reply>> {
+    pub fn append(&mut self, batch: &Batch<'_>, now: Micros) -> Result<Vec<Reply>> {
         self.expire(now)?;
         let mut ahead = BTreeMap::new();
-        let decisions = batch.iter().map(|item| self.decide(item, &mut ahead)).collect::<Result<Vec<_>>>()?;
+        let decide = |item| self.decide(item, batch.payload, &mut ahead);
+        let decisions = batch.items.iter().map(decide).collect::<Result<Vec<_>>>()?;
         self.write(batch, &decisions)?;
         let deadline = now.saturating_add(self.settings.lease_ttl);
-        for (item, decision) in batch.iter().zip(&decisions) {
+        for (item, decision) in batch.items.iter().zip(&decisions) {
             match *decision {
                 Decision::Stale | Decision::Ended => {}
                 Decision::Older => self.renew(item.trajectory, None, deadline)?,
@@ -200,12 +205,14 @@ impl Store {
             let lease = self.leases.get(item.trajectory).filter(|_| !stale);
             Reply { trajectory: item.trajectory, stale, grant: lease.map_or(0, |lease| lease.grant) }
         };
-        Ok(batch.iter().zip(&decisions).map(reply).collect())
+        Ok(batch.items.iter().zip(&decisions).map(reply).collect())
     }
 
-    fn write(&mut self, batch: &[Item<'_>], decisions: &[Decision]) -> Result<()> {
-        let (mut items, mut arrays): (Vec<Appended>, Vec<&[u8]>) = (Vec::new(), Vec::new());
-        for (item, decision) in batch.iter().zip(decisions) {
+    fn write(&mut self, batch: &Batch<'_>, decisions: &[Decision]) -> Result<()> {
+        let (mut items, mut arrays) = (Vec::new(), Arrays::default());
+        // Neighbours in the batch are one write.
+        let (mut run, mut entries) = (0..0, Vec::new());
+        for (item, decision) in batch.items.iter().zip(decisions) {
             let Decision::Extend { write, stop, .. } = *decision else { continue };
             if !write && stop.is_none() {
                 continue;
@@ -215,19 +222,23 @@ impl Store {
                 len: 0,
                 version: item.version,
                 temperature: item.temperature,
+                observed: item.observed,
                 stop,
                 extra: Vec::new(),
             };
             if write {
-                appended.len = item.count()?;
-                arrays.extend([item.tokens, item.logprobs]);
-                for (name, (dtype, bytes)) in &item.extra {
-                    appended.extra.push(((*name).to_owned(), (*dtype).to_owned()));
-                    arrays.push(bytes);
+                appended.len = item.count;
+                appended.extra = item.extra.iter().map(|(n, t)| ((*n).to_owned(), (*t).to_owned())).collect();
+                if run.end != item.range.start {
+                    arrays.extend(&std::mem::take(&mut entries), &batch.payload[run]);
+                    run = item.range.start..item.range.start;
                 }
+                run.end = item.range.end;
+                entries.extend_from_slice(&item.entries);
             }
             items.push(appended);
         }
+        arrays.extend(&entries, &batch.payload[run]);
         if items.is_empty() { Ok(()) } else { self.commit(&Record::Append(items), &arrays).map(drop) }
     }
 
@@ -243,8 +254,8 @@ impl Store {
         Ok(())
     }
 
-    fn decide(&self, item: &Item<'_>, ahead: &mut BTreeMap<u64, Ahead>) -> Result<Decision> {
-        let (count, end) = (item.count()?, item.end()?);
+    fn decide(&self, item: &Item<'_>, payload: &[u8], ahead: &mut BTreeMap<u64, Ahead>) -> Result<Decision> {
+        let (count, end) = (item.count, item.end()?);
         let Some(trajectory) = self.state.trajectories.get(&item.trajectory) else {
             let gone = item.trajectory < self.state.next_trajectory;
             return if gone { Ok(Decision::Stale) } else { Err(item.conflict("it was never admitted")) };
@@ -255,7 +266,7 @@ impl Store {
                 item.conflict(&format!("epoch {} or its length was never given out (newest: {epoch})", item.epoch))
             );
         };
-        if item.epoch < trajectory.epoch {
+        if item.epoch < trajectory.epoch || trajectory.verdict == Verdict::Late {
             return Ok(Decision::Stale);
         }
         let ended = !self.leases.contains(item.trajectory);
@@ -263,7 +274,7 @@ impl Store {
         let before = ahead.get(&item.trajectory).copied().unwrap_or(before);
         let max = self.state.group(trajectory.group)?.max_tokens;
         if before.ended {
-            return self.decide_ended(item, trajectory, end, max);
+            return self.decide_ended(item, payload, trajectory, end);
         }
         let write = count > 0 && item.offset == before.len;
         let mut after = before;
@@ -272,7 +283,7 @@ impl Store {
             after = Ahead { len: until, last: Some(item.version), ended: false };
         } else if item.offset > before.len {
             return Err(item.conflict(&format!("a gap; the next offset is {}", before.len)));
-        } else if count > 0 && !self.holds(trajectory, item)? {
+        } else if count > 0 && !self.holds(trajectory, item, payload)? {
             return Err(item.conflict("other content is durable there"));
         }
         if until < before.len {
@@ -286,9 +297,16 @@ impl Store {
     }
 
     /// Without a lease only repeats are answered; everything else came too late.
-    fn decide_ended(&self, item: &Item<'_>, trajectory: &Trajectory, end: Option<End>, max: u32) -> Result<Decision> {
-        let (count, until) = (item.count()?, item.offset + item.count()?);
-        if until > trajectory.len || (count > 0 && !self.holds(trajectory, item)?) {
+    fn decide_ended(
+        &self,
+        item: &Item<'_>,
+        payload: &[u8],
+        trajectory: &Trajectory,
+        end: Option<End>,
+    ) -> Result<Decision> {
+        let max = self.state.group(trajectory.group)?.max_tokens;
+        let (count, until) = (item.count, item.offset + item.count);
+        if until > trajectory.len || (count > 0 && !self.holds(trajectory, item, payload)?) {
             return Ok(Decision::Stale);
         }
         let repeats = match end {
@@ -300,22 +318,23 @@ impl Store {
     }
 
     /// Whether exactly these tokens are durable at the item's offset.
-    fn holds(&self, trajectory: &Trajectory, item: &Item<'_>) -> Result<bool> {
-        let (start, end) = (item.offset, item.offset + item.count()?);
+    fn holds(&self, trajectory: &Trajectory, item: &Item<'_>, payload: &[u8]) -> Result<bool> {
+        let (start, end) = (item.offset, item.offset + item.count);
+        let sent = payload.get(item.range.clone()).unwrap_or_default();
         let mut position = 0;
         for segment in &trajectory.segments {
             let (first, last) = (position.max(start), (position + segment.len).min(end));
             if first < last {
-                let frame = self.log.frame(segment.location)?;
-                let stored = |array: u32| {
-                    let bytes = frame.array(array as usize).unwrap_or_default();
-                    bytes.get(4 * (first - position) as usize..4 * (last - position) as usize)
+                let stored = batch::read_segment(&self.log, segment, true)?;
+                let same = |stored_at: u32, sent_at: u32| {
+                    let range = |at: u32, from: u32| 4 * (at + first - from) as usize..4 * (at + last - from) as usize;
+                    stored.get(range(stored_at, position)) == sent.get(range(sent_at, start))
                 };
-                let range = 4 * (first - start) as usize..4 * (last - start) as usize;
-                if stored(segment.array) != item.tokens.get(range.clone())
-                    || stored(segment.array + 1) != item.logprobs.get(range)
-                    || segment.version != item.version
+                if segment.version != item.version
                     || segment.temperature.to_bits() != item.temperature.to_bits()
+                    || segment.observed != item.observed
+                    || !same(0, 0)
+                    || !(item.observed || same(segment.len, item.count))
                 {
                     return Ok(false);
                 }

@@ -1,7 +1,6 @@
 //! The store shared by threads: one lock, one condition variable, and every wait with a deadline.
 
 use std::{
-    path::Path,
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -10,7 +9,7 @@ use crate::{
     error::{Result, StoreError},
     log::{Durability, Log, Lsn},
     order::Micros,
-    store::{Settings, Store, micros},
+    store::{Store, micros},
 };
 
 /// Time that a record may take to be durable before its call fails.
@@ -49,15 +48,11 @@ impl Clock {
 }
 
 impl Shared {
-    /// Opens the store.
-    ///
-    /// # Errors
-    /// Those of `Store::open`.
-    pub fn open(dir: Option<&Path>, settings: Settings) -> Result<Self> {
-        let store = Store::open(dir, settings)?;
-        let log = store.log().clone();
+    /// Shares `store`.
+    pub fn new(store: Store) -> Self {
+        let (log, durability) = (store.log().clone(), store.settings.durability);
         let guarded = Mutex::new(Guarded { store, closed: false });
-        Ok(Self { guarded, changed: Condvar::new(), log, durability: settings.durability, start: Instant::now() })
+        Self { guarded, changed: Condvar::new(), log, durability, start: Instant::now() }
     }
 
     /// The log, for reads that need not hold the store.
@@ -85,18 +80,23 @@ impl Shared {
         run(&self.lock()?.store)
     }
 
-    /// Runs a change, wakes the waiters, and waits until it is as durable as the settings promise.
+    /// Runs a change, wakes the waiters, and, if `wait`, waits until it is as durable as the settings promise.
     ///
     /// # Errors
     /// Those of the change, or `Closed`.
-    pub fn change<T>(&self, run: impl FnOnce(&mut Store) -> Result<T>) -> Result<(Lsn, T)> {
+    pub fn change<T>(&self, wait: bool, run: impl FnOnce(&mut Store) -> Result<T>) -> Result<(Lsn, T)> {
         let mut guarded = self.lock()?;
+        let before = guarded.store.signature();
         let answer = run(&mut guarded.store);
-        let lsn = guarded.store.lsn();
+        let (lsn, after) = (guarded.store.lsn(), guarded.store.signature());
         drop(guarded);
-        self.changed.notify_all();
+        if before != after {
+            self.changed.notify_all();
+        }
         let answer = answer?;
-        self.acknowledge(lsn)?;
+        if wait {
+            self.acknowledge(lsn)?;
+        }
         Ok((lsn, answer))
     }
 
@@ -116,7 +116,7 @@ impl Shared {
         let mut now = clock.base;
         loop {
             let before = guarded.store.lsn();
-            let answer = attempt(&mut guarded.store, now);
+            let answer = guarded.store.expire(now).and_then(|()| attempt(&mut guarded.store, now));
             let lsn = guarded.store.lsn();
             if lsn != before {
                 self.changed.notify_all();
@@ -148,13 +148,19 @@ impl Shared {
         Err(StoreError::Poisoned { detail })
     }
 
-    /// Deletes the log files without live groups. Only after the records that emptied them are acknowledged: recovery
-    /// must never need a deleted file.
+    /// Deletes the log files without live groups; writes a snapshot first where recovery would need them.
     ///
     /// # Errors
     /// Those of the log, or `Closed`.
     pub fn remove_dead_files(&self) -> Result<()> {
-        let file = self.query(|store| Ok(store.first_live_file()))?;
+        let (file, snapshot) = self.query(|store| {
+            let file = store.first_live_file();
+            let needed = store.log().index().file < file;
+            Ok((file, needed.then(|| store.snapshots.task(store.state(), store.log()))))
+        })?;
+        if let Some(snapshot) = snapshot {
+            snapshot(&self.log)?;
+        }
         self.log.remove_before(file).map(drop)
     }
 
@@ -164,11 +170,11 @@ impl Shared {
     /// A failed sync.
     pub fn close(&self) -> Result<()> {
         let mut guarded = self.guarded.lock().unwrap_or_else(PoisonError::into_inner);
-        let closed = std::mem::replace(&mut guarded.closed, true);
-        drop(guarded);
-        if closed {
+        if std::mem::replace(&mut guarded.closed, true) {
             return Ok(());
         }
+        guarded.store.snapshots.finish();
+        drop(guarded);
         self.changed.notify_all();
         self.log.close()
     }

@@ -1,8 +1,9 @@
 //! The durable state: everything but the tokens themselves. `apply` says how each record changes it; a snapshot of it
 //! and the records after that are what recovery reads.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
+use imbl::{OrdMap, OrdSet};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -26,6 +27,17 @@ pub enum ClaimStatus {
     Trained,
     /// Covered by a checkpoint.
     Committed,
+}
+
+impl ClaimStatus {
+    /// Name in Python, also of the state of a claimed group.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Claimed => "claimed",
+            Self::Trained => "trained",
+            Self::Committed => "committed",
+        }
+    }
 }
 
 /// Tokens of a claim by what the claim makes of them.
@@ -78,13 +90,13 @@ pub struct Publication {
     pub masked: Masked,
 }
 
-/// The whole index of the store.
+/// The whole index of the store. The maps that grow with it are persistent, so that a snapshot is a cheap clone.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct State {
     /// Live groups by id; ids follow the order of admission.
-    pub groups: BTreeMap<u64, Group>,
+    pub groups: OrdMap<u64, Group>,
     /// Their trajectories by id.
-    pub trajectories: BTreeMap<u64, Trajectory>,
+    pub trajectories: OrdMap<u64, Trajectory>,
     /// Claims that are not evicted, by iteration.
     pub claims: BTreeMap<i64, Claim>,
     /// Newest evicted iteration.
@@ -96,7 +108,9 @@ pub struct State {
     /// Publications by version.
     pub publications: BTreeMap<Version, Publication>,
     /// Hashes of the request ids of training groups that are gone.
-    pub gone: BTreeSet<u64>,
+    pub gone: OrdSet<u64>,
+    /// Names of reward components.
+    pub components: Vec<String>,
     /// Token counts.
     pub ledger: Ledger,
     /// Id of the next group.
@@ -114,14 +128,15 @@ pub struct State {
 impl Default for State {
     fn default() -> Self {
         Self {
-            groups: BTreeMap::new(),
-            trajectories: BTreeMap::new(),
+            groups: OrdMap::new(),
+            trajectories: OrdMap::new(),
             claims: BTreeMap::new(),
             evicted: None,
             quotas: BTreeMap::new(),
             spent: BTreeMap::new(),
             publications: BTreeMap::new(),
-            gone: BTreeSet::new(),
+            gone: OrdSet::new(),
+            components: Vec::new(),
             ledger: Ledger::default(),
             next_group: 0,
             next_trajectory: 0,
@@ -152,6 +167,12 @@ impl State {
     /// `Conflict` when there is none.
     pub fn trajectory(&self, id: u64) -> Result<&Trajectory> {
         self.trajectories.get(&id).ok_or_else(|| StoreError::Conflict(format!("trajectory {id} is not in the store")))
+    }
+
+    /// Reward components by name.
+    pub fn components(&self, stored: &[(u32, f64)]) -> BTreeMap<String, f64> {
+        let name = |index: u32| self.components.get(index as usize).cloned().unwrap_or_default();
+        stored.iter().map(|(index, value)| (name(*index), *value)).collect()
     }
 
     /// A claim that is not evicted.

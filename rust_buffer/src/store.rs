@@ -4,17 +4,21 @@
 //! leases and appends, `claims` the learner's side, `view` the queries. Nothing here blocks: waits are in `shared`.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::Path,
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::Arc,
+    time::Duration,
 };
 
 use crate::{
+    apply::Placed,
     error::{Result, StoreError},
-    group::{Group, Kind, Phase},
+    group::{Group, Kind, Phase, Straggler},
+    late::{LateReport, Overdue},
     lease::Leases,
-    log::{Durability, Location, Log, LogOptions, Lsn},
+    log::{Arrays, Durability, Location, Log, LogOptions, Lsn, Storage},
     order::{Index, Micros},
     record::{Admit, Masked, Quota, Record, Score, SegmentLoss},
+    snapshot::Snapshots,
     state::{ClaimStatus, Publication, State, request_hash},
     trajectory::{Outcome, Verdict, Version},
     wire,
@@ -22,6 +26,9 @@ use crate::{
 
 /// Room kept in `max_bytes` for a token to come: 8 bytes of payload, the rest for headers and alignment.
 pub const BYTES_PER_TOKEN: u64 = 16;
+
+/// Looks of a reader at a store that is being written, before it believes what it sees.
+const READ_ATTEMPTS: u32 = 3;
 
 /// The settings of a store. What a record decides by them is in the record, so they may change at each opening.
 #[derive(Debug, Clone, Copy)]
@@ -36,6 +43,8 @@ pub struct Settings {
     pub segment_loss: SegmentLoss,
     /// Scored members below which a group is evicted.
     pub min_group_size: u32,
+    /// When a group does not wait for its late members; None: it waits for all.
+    pub straggler: Option<Straggler>,
     /// Infra failures after which a member is given up.
     pub max_attempts: u32,
     /// Time that an append renews a lease for.
@@ -48,6 +57,8 @@ pub struct Settings {
     pub max_bytes: Option<u64>,
     /// Size at which the log starts a new file.
     pub file_bytes: u64,
+    /// Longest time between two syncs of a log that is written to and that nobody waits for.
+    pub commit_interval: Duration,
 }
 
 /// The trajectory store.
@@ -57,6 +68,27 @@ pub struct Store {
     pub(crate) state: State,
     pub(crate) index: Index,
     pub(crate) leases: Leases,
+    /// None until the first call that has a clock.
+    pub(crate) overdue: Option<Overdue>,
+    pub(crate) late_reports: VecDeque<LateReport>,
+    pub(crate) snapshots: Snapshots,
+    quota_changes: u64,
+}
+
+/// What waits look at.
+#[derive(PartialEq)]
+pub(crate) struct Signature {
+    ready: usize,
+    unscored: usize,
+    idle: usize,
+    leased: u64,
+    eval_pending: u64,
+    overdue: Option<Micros>,
+    next_group: u64,
+    version: Version,
+    open_claim: Option<i64>,
+    budgets: Vec<bool>,
+    quotas: u64,
 }
 
 /// Microseconds of `seconds` of the caller's clock.
@@ -72,28 +104,43 @@ pub(crate) fn conflict<T>(detail: impl Into<String>) -> Result<T> {
 type Touched = (BTreeSet<u64>, BTreeSet<u64>);
 
 impl Store {
-    /// Opens or creates the store in `dir`; None keeps it in memory. No lease survives.
+    /// Opens or creates the store in `storage`. No lease survives.
     ///
     /// # Errors
     /// `Locked`, `Corrupt`, `Version` or `Io` of the log; `Corrupt` for a record that does not fit the state.
-    pub fn open(dir: Option<&Path>, settings: Settings) -> Result<Self> {
-        let options = LogOptions { durability: settings.durability, file_bytes: settings.file_bytes };
-        let (log, recovery) = Log::open(dir, options)?;
-        let damaged =
-            |offset: u64, detail: String| StoreError::corrupt(dir.unwrap_or(Path::new("memory")), offset, detail);
-        let mut state = match recovery.snapshot() {
-            [] => State::default(),
-            bytes => wire::decode(bytes).map_err(|detail| damaged(0, detail))?,
+    pub fn open(storage: Arc<dyn Storage>, settings: Settings) -> Result<Self> {
+        let options = LogOptions {
+            durability: settings.durability,
+            file_bytes: settings.file_bytes,
+            commit_interval: settings.commit_interval,
         };
-        for frame in recovery.frames() {
-            let location = frame.location();
-            let record: Record = wire::decode(frame.header()).map_err(|detail| damaged(location.offset, detail))?;
-            state
-                .apply(&record, location, frame.lsn())
-                .map_err(|error| damaged(location.offset, format!("record {}: {error}", frame.lsn())))?;
+        let mut state = State::default();
+        let log = Log::open(storage, options, &mut state)?;
+        Self::with(log, state, settings)
+    }
+
+    /// Reads the store in `storage` as it is now, beside one that may be at work there; every change is refused.
+    ///
+    /// # Errors
+    /// As `open`, but never `Locked`.
+    pub fn read(storage: &Arc<dyn Storage>, settings: Settings) -> Result<Self> {
+        let mut attempt = 1;
+        loop {
+            let mut state = State::default();
+            match Log::read(Arc::clone(storage), &mut state) {
+                Ok(log) => return Self::with(log, state, settings),
+                // The writer may have deleted files between two looks.
+                Err(_) if attempt < READ_ATTEMPTS => attempt += 1,
+                Err(error) => return Err(error),
+            }
         }
+    }
+
+    fn with(log: Log, state: State, settings: Settings) -> Result<Self> {
         let index = Index::of(&state)?;
-        Ok(Self { log, settings, state, index, leases: Leases::default() })
+        let (leases, snapshots) = (Leases::default(), Snapshots::new(settings.file_bytes));
+        let late_reports = VecDeque::new();
+        Ok(Self { log, settings, state, index, leases, overdue: None, late_reports, snapshots, quota_changes: 0 })
     }
 
     /// The durable state.
@@ -111,14 +158,34 @@ impl Store {
         self.log.lsn()
     }
 
+    /// Changes with whatever a wait may be for. Tokens that are appended to a lease that goes on change nothing.
+    pub(crate) fn signature(&self) -> Signature {
+        let budgets = self.state.quotas.keys().rev().take(2).map(|version| self.budget_left(*version) > 0);
+        Signature {
+            ready: self.index.ready.len(),
+            unscored: self.index.num_unscored(),
+            idle: self.index.num_idle(),
+            leased: self.index.leased,
+            eval_pending: self.index.eval_pending,
+            overdue: self.overdue.as_ref().and_then(Overdue::next_deadline),
+            next_group: self.state.next_group,
+            version: self.state.version,
+            open_claim: self.state.open_claim(),
+            budgets: budgets.collect(),
+            quotas: self.quota_changes,
+        }
+    }
+
     /// When the passing of time alone next changes what a wait can have.
     pub fn next_deadline(&self) -> Option<Micros> {
-        [self.leases.next_deadline(), self.index.next_deadline()].into_iter().flatten().min()
+        let overdue = self.overdue.as_ref().and_then(Overdue::next_deadline);
+        [self.leases.next_deadline(), self.index.next_deadline(), overdue].into_iter().flatten().min()
     }
 
     /// Logs and applies a record.
-    pub(crate) fn commit(&mut self, record: &Record, arrays: &[&[u8]]) -> Result<(Lsn, Location)> {
-        let (lsn, location) = self.log.append(record.kind(), &wire::encode(record)?, arrays)?;
+    pub(crate) fn commit(&mut self, record: &Record, arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
+        let header = wire::encode(record)?;
+        let (lsn, location) = self.log.append(record.kind(), &header, arrays)?;
         let (mut trajectories, mut groups) = self.touched(record);
         for id in &trajectories {
             self.index.remove(&self.state, *id, self.leases.contains(*id))?;
@@ -127,7 +194,7 @@ impl Store {
             self.index.remove_group(&self.state, *id);
         }
         let (next_group, next_trajectory) = (self.state.next_group, self.state.next_trajectory);
-        self.state.apply(record, location, lsn)?;
+        self.state.apply(record, &Placed { location, lsn, arrays: arrays.places(header.len()) })?;
         trajectories.extend(next_trajectory..self.state.next_trajectory);
         groups.extend(next_group..self.state.next_group);
         for id in &groups {
@@ -136,8 +203,8 @@ impl Store {
         for id in &trajectories {
             self.index.add(&self.state, *id, self.leases.contains(*id))?;
         }
-        if self.log.should_rotate() {
-            self.log.rotate(&wire::encode(&self.state)?)?;
+        if self.snapshots.is_due(location.len) {
+            self.snapshots.take(&self.state, &self.log);
         }
         Ok((lsn, location))
     }
@@ -160,7 +227,7 @@ impl Store {
             }
             Record::Publish(_, iteration, _) => (none, claimed(&mut iteration.iter())),
             Record::Claim(claim) => (none, claim.groups.iter().copied().collect()),
-            Record::Evict(groups, _) => {
+            Record::Evict(groups, _) | Record::Late(groups) => {
                 let groups: BTreeSet<u64> = groups.iter().copied().collect();
                 (members(&groups), groups)
             }
@@ -176,7 +243,7 @@ impl Store {
     /// First log file that a live group needs. Segments lie after their group's admission, and groups are admitted in
     /// the order of their ids.
     pub fn first_live_file(&self) -> u32 {
-        self.state.groups.first_key_value().map_or(self.log.current_file(), |(_, group)| group.location.file)
+        self.state.groups.get_min().map_or(self.log.position().file, |(_, group)| group.location.file)
     }
 
     /// Sets what rollout may do under `version`.
@@ -195,7 +262,8 @@ impl Store {
                 "version {version} is older than every quota that is kept; set one for a newer version"
             ));
         }
-        self.commit(&Record::Quota(version, quota), &[]).map(drop)
+        self.quota_changes += 1;
+        self.commit(&Record::Quota(version, quota), &Arrays::default()).map(drop)
     }
 
     /// Admits a group; answers a repeat with its id.
@@ -225,7 +293,7 @@ impl Store {
             self.check_room(admit, prompt.len() + metadata.len())?;
         }
         let id = self.state.next_group;
-        self.commit(&Record::Admit(admit.clone()), &[prompt, metadata])?;
+        self.commit(&Record::Admit(admit.clone()), &Arrays::of(&[prompt, metadata]))?;
         Ok(id)
     }
 
@@ -235,6 +303,7 @@ impl Store {
         let same = group.kind == admit.kind
             && group.prompt_id == admit.prompt_id
             && (group.size, group.max_tokens, group.cursor) == (admit.size, admit.max_tokens, admit.cursor)
+            && group.priority == admit.priority
             && frame.array(0).unwrap_or_default() == prompt
             && frame.array(1).unwrap_or_default() == metadata;
         if same { Ok(id) } else { conflict(format!("request {:?} was admitted with other content", admit.request_id)) }
@@ -267,7 +336,7 @@ impl Store {
         self.index.hand_out(max_items, now.saturating_add(ttl))
     }
 
-    /// Records the outcome of scoring attempt `attempt`.
+    /// Records the outcome of scoring attempt `attempt`; of a member that came too late, it is ignored.
     ///
     /// # Errors
     /// `Conflict`: not complete, a reward that is not finite, or another outcome for an attempt already recorded.
@@ -278,11 +347,16 @@ impl Store {
         outcome: Outcome,
         reward: f64,
         components: BTreeMap<String, f64>,
+        now: Micros,
     ) -> Result<()> {
+        self.expire(now)?;
         let Some(trajectory) = self.state.trajectories.get(&id) else {
             // Only groups whose verdicts are final leave the store, so this repeats a recorded one.
             return if id < self.state.next_trajectory { Ok(()) } else { self.state.trajectory(id).map(drop) };
         };
+        if trajectory.verdict == Verdict::Late {
+            return Ok(());
+        }
         let (reward, components) = match outcome {
             Outcome::InfraFailure => (0.0, BTreeMap::new()),
             _ => (reward, components),
@@ -299,7 +373,8 @@ impl Store {
         let repeats = if attempt < trajectory.attempts {
             outcome == Outcome::InfraFailure
         } else {
-            trajectory.verdict == Verdict::Scored { outcome, reward, components: components.clone() }
+            matches!(&trajectory.verdict, Verdict::Scored { outcome: o, reward: r, components: c }
+                if (*o, *r) == (outcome, reward) && self.state.components(c) == components)
         };
         if repeats {
             return Ok(());
@@ -311,14 +386,16 @@ impl Store {
             ));
         }
         let failed = outcome == Outcome::InfraFailure && attempt + 1 >= self.settings.max_attempts;
-        let group = self.state.group(trajectory.group)?;
+        let (id_of_group, group) = (trajectory.group, self.state.group(trajectory.group)?);
         let phase = if outcome == Outcome::InfraFailure && !failed {
             Some(Phase::Partial)
         } else {
             group.after_verdict(failed, self.settings.min_group_size)
         };
         let score = Score { trajectory: id, outcome, reward, components, failed, phase };
-        self.commit(&Record::Score(score), &[]).map(drop)
+        self.commit(&Record::Score(score), &Arrays::default())?;
+        self.watch_group(id_of_group, now);
+        Ok(())
     }
 
     /// Makes `version` the newest and `iteration`'s claim trained.
@@ -349,7 +426,7 @@ impl Store {
                 ));
             }
         }
-        self.commit(&Record::Publish(version, iteration, masked), &[]).map(drop)
+        self.commit(&Record::Publish(version, iteration, masked), &Arrays::default()).map(drop)
     }
 
     /// Recomputes everything that is kept incrementally.

@@ -1,10 +1,6 @@
 //! Segments of a trajectory and their invariants.
 
-use std::collections::BTreeMap;
-
 use serde::{Deserialize, Serialize};
-
-use crate::log::Location;
 
 /// Number of a policy publication; -1 before the first one.
 pub type Version = i64;
@@ -51,12 +47,33 @@ pub struct Segment {
     pub version: Version,
     /// Sampling temperature.
     pub temperature: f32,
-    /// Frame that holds the arrays.
-    pub location: Location,
-    /// Item of the frame's append record.
-    pub item: u32,
-    /// Index of the token array in the frame; log-probs follow, then extra columns.
-    pub array: u32,
+    /// The environment made them, not the policy.
+    pub observed: bool,
+    /// Log file that holds them.
+    pub file: u32,
+    /// Offset of their frame in the file.
+    pub frame: u64,
+    /// Offset of their array in the frame: tokens, then log-probs unless observed.
+    pub at: u32,
+    /// CRC32C of the array.
+    pub crc: u32,
+}
+
+impl Segment {
+    /// Offset of the array in the file.
+    pub fn offset(&self) -> u64 {
+        self.frame + u64::from(self.at)
+    }
+
+    /// Bytes of the array.
+    pub fn bytes(&self) -> usize {
+        self.len as usize * if self.observed { 4 } else { 8 }
+    }
+
+    /// Tokens that the policy made.
+    pub fn generated(&self) -> u32 {
+        if self.observed { 0 } else { self.len }
+    }
 }
 
 /// How scoring went.
@@ -81,11 +98,13 @@ pub enum Verdict {
         outcome: Outcome,
         /// The reward.
         reward: f64,
-        /// Its components by name.
-        components: BTreeMap<String, f64>,
+        /// Its components, by index into the state's names.
+        components: Box<[(u32, f64)]>,
     },
     /// Too many infra failures: outside the baseline.
     Failed,
+    /// Its group did not wait for it: evicted, its tokens kept until the group goes.
+    Late,
 }
 
 /// The token record of one attempt at a prompt, without the tokens themselves.
@@ -95,9 +114,11 @@ pub struct Trajectory {
     pub group: u64,
     /// Number of leases so far; the newest lease's fencing epoch.
     pub epoch: u64,
-    /// Generated tokens.
+    /// Tokens after the prompt.
     pub len: u32,
-    /// Tokens at the end that `last_version` generated.
+    /// Those of them that the environment made.
+    pub observed: u32,
+    /// Tokens that `last_version` generated.
     pub tail: u32,
     /// Why it is complete.
     pub stop: Stop,
@@ -116,6 +137,7 @@ impl Trajectory {
             group,
             epoch: 0,
             len: 0,
+            observed: 0,
             tail: 0,
             stop: Stop::None,
             attempts: 0,
@@ -126,12 +148,17 @@ impl Trajectory {
 
     /// Whether it can still grow.
     pub fn is_partial(&self) -> bool {
-        self.stop == Stop::None
+        self.stop == Stop::None && self.verdict != Verdict::Late
     }
 
     /// Whether it is complete and waits for its reward.
     pub fn is_unscored(&self) -> bool {
         !self.is_partial() && self.verdict == Verdict::Pending
+    }
+
+    /// Its reward, if it has one.
+    pub fn reward(&self) -> Option<f64> {
+        if let Verdict::Scored { reward, .. } = self.verdict { Some(reward) } else { None }
     }
 
     /// Version of the newest token; None when empty.
@@ -144,6 +171,16 @@ impl Trajectory {
         self.last_version().is_none_or(|last| last <= version)
     }
 
+    /// Version of the newest generated token; None without one.
+    pub fn newest_generated(&self) -> Option<Version> {
+        self.segments.iter().rev().find(|segment| !segment.observed).map(|segment| segment.version)
+    }
+
+    /// Tokens that the policy made.
+    pub fn generated(&self) -> u32 {
+        self.len - self.observed
+    }
+
     /// Tokens generated under `version`, for a version not older than the newest token's.
     pub fn tokens_under(&self, version: Version) -> u32 {
         if self.last_version() == Some(version) { self.tail } else { 0 }
@@ -151,22 +188,24 @@ impl Trajectory {
 
     /// Adds a run of tokens.
     pub fn push(&mut self, segment: Segment) {
-        self.tail = self.tokens_under(segment.version) + segment.len;
+        self.tail = self.tokens_under(segment.version) + segment.generated();
         self.len += segment.len;
+        self.observed += segment.len - segment.generated();
         self.segments.push(segment);
     }
 
-    /// Segments as readers see them: (length, version, temperature), neighbours merged.
-    pub fn merged(&self) -> Vec<(u32, Version, f32)> {
-        let mut merged: Vec<(u32, Version, f32)> = Vec::new();
+    /// Segments as readers see them: (length, version, temperature, observed), neighbours merged.
+    pub fn merged(&self) -> Vec<(u32, Version, f32, bool)> {
+        let mut merged: Vec<(u32, Version, f32, bool)> = Vec::new();
         for segment in &self.segments {
             match merged.last_mut() {
-                Some((len, version, temperature))
-                    if *version == segment.version && temperature.to_bits() == segment.temperature.to_bits() =>
+                Some((len, version, temperature, observed))
+                    if (*version, *observed) == (segment.version, segment.observed)
+                        && temperature.to_bits() == segment.temperature.to_bits() =>
                 {
                     *len += segment.len;
                 }
-                _ => merged.push((segment.len, segment.version, segment.temperature)),
+                _ => merged.push((segment.len, segment.version, segment.temperature, segment.observed)),
             }
         }
         merged

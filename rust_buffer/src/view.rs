@@ -1,16 +1,13 @@
-//! Queries of the store: counts, the ledger, groups, and the parts of claims and trajectories that lie in the log.
+//! Queries of the store: counts, the ledger and the names of states.
 
 use std::collections::BTreeMap;
 
 use crate::{
-    error::Result,
     group::{Group, Phase},
     ledger::{Place, signed},
-    log::{Location, Lsn},
-    order,
-    state::ClaimStatus,
+    log::Lsn,
     store::Store,
-    trajectory::{Segment, Stop, Trajectory, Verdict, Version},
+    trajectory::{Trajectory, Verdict, Version},
 };
 
 /// Live numbers, as in `pmdflow.types.Counts`.
@@ -40,6 +37,8 @@ pub struct Counts {
     pub trajectories_partial: usize,
     /// Complete ones without a verdict.
     pub trajectories_unscored: u64,
+    /// Those that their groups did not wait for, since the store began.
+    pub trajectories_late: u64,
     /// Evaluation trajectories without a verdict.
     pub eval_pending: u64,
     /// Budget of the newest version.
@@ -48,29 +47,6 @@ pub struct Counts {
     pub tokens_spent: u64,
     /// Size of the log.
     pub bytes: u64,
-}
-
-/// Where one member of a claim lies, and what the claim makes of it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ClaimedMember {
-    /// Group.
-    pub group: u64,
-    /// Trajectory.
-    pub trajectory: u64,
-    /// Prompt id.
-    pub prompt_id: String,
-    /// Frame of the prompt.
-    pub prompt: Location,
-    /// Prompt tokens.
-    pub prompt_len: u32,
-    /// Segments with their mask flags.
-    pub segments: Vec<(Segment, u8)>,
-    /// Reward.
-    pub reward: f64,
-    /// Components by name.
-    pub components: BTreeMap<String, f64>,
-    /// Why it ended.
-    pub stop: Stop,
 }
 
 impl Store {
@@ -92,6 +68,7 @@ impl Store {
             trajectories_idle: idle,
             trajectories_partial: partial,
             trajectories_unscored: index.unscored_train,
+            trajectories_late: state.ledger.late,
             eval_pending: index.eval_pending,
             tokens_budget: state.quotas.get(&state.version).map_or(0, |quota| quota.tokens),
             tokens_spent: state.spent.get(&state.version).copied().unwrap_or(0),
@@ -99,7 +76,7 @@ impl Store {
         }
     }
 
-    /// The ledger by key; `prompt`, `reprefill` and `eval` are outside the sum `generated`.
+    /// The ledger by key; `prompt`, `observed`, `reprefill` and `eval` are outside the sum `generated`.
     pub fn ledger(&self) -> Vec<(&'static str, i64)> {
         let ledger = &self.state.ledger;
         let leased = signed(self.index.leased_tokens);
@@ -112,6 +89,7 @@ impl Store {
         rows.extend(rest.map(|(place, key)| (*key, ledger.get(*place))));
         rows.extend([
             ("prompt", signed(ledger.prompt)),
+            ("observed", signed(ledger.observed)),
             ("reprefill", signed(ledger.reprefill)),
             ("eval", signed(ledger.eval)),
         ]);
@@ -130,15 +108,14 @@ impl Store {
             Phase::Partial => ("partial", None),
             Phase::Ready => ("ready", None),
             Phase::Claimed(iteration) => {
-                let status = self.state.claims.get(&iteration).map(|claim| claim.status);
-                let name = match status {
-                    Some(ClaimStatus::Committed) => "committed",
-                    Some(ClaimStatus::Trained) => "trained",
-                    _ => "claimed",
-                };
-                (name, Some(iteration))
+                (self.state.claims.get(&iteration).map_or("claimed", |claim| claim.status.name()), Some(iteration))
             }
         }
+    }
+
+    /// Name of the state of every claim that is not evicted, by iteration.
+    pub fn claims(&self) -> BTreeMap<i64, &'static str> {
+        self.state.claims.iter().map(|(iteration, claim)| (*iteration, claim.status.name())).collect()
     }
 
     /// Name of a trajectory's state in Python.
@@ -146,40 +123,10 @@ impl Store {
         match trajectory.verdict {
             Verdict::Scored { .. } => "scored",
             Verdict::Failed => "failed",
+            Verdict::Late => "late",
             Verdict::Pending if !trajectory.is_partial() => "unscored",
             Verdict::Pending if self.leases.contains(id) => "leased",
             Verdict::Pending => "idle",
         }
-    }
-
-    /// Members of a claim in claim order, without those given up by scoring; and the learner version of the claim.
-    ///
-    /// # Errors
-    /// `Conflict` when the iteration has no claim.
-    pub fn claimed_members(&self, iteration: i64) -> Result<(Version, Vec<ClaimedMember>)> {
-        let claim = self.state.claim(iteration)?;
-        let mut members = Vec::new();
-        for id in &claim.groups {
-            let group = self.state.group(*id)?;
-            for member in group.members() {
-                let trajectory = self.state.trajectory(member)?;
-                let Verdict::Scored { reward, components, .. } = &trajectory.verdict else { continue };
-                let flags = |segment: &Segment| {
-                    order::mask(segment, trajectory, claim.version, claim.max_staleness, claim.segment_loss)
-                };
-                members.push(ClaimedMember {
-                    group: *id,
-                    trajectory: member,
-                    prompt_id: group.prompt_id.clone(),
-                    prompt: group.location,
-                    prompt_len: group.prompt_len,
-                    segments: trajectory.segments.iter().map(|segment| (*segment, flags(segment))).collect(),
-                    reward: *reward,
-                    components: components.clone(),
-                    stop: trajectory.stop,
-                });
-            }
-        }
-        Ok((claim.version, members))
     }
 }

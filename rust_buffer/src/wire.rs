@@ -1,14 +1,25 @@
 //! Msgpack: the records and snapshots of the log, and the batches of segments that workers send.
+//!
+//! # A batch of segments, version 1 (little endian)
+//! `"PMDB" | version u16 | 0 u16 | header_len u32 | 0 u32 | header | payload`. The header is msgpack, padded with zeros
+//! to 8 bytes: an array of items `[trajectory, epoch, offset, count, version, temperature, next_version, stop or nil,
+//! observed, [[name, dtype, bytes], ...]]`. The payload holds for each item with a count the token ids (int32), directly
+//! followed by the log-probs (float32; none if observed), padded with zeros to 8 bytes; then each extra column, padded
+//! likewise. It goes into the log as it is.
 
-use std::collections::BTreeMap;
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use serde_bytes::Bytes;
 
 use crate::{
     error::{Result, StoreError},
+    log::Entry,
     trajectory::{End, Stop, Version},
 };
+
+const MAGIC: &[u8] = b"PMDB";
+const VERSION: u16 = 1;
+const HEAD: usize = 16;
 
 /// Encodes a record or snapshot.
 ///
@@ -26,64 +37,128 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> std::result::Result<T, Strin
     rmp_serde::from_slice(bytes).map_err(|error| format!("cannot decode a record: {error}"))
 }
 
-/// One segment of a worker's batch, as `pmdflow.store.encode_segments` writes it.
-#[derive(Debug, Clone, Deserialize)]
+/// The head of an item as it is sent.
+#[derive(Deserialize)]
+struct Head<'a> {
+    trajectory: u64,
+    epoch: u64,
+    offset: u32,
+    count: u32,
+    version: Version,
+    temperature: f32,
+    next_version: Version,
+    #[serde(borrow)]
+    stop: Option<&'a str>,
+    observed: bool,
+    #[serde(borrow)]
+    extra: Vec<(&'a str, &'a str, u32)>,
+}
+
+/// A worker's batch of segments, its arrays' checksums computed.
+pub struct Batch<'a> {
+    /// The segments.
+    pub items: Vec<Item<'a>>,
+    /// What their ranges are of.
+    pub payload: &'a [u8],
+}
+
+/// One segment of a batch.
+#[derive(Debug, Clone)]
 pub struct Item<'a> {
     /// Trajectory.
-    #[serde(rename = "t")]
     pub trajectory: u64,
     /// Fencing epoch of the lease.
-    #[serde(rename = "e")]
     pub epoch: u64,
-    /// Generated tokens before these.
-    #[serde(rename = "o")]
+    /// Tokens of the trajectory before these.
     pub offset: u32,
+    /// Tokens.
+    pub count: u32,
     /// Policy version of the tokens.
-    #[serde(rename = "v")]
     pub version: Version,
     /// Sampling temperature.
-    #[serde(rename = "temp")]
     pub temperature: f32,
-    /// Token ids, int32 little-endian.
-    #[serde(rename = "tok", borrow, with = "serde_bytes")]
-    pub tokens: &'a [u8],
-    /// Log-probs, float32 little-endian.
-    #[serde(rename = "lp", borrow, with = "serde_bytes")]
-    pub logprobs: &'a [u8],
     /// Version of the tokens to come.
-    #[serde(rename = "next")]
     pub next_version: Version,
     /// Why the lease ends.
     pub stop: Option<&'a str>,
-    /// Extra columns: name to dtype and bytes.
-    #[serde(default, borrow)]
-    pub extra: BTreeMap<&'a str, (&'a str, &'a Bytes)>,
+    /// The environment made them, not the policy: no log-probs, no budget, no gradient.
+    pub observed: bool,
+    /// Name and dtype of the extra columns.
+    pub extra: Vec<(&'a str, &'a str)>,
+    /// Its arrays in the payload, padding included.
+    pub range: Range<usize>,
+    /// Lengths and checksums of its arrays.
+    pub entries: Vec<Entry>,
 }
 
-impl<'a> Item<'a> {
+impl<'a> Batch<'a> {
     /// Decodes a batch.
     ///
     /// # Errors
     /// `Conflict` when it is not such a batch.
-    pub fn decode_batch(batch: &'a [u8]) -> Result<Vec<Self>> {
-        rmp_serde::from_slice(batch).map_err(|error| StoreError::Conflict(format!("not a batch of segments: {error}")))
-    }
-
-    /// Number of tokens.
-    ///
-    /// # Errors
-    /// `Conflict` when the arrays do not fit each other.
-    pub fn count(&self) -> Result<u32> {
-        if self.tokens.len() % 4 != 0 || self.tokens.len() != self.logprobs.len() {
-            return Err(self.conflict(&format!(
-                "{} bytes of tokens and {} of log-probs; both are 4 bytes for each token",
-                self.tokens.len(),
-                self.logprobs.len()
-            )));
+    pub fn decode(bytes: &'a [u8]) -> Result<Self> {
+        let refuse = |detail: String| StoreError::Conflict(format!("not a batch of segments: {detail}"));
+        if bytes.len() < HEAD || &bytes[..4] != MAGIC {
+            return Err(refuse(format!("{} bytes without the magic number", bytes.len())));
         }
-        u32::try_from(self.tokens.len() / 4).map_err(|_| self.conflict("a segment must have fewer than 2^32 tokens"))
+        let version = u16::from_le_bytes([bytes[4], bytes[5]]);
+        if version != VERSION {
+            return Err(refuse(format!("wire version {version}, this program reads {VERSION}")));
+        }
+        let len = u32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]) as usize;
+        let header = bytes.get(HEAD..HEAD + len).ok_or_else(|| refuse("it ends within its header".to_owned()))?;
+        let payload = bytes.get((HEAD + len).next_multiple_of(8)..).unwrap_or_default();
+        let heads: Vec<Head<'_>> = rmp_serde::from_slice(header).map_err(|error| refuse(error.to_string()))?;
+        let mut at = 0;
+        let items = heads.into_iter().map(|head| head.item(payload, &mut at)).collect::<Result<Vec<_>>>()?;
+        if at != payload.len() {
+            return Err(refuse(format!("{} bytes of arrays, its header names {at}", payload.len())));
+        }
+        Ok(Self { items, payload })
     }
+}
 
+impl<'a> Head<'a> {
+    /// The item whose arrays start at `at` of the payload.
+    fn item(self, payload: &[u8], at: &mut usize) -> Result<Item<'a>> {
+        let start = *at;
+        let main = u64::from(self.count) * if self.observed { 4 } else { 8 };
+        let mut lens = vec![main];
+        lens.extend(self.extra.iter().map(|(_, _, len)| u64::from(*len)));
+        let mut item = Item {
+            trajectory: self.trajectory,
+            epoch: self.epoch,
+            offset: self.offset,
+            count: self.count,
+            version: self.version,
+            temperature: self.temperature,
+            next_version: self.next_version,
+            stop: self.stop,
+            observed: self.observed,
+            extra: self.extra.iter().map(|(name, dtype, _)| (*name, *dtype)).collect(),
+            range: start..start,
+            entries: Vec::new(),
+        };
+        if self.count == 0 {
+            return if self.extra.is_empty() { Ok(item) } else { Err(item.conflict("columns without tokens")) };
+        }
+        for len in lens {
+            let end = usize::try_from(len).ok().and_then(|len| at.checked_add(len));
+            let bytes = end.and_then(|end| payload.get(*at..end));
+            let bytes = bytes.filter(|bytes| u32::try_from(bytes.len()).is_ok());
+            let bytes = bytes.ok_or_else(|| item.conflict("the batch ends within its arrays"))?;
+            item.entries.push(Entry::of(bytes));
+            *at = (*at + bytes.len()).next_multiple_of(8);
+        }
+        if *at > payload.len() {
+            return Err(item.conflict("the batch ends within its padding"));
+        }
+        item.range = start..*at;
+        Ok(item)
+    }
+}
+
+impl Item<'_> {
     /// Why the lease ends, None to keep it.
     ///
     /// # Errors

@@ -11,6 +11,7 @@ import zarr
 
 from integration.runs import Up, pmdflow, small_config
 from pmdflow.archive import parts, read_part
+from pmdflow.metrics.summary import OUTSIDE_SUM
 from pmdflow.types import Mask
 
 pytestmark = pytest.mark.timeout(300)
@@ -26,7 +27,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Up:
 
 def ledger_of(record: dict[str, float]) -> dict[str, float]:
     ledger = {key.removeprefix("ledger/"): value for key, value in record.items() if key.startswith("ledger/")}
-    for outside in ("prompt", "reprefill", "eval"):
+    for outside in OUTSIDE_SUM:
         ledger.pop(outside)
     return ledger
 

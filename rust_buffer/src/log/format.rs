@@ -6,7 +6,7 @@ use super::Lsn;
 use crate::error::{Result, StoreError};
 
 const MAGIC: [u8; 8] = *b"PMDFLOW\0";
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 pub(super) const FILE_HEADER: u64 = 32;
 pub(super) const FRAME_HEADER: u64 = 32;
 pub(super) const SNAPSHOT: u8 = 0;
@@ -26,11 +26,6 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 
 pub(super) const fn align(len: u64) -> u64 {
     len.next_multiple_of(8)
-}
-
-/// CRC of a frame: its length, then everything after the CRC.
-fn frame_crc(frame: &[u8]) -> u32 {
-    crc32c::crc32c_append(crc32c::crc32c(&frame[..4]), &frame[8..])
 }
 
 pub(super) fn file_header(number: u32, first: Lsn) -> [u8; FILE_HEADER as usize] {
@@ -75,16 +70,90 @@ pub(super) struct Stamp {
     pub(super) kind: u8,
 }
 
-/// Writes one frame into `out`, replacing what it held; its length fits `u32`.
-pub(super) fn encode(out: &mut Vec<u8>, stamp: Stamp, header: &[u8], arrays: &[&[u8]]) -> Result<()> {
-    let narrays = u8::try_from(arrays.len()).map_err(|_| StoreError::Full {
+/// The arrays of a record: their lengths and checksums, and their bytes as they will lie in the frame.
+#[derive(Default)]
+pub struct Arrays<'a> {
+    table: Vec<Entry>,
+    bytes: Vec<&'a [u8]>,
+    len: u64,
+}
+
+/// Length in bytes and CRC32C of one array.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entry {
+    /// Bytes, without padding.
+    pub len: u32,
+    /// Their checksum.
+    pub crc: u32,
+}
+
+impl Entry {
+    /// That of `bytes`, which are fewer than 4 GiB.
+    pub fn of(bytes: &[u8]) -> Self {
+        Self { len: bytes.len() as u32, crc: crc32c::crc32c(bytes) }
+    }
+}
+
+impl<'a> Arrays<'a> {
+    /// Those of `arrays`.
+    pub fn of(arrays: &[&'a [u8]]) -> Self {
+        let mut all = Self::default();
+        for bytes in arrays {
+            all.table.push(Entry::of(bytes));
+            all.bytes.push(bytes);
+            all.bytes.push(padding(bytes.len()));
+            all.len += align(bytes.len() as u64);
+        }
+        all
+    }
+
+    /// Adds arrays that lie in `bytes` one behind the other, each padded with zeros to 8 bytes.
+    pub fn extend(&mut self, entries: &[Entry], bytes: &'a [u8]) {
+        debug_assert_eq!(entries.iter().map(|entry| align(u64::from(entry.len))).sum::<u64>(), bytes.len() as u64);
+        self.table.extend_from_slice(entries);
+        self.bytes.push(bytes);
+        self.len += bytes.len() as u64;
+    }
+
+    /// Where the next array will begin, from the first one's start.
+    pub fn end(&self) -> u64 {
+        self.len
+    }
+
+    /// Offset in the frame and checksum of each array, under a header of `header_len` bytes.
+    pub fn places(&self, header_len: usize) -> Vec<(u32, u32)> {
+        let mut at = head_len(header_len, self.table.len());
+        let place = |entry: &Entry| {
+            let place = (at as u32, entry.crc);
+            at += align(u64::from(entry.len));
+            place
+        };
+        self.table.iter().map(place).collect()
+    }
+
+    pub(super) fn bytes(&self) -> &[&'a [u8]] {
+        &self.bytes
+    }
+}
+
+fn padding(len: usize) -> &'static [u8] {
+    &[0; 8][..len.next_multiple_of(8) - len]
+}
+
+/// Bytes before the first array of a frame.
+pub(super) fn head_len(header_len: usize, narrays: usize) -> u64 {
+    FRAME_HEADER + 8 * narrays as u64 + align(header_len as u64)
+}
+
+/// Writes the head of a frame into `out`, replacing what it held; returns the length of the whole frame.
+pub(super) fn encode(out: &mut Vec<u8>, stamp: Stamp, header: &[u8], arrays: &Arrays<'_>) -> Result<u32> {
+    let narrays = u16::try_from(arrays.table.len()).map_err(|_| StoreError::Full {
         what: "the number of arrays of one record",
-        value: arrays.len() as u64,
-        limit: u64::from(u8::MAX),
+        value: arrays.table.len() as u64,
+        limit: u64::from(u16::MAX),
         remedy: "split the record",
     })?;
-    let parts = arrays.iter().map(|a| align(a.len() as u64)).sum::<u64>() + align(header.len() as u64);
-    let total = FRAME_HEADER + align(4 * u64::from(narrays)) + parts;
+    let total = head_len(header.len(), arrays.table.len()) + arrays.len;
     let len = u32::try_from(total).map_err(|_| StoreError::Full {
         what: "the bytes of one record",
         value: total,
@@ -92,59 +161,83 @@ pub(super) fn encode(out: &mut Vec<u8>, stamp: Stamp, header: &[u8], arrays: &[&
         remedy: "split the record",
     })?;
     out.clear();
-    out.reserve(total as usize);
     out.extend_from_slice(&len.to_le_bytes());
     out.extend_from_slice(&[0; 4]);
     out.extend_from_slice(&stamp.lsn.to_le_bytes());
     out.extend_from_slice(&stamp.durable.to_le_bytes());
-    out.extend_from_slice(&[stamp.kind, narrays, 0, 0]);
+    out.extend_from_slice(&[stamp.kind, 0]);
+    out.extend_from_slice(&narrays.to_le_bytes());
     out.extend_from_slice(&(header.len() as u32).to_le_bytes());
-    for array in arrays {
-        out.extend_from_slice(&(array.len() as u32).to_le_bytes());
+    for entry in &arrays.table {
+        out.extend_from_slice(&entry.len.to_le_bytes());
+        out.extend_from_slice(&entry.crc.to_le_bytes());
     }
-    pad(out);
-    for part in std::iter::once(&header).chain(arrays) {
-        out.extend_from_slice(part);
-        pad(out);
-    }
-    let crc = frame_crc(out);
+    out.extend_from_slice(header);
+    out.extend_from_slice(padding(out.len()));
+    let crc = head_crc(out);
     out[4..8].copy_from_slice(&crc.to_le_bytes());
-    Ok(())
+    Ok(len)
 }
 
-/// The frame that begins a file: all before it is durable.
-pub(super) fn encode_snapshot(lsn: Lsn, snapshot: &[u8]) -> Result<Vec<u8>> {
-    let mut frame = Vec::new();
-    encode(&mut frame, Stamp { lsn, durable: lsn - 1, kind: SNAPSHOT }, &[], &[snapshot])?;
-    Ok(frame)
+/// CRC of a frame's head: its length, then everything after the CRC.
+fn head_crc(head: &[u8]) -> u32 {
+    crc32c::crc32c_append(crc32c::crc32c(&head[..4]), &head[8..])
 }
 
-fn pad(out: &mut Vec<u8>) {
-    out.resize(out.len().next_multiple_of(8), 0);
+/// The head of a frame, checked.
+pub(super) struct Head {
+    /// Bytes of the whole frame.
+    pub(super) len: usize,
+    /// Bytes before the first array.
+    pub(super) arrays_at: usize,
+    pub(super) stamp: Stamp,
 }
 
-/// Checks the frame at the start of `bytes` (which may go on) without trusting any of it; returns length and stamp.
-pub(super) fn parse(bytes: &[u8]) -> std::result::Result<(usize, Stamp), &'static str> {
+/// Checks the head of the frame at the start of `bytes` (which may go on) without trusting any of it.
+pub(super) fn parse_head(bytes: &[u8]) -> std::result::Result<Head, &'static str> {
     if bytes.len() < FRAME_HEADER as usize {
         return Err("the file ends within the record's head");
     }
-    let len = u32_at(bytes, 0) as usize;
-    if len < FRAME_HEADER as usize || len % 8 != 0 {
+    let (len, narrays) = (u32_at(bytes, 0) as usize, narrays(bytes));
+    let arrays_at = head_len(u32_at(bytes, 28) as usize, narrays);
+    if len < FRAME_HEADER as usize || len % 8 != 0 || arrays_at > len as u64 {
         return Err("the record's length is impossible");
     }
-    let frame = bytes.get(..len).ok_or("the file ends within the record")?;
-    if u32_at(frame, 4) != frame_crc(frame) {
+    let head = bytes.get(..arrays_at as usize).ok_or("the file ends within the record")?;
+    if u32_at(head, 4) != head_crc(head) {
         return Err("the checksum does not match");
     }
-    let (narrays, header_len) = (usize::from(frame[25]), u64::from(u32_at(frame, 28)));
-    let table = frame.get(FRAME_HEADER as usize..FRAME_HEADER as usize + 4 * narrays).ok_or("the parts do not fit")?;
-    let arrays = table.chunks_exact(4).map(|word| align(u64::from(u32_at(word, 0)))).sum::<u64>();
-    if FRAME_HEADER + align(4 * narrays as u64) + align(header_len) + arrays != len as u64 {
+    let total = (0..narrays).map(|i| align(u64::from(entry(head, i).len))).sum::<u64>();
+    if arrays_at + total != len as u64 {
         return Err("the parts do not fit the record's length");
     }
-    Ok((len, stamp(frame)))
+    Ok(Head { len, arrays_at: arrays_at as usize, stamp: stamp(head) })
+}
+
+/// Checks the frame at the start of `bytes`, its arrays too.
+pub(super) fn parse(bytes: &[u8]) -> std::result::Result<Head, &'static str> {
+    let head = parse_head(bytes)?;
+    let frame = bytes.get(..head.len).ok_or("the file ends within the record")?;
+    let mut at = head.arrays_at;
+    for i in 0..narrays(frame) {
+        let entry = entry(frame, i);
+        if crc32c::crc32c(&frame[at..at + entry.len as usize]) != entry.crc {
+            return Err("the checksum of an array does not match");
+        }
+        at += align(u64::from(entry.len)) as usize;
+    }
+    Ok(head)
 }
 
 pub(super) fn stamp(frame: &[u8]) -> Stamp {
     Stamp { lsn: u64_at(frame, 8), durable: u64_at(frame, 16), kind: frame[24] }
+}
+
+pub(super) fn narrays(frame: &[u8]) -> usize {
+    usize::from(u16::from_le_bytes([frame[26], frame[27]]))
+}
+
+pub(super) fn entry(frame: &[u8], index: usize) -> Entry {
+    let at = FRAME_HEADER as usize + 8 * index;
+    Entry { len: u32_at(frame, at), crc: u32_at(frame, at + 4) }
 }

@@ -1,188 +1,305 @@
-//! Opening what an earlier process left: the newest file is read, judged and taken up.
+//! Opening what an earlier process left: the index, and every record after it.
 
-use std::{fs::File, path::Path, sync::Arc};
-
-use memmap2::MmapRaw;
-use rustix::{
-    fs::{SeekFrom, seek},
-    io::Errno,
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use super::{
-    Location, Lsn,
-    directory::{file_path, list_files, remove_file, sync_dir},
+    Location, Lsn, Position,
+    directory::{INDEX, file_name, list, remove},
     format::{
-        FILE_HEADER, FRAME_HEADER, MARK, SNAPSHOT, Stamp, encode_snapshot, parse, read_file_header, stamp, u32_at,
+        Arrays, FILE_HEADER, FRAME_HEADER, Head, MARK, SNAPSHOT, Stamp, encode, file_header, parse, parse_head,
+        read_file_header, stamp, u32_at,
     },
-    reader::{Frame, LogFile, Mapped, map_file},
-    writer::Writer,
+    reader::{Frame, LogFile},
+    storage::{Bytes, Medium, Storage},
+    writer::{Tail, Writer},
 };
 use crate::error::{Result, StoreError};
 
-/// What opening found: the newest snapshot and every record after it.
-pub struct Recovery {
-    snapshot: Option<Frame>,
-    map: Option<Arc<MmapRaw>>,
-    frames: Vec<Location>,
+/// Takes in what opening finds: first the snapshot, if there is one, then each record after it. An error is the
+/// reason why the bytes make no sense.
+pub trait Replay {
+    /// The bytes given to the last `write_index`.
+    ///
+    /// # Errors
+    /// They make no sense.
+    fn snapshot(&mut self, bytes: &[u8]) -> std::result::Result<(), String>;
+
+    /// The next record; its arrays are checked when they are read.
+    ///
+    /// # Errors
+    /// It makes no sense.
+    fn record(&mut self, frame: &Frame) -> std::result::Result<(), String>;
 }
 
-impl Recovery {
-    /// What there is to find in a new log.
-    pub(super) fn nothing() -> Self {
-        Self { snapshot: None, map: None, frames: Vec::new() }
-    }
-
-    /// The bytes given to the last `rotate`; empty for a log that has never rotated.
-    pub fn snapshot(&self) -> &[u8] {
-        self.snapshot.as_ref().and_then(|frame| frame.array(0)).unwrap_or_default()
-    }
-
-    /// Every record after the snapshot, in order, its checksum already checked.
-    pub fn frames(&self) -> impl Iterator<Item = Frame> + '_ {
-        self.map.iter().flat_map(|map| self.frames.iter().map(|&location| Frame::mapped(map, location)))
-    }
+/// What opening found.
+pub(super) struct Found {
+    /// Files before the last one.
+    pub(super) sealed: BTreeMap<u32, Arc<LogFile>>,
+    /// The last one; None when there is no file.
+    pub(super) last: Option<(u32, Tail)>,
+    /// Where the index stands.
+    pub(super) index: Position,
 }
 
-/// Takes up the log in `dir`, which is locked; a missing one is created. Returns its writer and its sealed files too.
-pub(super) fn recover(dir: &Path, file_bytes: u64) -> Result<(Writer, Vec<LogFile>, Recovery)> {
-    let mut files = list_files(dir)?;
-    let mut torn = None;
-    let (writer, recovery) = loop {
-        let Some((number, _)) = files.pop_last() else {
-            if let Some(torn @ 2..) = torn {
-                let detail = "its snapshot was never completed and the file before it is missing";
-                return Err(StoreError::corrupt(file_path(dir, torn), 0, detail));
-            }
-            remove_torn(dir, torn)?;
-            break (Writer::create(dir, 1, 1, &encode_snapshot(1, &[])?, file_bytes)?, Recovery::nothing());
-        };
-        let path = file_path(dir, number);
-        match (scan(&path, number)?, torn) {
-            (Some(scan), _) => {
-                remove_torn(dir, torn)?;
-                break (Writer::resume(path, number, &scan, file_bytes)?, scan.recovery);
-            }
-            (None, None) => torn = Some(number),
-            (None, Some(_)) => return Err(StoreError::corrupt(path, 0, "the sealed file has no whole snapshot")),
+/// The bytes of the index file.
+pub(super) fn write_index(storage: &dyn Storage, position: Position, snapshot: &[u8]) -> Result<()> {
+    let mut head = Vec::new();
+    let (lsn, arrays) = (position.next - 1, Arrays::of(&[snapshot]));
+    encode(&mut head, Stamp { lsn, durable: lsn, kind: SNAPSHOT }, &position.offset.to_le_bytes(), &arrays)?;
+    let header = file_header(position.file, position.next);
+    let mut parts = vec![&header[..], &head];
+    parts.extend_from_slice(arrays.bytes());
+    storage.replace(INDEX, &parts).map_err(|e| StoreError::io(storage.path_of(INDEX), e))
+}
+
+fn read_index(storage: &dyn Storage, replay: &mut dyn Replay) -> Result<Position> {
+    let path = storage.path_of(INDEX);
+    let read = || {
+        let medium = storage.open(INDEX, false)?;
+        medium.read(0, medium.len()? as usize)
+    };
+    let bytes = read().map_err(|e| StoreError::io(&path, e))?;
+    let damaged = |detail: &str| StoreError::corrupt(&path, 0, detail);
+    let bytes = bytes.ok_or_else(|| damaged("it shrank while it was read"))?;
+    let number = if bytes.len() < FILE_HEADER as usize { 0 } else { u32_at(&bytes, 16) };
+    let Some(next) = read_file_header(&path, &bytes, number)? else {
+        return Err(damaged("the header is not readable"));
+    };
+    let frame = &bytes[FILE_HEADER as usize..];
+    let head = parse(frame).map_err(damaged)?;
+    if head.stamp.kind != SNAPSHOT || head.stamp.lsn + 1 != next || number == 0 {
+        return Err(damaged("it is not the snapshot that its header names"));
+    }
+    let location = Location { file: 0, offset: FILE_HEADER, len: head.len as u32 };
+    let frame = Frame::new(bytes.slice(FILE_HEADER as usize, head.len), location);
+    let offset = frame.header().try_into().map(u64::from_le_bytes).map_err(|_| damaged("it has no position"))?;
+    replay.snapshot(frame.array(0).unwrap_or_default()).map_err(|detail| damaged(&detail))?;
+    Ok(Position { file: number, offset, next })
+}
+
+/// Reads the log in `storage`: nothing is changed but the remains of a file's torn creation, and these only if `repair`.
+pub(super) fn recover(storage: &dyn Storage, replay: &mut dyn Replay, repair: bool) -> Result<Found> {
+    let (mut numbers, has_index) = list(storage)?;
+    let mut index = Position { file: 1, offset: FILE_HEADER, next: 1 };
+    if has_index {
+        index = read_index(storage, replay)?;
+    }
+    refuse_gaps(storage, &numbers, index.file, has_index)?;
+    let Some(last) = take_last(storage, &mut numbers, has_index.then_some(index.file), repair)? else {
+        return Ok(Found { sealed: BTreeMap::new(), last: None, index });
+    };
+    let mut sealed = BTreeMap::new();
+    let mut at = index;
+    for number in numbers.into_iter().filter(|number| *number < last.number) {
+        let file = LogFile::new(number, storage.path_of(&file_name(number)), open(storage, number)?, u64::MAX);
+        if number >= index.file {
+            let image = Image::of(storage, number)?.ok_or_else(|| missing_header(&file.path))?;
+            at = image.replay_sealed(at, image_first(storage, number + 1, &last)?, replay)?;
         }
-    };
-    let sealed = files.into_iter().map(|(n, len)| LogFile::disk(n, file_path(dir, n), len)).collect();
-    Ok((writer, sealed, recovery))
-}
-
-fn remove_torn(dir: &Path, torn: Option<u32>) -> Result<()> {
-    let Some(number) = torn else { return Ok(()) };
-    remove_file(&file_path(dir, number))?;
-    sync_dir(dir)
-}
-
-/// What a scan of the newest file found.
-pub(super) struct Scan {
-    recovery: Recovery,
-    /// LSN that the next frame gets.
-    pub(super) next: Lsn,
-    /// Where the snapshot ends.
-    pub(super) data_start: u64,
-    /// Where the next frame goes.
-    pub(super) tail: u64,
-    /// End of the last byte that is not zero: the torn tail is `tail..dirty_end`.
-    pub(super) dirty_end: u64,
-    /// Where the first frame starts that nothing proves durable.
-    pub(super) unproven: u64,
-}
-
-/// Reads file `number`; None when its creation was torn: no whole snapshot and no sign that it was ever used.
-fn scan(path: &Path, number: u32) -> Result<Option<Scan>> {
-    let file = File::open(path).map_err(|e| StoreError::io(path, e))?;
-    let len = file.metadata().map_err(|e| StoreError::io(path, e))?.len();
-    if len < FILE_HEADER + FRAME_HEADER {
-        return Ok(None);
+        let end = file.medium.len().map_err(|e| StoreError::io(&file.path, e))?;
+        file.publish(end);
+        sealed.insert(number, Arc::new(file));
     }
-    let map = map_file(&file, path)?;
-    let whole = Mapped::whole(&map);
-    let image = Image { path, number, bytes: whole.bytes(), data_end: data_end(&file, len) };
-    let Some((snapshot_len, head)) = image.snapshot()? else { return Ok(None) };
-    let first = head.lsn;
-    let data_start = FILE_HEADER + snapshot_len as u64;
-    let location = Location { file: number, offset: FILE_HEADER, len: snapshot_len as u32 };
-    let snapshot = Some(Frame::mapped(&map, location));
-    let (frames, proven) = image.replay(data_start, head)?;
-    let tail = frames.last().map_or(data_start, |last| last.offset + u64::from(last.len));
-    let next = first + 1 + frames.len() as u64;
-    let dirty_end = image.dirty_end(tail);
-    let unproven = match proven.checked_sub(first) {
-        None => 0,
-        Some(durable) => frames.get(durable as usize).map_or(tail, |location| location.offset),
-    };
-    let recovery = Recovery { snapshot, map: Some(map), frames };
-    Ok(Some(Scan { recovery, next, data_start, tail, dirty_end, unproven }))
+    if at.file == last.number && at.offset > last.bytes.len() as u64 {
+        let detail = format!("the file ends before LSN {}, which the index calls durable", at.next - 1);
+        return Err(StoreError::corrupt(&last.path, last.bytes.len() as u64, detail));
+    }
+    let tail = last.replay_last(at, replay)?;
+    Ok(Found { sealed, last: Some((last.number, tail)), index })
+}
+
+/// Takes up the last file, or makes the first.
+pub(super) fn resume(storage: &dyn Storage, found: &Found, file_bytes: u64) -> Result<Writer> {
+    match &found.last {
+        Some((number, tail)) => Writer::resume(storage, *number, tail, file_bytes),
+        None => Writer::create(storage, 1, 1, file_bytes),
+    }
+}
+
+fn open(storage: &dyn Storage, number: u32) -> Result<Arc<dyn Medium>> {
+    let name = file_name(number);
+    storage.open(&name, false).map_err(|e| StoreError::io(storage.path_of(&name), e))
+}
+
+fn missing_header(path: &Path) -> StoreError {
+    StoreError::corrupt(path, 0, "the file's header is not readable, and later files are there")
+}
+
+/// First LSN of file `number`.
+fn image_first(storage: &dyn Storage, number: u32, last: &Image) -> Result<Lsn> {
+    if number == last.number {
+        return Ok(last.first);
+    }
+    Image::of(storage, number)?
+        .map(|image| image.first)
+        .ok_or_else(|| missing_header(&storage.path_of(&file_name(number))))
+}
+
+/// From file `first` on no file may be missing.
+fn refuse_gaps(storage: &dyn Storage, numbers: &BTreeSet<u32>, first: u32, has_index: bool) -> Result<()> {
+    let mut expected = first;
+    for &number in numbers.range(first..) {
+        if number != expected {
+            break;
+        }
+        expected += 1;
+    }
+    let complete = numbers.range(expected..).next().is_none() && (expected > first || !has_index);
+    if complete {
+        return Ok(());
+    }
+    let detail = if has_index { "the file is missing" } else { "the file or the index is missing" };
+    Err(StoreError::corrupt(storage.path_of(&file_name(expected)), 0, detail))
+}
+
+/// The last file whose creation was not torn. Nothing was ever acknowledged in a torn one.
+fn take_last(
+    storage: &dyn Storage,
+    numbers: &mut BTreeSet<u32>,
+    index_file: Option<u32>,
+    repair: bool,
+) -> Result<Option<Image>> {
+    let Some(&number) = numbers.last() else { return Ok(None) };
+    // Without the lock a writer may be at work in it.
+    let image = |number| if repair { Image::of(storage, number) } else { Image::live(storage, number) };
+    if let Some(found) = image(number)? {
+        return Ok(Some(found));
+    }
+    if index_file.is_some_and(|file| number <= file) {
+        let detail = "the file's header is not readable, but the index names records in it";
+        return Err(StoreError::corrupt(storage.path_of(&file_name(number)), 0, detail));
+    }
+    if repair {
+        remove(storage, number)?;
+        storage.sync_names().map_err(|e| StoreError::io(storage.path(), e))?;
+    }
+    numbers.remove(&number);
+    let Some(&before) = numbers.last() else { return Ok(None) };
+    image(before)?.map(Some).ok_or_else(|| missing_header(&storage.path_of(&file_name(before))))
 }
 
 /// A log file before recovery: nothing in it is trusted.
-struct Image<'a> {
-    path: &'a Path,
+struct Image {
+    path: PathBuf,
     number: u32,
-    bytes: &'a [u8],
-    data_end: usize,
+    first: Lsn,
+    /// Up to where it was ever written.
+    bytes: Bytes,
 }
 
-impl Image<'_> {
-    /// Length and stamp of the snapshot; None when the file's creation was torn.
-    fn snapshot(&self) -> Result<Option<(usize, Stamp)>> {
-        let Some(first) = read_file_header(self.path, self.bytes, self.number)? else {
-            self.refuse_if_used(0, 1, "the file's header is not readable")?;
-            return Ok(None);
-        };
-        let (len, head) = match parse(&self.bytes[FILE_HEADER as usize..]) {
-            Ok(found) => found,
-            Err(detail) => {
-                self.refuse_if_used(FILE_HEADER, first, detail)?;
-                return Ok(None);
-            }
-        };
-        if head.kind != SNAPSHOT || head.lsn != first {
-            let detail = format!("the first record is not the snapshot {first}");
-            return Err(StoreError::corrupt(self.path, FILE_HEADER, detail));
-        }
-        Ok(Some((len, head)))
+impl Image {
+    /// File `number`; None when its creation was torn: no whole header and no sign that it was ever used.
+    fn of(storage: &dyn Storage, number: u32) -> Result<Option<Self>> {
+        Self::read(storage, number, |medium| medium.read(0, medium.data_end()? as usize))
     }
 
-    /// Walks the frames after the snapshot up to the tail; returns them and the highest LSN proven durable.
-    fn replay(&self, start: u64, head: Stamp) -> Result<(Vec<Location>, Lsn)> {
-        let (mut at, mut next, mut proven) = (start, head.lsn + 1, head.durable);
-        let mut frames = Vec::new();
-        loop {
-            let (len, found) = match parse(&self.bytes[at as usize..]) {
-                Ok(found) => found,
-                Err(detail) => {
-                    self.refuse_if_used(at, next, detail)?;
-                    return Ok((frames, proven));
-                }
-            };
-            if found.kind == MARK && found.lsn + 1 == next && found.durable == found.lsn {
-                self.refuse_if_used(at, next, "a mark stands in place of the record")?;
-                return Ok((frames, found.lsn));
-            }
-            if found.kind == MARK && found.durable >= next {
-                let detail = format!("LSN {} was durable, but LSN {next} is not here", found.durable);
-                return Err(StoreError::corrupt(self.path, at, detail));
-            }
-            if found.kind == MARK || found.kind == SNAPSHOT || found.lsn != next || found.durable >= next {
-                let detail = format!("found LSN {} of kind {} where LSN {next} belongs", found.lsn, found.kind);
-                return Err(StoreError::corrupt(self.path, at, detail));
-            }
-            frames.push(Location { file: self.number, offset: at, len: len as u32 });
-            proven = proven.max(found.durable);
-            at += len as u64;
-            next += 1;
+    /// The same of a file that may be written, and cut when it is sealed: all that it takes is copied.
+    fn live(storage: &dyn Storage, number: u32) -> Result<Option<Self>> {
+        Self::read(storage, number, |medium| medium.copy(medium.data_end()?).map(Some))
+    }
+
+    fn read(
+        storage: &dyn Storage,
+        number: u32,
+        bytes: impl FnOnce(&dyn Medium) -> std::io::Result<Option<Bytes>>,
+    ) -> Result<Option<Self>> {
+        let (path, medium) = (storage.path_of(&file_name(number)), open(storage, number)?);
+        let bytes = match medium.is_empty() {
+            Ok(true) => return Ok(None),
+            Ok(false) => bytes(&*medium),
+            Err(e) => Err(e),
+        };
+        let Some(bytes) = bytes.map_err(|e| StoreError::io(&path, e))? else { return Ok(None) };
+        let first = read_file_header(&path, &bytes, number)?;
+        let image = Self { path, number, first: first.unwrap_or(0), bytes };
+        if first.is_some() {
+            return Ok(Some(image));
         }
+        image.refuse_if_used(0, 1, "the file's header is not readable").map(|()| None)
+    }
+
+    fn corrupt(&self, at: u64, detail: impl Into<String>) -> StoreError {
+        StoreError::corrupt(&self.path, at, detail)
+    }
+
+    /// Where replay of this file begins.
+    fn start(&self, at: Position) -> Result<Position> {
+        if at.file == self.number {
+            return Ok(at);
+        }
+        if self.first == at.next {
+            return Ok(Position { file: self.number, offset: FILE_HEADER, next: at.next });
+        }
+        Err(self.corrupt(24, format!("the first LSN is {}, {} belongs here", self.first, at.next)))
+    }
+
+    fn take(&self, at: Position, head: &Head, replay: &mut dyn Replay) -> Result<Position> {
+        let (found, len) = (head.stamp, head.len as u32);
+        if found.kind == MARK || found.kind == SNAPSHOT || found.lsn != at.next || found.durable >= at.next {
+            let detail = format!("found LSN {} of kind {} where LSN {} belongs", found.lsn, found.kind, at.next);
+            return Err(self.corrupt(at.offset, detail));
+        }
+        let location = Location { file: self.number, offset: at.offset, len };
+        let frame = Frame::new(self.bytes.slice(at.offset as usize, head.len), location);
+        replay.record(&frame).map_err(|detail| {
+            self.corrupt(at.offset, format!("record {} does not fit what is before it: {detail}", at.next))
+        })?;
+        Ok(Position { offset: at.offset + u64::from(len), next: at.next + 1, ..at })
+    }
+
+    /// Walks a file before the last one up to record `end`: all of it was synced before the next file was made, so
+    /// whatever is unreadable is damage. Arrays are checked when they are read.
+    fn replay_sealed(&self, at: Position, end: Lsn, replay: &mut dyn Replay) -> Result<Position> {
+        let mut at = self.start(at)?;
+        while at.next < end {
+            let rest = self.bytes.get(at.offset as usize..).unwrap_or_default();
+            let head = parse_head(rest).and_then(|head| {
+                if head.len <= rest.len() { Ok(head) } else { Err("the file ends within the record") }
+            });
+            let head =
+                head.map_err(|detail| self.corrupt(at.offset, format!("{detail}, and a later file is there")))?;
+            at = self.take(at, &head, replay)?;
+        }
+        Ok(at)
+    }
+
+    /// Walks the last file up to its tail.
+    fn replay_last(&self, at: Position, replay: &mut dyn Replay) -> Result<Tail> {
+        let mut at = self.start(at)?;
+        // The file's creation and what the index names were durable.
+        let (start, mut proven, mut offsets) = (at.next, at.next - 1, Vec::new());
+        let end = loop {
+            match parse(self.bytes.get(at.offset as usize..).unwrap_or_default()) {
+                Ok(head) if head.stamp.kind == MARK && head.stamp.lsn + 1 == at.next => {
+                    proven = proven.max(head.stamp.lsn);
+                    break "a mark stands in place of the record";
+                }
+                Ok(head) if head.stamp.kind == MARK && head.stamp.durable >= at.next => {
+                    let detail = format!("LSN {} was durable, but LSN {} is not here", head.stamp.durable, at.next);
+                    return Err(self.corrupt(at.offset, detail));
+                }
+                Ok(head) => {
+                    proven = proven.max(head.stamp.durable);
+                    offsets.push(at.offset);
+                    at = self.take(at, &head, replay)?;
+                }
+                Err(detail) => break detail,
+            }
+        };
+        self.refuse_if_used(at.offset, at.next, end)?;
+        let unproven = offsets.get((proven + 1 - start) as usize).copied().unwrap_or(at.offset);
+        Ok(Tail { next: at.next, end: at.offset, written: self.bytes.len() as u64, unproven })
     }
 
     /// Fails if anything behind the unreadable record `lsn` at `at` says that the record was durable.
     fn refuse_if_used(&self, at: u64, lsn: Lsn, detail: &str) -> Result<()> {
         // Hostile bytes could look like a frame everywhere; each look costs a CRC, so the total is bounded.
         let mut budget = 4 * self.bytes.len() as u64;
-        for later in (at as usize + 8..self.data_end).step_by(8) {
+        for later in (at as usize + 8..self.bytes.len()).step_by(8) {
             let rest = &self.bytes[later..];
             if rest.len() < FRAME_HEADER as usize {
                 break;
@@ -192,35 +309,17 @@ impl Image<'_> {
                 continue;
             }
             let found = stamp(rest);
-            let sane = len <= rest.len() as u64 && rest[26..28] == [0, 0] && found.kind != SNAPSHOT;
+            let sane = len <= rest.len() as u64 && rest[25] == 0 && found.kind != SNAPSHOT;
             if !sane || found.durable < lsn || found.durable > found.lsn {
                 continue;
             }
             let spent = budget < len;
             budget = budget.saturating_sub(len);
-            if spent || parse(rest).is_ok() {
+            if spent || parse_head(rest).is_ok() {
                 let detail = format!("{detail}, but LSN {lsn} was durable according to the record at byte {later}");
-                return Err(StoreError::corrupt(self.path, at, detail));
+                return Err(self.corrupt(at, detail));
             }
         }
         Ok(())
-    }
-
-    /// End of the last byte at or after `from` that is not zero.
-    fn dirty_end(&self, from: u64) -> u64 {
-        let tail = self.bytes.get(from as usize..self.data_end).unwrap_or_default();
-        from + tail.iter().rposition(|&byte| byte != 0).map_or(0, |last| last as u64 + 1)
-    }
-}
-
-/// Where the last data of `file` ends: behind it are only blocks that were never written, which read as zeros.
-fn data_end(file: &File, len: u64) -> usize {
-    let (mut at, mut end) = (0, 0);
-    loop {
-        match seek(file, SeekFrom::Data(at)).and_then(|start| seek(file, SeekFrom::Hole(start))) {
-            Ok(hole) if hole > at => (at, end) = (hole, hole),
-            Err(Errno::NXIO) => return end as usize,
-            _ => return len as usize,
-        }
     }
 }

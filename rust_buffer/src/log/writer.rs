@@ -1,178 +1,159 @@
 //! The end of the log: files are made, taken up after recovery, appended to and sealed here.
 
-use std::{
-    fs::{File, OpenOptions},
-    io,
-    os::unix::fs::FileExt,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
-
-use rustix::{
-    fs::{FallocateFlags, fallocate},
-    io::Errno,
-};
+use std::{io, sync::Arc};
 
 use super::{
     Location, Lsn,
-    directory::{file_path, sync_dir},
-    format::{FILE_HEADER, FRAME_HEADER, MARK, Stamp, align, encode, file_header},
+    directory::file_name,
+    format::{Arrays, FILE_HEADER, FRAME_HEADER, MARK, Stamp, align, encode, file_header},
     reader::LogFile,
-    recovery::Scan,
+    storage::{Medium, Storage},
 };
 use crate::error::{Result, StoreError};
 
 /// Bytes by which a file grows beyond its preallocation, and in which recovery rewrites its tail.
 const GROWTH: u64 = 1 << 20;
 
-/// Gives `file` room from `from` to `to`, on disk where the file system can, else by its length alone.
-fn allocate(file: &File, from: u64, to: u64) -> io::Result<()> {
-    if to <= from {
-        return Ok(());
-    }
-    match fallocate(file, FallocateFlags::empty(), from, to - from) {
-        Ok(()) => Ok(()),
-        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => file.set_len(to),
-        Err(e) => Err(e.into()),
-    }
-}
-
 /// The end of the log; the one who holds its lock appends.
 pub(super) struct Writer {
-    pub(super) log_file: Arc<LogFile>,
-    /// None in memory.
-    pub(super) file: Option<Arc<File>>,
-    /// Where the snapshot ends.
-    data_start: u64,
+    pub(super) file: Arc<LogFile>,
     /// Where the next frame goes.
     tail: u64,
     allocated: u64,
     /// LSN that the next frame gets.
     pub(super) next: Lsn,
-    /// The frame to write.
-    pub(super) scratch: Vec<u8>,
+    /// The head of the frame to write.
+    head: Vec<u8>,
+}
+
+/// What of a scanned file is to be taken up.
+pub(super) struct Tail {
+    /// LSN that the next frame gets.
+    pub(super) next: Lsn,
+    /// Where the next frame goes.
+    pub(super) end: u64,
+    /// Up to where the file was ever written: the torn tail is before it, and what looks like zeros may be other
+    /// bytes on the disk if an earlier process failed to sync them.
+    pub(super) written: u64,
+    /// Where the first frame starts that nothing proves durable.
+    pub(super) unproven: u64,
+}
+
+fn room(file_bytes: u64) -> u64 {
+    align(FILE_HEADER.saturating_add(file_bytes)).saturating_add(FRAME_HEADER)
 }
 
 impl Writer {
-    /// File `number` in memory, as after its snapshot `first`, which nobody will read.
-    pub(super) fn in_memory(number: u32, first: Lsn) -> Self {
-        let (log_file, start) = (Arc::new(LogFile::memory(number)), FILE_HEADER);
-        let next = first + 1;
-        Self { log_file, file: None, data_start: start, tail: start, allocated: 0, next, scratch: Vec::new() }
-    }
-
-    /// Makes file `number` with `snapshot` (an encoded frame) durable and ready for the frame after it.
-    pub(super) fn create(dir: &Path, number: u32, first: Lsn, snapshot: &[u8], file_bytes: u64) -> Result<Self> {
-        let path = file_path(dir, number);
-        let data_start = FILE_HEADER + snapshot.len() as u64;
-        let allocated = align(data_start.saturating_add(file_bytes)).saturating_add(FRAME_HEADER);
-        let build = || -> io::Result<File> {
-            let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
-            allocate(&file, 0, allocated)?;
-            file.write_all_at(&file_header(number, first), 0)?;
-            file.write_all_at(snapshot, FILE_HEADER)?;
-            file.sync_all()?;
-            Ok(file)
+    /// Makes file `number`, durably and ready for record `first`.
+    pub(super) fn create(storage: &dyn Storage, number: u32, first: Lsn, file_bytes: u64) -> Result<Self> {
+        let (name, allocated) = (file_name(number), room(file_bytes));
+        let build = || -> io::Result<Arc<dyn Medium>> {
+            let medium = storage.create(&name)?;
+            medium.allocate(0, allocated)?;
+            medium.write(0, &[&file_header(number, first)])?;
+            medium.sync()?;
+            storage.sync_names()?;
+            Ok(medium)
         };
-        let file = Some(Arc::new(build().map_err(|e| StoreError::io(&path, e))?));
-        sync_dir(dir)?;
-        let log_file = Arc::new(LogFile::disk(number, path, data_start));
-        let next = first + 1;
-        let mut new = Self { log_file, file, data_start, tail: data_start, allocated, next, scratch: Vec::new() };
-        new.mark()?;
-        Ok(new)
+        let path = storage.path_of(&name);
+        let medium = build().map_err(|e| StoreError::io(&path, e))?;
+        let file = Arc::new(LogFile::new(number, path, medium, FILE_HEADER));
+        Ok(Self { file, tail: FILE_HEADER, allocated, next: first, head: Vec::new() })
     }
 
     /// Takes up a scanned file: its torn tail is zeroed, what nothing proves durable is written again (the page
     /// cache may call pages clean whose sync failed in an earlier process), and all of it is synced.
-    pub(super) fn resume(path: PathBuf, number: u32, scan: &Scan, file_bytes: u64) -> Result<Self> {
-        let build = || -> io::Result<(File, u64)> {
-            let file = OpenOptions::new().read(true).write(true).open(&path)?;
-            let len = file.metadata()?.len();
-            copy_over(scan.unproven, scan.tail, |buffer, at| {
-                file.read_exact_at(buffer, at)?;
-                file.write_all_at(buffer, at)
-            })?;
-            copy_over(scan.tail, scan.dirty_end, |buffer, at| file.write_all_at(buffer, at))?;
-            let wanted = align(scan.data_start.saturating_add(file_bytes)).max(scan.tail).saturating_add(FRAME_HEADER);
-            allocate(&file, len, wanted)?;
-            file.sync_all()?;
-            Ok((file, len.max(wanted)))
+    pub(super) fn resume(storage: &dyn Storage, number: u32, found: &Tail, file_bytes: u64) -> Result<Self> {
+        let name = file_name(number);
+        let path = storage.path_of(&name);
+        let build = || -> io::Result<(Arc<dyn Medium>, u64)> {
+            let medium = storage.open(&name, true)?;
+            let len = medium.len()?;
+            for (at, len) in pieces(found.unproven, found.end) {
+                let bytes = medium.read(at, len)?.ok_or(io::ErrorKind::UnexpectedEof)?.to_vec();
+                medium.write(at, &[&bytes])?;
+            }
+            let zeros = vec![0; found.written.saturating_sub(found.end).min(GROWTH) as usize];
+            for (at, len) in pieces(found.end, found.written) {
+                medium.write(at, &[&zeros[..len]])?;
+            }
+            let wanted = room(file_bytes).max(found.end + FRAME_HEADER);
+            medium.allocate(len, wanted)?;
+            medium.sync()?;
+            // An earlier process may have died before it did: between them the names of this file and of the index.
+            storage.sync_names()?;
+            Ok((medium, len.max(wanted)))
         };
-        let (file, allocated) = build().map_err(|e| StoreError::io(&path, e))?;
-        let log_file = Arc::new(LogFile::disk(number, path, scan.tail));
-        let (data_start, tail, next) = (scan.data_start, scan.tail, scan.next);
-        let file = Some(Arc::new(file));
-        let mut resumed = Self { log_file, file, data_start, tail, allocated, next, scratch: Vec::new() };
+        let (medium, allocated) = build().map_err(|e| StoreError::io(&path, e))?;
+        let file = Arc::new(LogFile::new(number, path, medium, found.end));
+        let mut resumed = Self { file, tail: found.end, allocated, next: found.next, head: Vec::new() };
         resumed.mark()?;
         Ok(resumed)
     }
 
-    /// Appends the frame that `encode` left in `scratch`.
-    pub(super) fn write(&mut self) -> Result<Location> {
-        let len = self.scratch.len() as u32;
+    /// The end of a scanned file for readers.
+    pub(super) fn read_only(storage: &dyn Storage, number: u32, found: &Tail) -> Result<Self> {
+        let name = file_name(number);
+        let path = storage.path_of(&name);
+        let medium = storage.open(&name, false).map_err(|e| StoreError::io(&path, e))?;
+        let file = Arc::new(LogFile::new(number, path, medium, found.end));
+        Ok(Self { file, tail: found.end, allocated: found.end, next: found.next, head: Vec::new() })
+    }
+
+    /// Appends a frame; `synced` is the newest LSN known to be on disk.
+    pub(super) fn write(&mut self, kind: u8, synced: Lsn, header: &[u8], arrays: &Arrays<'_>) -> Result<Location> {
+        let len = encode(&mut self.head, Stamp { lsn: self.next, durable: synced, kind }, header, arrays)?;
         let end = self.tail + u64::from(len);
-        if let Some(file) = &self.file {
-            // Room for the mark too, so that writing one never needs space.
-            let needed = end + FRAME_HEADER;
-            let wanted = if needed > self.allocated { needed + GROWTH } else { self.allocated };
-            allocate(file, self.allocated, wanted)
-                .and_then(|()| file.write_all_at(&self.scratch, self.tail))
-                .map_err(|e| StoreError::io(&self.log_file.path, e))?;
-            self.allocated = wanted;
-        } else {
-            self.log_file.keep(self.tail, &self.scratch);
-        }
-        let location = Location { file: self.log_file.number, offset: self.tail, len };
-        self.tail = end;
+        // Room for the mark too, so that writing one never needs space.
+        let needed = end + FRAME_HEADER;
+        let wanted = if needed > self.allocated { needed + GROWTH } else { self.allocated };
+        let mut parts = vec![&self.head[..]];
+        parts.extend_from_slice(arrays.bytes());
+        let medium = &self.file.medium;
+        medium
+            .allocate(self.allocated, wanted)
+            .and_then(|()| medium.write(self.tail, &parts))
+            .map_err(|e| StoreError::io(&self.file.path, e))?;
+        let location = Location { file: self.file.number, offset: self.tail, len };
+        (self.tail, self.allocated) = (end, wanted);
         self.next += 1;
-        self.log_file.publish(end);
-        self.scratch.clear();
-        self.scratch.shrink_to(GROWTH as usize);
+        self.file.publish(end);
         Ok(location)
     }
 
-    /// Seals this file and begins the next one with `snapshot` (an encoded frame).
-    pub(super) fn next_file(&mut self, dir: &Path, number: u32, snapshot: &[u8], file_bytes: u64) -> Result<Self> {
-        sync_file(self.file.as_deref(), &self.log_file)?;
+    /// Seals this file and begins the next one.
+    pub(super) fn next_file(&mut self, storage: &dyn Storage, number: u32, file_bytes: u64) -> Result<Self> {
+        sync_file(&self.file)?;
         self.mark()?;
-        let new = Self::create(dir, number, self.next, snapshot, file_bytes)?;
-        // A mark of the new file's snapshot in the old one: opening never falls back behind a file that was whole.
-        self.next += 1;
-        self.mark()?;
-        if let Some(old) = &self.file {
-            old.set_len(self.tail + FRAME_HEADER).map_err(|e| StoreError::io(&self.log_file.path, e))?;
-        }
-        Ok(new)
+        let new = Self::create(storage, number, self.next, file_bytes)?;
+        let cut = self.file.medium.truncate(self.tail + FRAME_HEADER);
+        cut.map_err(|e| StoreError::io(&self.file.path, e)).map(|()| new)
     }
 
-    /// Whether the file has its share: `file_bytes` of records, and no fewer than its snapshot.
+    /// Whether the file has its share of records.
     pub(super) fn is_full(&self, file_bytes: u64) -> bool {
-        self.tail - self.data_start >= file_bytes.max(self.data_start)
+        self.tail > FILE_HEADER && self.tail - FILE_HEADER >= file_bytes
     }
 
-    /// Notes behind the last frame that all of them are durable; the next frame overwrites it.
+    /// Where the next frame goes.
+    pub(super) fn tail(&self) -> u64 {
+        self.tail
+    }
+
+    /// Notes behind the last frame that all of them are on disk; the next frame overwrites it.
     pub(super) fn mark(&mut self) -> Result<()> {
-        let Some(file) = &self.file else { return Ok(()) };
-        let durable = self.next - 1;
-        encode(&mut self.scratch, Stamp { lsn: durable, durable, kind: MARK }, &[], &[])?;
-        file.write_all_at(&self.scratch, self.tail).map_err(|e| StoreError::io(&self.log_file.path, e))
+        let lsn = self.next - 1;
+        encode(&mut self.head, Stamp { lsn, durable: lsn, kind: MARK }, &[], &Arrays::default())?;
+        self.file.medium.write(self.tail, &[&self.head]).map_err(|e| StoreError::io(&self.file.path, e))
     }
 }
 
-/// Makes what was written to `file` durable; None is in memory.
-pub(super) fn sync_file(file: Option<&File>, log_file: &LogFile) -> Result<()> {
-    file.map_or(Ok(()), File::sync_data).map_err(|e| StoreError::io(&log_file.path, e))
+/// Makes what was written to `file` durable.
+pub(super) fn sync_file(file: &LogFile) -> Result<()> {
+    file.medium.sync().map_err(|e| StoreError::io(&file.path, e))
 }
 
-/// Calls `step` with a buffer, zeroed at first, for each piece of `from..to`.
-fn copy_over(from: u64, to: u64, mut step: impl FnMut(&mut [u8], u64) -> io::Result<()>) -> io::Result<()> {
-    let mut buffer = vec![0; to.saturating_sub(from).min(GROWTH) as usize];
-    let mut at = from;
-    while at < to {
-        let piece = (to - at).min(GROWTH) as usize;
-        step(&mut buffer[..piece], at)?;
-        at += piece as u64;
-    }
-    Ok(())
+/// `from..to` in pieces: (start, length).
+fn pieces(from: u64, to: u64) -> impl Iterator<Item = (u64, usize)> {
+    (from..to).step_by(GROWTH as usize).map(move |at| (at, (to - at).min(GROWTH) as usize))
 }

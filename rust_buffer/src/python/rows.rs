@@ -8,10 +8,13 @@ use pyo3::{
 };
 
 use crate::{
-    batch::{Extra, Packed},
+    batch::{Extra, Rows, Tokens},
     claims::EvalResult,
     group::Group,
+    late::LateReport,
+    query::Selected,
     rollout::Granted,
+    state::State,
     trajectory::{Trajectory, Verdict, Version},
     view::Counts,
 };
@@ -26,25 +29,45 @@ pub struct Waiting {
     pub group: Group,
 }
 
+/// Reward, if there is one, and components by name.
+pub type Scored = (Option<f64>, BTreeMap<String, f64>);
+
+pub fn verdict(state: &State, trajectory: &Trajectory) -> Scored {
+    match &trajectory.verdict {
+        Verdict::Scored { reward, components, .. } => (Some(*reward), state.components(components)),
+        _ => (None, BTreeMap::new()),
+    }
+}
+
 /// A trajectory with its arrays.
 pub struct TrajectoryView {
     pub id: u64,
     pub trajectory: Trajectory,
     pub state: &'static str,
+    pub verdict: Scored,
     pub prompt: Vec<u8>,
-    pub tokens: Vec<u8>,
-    pub logprobs: Vec<u8>,
+    pub tokens: Tokens,
     pub extras: BTreeMap<String, Vec<Extra>>,
 }
 
-pub fn lease<'py>(py: Python<'py>, lease: &Granted, prompt: &[u8], prefix: &[u8]) -> PyResult<Row<'py>> {
-    let row = PyDict::new(py);
+/// A lease with its arrays.
+pub struct LeaseView {
+    pub granted: Granted,
+    pub prompt: Vec<u8>,
+    pub metadata: Vec<u8>,
+    pub prefix: Tokens,
+}
+
+pub fn lease<'py>(py: Python<'py>, view: &LeaseView) -> PyResult<Row<'py>> {
+    let (lease, row) = (&view.granted, PyDict::new(py));
     row.set_item("trajectory", lease.trajectory)?;
     row.set_item("group", lease.group)?;
     row.set_item("epoch", lease.epoch)?;
     row.set_item("kind", lease.kind.name())?;
-    row.set_item("prompt", PyBytes::new(py, prompt))?;
-    row.set_item("prefix", PyBytes::new(py, prefix))?;
+    row.set_item("metadata", PyBytes::new(py, &view.metadata))?;
+    row.set_item("prompt", PyBytes::new(py, &view.prompt))?;
+    row.set_item("prefix", PyBytes::new(py, &view.prefix.ids))?;
+    row.set_item("prefix_observed", PyBytes::new(py, &view.prefix.observed))?;
     row.set_item("max_tokens", lease.max_tokens)?;
     row.set_item("grant", lease.grant)?;
     Ok(row)
@@ -60,7 +83,7 @@ fn extra<'py>(py: Python<'py>, extras: &BTreeMap<String, Vec<Extra>>) -> PyResul
 }
 
 /// `item`: the trajectory, its prompt, metadata and tokens.
-pub fn unscored<'py>(py: Python<'py>, item: &(Waiting, Vec<u8>, Vec<u8>, Vec<u8>)) -> PyResult<Row<'py>> {
+pub fn unscored<'py>(py: Python<'py>, item: &(Waiting, Vec<u8>, Vec<u8>, Tokens)) -> PyResult<Row<'py>> {
     let (item, prompt, metadata, tokens) = item;
     let row = PyDict::new(py);
     row.set_item("trajectory", item.id)?;
@@ -70,33 +93,31 @@ pub fn unscored<'py>(py: Python<'py>, item: &(Waiting, Vec<u8>, Vec<u8>, Vec<u8>
     row.set_item("prompt_id", &item.group.prompt_id)?;
     row.set_item("metadata", PyBytes::new(py, metadata))?;
     row.set_item("prompt", PyBytes::new(py, prompt))?;
-    row.set_item("tokens", PyBytes::new(py, tokens))?;
+    row.set_item("tokens", PyBytes::new(py, &tokens.ids))?;
+    row.set_item("observed", PyBytes::new(py, &tokens.observed))?;
     row.set_item("stop", item.trajectory.stop as u8)?;
     Ok(row)
 }
 
-pub fn batch<'py>(py: Python<'py>, iteration: i64, version: Version, packed: &Packed) -> PyResult<Row<'py>> {
+pub fn batch<'py>(py: Python<'py>, iteration: i64, version: Version, rows: &Rows) -> PyResult<Row<'py>> {
     let row = PyDict::new(py);
     row.set_item("iteration", iteration)?;
     row.set_item("version", version)?;
-    let arrays = [
-        ("tokens", &packed.tokens),
-        ("logprobs", &packed.logprobs),
-        ("versions", &packed.versions),
-        ("temperatures", &packed.temperatures),
-        ("mask", &packed.mask),
-        ("cu_seqlens", &packed.cu_seqlens),
-        ("prompt_lengths", &packed.prompt_lengths),
-        ("groups", &packed.groups),
-        ("trajectories", &packed.trajectories),
-        ("rewards", &packed.rewards),
-        ("stops", &packed.stops),
+    let arrays: [(&str, &[u8]); 6] = [
+        ("cu_seqlens", bytemuck::cast_slice(&rows.cu_seqlens)),
+        ("prompt_lengths", bytemuck::cast_slice(&rows.prompt_lengths)),
+        ("groups", bytemuck::cast_slice(&rows.groups)),
+        ("trajectories", bytemuck::cast_slice(&rows.trajectories)),
+        ("rewards", bytemuck::cast_slice(&rows.rewards)),
+        ("stops", &rows.stops),
     ];
     arrays.into_iter().try_for_each(|(name, bytes)| row.set_item(name, PyBytes::new(py, bytes)))?;
     let components = PyDict::new(py);
-    packed.components.iter().try_for_each(|(name, bytes)| components.set_item(name, PyBytes::new(py, bytes)))?;
+    for (name, values) in &rows.components {
+        components.set_item(name, PyBytes::new(py, bytemuck::cast_slice(values)))?;
+    }
     row.set_item("components", components)?;
-    row.set_item("prompt_ids", &packed.prompt_ids)?;
+    row.set_item("prompt_ids", &rows.prompt_ids)?;
     Ok(row)
 }
 
@@ -112,7 +133,11 @@ pub fn eval_result<'py>(py: Python<'py>, result: &EvalResult) -> PyResult<Row<'p
     Ok(row)
 }
 
-pub fn group<'py>(py: Python<'py>, id: u64, group: &Group, phase: (&str, Option<i64>)) -> PyResult<Row<'py>> {
+/// A group, its state and claim, and the metadata of its prompt.
+pub type GroupView = (u64, Group, (&'static str, Option<i64>), Vec<u8>);
+
+pub fn group<'py>(py: Python<'py>, view: &GroupView) -> PyResult<Row<'py>> {
+    let (id, group, phase, metadata) = view;
     let row = PyDict::new(py);
     row.set_item("group", id)?;
     row.set_item("request_id", &group.request_id)?;
@@ -122,6 +147,40 @@ pub fn group<'py>(py: Python<'py>, id: u64, group: &Group, phase: (&str, Option<
     row.set_item("iteration", phase.1)?;
     row.set_item("trajectories", group.members().collect::<Vec<_>>())?;
     row.set_item("cursor", group.cursor)?;
+    row.set_item("priority", group.priority)?;
+    row.set_item("max_tokens", group.max_tokens)?;
+    row.set_item("prompt_length", group.prompt_len)?;
+    row.set_item("tokens", group.tokens)?;
+    row.set_item("scored", group.scored())?;
+    row.set_item("failed", group.failed)?;
+    row.set_item("late", group.late)?;
+    row.set_item("metadata", PyBytes::new(py, metadata))?;
+    Ok(row)
+}
+
+pub fn selected<'py>(py: Python<'py>, selected: &Selected) -> PyResult<Row<'py>> {
+    let row = PyDict::new(py);
+    row.set_item("trajectory", selected.trajectory)?;
+    row.set_item("group", selected.group)?;
+    row.set_item("prompt_id", &selected.prompt_id)?;
+    row.set_item("kind", selected.kind.name())?;
+    row.set_item("state", selected.state)?;
+    row.set_item("group_state", selected.group_state)?;
+    row.set_item("iteration", selected.iteration)?;
+    row.set_item("reward", selected.reward)?;
+    row.set_item("length", selected.len)?;
+    row.set_item("stop", selected.stop as u8)?;
+    row.set_item("first_version", selected.first_version)?;
+    row.set_item("last_version", selected.last_version)?;
+    Ok(row)
+}
+
+pub fn late_report<'py>(py: Python<'py>, report: &LateReport) -> PyResult<Row<'py>> {
+    let row = PyDict::new(py);
+    row.set_item("group", report.group)?;
+    row.set_item("prompt_id", &report.prompt_id)?;
+    row.set_item("members", report.members)?;
+    row.set_item("tokens", report.tokens)?;
     Ok(row)
 }
 
@@ -131,17 +190,12 @@ pub fn trajectory<'py>(py: Python<'py>, view: &TrajectoryView) -> PyResult<Row<'
     row.set_item("group", trajectory.group)?;
     row.set_item("state", view.state)?;
     row.set_item("prompt", PyBytes::new(py, &view.prompt))?;
-    row.set_item("tokens", PyBytes::new(py, &view.tokens))?;
-    row.set_item("logprobs", PyBytes::new(py, &view.logprobs))?;
+    row.set_item("tokens", PyBytes::new(py, &view.tokens.ids))?;
+    row.set_item("logprobs", PyBytes::new(py, &view.tokens.logprobs))?;
+    row.set_item("observed", PyBytes::new(py, &view.tokens.observed))?;
     row.set_item("segments", trajectory.merged())?;
-    let components = PyDict::new(py);
-    let mut reward = None;
-    if let Verdict::Scored { reward: value, components: values, .. } = &trajectory.verdict {
-        reward = Some(*value);
-        values.iter().try_for_each(|(name, value)| components.set_item(name, value))?;
-    }
-    row.set_item("reward", reward)?;
-    row.set_item("components", components)?;
+    row.set_item("reward", view.verdict.0)?;
+    row.set_item("components", &view.verdict.1)?;
     row.set_item("stop", trajectory.stop as u8)?;
     row.set_item("attempts", trajectory.attempts)?;
     row.set_item("epoch", trajectory.epoch)?;
@@ -163,6 +217,7 @@ pub fn counts<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Row<'py>> {
     row.set_item("trajectories_idle", counts.trajectories_idle)?;
     row.set_item("trajectories_partial", counts.trajectories_partial)?;
     row.set_item("trajectories_unscored", counts.trajectories_unscored)?;
+    row.set_item("trajectories_late", counts.trajectories_late)?;
     row.set_item("eval_pending", counts.eval_pending)?;
     row.set_item("tokens_budget", counts.tokens_budget)?;
     row.set_item("tokens_spent", counts.tokens_spent)?;

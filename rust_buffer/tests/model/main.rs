@@ -1,36 +1,45 @@
 //! Random histories of the store against a simple model: rollout, scoring, learner and restarts.
 
-#![allow(clippy::unwrap_used, clippy::cast_possible_wrap)]
+#![allow(clippy::unwrap_used)]
 
+mod late;
 mod ops;
+mod query;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
 use _rust_buffer::{
-    batch,
-    claims::ClaimAnswer,
+    batch::{self, ClaimView, Columns, Rows},
+    claims::{ClaimAnswer, Starvation},
     error::StoreError,
-    group::Kind,
-    log::Durability,
+    group::{Kind, Straggler},
+    log::{Disk, Durability},
     record::{Admit, Masked, Quota, SegmentLoss},
-    rollout::Reply,
+    rollout::{Granted, Reply},
     store::{Settings, Store},
     trajectory::{Outcome, Verdict},
-    wire::Item,
+    wire::Batch,
 };
+use late::Stragglers;
 use ops::{Op, op};
 use proptest::prelude::*;
 
 const TTL: i64 = 1_000;
 const GROUPS: usize = 2;
 
-fn settings(lookahead: u32, current_only: bool) -> Settings {
+fn settings(lookahead: u32, current_only: bool, straggler: Option<Straggler>) -> Settings {
     Settings {
         groups_per_iteration: GROUPS,
         lookahead,
         max_staleness: Some(2),
         segment_loss: if current_only { SegmentLoss::CurrentOnly } else { SegmentLoss::All },
         min_group_size: 2,
+        straggler,
         max_attempts: 2,
         lease_ttl: TTL,
         grant_tokens: 4,
@@ -38,7 +47,14 @@ fn settings(lookahead: u32, current_only: bool) -> Settings {
         max_bytes: None,
         // Small, so that histories rotate and delete files.
         file_bytes: 2048,
+        commit_interval: Duration::from_millis(5),
     }
+}
+
+#[derive(Clone, Copy)]
+struct Token {
+    id: i32,
+    observed: bool,
 }
 
 #[derive(Clone)]
@@ -50,6 +66,10 @@ struct Held {
     deadline: i64,
 }
 
+fn open(dir: &Path, settings: Settings) -> Store {
+    Store::open(Arc::new(Disk::new(dir).unwrap()), settings).unwrap()
+}
+
 struct Model {
     dir: tempfile::TempDir,
     settings: Settings,
@@ -57,8 +77,8 @@ struct Model {
     now: i64,
     admitted: u64,
     evals: u64,
-    /// Generated tokens of each trajectory: (token, version); evaluation apart.
-    tokens: BTreeMap<u64, Vec<(i32, i64)>>,
+    /// Tokens of each trajectory; evaluation apart.
+    tokens: BTreeMap<u64, Vec<Token>>,
     eval: BTreeSet<u64>,
     held: Vec<Held>,
     /// Largest budget that each version ever had.
@@ -67,12 +87,15 @@ struct Model {
     committed: BTreeSet<u64>,
     trained_through: i64,
     evicted: i64,
+    stragglers: Stragglers,
+    /// Tokens of late members.
+    late_tokens: u64,
 }
 
 impl Model {
     fn new(settings: Settings) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let mut store = Store::open(Some(dir.path()), settings).unwrap();
+        let mut store = open(dir.path(), settings);
         store.publish(0, None, Masked::default()).unwrap();
         Self {
             dir,
@@ -89,6 +112,8 @@ impl Model {
             committed: BTreeSet::new(),
             trained_through: 0,
             evicted: 0,
+            stragglers: Stragglers::new(settings.straggler),
+            late_tokens: 0,
         }
     }
 
@@ -100,22 +125,34 @@ impl Model {
         self.store.as_ref().unwrap().state().version
     }
 
+    /// What time does, at the store and in the model.
+    fn tick(&mut self) {
+        let now = self.now;
+        self.store().expire(now).unwrap();
+        self.held.retain(|held| held.deadline > now);
+        for id in self.stragglers.tick(now) {
+            self.late_tokens += self.tokens[&id].iter().filter(|token| !token.observed).count() as u64;
+            self.held.retain(|held| held.trajectory != id);
+        }
+    }
+
     fn run(&mut self, op: &Op) {
+        self.tick();
         match op {
             Op::Quota { tokens, segment } => self.quota(*tokens, *segment),
-            Op::Admit { size, max_tokens, eval } => self.admit(*size, *max_tokens, *eval),
+            Op::Admit { size, max_tokens, priority, eval } => self.admit(*size, *max_tokens, *priority, *eval),
             Op::Lease { max, lag } => self.lease(*max, *lag),
-            Op::Append { pick, count, stop, newer } => self.append(*pick, *count, *stop, *newer),
+            Op::Append { pick, count, stop, newer, observed } => {
+                self.append(*pick, *count, *stop, (*newer, *observed));
+            }
             Op::StaleAppend { pick } => self.stale_append(*pick),
             Op::Wait { time } => {
                 self.now += time;
-                let now = self.now;
-                self.store().expire(now).unwrap();
-                self.held.retain(|held| held.deadline > now);
+                self.tick();
             }
             Op::Score { pick, outcome } => self.score(*pick, *outcome),
             Op::Claim => self.claim(),
-            Op::Work { stop } => (0..self.held.len()).rev().for_each(|pick| self.append(pick, 4, *stop, true)),
+            Op::Work { stop } => (0..self.held.len()).rev().for_each(|pick| self.append(pick, 4, *stop, (true, false))),
             Op::Publish { filter, idle, tokens, segment } => {
                 if *idle || self.store().state().open_claim().is_some() {
                     self.publish(*filter);
@@ -132,6 +169,8 @@ impl Model {
                 self.held.retain(|held| !eval.contains(&held.trajectory));
                 self.tokens.retain(|id, _| !eval.contains(id));
             }
+            Op::Late { pick } => self.late(*pick),
+            Op::Query { filter, limit } => query::check(self.store(), filter, *limit),
             Op::Reopen => self.reopen(),
         }
         self.check();
@@ -145,7 +184,7 @@ impl Model {
         *most = (*most).max(tokens);
     }
 
-    fn admit(&mut self, size: u32, max_tokens: u32, eval: bool) {
+    fn admit(&mut self, size: u32, max_tokens: u32, priority: i32, eval: bool) {
         let number = if eval { self.evals } else { self.admitted };
         let admit = Admit {
             request_id: format!("{}-{number}", if eval { "eval" } else { "train" }),
@@ -155,6 +194,7 @@ impl Model {
             prompt_len: 2,
             size,
             max_tokens,
+            priority,
         };
         let prompt: Vec<u8> = [7_i32, 8].iter().flat_map(|token| token.to_le_bytes()).collect();
         let untrained = self.store().counts().groups_untrained;
@@ -162,6 +202,9 @@ impl Model {
             Ok(group) => {
                 assert_eq!(self.store().admit(&admit, &prompt, b"meta").unwrap(), group);
                 let members = self.store().state().groups[&group].members();
+                if !eval {
+                    self.stragglers.admit(group, members.clone());
+                }
                 for id in members {
                     self.tokens.insert(id, Vec::new());
                     if eval {
@@ -179,12 +222,15 @@ impl Model {
         let (now, version) = (self.now, (self.newest() - lag).max(0));
         let open = self.store().state().open_claim().is_some() || version != self.newest();
         let grants = self.store().lease("worker", version, max, now).unwrap();
+        self.check_priorities(&grants);
         for lease in grants {
             assert!(lease.grant > 0);
             assert!(lease.kind == Kind::Eval || self.settings.lookahead > 0 || !open);
             assert!(!self.held.iter().any(|held| held.trajectory == lease.trajectory));
-            let (prefix, _) = batch::read_segments(self.store().log(), &lease.segments).unwrap();
-            assert_eq!(prefix, ids(&self.tokens[&lease.trajectory]));
+            let prefix = batch::read_segments(self.store().log(), &lease.segments).unwrap();
+            assert_eq!(prefix.ids, ids(&self.tokens[&lease.trajectory]));
+            let observed: Vec<u8> = self.tokens[&lease.trajectory].iter().map(|t| u8::from(t.observed)).collect();
+            assert_eq!(prefix.observed, observed);
             self.held.push(Held {
                 trajectory: lease.trajectory,
                 epoch: lease.epoch,
@@ -195,36 +241,39 @@ impl Model {
         }
     }
 
-    fn append(&mut self, pick: usize, count: u32, stop: Option<&str>, newer: bool) {
+    /// No group of higher priority was left out when one was started.
+    fn check_priorities(&self, grants: &[Granted]) {
+        let store = self.store.as_ref().unwrap();
+        let group = |id: &u64| &store.state().groups[id];
+        let started = grants.iter().filter(|lease| lease.kind == Kind::Train && lease.segments.is_empty());
+        let Some(least) = started.map(|lease| group(&lease.group).priority).min() else { return };
+        for (id, trajectory) in &store.state().trajectories {
+            let left_out = trajectory.segments.is_empty() && store.state_of(*id, trajectory) == "idle";
+            let group = group(&trajectory.group);
+            assert!(!left_out || group.kind == Kind::Eval || group.priority <= least);
+        }
+    }
+
+    fn append(&mut self, pick: usize, count: u32, stop: Option<&str>, (newer, observed): (bool, bool)) {
         if self.held.is_empty() {
             return;
         }
         let index = pick % self.held.len();
         let held = self.held[index].clone();
         let offset = self.tokens[&held.trajectory].len() as u32;
-        let count = count.min(held.grant);
+        let group = self.store().state().trajectories[&held.trajectory].group;
+        let room = self.store().state().groups[&group].max_tokens - offset;
+        let count = count.min(if observed { room } else { held.grant });
         let new: Vec<i32> = (0..count).map(|i| (held.trajectory * 100) as i32 + (offset + i) as i32).collect();
-        let (tokens, logprobs) = (bytes(&new), bytes(&new));
         let next_version = if newer { self.newest().max(held.version) } else { held.version };
-        let item = Item {
-            trajectory: held.trajectory,
-            epoch: held.epoch,
-            offset,
-            version: held.version,
-            temperature: 1.0,
-            tokens: &tokens,
-            logprobs: &logprobs,
-            next_version,
-            stop,
-            extra: BTreeMap::new(),
-        };
-        let now = self.now;
-        let reply = self.store().append(std::slice::from_ref(&item), now).unwrap()[0];
+        let sent = Sent { held: &held, offset, tokens: &new, next_version, stop, observed }.encode();
+        let (item, now) = (Batch::decode(&sent).unwrap(), self.now);
+        let reply = self.store().append(&item, now).unwrap()[0];
         assert!(!reply.stale);
-        let version = held.version;
-        self.tokens.get_mut(&held.trajectory).unwrap().extend(new.iter().map(|token| (*token, version)));
+        let tokens = self.tokens.get_mut(&held.trajectory).unwrap();
+        tokens.extend(new.iter().map(|id| Token { id: *id, observed }));
         let before = self.store().state().clone();
-        let repeat = self.store().append(&[item], now).unwrap()[0];
+        let repeat = self.store().append(&item, now).unwrap()[0];
         assert_eq!(self.store().state(), &before);
         assert_eq!(repeat, reply);
         if stop.is_some() || !before.trajectories[&held.trajectory].is_partial() {
@@ -248,21 +297,31 @@ impl Model {
             return;
         }
         let (trajectory, epoch) = fenced[pick % fenced.len()];
-        let (tokens, now) = (bytes(&[1, 2, 3]), self.now);
+        let now = self.now;
         let before = self.store().state().clone();
-        let item = Item {
-            trajectory,
-            epoch,
-            offset: 0,
-            version: 0,
-            temperature: 1.0,
-            tokens: &tokens,
-            logprobs: &tokens,
-            next_version: 0,
-            stop: Some("stop"),
-            extra: BTreeMap::new(),
-        };
-        assert_eq!(self.store().append(&[item], now).unwrap(), [Reply { trajectory, stale: true, grant: 0 }]);
+        let held = Held { trajectory, epoch, version: 0, grant: 0, deadline: 0 };
+        let sent =
+            Sent { held: &held, offset: 0, tokens: &[1, 2, 3], next_version: 0, stop: Some("stop"), observed: false };
+        let replies = self.store().append(&Batch::decode(&sent.encode()).unwrap(), now).unwrap();
+        assert_eq!(replies, [Reply { trajectory, stale: true, grant: 0 }]);
+        assert_eq!(self.store().state(), &before);
+    }
+
+    /// A member that came too late is fenced, and its score is ignored.
+    fn late(&mut self, pick: usize) {
+        let live: Vec<u64> = self.store.as_ref().unwrap().state().trajectories.keys().copied().collect();
+        let late: Vec<u64> = live.into_iter().filter(|id| self.stragglers.late.contains(id)).collect();
+        if late.is_empty() {
+            return;
+        }
+        let (id, now) = (late[pick % late.len()], self.now);
+        let before = self.store().state().clone();
+        let (offset, epoch) = (before.trajectories[&id].len, before.trajectories[&id].epoch);
+        let held = Held { trajectory: id, epoch, version: 0, grant: 0, deadline: 0 };
+        let sent = Sent { held: &held, offset, tokens: &[1, 2], next_version: 0, stop: None, observed: false };
+        let replies = self.store().append(&Batch::decode(&sent.encode()).unwrap(), now).unwrap();
+        assert_eq!(replies, [Reply { trajectory: id, stale: true, grant: 0 }]);
+        self.store().score(id, 0, Outcome::Scored, 1.0, BTreeMap::new(), now).unwrap();
         assert_eq!(self.store().state(), &before);
     }
 
@@ -280,24 +339,33 @@ impl Model {
     }
 
     fn score_one(&mut self, id: u64, outcome: Outcome) {
-        let attempt = self.store().state().trajectories[&id].attempts;
+        let now = self.now;
+        let (attempt, group) = {
+            let trajectory = &self.store().state().trajectories[&id];
+            (trajectory.attempts, trajectory.group)
+        };
         let components = BTreeMap::from([("right".to_owned(), 1.0)]);
-        self.store().score(id, attempt, outcome, 1.0, components.clone()).unwrap();
+        self.store().score(id, attempt, outcome, 1.0, components.clone(), now).unwrap();
         let before = self.store().state().clone();
+        let given_up = outcome == Outcome::InfraFailure && attempt + 1 == self.settings.max_attempts;
+        if given_up || outcome != Outcome::InfraFailure {
+            self.stragglers.verdict(group, id, !given_up, now);
+        }
         if let Some(trajectory) = before.trajectories.get(&id) {
-            let given_up = outcome == Outcome::InfraFailure && attempt + 1 == self.settings.max_attempts;
             assert_eq!(trajectory.verdict == Verdict::Failed, given_up);
         }
-        self.store().score(id, attempt, outcome, 1.0, components.clone()).unwrap();
+        self.store().score(id, attempt, outcome, 1.0, components.clone(), now).unwrap();
         assert_eq!(self.store().state(), &before);
         if before.trajectories.contains_key(&id) && outcome != Outcome::InfraFailure {
-            assert!(matches!(self.store().score(id, attempt, outcome, 2.0, components), Err(StoreError::Conflict(_))));
+            let other = self.store().score(id, attempt, outcome, 2.0, components, now);
+            assert!(matches!(other, Err(StoreError::Conflict(_))));
         }
     }
 
     fn claim(&mut self) {
         let iteration = self.claims.keys().max().copied().unwrap_or(0).max(self.evicted) + 1;
         let (now, version) = (self.now, self.newest());
+        let untrained = self.store().counts().groups_untrained;
         match self.store().claim(iteration, version, now) {
             Ok(Some(ClaimAnswer::Claimed(groups, lsn))) => {
                 assert!(!groups.is_empty() && groups.len() <= GROUPS);
@@ -311,7 +379,10 @@ impl Model {
                 self.check_claim(iteration);
                 self.claims.insert(iteration, groups);
             }
-            Ok(Some(ClaimAnswer::Starved)) => {
+            Ok(Some(ClaimAnswer::Starved(Starvation::OverAge))) => {
+                assert!(self.store().counts().groups_untrained < untrained, "nothing was evicted");
+            }
+            Ok(Some(ClaimAnswer::Starved(Starvation::Closed))) => {
                 let counts = self.store().counts();
                 assert_eq!((counts.groups_ready, counts.trajectories_leased, counts.trajectories_unscored), (0, 0, 0));
             }
@@ -322,23 +393,28 @@ impl Model {
     }
 
     fn check_claim(&mut self, iteration: i64) {
-        let (version, members) = self.store().claimed_members(iteration).unwrap();
-        let packed = batch::pack(self.store().log(), &members).unwrap();
-        let versions: Vec<i32> = packed.versions.chunks(4).map(|b| i32::from_le_bytes(b.try_into().unwrap())).collect();
+        let view = ClaimView::new(self.store().state(), iteration).unwrap();
+        let version = view.version();
+        let packed = Packed::read(&view, self.store());
         let trained: Vec<i32> =
-            versions.iter().zip(&packed.mask).filter(|(_, mask)| *mask & 2 != 0).map(|(v, _)| *v).collect();
+            packed.versions.iter().zip(&packed.mask).filter(|(_, mask)| *mask & 2 != 0).map(|(v, _)| *v).collect();
         assert!(trained.iter().all(|v| version - i64::from(*v) <= 2));
+        let spans = packed.rows.cu_seqlens.windows(2).zip(&packed.rows.groups);
         for group in &self.store().state().claims[&iteration].groups.clone() {
-            let flags = members.iter().filter(|member| member.group == *group).flat_map(|member| &member.segments);
-            assert!(flags.clone().any(|(_, mask)| mask & 2 != 0), "group {group} has nothing to train");
+            let mut own = spans.clone().filter(|(_, of)| **of == *group as i64).map(|(span, _)| span);
+            let trains =
+                |span: &[i64]| packed.mask[span[0] as usize..span[1] as usize].iter().any(|mask| mask & 2 != 0);
+            assert!(own.any(trains), "group {group} has nothing to train");
         }
         assert_eq!(trained.len() as u64, self.store().state().claims[&iteration].sums.trainable);
-        assert!(versions.iter().zip(&packed.mask).all(|(v, mask)| (*v < 0) == (*mask == 0)));
-        let all: Vec<u8> = members
-            .iter()
-            .flat_map(|member| [bytes(&[7, 8]), ids(&self.tokens[&member.trajectory])].concat())
-            .collect();
+        assert!(packed.versions.iter().zip(&packed.mask).all(|(v, mask)| (*v < 0) == (*mask == 0)));
+        let (mut all, mut generated) = (Vec::new(), Vec::new());
+        for id in &packed.rows.trajectories {
+            all.extend([7, 8].into_iter().chain(self.tokens[&(*id as u64)].iter().map(|token| token.id)));
+            generated.extend([false, false].into_iter().chain(self.tokens[&(*id as u64)].iter().map(|t| !t.observed)));
+        }
         assert_eq!(packed.tokens, all);
+        assert!(generated.iter().zip(&packed.mask).all(|(generated, mask)| *generated == (mask & 1 != 0)));
     }
 
     fn publish(&mut self, filter: bool) {
@@ -394,14 +470,15 @@ impl Model {
         let before = self.store().state().clone();
         self.store().log().close().unwrap();
         self.store = None;
-        self.store = Some(Store::open(Some(self.dir.path()), self.settings).unwrap());
+        self.store = Some(open(self.dir.path(), self.settings));
         assert_eq!(self.store().state(), &before);
         self.held.clear();
+        self.stragglers.reopen();
     }
 
     fn check(&mut self) {
-        let generated: usize =
-            self.tokens.iter().filter(|(id, _)| !self.eval.contains(id)).map(|(_, tokens)| tokens.len()).sum();
+        let generated = self.tokens.iter().filter(|(id, _)| !self.eval.contains(id)).flat_map(|(_, tokens)| tokens);
+        let (observed, generated): (Vec<&Token>, Vec<&Token>) = generated.partition(|token| token.observed);
         let admitted = self.admitted;
         let budgets = self.budgets.clone();
         let tokens = &self.tokens;
@@ -409,7 +486,10 @@ impl Model {
         let store = self.store.as_ref().unwrap();
         store.check().unwrap();
         let ledger: BTreeMap<&str, i64> = store.ledger().into_iter().collect();
-        assert_eq!(ledger["generated"], generated as i64);
+        assert_eq!(ledger["generated"], generated.len() as i64);
+        assert_eq!(ledger["observed"], observed.len() as i64);
+        assert_eq!(ledger["evicted_late"], self.late_tokens as i64);
+        assert_eq!(store.counts().trajectories_late, self.stragglers.late.len() as u64);
         assert_eq!(store.state().next_cursor, admitted);
         for (version, spent) in &store.state().spent {
             assert!(*spent <= budgets.get(version).copied().unwrap_or(0), "version {version} spent {spent}");
@@ -420,6 +500,7 @@ impl Model {
         for (id, trajectory) in &store.state().trajectories {
             assert_eq!(trajectory.len as usize, tokens[id].len());
             assert_eq!(store.state_of(*id, trajectory) == "leased", held.contains(id));
+            assert_eq!(store.state_of(*id, trajectory) == "late", self.stragglers.late.contains(id));
         }
     }
 }
@@ -428,18 +509,99 @@ fn bytes(values: &[i32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
 
-fn ids(tokens: &[(i32, i64)]) -> Vec<u8> {
-    bytes(&tokens.iter().map(|(token, _)| *token).collect::<Vec<_>>())
+fn ids(tokens: &[Token]) -> Vec<u8> {
+    bytes(&tokens.iter().map(|token| token.id).collect::<Vec<_>>())
+}
+
+/// A batch of one segment.
+struct Sent<'a> {
+    held: &'a Held,
+    offset: u32,
+    tokens: &'a [i32],
+    next_version: i64,
+    stop: Option<&'a str>,
+    observed: bool,
+}
+
+impl Sent<'_> {
+    fn encode(&self) -> Vec<u8> {
+        let Held { trajectory, epoch, version, .. } = *self.held;
+        let none: Vec<(&str, &str, u32)> = Vec::new();
+        let count = self.tokens.len() as u32;
+        let item = (
+            trajectory,
+            epoch,
+            self.offset,
+            count,
+            version,
+            1.0_f32,
+            self.next_version,
+            self.stop,
+            self.observed,
+            none,
+        );
+        let header = rmp_serde::to_vec(&[item]).unwrap();
+        let mut batch =
+            [&b"PMDB"[..], &1_u32.to_le_bytes(), &(header.len() as u32).to_le_bytes(), &[0; 4], &header].concat();
+        batch.resize(batch.len().next_multiple_of(8), 0);
+        batch.extend(bytes(self.tokens));
+        if !self.observed {
+            batch.extend(bytes(self.tokens));
+        }
+        batch.resize(batch.len().next_multiple_of(8), 0);
+        batch
+    }
+}
+
+struct Packed {
+    tokens: Vec<i32>,
+    versions: Vec<i32>,
+    mask: Vec<u8>,
+    rows: Rows,
+}
+
+impl Packed {
+    fn read(view: &ClaimView, store: &Store) -> Self {
+        let len = view.num_tokens().unwrap();
+        let [mut tokens, mut logprobs, mut versions, mut temperatures] = [(); 4].map(|()| vec![9; 4 * len]);
+        let mut mask = vec![9; len];
+        let mut columns = Columns {
+            tokens: &mut tokens,
+            logprobs: &mut logprobs,
+            versions: &mut versions,
+            temperatures: &mut temperatures,
+            mask: &mut mask,
+        };
+        let rows = view.pack(store.log(), &mut columns, true).unwrap();
+        let numbers = |bytes: &[u8]| bytes.chunks(4).map(|b| i32::from_le_bytes(b.try_into().unwrap())).collect();
+        let (tokens, versions): (Vec<i32>, Vec<i32>) = (numbers(&tokens), numbers(&versions));
+        let silent = mask.iter().map(|mask| mask & 1 == 0);
+        assert!(
+            numbers(&logprobs)
+                .iter()
+                .zip(&tokens)
+                .zip(silent)
+                .all(|((p, t), silent)| *p == if silent { 0 } else { *t })
+        );
+        Self { tokens, versions, mask, rows }
+    }
+}
+
+/// Cases of the quick form; `PROPTEST_CASES` makes it the nightly one.
+fn cases(quick: u32) -> u32 {
+    std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(quick)
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, max_shrink_iters: 4000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(64), max_shrink_iters: 4000, ..ProptestConfig::default() })]
 
     #[test]
     fn random_histories_keep_every_invariant(
-        ops in prop::collection::vec(op(), 1..400), lookahead in 0..2_u32, current_only in any::<bool>()
+        ops in prop::collection::vec(op(), 1..400), lookahead in 0..2_u32, current_only in any::<bool>(),
+        straggler in prop::option::of((2..4_u32, 1..1500_i64))
     ) {
-        let mut model = Model::new(settings(lookahead, current_only));
+        let straggler = straggler.map(|(members, wait)| Straggler { members, wait });
+        let mut model = Model::new(settings(lookahead, current_only, straggler));
         model.run(&Op::Quota { tokens: 30, segment: None });
         for op in &ops {
             model.run(op);

@@ -1,0 +1,128 @@
+"""From a lease to a trajectory that is ready to go on: its sampling, what watches it, and its environment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from pmdflow.config.schema import Config
+from pmdflow.data import load_tokenizer
+from pmdflow.environments.protocol import Environment, load_environment
+from pmdflow.rollout.control import SamplingControl, control_for
+from pmdflow.rollout.held import HeldTrajectory
+from pmdflow.rollout.repetition import RepetitionDetector
+from pmdflow.rollout.stop_text import StopText
+from pmdflow.rollout.turns import Session, end_ids, split_turns
+from pmdflow.scheduler import sampling_temperature
+from pmdflow.types import Lease
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class LeaseTaker:
+    """Takes leases by the settings of a run; loads tokenizer and environment when the first one needs them."""
+
+    def __init__(self, config: Config) -> None:
+        """Load nothing yet."""
+        self._config = config
+
+    def take(self, lease: Lease, *, limit: int, version: int) -> HeldTrajectory:
+        """Hold a leased trajectory; with an environment, the call that replays its turns is under way.
+
+        Args:
+            lease: The lease.
+            limit: Tokens that may be generated now.
+            version: Of the engine's weights.
+
+        Raises:
+            ValueError: impossible overrides of its prompt, or no such environment.
+        """
+        held = HeldTrajectory(
+            lease=lease,
+            control=control_for(lease.metadata, self._defaults(lease, version)),
+            limit=limit,
+            context=lease.prefix.tolist(),
+            offset=len(lease.prefix),
+            repetition=self._repetition(lease),
+        )
+        if self._config.environment is not None:
+            self._open(held)
+        self.watch(held)
+        return held
+
+    def watch(self, held: HeldTrajectory) -> None:
+        """Watch the present turn for stop strings."""
+        if held.control.stop:
+            held.stop_text = StopText(
+                self._tokenizer,
+                held.control.stop,
+                history=held.context[held.turn_start :],
+                ignored=max(held.control.min_tokens - len(held.context), 0),
+            )
+
+    def _defaults(self, lease: Lease, version: int) -> SamplingControl:
+        """How a prompt without overrides is sampled; a lease keeps the temperature that it began with."""
+        train, rollout = lease.kind == "train", self._config.rollout
+        temperature = sampling_temperature(
+            version,
+            initial=rollout.temperature,
+            final=rollout.final_temperature,
+            iterations=rollout.temperature_iterations,
+        )
+        return SamplingControl(
+            temperature=temperature if train else self._config.eval.temperature,
+            max_tokens=lease.max_tokens,
+            min_tokens=0 if train else self._config.eval.min_tokens,
+            top_p=1.0 if train else self._config.eval.top_p,
+            stop=tuple(rollout.stop),
+            stop_token_ids=tuple(rollout.stop_token_ids),
+        )
+
+    def _repetition(self, lease: Lease) -> RepetitionDetector | None:
+        config = self._config.rollout.repetition
+        if config is None or (lease.kind == "eval" and not self._config.eval.stop_repetition):
+            return None
+        return RepetitionDetector(config, history=lease.prefix[lease.prefix_observed == 0].tolist())
+
+    def _open(self, held: HeldTrajectory) -> None:
+        """Begin the environment from what is durable."""
+        assert self._config.environment is not None
+        lease = held.lease
+        said, turns = split_turns(lease.prefix, lease.prefix_observed)
+        action = turns.pop().action if turns and not turns[-1].observed else ()
+        held.turn_start = len(held.context) - len(action)
+        held.session = Session(
+            make=self._environment,
+            tokenizer=self._tokenizer,
+            config=self._config.environment,
+            key=f"{self._config.run.name}/{lease.trajectory}",
+            prompt=str(self._tokenizer.decode(lease.prompt.tolist(), skip_special_tokens=True)),
+            metadata=lease.metadata,
+            said=said if len(lease.prefix) else None,
+            turns=turns,
+        )
+        held.phase = "calling"
+        held.session.start(action if self._has_ended(action, held.control) else None)
+
+    def _has_ended(self, action: tuple[int, ...], control: SamplingControl) -> bool:
+        """Whether a turn is whole: its worker vanished before the environment's answer was durable."""
+        if not action:
+            return False
+        if action[-1] in self._ends.union(control.stop_token_ids):
+            return True
+        return bool(control.stop) and StopText(self._tokenizer, control.stop).find(action) is not None
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self._config.model.path)
+
+    @cached_property
+    def _ends(self) -> frozenset[int]:
+        return end_ids(self._config.model.path, self._tokenizer)
+
+    @cached_property
+    def _environment(self) -> Callable[[], Environment]:
+        assert self._config.environment is not None
+        return load_environment(self._config.environment)

@@ -1,0 +1,73 @@
+"""Stop strings on token ids: incremental detokenization, never a second tokenization."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tokenizers.decoders import DecodeStream
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+
+class StopText:
+    """Watches the text of one sequence for the first of some strings.
+
+    A token belongs to the text once its characters are whole, so a stop string whose last character is followed by a
+    part of another one inside the same token is found with the token that completes that other one.
+
+    Example:
+        >>> stop = StopText(tokenizer, ("</answer>",))  # doctest: +SKIP
+        >>> stop.find(tokenizer("4</answer> and").input_ids)  # doctest: +SKIP
+        1
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], *, history: Sequence[int] = (), ignored: int = 0
+    ) -> None:
+        """Watch for `stop`.
+
+        Args:
+            tokenizer: One with a Rust backend, as those of Hugging Face folders are.
+            stop: Not empty; no string is empty.
+            history: Tokens generated before, which a stop string may begin in.
+            ignored: Tokens from now on that cannot complete a stop string.
+
+        Raises:
+            ValueError: the tokenizer has no Rust backend.
+        """
+        backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ValueError(
+                f"stop strings need a tokenizer with a Rust backend (tokenizer.json), not {type(tokenizer).__name__}; "
+                "use stop_token_ids"
+            )
+        self._tokenizer = backend
+        self._stop = tuple(stop)
+        self._kept = max(len(text) for text in stop) - 1
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._tail = ""
+        self._ignored = ignored
+        # A token has a byte or more, a character at most 4: what lies further back is in no string that can end now.
+        for token in history[-4 * (self._kept + 1) :]:
+            self._feed(token)
+
+    def find(self, tokens: Sequence[int]) -> int | None:
+        """Index in `tokens` of the one that completes a stop string, or None; nothing behind it is read."""
+        for index, token in enumerate(tokens):
+            text = self._feed(token)
+            self._ignored -= 1
+            if self._ignored < 0 and any(stop in text for stop in self._stop):
+                return index
+        return None
+
+    def _feed(self, token: int) -> str:
+        """Text in which every stop string that `token` completes ends, and none that was complete before."""
+        chunk = self._stream.step(self._tokenizer, token)
+        if not chunk:
+            return ""
+        text = self._tail + chunk
+        self._tail = text[max(len(text) - self._kept, 0) :]
+        return text

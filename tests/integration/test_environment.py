@@ -1,0 +1,75 @@
+"""A run whose trajectories talk to a calculator, with turns cut by budgets and a worker killed."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from integration.runs import ROOT, Up, small_config
+from pmdflow.archive import parts, read_part
+from pmdflow.data import load_tokenizer
+from pmdflow.environments.calculator import Calculator
+from pmdflow.metrics.summary import OUTSIDE_SUM
+from pmdflow.rollout.turns import split_turns
+from pmdflow.types import Mask, TrainBatch
+
+MODEL = str(ROOT / "configs" / "tiny-calculator")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Up:
+    directory = tmp_path_factory.mktemp("environment")
+    config = small_config(
+        directory, run__iterations=6, model__path=MODEL, data__max_tokens=64, rollout__stop=["]"],
+        rollout__tokens_per_segment=6, scheduler__max_staleness=None, rollout__lease_ttl_s=3.0,
+    )  # fmt: skip
+    config["data"]["args"] = {"min_terms": 2, "max_terms": 4, "min_digits": 2, "max_digits": 3}
+    config["environment"] = {"factory": "pmdflow.environments.calculator:Calculator"}
+    up = Up(directory, config)
+    up.wait_for(lambda: len(up.iterations()) >= 2, "the second iteration")
+    up.actor("ray::RolloutActor").send_signal(signal.SIGKILL)
+    assert up.wait() == 0, up.output
+    return up
+
+
+@pytest.fixture(scope="module")
+def batches(finished: Up) -> list[TrainBatch]:
+    return [read_part(path) for path in parts(finished.run)]
+
+
+def test_every_call_was_answered_rightly_also_across_versions_and_workers(batches: list[TrainBatch]) -> None:
+    tokenizer: Any = load_tokenizer(MODEL)
+    calls = versions = 0
+    for batch in batches:
+        for start, end, length in zip(batch.cu_seqlens, batch.cu_seqlens[1:], batch.prompt_lengths, strict=False):
+            low = start + length
+            observed = (batch.mask[low:end] & Mask.GENERATED == 0).astype(np.uint8)
+            assert ((batch.versions[low:end] == -1) == (observed == 1)).all()
+            for turn in split_turns(batch.tokens[low:end], observed)[1]:
+                if turn.observed:
+                    action = tokenizer.decode(turn.action)
+                    assert tokenizer.decode(turn.observed) == Calculator().step(key="", action=action).text
+                    calls += 1
+            used = batch.versions[low:end][observed == 0]
+            versions += observed.any() and len(np.unique(used)) > 1
+    assert calls > 10 and versions > 0
+
+
+def test_the_ledger_is_exact_and_counts_observed_tokens_apart(finished: Up, batches: list[TrainBatch]) -> None:
+    last = {k.removeprefix("ledger/"): v for k, v in finished.iterations()[-1].items() if k.startswith("ledger/")}
+    outside = {key: last.pop(key) for key in OUTSIDE_SUM}
+    assert last.pop("generated") == sum(last.values())
+    archived = 0
+    for batch in batches:
+        in_prompts = int(batch.prompt_lengths.sum())
+        archived += int((batch.mask & Mask.GENERATED == 0).sum()) - in_prompts
+    assert outside["observed"] >= archived > 0
+
+
+def test_nothing_failed(finished: Up) -> None:
+    assert not [event for event in finished.events() if event["kind"] == "environment_failed"]
+    assert Path(finished.run / "events.jsonl").read_text().count("actor_died") == 1
