@@ -149,7 +149,7 @@ def measure(
 ) -> dict[str, list[float]]:
     """Tokens a second of each round, after a warm-up."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
-    for name, run in runs.items():
+    for run in runs.values():
         run(cases[:16])
     for number in range(rounds):
         for name in list(runs) if number % 2 == 0 else reversed(list(runs)):
