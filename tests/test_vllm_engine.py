@@ -286,6 +286,16 @@ def test_published_adapters_are_merged(engine: VllmEngine, model: Any) -> None:
     np.testing.assert_allclose(record.logprobs[0], expected, atol=1e-3)
 
 
+def test_incomplete_weights_are_refused(model: Any, model_path: str) -> None:
+    engine = VllmEngine(VllmSettings(model_path=model_path, max_length=64, slots=2), seed=0)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "model.norm.weight"}
+    try:
+        with pytest.raises(Exception, match=r"lack \['model.norm.weight'\]"):
+            swap(engine, state, "keep_kv")
+    finally:
+        engine.close()
+
+
 def test_bad_requests_are_refused(engine: VllmEngine) -> None:
     engine.add(request(0, [5, 6]))
     with pytest.raises(ValueError, match="sequence 0 is held already"):
