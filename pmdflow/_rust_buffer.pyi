@@ -10,7 +10,30 @@ from typing import Any, Literal, final
 
 from typing_extensions import Buffer
 
-__all__ = ["Conflict", "CorruptLog", "StaleLease", "StoreError", "StoreFull", "StoreLocked", "TrajectoryStore"]
+__all__ = [
+    "Conflict",
+    "CorruptLog",
+    "StaleLease",
+    "StoreError",
+    "StoreFull",
+    "StoreLocked",
+    "TrajectoryStore",
+    "pack",
+]
+
+def pack(
+    lengths: list[int], *, ranks: int, limit: int, steps: list[int] | None = None, quadratic: float = 0.0
+) -> list[list[list[list[int]]]]:
+    """Micro-batches over data-parallel ranks, as indices: for each step, rank and micro-batch.
+
+    `steps` says how many sequences each step has, in order (None: all are one step). In a step all ranks have equally
+    many micro-batches, empty ones included, of at most `limit` tokens; a longer sequence is alone in one. A sequence of
+    n tokens costs n + `quadratic` n^2: the costs of two ranks differ at most by that of the longest sequence, and
+    micro-batches that run at the same time cost about the same. Deterministic.
+
+    Raises:
+        ValueError: `steps` does not add up to the number of sequences, or a number is out of range.
+    """
 
 class StoreError(Exception):
     """Root of the store's errors."""
@@ -41,6 +64,7 @@ class TrajectoryStore:
         max_staleness: int | None,
         segment_loss: Literal["all", "current_only"] = "all",
         min_group_size: int = 2,
+        straggler: tuple[int, float] | None = None,
         max_attempts: int = 3,
         lease_ttl_s: float = 30.0,
         grant_tokens: int = 64,
@@ -55,6 +79,11 @@ class TrajectoryStore:
         With `read_only` it is a picture of the store as it is now, beside a process that may be writing it: no lock is
         taken and every change is refused. Opening drops all leases (their trajectories are partial again); epochs go
         on counting.
+
+        `straggler` is (members, wait in seconds), off by default: a training group with at least that many scored
+        members is ready once that time has passed since, without its late members: those not complete or without an
+        outcome. They are evicted with the reason `late`: fenced, not in claims, their scores ignored. This biases
+        training towards short answers. The time is not stored: opening starts it again.
 
         Raises:
             StoreLocked: another writer has it open.
@@ -73,13 +102,14 @@ class TrajectoryStore:
         metadata: bytes,
         group_size: int,
         max_tokens: int,
+        priority: int = 0,
         wait: bool = True,
     ) -> int:
         """Admit a prompt with `group_size` empty trajectories; returns the group id.
 
         `prompt` is int32 ids, `metadata` opaque bytes. `cursor` (train only) advances `next_cursor` to at least
-        cursor + 1. A repeat of a live `request_id` returns its group; of one already gone raises Conflict (but the ids
-        of dropped evaluations are free again).
+        cursor + 1. Groups of higher `priority` are started first. A repeat of a live `request_id` returns its group;
+        of one already gone raises Conflict (but the ids of dropped evaluations are free again).
 
         Raises:
             StoreFull: untrained groups have reached the quota, or no room for group_size x max_tokens.
@@ -89,9 +119,10 @@ class TrajectoryStore:
     ) -> list[dict[str, Any]]:
         """Lease up to `max_leases` trajectories to a worker whose engine holds `version`; waits for the first one.
 
-        Order: evaluation first, then partial ones before new ones, oldest group first. Nothing is leased when its
-        grant would be 0. With lookahead 0 nothing (but evaluation) is leased while a claim is untrained or
-        `version` is not the newest. Keys of an answer: the fields of `pmdflow.types.Lease`.
+        Order: evaluation first, then partial ones, oldest group first, then new ones, highest priority and then oldest
+        group first. Nothing is leased when its grant would be 0. With lookahead 0 nothing (but evaluation) is leased
+        while a claim is untrained or `version` is not the newest. Keys of an answer: the fields of
+        `pmdflow.types.Lease`.
         """
     def append(
         self, batch: bytes, wait: bool = True, now_s: float | None = None
@@ -117,11 +148,12 @@ class TrajectoryStore:
         reward: float,
         components: dict[str, float],
         wait: bool = True,
+        now_s: float | None = None,
     ) -> None:
         """Record the outcome of scoring attempt `attempt`. `max_attempts` infra failures make the member `failed`.
 
         A group whose living members are all scored is ready; with fewer than `min_group_size` it is evicted with
-        the reason `min_group_size`.
+        the reason `min_group_size`. Scores of late members are ignored (see `straggler`).
 
         Raises:
             Conflict: not complete, non-finite reward, or another outcome for an attempt already recorded.
@@ -138,11 +170,13 @@ class TrajectoryStore:
         """Claim `iteration`'s groups for a learner at `version`.
 
         Waits until `groups_per_iteration` groups are ready, or nothing can be leased, none is leased and none
-        awaits a score. Ready groups are taken in the order in which they were admitted, at most
-        `groups_per_iteration`. A ready group without any token to train is evicted with the reason `over_age`.
-        Returns {status: "claimed" | "starved" | "timeout", groups: list[int], lsn: int}; "starved" means that
-        rollout is closed and no group is ready: grant the budget again or admit. A repeat for an iteration already
-        claimed returns the first answer.
+        awaits a score. Of the ready groups the first admitted are taken, at most `groups_per_iteration`: those still
+        being generated do not hold up younger ones, and the quota of untrained groups bounds how many these are.
+        A ready group without any token to train is evicted with the reason `over_age`.
+        Returns {status: "claimed" | "starved" | "timeout", reason: str | None, groups: list[int], lsn: int}.
+        "starved" says why waiting would not help: `closed`, rollout is closed and no group is ready (grant the budget
+        again or admit), or `over_age`, this call evicted groups and too few are left (admit others in their place).
+        A repeat for an iteration already claimed returns the first answer.
         """
     def claim_tokens(self, iteration: int) -> int:
         """Tokens of the claim, prompts included: what `read_claim` needs room for."""
@@ -187,15 +221,50 @@ class TrajectoryStore:
     def drop_eval(self, prefix: str) -> int:
         """Evict the evaluation groups whose request ids start with `prefix`; returns how many."""
     def groups(self, state: str | None = None) -> list[dict[str, Any]]:
-        """Live groups: {group, request_id, prompt_id, kind, state, iteration, trajectories: list[int], cursor}.
+        """Live groups with their prompts' metadata.
 
-        `state` is one of `partial`, `ready`, `claimed`, `trained`, `committed`.
+        Keys: group, request_id, prompt_id, kind, state, iteration, trajectories: list[int], cursor, priority,
+        max_tokens, prompt_length, tokens, scored, failed, late, metadata: bytes.
+
+        `state` is one of `partial`, `ready`, `claimed`, `trained`, `committed`; `tokens` are those of its members,
+        `scored`, `failed` and `late` count members; tokens of late members are not in `tokens`.
+        """
+    def select(
+        self,
+        after: int | None,
+        limit: int,
+        *,
+        iteration: int | None,
+        version: tuple[int | None, int | None],
+        reward: tuple[float | None, float | None],
+        length: tuple[int | None, int | None],
+        stop: int | None,
+        prompt_id: str | None,
+        group: int | None,
+        kind: str | None,
+        state: str | None,
+    ) -> tuple[list[dict[str, Any]], int | None]:
+        """One page of a query: up to `limit` trajectories with ids above `after`, and the next page's `after`.
+
+        The answer's second part is None on the last page; a page may be empty before it. See
+        `pmdflow.store.TrajectoryStore.query` for the filter; rows are the fields of `pmdflow.store.StoredTrajectory`.
+
+        Raises:
+            ValueError: an unknown `stop`, `kind` or `state`.
+        """
+    def claims(self) -> dict[int, str]:
+        """State of every claim that is not evicted, by iteration: `claimed`, `trained` or `committed`."""
+    def take_late(self) -> list[dict[str, Any]]:
+        """Groups that became ready without late members since the last call, the newest 1,024 of them.
+
+        Keys: group, prompt_id, members (late ones), tokens (of these).
         """
     def trajectory(self, trajectory: int) -> dict[str, Any]:
         """One live trajectory, with its arrays.
 
-        Keys: trajectory, group, state (`leased`, `idle`, `unscored`, `scored` or `failed`), prompt, tokens, logprobs,
-        observed, segments: [(length, version, temperature, observed)], reward, components, stop, attempts, epoch,
+        Keys: trajectory, group, state (`leased`, `idle`, `unscored`, `scored`, `failed` or `late`), prompt, tokens,
+        logprobs, observed, segments: [(length, version, temperature, observed)], reward, components, stop, attempts,
+        epoch,
         extra: {name: [(offset, length, dtype, bytes)]}.
         """
     def counts(self) -> dict[str, int]:

@@ -178,7 +178,14 @@ class Controller:
                 )
                 return True
             counts: Counts = self._call("counts")
-            if answer.status == "starved" and self._admit() == 0:
+            admitted = self._admit() if answer.status == "starved" else 0
+            if answer.reason == "over_age":
+                self._supervisor.event(
+                    "over_age",
+                    f"version {self.version}: ready groups had nothing left to train and were evicted; "
+                    f"{admitted} others admitted",
+                )
+            elif answer.status == "starved" and admitted == 0:
                 self._call("set_quota", next_quota(self._settings, counts))
                 self._supervisor.event(
                     "budget_regranted",

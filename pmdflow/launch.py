@@ -146,12 +146,14 @@ def start_ray(config: Config) -> None:
 
 def store_settings(config: Config) -> dict[str, Any]:
     """The keyword arguments of the trajectory store."""
+    straggler = config.scheduler.straggler
     return {
         "groups_per_iteration": config.scheduler.groups_per_iteration,
         "lookahead": config.scheduler.lookahead,
         "max_staleness": config.scheduler.max_staleness,
         "segment_loss": config.learner.segment_loss,
         "min_group_size": config.scheduler.min_group_size,
+        "straggler": None if straggler is None else (straggler.members, straggler.wait_s),
         "max_attempts": config.reward.max_attempts,
         "lease_ttl_s": config.rollout.lease_ttl_s,
         "durability": config.store.durability,

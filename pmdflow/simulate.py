@@ -179,7 +179,7 @@ class Simulation:
         for item in self._store.unscored(1024, 1.0, 0.0, now_s=self._now):
             failed = self._rng.random() < self._settings.infra_failure_share
             outcome: Outcome = "infra_failure" if failed else "scored"
-            self._store.score(item.trajectory, item.attempt, outcome, float(self._rng.integers(2)), {})
+            self._store.score(item.trajectory, item.attempt, outcome, float(self._rng.integers(2)), {}, now_s=self._now)
 
     def _learn(self) -> None:
         iteration = self._report.iterations + 1
@@ -190,7 +190,7 @@ class Simulation:
                 self._account(iteration)
                 return
             self._report.learner_wait_ticks += 1
-            if answer.status == "starved" and self._admit() == 0:
+            if answer.status == "starved" and self._admit() == 0 and answer.reason == "closed":
                 self._report.regrants += 1
                 self._store.set_quota(next_quota(self._settings.scheduler, self._store.counts()))
         elif self._now >= self._training_until:

@@ -8,7 +8,7 @@ say what was wrong. A closed store raises `StoreError`.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -41,15 +41,21 @@ __all__ = [
     "Conflict",
     "CorruptLog",
     "EvalResult",
+    "LateMembers",
     "StaleLease",
     "StoreError",
     "StoreFull",
     "StoreLocked",
+    "StoredTrajectory",
     "TrajectoryStore",
     "encode_segments",
 ]
 
 GroupState = Literal["partial", "ready", "claimed", "trained", "committed"]
+TrajectoryState = Literal["leased", "idle", "unscored", "scored", "failed", "late"]
+
+PAGE_ROWS = 1024
+"""Trajectories that a query reads in one call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +63,8 @@ class ClaimAnswer:
     """The answer to `TrajectoryStore.claim`."""
 
     status: Literal["claimed", "starved", "timeout"]
+    reason: Literal["closed", "over_age"] | None
+    """Why it starves: rollout is closed, or ready groups were over-age and are evicted; None unless it does."""
     groups: tuple[int, ...]
     """Group ids in claim order; empty unless claimed."""
     lsn: int
@@ -71,6 +79,41 @@ class EvalResult:
     prompt_id: str
     reward: float | None
     """None when scoring failed for good."""
+    length: int
+    """Generated tokens."""
+    stop: Stop
+    first_version: int | None
+    """Policy version of the first token; None when empty."""
+    last_version: int | None
+    """Policy version of the last token; None when empty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LateMembers:
+    """A group that became ready without its late members (the straggler rule)."""
+
+    group: int
+    prompt_id: str
+    members: int
+    """Late ones."""
+    tokens: int
+    """Their generated tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTrajectory:
+    """What a query tells of one trajectory; `TrajectoryStore.trajectory` has its arrays."""
+
+    trajectory: int
+    group: int
+    prompt_id: str
+    kind: LeaseKind
+    state: TrajectoryState
+    group_state: GroupState
+    iteration: int | None
+    """Iteration that claimed its group."""
+    reward: float | None
+    """None without a reward."""
     length: int
     """Generated tokens."""
     stop: Stop
@@ -193,6 +236,7 @@ class TrajectoryStore:
         max_staleness: int | None,
         segment_loss: Literal["all", "current_only"] = "all",
         min_group_size: int = 2,
+        straggler: tuple[int, float] | None = None,
         max_attempts: int = 3,
         lease_ttl_s: float = 30.0,
         grant_tokens: int = 64,
@@ -203,7 +247,11 @@ class TrajectoryStore:
     ) -> None:
         """Open or create the store in directory `path`; None keeps it in memory.
 
+        `straggler` is (members, wait in seconds): with that many members scored, a group waits for the late ones only
+        so much longer; None waits for all.
+
         Raises:
+            ValueError: a setting is out of its range.
             StoreLocked: another writer has it open.
             CorruptLog: damage before the tail of the log, or a newer format.
         """
@@ -214,6 +262,7 @@ class TrajectoryStore:
             max_staleness=max_staleness,
             segment_loss=segment_loss,
             min_group_size=min_group_size,
+            straggler=straggler,
             max_attempts=max_attempts,
             lease_ttl_s=lease_ttl_s,
             grant_tokens=grant_tokens,
@@ -250,10 +299,12 @@ class TrajectoryStore:
         max_tokens: int,
         cursor: int | None = None,
         kind: LeaseKind = "train",
+        priority: int = 0,
         wait: bool = True,
     ) -> int:
         """Admit a prompt with `group_size` empty trajectories; returns the group id.
 
+        Groups of higher `priority` are started first; what is started is continued first, whatever its priority.
         Without `wait` it answers before the admission is durable; `wait_durable` awaits that.
 
         Raises:
@@ -269,6 +320,7 @@ class TrajectoryStore:
             metadata=msgpack.packb(dict(prompt.metadata), use_bin_type=True),
             group_size=group_size,
             max_tokens=max_tokens,
+            priority=priority,
             wait=wait,
         )
 
@@ -330,13 +382,16 @@ class TrajectoryStore:
         components: Mapping[str, float] | None = None,
         *,
         wait: bool = True,
+        now_s: float | None = None,
     ) -> None:
-        """Record the outcome of scoring attempt `attempt`; without `wait` it answers before that is durable.
+        """Record the outcome of scoring attempt `attempt`; of a late member it is ignored.
+
+        Without `wait` it answers before that is durable.
 
         Raises:
             Conflict: not complete, a reward that is not finite, or another outcome for an attempt already recorded.
         """
-        self._native.score(trajectory, attempt, outcome, reward, dict(components or {}), wait)
+        self._native.score(trajectory, attempt, outcome, reward, dict(components or {}), wait, now_s)
 
     def publish(self, version: int, iteration: int | None = None, masked: Mapping[str, int] | None = None) -> None:
         """Make `version` the newest; `iteration`'s claim is trained. `masked` counts tokens by `filter` and `veto`.
@@ -353,7 +408,7 @@ class TrajectoryStore:
             Conflict: another claim is untrained, or the iteration is not above every earlier one.
         """
         row = self._native.claim(iteration, version, timeout_s, now_s)
-        return ClaimAnswer(status=row["status"], groups=tuple(row["groups"]), lsn=row["lsn"])
+        return ClaimAnswer(**row | {"groups": tuple(row["groups"])})
 
     def read_claim(self, iteration: int, *, out: BatchBuffers | None = None, check: bool = True) -> TrainBatch:
         """The groups of a claim, packed; members whose scoring failed for good are left out.
@@ -406,15 +461,77 @@ class TrajectoryStore:
         return self._native.drop_eval(prefix)
 
     def groups(self, state: GroupState | None = None) -> list[dict[str, Any]]:
-        """Live groups: {group, request_id, prompt_id, kind, state, iteration, trajectories, cursor}."""
-        return self._native.groups(state)
+        """Live groups with their prompts' metadata.
+
+        Keys: group, request_id, prompt_id, kind, state, iteration, trajectories, cursor, priority, max_tokens,
+        prompt_length, tokens (those of late members excepted), metadata; and scored, failed, late: how many members.
+        """
+        rows = self._native.groups(state)
+        return [row | {"metadata": msgpack.unpackb(row["metadata"])} for row in rows]
+
+    def query(
+        self,
+        *,
+        iteration: int | None = None,
+        version: tuple[int | None, int | None] = (None, None),
+        reward: tuple[float | None, float | None] = (None, None),
+        length: tuple[int | None, int | None] = (None, None),
+        stop: Stop | None = None,
+        prompt_id: str | None = None,
+        group: int | None = None,
+        kind: LeaseKind | None = None,
+        state: TrajectoryState | GroupState | None = None,
+    ) -> Iterator[StoredTrajectory]:
+        """Live trajectories in the order of their ids, read lazily: each page shows the store as it is then.
+
+        Args:
+            iteration: The one that claimed them.
+            version: Inclusive bounds, None for open; some token is of a version within them.
+            reward: Likewise; selects only trajectories with a reward if one is set.
+            length: Likewise, of the number of generated tokens.
+            stop: Why it ended; `Stop.NONE` selects those that did not.
+            prompt_id: Its prompt's.
+            group: Its group's.
+            kind: Training or evaluation.
+            state: Its own or its group's.
+
+        Raises:
+            ValueError: an unknown `kind` or `state`.
+        """
+        after: int | None = None
+        while True:
+            page, after = self._native.select(
+                after,
+                PAGE_ROWS,
+                iteration=iteration,
+                version=version,
+                reward=reward,
+                length=length,
+                stop=stop,
+                prompt_id=prompt_id,
+                group=group,
+                kind=kind,
+                state=state,
+            )
+            for row in page:
+                yield StoredTrajectory(**row | {"stop": Stop(row["stop"])})
+            if after is None:
+                return
+
+    def claims(self) -> dict[int, str]:
+        """State of every claim that is not evicted: `claimed`, `trained` or `committed`."""
+        return self._native.claims()
+
+    def take_late(self) -> list[LateMembers]:
+        """Groups that became ready without late members since the last call."""
+        return [LateMembers(**row) for row in self._native.take_late()]
 
     def trajectory(self, trajectory: int) -> dict[str, Any]:
         """One live trajectory with its arrays.
 
-        Keys: trajectory, group, state (`leased`, `idle`, `unscored`, `scored` or `failed`), prompt int32 [P], tokens
-        int32 [S], logprobs float32 [S], observed uint8 [S], segments [(length, version, temperature, observed)],
-        reward, components, stop, attempts, epoch, extra {name: [(offset, length, values)]}.
+        Keys: trajectory, group, state (a `TrajectoryState`), prompt int32 [P], tokens int32 [S], logprobs float32 [S],
+        observed uint8 [S], segments [(length, version, temperature, observed)], reward, components, stop, attempts,
+        epoch, extra {name: [(offset, length, values)]}.
 
         Raises:
             Conflict: it is not in the store.

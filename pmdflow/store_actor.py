@@ -12,7 +12,7 @@ import ray
 from pmdflow.archive import write_part
 from pmdflow.errors import WaitTimeout
 from pmdflow.metrics.spans import SpanBuffer
-from pmdflow.store import ClaimAnswer, EvalResult, StoreFull, StoreLocked, TrajectoryStore
+from pmdflow.store import ClaimAnswer, EvalResult, LateMembers, StoreFull, StoreLocked, TrajectoryStore
 from pmdflow.types import Counts, Grant, Lease, Outcome, Prompt, Quota, TrainBatch, Unscored
 
 LOCK_TIMEOUT_S = 30.0
@@ -155,11 +155,11 @@ class StoreActor:
 
     def claims(self) -> dict[int, str]:
         """State of every claim whose groups are still in the store: `claimed`, `trained` or `committed`."""
-        return {group["iteration"]: group["state"] for group in self._store.groups() if group["iteration"] is not None}
+        return self._store.claims()
 
-    def drain(self) -> list[dict[str, Any]]:
-        """Spans since the last call."""
-        return self._spans.drain()
+    def drain(self) -> tuple[list[dict[str, Any]], list[LateMembers]]:
+        """Spans, and groups that became ready without late members, since the last call."""
+        return self._spans.drain(), self._store.take_late()
 
     def close(self) -> None:
         """Sync and let go of the directory."""

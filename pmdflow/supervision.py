@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from pmdflow.errors import ActorDied, LearnerDied, PmdflowError, WaitTimeout
 from pmdflow.metrics.live import LiveView
 from pmdflow.metrics.recorder import Recorder
+from pmdflow.store import LateMembers
 from pmdflow.types import Counts
 from pmdflow.weights.transport import WeightsHandle
 
@@ -107,7 +108,10 @@ class Supervisor:
         for rank, learner in enumerate(self.learners):
             self._drain_learner(rank, learner)
         if self._store_drain is not None and _is_ready(self._store_drain):
-            self.recorder.spans(self._get([self._store_drain], what="the store actor")[0])
+            spans, late = self._get([self._store_drain], what="the store actor")[0]
+            self.recorder.spans(spans)
+            for group in late:
+                self._record_late(group)
             self._store_drain = None
         if self._store_drain is None:
             self._store_drain = self.store.drain.remote()
@@ -149,6 +153,13 @@ class Supervisor:
         """Record an event and show it."""
         self.recorder.event(kind, message, **attrs)
         self.live.event(kind, message)
+
+    def _record_late(self, late: LateMembers) -> None:
+        message = (
+            f"group {late.group} ({late.prompt_id}) is trained without {late.members} late members, "
+            f"which had {late.tokens} tokens"
+        )
+        self.event("late_members", message, group=late.group, members=late.members, tokens=late.tokens)
 
     def _get(self, refs: Sequence[Any], *, what: str) -> list[Any]:
         try:
@@ -251,7 +262,7 @@ def store_values(counts: Counts, ledger: dict[str, int]) -> dict[str, Any]:
     """Counts and ledger by metric key."""
     names = (
         "groups_ready", "groups_untrained", "groups_claimed", "trajectories_leased", "trajectories_idle",
-        "trajectories_partial", "trajectories_unscored", "bytes",
+        "trajectories_partial", "trajectories_unscored", "trajectories_late", "bytes",
     )  # fmt: skip
     return {
         **{f"store/{name}": getattr(counts, name) for name in names},

@@ -167,6 +167,8 @@ class Counts:
     trajectories_partial: int
     """Idle ones that hold at least one token."""
     trajectories_unscored: int
+    trajectories_late: int
+    """Evicted since the store began because their groups did not wait for them (the straggler rule)."""
     eval_pending: int
     """Evaluation trajectories that are not scored yet."""
     tokens_budget: int

@@ -251,6 +251,8 @@ def test_merged_yaml_keys_keep_their_place(cluster_yaml: Path) -> None:
         ),
         (["learner.steps_per_iteration=5"], "learner.steps_per_iteration", "lower steps_per_iteration"),
         (["data.group_size=1"], "scheduler.min_group_size", "lower min_group_size"),
+        (["scheduler.straggler={members: 8, wait_s: 1}"], "scheduler.straggler.members", "set straggler to null"),
+        (["scheduler.straggler={members: 1, wait_s: 1}"], "scheduler.straggler.members", "change it"),
         (["rollout.lease_ttl_s=0.1"], "rollout.lease_ttl_s", "raise lease_ttl_s"),
         (["store.max_bytes=1KiB"], "store.max_bytes", "raise max_bytes"),
         (["learner.algorithm=pmd_men"], "learner.algorithm", "did you mean pmd_mean"),

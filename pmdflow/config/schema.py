@@ -183,6 +183,15 @@ class EnvironmentConfig(Section):
     """What the model reads when a call fails or is late."""
 
 
+class StragglerConfig(Section):
+    """When a group is trained without its late members, which biases training towards short answers."""
+
+    members: PositiveInt
+    """Scored members of a group from which on it waits no longer than `wait_s` for the others."""
+    wait_s: NonNegativeFloat
+    """Time that it still waits; then late members are evicted, whatever they have generated."""
+
+
 class SchedulerConfig(Section):
     """Budgets and staleness."""
 
@@ -196,6 +205,8 @@ class SchedulerConfig(Section):
     """Tokens older than this many versions at the claim have no gradient; null is unbounded."""
     min_group_size: PositiveInt = 2
     """A group with fewer scored members is evicted."""
+    straggler: StragglerConfig | None = None
+    """Train groups without their late members, which biases towards short answers; null waits for every member."""
 
 
 class LoraConfig(Section):
@@ -387,6 +398,13 @@ def _size_problems(config: Config) -> Iterator[str]:
         yield (
             f"scheduler.min_group_size ({scheduler.min_group_size}) is above data.group_size "
             f"({data.group_size}): no group could ever be trained; lower min_group_size"
+        )
+    straggler = scheduler.straggler
+    if straggler is not None and not scheduler.min_group_size <= straggler.members < data.group_size:
+        yield (
+            f"scheduler.straggler.members ({straggler.members}) is not from scheduler.min_group_size "
+            f"({scheduler.min_group_size}) up to below data.group_size ({data.group_size}): the group would be too "
+            "small, or nobody late; change it, or set straggler to null"
         )
     if config.rollout.lease_ttl_s <= config.rollout.flush_interval_s:
         yield (

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pmdflow import _rust_buffer
 from pmdflow.types import Float32, Int32, Int64, Mask, TrainBatch
 
 BUCKET = 0.6
@@ -81,7 +82,8 @@ def plan_iteration(
     """Split a claim into steps, ranks and micro-batches.
 
     Groups stay whole and in claim order; their number in two steps differs by at most one. Trajectories without a
-    trained token are in no micro-batch: they have no gradient and are in no denominator.
+    trained token are in no micro-batch: they have no gradient and are in no denominator. Ranks get about equally many
+    tokens, and so do the packed micro-batches that run at the same time.
 
     Args:
         batch: The claim.
@@ -101,10 +103,8 @@ def plan_iteration(
     for chunk in np.array_split(np.arange(len(groups)), steps):
         members = np.concatenate([groups[index] for index in chunk]) if len(chunk) else np.zeros(0, np.int64)
         members = members[counts[members] > 0]
-        parts = [
-            _fill(part, lengths, tokens_per_microbatch, packing=packing)
-            for part in _spread(members.tolist(), lengths, num_parts=ranks)
-        ]
+        _refuse_longer(lengths[members], tokens_per_microbatch)
+        parts = _spread(members, lengths, ranks, tokens_per_microbatch, packing=packing)
         pace = max(len(part) for part in parts)
         plans.append(
             StepPlan(
@@ -122,40 +122,24 @@ def trained_counts(batch: TrainBatch, flags: Bool) -> Int64:
     return np.asarray(running[batch.cu_seqlens[1:]] - running[batch.cu_seqlens[:-1]])
 
 
-def _spread(members: Sequence[int], lengths: Int64, *, num_parts: int) -> list[list[int]]:
-    """Longest first, each to the part with the fewest tokens; ties go to the earlier trajectory and part."""
-    parts: list[list[int]] = [[] for _ in range(num_parts)]
-    loads = [0] * num_parts
-    for member in sorted(members, key=lambda index: (-int(lengths[index]), index)):
-        least = loads.index(min(loads))
-        parts[least].append(member)
-        loads[least] += int(lengths[member])
-    return parts
-
-
-def _fill(members: Sequence[int], lengths: Int64, limit: int, *, packing: bool) -> list[Indices]:
-    """Cut a list that is sorted longest first into micro-batches within the limit."""
-    if members and int(lengths[members[0]]) > limit:
+def _refuse_longer(lengths: Int64, limit: int) -> None:
+    if len(lengths) and lengths.max() > limit:
         raise ValueError(
-            f"a trajectory has {lengths[members[0]]} tokens, learner.tokens_per_microbatch is {limit}: raise it to at "
+            f"a trajectory has {lengths.max()} tokens, learner.tokens_per_microbatch is {limit}: raise it to at "
             "least data.max_tokens plus the longest prompt"
         )
-    return _fill_rows(members, lengths, limit) if packing else _fill_padded(members, lengths, limit)
 
 
-def _fill_rows(members: Sequence[int], lengths: Int64, limit: int) -> list[Indices]:
-    """First fit, longest first: at most 11/9 as many rows as the fewest, and one."""
-    filled: list[list[int]] = []
-    room: list[int] = []
-    for member in members:
-        length = int(lengths[member])
-        first = next((row for row, left in enumerate(room) if left >= length), len(filled))
-        if first == len(filled):
-            filled.append([])
-            room.append(limit)
-        filled[first].append(member)
-        room[first] -= length
-    return [tuple(row) for row in filled]
+def _spread(
+    members: Int64, lengths: Int64, num_ranks: int, limit: int, *, packing: bool
+) -> Sequence[Sequence[Indices]]:
+    """Micro-batches of each rank; padded ones are cut from one list for each rank, longest first."""
+    own = lengths[members]
+    (ranks,) = _rust_buffer.pack(own.tolist(), ranks=num_ranks, limit=limit if packing else max(int(own.sum()), 1))
+    filled = [[tuple(members[micro].tolist()) for micro in rank] for rank in ranks]
+    if packing:
+        return filled
+    return [[cut for whole in rank for cut in _fill_padded(whole, lengths, limit)] for rank in filled]
 
 
 def _fill_padded(members: Sequence[int], lengths: Int64, limit: int) -> list[Indices]:

@@ -48,6 +48,7 @@ impl State {
             }
             Record::Uncommit(iteration) => self.apply_uncommit(*iteration)?,
             Record::Drop(iteration) => self.apply_drop(*iteration)?,
+            Record::Late(groups) => groups.iter().try_for_each(|id| self.apply_late(*id))?,
         }
         Ok(())
     }
@@ -85,9 +86,11 @@ impl State {
                 first,
                 size: admit.size,
                 cursor: admit.cursor,
+                priority: admit.priority,
                 phase: Phase::Partial,
                 pending: admit.size,
                 failed: 0,
+                late: 0,
                 tokens: 0,
             },
         );
@@ -176,6 +179,28 @@ impl State {
         if score.phase.is_none() {
             self.forget(id)?;
         }
+        Ok(())
+    }
+
+    fn apply_late(&mut self, id: u64) -> Result<()> {
+        for member in self.group(id)?.members() {
+            let (trajectory, group) = self.pair_mut(member)?;
+            if trajectory.verdict != Verdict::Pending {
+                continue;
+            }
+            let tokens = u64::from(trajectory.generated());
+            let place = if trajectory.is_partial() { Place::Partial } else { Place::Unscored };
+            trajectory.verdict = Verdict::Late;
+            group.pending -= 1;
+            group.late += 1;
+            group.tokens -= tokens;
+            self.ledger.shift(place, Place::EvictedLate, tokens);
+            self.ledger.late += 1;
+        }
+        let group = self.group_mut(id)?;
+        group.phase = Phase::Ready;
+        let tokens = group.tokens;
+        self.ledger.shift(Place::WaitingGroup, Place::Ready, tokens);
         Ok(())
     }
 

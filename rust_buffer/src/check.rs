@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::{
     error::Result,
-    group::{Kind, Phase},
+    group::{Group, Kind, Phase},
     ledger::{Place, signed},
     order::Index,
     state::{ClaimStatus, ClaimSums},
@@ -21,12 +21,38 @@ pub fn check(store: &Store) -> Result<()> {
     check_ledger(store)?;
     check_claims(store)?;
     check_index(store)?;
+    check_overdue(store)?;
     check_reservations(store)
 }
 
 #[allow(clippy::needless_pass_by_value)] // Values read better at the call.
 fn same<T: PartialEq + std::fmt::Debug>(what: &str, kept: T, recomputed: T) -> Result<()> {
     if kept == recomputed { Ok(()) } else { conflict(format!("{what}: kept {kept:?}, recomputed {recomputed:?}")) }
+}
+
+/// Tokens of a group's members; those of late ones are evicted.
+fn tokens_of(store: &Store, group: &Group) -> Result<u64> {
+    let members = group.members().map(|id| store.state.trajectory(id));
+    members
+        .map(|trajectory| trajectory.map(|t| if t.verdict == Verdict::Late { 0 } else { u64::from(t.generated()) }))
+        .sum()
+}
+
+fn check_group(store: &Store, group: &Group) -> Result<()> {
+    let count = |wanted: fn(&Verdict) -> bool| -> Result<u32> {
+        let verdicts = group.members().map(|id| store.state.trajectory(id).map(|t| wanted(&t.verdict)));
+        verdicts.map(|is| is.map(u32::from)).sum()
+    };
+    same("members of a group that it waits for", group.pending, count(|v| *v == Verdict::Pending)?)?;
+    same("failed members of a group", group.failed, count(|v| *v == Verdict::Failed)?)?;
+    same("late members of a group", group.late, count(|v| *v == Verdict::Late)?)?;
+    same("whether a group waits", group.pending > 0, group.phase == Phase::Partial)
+}
+
+fn check_overdue(store: &Store) -> Result<()> {
+    let (Some(straggler), Some(overdue)) = (store.settings.straggler, &store.overdue) else { return Ok(()) };
+    let groups = store.state.groups.iter().filter(|(_, group)| group.is_overdue(straggler)).map(|(id, _)| *id);
+    same("overdue groups", overdue.groups().collect::<Vec<_>>(), groups.collect())
 }
 
 fn check_trajectories(store: &Store) -> Result<()> {
@@ -46,9 +72,9 @@ fn check_ledger(store: &Store) -> Result<()> {
     let state = &store.state;
     let mut live: BTreeMap<&str, i64> = BTreeMap::new();
     for group in state.groups.values() {
-        let tokens: u64 =
-            group.members().map(|id| state.trajectories.get(&id).map_or(0, |t| u64::from(t.generated()))).sum();
+        let tokens = tokens_of(store, group)?;
         same("tokens of a group", group.tokens, tokens)?;
+        check_group(store, group)?;
         if group.kind == Kind::Eval {
             continue;
         }

@@ -8,7 +8,7 @@ use crate::{
     record::{Claimed, Reason, Record},
     state::ClaimStatus,
     store::{Store, conflict},
-    trajectory::{Stop, Verdict, Version},
+    trajectory::{Stop, Version},
 };
 
 /// The answer to `claim`.
@@ -16,8 +16,27 @@ use crate::{
 pub enum ClaimAnswer {
     /// The iteration's groups, and the record that claims them.
     Claimed(Vec<u64>, Lsn),
+    /// Too few groups can be trained, and waiting would not help.
+    Starved(Starvation),
+}
+
+/// Why a claim starves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Starvation {
     /// Rollout is closed and no group is ready.
-    Starved,
+    Closed,
+    /// Ready groups had nothing left to train and were evicted: others may be admitted in their place.
+    OverAge,
+}
+
+impl Starvation {
+    /// Name in Python.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Closed => "closed",
+            Self::OverAge => "over_age",
+        }
+    }
 }
 
 /// Result of one evaluation trajectory.
@@ -67,21 +86,21 @@ impl Store {
         if self.index.ready.len() < wanted && !self.is_closed() {
             return Ok(None);
         }
-        let groups = self.pick(wanted, version)?;
-        match (groups.is_empty(), groups.len() == wanted || self.is_closed()) {
-            (_, false) => Ok(None),
-            (true, true) => Ok(Some(ClaimAnswer::Starved)),
-            (false, true) => {
-                let (max_staleness, segment_loss) = (self.settings.max_staleness, self.settings.segment_loss);
-                let claimed = Claimed { iteration, version, max_staleness, segment_loss, groups: groups.clone() };
-                let (lsn, _) = self.commit(&Record::Claim(claimed), &Arrays::default())?;
-                Ok(Some(ClaimAnswer::Claimed(groups, lsn)))
-            }
+        let (groups, over_age) = self.pick(wanted, version)?;
+        let closed = self.is_closed();
+        if groups.len() == wanted || (closed && !groups.is_empty()) {
+            let (max_staleness, segment_loss) = (self.settings.max_staleness, self.settings.segment_loss);
+            let claimed = Claimed { iteration, version, max_staleness, segment_loss, groups: groups.clone() };
+            let (lsn, _) = self.commit(&Record::Claim(claimed), &Arrays::default())?;
+            return Ok(Some(ClaimAnswer::Claimed(groups, lsn)));
         }
+        let why = if over_age > 0 { Some(Starvation::OverAge) } else { closed.then_some(Starvation::Closed) };
+        Ok(why.map(ClaimAnswer::Starved))
     }
 
-    /// The first `wanted` ready groups that have a token to train; those before them that have none are evicted.
-    fn pick(&mut self, wanted: usize, version: Version) -> Result<Vec<u64>> {
+    /// The first `wanted` ready groups that have a token to train; those before them that have none are evicted, and
+    /// counted.
+    fn pick(&mut self, wanted: usize, version: Version) -> Result<(Vec<u64>, usize)> {
         let (mut groups, mut over_age) = (Vec::new(), Vec::new());
         for id in &self.index.ready {
             if groups.len() == wanted {
@@ -91,10 +110,11 @@ impl Store {
             let trainable = order::is_trainable(&self.state, group, version, self.settings.max_staleness)?;
             if trainable { groups.push(*id) } else { over_age.push(*id) }
         }
-        if !over_age.is_empty() {
+        let evicted = over_age.len();
+        if evicted > 0 {
             self.commit(&Record::Evict(over_age, Reason::OverAge), &Arrays::default())?;
         }
-        Ok(groups)
+        Ok((groups, evicted))
     }
 
     /// Commits every claim up to `iteration`.
@@ -171,10 +191,7 @@ impl Store {
                 results.push(EvalResult {
                     request_id: group.request_id.clone(),
                     prompt_id: group.prompt_id.clone(),
-                    reward: match trajectory.verdict {
-                        Verdict::Scored { reward, .. } => Some(reward),
-                        _ => None,
-                    },
+                    reward: trajectory.reward(),
                     len: trajectory.generated(),
                     stop: trajectory.stop,
                     first_version: trajectory.segments.first().map(|segment| segment.version),

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use crate::log::Location;
+use crate::{log::Location, order::Micros};
 
 /// What a group is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -25,12 +25,21 @@ impl Kind {
     }
 }
 
+/// When a group is ready without its late members. It biases towards short answers: late members are long ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Straggler {
+    /// Members with a verdict, those given up apart, from which on the group waits no longer than `wait`.
+    pub members: u32,
+    /// Time that it still waits for the others.
+    pub wait: Micros,
+}
+
 /// Where a live group is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Phase {
     /// Some member has no verdict yet.
     Partial,
-    /// Every member has its verdict.
+    /// Every member has its verdict, or came too late for it.
     Ready,
     /// In the claim of an iteration.
     Claimed(i64),
@@ -57,13 +66,17 @@ pub struct Group {
     pub size: u32,
     /// Prompt cursor position.
     pub cursor: Option<u64>,
+    /// Groups of higher priority are started first.
+    pub priority: i32,
     /// Where it is.
     pub phase: Phase,
-    /// Members without a verdict.
+    /// Members that the group waits for.
     pub pending: u32,
     /// Members whose scoring failed for good.
     pub failed: u32,
-    /// Generated tokens of all members.
+    /// Members that the group did not wait for.
+    pub late: u32,
+    /// Generated tokens of the members, without the late ones.
     pub tokens: u64,
 }
 
@@ -71,6 +84,16 @@ impl Group {
     /// Trajectory ids of the members.
     pub fn members(&self) -> Range<u64> {
         self.first..self.first + u64::from(self.size)
+    }
+
+    /// Members with a reward.
+    pub fn scored(&self) -> u32 {
+        self.size - self.pending - self.failed - self.late
+    }
+
+    /// Whether the time runs after which it does not wait for its other members.
+    pub fn is_overdue(&self, straggler: Straggler) -> bool {
+        self.kind == Kind::Train && self.phase == Phase::Partial && self.scored() >= straggler.members
     }
 
     /// Phase after one more verdict (`failed`: for a member given up); None: too few members live, evict it.

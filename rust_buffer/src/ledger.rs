@@ -25,6 +25,8 @@ pub enum Place {
     MaskedFilter,
     /// Left out by the learner's veto.
     MaskedVeto,
+    /// Member that its group did not wait for.
+    EvictedLate,
     /// Member given up by scoring.
     EvictedFailed,
     /// Group without a token to train.
@@ -35,7 +37,7 @@ pub enum Place {
 
 impl Place {
     /// Every place and its key in Python; `Partial` is split into leased and idle there.
-    pub const ALL: [(Self, &'static str); 13] = [
+    pub const ALL: [(Self, &'static str); 14] = [
         (Self::Partial, "partial"),
         (Self::Unscored, "unscored"),
         (Self::WaitingGroup, "waiting_group"),
@@ -46,6 +48,7 @@ impl Place {
         (Self::MaskedSegment, "masked_segment"),
         (Self::MaskedFilter, "masked_filter"),
         (Self::MaskedVeto, "masked_veto"),
+        (Self::EvictedLate, "evicted_late"),
         (Self::EvictedFailed, "evicted_failed"),
         (Self::EvictedOverAge, "evicted_over_age"),
         (Self::EvictedMinGroupSize, "evicted_min_group_size"),
@@ -65,6 +68,8 @@ pub struct Ledger {
     pub observed: u64,
     /// Evaluation tokens.
     pub eval: u64,
+    /// Trajectories whose tokens are in `EvictedLate`.
+    pub late: u64,
 }
 
 impl Ledger {

@@ -8,12 +8,15 @@ pub mod check;
 pub mod claims;
 pub mod error;
 pub mod group;
+pub mod late;
 pub mod lease;
 pub mod ledger;
 pub mod log;
 pub mod order;
+pub mod pack;
 #[cfg(feature = "extension-module")]
 mod python;
+pub mod query;
 pub mod record;
 pub mod rollout;
 pub mod shared;

@@ -197,9 +197,10 @@ impl Log {
     /// not overlap.
     ///
     /// # Errors
-    /// `Poisoned` by an earlier failure, or `Io`: recovery starts where it did.
+    /// As `append`; after `Io` recovery starts where it did.
     pub fn write_index(&self, position: Position, snapshot: &[u8]) -> Result<()> {
         let shared = &self.0.shared;
+        shared.accepting()?;
         shared.sync()?;
         write_index(&*shared.storage, position, snapshot)?;
         *lock(&self.0.index) = position;

@@ -1,6 +1,13 @@
 //! Staleness masks, and the orders of leases, scoring and claims with the indexes that keep them cheap.
+//!
+//! Leases: evaluation first; then training trajectories that hold tokens, oldest group first; then those not started,
+//! highest priority first, then oldest group. Claims: a first-in first-out queue of groups with a window: of the ready
+//! ones the oldest, however many older ones are still being generated (the quota of untrained groups is the window).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
+};
 
 use crate::{
     error::Result,
@@ -49,9 +56,13 @@ pub fn add_sums(state: &State, id: u64, claim: &Claim) -> Result<ClaimSums> {
     let mut sums = claim.sums;
     for member in state.group(id)?.members() {
         let trajectory = state.trajectory(member)?;
-        if trajectory.verdict == Verdict::Failed {
-            sums.failed += u64::from(trajectory.generated());
-            continue;
+        match trajectory.verdict {
+            Verdict::Late => continue,
+            Verdict::Failed => {
+                sums.failed += u64::from(trajectory.generated());
+                continue;
+            }
+            _ => {}
         }
         for segment in trajectory.segments.iter().filter(|segment| !segment.observed) {
             let flags = mask(segment, trajectory, claim.version, claim.max_staleness, claim.segment_loss);
@@ -77,7 +88,7 @@ pub fn is_trainable(state: &State, group: &Group, version: Version, max_stalenes
         let trajectory = state.trajectory(member)?;
         let newest = trajectory.newest_generated();
         let fresh = newest.is_some_and(|v| max_staleness.is_none_or(|limit| version - v <= i64::from(limit)));
-        if fresh && trajectory.verdict != Verdict::Failed {
+        if fresh && !matches!(trajectory.verdict, Verdict::Failed | Verdict::Late) {
             return Ok(true);
         }
     }
@@ -86,6 +97,14 @@ pub fn is_trainable(state: &State, group: &Group, version: Version, max_stalenes
 
 /// Oldest group first; ids follow the order of admission.
 type Key = (u64, u64);
+
+/// Where an idle trajectory is listed.
+enum Idle {
+    Eval,
+    Partial,
+    Exhausted(Version),
+    Fresh(Reverse<i32>),
+}
 
 /// What is derived from state and leases, kept up to date with each change.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -102,8 +121,8 @@ pub struct Index {
     partial: BTreeSet<Key>,
     /// Idle training trajectories whose segment budget of the version is used up: leasable at newer ones only.
     exhausted: BTreeMap<Version, BTreeSet<Key>>,
-    /// Idle training trajectories without tokens.
-    fresh: BTreeSet<Key>,
+    /// Idle training trajectories without tokens, highest priority first.
+    fresh: BTreeSet<(Reverse<i32>, Key)>,
     /// Complete trajectories without a verdict that nobody is scoring: evaluation first.
     unscored: BTreeSet<(Kind, u64)>,
     /// Those handed out, until the time given.
@@ -168,7 +187,13 @@ impl Index {
                 self.leased += u64::from(group.kind == Kind::Train);
                 self.leased_tokens += if group.kind == Kind::Train { u64::from(trajectory.generated()) } else { 0 };
             } else {
-                self.idle_set(state, trajectory, group.kind).insert((trajectory.group, id));
+                let key = (trajectory.group, id);
+                match Self::idle_list(state, trajectory, group) {
+                    Idle::Eval => self.eval.insert(key),
+                    Idle::Partial => self.partial.insert(key),
+                    Idle::Exhausted(version) => self.exhausted.entry(version).or_default().insert(key),
+                    Idle::Fresh(priority) => self.fresh.insert((priority, key)),
+                };
             }
         }
         Ok(())
@@ -194,23 +219,29 @@ impl Index {
                 self.leased -= u64::from(group.kind == Kind::Train);
                 self.leased_tokens -= if group.kind == Kind::Train { u64::from(trajectory.generated()) } else { 0 };
             } else {
-                self.idle_set(state, trajectory, group.kind).remove(&(trajectory.group, id));
+                let key = (trajectory.group, id);
+                match Self::idle_list(state, trajectory, group) {
+                    Idle::Eval => self.eval.remove(&key),
+                    Idle::Partial => self.partial.remove(&key),
+                    Idle::Exhausted(version) => self.exhausted.entry(version).or_default().remove(&key),
+                    Idle::Fresh(priority) => self.fresh.remove(&(priority, key)),
+                };
                 self.exhausted.retain(|_, set| !set.is_empty());
             }
         }
         Ok(())
     }
 
-    fn idle_set(&mut self, state: &State, trajectory: &Trajectory, kind: Kind) -> &mut BTreeSet<Key> {
-        match (kind, trajectory.last_version()) {
-            (Kind::Eval, _) => &mut self.eval,
-            (Kind::Train, None) => &mut self.fresh,
+    fn idle_list(state: &State, trajectory: &Trajectory, group: &Group) -> Idle {
+        match (group.kind, trajectory.last_version()) {
+            (Kind::Eval, _) => Idle::Eval,
+            (Kind::Train, None) => Idle::Fresh(Reverse(group.priority)),
             (Kind::Train, Some(version)) => {
                 let limit = state.quotas.get(&version).and_then(|quota| quota.tokens_per_segment);
                 if limit.is_some_and(|limit| trajectory.tail >= limit) {
-                    self.exhausted.entry(version).or_default()
+                    Idle::Exhausted(version)
                 } else {
-                    &mut self.partial
+                    Idle::Partial
                 }
             }
         }
@@ -232,7 +263,7 @@ impl Index {
     pub fn next_train(&self, state: &State, version: Version) -> Option<u64> {
         let older = self.exhausted.range(..version).filter_map(|(_, set)| set.first().copied());
         let partial = older.chain(first(&self.partial, state, version)).min();
-        partial.or_else(|| self.fresh.first().copied()).map(|(_, id)| id)
+        partial.or_else(|| self.fresh.first().map(|(_, key)| *key)).map(|(_, id)| id)
     }
 
     /// Idle training trajectories, and how many of them hold tokens.

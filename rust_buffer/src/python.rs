@@ -14,13 +14,15 @@ use crate::{
     batch::{self, ClaimView, Columns},
     claims::ClaimAnswer,
     error::StoreError as Failure,
-    group::Kind,
+    group::{Kind, Straggler},
     log::{Disk, Durability, Memory, Storage},
+    pack::{self as micro_batches, Micro, Packing},
+    query::{Bounds, Filter},
     record::{Admit, Masked, Quota, SegmentLoss},
     rollout::Granted,
     shared::Shared,
     store::{Settings, Store, micros},
-    trajectory::{Outcome, Version},
+    trajectory::{Outcome, Stop, Version},
     wire::Batch,
 };
 use buffers::Buffers;
@@ -40,6 +42,12 @@ fn seconds(what: &str, value: f64) -> PyResult<f64> {
     Ok(value)
 }
 
+const KINDS: [(&str, Kind); 2] = [("train", Kind::Train), ("eval", Kind::Eval)];
+
+/// States of trajectories, then of groups.
+const STATES: [&str; 11] =
+    ["leased", "idle", "unscored", "scored", "failed", "late", "partial", "ready", "claimed", "trained", "committed"];
+
 /// Trajectory, stale, grant.
 type Answer = (u64, bool, u32);
 
@@ -53,8 +61,9 @@ struct TrajectoryStore {
 impl TrajectoryStore {
     #[new]
     #[pyo3(signature = (path, *, groups_per_iteration, lookahead, max_staleness, segment_loss = "all",
-        min_group_size = 2, max_attempts = 3, lease_ttl_s = 30.0, grant_tokens = 64, durability = "group",
-        max_bytes = None, file_bytes = 67_108_864, commit_interval_s = 0.005, read_only = false))]
+        min_group_size = 2, straggler = None, max_attempts = 3, lease_ttl_s = 30.0, grant_tokens = 64,
+        durability = "group", max_bytes = None, file_bytes = 67_108_864, commit_interval_s = 0.005,
+        read_only = false))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
@@ -64,6 +73,7 @@ impl TrajectoryStore {
         max_staleness: Option<u32>,
         segment_loss: &str,
         min_group_size: u32,
+        straggler: Option<(u32, f64)>,
         max_attempts: u32,
         lease_ttl_s: f64,
         grant_tokens: u32,
@@ -78,6 +88,17 @@ impl TrajectoryStore {
                 "groups_per_iteration, max_attempts, grant_tokens and file_bytes must be >= 1",
             ));
         }
+        let straggler = match straggler {
+            Some((members, _)) if members < min_group_size.max(1) => {
+                return Err(PyValueError::new_err(format!(
+                    "straggler has {members} members, min_group_size is {min_group_size}; wait for at least these"
+                )));
+            }
+            Some((members, wait_s)) => {
+                Some(Straggler { members, wait: micros(seconds("the wait of straggler", wait_s)?) })
+            }
+            None => None,
+        };
         let settings = Settings {
             groups_per_iteration,
             lookahead,
@@ -88,6 +109,7 @@ impl TrajectoryStore {
                 &[("all", SegmentLoss::All), ("current_only", SegmentLoss::CurrentOnly)],
             )?,
             min_group_size,
+            straggler,
             max_attempts,
             lease_ttl: micros(seconds("lease_ttl_s", lease_ttl_s)?),
             grant_tokens,
@@ -125,7 +147,8 @@ impl TrajectoryStore {
         Ok(())
     }
 
-    #[pyo3(signature = (request_id, *, cursor, kind, prompt_id, prompt, metadata, group_size, max_tokens, wait = true))]
+    #[pyo3(signature = (request_id, *, cursor, kind, prompt_id, prompt, metadata, group_size, max_tokens, priority = 0,
+        wait = true))]
     #[allow(clippy::too_many_arguments)]
     fn admit(
         &self,
@@ -138,12 +161,13 @@ impl TrajectoryStore {
         metadata: &[u8],
         group_size: u32,
         max_tokens: u32,
+        priority: i32,
         wait: bool,
     ) -> PyResult<u64> {
-        let kind = choose("kind", kind, &[("train", Kind::Train), ("eval", Kind::Eval)])?;
+        let kind = choose("kind", kind, &KINDS)?;
         let cursor = cursor.filter(|_| kind == Kind::Train);
         let prompt_len = (prompt.len() / 4) as u32;
-        let admit = Admit { request_id, cursor, kind, prompt_id, prompt_len, size: group_size, max_tokens };
+        let admit = Admit { request_id, cursor, kind, prompt_id, prompt_len, size: group_size, max_tokens, priority };
         Ok(py.detach(|| self.shared.change(wait, |store| store.admit(&admit, prompt, metadata)))?.1)
     }
 
@@ -210,7 +234,7 @@ impl TrajectoryStore {
         items.into_iter().map(|item| rows::unscored(py, &item)).collect()
     }
 
-    #[pyo3(signature = (trajectory, attempt, outcome, reward, components, wait = true))]
+    #[pyo3(signature = (trajectory, attempt, outcome, reward, components, wait = true, now_s = None))]
     #[allow(clippy::too_many_arguments)]
     fn score(
         &self,
@@ -221,11 +245,15 @@ impl TrajectoryStore {
         reward: f64,
         components: BTreeMap<String, f64>,
         wait: bool,
+        now_s: Option<f64>,
     ) -> PyResult<()> {
         let known =
             [("scored", Outcome::Scored), ("invalid", Outcome::Invalid), ("infra_failure", Outcome::InfraFailure)];
         let outcome = choose("outcome", outcome, &known)?;
-        py.detach(|| self.shared.change(wait, |store| store.score(trajectory, attempt, outcome, reward, components)))?;
+        let now = self.shared.clock(now_s).base();
+        py.detach(|| {
+            self.shared.change(wait, |store| store.score(trajectory, attempt, outcome, reward, components, now))
+        })?;
         Ok(())
     }
 
@@ -263,13 +291,14 @@ impl TrajectoryStore {
                 None => self.shared.query(|store| Ok((store.lsn(), None))),
             }
         })?;
-        let (status, groups, lsn) = match answer {
-            Some(ClaimAnswer::Claimed(groups, lsn)) => ("claimed", groups, lsn),
-            Some(ClaimAnswer::Starved) => ("starved", Vec::new(), lsn),
-            None => ("timeout", Vec::new(), lsn),
+        let (status, reason, groups, lsn) = match answer {
+            Some(ClaimAnswer::Claimed(groups, lsn)) => ("claimed", None, groups, lsn),
+            Some(ClaimAnswer::Starved(why)) => ("starved", Some(why.name()), Vec::new(), lsn),
+            None => ("timeout", None, Vec::new(), lsn),
         };
         let row = PyDict::new(py);
         row.set_item("status", status)?;
+        row.set_item("reason", reason)?;
         row.set_item("groups", groups)?;
         row.set_item("lsn", lsn)?;
         Ok(row)
@@ -342,12 +371,59 @@ impl TrajectoryStore {
     #[pyo3(signature = (state = None))]
     fn groups<'py>(&self, py: Python<'py>, state: Option<&str>) -> PyResult<Vec<Row<'py>>> {
         let groups = py.detach(|| {
+            // Within the query, so that no file with metadata is deleted meanwhile.
             self.shared.query(|store| {
-                let rows = store.state().groups.iter().map(|(id, group)| (*id, group.clone(), store.phase_of(group)));
-                Ok(rows.filter(|(_, _, (name, _))| state.is_none_or(|state| state == *name)).collect::<Vec<_>>())
+                let rows = store.state().groups.iter().map(|(id, group)| (*id, group, store.phase_of(group)));
+                let rows = rows.filter(|(_, _, (name, _))| state.is_none_or(|state| state == *name));
+                let read = rows.map(|(id, group, phase)| {
+                    let metadata = batch::read_array(store.log(), group.location, 1)?;
+                    Ok((id, group.clone(), phase, metadata))
+                });
+                read.collect::<Result<Vec<_>, Failure>>()
             })
         })?;
-        groups.iter().map(|(id, group, phase)| rows::group(py, *id, group, *phase)).collect()
+        groups.iter().map(|view| rows::group(py, view)).collect()
+    }
+
+    #[pyo3(signature = (after, limit, *, iteration, version, reward, length, stop, prompt_id, group, kind, state))]
+    #[allow(clippy::too_many_arguments)]
+    fn select<'py>(
+        &self,
+        py: Python<'py>,
+        after: Option<u64>,
+        limit: usize,
+        iteration: Option<i64>,
+        version: Bounds<Version>,
+        reward: Bounds<f64>,
+        length: Bounds<u32>,
+        stop: Option<u8>,
+        prompt_id: Option<String>,
+        group: Option<u64>,
+        kind: Option<&str>,
+        state: Option<String>,
+    ) -> PyResult<(Vec<Row<'py>>, Option<u64>)> {
+        let kind = kind.map(|kind| choose("kind", kind, &KINDS)).transpose()?;
+        if let Some(name) = &state {
+            choose("state", name, &STATES.map(|name| (name, ())))?;
+        }
+        let stops = [Stop::None, Stop::Stop, Stop::Length, Stop::Repetition];
+        let named = |number: u8| {
+            let known = stops.into_iter().find(|stop| *stop as u8 == number);
+            known.ok_or_else(|| PyValueError::new_err(format!("stop is {number}; choose one of pmdflow.types.Stop")))
+        };
+        let stop = stop.map(named).transpose()?;
+        let filter = Filter { iteration, version, reward, length, stop, prompt_id, group, kind, state };
+        let (page, next) = py.detach(|| self.shared.query(|store| Ok(store.select(&filter, after, limit.max(1)))))?;
+        Ok((page.iter().map(|selected| rows::selected(py, selected)).collect::<PyResult<Vec<_>>>()?, next))
+    }
+
+    fn claims(&self, py: Python<'_>) -> PyResult<BTreeMap<i64, &'static str>> {
+        Ok(py.detach(|| self.shared.query(|store| Ok(store.claims())))?)
+    }
+
+    fn take_late<'py>(&self, py: Python<'py>) -> PyResult<Vec<Row<'py>>> {
+        let reports = py.detach(|| self.shared.change(true, |store| Ok(store.take_late_reports())))?.1;
+        reports.iter().map(|report| rows::late_report(py, report)).collect()
     }
 
     #[pyo3(signature = (trajectory))]
@@ -410,11 +486,37 @@ impl TrajectoryStore {
     }
 }
 
+#[pyfunction]
+#[pyo3(signature = (lengths, *, ranks, limit, steps = None, quadratic = 0.0))]
+fn pack(
+    py: Python<'_>,
+    lengths: Vec<u64>,
+    ranks: usize,
+    limit: u64,
+    steps: Option<Vec<usize>>,
+    quadratic: f64,
+) -> PyResult<Vec<Vec<Vec<Micro>>>> {
+    if ranks == 0 || limit == 0 || !quadratic.is_finite() || quadratic < 0.0 {
+        return Err(PyValueError::new_err(format!(
+            "ranks ({ranks}) and limit ({limit}) must be >= 1 and quadratic ({quadratic}) a number >= 0"
+        )));
+    }
+    let steps = steps.unwrap_or_else(|| vec![lengths.len()]);
+    if steps.iter().sum::<usize>() != lengths.len() {
+        return Err(PyValueError::new_err(format!(
+            "steps has {} sequences, lengths has {}; each sequence is in one step",
+            steps.iter().sum::<usize>(),
+            lengths.len()
+        )));
+    }
+    Ok(py.detach(|| micro_batches::pack_steps(&lengths, &steps, Packing { ranks, limit, quadratic })))
+}
+
 /// The trajectory store: the life of a trajectory on an append-only, CRC-framed log.
 #[pymodule(gil_used = false)]
 mod _rust_buffer {
     #[pymodule_export]
-    use super::TrajectoryStore;
-    #[pymodule_export]
     use super::errors::{Conflict, CorruptLog, StaleLease, StoreError, StoreFull, StoreLocked};
+    #[pymodule_export]
+    use super::{TrajectoryStore, pack};
 }

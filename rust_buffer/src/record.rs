@@ -64,6 +64,8 @@ pub struct Admit {
     pub size: u32,
     /// Generated tokens that each member may reach.
     pub max_tokens: u32,
+    /// Higher ones are started first.
+    pub priority: i32,
 }
 
 /// New tokens of one trajectory; arrays: tokens with log-probs, extra columns (none of them when `len` is 0).
@@ -142,6 +144,8 @@ pub enum Record {
     Uncommit(i64),
     /// Drops every committed claim up to an iteration with its groups.
     Drop(i64),
+    /// Makes groups ready without the members that have no verdict; evicts those.
+    Late(Vec<u64>),
 }
 
 impl Record {
@@ -159,6 +163,7 @@ impl Record {
             Self::Commit(_) => 9,
             Self::Uncommit(_) => 10,
             Self::Drop(_) => 11,
+            Self::Late(_) => 12,
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::{
     order::Micros,
     record::{Appended, Record},
     store::Store,
-    trajectory::{End, Segment, Stop, Trajectory, Version},
+    trajectory::{End, Segment, Stop, Trajectory, Verdict, Version},
     wire::{Batch, Item},
 };
 
@@ -69,15 +69,17 @@ struct Ahead {
 }
 
 impl Store {
-    /// Ends every lease that is out of time.
+    /// Does what the passing of time alone does: ends leases, hands trajectories out for scoring again, and makes
+    /// groups ready without their late members.
     ///
     /// # Errors
-    /// An error of ours.
+    /// Those of the log.
     pub fn expire(&mut self, now: Micros) -> Result<()> {
         while let Some(id) = self.leases.expired(now) {
             self.end_lease(id)?;
         }
-        Ok(())
+        self.index.take_back(&self.state, now);
+        self.expire_groups(now)
     }
 
     pub(crate) fn end_lease(&mut self, id: u64) -> Result<()> {
@@ -264,7 +266,7 @@ impl Store {
                 item.conflict(&format!("epoch {} or its length was never given out (newest: {epoch})", item.epoch))
             );
         };
-        if item.epoch < trajectory.epoch {
+        if item.epoch < trajectory.epoch || trajectory.verdict == Verdict::Late {
             return Ok(Decision::Stale);
         }
         let ended = !self.leases.contains(item.trajectory);

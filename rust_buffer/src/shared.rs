@@ -116,7 +116,7 @@ impl Shared {
         let mut now = clock.base;
         loop {
             let before = guarded.store.lsn();
-            let answer = attempt(&mut guarded.store, now);
+            let answer = guarded.store.expire(now).and_then(|()| attempt(&mut guarded.store, now));
             let lsn = guarded.store.lsn();
             if lsn != before {
                 self.changed.notify_all();

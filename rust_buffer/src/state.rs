@@ -29,6 +29,17 @@ pub enum ClaimStatus {
     Committed,
 }
 
+impl ClaimStatus {
+    /// Name in Python, also of the state of a claimed group.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Claimed => "claimed",
+            Self::Trained => "trained",
+            Self::Committed => "committed",
+        }
+    }
+}
+
 /// Tokens of a claim by what the claim makes of them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClaimSums {

@@ -4,7 +4,7 @@
 //! leases and appends, `claims` the learner's side, `view` the queries. Nothing here blocks: waits are in `shared`.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
     time::Duration,
 };
@@ -12,7 +12,8 @@ use std::{
 use crate::{
     apply::Placed,
     error::{Result, StoreError},
-    group::{Group, Kind, Phase},
+    group::{Group, Kind, Phase, Straggler},
+    late::{LateReport, Overdue},
     lease::Leases,
     log::{Arrays, Durability, Location, Log, LogOptions, Lsn, Storage},
     order::{Index, Micros},
@@ -42,6 +43,8 @@ pub struct Settings {
     pub segment_loss: SegmentLoss,
     /// Scored members below which a group is evicted.
     pub min_group_size: u32,
+    /// When a group does not wait for its late members; None: it waits for all.
+    pub straggler: Option<Straggler>,
     /// Infra failures after which a member is given up.
     pub max_attempts: u32,
     /// Time that an append renews a lease for.
@@ -65,6 +68,9 @@ pub struct Store {
     pub(crate) state: State,
     pub(crate) index: Index,
     pub(crate) leases: Leases,
+    /// None until the first call that has a clock.
+    pub(crate) overdue: Option<Overdue>,
+    pub(crate) late_reports: VecDeque<LateReport>,
     pub(crate) snapshots: Snapshots,
     quota_changes: u64,
 }
@@ -77,6 +83,7 @@ pub(crate) struct Signature {
     idle: usize,
     leased: u64,
     eval_pending: u64,
+    overdue: Option<Micros>,
     next_group: u64,
     version: Version,
     open_claim: Option<i64>,
@@ -131,8 +138,9 @@ impl Store {
 
     fn with(log: Log, state: State, settings: Settings) -> Result<Self> {
         let index = Index::of(&state)?;
-        let snapshots = Snapshots::new(settings.file_bytes);
-        Ok(Self { log, settings, state, index, leases: Leases::default(), snapshots, quota_changes: 0 })
+        let (leases, snapshots) = (Leases::default(), Snapshots::new(settings.file_bytes));
+        let late_reports = VecDeque::new();
+        Ok(Self { log, settings, state, index, leases, overdue: None, late_reports, snapshots, quota_changes: 0 })
     }
 
     /// The durable state.
@@ -159,6 +167,7 @@ impl Store {
             idle: self.index.num_idle(),
             leased: self.index.leased,
             eval_pending: self.index.eval_pending,
+            overdue: self.overdue.as_ref().and_then(Overdue::next_deadline),
             next_group: self.state.next_group,
             version: self.state.version,
             open_claim: self.state.open_claim(),
@@ -169,7 +178,8 @@ impl Store {
 
     /// When the passing of time alone next changes what a wait can have.
     pub fn next_deadline(&self) -> Option<Micros> {
-        [self.leases.next_deadline(), self.index.next_deadline()].into_iter().flatten().min()
+        let overdue = self.overdue.as_ref().and_then(Overdue::next_deadline);
+        [self.leases.next_deadline(), self.index.next_deadline(), overdue].into_iter().flatten().min()
     }
 
     /// Logs and applies a record.
@@ -217,7 +227,7 @@ impl Store {
             }
             Record::Publish(_, iteration, _) => (none, claimed(&mut iteration.iter())),
             Record::Claim(claim) => (none, claim.groups.iter().copied().collect()),
-            Record::Evict(groups, _) => {
+            Record::Evict(groups, _) | Record::Late(groups) => {
                 let groups: BTreeSet<u64> = groups.iter().copied().collect();
                 (members(&groups), groups)
             }
@@ -293,6 +303,7 @@ impl Store {
         let same = group.kind == admit.kind
             && group.prompt_id == admit.prompt_id
             && (group.size, group.max_tokens, group.cursor) == (admit.size, admit.max_tokens, admit.cursor)
+            && group.priority == admit.priority
             && frame.array(0).unwrap_or_default() == prompt
             && frame.array(1).unwrap_or_default() == metadata;
         if same { Ok(id) } else { conflict(format!("request {:?} was admitted with other content", admit.request_id)) }
@@ -325,7 +336,7 @@ impl Store {
         self.index.hand_out(max_items, now.saturating_add(ttl))
     }
 
-    /// Records the outcome of scoring attempt `attempt`.
+    /// Records the outcome of scoring attempt `attempt`; of a member that came too late, it is ignored.
     ///
     /// # Errors
     /// `Conflict`: not complete, a reward that is not finite, or another outcome for an attempt already recorded.
@@ -336,11 +347,16 @@ impl Store {
         outcome: Outcome,
         reward: f64,
         components: BTreeMap<String, f64>,
+        now: Micros,
     ) -> Result<()> {
+        self.expire(now)?;
         let Some(trajectory) = self.state.trajectories.get(&id) else {
             // Only groups whose verdicts are final leave the store, so this repeats a recorded one.
             return if id < self.state.next_trajectory { Ok(()) } else { self.state.trajectory(id).map(drop) };
         };
+        if trajectory.verdict == Verdict::Late {
+            return Ok(());
+        }
         let (reward, components) = match outcome {
             Outcome::InfraFailure => (0.0, BTreeMap::new()),
             _ => (reward, components),
@@ -370,14 +386,16 @@ impl Store {
             ));
         }
         let failed = outcome == Outcome::InfraFailure && attempt + 1 >= self.settings.max_attempts;
-        let group = self.state.group(trajectory.group)?;
+        let (id_of_group, group) = (trajectory.group, self.state.group(trajectory.group)?);
         let phase = if outcome == Outcome::InfraFailure && !failed {
             Some(Phase::Partial)
         } else {
             group.after_verdict(failed, self.settings.min_group_size)
         };
         let score = Score { trajectory: id, outcome, reward, components, failed, phase };
-        self.commit(&Record::Score(score), &Arrays::default()).map(drop)
+        self.commit(&Record::Score(score), &Arrays::default())?;
+        self.watch_group(id_of_group, now);
+        Ok(())
     }
 
     /// Makes `version` the newest and `iteration`'s claim trained.

@@ -103,6 +103,8 @@ pub enum Verdict {
     },
     /// Too many infra failures: outside the baseline.
     Failed,
+    /// Its group did not wait for it: evicted, its tokens kept until the group goes.
+    Late,
 }
 
 /// The token record of one attempt at a prompt, without the tokens themselves.
@@ -146,12 +148,17 @@ impl Trajectory {
 
     /// Whether it can still grow.
     pub fn is_partial(&self) -> bool {
-        self.stop == Stop::None
+        self.stop == Stop::None && self.verdict != Verdict::Late
     }
 
     /// Whether it is complete and waits for its reward.
     pub fn is_unscored(&self) -> bool {
         !self.is_partial() && self.verdict == Verdict::Pending
+    }
+
+    /// Its reward, if it has one.
+    pub fn reward(&self) -> Option<f64> {
+        if let Verdict::Scored { reward, .. } = self.verdict { Some(reward) } else { None }
     }
 
     /// Version of the newest token; None when empty.

@@ -6,7 +6,6 @@ use crate::{
     group::{Group, Phase},
     ledger::{Place, signed},
     log::Lsn,
-    state::ClaimStatus,
     store::Store,
     trajectory::{Trajectory, Verdict, Version},
 };
@@ -38,6 +37,8 @@ pub struct Counts {
     pub trajectories_partial: usize,
     /// Complete ones without a verdict.
     pub trajectories_unscored: u64,
+    /// Those that their groups did not wait for, since the store began.
+    pub trajectories_late: u64,
     /// Evaluation trajectories without a verdict.
     pub eval_pending: u64,
     /// Budget of the newest version.
@@ -67,6 +68,7 @@ impl Store {
             trajectories_idle: idle,
             trajectories_partial: partial,
             trajectories_unscored: index.unscored_train,
+            trajectories_late: state.ledger.late,
             eval_pending: index.eval_pending,
             tokens_budget: state.quotas.get(&state.version).map_or(0, |quota| quota.tokens),
             tokens_spent: state.spent.get(&state.version).copied().unwrap_or(0),
@@ -106,15 +108,14 @@ impl Store {
             Phase::Partial => ("partial", None),
             Phase::Ready => ("ready", None),
             Phase::Claimed(iteration) => {
-                let status = self.state.claims.get(&iteration).map(|claim| claim.status);
-                let name = match status {
-                    Some(ClaimStatus::Committed) => "committed",
-                    Some(ClaimStatus::Trained) => "trained",
-                    _ => "claimed",
-                };
-                (name, Some(iteration))
+                (self.state.claims.get(&iteration).map_or("claimed", |claim| claim.status.name()), Some(iteration))
             }
         }
+    }
+
+    /// Name of the state of every claim that is not evicted, by iteration.
+    pub fn claims(&self) -> BTreeMap<i64, &'static str> {
+        self.state.claims.iter().map(|(iteration, claim)| (*iteration, claim.status.name())).collect()
     }
 
     /// Name of a trajectory's state in Python.
@@ -122,6 +123,7 @@ impl Store {
         match trajectory.verdict {
             Verdict::Scored { .. } => "scored",
             Verdict::Failed => "failed",
+            Verdict::Late => "late",
             Verdict::Pending if !trajectory.is_partial() => "unscored",
             Verdict::Pending if self.leases.contains(id) => "leased",
             Verdict::Pending => "idle",

@@ -27,6 +27,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Up:
         directory, run__iterations=3, rollout__repetition=loops, rollout__final_temperature=0.5,
         rollout__temperature_iterations=2, eval__prompts=0, scheduler__groups_per_iteration=6,
     )  # fmt: skip
+    config["scheduler"]["straggler"] = {"members": 3, "wait_s": 0.0}
     config["reward"] |= {"repetition_penalty": 0.25, "cut_reward": -0.5, "length_weight": 0.1}
     config["learner"] |= {
         "algorithm": "boltzmann_pmd", "keep_groups_below": 0.6, "importance_weights": "token", "veto": True,
@@ -58,6 +59,17 @@ def test_filtered_tokens_are_masked_in_the_ledger_and_the_sum_is_exact(finished:
         dropped = np.repeat([means[group] >= 0.6 for group in batch.groups], np.diff(batch.cu_seqlens))
         filtered += int((dropped & ((batch.mask & Mask.TRAINED) != 0)).sum())
     assert last["masked_filter"] == filtered
+
+
+def test_groups_are_trained_without_late_members_who_are_events(finished: Up, batches: list[TrainBatch]) -> None:
+    for batch in batches:
+        assert np.unique(batch.groups, return_counts=True)[1].tolist() == [3] * 6
+    lines = (finished.run / "events.jsonl").read_text().splitlines()
+    events = [event for event in map(json.loads, lines) if event["kind"] == "late_members"]
+    assert {event["members"] for event in events} == {1}
+    last = finished.iterations()[-1]
+    assert last["store/trajectories_late"] > 0
+    assert sum(event["tokens"] for event in events) > 0
 
 
 def test_the_temperature_follows_the_version(batches: list[TrainBatch]) -> None:

@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, IoSlice},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
 };
@@ -21,6 +22,9 @@ use crate::error::{Result, StoreError};
 
 /// Most parts of one pwritev; Linux takes 1024.
 const MAX_PARTS: usize = 512;
+
+/// Bytes that are copied at once from a file that may be written meanwhile.
+const COPY_BYTES: usize = 4096;
 
 /// A directory of log files.
 pub struct Disk {
@@ -106,6 +110,20 @@ impl Storage for Disk {
     fn sync_names(&self) -> io::Result<()> {
         sync_dir(&self.dir)
     }
+}
+
+/// Fills `bytes` as far as the file goes.
+fn read_whole(file: &File, at: u64, mut bytes: &mut [u8]) -> io::Result<()> {
+    let mut done = 0;
+    while !bytes.is_empty() {
+        match file.read_at(bytes, at + done) {
+            Ok(0) => break,
+            Ok(read) => (bytes, done) = (&mut bytes[read..], done + read as u64),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
 }
 
 fn write_all(file: &File, mut at: u64, parts: &[&[u8]]) -> io::Result<()> {
@@ -228,5 +246,16 @@ impl Medium for DiskFile {
         };
         map.touch(at as usize, end as usize);
         Ok(Bytes::mapped(&map.bytes, at as usize, len))
+    }
+
+    fn copy(&self, len: u64) -> io::Result<Bytes> {
+        self.with(|file| {
+            let mut bytes = vec![0; len as usize];
+            // Backwards, as the writer goes forwards: what is there with a record is there with all before it.
+            for (at, piece) in bytes.chunks_mut(COPY_BYTES).enumerate().rev() {
+                read_whole(file, (at * COPY_BYTES) as u64, piece)?;
+            }
+            Ok(Bytes::from(&bytes[..]))
+        })
     }
 }

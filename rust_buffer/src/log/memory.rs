@@ -102,4 +102,10 @@ impl Medium for MemoryFile {
         let Some(end) = usize::try_from(at).ok().and_then(|at| at.checked_add(len)) else { return Ok(None) };
         Ok(self.bytes()?.get(at as usize..end).map(Bytes::from))
     }
+
+    fn copy(&self, len: u64) -> io::Result<Bytes> {
+        let mut bytes = self.bytes()?.clone();
+        bytes.resize(len as usize, 0);
+        Ok(Bytes::from(&bytes[..]))
+    }
 }

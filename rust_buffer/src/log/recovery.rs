@@ -14,7 +14,7 @@ use super::{
         read_file_header, stamp, u32_at,
     },
     reader::{Frame, LogFile},
-    storage::{Bytes, Storage},
+    storage::{Bytes, Medium, Storage},
     writer::{Tail, Writer},
 };
 use crate::error::{Result, StoreError};
@@ -108,7 +108,7 @@ pub(super) fn recover(storage: &dyn Storage, replay: &mut dyn Replay, repair: bo
         let detail = format!("the file ends before LSN {}, which the index calls durable", at.next - 1);
         return Err(StoreError::corrupt(&last.path, last.bytes.len() as u64, detail));
     }
-    let tail = last.replay_last(at, replay, repair)?;
+    let tail = last.replay_last(at, replay)?;
     Ok(Found { sealed, last: Some((last.number, tail)), index })
 }
 
@@ -120,7 +120,7 @@ pub(super) fn resume(storage: &dyn Storage, found: &Found, file_bytes: u64) -> R
     }
 }
 
-fn open(storage: &dyn Storage, number: u32) -> Result<Arc<dyn super::Medium>> {
+fn open(storage: &dyn Storage, number: u32) -> Result<Arc<dyn Medium>> {
     let name = file_name(number);
     storage.open(&name, false).map_err(|e| StoreError::io(storage.path_of(&name), e))
 }
@@ -164,8 +164,10 @@ fn take_last(
     repair: bool,
 ) -> Result<Option<Image>> {
     let Some(&number) = numbers.last() else { return Ok(None) };
-    if let Some(image) = Image::of(storage, number)? {
-        return Ok(Some(image));
+    // Without the lock a writer may be at work in it.
+    let image = |number| if repair { Image::of(storage, number) } else { Image::live(storage, number) };
+    if let Some(found) = image(number)? {
+        return Ok(Some(found));
     }
     if index_file.is_some_and(|file| number <= file) {
         let detail = "the file's header is not readable, but the index names records in it";
@@ -177,7 +179,7 @@ fn take_last(
     }
     numbers.remove(&number);
     let Some(&before) = numbers.last() else { return Ok(None) };
-    Image::of(storage, before)?.map(Some).ok_or_else(|| missing_header(&storage.path_of(&file_name(before))))
+    image(before)?.map(Some).ok_or_else(|| missing_header(&storage.path_of(&file_name(before))))
 }
 
 /// A log file before recovery: nothing in it is trusted.
@@ -192,13 +194,25 @@ struct Image {
 impl Image {
     /// File `number`; None when its creation was torn: no whole header and no sign that it was ever used.
     fn of(storage: &dyn Storage, number: u32) -> Result<Option<Self>> {
-        let (path, medium) = (storage.path_of(&file_name(number)), open(storage, number)?);
-        let read = || -> std::io::Result<_> {
+        Self::read(storage, number, |medium| {
             let len = medium.len()?;
-            let bytes = if len == 0 { None } else { medium.read(0, len as usize)? };
-            Ok((bytes, medium.data_end()?))
-        };
-        let (bytes, data_end) = read().map_err(|e| StoreError::io(&path, e))?;
+            if len == 0 { Ok(None) } else { medium.read(0, len as usize) }
+        })
+    }
+
+    /// The same of a file that may be written, and cut when it is sealed: all that it takes is copied.
+    fn live(storage: &dyn Storage, number: u32) -> Result<Option<Self>> {
+        Self::read(storage, number, |medium| medium.copy(medium.data_end()?).map(Some))
+    }
+
+    fn read(
+        storage: &dyn Storage,
+        number: u32,
+        bytes: impl FnOnce(&dyn Medium) -> std::io::Result<Option<Bytes>>,
+    ) -> Result<Option<Self>> {
+        let (path, medium) = (storage.path_of(&file_name(number)), open(storage, number)?);
+        let read = || Ok((medium.data_end()?, bytes(&*medium)?));
+        let (data_end, bytes) = read().map_err(|e: std::io::Error| StoreError::io(&path, e))?;
         let Some(bytes) = bytes else { return Ok(None) };
         let first = read_file_header(&path, &bytes, number)?;
         let image =
@@ -255,16 +269,15 @@ impl Image {
     }
 
     /// Walks the last file up to its tail.
-    fn replay_last(&self, at: Position, replay: &mut dyn Replay, repair: bool) -> Result<Tail> {
+    fn replay_last(&self, at: Position, replay: &mut dyn Replay) -> Result<Tail> {
         let mut at = self.start(at)?;
         // The file's creation and what the index names were durable.
         let (start, mut proven, mut offsets) = (at.next, at.next - 1, Vec::new());
-        loop {
-            let rest = self.bytes.get(at.offset as usize..).unwrap_or_default();
-            let end = match parse(rest) {
+        let end = loop {
+            match parse(self.bytes.get(at.offset as usize..).unwrap_or_default()) {
                 Ok(head) if head.stamp.kind == MARK && head.stamp.lsn + 1 == at.next => {
                     proven = proven.max(head.stamp.lsn);
-                    "a mark stands in place of the record"
+                    break "a mark stands in place of the record";
                 }
                 Ok(head) if head.stamp.kind == MARK && head.stamp.durable >= at.next => {
                     let detail = format!("LSN {} was durable, but LSN {} is not here", head.stamp.durable, at.next);
@@ -274,17 +287,11 @@ impl Image {
                     proven = proven.max(head.stamp.durable);
                     offsets.push(at.offset);
                     at = self.take(at, &head, replay)?;
-                    continue;
                 }
-                Err(detail) => detail,
-            };
-            match self.refuse_if_used(at.offset, at.next, end) {
-                Ok(()) => break,
-                // Without the lock a writer may have completed the record meanwhile.
-                Err(error) if repair || !parse(rest).is_ok_and(|head| head.stamp.kind != MARK) => return Err(error),
-                Err(_) => {}
+                Err(detail) => break detail,
             }
-        }
+        };
+        self.refuse_if_used(at.offset, at.next, end)?;
         let unproven = offsets.get((proven + 1 - start) as usize).copied().unwrap_or(at.offset);
         Ok(Tail { next: at.next, end: at.offset, dirty_end: self.dirty_end(at.offset), unproven })
     }

@@ -114,6 +114,13 @@ pub trait Medium: Send + Sync {
     /// # Errors
     /// Those of the operating system.
     fn read(&self, at: u64, len: usize) -> io::Result<Option<Bytes>>;
+
+    /// A copy of the first `len` bytes, zeros beyond the end, while another process may write them or cut the file;
+    /// whatever was written before a byte that is in it is in it too.
+    ///
+    /// # Errors
+    /// Those of the operating system.
+    fn copy(&self, len: u64) -> io::Result<Bytes>;
 }
 
 /// Bytes of a file. They stay readable when the file is deleted. Clone is cheap.
@@ -158,9 +165,8 @@ impl std::ops::Deref for Bytes {
         match &self.source {
             // SAFETY: `mapped` and `slice` have checked that the range lies within the map, which lives as long as
             // self. Callers ask only for bytes below the published end of a file, which are never written again
-            // (invariant 5), or for a file that no writer has yet; a reader without the lock trusts nothing that it
-            // has not checked. That nobody truncates the file from outside is the same assumption that every reader
-            // of a mapped file makes.
+            // (invariant 6), for a file that no writer has yet, or for the records of a sealed one. That nobody
+            // truncates the file from outside is the same assumption that every reader of a mapped file makes.
             Source::Map(map) => unsafe { std::slice::from_raw_parts(map.as_ptr().add(self.offset), self.len) },
             Source::Copy(bytes) => &bytes[self.offset..self.offset + self.len],
         }

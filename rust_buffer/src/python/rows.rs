@@ -11,6 +11,8 @@ use crate::{
     batch::{Extra, Rows, Tokens},
     claims::EvalResult,
     group::Group,
+    late::LateReport,
+    query::Selected,
     rollout::Granted,
     state::State,
     trajectory::{Trajectory, Verdict, Version},
@@ -131,7 +133,11 @@ pub fn eval_result<'py>(py: Python<'py>, result: &EvalResult) -> PyResult<Row<'p
     Ok(row)
 }
 
-pub fn group<'py>(py: Python<'py>, id: u64, group: &Group, phase: (&str, Option<i64>)) -> PyResult<Row<'py>> {
+/// A group, its state and claim, and the metadata of its prompt.
+pub type GroupView = (u64, Group, (&'static str, Option<i64>), Vec<u8>);
+
+pub fn group<'py>(py: Python<'py>, view: &GroupView) -> PyResult<Row<'py>> {
+    let (id, group, phase, metadata) = view;
     let row = PyDict::new(py);
     row.set_item("group", id)?;
     row.set_item("request_id", &group.request_id)?;
@@ -141,6 +147,40 @@ pub fn group<'py>(py: Python<'py>, id: u64, group: &Group, phase: (&str, Option<
     row.set_item("iteration", phase.1)?;
     row.set_item("trajectories", group.members().collect::<Vec<_>>())?;
     row.set_item("cursor", group.cursor)?;
+    row.set_item("priority", group.priority)?;
+    row.set_item("max_tokens", group.max_tokens)?;
+    row.set_item("prompt_length", group.prompt_len)?;
+    row.set_item("tokens", group.tokens)?;
+    row.set_item("scored", group.scored())?;
+    row.set_item("failed", group.failed)?;
+    row.set_item("late", group.late)?;
+    row.set_item("metadata", PyBytes::new(py, metadata))?;
+    Ok(row)
+}
+
+pub fn selected<'py>(py: Python<'py>, selected: &Selected) -> PyResult<Row<'py>> {
+    let row = PyDict::new(py);
+    row.set_item("trajectory", selected.trajectory)?;
+    row.set_item("group", selected.group)?;
+    row.set_item("prompt_id", &selected.prompt_id)?;
+    row.set_item("kind", selected.kind.name())?;
+    row.set_item("state", selected.state)?;
+    row.set_item("group_state", selected.group_state)?;
+    row.set_item("iteration", selected.iteration)?;
+    row.set_item("reward", selected.reward)?;
+    row.set_item("length", selected.len)?;
+    row.set_item("stop", selected.stop as u8)?;
+    row.set_item("first_version", selected.first_version)?;
+    row.set_item("last_version", selected.last_version)?;
+    Ok(row)
+}
+
+pub fn late_report<'py>(py: Python<'py>, report: &LateReport) -> PyResult<Row<'py>> {
+    let row = PyDict::new(py);
+    row.set_item("group", report.group)?;
+    row.set_item("prompt_id", &report.prompt_id)?;
+    row.set_item("members", report.members)?;
+    row.set_item("tokens", report.tokens)?;
     Ok(row)
 }
 
@@ -177,6 +217,7 @@ pub fn counts<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Row<'py>> {
     row.set_item("trajectories_idle", counts.trajectories_idle)?;
     row.set_item("trajectories_partial", counts.trajectories_partial)?;
     row.set_item("trajectories_unscored", counts.trajectories_unscored)?;
+    row.set_item("trajectories_late", counts.trajectories_late)?;
     row.set_item("eval_pending", counts.eval_pending)?;
     row.set_item("tokens_budget", counts.tokens_budget)?;
     row.set_item("tokens_spent", counts.tokens_spent)?;

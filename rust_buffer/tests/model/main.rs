@@ -2,7 +2,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod late;
 mod ops;
+mod query;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,29 +15,31 @@ use std::{
 
 use _rust_buffer::{
     batch::{self, ClaimView, Columns, Rows},
-    claims::ClaimAnswer,
+    claims::{ClaimAnswer, Starvation},
     error::StoreError,
-    group::Kind,
+    group::{Kind, Straggler},
     log::{Disk, Durability},
     record::{Admit, Masked, Quota, SegmentLoss},
-    rollout::Reply,
+    rollout::{Granted, Reply},
     store::{Settings, Store},
     trajectory::{Outcome, Verdict},
     wire::Batch,
 };
+use late::Stragglers;
 use ops::{Op, op};
 use proptest::prelude::*;
 
 const TTL: i64 = 1_000;
 const GROUPS: usize = 2;
 
-fn settings(lookahead: u32, current_only: bool) -> Settings {
+fn settings(lookahead: u32, current_only: bool, straggler: Option<Straggler>) -> Settings {
     Settings {
         groups_per_iteration: GROUPS,
         lookahead,
         max_staleness: Some(2),
         segment_loss: if current_only { SegmentLoss::CurrentOnly } else { SegmentLoss::All },
         min_group_size: 2,
+        straggler,
         max_attempts: 2,
         lease_ttl: TTL,
         grant_tokens: 4,
@@ -83,6 +87,9 @@ struct Model {
     committed: BTreeSet<u64>,
     trained_through: i64,
     evicted: i64,
+    stragglers: Stragglers,
+    /// Tokens of late members.
+    late_tokens: u64,
 }
 
 impl Model {
@@ -105,6 +112,8 @@ impl Model {
             committed: BTreeSet::new(),
             trained_through: 0,
             evicted: 0,
+            stragglers: Stragglers::new(settings.straggler),
+            late_tokens: 0,
         }
     }
 
@@ -116,10 +125,22 @@ impl Model {
         self.store.as_ref().unwrap().state().version
     }
 
+    /// What time does, at the store and in the model.
+    fn tick(&mut self) {
+        let now = self.now;
+        self.store().expire(now).unwrap();
+        self.held.retain(|held| held.deadline > now);
+        for id in self.stragglers.tick(now) {
+            self.late_tokens += self.tokens[&id].iter().filter(|token| !token.observed).count() as u64;
+            self.held.retain(|held| held.trajectory != id);
+        }
+    }
+
     fn run(&mut self, op: &Op) {
+        self.tick();
         match op {
             Op::Quota { tokens, segment } => self.quota(*tokens, *segment),
-            Op::Admit { size, max_tokens, eval } => self.admit(*size, *max_tokens, *eval),
+            Op::Admit { size, max_tokens, priority, eval } => self.admit(*size, *max_tokens, *priority, *eval),
             Op::Lease { max, lag } => self.lease(*max, *lag),
             Op::Append { pick, count, stop, newer, observed } => {
                 self.append(*pick, *count, *stop, (*newer, *observed));
@@ -127,9 +148,7 @@ impl Model {
             Op::StaleAppend { pick } => self.stale_append(*pick),
             Op::Wait { time } => {
                 self.now += time;
-                let now = self.now;
-                self.store().expire(now).unwrap();
-                self.held.retain(|held| held.deadline > now);
+                self.tick();
             }
             Op::Score { pick, outcome } => self.score(*pick, *outcome),
             Op::Claim => self.claim(),
@@ -150,6 +169,8 @@ impl Model {
                 self.held.retain(|held| !eval.contains(&held.trajectory));
                 self.tokens.retain(|id, _| !eval.contains(id));
             }
+            Op::Late { pick } => self.late(*pick),
+            Op::Query { filter, limit } => query::check(self.store(), filter, *limit),
             Op::Reopen => self.reopen(),
         }
         self.check();
@@ -163,7 +184,7 @@ impl Model {
         *most = (*most).max(tokens);
     }
 
-    fn admit(&mut self, size: u32, max_tokens: u32, eval: bool) {
+    fn admit(&mut self, size: u32, max_tokens: u32, priority: i32, eval: bool) {
         let number = if eval { self.evals } else { self.admitted };
         let admit = Admit {
             request_id: format!("{}-{number}", if eval { "eval" } else { "train" }),
@@ -173,6 +194,7 @@ impl Model {
             prompt_len: 2,
             size,
             max_tokens,
+            priority,
         };
         let prompt: Vec<u8> = [7_i32, 8].iter().flat_map(|token| token.to_le_bytes()).collect();
         let untrained = self.store().counts().groups_untrained;
@@ -180,6 +202,9 @@ impl Model {
             Ok(group) => {
                 assert_eq!(self.store().admit(&admit, &prompt, b"meta").unwrap(), group);
                 let members = self.store().state().groups[&group].members();
+                if !eval {
+                    self.stragglers.admit(group, members.clone());
+                }
                 for id in members {
                     self.tokens.insert(id, Vec::new());
                     if eval {
@@ -197,6 +222,7 @@ impl Model {
         let (now, version) = (self.now, (self.newest() - lag).max(0));
         let open = self.store().state().open_claim().is_some() || version != self.newest();
         let grants = self.store().lease("worker", version, max, now).unwrap();
+        self.check_priorities(&grants);
         for lease in grants {
             assert!(lease.grant > 0);
             assert!(lease.kind == Kind::Eval || self.settings.lookahead > 0 || !open);
@@ -212,6 +238,19 @@ impl Model {
                 grant: lease.grant,
                 deadline: now + TTL,
             });
+        }
+    }
+
+    /// No group of higher priority was left out when one was started.
+    fn check_priorities(&self, grants: &[Granted]) {
+        let store = self.store.as_ref().unwrap();
+        let group = |id: &u64| &store.state().groups[id];
+        let started = grants.iter().filter(|lease| lease.kind == Kind::Train && lease.segments.is_empty());
+        let Some(least) = started.map(|lease| group(&lease.group).priority).min() else { return };
+        for (id, trajectory) in &store.state().trajectories {
+            let left_out = trajectory.segments.is_empty() && store.state_of(*id, trajectory) == "idle";
+            let group = group(&trajectory.group);
+            assert!(!left_out || group.kind == Kind::Eval || group.priority <= least);
         }
     }
 
@@ -268,6 +307,24 @@ impl Model {
         assert_eq!(self.store().state(), &before);
     }
 
+    /// A member that came too late is fenced, and its score is ignored.
+    fn late(&mut self, pick: usize) {
+        let live: Vec<u64> = self.store.as_ref().unwrap().state().trajectories.keys().copied().collect();
+        let late: Vec<u64> = live.into_iter().filter(|id| self.stragglers.late.contains(id)).collect();
+        if late.is_empty() {
+            return;
+        }
+        let (id, now) = (late[pick % late.len()], self.now);
+        let before = self.store().state().clone();
+        let (offset, epoch) = (before.trajectories[&id].len, before.trajectories[&id].epoch);
+        let held = Held { trajectory: id, epoch, version: 0, grant: 0, deadline: 0 };
+        let sent = Sent { held: &held, offset, tokens: &[1, 2], next_version: 0, stop: None, observed: false };
+        let replies = self.store().append(&Batch::decode(&sent.encode()).unwrap(), now).unwrap();
+        assert_eq!(replies, [Reply { trajectory: id, stale: true, grant: 0 }]);
+        self.store().score(id, 0, Outcome::Scored, 1.0, BTreeMap::new(), now).unwrap();
+        assert_eq!(self.store().state(), &before);
+    }
+
     fn score(&mut self, pick: usize, outcome: Outcome) {
         let now = self.now;
         let mut unscored = self.store().unscored(8, 0, now);
@@ -282,24 +339,33 @@ impl Model {
     }
 
     fn score_one(&mut self, id: u64, outcome: Outcome) {
-        let attempt = self.store().state().trajectories[&id].attempts;
+        let now = self.now;
+        let (attempt, group) = {
+            let trajectory = &self.store().state().trajectories[&id];
+            (trajectory.attempts, trajectory.group)
+        };
         let components = BTreeMap::from([("right".to_owned(), 1.0)]);
-        self.store().score(id, attempt, outcome, 1.0, components.clone()).unwrap();
+        self.store().score(id, attempt, outcome, 1.0, components.clone(), now).unwrap();
         let before = self.store().state().clone();
+        let given_up = outcome == Outcome::InfraFailure && attempt + 1 == self.settings.max_attempts;
+        if given_up || outcome != Outcome::InfraFailure {
+            self.stragglers.verdict(group, id, !given_up, now);
+        }
         if let Some(trajectory) = before.trajectories.get(&id) {
-            let given_up = outcome == Outcome::InfraFailure && attempt + 1 == self.settings.max_attempts;
             assert_eq!(trajectory.verdict == Verdict::Failed, given_up);
         }
-        self.store().score(id, attempt, outcome, 1.0, components.clone()).unwrap();
+        self.store().score(id, attempt, outcome, 1.0, components.clone(), now).unwrap();
         assert_eq!(self.store().state(), &before);
         if before.trajectories.contains_key(&id) && outcome != Outcome::InfraFailure {
-            assert!(matches!(self.store().score(id, attempt, outcome, 2.0, components), Err(StoreError::Conflict(_))));
+            let other = self.store().score(id, attempt, outcome, 2.0, components, now);
+            assert!(matches!(other, Err(StoreError::Conflict(_))));
         }
     }
 
     fn claim(&mut self) {
         let iteration = self.claims.keys().max().copied().unwrap_or(0).max(self.evicted) + 1;
         let (now, version) = (self.now, self.newest());
+        let untrained = self.store().counts().groups_untrained;
         match self.store().claim(iteration, version, now) {
             Ok(Some(ClaimAnswer::Claimed(groups, lsn))) => {
                 assert!(!groups.is_empty() && groups.len() <= GROUPS);
@@ -313,7 +379,10 @@ impl Model {
                 self.check_claim(iteration);
                 self.claims.insert(iteration, groups);
             }
-            Ok(Some(ClaimAnswer::Starved)) => {
+            Ok(Some(ClaimAnswer::Starved(Starvation::OverAge))) => {
+                assert!(self.store().counts().groups_untrained < untrained, "nothing was evicted");
+            }
+            Ok(Some(ClaimAnswer::Starved(Starvation::Closed))) => {
                 let counts = self.store().counts();
                 assert_eq!((counts.groups_ready, counts.trajectories_leased, counts.trajectories_unscored), (0, 0, 0));
             }
@@ -404,6 +473,7 @@ impl Model {
         self.store = Some(open(self.dir.path(), self.settings));
         assert_eq!(self.store().state(), &before);
         self.held.clear();
+        self.stragglers.reopen();
     }
 
     fn check(&mut self) {
@@ -418,6 +488,8 @@ impl Model {
         let ledger: BTreeMap<&str, i64> = store.ledger().into_iter().collect();
         assert_eq!(ledger["generated"], generated.len() as i64);
         assert_eq!(ledger["observed"], observed.len() as i64);
+        assert_eq!(ledger["evicted_late"], self.late_tokens as i64);
+        assert_eq!(store.counts().trajectories_late, self.stragglers.late.len() as u64);
         assert_eq!(store.state().next_cursor, admitted);
         for (version, spent) in &store.state().spent {
             assert!(*spent <= budgets.get(version).copied().unwrap_or(0), "version {version} spent {spent}");
@@ -428,6 +500,7 @@ impl Model {
         for (id, trajectory) in &store.state().trajectories {
             assert_eq!(trajectory.len as usize, tokens[id].len());
             assert_eq!(store.state_of(*id, trajectory) == "leased", held.contains(id));
+            assert_eq!(store.state_of(*id, trajectory) == "late", self.stragglers.late.contains(id));
         }
     }
 }
@@ -514,14 +587,21 @@ impl Packed {
     }
 }
 
+/// Cases of the quick form; `PROPTEST_CASES` makes it the nightly one.
+fn cases(quick: u32) -> u32 {
+    std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(quick)
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, max_shrink_iters: 4000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(64), max_shrink_iters: 4000, ..ProptestConfig::default() })]
 
     #[test]
     fn random_histories_keep_every_invariant(
-        ops in prop::collection::vec(op(), 1..400), lookahead in 0..2_u32, current_only in any::<bool>()
+        ops in prop::collection::vec(op(), 1..400), lookahead in 0..2_u32, current_only in any::<bool>(),
+        straggler in prop::option::of((2..4_u32, 1..1500_i64))
     ) {
-        let mut model = Model::new(settings(lookahead, current_only));
+        let straggler = straggler.map(|(members, wait)| Straggler { members, wait });
+        let mut model = Model::new(settings(lookahead, current_only, straggler));
         model.run(&Op::Quota { tokens: 30, segment: None });
         for op in &ops {
             model.run(op);

@@ -1,0 +1,84 @@
+"""Appends through a process boundary: TransferQueue against our store actor. A question of `bench/store.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import store_peers as peers
+from store_ours import Ours
+from store_paired import Answer, Rounds
+from store_speed import Bench, appends_per_s, check_reads
+from store_workload import GROUP_SIZE, NUM_VERSIONS, Batch, Out, Workload
+
+from pmdflow.store import encode_segments
+from pmdflow.store_actor import StoreActor
+from pmdflow.types import Prompt, Quota
+
+GROUPS = {"lease": 2, "append": 2, "score": 2, "claim": 2, "archive": 1}
+TIMEOUT_S = 120.0
+
+
+class OurActor:
+    """The store inside its Ray actor; an append is answered once it is durable."""
+
+    def __init__(self, directory: Path, work: Workload) -> None:
+        import numpy as np
+
+        cls: Any = ray.remote(num_cpus=0, concurrency_groups=GROUPS, max_concurrency=4)(StoreActor)
+        settings = {"groups_per_iteration": 64, "lookahead": 1_000_000, "max_staleness": None, "lease_ttl_s": 1e6}
+        self._actor = cls.remote(
+            directory=str(directory / "store"), run_dir=str(directory), settings=settings, archive_attrs={}
+        )
+        for version in range(NUM_VERSIONS):
+            self._call("publish", version, None, {})
+            self._call("set_quota", Quota(version=version, groups=1 << 30, tokens=1 << 40, tokens_per_segment=None))
+        tokens = np.array([1], dtype=np.int32)
+        prompts = [(f"g{g}", g, Prompt(id=f"p{g}", text="", tokens=tokens)) for g in range(work.num_groups)]
+        assert self._call("admit", prompts, "train", GROUP_SIZE, 8192) == work.num_groups
+        rows: list[tuple[int, int]] = []
+        while len(rows) < work.size:
+            leases = self._call("lease", "bench", NUM_VERSIONS - 1, 4096, TIMEOUT_S)
+            rows += [(lease.trajectory, lease.epoch) for lease in leases]
+        from store_ours import Segments
+
+        self._segments = Segments(work, np.array(sorted(rows), dtype=np.int64))
+
+    def _call(self, method: str, *args: Any) -> Any:
+        return ray.get(getattr(self._actor, method).remote(*args), timeout=TIMEOUT_S)
+
+    def append(self, members: Sequence[int]) -> None:
+        self._call("append", encode_segments(self._segments(members)))
+
+    def flush(self) -> None:
+        pass
+
+    def read(self, groups: Sequence[int], out: Out | None) -> Batch:
+        raise NotImplementedError("claims are read by iteration")
+
+    def close(self) -> None:
+        self._call("close")
+        ray.kill(self._actor)
+
+
+def across_processes(bench: Bench) -> Answer:
+    """64 trajectories a call to another process; TransferQueue keeps them in memory, the store on disk."""
+    work = bench.workload()
+    ray.init(num_cpus=4, include_dashboard=False, logging_level="error", log_to_driver=False)
+    try:
+        check_reads(peers.TransferQueue, bench.directory / "tq")
+        rounds = Rounds("appends/s")
+        makes = {"ours": Ours, "our actor": OurActor, "transferqueue": peers.TransferQueue}
+        rounds.run(
+            bench.rounds,
+            {name: partial(appends_per_s, make, bench.directory / name, work) for name, make in makes.items()},
+        )
+    finally:
+        ray.shutdown()
+    return Answer(
+        rounds=rounds,
+        ratios=[rounds.ratio("ours", "transferqueue", 15.0), rounds.ratio("our actor", "transferqueue", 3.0)],
+    )

@@ -1,0 +1,312 @@
+//! Random histories of the log on a disk that fails.
+
+use std::time::Duration;
+
+use _rust_buffer::{
+    error::StoreError,
+    log::{Arrays, Durability, Frame, Location, Log, LogOptions, Lsn, Replay},
+};
+use proptest::prelude::*;
+
+use crate::{
+    End, cases, end, fault,
+    storage::{Disk, Fault},
+};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+#[derive(Debug, Clone)]
+enum Op {
+    Append { sizes: Vec<usize> },
+    Wait,
+    Read { pick: usize },
+    Index,
+    Remove { file: u32 },
+    Close,
+    Arm(Fault),
+    End(End),
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let size = prop_oneof![6 => 0..60_usize, 1 => 400..1500_usize];
+    prop_oneof![
+        12 => prop::collection::vec(size, 0..5).prop_map(|sizes| Op::Append { sizes }),
+        3 => Just(Op::Wait),
+        1 => any::<usize>().prop_map(|pick| Op::Read { pick }),
+        2 => Just(Op::Index),
+        1 => prop_oneof![1..9_u32, Just(u32::MAX)].prop_map(|file| Op::Remove { file }),
+        1 => Just(Op::Close),
+        2 => fault().prop_map(Op::Arm),
+        2 => end().prop_map(Op::End),
+    ]
+}
+
+/// A record and where it is, if its append was answered.
+#[derive(Clone)]
+struct Written {
+    serial: u8,
+    sizes: Vec<usize>,
+    location: Option<Location>,
+}
+
+impl Written {
+    fn header(&self) -> [u8; 3] {
+        [self.serial, self.sizes.len() as u8, 7]
+    }
+
+    fn arrays(&self) -> Vec<Vec<u8>> {
+        self.sizes.iter().enumerate().map(|(i, size)| vec![self.serial.wrapping_add(i as u8); *size]).collect()
+    }
+
+    fn check(&self, frame: &Frame) {
+        assert_eq!((frame.kind(), frame.header()), (1, &self.header()[..]), "LSN {}", frame.lsn());
+        assert_eq!(frame.arrays(), self.arrays(), "LSN {}", frame.lsn());
+    }
+}
+
+#[derive(Default)]
+struct Seen {
+    /// LSN that the snapshot covers.
+    base: Lsn,
+    frames: Vec<Frame>,
+}
+
+impl Replay for Seen {
+    fn snapshot(&mut self, bytes: &[u8]) -> Result<(), String> {
+        self.base = Lsn::from_le_bytes(bytes.try_into().map_err(|_| "not a snapshot")?);
+        Ok(())
+    }
+
+    fn record(&mut self, frame: &Frame) -> Result<(), String> {
+        assert_eq!(frame.lsn(), self.base + self.frames.len() as u64 + 1, "LSNs are dense");
+        self.frames.push(frame.clone());
+        Ok(())
+    }
+}
+
+struct Run {
+    disk: Disk,
+    options: LogOptions,
+    log: Option<Log>,
+    /// What each LSN was given.
+    written: Vec<Written>,
+    /// LSN whose loss by power would break a promise.
+    kept: Lsn,
+    /// Snapshots that opening may find.
+    bases: Vec<Lsn>,
+    /// Files below it may be deleted.
+    removed: u32,
+    serial: u8,
+    /// A record was refused: no later one may be taken or acknowledged by this process.
+    failed: bool,
+}
+
+impl Run {
+    fn new(seed: u64, durability: Durability) -> Self {
+        let options = LogOptions { durability, file_bytes: 600, commit_interval: Duration::from_millis(1) };
+        let disk = Disk::new(seed);
+        let mut run = Self {
+            disk,
+            options,
+            log: None,
+            written: Vec::new(),
+            kept: 0,
+            bases: vec![0],
+            removed: 0,
+            serial: 0,
+            failed: false,
+        };
+        run.open(0);
+        run
+    }
+
+    fn log(&self) -> &Log {
+        self.log.as_ref().unwrap()
+    }
+
+    fn run(&mut self, op: &Op) {
+        match op {
+            Op::Append { sizes } => self.append(sizes),
+            Op::Wait => self.wait(),
+            Op::Read { pick } => self.read(*pick),
+            Op::Index => self.index(),
+            Op::Remove { file } => self.remove(*file),
+            Op::Close => {
+                if self.log().close().is_ok() && !self.failed {
+                    self.kept = self.written.len() as u64;
+                }
+                self.end(End { power_loss: false, fault: None, again: false });
+            }
+            Op::Arm(fault) => self.disk.arm(*fault),
+            Op::End(end) => self.end(*end),
+        }
+        self.acknowledged();
+    }
+
+    /// Level `Os` promises nothing about power.
+    fn acknowledged(&mut self) {
+        if self.options.durability != Durability::Os {
+            self.kept = self.kept.max(self.log().durable_lsn());
+        }
+    }
+
+    fn append(&mut self, sizes: &[usize]) {
+        self.serial = self.serial.wrapping_add(1);
+        let mut record = Written { serial: self.serial, sizes: sizes.to_vec(), location: None };
+        let arrays = record.arrays();
+        let slices: Vec<&[u8]> = arrays.iter().map(Vec::as_slice).collect();
+        match self.log().append(1, &record.header(), &Arrays::of(&slices)) {
+            Ok((lsn, location)) => {
+                assert!(!self.failed, "a record is taken after a failure");
+                assert_eq!(lsn, self.written.len() as u64 + 1);
+                record.location = Some(location);
+                self.written.push(record);
+                if self.options.durability == Durability::Always {
+                    self.kept = lsn;
+                }
+            }
+            Err(StoreError::Io { .. }) => {
+                // It may be there after all.
+                self.failed = true;
+                self.written.push(record);
+            }
+            Err(StoreError::Poisoned { .. }) => self.failed = true,
+            Err(other) => panic!("{other}"),
+        }
+    }
+
+    fn wait(&mut self) {
+        let lsn = self.log().lsn();
+        match self.log().wait_durable(lsn, PATIENCE) {
+            Ok(true) => self.acknowledged(),
+            Ok(false) => panic!("record {lsn} neither durable nor refused"),
+            Err(StoreError::Poisoned { .. }) => self.failed = true,
+            Err(other) => panic!("{other}"),
+        }
+    }
+
+    fn read(&mut self, pick: usize) {
+        let Some(index) = pick.checked_rem(self.written.len()) else { return };
+        let record = &self.written[index];
+        let Some(location) = record.location.filter(|location| location.file >= self.removed) else { return };
+        match self.log().frame(location) {
+            Ok(frame) => record.check(&frame),
+            Err(StoreError::Io { .. }) => {}
+            Err(other) => panic!("{other}"),
+        }
+    }
+
+    fn index(&mut self) {
+        let (position, lsn) = (self.log().position(), self.log().lsn());
+        self.bases.push(position.next - 1);
+        match self.log().write_index(position, &(position.next - 1).to_le_bytes()) {
+            Ok(()) => {
+                self.bases = vec![position.next - 1];
+                self.kept = self.kept.max(lsn);
+            }
+            Err(StoreError::Io { .. } | StoreError::Poisoned { .. }) => {}
+            Err(other) => panic!("{other}"),
+        }
+    }
+
+    fn remove(&mut self, file: u32) {
+        let end = file.min(self.log().index().file);
+        match self.log().remove_before(file) {
+            Ok(_) => {}
+            Err(StoreError::Io { .. } | StoreError::Poisoned { .. }) => {}
+            Err(other) => panic!("{other}"),
+        }
+        self.removed = self.removed.max(end);
+    }
+
+    fn end(&mut self, end: End) {
+        self.acknowledged();
+        if end.power_loss {
+            self.disk.lose_power();
+        } else {
+            self.disk.kill();
+        }
+        self.log = None;
+        let mut least = if end.power_loss { self.kept } else { self.answered() };
+        if let Some(fault) = end.fault {
+            self.disk.arm(fault);
+            let mut seen = Seen::default();
+            let opened = Log::open(self.disk.process(), self.options, &mut seen);
+            self.disk.disarm();
+            match opened {
+                Ok(log) => self.check(log, &seen, least),
+                Err(StoreError::Io { .. }) => {}
+                Err(other) => panic!("{other}"),
+            }
+            least = if end.again { self.kept } else { least };
+            if end.again {
+                self.disk.lose_power()
+            } else {
+                self.disk.kill()
+            }
+            self.log = None;
+        }
+        self.open(least);
+        // Opening changes nothing that a second opening sees.
+        let (before, index) = (self.log().position(), self.log().index());
+        self.disk.kill();
+        self.log = None;
+        self.open(before.next - 1);
+        assert_eq!((self.log().position(), self.log().index()), (before, index));
+    }
+
+    /// The last record whose append was answered.
+    fn answered(&self) -> Lsn {
+        self.written.iter().rposition(|record| record.location.is_some()).map_or(0, |last| last as u64 + 1)
+    }
+
+    fn open(&mut self, least: Lsn) {
+        let mut seen = Seen::default();
+        let log = Log::open(self.disk.process(), self.options, &mut seen);
+        self.check(log.map_err(|error| error.to_string()).unwrap(), &seen, least);
+    }
+
+    fn check(&mut self, log: Log, seen: &Seen, least: Lsn) {
+        let last = seen.base + seen.frames.len() as u64;
+        assert!(self.bases.contains(&seen.base), "snapshot of {}, not of {:?}", seen.base, self.bases);
+        assert!(last >= least, "{least} records were acknowledged, {last} are there");
+        assert!(last <= self.written.len() as u64, "{} records were written, {last} are there", self.written.len());
+        for frame in &seen.frames {
+            let record = &mut self.written[frame.lsn() as usize - 1];
+            record.check(frame);
+            record.check(&log.frame(frame.location()).unwrap());
+            record.location = Some(frame.location());
+        }
+        assert_eq!((log.lsn(), log.durable_lsn()), (last, last));
+        self.written.truncate(last as usize);
+        (self.kept, self.bases, self.failed) = (last, vec![seen.base], false);
+        self.log = Some(log);
+    }
+}
+
+fn run(seed: u64, durability: Durability, ops: &[Op]) {
+    let mut run = Run::new(seed, durability);
+    for op in ops {
+        run.run(op);
+    }
+    run.run(&Op::End(End { power_loss: true, fault: None, again: false }));
+}
+
+proptest! {
+    #![proptest_config(cases(150))]
+
+    #[test]
+    fn level_always_keeps_what_it_answers(seed in any::<u64>(), ops in prop::collection::vec(op(), 1..80)) {
+        run(seed, Durability::Always, &ops);
+    }
+
+    #[test]
+    fn level_group_keeps_what_it_calls_durable(seed in any::<u64>(), ops in prop::collection::vec(op(), 1..80)) {
+        run(seed, Durability::Group, &ops);
+    }
+
+    #[test]
+    fn level_os_opens_with_a_prefix_after_power_loss(seed in any::<u64>(), ops in prop::collection::vec(op(), 1..80)) {
+        run(seed, Durability::Os, &ops);
+    }
+}
