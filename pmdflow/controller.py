@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class Controller:
         """The checkpoint whose files are being written, and what the ranks answer when they are whole."""
         self._checkpointed = 0
         # Newest iteration whose checkpoint is committed or being written."""
-        self._generated_before = 0
+        self._tokens_before: Counter[str] = Counter()
         self.iteration = 0
         """Iterations trained in the surviving history."""
         self.version = 0
@@ -257,8 +258,8 @@ class Controller:
         counts, ledger = self._call("sample")
         busy, waited = supervisor.busy_s, supervisor.waited_s
         supervisor.busy_s = supervisor.waited_s = 0.0
-        generated = supervisor.generated_tokens - self._generated_before
-        self._generated_before = supervisor.generated_tokens
+        tokens = supervisor.tokens - self._tokens_before
+        self._tokens_before = Counter(supervisor.tokens)
         values = {
             **store_values(counts, ledger),
             "iteration": self.iteration,
@@ -267,9 +268,10 @@ class Controller:
             **metrics,
             "scheduler/tokens_budget": spent.tokens_budget,
             "scheduler/tokens_spent": spent.tokens_spent,
-            "rollout/tokens_per_s": generated / times["time/iteration_s"],
+            "rollout/tokens_per_s": tokens["generated_tokens"] / times["time/iteration_s"],
             "rollout/busy_share": busy / max(busy + waited, 1e-9),
             "rollout/reprefill_tokens": ledger["reprefill"],
+            **_speculation(self._config, tokens),
             **times,
         }
         supervisor.recorder.metric("iteration", values)
@@ -287,3 +289,10 @@ class Controller:
 
     def _call(self, method: str, *args: Any) -> Any:
         return self._supervisor.call(getattr(self._store, method), *args, what=f"the store's {method}")
+
+
+def _speculation(config: Config, tokens: Mapping[str, int]) -> dict[str, float | None]:
+    if config.rollout.speculation is None:
+        return {}
+    drafted = tokens["drafted_tokens"]
+    return {"rollout/speculation_accepted_share": tokens["accepted_tokens"] / drafted if drafted else None}

@@ -35,3 +35,7 @@ class WaitTimeout(PmdflowError):
 
 class LearnerDied(ActorDied):
     """A learner rank died: the whole learner restarts from the newest checkpoint."""
+
+
+class EngineDied(PmdflowError):
+    """The process of a generation engine is gone or silent: its rollout actor gives its leases back and is replaced."""

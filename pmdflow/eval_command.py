@@ -209,7 +209,10 @@ def _engine(checkpoint: Checkpoint, config: Config, *, seed: int) -> RolloutEngi
         weights = checkpoint_weights(
             checkpoint.directory, lora=checkpoint.run.learner.lora, tied=_is_tied(checkpoint.model)
         )
-        engine.load_weights(checkpoint.version, weights, on_new_weights="reprefill")
+        staged = engine.stage(weights)
+        engine.pause()
+        engine.load_weights(checkpoint.version, staged, on_new_weights="reprefill")
+        engine.resume()
     return engine
 
 

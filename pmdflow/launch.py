@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from pmdflow.config.load import Loaded
-from pmdflow.config.schema import Config
+from pmdflow.config.schema import DEFAULT_SLOTS, Config
 from pmdflow.controller import Controller
 from pmdflow.dashboard.process import DashboardProcess
 from pmdflow.data import PromptSource, make_prompts
@@ -156,10 +156,17 @@ def store_settings(config: Config) -> dict[str, Any]:
         "straggler": None if straggler is None else (straggler.members, straggler.wait_s),
         "max_attempts": config.reward.max_attempts,
         "lease_ttl_s": config.rollout.lease_ttl_s,
+        "grant_tokens": _grant_tokens(config),
         "durability": config.store.durability,
         "commit_interval_s": config.store.commit_interval_s,
         "max_bytes": config.store.limit_bytes,
     }
+
+
+def _grant_tokens(config: Config) -> int:
+    """Tokens of one grant: many, so that it is extended before it ends; but all held ones leave half of the budget."""
+    held = config.rollout.actors * (config.rollout.slots or DEFAULT_SLOTS)
+    return min(max(config.scheduler.tokens_per_iteration // (2 * held), 64), 1024)
 
 
 def start_learners(config: Config, run_dir: Path, *, log_prefix: str = "") -> list[Any]:
@@ -177,7 +184,7 @@ def start_learners(config: Config, run_dir: Path, *, log_prefix: str = "") -> li
 
 
 def _loops(config: Config, run: RunDirectory, store: Any) -> list[Loop]:
-    share = _gpu_share(config)
+    share = max(_gpu_share(config), config.rollout.tensor_parallel if config.rollout.tensor_parallel > 1 else 0)
 
     def rollout(index: int) -> Any:
         name = f"rollout-{index}"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from pmdflow.errors import ActorDied, LearnerDied, PmdflowError, WaitTimeout
+from pmdflow.errors import ActorDied, EngineDied, LearnerDied, PmdflowError, WaitTimeout
 from pmdflow.metrics.live import LiveView
 from pmdflow.metrics.recorder import Recorder
 from pmdflow.store import LateMembers
@@ -39,8 +40,8 @@ class Loop:
     drain_since: float = 0.0
     answered: bool = False
     quick_deaths: int = 0
-    generated_tokens: int = 0
-    """By the present actor, as last drained."""
+    tokens: dict[str, int] = field(default_factory=dict)
+    """Generated, drafted and accepted ones of the present actor, as last drained."""
 
 
 class Supervisor:
@@ -62,8 +63,8 @@ class Supervisor:
         self._last_tick = 0.0
         self._applied: list[Any] = []
         self._generated_before = (time.time(), 0)
-        self.generated_tokens = 0
-        """By all rollout actors of this process, lost ones included."""
+        self.tokens: Counter[str] = Counter()
+        """`generated_tokens`, `drafted_tokens` and `accepted_tokens` of all rollout actors, lost ones included."""
         self.busy_s = 0.0
         """Seconds that rollout actors spent outside wait spans, as drained so far."""
         self.waited_s = 0.0
@@ -73,7 +74,7 @@ class Supervisor:
         """Create the actor of a loop and run it from the newest weights."""
         loop.actor = loop.make()
         loop.run_ref = loop.actor.run.remote(self.handle) if loop.takes_weights else loop.actor.run.remote()
-        loop.drain_ref, loop.drain_since, loop.answered, loop.generated_tokens = None, time.monotonic(), False, 0
+        loop.drain_ref, loop.drain_since, loop.answered, loop.tokens = None, time.monotonic(), False, {}
         if loop not in self.loops:
             self.loops.append(loop)
 
@@ -177,7 +178,6 @@ class Supervisor:
             return
         silent_s = time.monotonic() - loop.drain_since
         if silent_s > (loop.hang_timeout_s if loop.answered else STARTUP_TIMEOUT_S):
-            ray.kill(loop.actor)
             self._replace(loop, f"it did not answer for {silent_s:.0f} s")
 
     def _collect(self, loop: Loop) -> bool:
@@ -206,8 +206,10 @@ class Supervisor:
                 self.waited_s += seconds
             else:
                 self.busy_s += seconds
-        self.generated_tokens += answer["generated_tokens"] - loop.generated_tokens
-        loop.generated_tokens = answer["generated_tokens"]
+        tokens = {name: count for name, count in answer.items() if name.endswith("_tokens")}
+        for name, count in tokens.items():
+            self.tokens[name] += count - loop.tokens.get(name, 0)
+        loop.tokens = tokens
 
     def _replace_ended(self, loop: Loop) -> None:
         try:
@@ -215,7 +217,9 @@ class Supervisor:
         except RayActorError:
             self._replace(loop, "its process died")
         except RayTaskError as error:
-            raise PmdflowError(f"{loop.name} failed: {error.cause}") from error
+            if not isinstance(error.cause, EngineDied):
+                raise PmdflowError(f"{loop.name} failed: {error.cause}") from error
+            self._replace(loop, str(error.cause))
         else:
             self._replace(loop, "its loop ended by itself")
 
@@ -224,6 +228,7 @@ class Supervisor:
         if loop.quick_deaths >= MAX_QUICK_DEATHS:
             raise ActorDied(f"{loop.name} died {loop.quick_deaths} times before it was ready ({why}); see its log")
         self.event("actor_died", f"{loop.name}: {why}; starting another", actor=loop.name)
+        ray.kill(loop.actor)
         self.start_loop(loop)
         self.event("actor_restarted", f"{loop.name} starts again from version {self._version()}", actor=loop.name)
 
@@ -254,8 +259,8 @@ class Supervisor:
 
     def _tokens_per_s(self) -> float:
         (before, generated), now = self._generated_before, time.time()
-        self._generated_before = (now, self.generated_tokens)
-        return (self.generated_tokens - generated) / max(now - before, 1e-9)
+        self._generated_before = (now, self.tokens["generated_tokens"])
+        return (self.tokens["generated_tokens"] - generated) / max(now - before, 1e-9)
 
 
 def store_values(counts: Counts, ledger: dict[str, int]) -> dict[str, Any]:

@@ -75,6 +75,13 @@ def sampling_problems(rollout: RolloutConfig, reward: RewardConfig) -> Iterator[
             "rollout.final_temperature and rollout.temperature_iterations make one schedule, and one of them is null; "
             "set both, or neither"
         )
+    if rollout.engine != "vllm":
+        given = {"tensor_parallel": rollout.tensor_parallel > 1, "speculation": rollout.speculation is not None}
+        for name in (name for name, is_given in given.items() if is_given):
+            yield (
+                f"rollout.{name} is {getattr(rollout, name)}, which rollout.engine {rollout.engine} cannot do; set "
+                "engine to vllm"
+            )
     if reward.length_warmup_iterations and reward.length_weight == 0:
         yield (
             f"reward.length_warmup_iterations is {reward.length_warmup_iterations} while reward.length_weight is 0: "

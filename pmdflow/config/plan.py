@@ -10,7 +10,7 @@ from typing import Any
 from pmdflow.config.errors import dotted
 from pmdflow.config.load import Loaded, leaves
 from pmdflow.config.model_size import ModelSize, measure_model
-from pmdflow.config.schema import BYTES_PER_TOKEN, Config
+from pmdflow.config.schema import BYTES_PER_TOKEN, DEFAULT_SLOTS, Config
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 _MASTER_BYTES = 16
@@ -138,7 +138,13 @@ def _actors(config: Config, model: ModelSize | None) -> Iterator[ActorPlan]:
     rank_bytes = _rank_bytes(config, model)
     yield ActorPlan(role="store", count=1, cpus=0, gpus=0, memory_bytes=0)
     yield ActorPlan(role=f"reward, {reward.workers} subprocesses", count=1, cpus=0, gpus=0, memory_bytes=0)
-    yield ActorPlan(role="rollout", count=rollout.actors, cpus=rollout.threads, gpus=1, memory_bytes=engine_bytes)
+    yield ActorPlan(
+        role="rollout",
+        count=rollout.actors,
+        cpus=rollout.threads,
+        gpus=rollout.tensor_parallel,
+        memory_bytes=engine_bytes,
+    )
     yield ActorPlan(role="learner", count=learner.ranks, cpus=learner.threads, gpus=1, memory_bytes=rank_bytes)
 
 
@@ -148,7 +154,7 @@ def _engine_bytes(config: Config, model: ModelSize | None) -> int | None:
         return 0
     if model is None:
         return None
-    cache = config.rollout.slots * config.data.max_tokens * model.kv_numbers_per_token
+    cache = (config.rollout.slots or DEFAULT_SLOTS) * config.data.max_tokens * model.kv_numbers_per_token
     return (model.num_parameters + cache) * _DTYPE_BYTES[config.model.dtype]
 
 

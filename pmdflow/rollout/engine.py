@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pmdflow.types import Int32
 
@@ -56,6 +56,10 @@ class RolloutEngine(Protocol):
     """Sequences it can hold, paused ones counted."""
     prefill_tokens: int
     """Tokens prefilled since the start."""
+    drafted_tokens: int
+    """Tokens proposed by speculation since the start; 0 without."""
+    accepted_tokens: int
+    """Those of them that were kept."""
 
     def add(self, request: Request) -> None:
         """Join at the next step."""
@@ -67,13 +71,26 @@ class RolloutEngine(Protocol):
         """Forget sequence `id`, of which no `Output` comes any more; unknown ids are ignored."""
 
     def step(self) -> list[Output]:
-        """Generate one token for each sequence that has a limit left; [] if none has.
+        """Generate one token or more for sequences that have a limit left; [] if none has.
 
-        One whose prompt is long may begin some steps later: its prefill must not stop the others.
+        One whose prompt is long may begin some steps later: its prefill must not stop the others. An engine in a
+        process of its own gives out what has arrived, after a short wait also [].
+
+        Raises:
+            EngineDied: the engine's process is gone or silent.
         """
 
     def active(self) -> int:
         """Sequences that would generate in the next step."""
 
-    def load_weights(self, version: int, weights: Mapping[str, torch.Tensor], *, on_new_weights: OnNewWeights) -> None:
-        """Take new weights between steps: `keep_kv` goes on, `reprefill` recomputes every held sequence's cache."""
+    def stage(self, weights: Mapping[str, torch.Tensor]) -> Any:
+        """Prepare published weights for `load_weights`; may be called beside generation, from another thread."""
+
+    def pause(self) -> list[Output]:
+        """Stop generating; returns what was generated and not given out yet, all of it under `version`."""
+
+    def load_weights(self, version: int, staged: Any, *, on_new_weights: OnNewWeights) -> None:
+        """Take staged weights while paused: `keep_kv` goes on, `reprefill` recomputes every held sequence's cache."""
+
+    def resume(self) -> None:
+        """Generate again, under the newest weights and limits."""

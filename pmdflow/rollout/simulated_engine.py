@@ -72,7 +72,7 @@ class SimulatedEngine:
         self._sequences: dict[int, _Sequence] = {}
         self.version = 0
         self.num_slots = num_slots
-        self.prefill_tokens = 0
+        self.prefill_tokens = self.drafted_tokens = self.accepted_tokens = 0
 
     def add(self, request: Request) -> None:
         """Join at the next step.
@@ -126,7 +126,18 @@ class SimulatedEngine:
             time.sleep(self._step_latency_s)
         return outputs
 
-    def load_weights(self, version: int, weights: Mapping[str, torch.Tensor], *, on_new_weights: OnNewWeights) -> None:
+    def stage(self, weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Nothing to prepare."""
+        return weights
+
+    def pause(self) -> list[Output]:
+        """It generates only in `step`."""
+        return []
+
+    def resume(self) -> None:
+        """Nothing was stopped."""
+
+    def load_weights(self, version: int, staged: Mapping[str, torch.Tensor], *, on_new_weights: OnNewWeights) -> None:
         """Take the version and ignore the weights; `reprefill` counts every held token."""
         self.version = version
         if on_new_weights == "reprefill":

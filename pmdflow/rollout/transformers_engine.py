@@ -76,7 +76,7 @@ class TransformersEngine:
         self._batch: DecodeBatch | None = None
         self.version = 0
         self.num_slots = num_slots
-        self.prefill_tokens = 0
+        self.prefill_tokens = self.drafted_tokens = self.accepted_tokens = 0
 
     def add(self, request: Request) -> None:
         """Hold a sequence; its prompt is prefilled by the next steps.
@@ -158,22 +158,33 @@ class TransformersEngine:
             )
         return self._advance(batch.sequences, tokens, logprobs)
 
+    def stage(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Nothing to prepare."""
+        return weights
+
+    def pause(self) -> list[Output]:
+        """It generates only in `step`."""
+        return []
+
+    def resume(self) -> None:
+        """Nothing was stopped."""
+
     @torch.inference_mode()
-    def load_weights(self, version: int, weights: Mapping[str, Tensor], *, on_new_weights: OnNewWeights) -> None:
-        """Copy `weights`, by the names of the model's state dict, into the model; of tied names one suffices.
+    def load_weights(self, version: int, staged: Mapping[str, Tensor], *, on_new_weights: OnNewWeights) -> None:
+        """Copy `staged` weights, by the names of the model's state dict, into the model; of tied names one suffices.
 
         Adapters are merged into the weights that the engine was made with.
 
         Args:
             version: Policy version of the weights.
-            weights: Tensors of the model's shapes, or adapters as the learner publishes them; any type and device.
+            staged: Tensors of the model's shapes, or adapters as the learner publishes them; any type and device.
             on_new_weights: `reprefill` recomputes every cached prefix before it returns; otherwise caches stay.
 
         Raises:
             ValueError: Names or shapes do not fit the model; nothing was changed.
         """
         state: dict[str, Tensor] = self._model.state_dict(keep_vars=True)
-        weights = self._adapters.merge(weights, state)
+        weights = self._adapters.merge(staged, state)
         given = {id(state[name]) for name in weights if name in state}
         missing = sorted(name for name, tensor in state.items() if id(tensor) not in given)
         unexpected = sorted(weights.keys() - state.keys())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 DOWN = ".lora_A.weight"
@@ -30,7 +32,7 @@ class AdapterMerger:
             weights: As published.
             state: The model's own tensors, which the first adapter's are added to; later ones replace it.
         """
-        if not any(name.endswith(DOWN) for name in weights):
+        if not has_adapters(weights):
             return weights
         merged = dict(state)
         for name, up in weights.items():
@@ -46,3 +48,20 @@ class AdapterMerger:
             update = up.to(own.device).float() @ weights[layer + DOWN].to(own.device).float()
             merged[target] = (base.float() + update).to(own.dtype)
         return merged
+
+
+def has_adapters(weights: Mapping[str, Tensor]) -> bool:
+    """Whether a publication is of adapters, not of whole weights."""
+    return any(name.endswith(DOWN) for name in weights)
+
+
+def load_base(folder: str) -> dict[str, Tensor]:
+    """The weights of a model folder, for receivers that do not have them by their published names.
+
+    Raises:
+        ValueError: the folder has no safetensors files.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} has no .safetensors files to add adapters to; download the model to a folder")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}

