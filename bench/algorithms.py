@@ -1,150 +1,267 @@
-"""Which algorithm learns best on the tiny model? One short real run each, by `pmdflow up`; a table, JSON and one plot.
+"""Which algorithm learns best on the tiny model? Runs of the quick start in one process; a table, JSON and one plot.
 
-    python bench/algorithms.py --out bench/results/algorithms
+    nice python bench/algorithms.py --runs DIRECTORY --out bench/results/algorithms
 
-All runs share seed, prompts, budgets and learning rate, and but for `OWN_SETTINGS` everything else; the peers of PMD
-are GRPO, GSPO, CTPO and BOLT. Runs that are finished in `--runs` are read, not repeated. More settings follow as
-KEY=VALUE.
+Each algorithm first gets three tries with one seed: the quick start's learning rate, twice that, and another value of
+its own setting (`TRIES`). The try with the highest held-out reward then runs with fresh seeds; all algorithms see the
+same prompts under one seed. The quick start's engine, rewards and learner take turns, so that neither speed nor load
+of the machine has an influence: each claim was generated `LAG` versions before it is trained, about as old as most
+tokens of the quick start, whole and without segments. The peers of PMD are GRPO, GSPO, CTPO and BOLT. Runs that are
+finished in `--runs` are read, not repeated. More settings follow as KEY=VALUE.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pmdflow.config.combinations import ALGORITHM_NAMES
-from pmdflow.metrics.history import History
+from pmdflow.config.load import load
+from pmdflow.config.schema import Config
+from pmdflow.data import load_tokenizer, make_prompts
+from pmdflow.learner.actor import Learner
+from pmdflow.reward.rubric import load_rubric
+from pmdflow.rollout.actor import make_engine
+from pmdflow.rollout.engine import Request
+from pmdflow.types import Mask, Prompt, Stop, TrainBatch
 
-SETTINGS = (
-    "data.group_size=8",
-    "scheduler.groups_per_iteration=8",
-    "eval.every=4",
-    "dashboard.port=null",
-)
-OWN_SETTINGS = {"pmd_partition": ("learner.tau=0.5",)}
-"""At the default tau of 0.05 the partition baseline is nearly the best reward of the others: right answers get an
-advantage of about 0 and wrong ones of about -1, and a policy that only unlearns falls apart (0.37 to 0.01 here)."""
+SETTINGS = ("eval.prompts=256", "rollout.slots=128", "rollout.tokens_per_segment=null", "dashboard.port=null")
+TWICE = ("learner.lr=1.0e-4",)
+STRONG, WEAK = ("learner.tau=0.5",), ("learner.tau=0.1",)
+TRIES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "pmd_mean": (WEAK, WEAK + TWICE, STRONG),
+    # At a small tau the baseline is nearly the best reward of the others: right answers get an advantage of about 0
+    # and wrong ones of about -1, and a policy that only unlearns falls apart.
+    "pmd_partition": (STRONG, STRONG + TWICE, WEAK),
+    "boltzmann_pmd": (STRONG, STRONG + TWICE, WEAK),
+    "weighted_sft": (STRONG, STRONG + TWICE, WEAK),
+    "token_pmd": (WEAK, WEAK + TWICE, STRONG),
+    "ctpo": ((), TWICE, ("learner.clip_low=0.4", "learner.clip_high=0.4")),
+    "grpo": ((), TWICE, ("learner.clip_high=0.28",)),
+    # The second band suits answers of tens of tokens: the paper's is for thousands.
+    "gspo": ((), TWICE, ("learner.clip_low=0.03", "learner.clip_high=0.04")),
+}
+SCAN_SEED, SEEDS = 0, (1, 2, 3)
+SCAN_ITERATIONS, ITERATIONS = 10, 15
+LAG = 1
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
-RUN_TIMEOUT_S = 1200.0
 SMOOTHING = 3
 """Iterations in the moving mean of the training reward."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Curve:
+class Run:
     """What one run showed."""
 
     algorithm: str
+    settings: tuple[str, ...]
+    seed: int
     train: list[float]
     """Mean reward of each iteration's claim."""
-    held_out: dict[int, float]
-    """Mean reward of the held-out prompts, by the iteration after which they were begun."""
-    prompts: int
-    seconds: float
-    """Wall-clock of the iterations."""
+    last: float
+    """Mean reward of the held-out prompts under the final policy."""
+    length: float
+    """Mean tokens of these answers."""
 
 
-def run(algorithm: str, *, config: str, runs: Path, iterations: int, settings: list[str]) -> Curve:
-    """Train with one algorithm, unless that run is finished already.
+class Rollout:
+    """The quick start's engine and rewards, without actors and store."""
 
-    Raises:
-        RuntimeError: the run failed; its output is in the message.
-    """
-    name = f"algorithm-{algorithm}"
-    if len(_history(runs / name).iterations) < iterations:
-        own = [f"run.name={name}", f"run.dir={runs}", f"run.iterations={iterations}", f"learner.algorithm={algorithm}"]
-        own += OWN_SETTINGS.get(algorithm, ())
-        command = [sys.executable, "-m", "pmdflow.cli", "up", config, *SETTINGS, *settings, *own]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=RUN_TIMEOUT_S)
-        if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
-    history = _history(runs / name)
-    records = [history.iterations[number] for number in sorted(history.iterations)]
-    return Curve(
-        algorithm=algorithm,
-        train=[record["reward/mean"] for record in records],
-        held_out={number: record["eval/reward_mean"] for number, record in sorted(history.evals.items())},
-        prompts=max(record["eval/prompts"] for record in history.evals.values()),
-        seconds=sum(record["time/iteration_s"] for record in records),
-    )
+    def __init__(self, config: Config) -> None:
+        """Load the model, with the weights of version 0."""
+        self._config = config
+        self.engine = make_engine(config, seed=config.run.seed)
+        self.prompts = make_prompts(config)
+        self._rubric = load_rubric(config.reward)
+        self._tokenizer = load_tokenizer(config.model.path)
+
+    def answer(self, prompts: Sequence[Prompt], *, temperature: float) -> TrainBatch:
+        """Answer every prompt once; each run of equal prompts is a group."""
+        tokens: list[list[int]] = [[] for _ in prompts]
+        logprobs: list[list[float]] = [[] for _ in prompts]
+        stops = np.zeros(len(prompts), np.uint8)
+        waiting = deque(range(len(prompts)))
+        held = 0
+        while waiting or held:
+            while waiting and held < self.engine.num_slots:
+                self.engine.add(self._request(waiting[0], prompts[waiting.popleft()], temperature))
+                held += 1
+            for output in self.engine.step():
+                tokens[output.id] += output.tokens
+                logprobs[output.id] += output.logprobs
+                if output.stop is not None:
+                    stops[output.id] = Stop[output.stop.upper()]
+                    held -= 1
+        return self._batch(prompts, tokens, logprobs, stops, temperature)
+
+    def _request(self, number: int, prompt: Prompt, temperature: float) -> Request:
+        most = self._config.data.max_tokens
+        return Request(id=number, tokens=prompt.tokens, limit=most, remaining=most, temperature=temperature)
+
+    def _batch(
+        self,
+        prompts: Sequence[Prompt],
+        tokens: list[list[int]],
+        logprobs: list[list[float]],
+        stops: np.ndarray[Any, np.dtype[np.uint8]],
+        temperature: float,
+    ) -> TrainBatch:
+        flags = Mask.GENERATED | Mask.TRAINED
+        sizes = [(len(prompt.tokens), len(own)) for prompt, own in zip(prompts, tokens, strict=True)]
+
+        def columns(before: float, of: Sequence[Sequence[float]], dtype: type) -> np.ndarray[Any, Any]:
+            return np.concatenate([[*[before] * p, *own] for (p, _), own in zip(sizes, of, strict=True)]).astype(dtype)
+
+        def constant(before: float, after: float, dtype: type) -> np.ndarray[Any, Any]:
+            return columns(before, [[after] * n for _, n in sizes], dtype)
+
+        ids = {prompt.id: number for number, prompt in enumerate(prompts)}
+        return TrainBatch(
+            iteration=0,
+            version=0,
+            tokens=np.concatenate([[*p.tokens, *own] for p, own in zip(prompts, tokens, strict=True)]).astype(np.int32),
+            logprobs=columns(0.0, logprobs, np.float32),
+            versions=constant(-1, self.engine.version, np.int32),
+            temperatures=constant(1.0, temperature, np.float32),
+            mask=constant(0, flags, np.uint8),
+            cu_seqlens=np.cumsum([0, *(p + n for p, n in sizes)]).astype(np.int64),
+            prompt_lengths=np.array([p for p, _ in sizes], np.int32),
+            groups=np.array([ids[prompt.id] for prompt in prompts]),
+            trajectories=np.arange(len(prompts)),
+            rewards=np.array([self._reward(p, own) for p, own in zip(prompts, tokens, strict=True)]),
+            components={},
+            stops=stops,
+            prompt_ids=tuple(prompt.id for prompt in prompts),
+        )
+
+    def _reward(self, prompt: Prompt, tokens: list[int]) -> float:
+        completion = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        scored = self._rubric(completion=completion, prompt=prompt.text, metadata=prompt.metadata)
+        assert scored.outcome != "infra_failure", scored.message
+        return scored.reward
 
 
-def _history(path: Path) -> History:
-    history = History(path, max_spans=0)
-    history.update()
-    return history
+def train(
+    algorithm: str, number: int, *, seed: int, iterations: int, config: str, runs: Path, settings: list[str]
+) -> Run:
+    """Train with one try of an algorithm, unless that run is finished already."""
+    file, own = runs / f"{algorithm}-{number}-seed{seed}-{iterations}.json", TRIES[algorithm][number]
+    if file.exists():
+        return Run(**json.loads(file.read_text()))
+    given = [*SETTINGS, *settings, f"run.seed={seed}", f"learner.algorithm={algorithm}", *own]
+    loaded = load(config, given).config
+    rollout, learner = Rollout(loaded), Learner(config=loaded, rank=0)
+    learner.setup(learner.address())
+    waiting: deque[TrainBatch] = deque()
+    rewards: list[float] = []
+    cursors = iter(range((iterations + LAG) * loaded.scheduler.groups_per_iteration))
+    for iteration in range(1, iterations + 1):
+        while len(waiting) <= LAG:
+            group = [rollout.prompts.prompt(next(cursors)) for _ in range(loaded.scheduler.groups_per_iteration)]
+            members = [prompt for prompt in group for _ in range(loaded.data.group_size)]
+            waiting.append(rollout.answer(members, temperature=loaded.rollout.temperature))
+        batch = replace(waiting.popleft(), iteration=iteration, version=iteration - 1)
+        learner.train(batch)
+        rewards.append(float(batch.rewards.mean()))
+        weights = learner.weights()
+        assert weights is not None
+        rollout.engine.load_weights(iteration, weights, on_new_weights="keep_kv")
+    learner.close()
+    held_out = rollout.answer(rollout.prompts.held_out(loaded.eval.prompts), temperature=loaded.eval.temperature)
+    length = float((held_out.mask != 0).sum() / len(held_out.rewards))
+    last = float(held_out.rewards.mean())
+    run = Run(algorithm=algorithm, settings=own, seed=seed, train=rewards, last=last, length=length)
+    runs.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(asdict(run)) + "\n")
+    return run
 
 
-def table(curves: list[Curve]) -> str:
-    """Held-out reward first and last, best first, with the standard error of the difference."""
+def table(runs: list[Run]) -> str:
+    """Final held-out reward, best first: mean and standard error over seeds, and what is missing to the best."""
+    by_seed = {name: {run.seed: run for run in runs if run.algorithm == name} for name in _ranked(runs)}
+    best = next(iter(by_seed.values()))
     lines = [
-        "| algorithm | held-out first -> last | change | train, first 3 -> last 3 | seconds |",
-        "|---|---|---|---|---|",
+        "| algorithm | own settings | held-out, last | behind the best | train, last 5 | tokens | seeds |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for curve in sorted(curves, key=lambda curve: -_last(curve)):
-        first, last = curve.held_out[min(curve.held_out)], _last(curve)
-        error = np.sqrt((first * (1 - first) + last * (1 - last)) / curve.prompts)
-        early, late = np.mean(curve.train[:3]), np.mean(curve.train[-3:])
+    for name, seeds in by_seed.items():
+        found = list(seeds.values())
+        behind = [best[seed].last - run.last for seed, run in seeds.items() if seed in best]
         lines.append(
-            f"| {curve.algorithm} | {first:.3f} -> {last:.3f} | {last - first:+.3f} +- {error:.3f} "
-            f"| {early:.3f} -> {late:.3f} | {curve.seconds:.0f} |"
+            f"| {name} | {' '.join(found[0].settings) or '-'} | {_mean([run.last for run in found])} "
+            f"| {_mean(behind) if seeds is not best else '-'} "
+            f"| {_mean([float(np.mean(run.train[-5:])) for run in found])} "
+            f"| {np.mean([run.length for run in found]):.0f} | {len(found)} |"
         )
     return "\n".join(lines)
 
 
-def _last(curve: Curve) -> float:
-    return curve.held_out[max(curve.held_out)]
+def _ranked(runs: list[Run]) -> list[str]:
+    names = dict.fromkeys(run.algorithm for run in runs)
+    return sorted(names, key=lambda name: -float(np.mean([run.last for run in runs if run.algorithm == name])))
 
 
-def plot(curves: list[Curve]) -> str:
-    """Two panels as SVG: held-out reward, and the moving mean of the training reward, by iteration."""
-    kernel = np.ones(SMOOTHING) / SMOOTHING
-    held_out = [list(curve.held_out.items()) for curve in curves]
-    train = [
-        list(zip(range(SMOOTHING, len(curve.train) + 1), np.convolve(curve.train, kernel, "valid"), strict=True))
-        for curve in curves
-    ]
-    body = [*_panel(held_out, x=50, title="held-out reward"), *_panel(train, x=460, title="training reward, mean of 3")]
-    for index, curve in enumerate(curves):
-        color, y = COLORS[index % len(COLORS)], 50 + 22 * index
-        body.append(f'<line x1="830" y1="{y}" x2="855" y2="{y}" stroke="{color}" stroke-width="3"/>')
-        body.append(f'<text x="862" y="{y + 4}">{escape(curve.algorithm)}</text>')
+def _mean(values: list[float]) -> str:
+    """The mean, and its standard error where there are several."""
+    error = f" +- {np.std(values, ddof=1) / np.sqrt(len(values)):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{error}"
+
+
+LEFT, RIGHT, TOP, BOTTOM = 50, 520, 40, 360
+"""Of the left panel, in the plot's units."""
+
+
+def plot(runs: list[Run]) -> str:
+    """As SVG: training reward by iteration, mean and range over seeds; and the final held-out reward of each seed."""
+    body = _axes()
+    for index, name in enumerate(_ranked(runs)):
+        found = [run for run in runs if run.algorithm == name]
+        color = COLORS[list(TRIES).index(name)]
+        smooth = np.array([np.convolve(run.train, np.ones(SMOOTHING) / SMOOTHING, "valid") for run in found])
+        across = [_x(SMOOTHING + step) for step in range(smooth.shape[1])]
+        outline = _points(across + across[::-1], [*smooth.max(0), *smooth.min(0)[::-1]])
+        column, mean = RIGHT + 75 + 50 * index, _y(float(np.mean([run.last for run in found])))
+        body += [
+            f'<polygon points="{outline}" fill="{color}" opacity="0.12"/>',
+            f'<polyline points="{_points(across, smooth.mean(0))}" fill="none" stroke="{color}" stroke-width="2"/>',
+            *(f'<circle cx="{column}" cy="{_y(run.last):.1f}" r="4" fill="{color}"/>' for run in found),
+            f'<line x1="{column - 14}" y1="{mean:.1f}" x2="{column + 14}" y2="{mean:.1f}" stroke="{color}"/>',
+            f'<text transform="translate({column - 6},{BOTTOM + 14}) rotate(40)" fill="{color}">{escape(name)}</text>',
+        ]
     style = 'font-family="sans-serif" font-size="13" fill="#222"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 980 340" {style}>'
-    return "\n".join([head, '<rect width="980" height="340" fill="white"/>', *body, "</svg>"])
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1020 450" {style}>'
+    return "\n".join([head, '<rect width="1020" height="450" fill="white"/>', *body, "</svg>"])
 
 
-def _panel(lines: list[list[tuple[int, float]]], *, x: int, title: str) -> list[str]:
-    """One set of axes, 330 x 250, with a line and dots for each list of (iteration, reward)."""
-    end = max(iteration for line in lines for iteration, _ in line)
-    rewards = [reward for line in lines for _, reward in line]
-    low, high = np.floor(min(rewards) * 10) / 10, np.ceil(max(rewards) * 10) / 10
+def _axes() -> list[str]:
+    rewards = np.linspace(0, 1, 6)
+    iterations = range(SMOOTHING, ITERATIONS + 1, SMOOTHING)
+    return [
+        f'<text x="{LEFT}" y="25" font-weight="bold">training reward, mean of {SMOOTHING} iterations</text>',
+        f'<text x="{RIGHT + 60}" y="25" font-weight="bold">held-out reward after {ITERATIONS} iterations</text>',
+        *(f'<line x1="{LEFT}" y1="{_y(r):.1f}" x2="970" y2="{_y(r):.1f}" stroke="#ddd"/>' for r in rewards),
+        *(f'<text x="{LEFT - 8}" y="{_y(r) + 4:.1f}" text-anchor="end">{r:.1f}</text>' for r in rewards),
+        *(f'<text x="{_x(i):.1f}" y="{BOTTOM + 20}" text-anchor="middle">{i}</text>' for i in iterations),
+    ]
 
-    def place(iteration: float, reward: float) -> tuple[float, float]:
-        return x + 330 * iteration / end, 290 - 250 * (reward - low) / (high - low)
 
-    parts = [f'<text x="{x}" y="25" font-weight="bold">{title}</text>']
-    for reward in np.linspace(low, high, 6):
-        y = place(0, reward)[1]
-        parts.append(f'<line x1="{x}" y1="{y:.1f}" x2="{x + 330}" y2="{y:.1f}" stroke="#ddd"/>')
-        parts.append(f'<text x="{x - 8}" y="{y + 4:.1f}" text-anchor="end">{reward:.2f}</text>')
-    for iteration in range(0, end + 1, max(1, end // 6)):
-        left = place(iteration, low)[0]
-        parts.append(f'<text x="{left:.1f}" y="310" text-anchor="middle">{iteration}</text>')
-    parts.append(f'<text x="{x + 165}" y="330" text-anchor="middle">iteration</text>')
-    for index, line in enumerate(lines):
-        color, points = COLORS[index % len(COLORS)], [place(*point) for point in line]
-        path = " ".join(f"{left:.1f},{top:.1f}" for left, top in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
-        parts += [f'<circle cx="{left:.1f}" cy="{top:.1f}" r="3" fill="{color}"/>' for left, top in points]
-    return parts
+def _x(iteration: float) -> float:
+    return LEFT + (RIGHT - LEFT) * iteration / ITERATIONS
+
+
+def _y(reward: float) -> float:
+    return BOTTOM - (BOTTOM - TOP) * reward
+
+
+def _points(across: Iterable[float], rewards: Iterable[float]) -> str:
+    return " ".join(f"{x:.1f},{_y(reward):.1f}" for x, reward in zip(across, rewards, strict=True))
 
 
 def main() -> None:
@@ -153,27 +270,30 @@ def main() -> None:
     parser.add_argument("--config", default="configs/quickstart.yaml")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--out", type=Path, default=Path("bench/results/algorithms"), help="file names without ending")
-    parser.add_argument("--iterations", type=int, default=12)
-    parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHM_NAMES))
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_intermixed_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    curves: list[Curve] = []
-    for algorithm in options.algorithms:
-        curves.append(
-            run(
-                algorithm,
-                config=options.config,
-                runs=options.runs,
-                iterations=options.iterations,
-                settings=options.settings,
-            )
-        )
-        settings = [*SETTINGS, *options.settings]
-        results = {"settings": settings, "own_settings": OWN_SETTINGS, "curves": [asdict(curve) for curve in curves]}
-        options.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        options.out.with_suffix(".svg").write_text(plot(curves))
-        print(table(curves), flush=True)
+    where: dict[str, Any] = {"config": options.config, "runs": options.runs, "settings": options.settings}
+    scan: dict[str, list[Run]] = {}
+    for algorithm, tries in TRIES.items():
+        scan[algorithm] = [
+            train(algorithm, number, seed=SCAN_SEED, iterations=SCAN_ITERATIONS, **where)
+            for number in range(len(tries))
+        ]
+        print(algorithm, *(f"{' '.join(run.settings) or '-'} {run.last:.3f}" for run in scan[algorithm]), flush=True)
+    runs: list[Run] = []
+    for seed in SEEDS:
+        for algorithm, found in scan.items():
+            best = max(range(len(found)), key=lambda number: found[number].last)
+            runs.append(train(algorithm, best, seed=seed, iterations=ITERATIONS, **where))
+            results = {
+                "settings": [*SETTINGS, *options.settings],
+                "scan": [asdict(run) for part in scan.values() for run in part],
+                "runs": [asdict(run) for run in runs],
+            }
+            options.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+            options.out.with_suffix(".svg").write_text(plot(runs))
+            print(table(runs), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """How many tokens a second does one training step process, against a plain transformers `Trainer`-style step?
 
-Ours is the learner's own `take_step` (packed rows, chunked log-probs, FSDP2, PMD loss, clipping, AdamW); the other pads
-batches of `--rows` sequences in the order they come, calls the Hugging Face model with `labels` under autocast, clips
-and steps with AdamW: what `Trainer` does with its default collator. Both have the same weights and data: sequences of
-heavy-tailed lengths of which every token but the first is trained, and one optimizer step over all of them. Both run in
-one process, interleaved, with as many threads. Tokens are those of the data, never padding.
+Ours is the learner's own step (packed rows, chunked log-probs, FSDP2, PMD loss, clipping, AdamW). The others call the
+Hugging Face model with `labels` under autocast on padded batches of `--rows` sequences, clip and step with AdamW, as
+`Trainer` does: `padded` takes sequences in the order they come, `sorted` by length (`group_by_length`). All have the
+same weights and data: sequences of heavy-tailed lengths of which every token but the first is trained, and one
+optimizer step over all of them. They run in one process, interleaved, with as many threads. Tokens are those of the
+data, never padding.
 
-    python bench/learner.py --json out.json                      # CPU, a model of about 20M parameters
-    python bench/learner.py --size 0.5b --dtype bfloat16 \\
-        --tokens-per-microbatch 8192 --longest 8192 --json out.json  # one GPU
+    nice python bench/learner.py --json out.json               # CPU, a model of about 20M parameters
+    python bench/learner.py --size 0.5b --json out.json        # one GPU: bfloat16, micro-batches of 8,192 tokens
 
 MFU counts 6 FLOP a parameter and token (embeddings that are only looked up left out) and the causal half of attention.
 The reference pass (log pi_i of the claim, once an iteration) has no counterpart in a supervised step: timed by itself.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -33,15 +34,11 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from pmdflow.config.schema import Config
 from pmdflow.learner.actor import Learner
-from pmdflow.learner.batch import plan_iteration
 from pmdflow.learner.steps import Sums, reference_pass
 from pmdflow.types import Mask, TrainBatch
 
+PEERS = ("padded", "sorted")
 SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 316,
-    },
     "20m": {
         "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6,
         "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 32_000,
@@ -51,8 +48,11 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936,
     },
 }  # fmt: skip
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
-"""Dense bfloat16 FLOP/s from the vendors' data sheets, without sparsity."""
+DATA: dict[str, dict[str, Any]] = {
+    "20m": {"dtype": "float32", "sequences": 32, "longest": 1024, "microbatch": 2048, "rows": 8},
+    "0.5b": {"dtype": "bfloat16", "sequences": 64, "longest": 8192, "microbatch": 8192, "rows": 4},
+}
+"""Compute type; sequences, tokens of the longest; tokens of our micro-batches; rows of a padded batch."""
 
 
 def make_batch(args: argparse.Namespace, vocab_size: int) -> TrainBatch:
@@ -93,10 +93,10 @@ def make_config(args: argparse.Namespace, model: str, batch: TrainBatch) -> Conf
             "scheduler": {"groups_per_iteration": args.sequences // 2, "tokens_per_iteration": len(batch.tokens)},
             "learner": {
                 "steps_per_iteration": 1,
-                "tokens_per_microbatch": args.tokens_per_microbatch,
+                "tokens_per_microbatch": args.microbatch,
                 "threads": args.threads,
                 "lr": 1e-5,
-                "packing": not args.padded,
+                "anchor": "behavior",
                 "compile": args.compile,
                 "activation_checkpointing": args.activation_checkpointing,
             },
@@ -113,16 +113,9 @@ class Ours:
         self.learner.setup(self.learner.address())
         torch.use_deterministic_algorithms(False)
         trained = (batch.mask & Mask.TRAINED) != 0
-        settings = config.learner
-        (self.plan,) = plan_iteration(
-            batch,
-            trained=trained,
-            steps=1,
-            ranks=1,
-            tokens_per_microbatch=settings.tokens_per_microbatch,
-            packing=settings.packing,
-        )
-        self.micros = self.learner._load(batch, self.plan, trained, self.learner._advantages(batch))
+        ones = np.ones(len(batch.rewards))
+        (self.plan,) = self.learner._plan(batch, trained, steps=1)
+        self.micros = self.learner._load(batch, self.plan, trained, advantages=batch.rewards, weights=ones)
         self.anchors = [micro.behavior for micro in self.micros]
 
     def step(self) -> None:
@@ -137,7 +130,9 @@ class Ours:
 class Plain:
     """A `Trainer`-style step: padded rows, the model's own loss over `labels`, autocast, AdamW."""
 
-    def __init__(self, args: argparse.Namespace, model: str, batch: TrainBatch, device: torch.device) -> None:
+    def __init__(
+        self, args: argparse.Namespace, model: str, batch: TrainBatch, device: torch.device, *, by_length: bool
+    ) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device)
         if args.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
@@ -145,7 +140,7 @@ class Plain:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
         rows = torch.from_numpy(batch.tokens.astype(np.int64)).split(np.diff(batch.cu_seqlens).tolist())
-        if args.group_by_length:
+        if by_length:
             rows = tuple(sorted(rows, key=len, reverse=True))
         starts = range(0, len(rows), args.rows)
         self.batches = [self._collate(rows[start : start + args.rows], device) for start in starts]
@@ -172,18 +167,6 @@ class Plain:
         self.optimizer.zero_grad()
 
 
-def step_flops(config: Any, batch: TrainBatch) -> float:
-    """FLOP of one forward and backward pass: matrix products, and the causal half of attention."""
-    per_layer = (
-        config.hidden_size * config.head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
-        + 3 * config.hidden_size * config.intermediate_size
-    )
-    weights = config.num_hidden_layers * per_layer + config.hidden_size * config.vocab_size
-    lengths = np.diff(batch.cu_seqlens).astype(float)
-    attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * (lengths**2).sum()
-    return float(6 * weights * lengths.sum() + attention)
-
-
 def timed(work: Callable[[], None]) -> tuple[float, float]:
     """Wall-clock and CPU seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
@@ -207,8 +190,8 @@ def summarize(seconds: list[tuple[float, float]], tokens: int) -> dict[str, Any]
     }
 
 
-def run(args: argparse.Namespace, model: str) -> dict[str, Any]:
-    """Interleave both for `--repeats` rounds after one to warm up."""
+def compare(args: argparse.Namespace, model: str) -> dict[str, Any]:
+    """Interleave all for `--repeats` rounds after one to warm up."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     settings = Qwen3Config(**SIZES[args.size], max_position_embeddings=args.longest, tie_word_embeddings=True)
@@ -218,40 +201,37 @@ def run(args: argparse.Namespace, model: str) -> dict[str, Any]:
     del initial
     batch = make_batch(args, settings.vocab_size)
     ours = Ours(make_config(args, model, batch), batch)
-    device = ours.learner._device
-    plain = Plain(args, model, batch, device)
-    works = {"ours": ours.step, "plain": plain.step, "reference": ours.reference}
+    device, speed = ours.learner._device, ours.learner._speed
+    peers = {name: Plain(args, model, batch, device, by_length=name == "sorted") for name in PEERS}
+    works = {"ours": ours.step, "reference": ours.reference, **{name: peer.step for name, peer in peers.items()}}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     for turn in range(args.repeats + 1):
         for name, work in works.items():
             took = timed(work)
             if turn:
                 seconds[name].append(took)
-    tokens = len(batch.tokens)
+    tokens, lengths = len(batch.tokens), np.diff(batch.cu_seqlens)
     results = {name: summarize(taken, tokens) for name, taken in seconds.items()}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    peak = next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
-    flops = step_flops(settings, batch)
-    if peak is not None:
-        for part in ("ours", "plain"):
-            results[part]["mfu"] = flops / results[part]["step_s_median"] / peak
-    ratios = [other[0] / own[0] for own, other in zip(seconds["ours"], seconds["plain"], strict=True)]
-    padded = sum(int(part["input_ids"].numel()) for part in plain.batches)
+    flops = speed.operations(lengths)
+    if speed.peak is not None:
+        for name in ("ours", *PEERS):
+            results[name]["mfu"] = flops / results[name]["step_s_median"] / speed.peak
+    for name, peer in peers.items():
+        results[name]["padded_tokens"] = sum(int(part["input_ids"].numel()) for part in peer.batches)
+        for clock, part in (("wall", 0), ("cpu", 1)):
+            ratios = [other[part] / own[part] for own, other in zip(seconds["ours"], seconds[name], strict=True)]
+            results[name][f"ratio_{clock}"] = [statistics.median(ratios), min(ratios), max(ratios)]
+    cuda = device.type == "cuda"
     return {
-        "device": name,
-        "threads": args.threads,
-        "dtype": args.dtype,
+        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "load": os.getloadavg()[0],
+        **vars(args),
+        "json": None,
         "num_parameters": num_parameters,
         "tokens": tokens,
-        "sequences": args.sequences,
-        "longest": int(np.diff(batch.cu_seqlens).max()),
-        "plain_padded_tokens": padded,
+        "longest": int(lengths.max()),
         "our_microbatches": len(ours.micros),
         "step_flop": flops,
-        "ratio": results["ours"]["tokens_per_s"] / results["plain"]["tokens_per_s"],
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-        "cpu_ratio": results["ours"]["tokens_per_cpu_s"] / results["plain"]["tokens_per_cpu_s"],
         **results,
         "torch": torch.__version__,
     }
@@ -261,37 +241,39 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="20m")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--sequences", type=int, default=32)
-    parser.add_argument("--longest", type=int, default=1024, help="tokens of the longest sequence")
-    parser.add_argument("--rows", type=int, default=8, help="sequences of a padded batch of the plain step")
-    parser.add_argument("--group-by-length", action="store_true", help="the plain step sorts its sequences first")
-    parser.add_argument("--tokens-per-microbatch", type=int, default=2048)
-    parser.add_argument("--padded", action="store_true", help="ours with learner.packing false")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--activation-checkpointing", action="store_true", help="both")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"])
+    parser.add_argument("--sequences", type=int)
+    parser.add_argument("--longest", type=int, help="tokens of the longest sequence")
+    parser.add_argument("--rows", type=int, help="sequences of a padded batch of the plain steps")
+    parser.add_argument("--microbatch", type=int, help="tokens of our micro-batches")
+    parser.add_argument("--compile", action="store_true", help="ours")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="all")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the numbers here")
     args = parser.parse_args()
+    for name, value in DATA[args.size].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     with tempfile.TemporaryDirectory() as model:
-        result = run(args, model)
+        result = compare(args, model)
     print(
-        f"{result['num_parameters'] / 1e6:.1f}M parameters, {result['tokens']} tokens in {args.sequences} sequences "
-        f"(padded {result['plain_padded_tokens']}), {args.dtype}, {result['device']}, {args.threads} threads"
+        f"{result['num_parameters'] / 1e6:.1f}M parameters, {result['tokens']} tokens in {args.sequences} sequences, "
+        f"{args.dtype}, {result['device']}, {args.threads} threads, load {result['load']:.1f}"
     )
-    for part in ("ours", "plain", "reference"):
-        values = result[part]
+    for name in ("ours", "reference", *PEERS):
+        values = result[name]
         mfu = f", MFU {values['mfu']:.1%}" if "mfu" in values else ""
+        padded = f", padded to {values['padded_tokens']}" if name in PEERS else ""
         print(
-            f"{part:>9}: {values['tokens_per_s']:8.0f} tokens/s, step {values['step_s_median']:.3f} s "
-            f"({values['step_s_min']:.3f} to {values['step_s_max']:.3f}), {values['cpu_s_median']:.3f} CPU s{mfu}"
+            f"{name:>9}: {values['tokens_per_s']:8.0f} tokens/s, step {values['step_s_median']:.3f} s "
+            f"({values['step_s_min']:.3f} to {values['step_s_max']:.3f}), "
+            f"{values['cpu_s_median']:.3f} CPU s{mfu}{padded}"
         )
-    print(
-        f"ratio ours / plain {result['ratio']:.2f} ({result['ratio_min']:.2f} to {result['ratio_max']:.2f}), "
-        f"by CPU time {result['cpu_ratio']:.2f}"
-    )
+    for name in PEERS:
+        wall, cpu = ("{:.2f} ({:.2f} to {:.2f})".format(*result[name][f"ratio_{clock}"]) for clock in ("wall", "cpu"))
+        print(f"ours / {name}: {wall} times its tokens/s, by CPU time {cpu}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -149,7 +149,7 @@ def measure(
 ) -> dict[str, list[float]]:
     """Tokens a second of each round, after a warm-up."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
-    for name, run in runs.items():
+    for run in runs.values():
         run(cases[:16])
     for number in range(rounds):
         for name in list(runs) if number % 2 == 0 else reversed(list(runs)):
@@ -214,7 +214,9 @@ def main() -> None:
         versions = {"torch": torch.__version__, "vllm": vllm.__version__, "ray": ray.__version__}
         settings = {name: value for name, value in vars(arguments).items() if name != "json"}
         with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"settings": settings, "machine": machine, "versions": versions, "results": result}, file, indent=2)
+            json.dump(
+                {"settings": settings, "machine": machine, "versions": versions, "results": result}, file, indent=2
+            )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 from rich.console import Console
 
+from pmdflow.config.installed import require_engine
 from pmdflow.config.load import load
 from pmdflow.config.schema import Config
 from pmdflow.data import GYM_PREFIX, load_tokenizer, make_prompts, make_tokenize, read_prompts
@@ -76,6 +77,7 @@ def evaluate_checkpoint(path: Path, task: str, options: EvalOptions) -> int:
     checkpoint = find_checkpoint(path)
     config = eval_config(checkpoint, task, options)
     ks = _ks(options)
+    require_engine(config.rollout)
     try:
         prompts = _prompts(config, task, options)
         tokenizer = load_tokenizer(config.model.path)

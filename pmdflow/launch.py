@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
 import types
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pmdflow.config.load import Loaded
 from pmdflow.config.schema import DEFAULT_SLOTS, Config
@@ -31,6 +35,8 @@ from pmdflow.store_actor import StoreActor
 from pmdflow.supervision import STARTUP_TIMEOUT_S, Loop, Supervisor
 
 LEARNER_SETUP_TIMEOUT_S = 300.0
+PLACEMENT_TIMEOUT_S = 60
+"""Ray takes whole seconds here."""
 
 
 def up(loaded: Loaded) -> int:
@@ -91,9 +97,10 @@ def status(run: Path) -> int:
 def _train(config: Config, run: RunDirectory, recorder: Recorder, live: LiveView) -> bool:
     """Run the controller; True if every iteration was done."""
     start_ray(config)
+    places = place_learners(config)  # before the rollout actors: these share what is left
 
     def start() -> list[Any]:
-        learners = start_learners(config, run.path)
+        learners = start_learners(config, run.path, places)
         run.write_meta(config, ray.get(learners[0].device_info.remote(), timeout=STARTUP_TIMEOUT_S))
         return learners
 
@@ -169,14 +176,39 @@ def _grant_tokens(config: Config) -> int:
     return min(max(config.scheduler.tokens_per_iteration // (2 * held), 64), 1024)
 
 
-def start_learners(config: Config, run_dir: Path, *, log_prefix: str = "") -> list[Any]:
-    """One actor a rank, joined into one process group."""
-    options = {"num_cpus": config.learner.threads, "num_gpus": _gpu_share(config), "max_concurrency": 3}
+def place_learners(config: Config) -> list[dict[str, Any]]:
+    """Reserve a place for each rank, as options of its actor; the ranks of a replica are on one node if they fit.
+
+    Raises:
+        LaunchError: Ray has too few CPUs or GPUs.
+    """
+    learner = config.learner
+    _, gpus = _gpu_shares(config)
+    bundle = {"CPU": float(learner.threads), **({"GPU": gpus} if gpus else {})}
+    shards = learner.ranks // learner.replicas
+    places = []
+    for replica in range(learner.replicas):
+        group = placement_group([bundle] * shards, strategy="PACK")
+        if not group.wait(PLACEMENT_TIMEOUT_S):
+            raise LaunchError(
+                f"Ray found no place for {shards} learner ranks of replica {replica} with {bundle} each in "
+                f"{PLACEMENT_TIMEOUT_S} s; free: {ray.available_resources()}: lower learner.ranks or learner.threads"
+            )
+        for index in range(shards):
+            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+            places.append({"num_cpus": learner.threads, "num_gpus": gpus, "scheduling_strategy": strategy})
+    return places
+
+
+def start_learners(
+    config: Config, run_dir: Path, places: Sequence[dict[str, Any]], *, log_prefix: str = ""
+) -> list[Any]:
+    """One actor a rank, each in its place, joined into one process group."""
     learners = [
-        _actor(LearnerActor, **options).remote(
+        _actor(LearnerActor, max_concurrency=3, **place).remote(
             log_path=log_path(run_dir, f"{log_prefix}learner-{rank}"), config=config, rank=rank, run_dir=str(run_dir)
         )
-        for rank in range(config.learner.ranks)
+        for rank, place in enumerate(places)
     ]
     master = ray.get(learners[0].address.remote(), timeout=STARTUP_TIMEOUT_S)
     ray.get([learner.setup.remote(master) for learner in learners], timeout=LEARNER_SETUP_TIMEOUT_S)
@@ -184,7 +216,9 @@ def start_learners(config: Config, run_dir: Path, *, log_prefix: str = "") -> li
 
 
 def _loops(config: Config, run: RunDirectory, store: Any) -> list[Loop]:
-    share = max(_gpu_share(config), config.rollout.tensor_parallel if config.rollout.tensor_parallel > 1 else 0)
+    share, _ = _gpu_shares(config)
+    if config.rollout.tensor_parallel > 1:
+        share = config.rollout.tensor_parallel
 
     def rollout(index: int) -> Any:
         name = f"rollout-{index}"
@@ -212,10 +246,28 @@ def _store_groups(config: Config) -> dict[str, Any]:
     return {"concurrency_groups": groups, "max_concurrency": 4}
 
 
-def _gpu_share(config: Config) -> float:
-    """GPUs of one rollout actor or learner rank: whole ones where there are enough, else an equal part."""
-    gpus = ray.cluster_resources().get("GPU", 0.0)
-    return float(min(1.0, gpus / (config.rollout.actors + config.learner.ranks)))
+def _gpu_shares(config: Config) -> tuple[float, float]:
+    return gpu_shares(
+        int(ray.cluster_resources().get("GPU", 0)), actors=config.rollout.actors, ranks=config.learner.ranks
+    )
+
+
+def gpu_shares(gpus: int, *, actors: int, ranks: int) -> tuple[float, float]:
+    """GPUs of one rollout actor and of one learner rank: whole ones where there are enough; 0 on machines without.
+
+    Two ranks never share a GPU, which NCCL refuses; rollout actors share those that ranks leave, or all with them.
+
+    Raises:
+        LaunchError: there are GPUs, but fewer than ranks.
+    """
+    if 0 < gpus < ranks:
+        raise LaunchError(f"learner.ranks is {ranks}, but Ray has {gpus} GPUs and each rank needs its own: lower it")
+    if gpus == 0 or gpus >= actors + ranks:
+        return float(gpus > 0), float(gpus > 0)
+    if gpus > ranks:
+        return 1 / math.ceil(actors / (gpus - ranks)), 1.0
+    # More than half: a second rank finds no room on the same GPU.
+    return 0.4 / math.ceil(actors / gpus), 0.6
 
 
 def _actor(cls: type, **options: Any) -> Any:

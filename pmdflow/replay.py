@@ -101,14 +101,14 @@ def replay_claims(run: Path, config: Config, *, start: int) -> Iterator[Replayed
     """
     import ray
 
-    from pmdflow.launch import start_learners, start_ray
+    from pmdflow.launch import place_learners, start_learners, start_ray
 
     history = History(run, max_spans=0)
     history.update()
     claims = _claims_after(run, start)
     start_ray(config)
     try:
-        learners = start_learners(config, run, log_prefix="replay-")
+        learners = start_learners(config, run, place_learners(config), log_prefix="replay-")
         if start == 0:
             loads = [learner.load_initial.remote() for learner in learners]
         else:

@@ -157,8 +157,8 @@ class Supervisor:
 
     def _record_late(self, late: LateMembers) -> None:
         message = (
-            f"group {late.group} ({late.prompt_id}) is trained without {late.members} late members, "
-            f"which had {late.tokens} tokens"
+            f"group {late.group} ({late.prompt_id}) does not wait for its late members: {late.members} evicted "
+            f"with {late.tokens} tokens"
         )
         self.event("late_members", message, group=late.group, members=late.members, tokens=late.tokens)
 

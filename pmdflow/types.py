@@ -39,7 +39,7 @@ class Stop(IntEnum):
 
 
 class Mask(IntFlag):
-    """Per-token flags of a claim; a token is trained if and only if `TRAINED` is set."""
+    """Per-token flags of a claim; a generated token is trained if `TRAINED` is set, else another says why not."""
 
     GENERATED = 1
     TRAINED = 2
@@ -47,6 +47,8 @@ class Mask(IntFlag):
     SEGMENT = 8
     FILTER = 16
     VETO = 32
+    TRAINABLE = TRAINED | FILTER | VETO
+    """What the claim left to the learner, which left out the filtered and vetoed itself and may decide anew."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from pmdflow.config.schema import Config
@@ -402,6 +403,17 @@ def test_warm_up_and_optimizer_reset(start, model_path):
     for seed in range(3):
         learner.train(make_batch(seed=seed))
     assert {int(state["step"]) for state in learner._optimizer.state.values()} == {6}
+
+
+def test_a_reset_optimizer_warms_up_again_and_the_schedule_goes_on(start, model_path):
+    settings = {"reset_optimizer": True, "reset_warmup_steps": 4, "warmup_steps": 5}
+    learner = start(make_config(model_path, steps_per_iteration=3, **settings))
+    rates = [learner.train(make_batch(seed=seed)).metrics["learner/lr"] for seed in range(3)]
+    np.testing.assert_allclose(rates, np.array([3 / 5, 1, 1]) * 3 / 4 * 1e-3)  # of the third step of each iteration
+    learner = start(make_config(model_path, steps_per_iteration=6, **settings))
+    assert learner.train(make_batch()).metrics["learner/lr"] == 1e-3
+    with pytest.raises(ValidationError, match="no reset to warm up from"):
+        make_config(model_path, reset_warmup_steps=1)
 
 
 def test_length_reward_enters_with_its_weight(start, model_path):

@@ -23,6 +23,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from pmdflow.errors import PmdflowError
 from pmdflow.learner import token_scores
 from pmdflow.learner.actor import Learner, TrainResult
+from pmdflow.learner.attention import Packed, packed_attention
 from pmdflow.rollout.engine import Request
 from pmdflow.rollout.transformers_engine import TransformersEngine
 from pmdflow.weights.lora import AdapterMerger
@@ -105,6 +106,17 @@ def test_a_model_with_other_attention_is_refused_unless_padded(start, tmp_path):
     torch.distributed.destroy_process_group()
     learner = start(make_config(str(tmp_path), packing=False))
     assert np.isfinite(learner.train(make_batch()).metrics["learner/grad_norm"])
+
+
+def test_flash_attention_is_called_with_what_it_takes():
+    """Without a GPU only the arguments and the shapes can be seen: on fake CUDA tensors."""
+    with torch._subclasses.FakeTensorMode(), torch.no_grad():
+        query = torch.empty(1, 4, 10, 16, device="cuda", dtype=torch.bfloat16)
+        key, value = (torch.empty(1, 2, 10, 16, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        packed = Packed.of((4, 6), torch.device("cuda"))
+        output, _ = packed_attention(torch.nn.Module(), query, key, value, None, packed=packed, scaling=0.25)
+    assert output.shape == (1, 10, 4, 16)
+    assert (output.dtype, output.device.type) == (torch.bfloat16, "cuda")
 
 
 def gradients_of(learner: Learner, config, batch) -> dict[str, torch.Tensor]:
@@ -234,6 +246,7 @@ def test_a_save_that_fails_says_so(start, model_path, tmp_path):
 
 
 CHILD = Path(__file__).with_name("resumed_learner.py")
+CHILD_TIMEOUT_S = 200
 
 
 def child(model: str, directory: Path, *, hold: int) -> subprocess.Popen:
@@ -247,16 +260,16 @@ def test_two_n_iterations_equal_n_then_sigkill_then_resume(model_path, tmp_path)
     for directory in (whole, killed):
         write_claims(directory)
     process = child(model_path, whole, hold=0)
-    process.communicate(timeout=60)
+    process.communicate(timeout=CHILD_TIMEOUT_S)
     assert process.returncode == 0
 
     hold = ITERATIONS // 2 + 1
     process = child(model_path, killed, hold=hold)
     assert [process.stdout.readline() for _ in range(2)] == ["resumed 0\n", "holding\n"]
     process.send_signal(signal.SIGKILL)
-    assert process.wait(60) == -signal.SIGKILL
+    assert process.wait(CHILD_TIMEOUT_S) == -signal.SIGKILL
     process = child(model_path, killed, hold=0)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=CHILD_TIMEOUT_S)
     assert process.returncode == 0
     # Iteration `hold` was trained and the one before it saved, but neither committed: both are trained again.
     assert output == f"resumed {hold - 2}\n"

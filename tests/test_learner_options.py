@@ -94,7 +94,9 @@ def test_group_filter_empties_masks_and_is_counted(start, model_path):
     plain = start(make_config(model_path)).train(left)
     assert result.metrics["learner/step_losses"] == plain.metrics["learner/step_losses"]
     assert result.masked == {"filter": trained_tokens(batch) - trained_tokens(left), "veto": 0}
+    assert result.left_out == {"filter": [0, 1, 2, 3, 4, 5, 12, 13, 14], "veto": []}
     assert plain.masked == {"filter": 0, "veto": 0}
+    assert plain.left_out == {"filter": [], "veto": []}
     assert result.metrics["learner/trained_tokens"] == trained_tokens(left)
     assert result.metrics["learner/filter_share"] == pytest.approx(result.masked["filter"] / trained_tokens(batch))
 
@@ -121,7 +123,21 @@ def test_veto_drops_sequences_and_their_denominators(start, model_path, limit):
     plain = start(make_config(model_path, tokens_per_microbatch=limit)).train(left)
     np.testing.assert_allclose(result.metrics["learner/step_losses"], plain.metrics["learner/step_losses"], rtol=1e-5)
     assert result.masked == {"filter": 0, "veto": trained_tokens(batch) - trained_tokens(left)}
+    assert result.left_out == {"filter": [], "veto": [2, 7]}
     assert result.metrics["learner/trained_tokens"] == trained_tokens(left)
+
+
+def test_what_a_learner_left_out_can_be_trained_at_a_replay(start, model_path):
+    """An archived mask says why a token was not trained; other settings may train it."""
+    batch = make_batch(seed=3)
+    flagged = replace(batch, mask=batch.mask.copy())
+    for index, flag in ((0, Mask.FILTER), (7, Mask.VETO)):
+        part = flagged.mask[flagged.cu_seqlens[index] : flagged.cu_seqlens[index + 1]]
+        part[part & Mask.TRAINED != 0] = Mask.GENERATED | flag
+    expected = start(make_config(model_path)).train(batch)
+    found = start(make_config(model_path)).train(flagged)
+    assert found.metrics == expected.metrics
+    assert found.masked == expected.masked
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -188,6 +204,8 @@ def test_entropy_bonus_and_supervised_loss(start, model_path):
     assert metrics["learner/grad_norm"] == pytest.approx(expected, rel=1e-4)
     every = torch.cat([whole.entropies[index] for index in whole.active()]).mean()
     assert metrics["learner/entropy"] == pytest.approx(every.item(), rel=1e-5)
+    behavior = start(make_config(model_path, steps_per_iteration=1, anchor="behavior"))
+    assert behavior.train(batch).metrics["learner/entropy"] == pytest.approx(every.item(), rel=1e-5)
 
 
 def test_supervised_file(tmp_path):

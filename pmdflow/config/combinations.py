@@ -27,6 +27,11 @@ def learner_problems(learner: LearnerConfig) -> Iterator[str]:
             f"learner.keep_groups_above ({low}) is not below learner.keep_groups_below ({high}): "
             "no group could be trained; widen the interval"
         )
+    if learner.reset_warmup_steps and not learner.reset_optimizer:
+        yield (
+            f"learner.reset_warmup_steps is {learner.reset_warmup_steps} while learner.reset_optimizer is false: there "
+            "is no reset to warm up from; set reset_optimizer, or use warmup_steps"
+        )
     corrects = "importance_weights" if learner.importance_weights != "none" else "veto" if learner.veto else ""
     if corrects and learner.anchor == "behavior":
         yield (

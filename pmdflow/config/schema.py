@@ -182,6 +182,15 @@ class RolloutConfig(Section):
     """A `vllm` engine process that is silent for this long is killed, and its actor replaced."""
 
 
+class StragglerConfig(Section):
+    """When a group is trained without its late members, which biases training towards short answers."""
+
+    members: PositiveInt
+    """Scored members of a group from which on it waits no longer than `wait_s` for the others."""
+    wait_s: NonNegativeFloat
+    """Time that it still waits; then late members are evicted, whatever they have generated."""
+
+
 class EnvironmentConfig(Section):
     """What trajectories of several turns talk to, such as a tool."""
 
@@ -194,15 +203,6 @@ class EnvironmentConfig(Section):
     """Wall-clock limit of one call; meanwhile other trajectories go on."""
     failure: str = Field(default=" error\n", min_length=1)
     """What the model reads when a call fails or is late."""
-
-
-class StragglerConfig(Section):
-    """When a group is trained without its late members, which biases training towards short answers."""
-
-    members: PositiveInt
-    """Scored members of a group from which on it waits no longer than `wait_s` for the others."""
-    wait_s: NonNegativeFloat
-    """Time that it still waits; then late members are evicted, whatever they have generated."""
 
 
 class SchedulerConfig(Section):
@@ -285,7 +285,9 @@ class LearnerConfig(Section):
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
     reset_optimizer: bool = False
-    """Clear Adam's moments at the start of each iteration, as Kimi k1.5 does; use it with a warm-up."""
+    """Clear Adam's moments at the start of each iteration, as Kimi k1.5 does; use it with `reset_warmup_steps`."""
+    reset_warmup_steps: NonNegativeInt = 0
+    """Steps of linear learning-rate warm-up after each reset: the first step of an empty Adam has the full size."""
     tokens_per_microbatch: PositiveInt = 8192
     """Most tokens, padding included, that one forward pass may hold."""
     packing: bool = True
@@ -301,7 +303,8 @@ class LearnerConfig(Section):
     aggregation: Literal["seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = "seq-mean-token-mean"
     """How the loss of a sequence's tokens is reduced."""
     segment_loss: Literal["all", "current_only"] = "all"
-    """Which segments have a gradient: all that are not over-age, or only those of the newest version."""
+    """Which segments have a gradient: all that are not over-age, or only those of each trajectory's newest version,
+    the one that Kimi k1.5's current iteration generates."""
     anchor: Literal["reference", "behavior"] = "reference"
     """Log-probs that the policy is compared with: recomputed when the iteration starts, or recorded at generation."""
     u_scope: Literal["generated", "trained"] = "generated"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from pmdflow.config.schema import Config
 from pmdflow.learner.algorithms import find_algorithm
-from pmdflow.learner.batch import Bool, StepPlan, pack, plan_iteration
+from pmdflow.learner.batch import Bool, StepPlan, pack, plan_iteration, trained_counts
 from pmdflow.learner.flops import Speed
 from pmdflow.learner.fsdp import build_policy, free_address, full_state_dict, join_ranks, learner_device
 from pmdflow.learner.policy import Policy
 from pmdflow.learner.saving import AsyncSaver, load_training, training_state
-from pmdflow.learner.selection import Corrected, correct_step, correction_metrics, filter_groups, finish_step
-from pmdflow.learner.steps import Sums, Supervised, Tensors, all_sum, reference_pass, take_step
+from pmdflow.learner.selection import Weighed, groups_left_out, importance_metrics, veto_sequences, weigh
+from pmdflow.learner.steps import Sums, Supervised, Tensors, all_sum, mismatch_sums, reference_pass, take_step
 from pmdflow.learner.supervised import SupervisedData
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.reward.total import total_rewards
@@ -41,7 +42,9 @@ class TrainResult:
     speed: dict[str, Any]
     """Those that depend on the clock."""
     masked: dict[str, int]
-    """Tokens that the learner itself left out of the claim, by reason."""
+    """Tokens that the learner itself left out of the claim, by reason: `filter` or `veto`."""
+    left_out: dict[str, list[int]]
+    """Ids of the trajectories that they are of, by reason."""
     advantages: Float64
     """One value a trajectory [N], as the algorithm gave it to the loss."""
 
@@ -75,6 +78,7 @@ class Learner:
         self._optimizer: torch.optim.AdamW
         self._ptx: SupervisedData | None = None
         self._num_steps = 0
+        self._num_steps_at_reset = 0
         self._pristine = False
 
     def address(self) -> str:
@@ -122,29 +126,30 @@ class Learner:
         arguments = (rewards.total, batch.groups, learner)
         advantages = self._algorithm.advantages(*arguments)
         weights = np.ones(len(advantages)) if self._algorithm.weights is None else self._algorithm.weights(*arguments)
-        claimed = (batch.mask & Mask.TRAINED) != 0
-        trained = filter_groups(batch, claimed, rewards.task, learner)
+        claimed = (batch.mask & Mask.TRAINABLE) != 0
+        filtered = groups_left_out(batch, rewards.task, learner)
+        trained = claimed & ~np.repeat(filtered, np.diff(batch.cu_seqlens))
         plans = self._plan(batch, trained, steps=learner.steps_per_iteration)
         steps = [self._load(batch, plan, trained, advantages, weights) for plan in plans]
         anchors = self._anchors(batch, steps, sums)
-        plans, steps, corrected = self._correct(plans, steps, anchors)
-        if learner.reset_optimizer:
-            self._optimizer.state.clear()
-        self._pristine = False
-        for index, (plan, micros) in enumerate(zip(plans, steps, strict=True)):
-            where = f"iteration {batch.iteration}, step {index + 1} of {len(plans)}"
-            with self._spans.span("step", iteration=batch.iteration, step=index, tokens=plan.num_tokens):
-                self._step(plan, micros, anchors[index], sums, where)
-        left, kept = int(claimed.sum()), int(trained.sum())
-        masked = {"filter": left - kept, "veto": round(sum(total.vetoed_tokens for total in corrected))}
-        metrics = {
-            **sums.metrics(),
-            **correction_metrics(corrected, learner),
-            **rewards.metrics(),
-            **{f"learner/{reason}_share": tokens / max(left, 1) for reason, tokens in masked.items()},
-        }
-        speed = self._speed.metrics(batch, plans, seconds=time.perf_counter() - started)
-        return TrainResult(metrics=metrics, speed=speed, masked=masked, advantages=advantages)
+        counts, kept = trained_counts(batch, claimed), trained_counts(batch, trained)
+        vetoed, weighed = np.zeros_like(filtered), list[Weighed]()
+        if learner.veto:
+            plans, steps, vetoed = veto_sequences(plans, steps, anchors, kept, self._device)
+        if learner.importance_weights != "none":
+            pairs = [weigh(micros, old, learner, self._device) for micros, old in zip(steps, anchors, strict=True)]
+            steps, weighed = [micros for micros, _ in pairs], [total for _, total in pairs]
+        self._take_steps(batch, plans, steps, anchors, sums)
+        left_out = {"filter": filtered, "veto": vetoed}
+        masked = {reason: int(counts[flags].sum()) for reason, flags in left_out.items()}
+        shares = {f"learner/{reason}_share": tokens / max(int(counts.sum()), 1) for reason, tokens in masked.items()}
+        return TrainResult(
+            metrics={**sums.metrics(), **importance_metrics(weighed), **rewards.metrics(), **shares},
+            speed=self._speed.metrics(batch, plans, seconds=time.perf_counter() - started),
+            masked=masked,
+            left_out={reason: batch.trajectories[flags].tolist() for reason, flags in left_out.items()},
+            advantages=advantages,
+        )
 
     def weights(self) -> dict[str, Tensor] | None:
         """All weights, or the adapters alone, on the CPU in `model.dtype`, at rank 0; None elsewhere."""
@@ -226,26 +231,29 @@ class Learner:
         if self._config.learner.anchor == "behavior":
             return [[micro.behavior for micro in micros] for micros in steps]
         with self._spans.span("reference", iteration=batch.iteration):
-            passes = [reference_pass(self._policy, micros) for micros in steps]
-            local = np.sum([part for _, part in passes], axis=0)
-            total = all_sum(local.tolist(), self._device)
-            sums.mismatch, sums.mismatch_tokens, sums.entropy, sums.entropy_tokens = total
-        return [anchors for anchors, _ in passes]
+            anchors = [reference_pass(self._policy, micros) for micros in steps]
+            local = np.zeros(2)
+            for micro, logprobs in zip(chain(*steps), chain(*anchors), strict=True):
+                local += mismatch_sums(micro, logprobs)
+            sums.mismatch, sums.mismatch_tokens = all_sum(local.tolist(), self._device)
+        return anchors
 
-    def _correct(
-        self, plans: list[StepPlan], steps: list[list[Tensors]], anchors: list[list[Tensor]]
-    ) -> tuple[list[StepPlan], list[list[Tensors]], list[Corrected]]:
-        """Veto and importance weights of every step, before the first one; nothing where the config has neither."""
-        learner = self._config.learner
-        if not learner.veto and learner.importance_weights == "none":
-            return plans, steps, []
-        done = [correct_step(micros, old, learner) for micros, old in zip(steps, anchors, strict=True)]
-        totals = [Corrected(*all_sum(local.as_list(), self._device)) for _, local in done]
-        finished = [
-            finish_step(plan, micros, total, learner)
-            for plan, (micros, _), total in zip(plans, done, totals, strict=True)
-        ]
-        return [plan for plan, _ in finished], [micros for _, micros in finished], totals
+    def _take_steps(
+        self,
+        batch: TrainBatch,
+        plans: list[StepPlan],
+        steps: list[list[Tensors]],
+        anchors: list[list[Tensor]],
+        sums: Sums,
+    ) -> None:
+        if self._config.learner.reset_optimizer:
+            self._optimizer.state.clear()
+            self._num_steps_at_reset = self._num_steps
+        self._pristine = False
+        for index, (plan, micros) in enumerate(zip(plans, steps, strict=True)):
+            where = f"iteration {batch.iteration}, step {index + 1} of {len(plans)}"
+            with self._spans.span("step", iteration=batch.iteration, step=index, tokens=plan.num_tokens):
+                self._step(plan, micros, anchors[index], sums, where)
 
     def _supervised(self) -> Supervised | None:
         """The supervised sequences of the next step, which its number selects."""
@@ -264,7 +272,8 @@ class Learner:
             sums.step_losses.append(0.0)
             return
         learner = self._config.learner
-        sums.lr = learner.lr * min(1.0, (self._num_steps + 1) / max(learner.warmup_steps, 1))
+        sums.lr = learner.lr * _warm_up(self._num_steps, learner.warmup_steps)
+        sums.lr *= _warm_up(self._num_steps - self._num_steps_at_reset, learner.reset_warmup_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = sums.lr
         take_step(
@@ -281,6 +290,11 @@ class Learner:
         )
         sums.trained_tokens += plan.num_tokens
         self._num_steps += 1
+
+
+def _warm_up(steps_taken: int, length: int) -> float:
+    """The factor of the next step's learning rate."""
+    return min(1.0, (steps_taken + 1) / max(length, 1))
 
 
 class LearnerActor(Learner):

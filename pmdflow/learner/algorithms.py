@@ -43,6 +43,10 @@ class Terms:
     max_tokens: int
     """Most generated tokens of a trajectory."""
 
+    def old(self, ratio: objective.Ratio) -> Tensor:
+        """What a ratio is taken to [P]: CTPO's prefix ratio begins at the engine, the others at the anchor."""
+        return self.behavior if ratio == "prefix" else self.anchor
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Algorithm:
@@ -80,30 +84,17 @@ def _pmd(terms: Terms, learner: LearnerConfig) -> Tensor:
     )
 
 
-def _band(learner: LearnerConfig, low: float, high: float) -> tuple[float, float]:
+def _band(learner: LearnerConfig, own: tuple[float, float]) -> tuple[float, float]:
     """The clipping bounds: those of the config, else the algorithm's own."""
-    return learner.clip_low or low, learner.clip_high or high
+    return learner.clip_low or own[0], learner.clip_high or own[1]
 
 
-# The bands of token_pmd and ctpo are our choice: our sources give none.
-def _token_band(learner: LearnerConfig) -> tuple[float, float]:
-    return _band(learner, 0.5, 0.5)
-
-
-def _ctpo_band(learner: LearnerConfig) -> tuple[float, float]:
-    return _band(learner, 0.2, 0.2)
-
-
-def _grpo_band(learner: LearnerConfig) -> tuple[float, float]:
-    return _band(learner, 0.2, 0.2)
-
-
-def _gspo_band(learner: LearnerConfig) -> tuple[float, float]:
-    return _band(learner, 3e-4, 4e-4)
+# Our choice, as is the band of ctpo below: the sources give none.
+_TOKEN_BAND = (0.5, 0.5)
 
 
 def _token_pmd(terms: Terms, learner: LearnerConfig) -> Tensor:
-    low, high = _token_band(learner)
+    low, high = _band(learner, _TOKEN_BAND)
     return objective.token_pmd_loss(
         terms.logprobs,
         terms.anchor,
@@ -117,60 +108,20 @@ def _token_pmd(terms: Terms, learner: LearnerConfig) -> Tensor:
     )
 
 
-# min(rho A, clip(rho) A) is linear in A where A keeps its sign: a weight of the sequence is a factor of A.
-def _ctpo(terms: Terms, learner: LearnerConfig) -> Tensor:
-    low, high = _ctpo_band(learner)
-    return objective.ctpo_loss(
-        terms.logprobs,
-        terms.behavior,
-        terms.advantages * terms.weights,
-        terms.trained,
-        eps_low=low,
-        eps_high=high,
-        cu_seqlens=terms.cu_seqlens,
-    )
-
-
 def _weighted_sft(terms: Terms, learner: LearnerConfig) -> Tensor:
     return objective.weighted_sft_loss(terms.logprobs, terms.trained, terms.weights, cu_seqlens=terms.cu_seqlens)
 
 
-def _grpo(terms: Terms, learner: LearnerConfig) -> Tensor:
-    low, high = _grpo_band(learner)
-    return objective.grpo_loss(
-        terms.logprobs,
-        terms.anchor,
-        terms.advantages * terms.weights,
-        terms.trained,
-        eps_low=low,
-        eps_high=high,
-        cu_seqlens=terms.cu_seqlens,
-    )
-
-
-def _gspo(terms: Terms, learner: LearnerConfig) -> Tensor:
-    low, high = _gspo_band(learner)
-    return objective.gspo_loss(
-        terms.logprobs,
-        terms.anchor,
-        terms.advantages * terms.weights,
-        terms.trained,
-        eps_low=low,
-        eps_high=high,
-        cu_seqlens=terms.cu_seqlens,
-    )
-
-
 def _clipped(
-    ratio: objective.Ratio, band: Callable[[LearnerConfig], tuple[float, float]], *, logarithmic: bool
+    ratio: objective.Ratio, own: tuple[float, float], *, logarithmic: bool
 ) -> Callable[[Terms, LearnerConfig], Tensor]:
     """Count clipped tokens; a `logarithmic` band bounds log rho at -low and high, another rho at 1 - low, 1 + high."""
 
     def count(terms: Terms, learner: LearnerConfig) -> Tensor:
-        low, high = band(learner)
+        low, high = _band(learner, own)
         return objective.clipped_tokens(
             terms.logprobs,
-            terms.behavior if ratio == "prefix" else terms.anchor,
+            terms.old(ratio),
             terms.advantages,
             terms.trained,
             ratio=ratio,
@@ -180,6 +131,27 @@ def _clipped(
         )
 
     return count
+
+
+def _ratio_clipping(
+    loss: Callable[..., Tensor], ratio: objective.Ratio, own: tuple[float, float], *, logarithmic: bool = False
+) -> Algorithm:
+    """Normalized rewards and a loss that takes min(rho A, clip(rho) A), where `ratio` says what rho is."""
+
+    def mean(terms: Terms, learner: LearnerConfig) -> Tensor:
+        low, high = _band(learner, own)
+        return loss(
+            terms.logprobs,
+            terms.old(ratio),
+            # The minimum is linear in A where A keeps its sign: the weight of a sequence is a factor of A.
+            terms.advantages * terms.weights,
+            terms.trained,
+            eps_low=low,
+            eps_high=high,
+            cu_seqlens=terms.cu_seqlens,
+        )
+
+    return Algorithm(advantages=_normalized, loss=mean, clipped=_clipped(ratio, own, logarithmic=logarithmic))
 
 
 def _mean(rewards: Float64, groups: Int64, learner: LearnerConfig) -> Float64:
@@ -208,12 +180,12 @@ ALGORITHMS: dict[str, Algorithm] = {
     "token_pmd": Algorithm(
         advantages=_mean,
         loss=_token_pmd,
-        clipped=_clipped("token-both-sides", _token_band, logarithmic=True),
+        clipped=_clipped("token-both-sides", _TOKEN_BAND, logarithmic=True),
         mean_over="tokens",
     ),
-    "ctpo": Algorithm(advantages=_normalized, loss=_ctpo, clipped=_clipped("prefix", _ctpo_band, logarithmic=True)),
-    "grpo": Algorithm(advantages=_normalized, loss=_grpo, clipped=_clipped("token", _grpo_band, logarithmic=False)),
-    "gspo": Algorithm(advantages=_normalized, loss=_gspo, clipped=_clipped("sequence", _gspo_band, logarithmic=False)),
+    "ctpo": _ratio_clipping(objective.ctpo_loss, "prefix", (0.2, 0.2), logarithmic=True),
+    "grpo": _ratio_clipping(objective.grpo_loss, "token", (0.2, 0.2)),
+    "gspo": _ratio_clipping(objective.gspo_loss, "sequence", (3e-4, 4e-4)),
 }
 """Names that `learner.algorithm` knows."""
 assert tuple(ALGORITHMS) == ALGORITHM_NAMES

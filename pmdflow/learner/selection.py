@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pmdflow.config.schema import LearnerConfig
@@ -14,68 +15,96 @@ from pmdflow.learner.advantage import keep_groups
 from pmdflow.learner.batch import Bool, StepPlan
 from pmdflow.learner.correction import importance_weights, sequence_weights, veto
 from pmdflow.learner.layout import unpack
-from pmdflow.types import Float64, TrainBatch
-
-if TYPE_CHECKING:
-    from pmdflow.learner.steps import Tensors
+from pmdflow.learner.steps import Tensors, all_sum
+from pmdflow.types import Float64, Int64, TrainBatch
 
 
-def filter_groups(batch: TrainBatch, trained: Bool, rewards: Float64, learner: LearnerConfig) -> Bool:
-    """`trained` [T] without the tokens of groups whose mean reward the config leaves out."""
+def groups_left_out(batch: TrainBatch, rewards: Float64, learner: LearnerConfig) -> Bool:
+    """Trajectories [N] of groups whose mean reward the config leaves out."""
     low, high = learner.keep_groups_above, learner.keep_groups_below
-    keep = keep_groups(rewards, batch.groups, low=low, high=high)
-    return np.asarray(trained & np.repeat(keep, np.diff(batch.cu_seqlens)))
+    return ~keep_groups(rewards, batch.groups, low=low, high=high)
+
+
+def veto_sequences(
+    plans: Sequence[StepPlan],
+    steps: Sequence[Sequence[Tensors]],
+    old: Sequence[Sequence[Tensor]],
+    counts: Int64,
+    device: torch.device,
+) -> tuple[list[StepPlan], list[list[Tensors]], Bool]:
+    """Empty the masks of vetoed trajectories and take them out of the denominators.
+
+    Args:
+        plans: Every step.
+        steps: This rank's micro-batches of each.
+        old: The learner's log-probs of each micro-batch, log pi_i.
+        counts: Trained tokens of each trajectory [N].
+        device: For the sum over ranks.
+
+    Returns:
+        The first two without the vetoed, and which trajectories they are, on whatever rank [N].
+    """
+    found = np.zeros(len(counts))
+    for micros, logprobs in zip(steps, old, strict=True):
+        for micro, own in zip(micros, logprobs, strict=True):
+            drop = veto(own, micro.behavior, micro.trained, cu_seqlens=micro.cu_seqlens).cpu().numpy()
+            found[micro.trajectories[drop[: len(micro.trajectories)]]] = 1.0
+    vetoed = np.array(all_sum(found.tolist(), device)) > 0
+    left = [_without(plan, vetoed, counts) for plan in plans]
+    return left, [[_emptied(micro, vetoed) for micro in micros] for micros in steps], vetoed
+
+
+def _without(plan: StepPlan, vetoed: Bool, counts: Int64) -> StepPlan:
+    gone = [index for rank in plan.ranks for micro in rank for index in micro if vetoed[index]]
+    tokens = int(counts[gone].sum())
+    return replace(plan, num_sequences=plan.num_sequences - len(gone), num_tokens=plan.num_tokens - tokens)
+
+
+def _emptied(micro: Tensors, vetoed: Bool) -> Tensors:
+    if len(micro.trajectories) == 0:
+        return micro
+    gone = torch.from_numpy(vetoed[micro.trajectories]).to(micro.trained.device)
+    return replace(micro, trained=micro.trained & ~unpack(gone, micro.cu_seqlens))
 
 
 @dataclass(frozen=True, slots=True)
-class Corrected:
-    """What the correction of one step found on one rank, as sums that can be added over ranks."""
+class Weighed:
+    """The importance weights of one step, as sums that can be added over ranks."""
 
-    vetoed_sequences: float = 0.0
-    vetoed_tokens: float = 0.0
-    weights: float = 0.0
-    """Sum over trained sequences of their importance weight, before it is normalized."""
-    squares: float = 0.0
-    sequences: float = 0.0
-    unit_weights: float = 0.0
+    weights: float
+    """Sum over trained sequences of their weight, before it is normalized."""
+    squares: float
+    sequences: float
+    unit_weights: float
     """Sum over what is weighted, tokens or sequences; its mean is what `importance_normalize` divides by."""
-    units: float = 0.0
-    capped: float = 0.0
+    units: float
+    capped: float
     """Tokens or sequences whose weight is the cap."""
 
-    def as_list(self) -> list[float]:
-        """The fields in order."""
-        return [getattr(self, name) for name in self.__slots__]
 
-
-def correct_step(
-    micros: Sequence[Tensors], old: Sequence[Tensor], learner: LearnerConfig
-) -> tuple[list[Tensors], Corrected]:
-    """Empty the masks of vetoed sequences and set importance weights; `old` are the learner's log-probs, log pi_i.
+def weigh(
+    micros: Sequence[Tensors], old: Sequence[Tensor], learner: LearnerConfig, device: torch.device
+) -> tuple[list[Tensors], Weighed]:
+    """Multiply the importance weights of one step in; `old` are the learner's log-probs, log pi_i.
 
     Returns:
-        The micro-batches with weights that are not normalized yet, and this rank's sums.
+        The micro-batches, and the sums over all ranks.
     """
-    corrected, sums = [], np.zeros(len(Corrected.__slots__))
-    for micro, logprobs in zip(micros, old, strict=True):
-        trained = micro.trained
-        if learner.veto:
-            drop = veto(logprobs, micro.behavior, trained, cu_seqlens=micro.cu_seqlens)
-            trained = trained & ~unpack(drop, micro.cu_seqlens)
-            sums[:2] += [float(drop.sum()), float((micro.trained & ~trained).sum())]
-        weights = micro.weights
-        if learner.importance_weights != "none":
-            own, part = _weights(logprobs, micro, trained, learner)
-            weights = weights * own.to(weights)
-            sums[2:] += part
-        corrected.append(replace(micro, trained=trained, weights=weights))
-    return corrected, Corrected(*sums.tolist())
+    found = [_weights(logprobs, micro, learner) for micro, logprobs in zip(micros, old, strict=True)]
+    local = [sum(getattr(part, field.name) for _, part in found) for field in fields(Weighed)]
+    total = Weighed(*all_sum(local, device))
+    mean = total.unit_weights / total.units if learner.importance_normalize and total.unit_weights > 0 else 1.0
+    weighed = [
+        replace(micro, weights=micro.weights * own.to(micro.weights) / mean)
+        for micro, (own, _) in zip(micros, found, strict=True)
+    ]
+    return weighed, total
 
 
-def _weights(logprobs: Tensor, micro: Tensors, trained: Tensor, learner: LearnerConfig) -> tuple[Tensor, list[float]]:
-    """The importance weight of each sequence [B], and the last six sums of `Corrected`."""
+def _weights(logprobs: Tensor, micro: Tensors, learner: LearnerConfig) -> tuple[Tensor, Weighed]:
+    """The importance weight of each sequence [B], not normalized, and this rank's sums."""
     level = "sequence" if learner.importance_weights == "sequence" else "token"
-    cu = micro.cu_seqlens
+    cu, trained = micro.cu_seqlens, micro.trained
     per_token = importance_weights(
         logprobs.double(),
         micro.behavior.double(),
@@ -87,38 +116,23 @@ def _weights(logprobs: Tensor, micro: Tensors, trained: Tensor, learner: Learner
     own = sequence_weights(per_token, trained, cu_seqlens=cu)
     active = sequence_weights(trained.double(), trained, cu_seqlens=cu) > 0
     units = own[active] if level == "sequence" else per_token[trained]
-    return own, [
-        float(own[active].sum()),
-        float((own[active] ** 2).sum()),
-        float(active.sum()),
-        float(units.sum()),
-        float(units.numel()),
-        float((units >= learner.importance_cap).sum()),
-    ]
-
-
-def finish_step(
-    plan: StepPlan, micros: Sequence[Tensors], total: Corrected, learner: LearnerConfig
-) -> tuple[StepPlan, list[Tensors]]:
-    """Take the vetoed out of the denominators and normalize weights; `total` is the sum over ranks."""
-    left = replace(
-        plan,
-        num_sequences=plan.num_sequences - round(total.vetoed_sequences),
-        num_tokens=plan.num_tokens - round(total.vetoed_tokens),
+    return own, Weighed(
+        weights=float(own[active].sum()),
+        squares=float((own[active] ** 2).sum()),
+        sequences=float(active.sum()),
+        unit_weights=float(units.sum()),
+        units=float(units.numel()),
+        capped=float((units >= learner.importance_cap).sum()),
     )
-    scale = total.units / total.unit_weights if learner.importance_normalize and total.unit_weights > 0 else 1.0
-    return left, [replace(micro, weights=micro.weights * scale) for micro in micros]
 
 
-def correction_metrics(totals: Sequence[Corrected], learner: LearnerConfig) -> dict[str, Any]:
+def importance_metrics(steps: Sequence[Weighed]) -> dict[str, Any]:
     """The metrics of importance weights over an iteration; {} without them."""
-    if learner.importance_weights == "none":
+    if not steps:
         return {}
-    weights, squares, sequences, units, capped = (
-        sum(getattr(total, name) for total in totals) for name in ("weights", "squares", "sequences", "units", "capped")
-    )
+    total = Weighed(*(sum(getattr(step, field.name) for step in steps) for field in fields(Weighed)))
     return {
-        "learner/importance_mean": weights / sequences if sequences else None,
-        "learner/importance_ess_share": weights**2 / (sequences * squares) if squares else None,
-        "learner/importance_capped_share": capped / units if units else None,
+        "learner/importance_mean": total.weights / total.sequences if total.sequences else None,
+        "learner/importance_ess_share": total.weights**2 / (total.sequences * total.squares) if total.squares else None,
+        "learner/importance_capped_share": total.capped / total.units if total.units else None,
     }

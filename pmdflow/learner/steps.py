@@ -16,10 +16,11 @@ from pmdflow.errors import PmdflowError
 from pmdflow.learner.algorithms import Algorithm, Terms
 from pmdflow.learner.batch import MicroBatch, StepPlan
 from pmdflow.learner.fsdp import clip_gradients
+from pmdflow.learner.layout import masked
 from pmdflow.learner.objective import sequence_log_ratio, weighted_sft_loss
 from pmdflow.learner.policy import Layout, Policy
 from pmdflow.learner.token_scores import TokenScores
-from pmdflow.types import Float64
+from pmdflow.types import Float64, Int64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +41,8 @@ class Tensors:
     """float64 [B]"""
     weights: Tensor
     """Of the loss of each row, float64 [B]."""
-    real: bool
-    """False for a micro-batch that only keeps pace with the other ranks."""
+    trajectories: Int64
+    """Index of each row's trajectory, NumPy [B]; empty for a micro-batch that only keeps pace with the other ranks."""
 
     @classmethod
     def of(
@@ -55,7 +56,14 @@ class Tensors:
         newest = torch.from_numpy(micro.versions == version).to(device)
         layout = Layout.of(micro.lengths, packed=micro.packed, device=device)
         own_advantages, own_weights = (torch.from_numpy(values).to(device) for values in own)
-        return cls(**arrays, layout=layout, newest=newest, advantages=own_advantages, weights=own_weights, real=real)
+        return cls(
+            **arrays,
+            layout=layout,
+            newest=newest,
+            advantages=own_advantages,
+            weights=own_weights,
+            trajectories=micro.trajectories,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +95,7 @@ class Sums:
     """Sum of log behavior - log learner over tokens of the newest version."""
     mismatch_tokens: float = 0.0
     entropy: float = 0.0
-    """Sum over generated tokens of the policy's entropy."""
+    """Sum over the generated tokens of trained sequences of the policy's entropy."""
     entropy_tokens: float = 0.0
     clipped: float | None = None
     """Trained tokens with a clipped objective; None for an algorithm without a band."""
@@ -127,11 +135,6 @@ def all_sum(values: Sequence[float], device: torch.device) -> list[float]:
     return [float(value) for value in total.tolist()]
 
 
-def logprobs_of(policy: Policy, micro: Tensors) -> Tensor:
-    """Log-probs [P] of the micro-batch's generated tokens under the policy."""
-    return evaluate(policy, micro).logprobs
-
-
 def evaluate(policy: Policy, micro: Tensors) -> TokenScores:
     """Log-probs and entropies [P] of the micro-batch's generated tokens under the policy, with gradient."""
     scores: TokenScores = policy(micro.tokens, micro.layout, micro.positions, micro.targets, micro.temperatures)
@@ -139,31 +142,14 @@ def evaluate(policy: Policy, micro: Tensors) -> TokenScores:
 
 
 @torch.no_grad()
-def reference_pass(policy: Policy, micros: Sequence[Tensors]) -> tuple[list[Tensor], list[float]]:
-    """log pi_i of every generated token, in the very micro-batches of the steps: at the first step u is exactly 0.
-
-    Returns:
-        The log-probs of each micro-batch, and of all of them the sums of `mismatch_sums` and `entropy_sums`.
-    """
-    anchors, sums = [], np.zeros(4)
-    for micro in micros:
-        logprobs, entropies = evaluate(policy, micro)
-        anchors.append(logprobs)
-        sums += [*mismatch_sums(micro, logprobs), *entropy_sums(micro, entropies)]
-    return anchors, sums.tolist()
-
-
-def entropy_sums(micro: Tensors, entropies: Tensor) -> list[float]:
-    """Sum and count of the entropy over generated tokens."""
-    if not micro.real:
-        return [0.0, 0.0]
-    return [float(entropies.detach().double().sum()), float(entropies.numel())]
+def reference_pass(policy: Policy, micros: Sequence[Tensors]) -> list[Tensor]:
+    """log pi_i of every generated token, in the very micro-batches of the steps: at the first step u is exactly 0."""
+    return [evaluate(policy, micro).logprobs for micro in micros]
 
 
 def mismatch_sums(micro: Tensors, logprobs: Tensor) -> list[float]:
     """Sum and count of log behavior - log learner over tokens of the newest version."""
-    chosen = micro.newest if micro.real else torch.zeros_like(micro.newest)
-    difference = (micro.behavior.double() - logprobs.detach().double())[chosen]
+    difference = (micro.behavior.double() - logprobs.detach().double())[micro.newest]
     return [float(difference.sum()), float(difference.numel())]
 
 
@@ -200,12 +186,12 @@ def take_step(
     Raises:
         PmdflowError: the gradient is not finite; the weights are unchanged.
     """
-    totals = np.zeros(9)
+    totals = np.zeros(11)
     for micro, anchor in zip(micros, anchors, strict=True):
-        totals[:8] += _backward(policy, micro, anchor, algorithm=algorithm, config=config, plan=plan)
+        totals[:10] += _backward(policy, micro, anchor, algorithm=algorithm, config=config, plan=plan)
     if supervised is not None:
-        totals[8] = _supervised_backward(policy, supervised, weight=config.learner.ptx_weight)
-    loss_sum, u, u_squared, sequences, generated, *first_step, clipped, ptx = all_sum(
+        totals[10] = _supervised_backward(policy, supervised, weight=config.learner.ptx_weight)
+    loss_sum, u, u_squared, sequences, generated, entropy, entropy_tokens, *first_step, clipped, ptx = all_sum(
         totals.tolist(), micros[0].tokens.device
     )
     norm = clip_gradients([p for p in policy.parameters() if p.requires_grad], config.learner.max_grad_norm)
@@ -225,6 +211,8 @@ def take_step(
     sums.u_squared += u_squared
     sums.sequences += sequences
     sums.generated += generated
+    sums.entropy += entropy
+    sums.entropy_tokens += entropy_tokens
     if algorithm.clipped is not None:
         sums.clipped = (sums.clipped or 0.0) + clipped
     if supervised is not None:
@@ -234,30 +222,27 @@ def take_step(
 def _backward(
     policy: Policy, micro: Tensors, anchor: Tensor, *, algorithm: Algorithm, config: Config, plan: StepPlan
 ) -> list[float]:
-    """Add one micro-batch's gradient; its part of the loss, of u's and of mismatch's sums, and its clipped tokens."""
+    """Add one micro-batch's gradient; its part of loss, sums of u, entropy and mismatch, and its clipped tokens."""
     learner = config.learner
+    logprobs, entropies = evaluate(policy, micro)
     bonus: Tensor | float = 0.0
     if learner.entropy_weight > 0:
-        logprobs, entropies = evaluate(policy, micro)
-        chosen = torch.where(micro.trained, entropies, torch.zeros_like(entropies))
-        bonus = learner.entropy_weight * chosen.sum() / plan.num_tokens
-    else:
-        logprobs = logprobs_of(policy, micro)
+        bonus = learner.entropy_weight * masked(micro.trained, entropies).sum() / plan.num_tokens
     terms = _terms(micro, logprobs, anchor, config)
     denominator = plan.num_sequences if algorithm.mean_over == "sequences" else plan.num_tokens
     loss = algorithm.loss(terms, learner) * (_count(terms, algorithm) / denominator) - bonus
     loss.backward()
     clipped = 0.0 if algorithm.clipped is None else float(algorithm.clipped(terms, learner))
-    return [float(loss.detach()), *_u_sums(terms), *mismatch_sums(micro, logprobs), clipped]
+    entropy = [float(entropies.detach().double().sum()), len(entropies)] if len(micro.trajectories) else [0.0, 0.0]
+    return [float(loss.detach()), *_u_sums(terms), *entropy, *mismatch_sums(micro, logprobs), clipped]
 
 
 def _supervised_backward(policy: Policy, supervised: Supervised, *, weight: float) -> float:
     """Add the gradient of the supervised loss; this rank's part of the loss, without its weight."""
     total = 0.0
     for micro in supervised.micros:
-        loss = weighted_sft_loss(
-            logprobs_of(policy, micro), micro.trained, torch.ones_like(micro.weights), cu_seqlens=micro.cu_seqlens
-        )
+        logprobs = evaluate(policy, micro).logprobs
+        loss = weighted_sft_loss(logprobs, micro.trained, micro.weights, cu_seqlens=micro.cu_seqlens)
         part = loss * (int((_tokens_of_rows(micro.trained, micro.cu_seqlens) > 0).sum()) / supervised.num_sequences)
         (weight * part).backward()
         total += float(part.detach())
@@ -293,9 +278,7 @@ def _count(terms: Terms, algorithm: Algorithm) -> int:
 def _u_sums(terms: Terms) -> list[float]:
     """Sums over trained sequences of u, u^2, 1 and the tokens under u."""
     active = _tokens_of_rows(terms.trained, terms.cu_seqlens) > 0
-    u = sequence_log_ratio(terms.logprobs.double(), terms.anchor.double(), terms.scope, cu_seqlens=terms.cu_seqlens)[
-        active
-    ]
-    ones = terms.scope.double()
-    length = sequence_log_ratio(ones, torch.zeros_like(ones), terms.scope, cu_seqlens=terms.cu_seqlens)[active]
+    logprobs, anchor = terms.logprobs.double(), terms.anchor.double()
+    u = sequence_log_ratio(logprobs, anchor, terms.scope, cu_seqlens=terms.cu_seqlens)[active]
+    length = _tokens_of_rows(terms.scope, terms.cu_seqlens)[active]
     return [float(u.sum()), float((u**2).sum()), float(active.sum()), float(length.sum())]

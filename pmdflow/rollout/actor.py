@@ -112,11 +112,10 @@ class RolloutActor:
             self._weights.notify_all()
 
     def drain(self) -> dict[str, Any]:
-        """Spans and problems of environments since the last call, and the tokens generated since the start."""
-        problems = [self._problems.popleft() for _ in range(len(self._problems))]
+        """Spans and problems of environments since the last call, and counts of tokens since the start."""
         return {
             "spans": self._spans.drain(),
-            "problems": problems,
+            "problems": [self._problems.popleft() for _ in range(len(self._problems))],
             "generated_tokens": self._generated,
             "drafted_tokens": self._engine.drafted_tokens,
             "accepted_tokens": self._engine.accepted_tokens,

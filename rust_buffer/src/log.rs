@@ -128,6 +128,8 @@ struct Inner {
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
     index: Mutex<Position>,
+    /// Held while the index is written: the storage is not released meanwhile.
+    indexing: Mutex<()>,
 }
 
 impl Drop for Inner {
@@ -155,7 +157,12 @@ impl Log {
         } else {
             None
         };
-        Ok(Self(Arc::new(Inner { shared, thread: Mutex::new(thread), index: Mutex::new(found.index) })))
+        Ok(Self(Arc::new(Inner {
+            shared,
+            thread: Mutex::new(thread),
+            index: Mutex::new(found.index),
+            indexing: Mutex::default(),
+        })))
     }
 
     /// Reads what is in `storage` now, beside a writer that may be at work: no lock, no change, and no record after it.
@@ -168,7 +175,12 @@ impl Log {
         let (number, tail) = found.last.as_ref().ok_or_else(missing)?;
         let writer = Writer::read_only(&*storage, *number, tail)?;
         let shared = Arc::new(Shared::new(storage, LogOptions::default(), writer, found.sealed, None));
-        Ok(Self(Arc::new(Inner { shared, thread: Mutex::new(None), index: Mutex::new(found.index) })))
+        Ok(Self(Arc::new(Inner {
+            shared,
+            thread: Mutex::new(None),
+            index: Mutex::new(found.index),
+            indexing: Mutex::default(),
+        })))
     }
 
     /// Appends one record: `header` and `arrays` are the caller's, `kind` is 1 to 254. Level `Always` waits for the
@@ -193,13 +205,13 @@ impl Log {
         *lock(&self.0.index)
     }
 
-    /// Makes recovery start at `position`, which `position()` gave, with `snapshot`; waits for the disk. Calls must
-    /// not overlap.
+    /// Makes recovery start at `position`, which `position()` gave, with `snapshot`; waits for the disk.
     ///
     /// # Errors
     /// As `append`; after `Io` recovery starts where it did.
     pub fn write_index(&self, position: Position, snapshot: &[u8]) -> Result<()> {
         let shared = &self.0.shared;
+        let _one = lock(&self.0.indexing);
         shared.accepting()?;
         shared.sync()?;
         write_index(&*shared.storage, position, snapshot)?;
@@ -308,6 +320,7 @@ impl Inner {
             // The thread's failures are in the state.
             let _ = thread.join();
         }
+        let _no_index = lock(&self.indexing);
         self.shared.release()
     }
 }

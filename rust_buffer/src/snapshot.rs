@@ -69,7 +69,10 @@ impl Snapshots {
         let (writer, snapshot) =
             (Arc::clone(&self.writer), Snapshot { state: state.clone(), position: log.position() });
         let shared = log.clone();
-        let run = move || drop(writer.write(&snapshot, &shared).map_err(|error| shared.poison(error)));
+        let run = move || match writer.write(&snapshot, &shared) {
+            Ok(()) | Err(StoreError::Closed) => {}
+            Err(error) => drop(shared.poison(error)),
+        };
         match std::thread::Builder::new().name("log-index".into()).spawn(run) {
             Ok(thread) => self.thread = Some(thread),
             Err(error) => drop(log.poison(StoreError::io("log-index", error))),

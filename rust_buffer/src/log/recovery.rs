@@ -187,17 +187,14 @@ struct Image {
     path: PathBuf,
     number: u32,
     first: Lsn,
+    /// Up to where it was ever written.
     bytes: Bytes,
-    data_end: usize,
 }
 
 impl Image {
     /// File `number`; None when its creation was torn: no whole header and no sign that it was ever used.
     fn of(storage: &dyn Storage, number: u32) -> Result<Option<Self>> {
-        Self::read(storage, number, |medium| {
-            let len = medium.len()?;
-            if len == 0 { Ok(None) } else { medium.read(0, len as usize) }
-        })
+        Self::read(storage, number, |medium| medium.read(0, medium.data_end()? as usize))
     }
 
     /// The same of a file that may be written, and cut when it is sealed: all that it takes is copied.
@@ -211,12 +208,14 @@ impl Image {
         bytes: impl FnOnce(&dyn Medium) -> std::io::Result<Option<Bytes>>,
     ) -> Result<Option<Self>> {
         let (path, medium) = (storage.path_of(&file_name(number)), open(storage, number)?);
-        let read = || Ok((medium.data_end()?, bytes(&*medium)?));
-        let (data_end, bytes) = read().map_err(|e: std::io::Error| StoreError::io(&path, e))?;
-        let Some(bytes) = bytes else { return Ok(None) };
+        let bytes = match medium.is_empty() {
+            Ok(true) => return Ok(None),
+            Ok(false) => bytes(&*medium),
+            Err(e) => Err(e),
+        };
+        let Some(bytes) = bytes.map_err(|e| StoreError::io(&path, e))? else { return Ok(None) };
         let first = read_file_header(&path, &bytes, number)?;
-        let image =
-            Self { path, number, first: first.unwrap_or(0), data_end: bytes.len().min(data_end as usize), bytes };
+        let image = Self { path, number, first: first.unwrap_or(0), bytes };
         if first.is_some() {
             return Ok(Some(image));
         }
@@ -293,14 +292,14 @@ impl Image {
         };
         self.refuse_if_used(at.offset, at.next, end)?;
         let unproven = offsets.get((proven + 1 - start) as usize).copied().unwrap_or(at.offset);
-        Ok(Tail { next: at.next, end: at.offset, dirty_end: self.dirty_end(at.offset), unproven })
+        Ok(Tail { next: at.next, end: at.offset, written: self.bytes.len() as u64, unproven })
     }
 
     /// Fails if anything behind the unreadable record `lsn` at `at` says that the record was durable.
     fn refuse_if_used(&self, at: u64, lsn: Lsn, detail: &str) -> Result<()> {
         // Hostile bytes could look like a frame everywhere; each look costs a CRC, so the total is bounded.
         let mut budget = 4 * self.bytes.len() as u64;
-        for later in (at as usize + 8..self.data_end).step_by(8) {
+        for later in (at as usize + 8..self.bytes.len()).step_by(8) {
             let rest = &self.bytes[later..];
             if rest.len() < FRAME_HEADER as usize {
                 break;
@@ -322,11 +321,5 @@ impl Image {
             }
         }
         Ok(())
-    }
-
-    /// End of the last byte at or after `from` that is not zero.
-    fn dirty_end(&self, from: u64) -> u64 {
-        let tail = self.bytes.get(from as usize..self.data_end).unwrap_or_default();
-        from + tail.iter().rposition(|&byte| byte != 0).map_or(0, |last| last as u64 + 1)
     }
 }

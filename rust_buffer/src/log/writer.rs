@@ -32,8 +32,9 @@ pub(super) struct Tail {
     pub(super) next: Lsn,
     /// Where the next frame goes.
     pub(super) end: u64,
-    /// End of the last byte that is not zero: the torn tail is `end..dirty_end`.
-    pub(super) dirty_end: u64,
+    /// Up to where the file was ever written: the torn tail is before it, and what looks like zeros may be other
+    /// bytes on the disk if an earlier process failed to sync them.
+    pub(super) written: u64,
     /// Where the first frame starts that nothing proves durable.
     pub(super) unproven: u64,
 }
@@ -72,8 +73,8 @@ impl Writer {
                 let bytes = medium.read(at, len)?.ok_or(io::ErrorKind::UnexpectedEof)?.to_vec();
                 medium.write(at, &[&bytes])?;
             }
-            let zeros = vec![0; (found.dirty_end.saturating_sub(found.end)).min(GROWTH) as usize];
-            for (at, len) in pieces(found.end, found.dirty_end) {
+            let zeros = vec![0; found.written.saturating_sub(found.end).min(GROWTH) as usize];
+            for (at, len) in pieces(found.end, found.written) {
                 medium.write(at, &[&zeros[..len]])?;
             }
             let wanted = room(file_bytes).max(found.end + FRAME_HEADER);

@@ -102,8 +102,7 @@ struct Run {
 }
 
 impl Run {
-    fn new(seed: u64, durability: Durability) -> Self {
-        let options = LogOptions { durability, file_bytes: 600, commit_interval: Duration::from_millis(1) };
+    fn new(seed: u64, options: LogOptions) -> Self {
         let disk = Disk::new(seed);
         let mut run = Self {
             disk,
@@ -285,15 +284,29 @@ impl Run {
 }
 
 fn run(seed: u64, durability: Durability, ops: &[Op]) {
-    let mut run = Run::new(seed, durability);
+    let options = LogOptions { durability, file_bytes: 600, commit_interval: Duration::from_millis(1) };
+    let mut run = Run::new(seed, options);
     for op in ops {
         run.run(op);
     }
     run.run(&Op::End(End { power_loss: true, fault: None, again: false }));
 }
 
+#[test]
+fn what_a_failed_opening_zeroed_does_not_come_back() {
+    let append = Op::Append { sizes: vec![432] };
+    let lose = |fault| Op::End(End { power_loss: true, fault, again: false });
+    for seed in 0..300 {
+        let mut ops = vec![append.clone(); 4];
+        ops.extend([lose(Some(Fault::Sync(1))), append.clone(), Op::Index, lose(None)]);
+        let options = LogOptions { durability: Durability::Os, file_bytes: 8192, ..LogOptions::default() };
+        let mut run = Run::new(seed, options);
+        ops.iter().for_each(|op| run.run(op));
+    }
+}
+
 proptest! {
-    #![proptest_config(cases(150))]
+    #![proptest_config(cases(60))]
 
     #[test]
     fn level_always_keeps_what_it_answers(seed in any::<u64>(), ops in prop::collection::vec(op(), 1..80)) {

@@ -3,6 +3,7 @@
 
 mod log;
 mod storage;
+mod store;
 
 use proptest::{prelude::*, test_runner::Config};
 

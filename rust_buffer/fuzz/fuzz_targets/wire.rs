@@ -1,0 +1,49 @@
+//! Decoding arbitrary bytes as a worker's batch, a record and a snapshot: never a panic, bounded in memory and time,
+//! and what is decoded is what it encodes to.
+#![no_main]
+
+use _rust_buffer::{
+    record::Record,
+    state::State,
+    wire::{self, Batch},
+};
+use libfuzzer_sys::fuzz_target;
+use serde::{Serialize, de::DeserializeOwned};
+
+fn there_and_back<T: Serialize + DeserializeOwned>(bytes: &[u8]) {
+    let Ok(value) = wire::decode::<T>(bytes) else { return };
+    let encoded = wire::encode(&value).unwrap();
+    let again = wire::encode(&wire::decode::<T>(&encoded).unwrap()).unwrap();
+    assert_eq!(again, encoded);
+}
+
+fn batch(bytes: &[u8]) {
+    let Ok(batch) = Batch::decode(bytes) else { return };
+    let mut end = 0;
+    for item in &batch.items {
+        assert!(item.count == 0 || item.range.start == end);
+        assert_eq!(item.entries.len(), if item.count == 0 { 0 } else { 1 + item.extra.len() });
+        let len: usize = item.entries.iter().map(|entry| (entry.len as usize).next_multiple_of(8)).sum();
+        assert_eq!(batch.payload[item.range.clone()].len(), len);
+        let _ = item.end();
+        end = item.range.end;
+    }
+    assert_eq!(end, batch.payload.len());
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    // One input in four kinds: what follows the first byte, and for batches also under a right head.
+    let Some((kind, rest)) = bytes.split_first() else { return };
+    match kind % 4 {
+        0 => batch(rest),
+        1 => {
+            let cut = usize::from(*kind) * rest.len() / 256;
+            let mut whole = [&b"PMDB"[..], &[1, 0, 0, 0], &(cut as u32).to_le_bytes(), &[0; 4], &rest[..cut]].concat();
+            whole.resize(whole.len().next_multiple_of(8), 0);
+            whole.extend_from_slice(&rest[cut..]);
+            batch(&whole);
+        }
+        2 => there_and_back::<Record>(rest),
+        _ => there_and_back::<State>(rest),
+    }
+});
