@@ -17,7 +17,7 @@ from pmdflow.archive import parts, read_part
 from pmdflow.data import load_tokenizer
 from pmdflow.environments.calculator import Calculator
 from pmdflow.eval_command import EvalOptions, evaluate_checkpoint
-from pmdflow.learner.weights_of import checkpoint_weights
+from pmdflow.learner.checkpoint_weights import checkpoint_weights
 from pmdflow.metrics.summary import OUTSIDE_SUM
 from pmdflow.rollout.turns import split_turns
 from pmdflow.types import Mask, TrainBatch
