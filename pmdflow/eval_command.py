@@ -206,7 +206,7 @@ def _engine(checkpoint: Checkpoint, config: Config, *, seed: int) -> RolloutEngi
 
     engine = make_engine(config, seed=seed)
     if checkpoint.directory is not None and checkpoint.run is not None:
-        from pmdflow.learner.weights_of import checkpoint_weights
+        from pmdflow.learner.checkpoint_weights import checkpoint_weights
 
         weights = checkpoint_weights(
             checkpoint.directory, lora=checkpoint.run.learner.lora, tied=_is_tied(checkpoint.model)
