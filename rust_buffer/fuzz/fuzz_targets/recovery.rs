@@ -34,7 +34,8 @@ fn pad(bytes: &mut Vec<u8>) {
 }
 
 fn file_header(number: u32, first: u64) -> Vec<u8> {
-    let mut bytes = [b"PMDFLOW\0", &2_u32.to_le_bytes()[..], &[0; 4], &number.to_le_bytes(), &[0; 4], &first.to_le_bytes()];
+    let mut bytes =
+        [b"PMDFLOW\0", &2_u32.to_le_bytes()[..], &[0; 4], &number.to_le_bytes(), &[0; 4], &first.to_le_bytes()];
     let crc = crc32c::crc32c(&[&bytes[..2].concat()[..], &bytes[3..].concat()].concat()).to_le_bytes();
     bytes[2] = &crc;
     bytes.concat()

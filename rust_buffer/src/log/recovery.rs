@@ -71,7 +71,7 @@ fn read_index(storage: &dyn Storage, replay: &mut dyn Replay) -> Result<Position
     };
     let frame = &bytes[FILE_HEADER as usize..];
     let head = parse(frame).map_err(damaged)?;
-    if head.stamp.kind != SNAPSHOT || head.stamp.lsn + 1 != next || number == 0 {
+    if head.stamp.kind != SNAPSHOT || head.stamp.lsn != next - 1 || number == 0 {
         return Err(damaged("it is not the snapshot that its header names"));
     }
     let location = Location { file: 0, offset: FILE_HEADER, len: head.len as u32 };
@@ -146,7 +146,7 @@ fn refuse_gaps(storage: &dyn Storage, numbers: &BTreeSet<u32>, first: u32, has_i
         if number != expected {
             break;
         }
-        expected += 1;
+        expected = number.saturating_add(1);
     }
     let complete = numbers.range(expected..).next().is_none() && (expected > first || !has_index);
     if complete {
@@ -274,7 +274,7 @@ impl Image {
         let (start, mut proven, mut offsets) = (at.next, at.next - 1, Vec::new());
         let end = loop {
             match parse(self.bytes.get(at.offset as usize..).unwrap_or_default()) {
-                Ok(head) if head.stamp.kind == MARK && head.stamp.lsn + 1 == at.next => {
+                Ok(head) if head.stamp.kind == MARK && head.stamp.lsn == at.next - 1 => {
                     proven = proven.max(head.stamp.lsn);
                     break "a mark stands in place of the record";
                 }

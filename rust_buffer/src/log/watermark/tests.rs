@@ -1,5 +1,5 @@
-//! Every order in which threads can meet at the watermark, by loom:
-//! `RUSTFLAGS="--cfg loom" cargo test -p rust_buffer --lib --release watermark -- --nocapture`
+//! The orders in which threads can meet at the watermark, by loom; 3 preemptions take half a minute, each more tenfold:
+//! `LOOM_MAX_PREEMPTIONS=3 RUSTFLAGS="--cfg loom" cargo test -p rust_buffer --lib watermark -- --nocapture`
 
 use loom::{
     sync::{Arc, Mutex},
