@@ -32,7 +32,15 @@ from pmdflow.rollout.actor import make_engine
 from pmdflow.rollout.engine import Request
 from pmdflow.types import Mask, Prompt, Stop, TrainBatch
 
-SETTINGS = ("eval.prompts=256", "rollout.slots=128", "rollout.tokens_per_segment=null", "dashboard.port=null")
+SETTINGS = (
+    # The short problems of the quick start, four fifths of it: a run takes half a minute instead of two.
+    "data.task=reasoning_gym/chain_sum",
+    "data.args={min_terms: 3, max_terms: 6, min_digits: 1, max_digits: 1}",
+    "data.max_tokens=128",
+    "rollout.tokens_per_segment=null",
+    "rollout.slots=128",
+    "eval.prompts=256",
+)
 TWICE = ("learner.lr=1.0e-4",)
 STRONG, WEAK = ("learner.tau=0.5",), ("learner.tau=0.1",)
 TRIES: dict[str, tuple[tuple[str, ...], ...]] = {

@@ -8,6 +8,8 @@ tokens trained on half of the legitimate texts.
 
     uv run python bench/repetition.py --json out.json
 
+The defaults were chosen with seed 0; `results/repetition.json` is of seed 1.
+
 A text counts as flagged if the detector would end it anywhere; a looping text that is flagged before its loop begins
 is a miss. The delay is counted from the loop's first token.
 """
@@ -58,7 +60,7 @@ def main() -> None:
     arguments = parser.parse_args()
     texts = [
         *generated(seed=arguments.seed, num_looping=arguments.looping, num_legitimate=arguments.legitimate),
-        *files(num_texts=arguments.files),
+        *files(seed=arguments.seed, num_texts=arguments.files),
     ]
     results = {}
     for name, encode in (("bytes", lambda text: list(text.encode())), ("bpe-8192", make_bpe(texts))):

@@ -250,13 +250,13 @@ def generated(*, seed: int, num_looping: int, num_legitimate: int) -> Iterator[T
         yield Text(kind=make.__name__, text=lead + filled(make(rng), LOOP_CHARS - start), loop_start=start)
 
 
-def files(*, num_texts: int) -> Iterator[Text]:
-    """Pieces of the standard library's sources and of the texts that installed packages carry, evenly spread."""
+def files(*, seed: int, num_texts: int) -> Iterator[Text]:
+    """Pieces of the standard library's sources and of the texts that installed packages carry, in the seed's order."""
     paths = sysconfig.get_paths()
     sources = [p for p in Path(paths["stdlib"]).rglob("*.py") if "site-packages" not in p.parts]
     suffixes = (".md", ".rst", ".txt", ".csv", ".json", ".html", ".css", ".js", ".svg", ".yaml", ".h")
     texts = [p for p in Path(paths["purelib"]).rglob("*") if p.suffix in suffixes and p.is_file()]
-    rng = random.Random(0)
+    rng = random.Random(seed)
     for pool in (sources, texts):
         pool.sort()
         rng.shuffle(pool)

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 from rich.console import Console
 
+from pmdflow.config.installed import require_engine
 from pmdflow.config.load import load
 from pmdflow.config.schema import Config
 from pmdflow.data import GYM_PREFIX, load_tokenizer, make_prompts, make_tokenize, read_prompts
@@ -75,6 +76,7 @@ def evaluate_checkpoint(path: Path, task: str, options: EvalOptions) -> int:
     """
     checkpoint = find_checkpoint(path)
     config = eval_config(checkpoint, task, options)
+    require_engine(config.rollout)
     ks = _ks(options)
     try:
         prompts = _prompts(config, task, options)
@@ -204,12 +206,15 @@ def _engine(checkpoint: Checkpoint, config: Config, *, seed: int) -> RolloutEngi
 
     engine = make_engine(config, seed=seed)
     if checkpoint.directory is not None and checkpoint.run is not None:
-        from pmdflow.learner.weights_of import checkpoint_weights
+        from pmdflow.learner.checkpoint_weights import checkpoint_weights
 
         weights = checkpoint_weights(
             checkpoint.directory, lora=checkpoint.run.learner.lora, tied=_is_tied(checkpoint.model)
         )
-        engine.load_weights(checkpoint.version, weights, on_new_weights="reprefill")
+        staged = engine.stage(weights)
+        engine.pause()
+        engine.load_weights(checkpoint.version, staged, on_new_weights="reprefill")
+        engine.resume()
     return engine
 
 

@@ -482,10 +482,14 @@ def test_missing_model_is_named(start, tmp_path):
 
 
 def iterations() -> list[TrainBatch]:
-    """Two claims; in the first step of the second one only one trajectory is trained, and two steps are empty."""
+    """Two claims: a veto drops trajectories 2 and 7 of the first; the second trains one alone and has empty steps."""
+    first = make_batch(seed=0)
+    for index in (2, 7):
+        begin = first.cu_seqlens[index]
+        first.logprobs[begin + np.flatnonzero(first.mask[begin : first.cu_seqlens[index + 1]] & Mask.TRAINED)[0]] = 9.0
     lonely = make_batch(seed=1, groups=2)
     lonely.mask[lonely.cu_seqlens[1] : lonely.cu_seqlens[3]] &= ~np.uint8(Mask.TRAINED)
-    return [make_batch(seed=0), lonely]
+    return [first, lonely]
 
 
 def rank_main(rank: int, config: Config, master: str, directory: str) -> None:
@@ -493,16 +497,18 @@ def rank_main(rank: int, config: Config, master: str, directory: str) -> None:
     learner = Learner(config=config, rank=rank)
     learner.setup(master)
     first, second = iterations()
-    metrics = [learner.train(first).metrics]
+    results = [learner.train(first)]
     learner.save(f"{directory}/saved")
-    metrics.append(learner.train(second).metrics)
-    torch.save({"metrics": metrics, "weights": learner.weights()}, f"{directory}/rank-{rank}.pt")
+    results.append(learner.train(second))
+    seen = {"metrics": [result.metrics for result in results], "left_out": [result.left_out for result in results]}
+    torch.save({**seen, "weights": learner.weights()}, f"{directory}/rank-{rank}.pt")
     learner.close()
 
 
 def test_two_ranks_equal_one_and_resume_at_another_count(start, model_path, tmp_path):
     first, second = iterations()
-    one = start(make_config(model_path, steps_per_iteration=4))
+    settings = {"steps_per_iteration": 4, "veto": True, "importance_weights": "token", "importance_normalize": True}
+    one = start(make_config(model_path, **settings))
     expected = [one.train(first).metrics, one.train(second).metrics]
     weights, master = one.weights(), one.address()
     trained = (second.mask & Mask.TRAINED) != 0
@@ -510,10 +516,11 @@ def test_two_ranks_equal_one_and_resume_at_another_count(start, model_path, tmp_
     assert len(plans[0].ranks[0][0]) == 1
     assert plans[0].ranks[1] == ((),), "one rank only keeps pace"
 
-    config = make_config(model_path, steps_per_iteration=4, ranks=2)
+    config = make_config(model_path, ranks=2, **settings)
     torch.multiprocessing.spawn(rank_main, args=(config, master, str(tmp_path)), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)]
     assert ranks[0]["metrics"] == ranks[1]["metrics"], "every rank reports the same numbers"
+    assert ranks[0]["left_out"] == ranks[1]["left_out"] == [{"filter": [], "veto": [2, 7]}, {"filter": [], "veto": []}]
     assert ranks[1]["weights"] is None
     for metrics, single in zip(ranks[0]["metrics"], expected, strict=True):
         np.testing.assert_allclose(metrics["learner/step_losses"], single["learner/step_losses"], rtol=1e-5)
@@ -524,7 +531,7 @@ def test_two_ranks_equal_one_and_resume_at_another_count(start, model_path, tmp_
     for name, tensor in weights.items():
         torch.testing.assert_close(ranks[0]["weights"][name], tensor, rtol=1e-3, atol=2e-4)
 
-    resumed = start(make_config(model_path, steps_per_iteration=4))
+    resumed = start(make_config(model_path, **settings))
     resumed.load(str(tmp_path / "saved"))
     again = resumed.train(second).metrics["learner/step_losses"]
     np.testing.assert_allclose(again, ranks[0]["metrics"][1]["learner/step_losses"], rtol=1e-5)

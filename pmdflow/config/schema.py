@@ -177,7 +177,7 @@ class RolloutConfig(Section):
     """GPUs that the weights of one `vllm` engine are split over; all of one machine."""
     speculation: Literal["ngram", "suffix"] | None = None
     """Drafts that `vllm` verifies, without a change of the distribution: `ngram` repeats what followed the same tokens
-    earlier in the sequence, `suffix` (needs `arctic-inference`) also in others; null is off."""
+    earlier in the sequence, `suffix` (needs `arctic-inference`) also in others; null is off. Not on a CPU."""
     engine_timeout_s: PositiveFloat = 60.0
     """A `vllm` engine process that is silent for this long is killed, and its actor replaced."""
 

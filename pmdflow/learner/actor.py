@@ -78,7 +78,6 @@ class Learner:
         self._optimizer: torch.optim.AdamW
         self._ptx: SupervisedData | None = None
         self._num_steps = 0
-        self._num_steps_at_reset = 0
         self._pristine = False
 
     def address(self) -> str:
@@ -133,7 +132,8 @@ class Learner:
         steps = [self._load(batch, plan, trained, advantages, weights) for plan in plans]
         anchors = self._anchors(batch, steps, sums)
         counts, kept = trained_counts(batch, claimed), trained_counts(batch, trained)
-        vetoed, weighed = np.zeros_like(filtered), list[Weighed]()
+        vetoed = np.zeros_like(filtered)
+        weighed: list[Weighed] = []
         if learner.veto:
             plans, steps, vetoed = veto_sequences(plans, steps, anchors, kept, self._device)
         if learner.importance_weights != "none":
@@ -248,7 +248,6 @@ class Learner:
     ) -> None:
         if self._config.learner.reset_optimizer:
             self._optimizer.state.clear()
-            self._num_steps_at_reset = self._num_steps
         self._pristine = False
         for index, (plan, micros) in enumerate(zip(plans, steps, strict=True)):
             where = f"iteration {batch.iteration}, step {index + 1} of {len(plans)}"
@@ -273,7 +272,7 @@ class Learner:
             return
         learner = self._config.learner
         sums.lr = learner.lr * _warm_up(self._num_steps, learner.warmup_steps)
-        sums.lr *= _warm_up(self._num_steps - self._num_steps_at_reset, learner.reset_warmup_steps)
+        sums.lr *= _warm_up(len(sums.grad_norms), learner.reset_warmup_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = sums.lr
         take_step(

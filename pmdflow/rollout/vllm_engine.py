@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import os
 import time
@@ -39,8 +40,6 @@ class _Sequence:
     """Prompt and everything generated and given out."""
     limit: int
     remaining: int
-    turn: int = 0
-    """vLLM requests made for it."""
     request_id: str | None = None
     """The one that is running; None while it is paused or waits for the next step."""
 
@@ -81,6 +80,7 @@ class VllmEngine:
         """Sequence of each running vLLM request."""
         self._waiting: list[int] = []
         """Sequences to look at in the next step: new, or without a running request."""
+        self._request_ids = itertools.count()
         self._aborted: list[str] = []
         """vLLM requests to abort in the next step."""
         self._last_answer = time.monotonic()
@@ -152,14 +152,13 @@ class VllmEngine:
             self._last_answer = time.monotonic()
         elif self._running and time.monotonic() - self._last_answer > self._settings.timeout_s:
             self._fail(f"generated nothing for {self._settings.timeout_s:g} s with {len(self._running)} requests")
-        return [output for batch in batches for output in self._take(batch)]
+        return self._give(batches)
 
     def pause(self) -> list[Output]:
         """Stop generating; gives out everything that was generated until now. Held sequences stay."""
         self._await(self._core.pause_scheduler_async(mode="keep", clear_cache=False), "a pause")
         # The answer came behind all outputs in one stream, so they are all in the queue.
-        batches = [self._core.outputs_queue.get_nowait() for _ in range(self._core.outputs_queue.qsize())]
-        return [output for batch in batches for output in self._take(batch)]
+        return self._give([self._core.outputs_queue.get_nowait() for _ in range(self._core.outputs_queue.qsize())])
 
     def stage(self, weights: Mapping[str, Tensor]) -> StagedWeights:
         """Put weights where vLLM's workers can map them; may be called beside generation, from any thread."""
@@ -222,8 +221,9 @@ class VllmEngine:
 
     def _make_request(self, id: int, sequence: _Sequence) -> EngineCoreRequest:
         request = sequence.request
-        sequence.request_id = f"{id}-{sequence.turn}"
-        sequence.turn += 1
+        max_tokens = min(sequence.limit, sequence.remaining)
+        # Never used again: outputs of an aborted request may still come.
+        sequence.request_id = str(next(self._request_ids))
         self._running[sequence.request_id] = id
         return EngineCoreRequest(
             request_id=sequence.request_id,
@@ -232,8 +232,9 @@ class VllmEngine:
             sampling_params=SamplingParams(
                 temperature=request.temperature,
                 top_p=request.top_p,
-                max_tokens=min(sequence.limit, sequence.remaining),
-                stop_token_ids=self._eos,
+                max_tokens=max_tokens,
+                min_tokens=min(max(request.min_tokens - request.remaining + sequence.remaining, 0), max_tokens),
+                stop_token_ids=[*self._eos, *request.stop_token_ids],
                 logprobs=0,
                 detokenize=False,
             ),
@@ -243,6 +244,17 @@ class VllmEngine:
             cache_salt=str(self.version),
             data_parallel_rank=None,
         )
+
+    def _give(self, batches: list[EngineCoreOutputs | Exception]) -> list[Output]:
+        """One output for each sequence that has new tokens, so that none comes after the caller's `abort`."""
+        given: dict[int, Output] = {}
+        for output in itertools.chain.from_iterable(self._take(batch) for batch in batches):
+            tokens, logprobs = output.tokens, output.logprobs
+            if output.id in given:
+                before = given[output.id]
+                tokens, logprobs = [*before.tokens, *tokens], [*before.logprobs, *logprobs]
+            given[output.id] = Output(id=output.id, tokens=tokens, logprobs=logprobs, stop=output.stop)
+        return list(given.values())
 
     def _take(self, batch: EngineCoreOutputs | Exception) -> list[Output]:
         if isinstance(batch, Exception):

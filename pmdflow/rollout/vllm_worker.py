@@ -6,6 +6,7 @@ transfer engine in time.
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import threading
@@ -59,9 +60,18 @@ class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
             super().update_weights(update_info)
 
     def receive_weights(self, update_info: FileUpdateInfo) -> None:
-        """Load every tensor of the file."""
+        """Load every tensor of the file.
+
+        Raises:
+            ValueError: the file leaves a parameter of the model as it was.
+        """
+        parameters = {name for name, _ in self.model.named_parameters()}
+        if getattr(self.model_config.hf_config, "tie_word_embeddings", False):
+            parameters.discard("lm_head.weight")
         with safe_open(update_info.path, framework="pt", device="cpu") as file:
-            self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+            loaded = self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+        if loaded is not None and not loaded >= parameters:
+            raise ValueError(f"the published weights lack {sorted(parameters - loaded)}; publish the whole state dict")
 
     def finish_weight_update(self) -> None:
         """Process what is left."""
@@ -91,3 +101,5 @@ class WorkerExtension:
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, FileWeightTransfer)
+# It warns at each update of layers without weights in the file: what must be there is checked above.
+logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)

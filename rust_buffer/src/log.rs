@@ -35,6 +35,7 @@ mod reader;
 mod recovery;
 mod storage;
 mod sync;
+mod watermark;
 mod writer;
 
 use std::{
@@ -152,7 +153,7 @@ impl Log {
         let thread = if options.durability == Durability::Group {
             let shared = Arc::clone(&shared);
             let path = shared.storage.path().to_path_buf();
-            let spawned = std::thread::Builder::new().name("log-sync".into()).spawn(move || shared.run());
+            let spawned = std::thread::Builder::new().name("log-sync".into()).spawn(move || shared.keep_synced());
             Some(spawned.map_err(|e| StoreError::io(path, e))?)
         } else {
             None
@@ -257,12 +258,12 @@ impl Log {
 
     /// LSN of the last record written.
     pub fn lsn(&self) -> Lsn {
-        lock(&self.0.shared.state).written
+        self.0.shared.watermark.written()
     }
 
     /// LSN of the last record that is durable, with all before it.
     pub fn durable_lsn(&self) -> Lsn {
-        lock(&self.0.shared.state).durable
+        self.0.shared.watermark.durable()
     }
 
     /// Waits until record `lsn` and all before it are durable; false when `timeout` passed first.
@@ -270,7 +271,7 @@ impl Log {
     /// # Errors
     /// `Poisoned` when they will never be, `Conflict` when `lsn` is not yet written.
     pub fn wait_durable(&self, lsn: Lsn, timeout: Duration) -> Result<bool> {
-        self.0.shared.wait_durable(lsn, timeout)
+        self.0.shared.watermark.wait(lsn, timeout)
     }
 
     /// Deletes the sealed files numbered below `file` and below the index's position, oldest first; returns how many.

@@ -1,10 +1,10 @@
 //! The durable state: everything but the tokens themselves. `apply` says how each record changes it; a snapshot of it
 //! and the records after that are what recovery reads.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use imbl::{OrdMap, OrdSet};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::{
     error::{Result, StoreError},
@@ -94,8 +94,10 @@ pub struct Publication {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct State {
     /// Live groups by id; ids follow the order of admission.
+    #[serde(deserialize_with = "grown::<_, BTreeMap<u64, Group>, _>")]
     pub groups: OrdMap<u64, Group>,
     /// Their trajectories by id.
+    #[serde(deserialize_with = "grown::<_, BTreeMap<u64, Trajectory>, _>")]
     pub trajectories: OrdMap<u64, Trajectory>,
     /// Claims that are not evicted, by iteration.
     pub claims: BTreeMap<i64, Claim>,
@@ -108,6 +110,7 @@ pub struct State {
     /// Publications by version.
     pub publications: BTreeMap<Version, Publication>,
     /// Hashes of the request ids of training groups that are gone.
+    #[serde(deserialize_with = "grown::<_, BTreeSet<u64>, _>")]
     pub gone: OrdSet<u64>,
     /// Names of reward components.
     pub components: Vec<String>,
@@ -123,6 +126,17 @@ pub struct State {
     pub version: Version,
     /// Newest version ever seen; -1 before the first.
     pub max_version: Version,
+}
+
+/// Decodes a persistent collection by way of one of the standard library, which makes room as items come: the other
+/// believes the length that the bytes claim.
+fn grown<'de, D, Standard, Persistent>(from: D) -> std::result::Result<Persistent, D::Error>
+where
+    D: Deserializer<'de>,
+    Standard: Deserialize<'de> + IntoIterator,
+    Persistent: FromIterator<Standard::Item>,
+{
+    Ok(Standard::deserialize(from)?.into_iter().collect())
 }
 
 impl Default for State {

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from integration.runs import ROOT, Up, small_config
 from pmdflow.archive import parts, read_part
 from pmdflow.data import load_tokenizer
 from pmdflow.environments.calculator import Calculator
+from pmdflow.eval_command import EvalOptions, evaluate_checkpoint
+from pmdflow.learner.checkpoint_weights import checkpoint_weights
 from pmdflow.metrics.summary import OUTSIDE_SUM
 from pmdflow.rollout.turns import split_turns
 from pmdflow.types import Mask, TrainBatch
@@ -73,3 +78,15 @@ def test_the_ledger_is_exact_and_counts_observed_tokens_apart(finished: Up, batc
 def test_nothing_failed(finished: Up) -> None:
     assert not [event for event in finished.events() if event["kind"] == "environment_failed"]
     assert Path(finished.run / "events.jsonl").read_text().count("actor_died") == 1
+
+
+def test_the_newest_checkpoint_of_the_run_is_evaluated(finished: Up, tmp_path: Path) -> None:
+    options = EvalOptions(samples=2, prompts=4, out=tmp_path)
+    assert evaluate_checkpoint(finished.run, str(finished.run / "config.yaml"), options) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["version"] >= 6 and summary["attempts"] == 8
+    (folder,) = finished.run.glob("checkpoints/iteration-000006")
+    before = load_file(f"{MODEL}/model.safetensors")
+    trained = checkpoint_weights(folder, lora=None, tied=True)
+    assert trained.keys() == before.keys()
+    assert any(not torch.equal(trained[name], before[name]) for name in before)

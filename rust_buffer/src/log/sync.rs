@@ -1,9 +1,8 @@
-//! What appenders, the sync thread and waiters share, and when a record is called durable.
+//! The log at work: appending, rotation and syncs. `watermark` says when a record is called durable.
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Condvar, Mutex, PoisonError},
-    time::{Duration, Instant},
+    sync::{Arc, Mutex},
 };
 
 use super::{
@@ -12,46 +11,19 @@ use super::{
     format::Arrays,
     lock,
     reader::LogFile,
+    watermark::{Access, Watermark},
     writer::{Writer, sync_file},
 };
 use crate::error::{Result, StoreError};
 
-/// What the appenders, the sync thread and the waiters share.
-pub(super) struct State {
-    pub(super) file: Arc<LogFile>,
-    pub(super) written: Lsn,
-    /// Newest LSN that is as durable as the level promises.
-    pub(super) durable: Lsn,
-    /// Newest LSN known to be on disk.
-    synced: Lsn,
-    /// Highest LSN that somebody waits for.
-    wanted: Lsn,
-    /// The sync thread waits for work without a deadline.
-    idle: bool,
-    failed: Option<String>,
-    access: Access,
-}
-
-/// Whether records are taken.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Access {
-    Open,
-    Closed,
-    ReadOnly,
-}
-
-/// Locks are taken in the order sync, writer, then state or files.
+/// Locks are taken in the order sync, writer, then watermark or files.
 pub(super) struct Shared {
     pub(super) storage: Arc<dyn Storage>,
     pub(super) options: LogOptions,
-    /// Held during each sync, so that no two take the error of the same pages.
-    sync: Mutex<()>,
+    /// The file that is written; held during each sync, so that no two take the error of the same pages.
+    current: Mutex<Arc<LogFile>>,
     pub(super) writer: Mutex<Writer>,
-    pub(super) state: Mutex<State>,
-    /// Wakes the sync thread.
-    work: Condvar,
-    /// Wakes who waits for durability.
-    done: Condvar,
+    pub(super) watermark: Watermark,
     pub(super) files: Mutex<BTreeMap<u32, Arc<LogFile>>>,
     /// Keeps other writers away; None once closed, and for a reader.
     guard: Mutex<Option<Box<dyn Send>>>,
@@ -67,25 +39,13 @@ impl Shared {
     ) -> Self {
         let file = Arc::clone(&writer.file);
         files.insert(file.number, Arc::clone(&file));
-        let last = writer.next - 1;
-        let state = State {
-            file,
-            written: last,
-            durable: last,
-            synced: last,
-            wanted: 0,
-            idle: false,
-            failed: None,
-            access: if guard.is_some() { Access::Open } else { Access::ReadOnly },
-        };
+        let access = if guard.is_some() { Access::Open } else { Access::ReadOnly };
         Self {
             storage,
             options,
-            sync: Mutex::new(()),
+            current: Mutex::new(file),
+            watermark: Watermark::new(writer.next - 1, access),
             writer: Mutex::new(writer),
-            state: Mutex::new(state),
-            work: Condvar::new(),
-            done: Condvar::new(),
             files: Mutex::new(files),
             guard: Mutex::new(guard),
         }
@@ -93,19 +53,16 @@ impl Shared {
 
     /// The synced LSN, if the log still takes records.
     pub(super) fn accepting(&self) -> Result<Lsn> {
-        let state = lock(&self.state);
-        match state.access {
-            Access::Open => healthy(&state).map(|()| state.synced),
-            Access::Closed => Err(StoreError::Closed),
-            Access::ReadOnly => Err(StoreError::ReadOnly { path: self.storage.path().to_path_buf() }),
+        match self.watermark.access() {
+            (Access::Open, synced) => synced,
+            (Access::Closed, _) => Err(StoreError::Closed),
+            (Access::ReadOnly, _) => Err(StoreError::ReadOnly { path: self.storage.path().to_path_buf() }),
         }
     }
 
     /// Records the first failure and wakes everybody; gives the error back.
     pub(super) fn poison(&self, error: StoreError) -> StoreError {
-        lock(&self.state).failed.get_or_insert_with(|| error.to_string());
-        self.work.notify_all();
-        self.done.notify_all();
+        self.watermark.fail(&error);
         error
     }
 
@@ -123,14 +80,8 @@ impl Shared {
             Err(error @ StoreError::Full { .. }) => return Err(error),
             written => written.map_err(|e| self.poison(e))?,
         };
-        let mut state = lock(&self.state);
-        state.written = lsn;
-        if self.options.durability == Durability::Os {
-            state.durable = lsn;
-        } else if state.idle {
-            self.work.notify_one();
-        }
-        drop((state, writer));
+        self.watermark.wrote(lsn, self.options.durability == Durability::Os);
+        drop(writer);
         if self.options.durability == Durability::Always {
             self.sync_until(lsn)?;
         }
@@ -139,7 +90,7 @@ impl Shared {
 
     /// Seals the current file, if it is full, and begins a new one.
     fn rotate(&self) -> Result<()> {
-        let _no_other_sync = lock(&self.sync);
+        let mut current = lock(&self.current);
         let mut writer = lock(&self.writer);
         self.accepting()?;
         if !writer.is_full(self.options.file_bytes) {
@@ -158,11 +109,9 @@ impl Shared {
         files.insert(sealed, reopened);
         files.insert(number, Arc::clone(&new.file));
         drop(files);
-        let mut state = lock(&self.state);
-        state.file = Arc::clone(&new.file);
-        (state.durable, state.synced) = (state.written, state.written);
+        *current = Arc::clone(&new.file);
+        self.watermark.end_sync(new.next - 1);
         *writer = new;
-        self.done.notify_all();
         Ok(())
     }
 
@@ -177,24 +126,14 @@ impl Shared {
     /// One fdatasync for all that was written before it, unless `lsn` is on disk by now. The mark precedes the
     /// acknowledgement, so that damage to acknowledged records is found even when they are the last ones.
     fn sync_until(&self, lsn: Lsn) -> Result<()> {
-        let _one_at_a_time = lock(&self.sync);
-        let (target, file) = {
-            let state = lock(&self.state);
-            if state.synced >= lsn.min(state.written) {
-                return Ok(());
-            }
-            healthy(&state)?;
-            (state.written, Arc::clone(&state.file))
-        };
+        let file = lock(&self.current);
+        let Some(target) = self.watermark.begin_sync(lsn)? else { return Ok(()) };
         let synced = sync_file(&file).and_then(|()| {
             let mut writer = lock(&self.writer);
             if writer.next - 1 == target { writer.mark() } else { Ok(()) }
         });
         synced.map_err(|e| self.poison(e))?;
-        let mut state = lock(&self.state);
-        state.synced = state.synced.max(target);
-        state.durable = state.durable.max(target);
-        self.done.notify_all();
+        self.watermark.end_sync(target);
         Ok(())
     }
 
@@ -203,49 +142,9 @@ impl Shared {
         self.sync_until(Lsn::MAX)
     }
 
-    /// The sync thread: at once when the log was idle or somebody waits, else every `commit_interval`.
-    pub(super) fn run(&self) {
-        let mut due = Instant::now();
-        loop {
-            let mut state = lock(&self.state);
-            loop {
-                if state.access != Access::Open || state.failed.is_some() {
-                    return;
-                }
-                let wait = due.saturating_duration_since(Instant::now());
-                if state.written == state.durable {
-                    state.idle = true;
-                    state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
-                    state.idle = false;
-                } else if state.wanted > state.durable || wait.is_zero() {
-                    break;
-                } else {
-                    state = self.work.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
-                }
-            }
-            drop(state);
-            due = Instant::now() + self.options.commit_interval;
-            if self.sync().is_err() {
-                return;
-            }
-        }
-    }
-
-    /// Waits until record `lsn` and all before it are durable; false when `timeout` passed first.
-    pub(super) fn wait_durable(&self, lsn: Lsn, timeout: Duration) -> Result<bool> {
-        let mut state = lock(&self.state);
-        if lsn > state.written {
-            let written = state.written;
-            return Err(StoreError::Conflict(format!("LSN {lsn} is not written, the last is {written}; append first")));
-        }
-        if state.durable < lsn {
-            state.wanted = state.wanted.max(lsn);
-            self.work.notify_one();
-        }
-        let pending = |state: &mut State| state.durable < lsn && state.failed.is_none();
-        let waited = self.done.wait_timeout_while(state, timeout, pending);
-        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        if state.durable >= lsn { Ok(true) } else { healthy(&state).map(|()| false) }
+    /// The sync thread.
+    pub(super) fn keep_synced(&self) {
+        self.watermark.keep_synced(self.options.commit_interval, || self.sync());
     }
 
     /// Where the next record goes.
@@ -256,10 +155,9 @@ impl Shared {
 
     /// Ends appending, and with it the sync thread.
     pub(super) fn refuse_records(&self) {
-        lock(&self.state).access = Access::Closed;
+        self.watermark.close();
         // Whoever saw it open has the writer until its record is written.
         drop(lock(&self.writer));
-        self.work.notify_all();
     }
 
     /// Syncs what is written and gives the storage back; nothing to do the second time.
@@ -269,8 +167,4 @@ impl Shared {
         drop(guard);
         synced
     }
-}
-
-fn healthy(state: &State) -> Result<()> {
-    state.failed.clone().map_or(Ok(()), |detail| Err(StoreError::Poisoned { detail }))
 }

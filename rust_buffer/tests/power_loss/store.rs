@@ -64,6 +64,7 @@ fn settings(durability: Durability) -> Settings {
         lease_ttl: 1_000,
         grant_tokens: 16,
         durability,
+        straggler: None,
         max_bytes: None,
         file_bytes: 1024,
         commit_interval: Duration::from_millis(1),
@@ -174,6 +175,7 @@ impl Run {
             prompt_len: 2,
             size,
             max_tokens,
+            priority: 0,
         };
         self.store().admit(&admit, &[7; 8], b"metadata").map(drop)
     }
@@ -210,7 +212,7 @@ impl Run {
             let outcome = if self.serial % 5 == 0 { Outcome::InfraFailure } else { Outcome::Scored };
             let components = BTreeMap::from([("right".to_owned(), 1.0)]);
             let reward = f64::from(self.serial);
-            self.store().score(id, attempt, outcome, reward, components)?;
+            self.store().score(id, attempt, outcome, reward, components, 0)?;
         }
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ def checkpoint_weights(directory: Path, *, lora: LoraConfig | None, tied: bool) 
         for name, entry in entries.items()
         if name.startswith(_MODEL) and isinstance(entry, TensorStorageMetadata)
     }
-    load_state({"model": model}, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what no_dist asks for
+        load_state({"model": model}, storage_reader=reader, no_dist=True)
     weights = {}
     for name, tensor in model.items():
         plain = name.removeprefix(_MODEL)  # the policy holds the model as `model`
