@@ -127,22 +127,6 @@ def test_limits_hold_to_the_token_and_raising_them_resumes_exactly(engine: VllmE
     assert [record.tokens[i] for i in range(4)] == expected
 
 
-def test_stop_ids_end_a_sequence_and_least_tokens_come_first(engine: VllmEngine) -> None:
-    start = prompt(12, seed=62)
-    engine.add(request(0, start, temperature=0.0, remaining=60))
-    plain = Record().run(engine).tokens[0]
-    stop = plain[20]
-    first = plain.index(stop)
-    engine.add(request(1, start, temperature=0.0, remaining=60, stop_token_ids=(stop,)))
-    # Paused in between: the least number counts over all requests that vLLM is given.
-    engine.add(request(2, start, temperature=0.0, limit=5, remaining=60, stop_token_ids=(stop,), min_tokens=first + 3))
-    record = Record().run(engine)
-    assert record.stops == {1: "stop"} and record.tokens[1] == plain[: first + 1]
-    engine.extend(2, 60)
-    record.run(engine)
-    assert len(record.tokens[2]) >= first + 3 and stop not in record.tokens[2][: first + 3]
-
-
 def test_a_lowered_limit_is_not_overrun_and_zero_pauses(engine: VllmEngine, model: Any) -> None:
     start = prompt(12, seed=62)
     expected = greedy_reference(model, start, tokens=120)

@@ -55,7 +55,7 @@ class VllmEngine:
     only there does each batch of tokens carry the version of the weights that generated it, which is checked.
 
     Example:
-        >>> engine = VllmEngine(VllmSettings(model_path=path, max_tokens=64), seed=0)  # doctest: +SKIP
+        >>> engine = VllmEngine(VllmSettings(model_path=path, max_length=64), seed=0)  # doctest: +SKIP
         >>> engine.add(Request(id=0, tokens=np.array([5, 6], np.int32), limit=9, remaining=9, temperature=1.0))
         >>> engine.step()  # doctest: +SKIP
         [Output(id=0, tokens=[17], logprobs=[-5.9], stop=None)]

@@ -15,6 +15,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from pmdflow.config.model_size import measure_model
 from pmdflow.config.schema import Config
+from pmdflow.rollout.vllm_worker import BACKEND
 
 MAX_SLOTS = 256
 """Most sequences at a time where the key-value cache decides."""
@@ -93,7 +94,7 @@ def make_engine_args(settings: VllmSettings, *, seed: int) -> AsyncEngineArgs:
         skip_tokenizer_init=True,
         generation_config="vllm",
         disable_log_stats=True,
-        weight_transfer_config=WeightTransferConfig(backend="pmdflow-file"),
+        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
         worker_extension_cls="pmdflow.rollout.vllm_worker.WorkerExtension",
         **device,
     )
