@@ -204,7 +204,8 @@ class RolloutActor:
             self._weights.notify_all()
 
     def _request_leases(self) -> None:
-        free = self._engine.num_slots - len(self._running)
+        # One that has ended waits only for its last append; its slot is free.
+        free = self._engine.num_slots - sum(held.stop is None for held in self._running.values())
         awaiting = self._pending is not None and self._config.rollout.on_new_weights == "finish"
         if self._lease_ref is None and free > 0 and not awaiting:
             self._lease_version = self._engine.version
@@ -285,6 +286,7 @@ class RolloutActor:
             self._engine.extend(held.lease.trajectory, held.limit)
         if held.phase == "generating" and held.limit == 0 and not held.tokens:
             held.stop = "budget"
+            self._engine.abort(held.lease.trajectory)
 
     def _release_all(self) -> None:
         """Send what is unsent and make every held trajectory leasable again."""
