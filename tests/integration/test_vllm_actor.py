@@ -99,7 +99,7 @@ def check_versions(directory: Path, models: list[Any]) -> None:
     seen = set()
     for row in rows:
         start = 0
-        for length, version, _ in row["segments"]:
+        for length, version, *_ in row["segments"]:
             end = start + length
             tokens = row["tokens"][:end].tolist()
             expected = full_logprobs(models[version], row["prompt"].tolist(), tokens, temperature=1.0)
