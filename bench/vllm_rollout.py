@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", help="file for the results")
     arguments = parser.parse_args()
-    os.environ["RAY_worker_niceness"] = "0"  # Ray's is 15: beside other load it would decide the comparison
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray spells it so; its 15 would decide the comparison
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         shape = AutoConfig.from_pretrained(arguments.model)

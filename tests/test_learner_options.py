@@ -22,10 +22,10 @@ from pmdflow.learner.objective import clipped_tokens, pmd_loss
 from pmdflow.learner.supervised import SupervisedData
 from pmdflow.reward.length import length_reward
 from pmdflow.reward.total import total_rewards
-from pmdflow.rollout.actor import RolloutActor, _Sequence
-from pmdflow.rollout.engine import Request
+from pmdflow.rollout.control import SamplingControl
+from pmdflow.rollout.engine import Output
+from pmdflow.rollout.held import HeldTrajectory
 from pmdflow.rollout.repetition import RepetitionDetector
-from pmdflow.rollout.simulated_engine import SimulatedEngine
 from pmdflow.scheduler import sampling_temperature
 from pmdflow.store import TrajectoryStore
 from pmdflow.types import Mask, Prompt, Quota, Stop
@@ -353,36 +353,23 @@ def test_temperature_schedule():
     assert sampling_temperature(7, initial=1.2, final=None, iterations=None) == 1.2
 
 
-def test_a_repeating_trajectory_is_ended_and_stored_as_such(model_path):
-    config = make_config(model_path)
+def test_a_repeating_trajectory_is_ended_and_stored_as_such():
     loops = RepetitionConfig(ngram=2, copies=3, min_tokens=6)
     store = TrajectoryStore(None, groups_per_iteration=1, lookahead=1, max_staleness=4)
     store.publish(0)
     store.set_quota(Quota(version=0, groups=1, tokens=100, tokens_per_segment=None))
     prompt = Prompt(id="p", text="?", tokens=np.array([5], np.int32))
     store.admit("a", prompt, cursor=0, group_size=2, max_tokens=50)
-    actor = object.__new__(RolloutActor)
-    actor._config, actor._engine = config, SimulatedEngine(num_slots=2, seed=0)
+    control = SamplingControl(temperature=1.0, max_tokens=50)
     segments = []
     for lease, tokens in zip(store.lease("rollout-0", 0, 2, 0.0), ([7, 8] * 4, [7, 8, 7, 9]), strict=True):
-        request = {"id": lease.trajectory, "tokens": prompt.tokens, "limit": 9, "remaining": 9, "temperature": 1.0}
-        actor._engine.add(Request(**request))
-        sequence = _Sequence(
-            lease=lease,
-            offset=0,
-            temperature=1.0,
-            limit=9,
-            tokens=tokens,
-            logprobs=[-1.0] * len(tokens),
-            stop_text=None,
-            repetition=RepetitionDetector(loops),
-        )
-        actor._stop_repetition(sequence)
-        segments.append(actor._segment(sequence, next_version=0))
+        held = HeldTrajectory(lease=lease, control=control, limit=9, context=[], repetition=RepetitionDetector(loops))
+        held.take(Output(id=lease.trajectory, tokens=tokens, logprobs=[-1.0] * len(tokens), stop=None))
+        assert held.end_repetition() == (len(tokens) == 8)
+        segments.append(held.segment(version=0, next_version=0))
     store.append(segments)
     assert [segment.stop for segment in segments] == ["repetition", None]
     assert [len(segment.tokens) for segment in segments] == [6, 4]
-    assert actor._engine.active() == 1
     assert [item.stop for item in store.unscored(9, 1.0, 0.0)] == [Stop.REPETITION]
 
 

@@ -168,22 +168,17 @@ impl ClaimView {
     }
 
     /// Members in claim order, without those given up by scoring.
-    fn members(&self) -> impl Iterator<Item = Result<Member<'_>>> {
-        let of_group = |id: &u64| -> Result<Vec<Member<'_>>> {
-            let (group, admission) = (*id, self.state.group(*id)?);
-            let mut members = Vec::with_capacity(admission.size as usize);
-            for id in admission.members() {
-                let trajectory = self.state.trajectory(id)?;
+    fn members(&self) -> Result<Vec<Member<'_>>> {
+        let mut members = Vec::new();
+        for group in &self.claim.groups {
+            let admission = self.state.group(*group)?;
+            for (id, trajectory) in self.state.members(admission) {
                 if let Verdict::Scored { reward, components, .. } = &trajectory.verdict {
-                    members.push(Member { group, id, admission, trajectory, reward: *reward, components });
+                    members.push(Member { group: *group, id, admission, trajectory, reward: *reward, components });
                 }
             }
-            Ok(members)
-        };
-        self.claim.groups.iter().flat_map(move |id| match of_group(id) {
-            Ok(members) => members.into_iter().map(Ok).collect::<Vec<_>>(),
-            Err(error) => vec![Err(error)],
-        })
+        }
+        Ok(members)
     }
 
     /// Tokens of all members, prompts included.
@@ -191,10 +186,8 @@ impl ClaimView {
     /// # Errors
     /// An error of ours.
     pub fn num_tokens(&self) -> Result<usize> {
-        self.members().try_fold(0, |sum, member| {
-            let member = member?;
-            Ok(sum + (member.admission.prompt_len + member.trajectory.len) as usize)
-        })
+        let tokens = |member: &Member<'_>| (member.admission.prompt_len + member.trajectory.len) as usize;
+        Ok(self.members()?.iter().map(tokens).sum())
     }
 
     /// Packs the claim; checksums of tokens are tested if `check`.
@@ -202,11 +195,12 @@ impl ClaimView {
     /// # Errors
     /// Those of the log, or `Conflict` when the columns are too short.
     pub fn pack(&self, log: &Log, columns: &mut Columns<'_>, check: bool) -> Result<Rows> {
-        let (mut rows, mut components) = (Rows::default(), self.components()?);
+        let (members, mut rows) = (self.members()?, Rows::default());
+        let used = members.iter().flat_map(|member| member.components);
+        let mut components: BTreeMap<u32, Vec<f64>> = used.map(|(name, _)| (*name, Vec::new())).collect();
         let mut packer = Packer { columns, at: 0 };
         let mut prompt: Option<(u64, Vec<u8>)> = None;
-        for member in self.members() {
-            let member = member?;
+        for member in &members {
             let known = prompt.take().filter(|(group, _)| *group == member.group);
             let (_, ids) = match known {
                 Some(known) => prompt.insert(known),
@@ -222,7 +216,7 @@ impl ClaimView {
                     if flags & GENERATED == 0 { -1 } else { i32::try_from(segment.version).unwrap_or(i32::MAX) };
                 packer.push(ids, logprobs, (version, segment.temperature, flags))?;
             }
-            push_row(&mut rows, &mut components, &member);
+            push_row(&mut rows, &mut components, member);
         }
         rows.cu_seqlens.push(packer.at as i64);
         rows.components = self.named(components);
@@ -231,15 +225,6 @@ impl ClaimView {
 
     fn flags(&self, segment: &Segment, trajectory: &Trajectory) -> u8 {
         order::mask(segment, trajectory, self.claim.version, self.claim.max_staleness, self.claim.segment_loss)
-    }
-
-    /// The used reward components, each with its name and no values yet.
-    fn components(&self) -> Result<BTreeMap<u32, Vec<f64>>> {
-        let mut used = BTreeMap::new();
-        for member in self.members() {
-            used.extend(member?.components.iter().map(|(name, _)| (*name, Vec::new())));
-        }
-        Ok(used)
     }
 
     fn named(&self, components: BTreeMap<u32, Vec<f64>>) -> BTreeMap<String, Vec<f64>> {

@@ -107,7 +107,7 @@ impl Store {
                 break;
             }
             let group = self.state.group(*id)?;
-            let trainable = order::is_trainable(&self.state, group, version, self.settings.max_staleness)?;
+            let trainable = order::is_trainable(&self.state, group, version, self.settings.max_staleness);
             if trainable { groups.push(*id) } else { over_age.push(*id) }
         }
         let evicted = over_age.len();

@@ -54,8 +54,7 @@ pub fn mask(
 /// `Conflict` when the group is not in the store.
 pub fn add_sums(state: &State, id: u64, claim: &Claim) -> Result<ClaimSums> {
     let mut sums = claim.sums;
-    for member in state.group(id)?.members() {
-        let trajectory = state.trajectory(member)?;
+    for (_, trajectory) in state.members(state.group(id)?) {
         match trajectory.verdict {
             Verdict::Late => continue,
             Verdict::Failed => {
@@ -80,19 +79,12 @@ pub fn add_sums(state: &State, id: u64, claim: &Claim) -> Result<ClaimSums> {
 /// Whether a group has a token to train at a claim of learner version `version`.
 ///
 /// A trajectory's newest token is the last to become over-age, and is of the newest segment.
-///
-/// # Errors
-/// `Conflict` when the group is not in the store.
-pub fn is_trainable(state: &State, group: &Group, version: Version, max_staleness: Option<u32>) -> Result<bool> {
-    for member in group.members() {
-        let trajectory = state.trajectory(member)?;
+pub fn is_trainable(state: &State, group: &Group, version: Version, max_staleness: Option<u32>) -> bool {
+    state.members(group).any(|(_, trajectory)| {
         let newest = trajectory.newest_generated();
         let fresh = newest.is_some_and(|v| max_staleness.is_none_or(|limit| version - v <= i64::from(limit)));
-        if fresh && !matches!(trajectory.verdict, Verdict::Failed | Verdict::Late) {
-            return Ok(true);
-        }
-    }
-    Ok(false)
+        fresh && !matches!(trajectory.verdict, Verdict::Failed | Verdict::Late)
+    })
 }
 
 /// Oldest group first; ids follow the order of admission.

@@ -189,6 +189,11 @@ impl State {
         stored.iter().map(|(index, value)| (name(*index), *value)).collect()
     }
 
+    /// The members of a group with their ids: one descent for all of them.
+    pub fn members(&self, group: &Group) -> impl Iterator<Item = (u64, &Trajectory)> {
+        self.trajectories.range(group.members()).map(|(id, trajectory)| (*id, trajectory))
+    }
+
     /// A claim that is not evicted.
     ///
     /// # Errors

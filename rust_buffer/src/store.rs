@@ -27,8 +27,9 @@ use crate::{
 /// Room kept in `max_bytes` for a token to come: 8 bytes of payload, the rest for headers and alignment.
 pub const BYTES_PER_TOKEN: u64 = 16;
 
-/// Looks of a reader at a store that is being written, before it believes what it sees.
-const READ_ATTEMPTS: u32 = 3;
+/// Looks of a reader at a store that is being written, before it believes what it sees; and the time between two.
+const READ_ATTEMPTS: u32 = 20;
+const READ_PAUSE: Duration = Duration::from_millis(10);
 
 /// The settings of a store. What a record decides by them is in the record, so they may change at each opening.
 #[derive(Debug, Clone, Copy)]
@@ -130,7 +131,10 @@ impl Store {
             match Log::read(Arc::clone(storage), &mut state) {
                 Ok(log) => return Self::with(log, state, settings),
                 // The writer may have deleted files between two looks.
-                Err(_) if attempt < READ_ATTEMPTS => attempt += 1,
+                Err(_) if attempt < READ_ATTEMPTS => {
+                    attempt += 1;
+                    std::thread::sleep(READ_PAUSE);
+                }
                 Err(error) => return Err(error),
             }
         }

@@ -101,6 +101,10 @@ pub(super) fn recover(storage: &dyn Storage, replay: &mut dyn Replay, repair: bo
             at = image.replay_sealed(at, image_first(storage, number + 1, &last)?, replay)?;
         }
         let end = file.medium.len().map_err(|e| StoreError::io(&file.path, e))?;
+        if !repair {
+            // Mapped now: the writer may delete it while it is still read here.
+            file.medium.read(0, 1).map_err(|e| StoreError::io(&file.path, e))?;
+        }
         file.publish(end);
         sealed.insert(number, Arc::new(file));
     }

@@ -211,8 +211,7 @@ impl Run {
     fn remove(&mut self, file: u32) {
         let end = file.min(self.log().index().file);
         match self.log().remove_before(file) {
-            Ok(_) => {}
-            Err(StoreError::Io { .. } | StoreError::Poisoned { .. }) => {}
+            Ok(_) | Err(StoreError::Io { .. } | StoreError::Poisoned { .. }) => {}
             Err(other) => panic!("{other}"),
         }
         self.removed = self.removed.max(end);
@@ -239,9 +238,9 @@ impl Run {
             }
             least = if end.again { self.kept } else { least };
             if end.again {
-                self.disk.lose_power()
+                self.disk.lose_power();
             } else {
-                self.disk.kill()
+                self.disk.kill();
             }
             self.log = None;
         }
@@ -266,19 +265,19 @@ impl Run {
     }
 
     fn check(&mut self, log: Log, seen: &Seen, least: Lsn) {
-        let last = seen.base + seen.frames.len() as u64;
+        let newest = seen.base + seen.frames.len() as u64;
         assert!(self.bases.contains(&seen.base), "snapshot of {}, not of {:?}", seen.base, self.bases);
-        assert!(last >= least, "{least} records were acknowledged, {last} are there");
-        assert!(last <= self.written.len() as u64, "{} records were written, {last} are there", self.written.len());
+        assert!(newest >= least, "{least} records were acknowledged, {newest} are there");
+        assert!(newest <= self.written.len() as u64, "{} records were written, {newest} are there", self.written.len());
         for frame in &seen.frames {
             let record = &mut self.written[frame.lsn() as usize - 1];
             record.check(frame);
             record.check(&log.frame(frame.location()).unwrap());
             record.location = Some(frame.location());
         }
-        assert_eq!((log.lsn(), log.durable_lsn()), (last, last));
-        self.written.truncate(last as usize);
-        (self.kept, self.bases, self.failed) = (last, vec![seen.base], false);
+        assert_eq!((log.lsn(), log.durable_lsn()), (newest, newest));
+        self.written.truncate(newest as usize);
+        (self.kept, self.bases, self.failed) = (newest, vec![seen.base], false);
         self.log = Some(log);
     }
 }
@@ -301,7 +300,9 @@ fn what_a_failed_opening_zeroed_does_not_come_back() {
         ops.extend([lose(Some(Fault::Sync(1))), append.clone(), Op::Index, lose(None)]);
         let options = LogOptions { durability: Durability::Os, file_bytes: 8192, ..LogOptions::default() };
         let mut run = Run::new(seed, options);
-        ops.iter().for_each(|op| run.run(op));
+        for op in &ops {
+            run.run(op);
+        }
     }
 }
 

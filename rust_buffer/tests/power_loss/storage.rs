@@ -33,7 +33,7 @@ pub enum Fault {
     Read(u32),
 }
 
-/// A random sequence (SplitMix64).
+/// A random sequence, by `SplitMix64`.
 struct Dice(u64);
 
 impl Dice {

@@ -314,8 +314,8 @@ fn encode(held: Held, offset: u32, tokens: &[i32], stop: bool) -> Vec<u8> {
     let Held { trajectory, epoch, version, .. } = held;
     let item = (trajectory, epoch, offset, tokens.len() as u32, version, 1.0_f32, version, stop, false, none);
     let header = rmp_serde::to_vec(&[item]).unwrap();
-    let head = [&b"PMDB"[..], &1_u32.to_le_bytes(), &(header.len() as u32).to_le_bytes(), &[0; 4], &header];
-    let mut batch = head.concat();
+    let len = (header.len() as u32).to_le_bytes();
+    let mut batch = [&b"PMDB"[..], &1_u32.to_le_bytes(), &len, &[0; 4], &header].concat();
     batch.resize(batch.len().next_multiple_of(8), 0);
     batch.extend([bytes(tokens), bytes(tokens)].concat());
     batch.resize(batch.len().next_multiple_of(8), 0);
