@@ -23,7 +23,7 @@ from pmdflow.config.schema import Config
 from pmdflow.store import TrajectoryStore
 from pmdflow.weights.filesystem import FilesystemTransport
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.nightly, pytest.mark.timeout(600)]
 
 VERSIONS = 24
 GROUPS, SIZE, MAX_TOKENS = 24, 4, 400

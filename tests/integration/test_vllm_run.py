@@ -65,6 +65,7 @@ def test_the_quick_start_updates_the_weights_in_flight_in_every_iteration(tmp_pa
     assert ledger.pop("generated") == sum(ledger.values())
 
 
+@pytest.mark.nightly
 def test_a_run_survives_its_engine(tmp_path: Path) -> None:
     config = small_config(tmp_path, run__iterations=14, scheduler__max_staleness=None, learner__checkpoint_every=8)
     config["rollout"] |= {"engine": "vllm", "engine_timeout_s": ENGINE_TIMEOUT_S, "lease_ttl_s": 10.0}
