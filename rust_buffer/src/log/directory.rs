@@ -16,7 +16,10 @@ pub(super) fn file_name(number: u32) -> String {
 /// Numbers of the log files, and whether there is an index.
 pub(super) fn list(storage: &dyn Storage) -> Result<(BTreeSet<u32>, bool)> {
     let names = storage.names().map_err(|e| StoreError::io(storage.path(), e))?;
-    let number = |name: &String| name.strip_suffix(".log").filter(|n| n.len() == 10).and_then(|n| n.parse().ok());
+    let number = |name: &String| -> Option<u32> {
+        let number = name.strip_suffix(".log").filter(|number| number.len() == 10)?.parse().ok()?;
+        (number > 0).then_some(number)
+    };
     Ok((names.iter().filter_map(number).collect(), names.iter().any(|name| name == INDEX)))
 }
 

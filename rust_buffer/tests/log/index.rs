@@ -171,6 +171,21 @@ fn what_a_crash_leaves_of_a_new_index_is_ignored() {
 }
 
 #[test]
+fn files_that_are_not_the_logs_are_left_alone() {
+    let dir = scratch();
+    filled(dir.path(), 12, TINY);
+    let strangers = ["0000000000.log", "1.log", "00000000x2.log", "9999999999.log", "notes"];
+    for name in strangers {
+        fs::copy(file(dir.path(), 1), dir.path().join(name)).unwrap();
+    }
+    let (log, seen) = open_with(dir.path(), TINY);
+    assert_eq!(seen.records(), records(0..12));
+    log.write_index(log.position(), b"").unwrap();
+    log.remove_before(u32::MAX).unwrap();
+    assert!(strangers.iter().all(|name| dir.path().join(name).exists()));
+}
+
+#[test]
 fn sealed_files_go_oldest_first_never_beyond_the_index_and_pinned_frames_stay() {
     let dir = scratch();
     let (log, _) = open_with(dir.path(), TINY);
