@@ -89,6 +89,10 @@ class Up:
         """Iteration records so far."""
         return [record for record in read_lines(self.run / "metrics.jsonl") if record["kind"] == "iteration"]
 
+    def reached(self, iteration: int) -> bool:
+        """Whether this iteration is done."""
+        return any(record["iteration"] >= iteration for record in self.iterations())
+
     def events(self) -> list[dict[str, Any]]:
         """Event records so far."""
         return read_lines(self.run / "events.jsonl")
