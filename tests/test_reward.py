@@ -440,5 +440,6 @@ def unscored(trajectory: int, completion: str) -> Unscored:
         metadata={},
         prompt=np.asarray([2], dtype=np.int32),
         tokens=np.asarray([*ids, 1], dtype=np.int32),
+        observed=np.zeros(len(ids) + 1, dtype=np.uint8),
         stop=Stop.STOP,
     )
