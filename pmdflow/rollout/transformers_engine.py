@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pmdflow.rollout.engine import OnNewWeights, Output, Request
+from pmdflow.rollout.engine import OnNewWeights, Output, Request, check_extends, check_joins
 from pmdflow.rollout.sampling import sample
 from pmdflow.rollout.slot_batch import DecodeBatch, HeldSequence, SlotGroup, plan_slots
 from pmdflow.rollout.slot_cache import ATTENTION, SlotCache
@@ -84,12 +84,7 @@ class TransformersEngine:
         Raises:
             ValueError: No free slot, the id is held already, or the request cannot be generated.
         """
-        if len(self._sequences) == self.num_slots:
-            raise ValueError(
-                f"sequence {request.id}: all {self.num_slots} slots are held; abort one or wait for a stop"
-            )
-        if request.id in self._sequences:
-            raise ValueError(f"sequence {request.id} is held already; abort it first")
+        check_joins(request, self._sequences, self.num_slots)
         self._check(request)
         slot = self._slots.index(None)
         sequence = HeldSequence(
@@ -112,10 +107,7 @@ class TransformersEngine:
         Raises:
             ValueError: The sequence is not held, or the limit is negative.
         """
-        if id not in self._sequences:
-            raise ValueError(f"sequence {id} is not held: it has stopped, was aborted or was never added")
-        if limit < 0:
-            raise ValueError(f"sequence {id}: limit {limit} is below 0")
+        check_extends(id, limit, self._sequences)
         sequence = self._sequences[id]
         if (sequence.limit > 0) != (limit > 0):
             self._batch = None

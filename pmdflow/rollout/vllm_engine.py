@@ -20,7 +20,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from pmdflow.errors import EngineDied, PmdflowError
-from pmdflow.rollout.engine import OnNewWeights, Output, Request
+from pmdflow.rollout.engine import OnNewWeights, Output, Request, check_extends, check_joins
 from pmdflow.rollout.vllm_settings import VllmSettings, eos_ids, make_engine_args
 from pmdflow.weights.lora import AdapterMerger, has_adapters, load_base
 from pmdflow.weights.shared_memory import StagedWeights
@@ -96,12 +96,7 @@ class VllmEngine:
         Raises:
             ValueError: No free slot, the id is held already, or the request cannot be generated.
         """
-        if len(self._sequences) == self.num_slots:
-            raise ValueError(
-                f"sequence {request.id}: all {self.num_slots} slots are held; abort one or wait for a stop"
-            )
-        if request.id in self._sequences:
-            raise ValueError(f"sequence {request.id} is held already; abort it first")
+        check_joins(request, self._sequences, self.num_slots)
         length = len(request.tokens) + request.remaining
         if length > self._max_length:
             raise ValueError(
@@ -119,10 +114,7 @@ class VllmEngine:
         Raises:
             ValueError: The sequence is not held, or the limit is negative.
         """
-        if id not in self._sequences:
-            raise ValueError(f"sequence {id} is not held: it has stopped, was aborted or was never added")
-        if limit < 0:
-            raise ValueError(f"sequence {id}: limit {limit} is below 0")
+        check_extends(id, limit, self._sequences)
         sequence = self._sequences[id]
         sequence.limit = limit
         if limit == 0:
