@@ -189,7 +189,7 @@ impl Store {
     /// Logs and applies a record.
     pub(crate) fn commit(&mut self, record: &Record, arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
         let header = wire::encode(record)?;
-        let (lsn, location) = self.log.append(record.kind(), &header, arrays)?;
+        let (lsn, location) = self.log.write(record.kind(), &header, arrays)?;
         let (mut trajectories, mut groups) = self.touched(record);
         for id in &trajectories {
             self.index.remove(&self.state, *id, self.leases.contains(*id))?;
@@ -199,6 +199,12 @@ impl Store {
         }
         let (next_group, next_trajectory) = (self.state.next_group, self.state.next_trajectory);
         self.state.apply(record, &Placed { location, lsn, arrays: arrays.places(header.len()) })?;
+        if let Record::Append(items) = record {
+            // A complete trajectory has no lease.
+            for item in items.iter().filter(|item| item.stop.is_some()) {
+                self.leases.remove(item.trajectory);
+            }
+        }
         trajectories.extend(next_trajectory..self.state.next_trajectory);
         groups.extend(next_group..self.state.next_group);
         for id in &groups {
