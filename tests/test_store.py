@@ -146,7 +146,7 @@ def test_life_of_a_trajectory() -> None:
     assert batch.components["right"].tolist() == [0.5, 0.5]
     assert batch.prompt_ids == ("p", "p")
 
-    store.publish(1, 1, {"filter": 2})
+    store.publish(1, 1, {"filter": [second.trajectory]})
     ledger = assert_exact(store)
     assert (ledger["trained"], ledger["masked_filter"], ledger["generated"]) == (8, 2, 10)
     store.commit(1)
@@ -428,7 +428,7 @@ class TestClaims:
         before, groups = store.ledger(), store.groups()
         store.claim(1, 3, 0.0)
         masks = store.read_claim(1).mask.tolist()
-        store.publish(4, 1, {"veto": 1})
+        store.publish(4, 1, {"veto": [0]})
         store.commit(1)
         store.close()
         store = open_store(tmp_path, max_staleness=2)

@@ -211,7 +211,7 @@ impl ClaimView {
             for segment in &member.trajectory.segments {
                 let bytes = read_segment(log, segment, check)?;
                 let (ids, logprobs) = bytes.split_at(4 * segment.len as usize);
-                let flags = self.flags(segment, member.trajectory);
+                let flags = order::mask(segment, member.id, member.trajectory, &self.claim);
                 let version =
                     if flags & GENERATED == 0 { -1 } else { i32::try_from(segment.version).unwrap_or(i32::MAX) };
                 packer.push(ids, logprobs, (version, segment.temperature, flags))?;
@@ -221,10 +221,6 @@ impl ClaimView {
         rows.cu_seqlens.push(packer.at as i64);
         rows.components = self.named(components);
         Ok(rows)
-    }
-
-    fn flags(&self, segment: &Segment, trajectory: &Trajectory) -> u8 {
-        order::mask(segment, trajectory, self.claim.version, self.claim.max_staleness, self.claim.segment_loss)
     }
 
     fn named(&self, components: BTreeMap<u32, Vec<f64>>) -> BTreeMap<String, Vec<f64>> {

@@ -17,7 +17,7 @@
 //! 6. Bytes below a file's published end are never written again, so maps of them are immutable; whoever reads them
 //!    pins the map, also beyond the deletion of the file.
 //!
-//! # Format 2 (little endian, everything 8-byte aligned)
+//! # Format 3 (little endian, everything 8-byte aligned)
 //! File `NNNNNNNNNN.log`: `magic [u8; 8] | format u32 | crc32c u32 | number u32 | 0 u32 | first lsn u64`, frames,
 //! zeros. Frame: `len u32 | crc32c u32 | lsn u64 | synced lsn u64 | kind u8 | 0 u8 | narrays u16 | header_len u32 |
 //! (array length u32, array crc32c u32) x narrays | header | arrays`, header and arrays each padded with zeros to 8

@@ -17,7 +17,7 @@ use crate::{
     lease::Leases,
     log::{Arrays, Durability, Location, Log, LogOptions, Lsn, Storage},
     order::{Index, Micros},
-    record::{Admit, Masked, Quota, Record, Score, SegmentLoss},
+    record::{Admit, LeftOut, Quota, Record, Score, SegmentLoss},
     snapshot::Snapshots,
     state::{ClaimStatus, Publication, State, request_hash},
     trajectory::{Outcome, Verdict, Version},
@@ -408,12 +408,13 @@ impl Store {
         Ok(())
     }
 
-    /// Makes `version` the newest and `iteration`'s claim trained.
+    /// Makes `version` the newest and `iteration`'s claim trained, but for what the learner left out of it.
     ///
     /// # Errors
-    /// `Conflict`: not above every earlier version and no repeat, no such claim, or more masked than claimed.
-    pub fn publish(&mut self, version: Version, iteration: Option<i64>, masked: Masked) -> Result<()> {
-        if self.state.publications.get(&version) == Some(&Publication { iteration, masked }) {
+    /// `Conflict`: not above every earlier version and no repeat, no such claim, or something left out that is not in it.
+    pub fn publish(&mut self, version: Version, iteration: Option<i64>, left_out: LeftOut) -> Result<()> {
+        let publication = Publication { iteration, left_out };
+        if self.state.publications.get(&version) == Some(&publication) {
             return Ok(());
         }
         if version <= self.state.version {
@@ -428,15 +429,29 @@ impl Store {
             if claim.status != ClaimStatus::Claimed {
                 return conflict(format!("the claim of iteration {iteration} is trained already"));
             }
-            if masked.filter + masked.veto > claim.sums.trainable {
+        }
+        self.check_left_out(&publication)?;
+        let Publication { iteration, left_out } = publication;
+        self.commit(&Record::Publish(version, iteration, left_out), &Arrays::default()).map(drop)
+    }
+
+    /// Whether what is left out, each for one reason, is in the claim.
+    fn check_left_out(&self, publication: &Publication) -> Result<()> {
+        let LeftOut { filter, veto } = &publication.left_out;
+        if let Some(id) = filter.intersection(veto).next() {
+            return conflict(format!("trajectory {id} is left out by filter and by veto; name one reason"));
+        }
+        for id in filter.union(veto) {
+            let scored = self.state.trajectories.get(id).filter(|trajectory| trajectory.reward().is_some());
+            let phase = scored.and_then(|trajectory| self.state.groups.get(&trajectory.group)).map(|group| group.phase);
+            if publication.iteration.is_none_or(|iteration| phase != Some(Phase::Claimed(iteration))) {
                 return conflict(format!(
-                    "iteration {iteration}: {} tokens masked by the learner, its claim has {}",
-                    masked.filter + masked.veto,
-                    claim.sums.trainable
+                    "trajectory {id}, which the learner left out, is not in the claim that is published (iteration {:?})",
+                    publication.iteration
                 ));
             }
         }
-        self.commit(&Record::Publish(version, iteration, masked), &Arrays::default()).map(drop)
+        Ok(())
     }
 
     /// Recomputes everything that is kept incrementally.
