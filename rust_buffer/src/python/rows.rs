@@ -1,6 +1,6 @@
 //! Answers as Python dictionaries.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, iter::repeat_n};
 
 use pyo3::{
     prelude::*,
@@ -117,14 +117,9 @@ pub fn batch<'py>(py: Python<'py>, iteration: i64, version: Version, rows: &Rows
         components.set_item(name, PyBytes::new(py, bytemuck::cast_slice(values)))?;
     }
     row.set_item("components", components)?;
-    row.set_item("prompt_ids", PyList::new(py, repeated(py, &rows.prompt_ids))?)?;
+    let prompt_ids = rows.prompt_ids.iter().flat_map(|(id, count)| repeat_n(PyString::new(py, id), *count));
+    row.set_item("prompt_ids", PyList::new(py, prompt_ids.collect::<Vec<_>>())?)?;
     Ok(row)
-}
-
-/// Strings of Python, one for all neighbours that are equal.
-fn repeated<'py>(py: Python<'py>, strings: &[String]) -> Vec<Bound<'py, PyString>> {
-    let same = strings.chunk_by(|a, b| a == b);
-    same.flat_map(|run| std::iter::repeat_n(PyString::new(py, &run[0]), run.len())).collect()
 }
 
 pub fn eval_result<'py>(py: Python<'py>, result: &EvalResult) -> PyResult<Row<'py>> {
