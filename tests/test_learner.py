@@ -59,7 +59,10 @@ def model_path(tmp_path_factory) -> str:
 
 
 def make_config(model_path: str, *, dtype: str = "float32", length_weight: float = 0.0, **learner) -> Config:
-    defaults = {"steps_per_iteration": 2, "tokens_per_microbatch": 64, "lr": 1e-3, "max_grad_norm": 10.0, "tau": 0.5}
+    defaults = {
+        "tau": 0.5, "aggregation": "seq-mean-token-mean", "steps_per_iteration": 2, "tokens_per_microbatch": 64,
+        "lr": 1e-3, "max_grad_norm": 10.0,
+    }  # fmt: skip
     return Config.model_validate(
         {
             "run": {"name": "test", "iterations": 4},

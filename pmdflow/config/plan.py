@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pmdflow.config.combinations import PARTITION
 from pmdflow.config.errors import dotted
 from pmdflow.config.load import Loaded, leaves
 from pmdflow.config.model_size import ModelSize, measure_model
@@ -173,10 +174,10 @@ def _notes(config: Config, store_bytes: int) -> Iterator[str]:
     oldest = _versions_per_trajectory(config) - 1
     if learner.steps_per_iteration == 1 and learner.algorithm == "pmd_mean":
         yield "learner.tau has no effect: with one step an iteration the policy is still the reference policy"
-    if learner.algorithm == "pmd_partition" and learner.tau < SMALL_PARTITION_TAU:
+    if learner.algorithm in PARTITION and learner.tau < SMALL_PARTITION_TAU:
         yield (
-            f"learner.tau ({learner.tau}) is small for pmd_partition: beside a right answer wrong ones get nearly the "
-            "whole reward as penalty and right ones nearly nothing; with rewards of 0 and 1, start at 0.5"
+            f"learner.tau ({learner.tau}) is small for {learner.algorithm}: beside a right answer wrong ones get "
+            "nearly the whole reward as penalty and right ones nearly nothing; with rewards of 0 and 1, start at 1"
         )
     if scheduler.max_staleness is not None and oldest > scheduler.max_staleness:
         yield (

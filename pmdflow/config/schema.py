@@ -239,8 +239,9 @@ class LearnerConfig(Section):
     algorithm: str = "pmd_mean"
     """`pmd_mean`, `pmd_partition`, `boltzmann_pmd`, `token_pmd` (K2.5), `weighted_sft` (BOLT), `ctpo`, `grpo`, `gspo`,
     or the import path `package.module:name` of an `Algorithm`."""
-    tau: PositiveFloat = 0.05
-    """KL regularization of policy mirror descent. With one step an iteration it has no effect in `pmd_mean`."""
+    tau: PositiveFloat = 1.0
+    """KL regularization of policy mirror descent: an iteration moves the log-ratio of a whole sequence towards its
+    advantage / tau, so long answers want a smaller one. With one step an iteration it has no effect in `pmd_mean`."""
     leave_one_out: bool = True
     """Baselines of the PMD algorithms leave the trajectory itself out; false includes it, as Kimi k1.5 does."""
     partition_floor: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -300,7 +301,7 @@ class LearnerConfig(Section):
     """Compile each decoder layer with `torch.compile`."""
     lora: LoraConfig | None = None
     """Train adapters and publish only these; null trains all weights."""
-    aggregation: Literal["seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = "seq-mean-token-mean"
+    aggregation: Literal["seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = "seq-mean-token-sum"
     """How the loss of a sequence's tokens is reduced."""
     segment_loss: Literal["all", "current_only"] = "all"
     """Which segments have a gradient: all that are not over-age, or only those of each trajectory's newest version,
