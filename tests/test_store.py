@@ -285,6 +285,11 @@ class TestRepeats:
         with pytest.raises(Conflict, match="other content"):
             admit(store, size=3)
 
+    def test_admit_of_a_group_too_large_to_be_meant(self) -> None:
+        store = ready_store()
+        with pytest.raises(Conflict, match="65537.*at most 65536"):
+            admit(store, size=65_537)
+
     def test_admit_of_a_group_that_is_gone(self) -> None:
         store = ready_store()
         admit(store)
