@@ -150,25 +150,26 @@ impl Index {
     /// `Conflict` when the state contradicts itself.
     pub fn of(state: &State) -> Result<Self> {
         let mut index = Self::default();
-        state.groups.keys().for_each(|id| index.add_group(state, *id));
+        for (id, group) in &state.groups {
+            index.requests.insert(group.request_id.clone(), *id);
+            index.add_group(state, *id);
+        }
         state.trajectories.keys().try_for_each(|id| index.add(state, *id, false))?;
         Ok(index)
     }
 
-    /// Adds a group; nothing when there is none.
+    /// Adds a group to what its phase decides; nothing when there is none.
     pub fn add_group(&mut self, state: &State, id: u64) {
         let Some(group) = state.groups.get(&id) else { return };
-        self.requests.insert(group.request_id.clone(), id);
         self.groups_untrained += u64::from(state.is_untrained(group));
         if group.kind == Kind::Train && group.phase == Phase::Ready {
             self.ready.insert(id);
         }
     }
 
-    /// Removes a group as it is in `state`.
+    /// Removes a group as it is in `state` from what its phase decides.
     pub fn remove_group(&mut self, state: &State, id: u64) {
         let Some(group) = state.groups.get(&id) else { return };
-        self.requests.remove(&group.request_id);
         self.groups_untrained -= u64::from(state.is_untrained(group));
         self.ready.remove(&id);
     }

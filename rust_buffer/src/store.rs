@@ -27,6 +27,9 @@ use crate::{
 /// Room kept in `max_bytes` for a token to come: 8 bytes of payload, the rest for headers and alignment.
 pub const BYTES_PER_TOKEN: u64 = 16;
 
+/// Members of a group: each has its place in the index from the admission on.
+pub const MAX_GROUP_SIZE: u32 = 1 << 16;
+
 /// Looks of a reader at a store that is being written, before it believes what it sees; and the time between two.
 const READ_ATTEMPTS: u32 = 20;
 const READ_PAUSE: Duration = Duration::from_millis(10);
@@ -197,6 +200,11 @@ impl Store {
         for id in &groups {
             self.index.remove_group(&self.state, *id);
         }
+        // Most records remove no group, and claims of many groups should not look up their names.
+        let leaving = match record {
+            Record::Score(_) | Record::Evict(..) | Record::Drop(_) => self.requests_of(groups.iter().copied()),
+            _ => Vec::new(),
+        };
         let (next_group, next_trajectory) = (self.state.next_group, self.state.next_trajectory);
         self.state.apply(record, &Placed { location, lsn, arrays: arrays.places(header.len()) })?;
         if let Record::Append(items) = record {
@@ -204,6 +212,14 @@ impl Store {
             for item in items.iter().filter(|item| item.stop.is_some()) {
                 self.leases.remove(item.trajectory);
             }
+        }
+        for (request, id) in &leaving {
+            if !self.state.groups.contains_key(id) {
+                self.index.requests.remove(request);
+            }
+        }
+        for (request, id) in self.requests_of(next_group..self.state.next_group) {
+            self.index.requests.insert(request, id);
         }
         trajectories.extend(next_trajectory..self.state.next_trajectory);
         groups.extend(next_group..self.state.next_group);
@@ -217,6 +233,12 @@ impl Store {
             self.snapshots.take(&self.state, &self.log);
         }
         Ok((lsn, location))
+    }
+
+    /// Request ids of the groups that there are.
+    fn requests_of(&self, groups: impl IntoIterator<Item = u64>) -> Vec<(String, u64)> {
+        let named = |id| self.state.groups.get(&id).map(|group| (group.request_id.clone(), id));
+        groups.into_iter().filter_map(named).collect()
     }
 
     fn touched(&self, record: &Record) -> Touched {
@@ -297,6 +319,12 @@ impl Store {
                 admit.size,
                 admit.max_tokens,
                 prompt.len()
+            ));
+        }
+        if admit.size > MAX_GROUP_SIZE {
+            let (request, size) = (&admit.request_id, admit.size);
+            return conflict(format!(
+                "request {request:?}: group_size {size}, a group has at most {MAX_GROUP_SIZE} members"
             ));
         }
         if admit.kind == Kind::Train {
