@@ -27,6 +27,9 @@ from pmdflow.weights.shared_memory import StagedWeights
 
 STEP_WAIT_S = 0.05
 """Longest that a step waits for tokens: leases, flushes and weights wait as long."""
+SILENT_SHARE = 0.75
+"""Share of `timeout_s` after which a silent engine is killed; the rest is for the actor to send what it has and give
+its leases back, and for supervision to notice."""
 
 T = TypeVar("T")
 
@@ -83,7 +86,8 @@ class VllmEngine:
         self._request_ids = itertools.count()
         self._aborted: list[str] = []
         """vLLM requests to abort in the next step."""
-        self._last_answer = time.monotonic()
+        self._silent_s = 0.0
+        """How long calls have waited in vain since the engine's last answer."""
         self.version = 0
         self.num_slots = settings.slots or self._capacity()
         self.prefill_tokens = self.drafted_tokens = self.accepted_tokens = 0
@@ -136,14 +140,13 @@ class VllmEngine:
         """Give out the tokens that have arrived; waits for them, but not longer than `STEP_WAIT_S`.
 
         Raises:
-            EngineDied: vLLM's process is gone, or has generated nothing for `timeout_s` although it should.
+            EngineDied: vLLM's process is gone, or silent although it should generate.
             PmdflowError: The model gave a log-prob that is not finite, or vLLM refused a request.
         """
+        start, silent_s = time.monotonic(), self._silent_s
         batches = self._await(self._exchange(), "a step")
-        if batches:
-            self._last_answer = time.monotonic()
-        elif self._running and time.monotonic() - self._last_answer > self._settings.timeout_s:
-            self._fail(f"generated nothing for {self._settings.timeout_s:g} s with {len(self._running)} requests")
+        if self._running and not batches:
+            self._silent_s = silent_s + time.monotonic() - start
         return self._give(batches)
 
     def pause(self) -> list[Output]:
@@ -168,7 +171,6 @@ class VllmEngine:
         """Generate on."""
         self._await(self._send(), "new requests")
         self._await(self._core.resume_scheduler_async(), "a resumption")
-        self._last_answer = time.monotonic()
 
     def close(self) -> None:
         """End vLLM's processes."""
@@ -204,8 +206,6 @@ class VllmEngine:
         aborted, self._aborted = self._aborted, []
         await self._core.abort_requests_async(aborted)
         waiting, self._waiting = self._waiting, []
-        if not self._running:
-            self._last_answer = time.monotonic()
         for id in waiting:
             sequence = self._sequences.get(id)
             if sequence is not None and sequence.request_id is None and sequence.limit > 0:
@@ -313,12 +313,15 @@ class VllmEngine:
         return int(cache.num_gpu_blocks * cache.block_size)
 
     def _await(self, work: Coroutine[Any, Any, T], what: str) -> T:
+        limit_s = SILENT_SHARE * self._settings.timeout_s
         try:
-            return self._loop.run_until_complete(asyncio.wait_for(work, self._settings.timeout_s))
+            answer = self._loop.run_until_complete(asyncio.wait_for(work, limit_s - self._silent_s))
         except TimeoutError:
-            self._fail(f"did not answer {what} within {self._settings.timeout_s:g} s")
+            self._fail(f"was silent for {limit_s:g} s, at last during {what}, with {len(self._running)} requests")
         except EngineDeadError as error:
             self._fail(f"ended during {what}", cause=error)
+        self._silent_s = 0.0
+        return answer
 
     def _fail(self, how: str, *, cause: BaseException | None = None) -> NoReturn:
         """Kill what is left of vLLM's processes, so that a stopped one holds no memory, and say what happened."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 
 from pmdflow.config.schema import Config
@@ -32,6 +33,7 @@ class RolloutAlone:
     store: Any
     actor: Any = None
     run_ref: Any = None
+    workers: int = 0
 
     def start_actor(self, handle: Any = None) -> None:
         """Start the actor and wait until its engine is ready."""
@@ -43,7 +45,8 @@ class RolloutAlone:
             store=self.store,
             run_dir=str(self.directory),
         )
-        self.run_ref = self.actor.run.remote(handle)
+        self.workers += 1
+        self.run_ref = self.actor.run.remote(handle, f"rollout-0/{self.workers}")
         self.drained()
 
     def drained(self) -> dict[str, Any]:
@@ -69,6 +72,35 @@ class RolloutAlone:
     def generated(self) -> int:
         """Durable tokens."""
         return int(self.call("ledger")["generated"])
+
+    def kill_generating(self) -> tuple[int, int]:
+        """SIGKILL the actor; what it had generated one flush interval before, and in all as far as it said.
+
+        Its engine's processes, if it has any, must end with it.
+        """
+        flush_s, history = self.config.rollout.flush_interval_s, []
+        end = time.monotonic() + 2 * flush_s
+        while time.monotonic() < end:
+            count = self.drained()["generated_tokens"]
+            history.append((time.monotonic(), count))
+            time.sleep(0.01)
+        actor = next(p for p in psutil.Process().children(recursive=True) if "RolloutActor" in " ".join(p.cmdline()))
+        engines = actor.children(recursive=True)
+        killed = time.monotonic()
+        actor.kill()
+        assert psutil.wait_procs(engines, timeout=30)[1] == [], "the engine outlived its actor"
+        return max(count for at, count in history if at <= killed - flush_s), history[-1][1]
+
+    def wait_tokens(self, number: int) -> None:
+        """Wait for that many more durable tokens."""
+        end, deadline = self.generated() + number, time.monotonic() + 60.0
+        while self.generated() < end:
+            assert time.monotonic() < deadline, f"{number} more tokens were not generated"
+            assert not ray.wait([self.run_ref], timeout=0.02)[0], ray.get(self.run_ref, timeout=1)
+
+    def fence(self) -> int:
+        """Take its leases from the actor that was started last; how many it held."""
+        return int(self.call("fence", f"rollout-0/{self.workers}"))
 
     def wait_complete(self, trajectories: int) -> None:
         """Wait until that many trajectories are complete."""
