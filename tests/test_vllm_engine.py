@@ -351,3 +351,35 @@ def test_a_sequence_that_joins_again_gets_no_token_of_its_first_time(engine: Vll
     while len(alone) < 6 and time.monotonic() < deadline:
         alone += [token for output in engine.step() for token in output.tokens]
     assert tokens == alone
+
+
+def test_two_ranks_load_their_shards_and_generate_what_one_does(engine: VllmEngine, model: Any) -> None:
+    changed = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in changed.parameters():
+        parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
+    settings = replace(engine._settings, slots=4, tensor_parallel=2)
+    ranks = VllmEngine(settings, seed=0)
+    try:
+        for version, weights in enumerate((model, changed)):
+            record = Record()
+            for i in range(4):
+                ranks.add(request(i, prompt(10 + i, seed=i), temperature=float(i % 2), remaining=24))
+            record.run(ranks)
+            swap(engine, weights.state_dict(), "keep_kv")
+            for i in (0, 2):
+                engine.add(request(i, prompt(10 + i, seed=i), temperature=0.0, remaining=24))
+            alone = Record().run(engine)
+            assert alone.tokens == {i: record.tokens[i] for i in (0, 2)}
+            for i, tokens in record.tokens.items():
+                expected = full_logprobs(weights, prompt(10 + i, seed=i), tokens, temperature=1.0)
+                np.testing.assert_allclose(record.logprobs[i], expected, atol=1e-3)
+            if version == 0:  # in flight
+                for i in range(4):
+                    ranks.add(request(i, prompt(10 + i, seed=i), remaining=400))
+                ranks.step()
+                swap(ranks, changed.state_dict(), "reprefill")
+                for i in range(4):
+                    ranks.abort(i)
+    finally:
+        ranks.close()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import math
 import os
+import signal
 import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
@@ -91,7 +93,8 @@ class VllmEngine:
         self.version = 0
         self.num_slots = settings.slots or self._capacity()
         self.prefill_tokens = self.drafted_tokens = self.accepted_tokens = 0
-        self._await(self._llm.collective_rpc("end_with", args=(os.getpid(),)), "the first call")
+        self._workers: list[int] = self._await(self._llm.collective_rpc("end_with", args=(os.getpid(),)), "the first call")
+        """Process of each tensor-parallel rank; vLLM's engine process itself if there is one."""
         self._await(self._llm.update_weight_version("0"), "the first version")
 
     def add(self, request: Request) -> None:
@@ -174,8 +177,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """End vLLM's processes."""
-        for process in self._core.resources.engine_manager.processes:
-            process.kill()
+        self._kill()
         self._llm.shutdown()
         task = self._core.resources.output_queue_task
         if task is not None:
@@ -325,8 +327,15 @@ class VllmEngine:
 
     def _fail(self, how: str, *, cause: BaseException | None = None) -> NoReturn:
         """Kill what is left of vLLM's processes, so that a stopped one holds no memory, and say what happened."""
+        pids = ", ".join(map(str, self._kill()))
+        raise EngineDied(f"vLLM's engine process {pids} {how}; its output is above") from cause
+
+    def _kill(self) -> list[int]:
+        """Kill vLLM's processes, ranks first: without their parent they are reaped, and their ids free for others."""
         processes = self._core.resources.engine_manager.processes
+        for rank in self._workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
         for process in processes:
             process.kill()
-        pids = ", ".join(str(process.pid) for process in processes)
-        raise EngineDied(f"vLLM's engine process {pids} {how}; its output is above") from cause
+        return [process.pid for process in processes]

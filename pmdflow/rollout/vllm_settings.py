@@ -43,7 +43,7 @@ class VllmSettings:
     memory_share: float = 0.5
     """Of a GPU's memory, or on a CPU of the machine's, that weights and key-value cache may take."""
     tensor_parallel: int = 1
-    """GPUs that one engine's weights are split over."""
+    """Ranks that one engine's weights are split over, each on its GPU, or on a CPU with `threads` of its own."""
     speculation: Literal["ngram", "suffix"] | None = None
     timeout_s: float = 60.0
     """An engine process that is silent for this long has failed."""
@@ -123,7 +123,8 @@ def _max_length(settings: VllmSettings) -> int:
 
 def _cpu_arguments(settings: VllmSettings) -> dict[str, Any]:
     """Eager: a compiled graph would keep the packed weights of the first version, and takes a minute to make."""
-    most = int(settings.memory_share * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    most = int(settings.memory_share * machine / settings.tensor_parallel)
     size = measure_model(settings.model_path)
     if size is not None:
         number_bytes = torch.finfo(getattr(torch, settings.dtype)).bits // 8

@@ -16,6 +16,7 @@ import ray
 
 from pmdflow.config.schema import Config
 from pmdflow.launch import _actor, _store_groups, start_ray, store_settings
+from pmdflow.placement import place_rollouts
 from pmdflow.rollout.actor import RolloutActor
 from pmdflow.run_directory import log_path
 from pmdflow.store_actor import StoreActor
@@ -31,14 +32,14 @@ class RolloutAlone:
     config: Config
     directory: Path
     store: Any
+    place: dict[str, Any]
     actor: Any = None
     run_ref: Any = None
     workers: int = 0
 
     def start_actor(self, handle: Any = None) -> None:
         """Start the actor and wait until its engine is ready."""
-        options = {"num_cpus": 1, "num_gpus": 0, "max_concurrency": 8}
-        self.actor = _actor(RolloutActor, **options).remote(
+        self.actor = _actor(RolloutActor, max_concurrency=8, **self.place).remote(
             log_path=log_path(self.directory, "rollout-0"),
             config=self.config,
             index=0,
@@ -130,6 +131,6 @@ def rollout_alone(config: Config, directory: Path) -> Iterator[RolloutAlone]:
             settings=store_settings(config),
             archive_attrs={},
         )
-        yield RolloutAlone(config=config, directory=directory, store=store)
+        yield RolloutAlone(config=config, directory=directory, store=store, place=place_rollouts(config)[0])
     finally:
         ray.shutdown()
