@@ -71,6 +71,8 @@ class DataConfig(Section):
     """Trajectories for each prompt (k)."""
     max_tokens: PositiveInt
     """Most generated tokens of one trajectory, over all its segments."""
+    max_prompt_tokens: PositiveInt = 4096
+    """Longest prompt; a `vllm` engine is started for sequences of it and `max_tokens` together."""
 
 
 class EvalConfig(Section):

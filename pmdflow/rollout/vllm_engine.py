@@ -108,7 +108,7 @@ class VllmEngine:
         if length > self._max_length:
             raise ValueError(
                 f"sequence {request.id} may reach {length} tokens, vLLM was started for {self._max_length}; "
-                "lower data.max_tokens or use a model with more positions"
+                "lower data.max_tokens, raise data.max_prompt_tokens, or use a model with more positions"
             )
         self._sequences[request.id] = _Sequence(
             request=request, tokens=request.tokens.tolist(), limit=request.limit, remaining=request.remaining

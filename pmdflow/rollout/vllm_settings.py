@@ -19,8 +19,6 @@ from pmdflow.rollout.vllm_worker import BACKEND
 
 MAX_SLOTS = 256
 """Most sequences at a time where the key-value cache decides."""
-PROMPT_TOKENS = 4096
-"""Longest prompt that is provided for."""
 CPU_BLOCK_TOKENS = 32
 """Tokens of a cache block on a CPU: vLLM's default there, 128, would prefill that many again at each continuation."""
 _SPECULATION: dict[str, dict[str, Any]] = {
@@ -54,7 +52,7 @@ class VllmSettings:
         rollout = config.rollout
         return cls(
             model_path=config.model.path,
-            max_length=config.data.max_tokens + PROMPT_TOKENS,
+            max_length=config.data.max_tokens + config.data.max_prompt_tokens,
             dtype=config.model.dtype,
             slots=rollout.slots,
             threads=rollout.threads,
