@@ -76,7 +76,7 @@ def evaluate_checkpoint(path: Path, task: str, options: EvalOptions) -> int:
     """
     checkpoint = find_checkpoint(path)
     config = eval_config(checkpoint, task, options)
-    require_engine(config.rollout)
+    require_engine(config.rollout, greedy=config.eval.temperature == 0)
     ks = _ks(options)
     try:
         prompts = _prompts(config, task, options)

@@ -383,3 +383,27 @@ def test_two_ranks_load_their_shards_and_generate_what_one_does(engine: VllmEngi
                     ranks.abort(i)
     finally:
         ranks.close()
+
+
+def test_greedy_speculation_is_exact_counts_what_it_accepts_and_nothing_else_is_drawn(
+    engine: VllmEngine, model: Any
+) -> None:
+    drafting = VllmEngine(replace(engine._settings, speculation="ngram"), seed=0)
+    try:
+        prompts = {i: prompt(10 + i, seed=i) for i in range(12)}
+        for i, start in prompts.items():
+            drafting.add(request(i, start, temperature=0.0, limit=90, remaining=120))
+        record = Record().run(drafting)
+        for i in prompts.keys() - record.stops.keys():
+            drafting.extend(i, 120)
+        record.run(drafting)
+        for i, start in prompts.items():
+            assert record.tokens[i] == greedy_reference(model, start, tokens=120)
+            expected = full_logprobs(model, start, record.tokens[i], temperature=1.0)
+            np.testing.assert_allclose(record.logprobs[i], expected, atol=1e-3)
+        print(f"\n{drafting.accepted_tokens} of {drafting.drafted_tokens} drafted tokens accepted")
+        assert 0 < drafting.accepted_tokens < drafting.drafted_tokens
+        with pytest.raises(ValueError, match="temperature 1.0: on a CPU vLLM 0.32 speculates exactly only"):
+            drafting.add(request(99, [5, 6], temperature=1.0, remaining=4))
+    finally:
+        drafting.close()

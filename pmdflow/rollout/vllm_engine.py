@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+from vllm.platforms import current_platform
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -109,6 +110,11 @@ class VllmEngine:
             raise ValueError(
                 f"sequence {request.id} may reach {length} tokens, vLLM was started for {self._max_length}; "
                 "lower data.max_tokens, raise data.max_prompt_tokens, or use a model with more positions"
+            )
+        if request.temperature > 0 and self._settings.speculation is not None and current_platform.is_cpu():
+            raise ValueError(
+                f"sequence {request.id} has temperature {request.temperature}: on a CPU vLLM 0.32 speculates exactly only "
+                "at temperature 0; remove rollout.speculation"
             )
         self._sequences[request.id] = _Sequence(
             request=request, tokens=request.tokens.tolist(), limit=request.limit, remaining=request.remaining
