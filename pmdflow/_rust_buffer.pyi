@@ -125,7 +125,7 @@ class TrajectoryStore:
         `pmdflow.types.Lease`.
         """
     def fence(self, worker: str) -> int:
-        """End every lease of a worker that is dead or given up, and lease nothing to it again; returns how many it held.
+        """End every lease of a worker that is dead or given up, and lease nothing to it again; returns how many.
 
         A call of `lease` that it left waiting gets nothing, and what it appends from now on is stale. Forgotten at
         reopening, like leases: give each worker that takes over a name of its own.

@@ -135,8 +135,8 @@ def make_tokenize(model_path: str, *, max_tokens: int | None = None) -> Tokenize
             raise ValueError(f"model.path is {model_path!r}: its tokenizer makes no token of the prompt {text!r:.200}")
         if max_tokens is not None and len(ids) > max_tokens:
             raise PromptTooLong(
-                f"data.max_prompt_tokens is {max_tokens}, but the prompt {text!r:.80} has {len(ids)} tokens; raise it as "
-                "far as the model's positions and learner.tokens_per_microbatch allow, or leave such prompts out"
+                f"data.max_prompt_tokens is {max_tokens}, but the prompt {text!r:.80} has {len(ids)} tokens; raise it "
+                "as far as the model's positions and learner.tokens_per_microbatch allow, or leave such prompts out"
             )
         return np.asarray(ids, dtype=np.int32)
 

@@ -197,7 +197,8 @@ def _prompts(config: Config, task: str, options: EvalOptions) -> list[Prompt]:
     """All lines of a `.jsonl` file; the held-out prompts of anything else."""
     if not task.endswith(".jsonl"):
         return make_prompts(config).held_out(config.eval.prompts)
-    return read_prompts(Path(task), make_tokenize(config.model.path, max_tokens=config.data.max_prompt_tokens))[: options.prompts]
+    tokenize = make_tokenize(config.model.path, max_tokens=config.data.max_prompt_tokens)
+    return read_prompts(Path(task), tokenize)[: options.prompts]
 
 
 def _engine(checkpoint: Checkpoint, config: Config, *, seed: int) -> RolloutEngine:

@@ -92,7 +92,7 @@ def _bundle(cpus: int, gpus: float) -> dict[str, float]:
 
 
 def _reserve(bundles: list[dict[str, float]], strategy: str, what: str, remedy: str) -> PlacementGroup:
-    group = placement_group(bundles, strategy=strategy)
+    group: PlacementGroup = placement_group(bundles, strategy=strategy)
     if not group.wait(PLACEMENT_TIMEOUT_S):
         raise LaunchError(
             f"Ray found no place for {what} with {bundles[0]} each in {PLACEMENT_TIMEOUT_S} s; "

@@ -343,7 +343,7 @@ class TrajectoryStore:
         ]
 
     def fence(self, worker: str) -> int:
-        """End every lease of a worker that is dead or given up, and lease nothing to it again; returns how many it held.
+        """End every lease of a worker that is dead or given up, and lease nothing to it again; returns how many.
 
         What it appends from now on is stale. A worker that takes over needs a name of its own.
         """

@@ -403,7 +403,7 @@ def test_greedy_speculation_is_exact_counts_what_it_accepts_and_nothing_else_is_
             np.testing.assert_allclose(record.logprobs[i], expected, atol=1e-3)
         print(f"\n{drafting.accepted_tokens} of {drafting.drafted_tokens} drafted tokens accepted")
         assert 0 < drafting.accepted_tokens < drafting.drafted_tokens
-        with pytest.raises(ValueError, match="temperature 1.0: on a CPU vLLM 0.32 speculates exactly only"):
+        with pytest.raises(ValueError, match=r"temperature 1\.0: on a CPU vLLM 0\.32 speculates exactly only"):
             drafting.add(request(99, [5, 6], temperature=1.0, remaining=4))
     finally:
         drafting.close()

@@ -94,7 +94,8 @@ class VllmEngine:
         self.version = 0
         self.num_slots = settings.slots or self._capacity()
         self.prefill_tokens = self.drafted_tokens = self.accepted_tokens = 0
-        self._workers: list[int] = self._await(self._llm.collective_rpc("end_with", args=(os.getpid(),)), "the first call")
+        ranks = self._llm.collective_rpc("end_with", args=(os.getpid(),))
+        self._ranks: list[int] = self._await(ranks, "the first call")
         """Process of each tensor-parallel rank; vLLM's engine process itself if there is one."""
         self._await(self._llm.update_weight_version("0"), "the first version")
 
@@ -113,8 +114,8 @@ class VllmEngine:
             )
         if request.temperature > 0 and self._settings.speculation is not None and current_platform.is_cpu():
             raise ValueError(
-                f"sequence {request.id} has temperature {request.temperature}: on a CPU vLLM 0.32 speculates exactly only "
-                "at temperature 0; remove rollout.speculation"
+                f"sequence {request.id} has temperature {request.temperature}: on a CPU vLLM 0.32 speculates exactly "
+                "only at temperature 0; remove rollout.speculation"
             )
         self._sequences[request.id] = _Sequence(
             request=request, tokens=request.tokens.tolist(), limit=request.limit, remaining=request.remaining
@@ -339,7 +340,7 @@ class VllmEngine:
     def _kill(self) -> list[int]:
         """Kill vLLM's processes, ranks first: without their parent they are reaped, and their ids free for others."""
         processes = self._core.resources.engine_manager.processes
-        for rank in self._workers:
+        for rank in self._ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank, signal.SIGKILL)
         for process in processes:

@@ -81,7 +81,9 @@ def test_the_quick_start_updates_the_weights_in_flight_in_every_iteration(tmp_pa
 
 @pytest.mark.nightly
 def test_a_run_survives_its_engine(tmp_path: Path) -> None:
-    config = small_config(tmp_path, run__iterations=ITERATIONS, scheduler__max_staleness=None, learner__checkpoint_every=8)
+    config = small_config(
+        tmp_path, run__iterations=ITERATIONS, scheduler__max_staleness=None, learner__checkpoint_every=8
+    )
     config["rollout"] |= {"engine": "vllm", "engine_timeout_s": ENGINE_TIMEOUT_S, "lease_ttl_s": 600.0}
     up = Up(tmp_path, config)
     for number, sent in enumerate((signal.SIGKILL, signal.SIGSTOP), 1):
