@@ -180,7 +180,8 @@ class RolloutConfig(Section):
     `threads` CPUs."""
     speculation: Literal["ngram", "suffix"] | None = None
     """Drafts that `vllm` verifies, without a change of the distribution: `ngram` repeats what followed the same tokens
-    earlier in the sequence, `suffix` (needs `arctic-inference`) also in others; null is off. On a CPU for greedy evaluation only."""
+    earlier in the sequence, `suffix` (needs `arctic-inference`) also in others; null is off. On a CPU only for
+    greedy evaluation."""
     engine_timeout_s: PositiveFloat = 60.0
     """Within this time a `vllm` engine that dies or falls silent is noticed: it is killed, its actor gives its leases
     back and is replaced."""
