@@ -231,13 +231,16 @@ class RawSync:
 
 
 class RawGather:
-    """The copy that no store can avoid: the rows of a batch out of one array in memory, into reused memory."""
+    """The copy that no store can avoid: the rows of a batch out of one array in memory, into reused memory.
 
-    def __init__(self, work: Workload) -> None:
-        rows = [np.frombuffer(row_of(work, member), np.uint8) for member in range(work.size)]
-        starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+    The rows lie in the order of `members`: as they arrived in a log, or sorted, as only a second copy could put them.
+    """
+
+    def __init__(self, work: Workload, members: Sequence[int]) -> None:
+        rows = [np.frombuffer(row_of(work, member), np.uint8) for member in members]
+        starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).tolist()
         memory = np.concatenate(rows)
-        self._rows = [memory[start:end] for start, end in pairwise(starts)]
+        self._rows = {member: memory[a:b] for member, (a, b) in zip(members, pairwise(starts), strict=True)}
         self._out = np.ones(BATCH * 8 * 8192 * BYTES_PER_TOKEN, np.uint8)
 
     def prepare(self, groups: Sequence[int]) -> Callable[[], object]:

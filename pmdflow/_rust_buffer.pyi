@@ -164,13 +164,15 @@ class TrajectoryStore:
         Raises:
             Conflict: not complete, non-finite reward, or another outcome for an attempt already recorded.
         """
-    def publish(self, version: int, iteration: int | None, masked: dict[str, int]) -> None:
+    def publish(self, version: int, iteration: int | None, left_out: dict[str, list[int]]) -> None:
         """Make `version` the newest; `iteration`'s claim is trained (None for initial weights or after a resume).
 
-        `masked` counts tokens that the learner left out of the claim by reason (`filter`, `veto`).
+        `left_out` names trajectories of the claim that had no gradient by reason (`filter`, `veto`): from then on,
+        `read_claim` and the ledger show their otherwise trained tokens as masked for it.
 
         Raises:
-            Conflict: the version is not above every earlier one (an exact repeat is a no-op).
+            Conflict: the version is not above every earlier one (an exact repeat is a no-op), the claim is not there to
+                be trained, or a trajectory left out is not in it, or is there for two reasons.
         """
     def claim(self, iteration: int, version: int, timeout_s: float, now_s: float | None = None) -> dict[str, Any]:
         """Claim `iteration`'s groups for a learner at `version`.

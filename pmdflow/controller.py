@@ -133,7 +133,7 @@ class Controller:
         self._commit_checkpoint()
         committed = time.time()
         spent: Counts = self._call("counts")
-        self._publish(iteration, result.masked)
+        self._publish(iteration, result.left_out)
         published = time.time()
         self.iteration = iteration
         if iteration % self._config.learner.checkpoint_every == 0:
@@ -201,11 +201,11 @@ class Controller:
                 )
         return False
 
-    def _publish(self, iteration: int, masked: dict[str, int]) -> None:
+    def _publish(self, iteration: int, left_out: dict[str, list[int]]) -> None:
         """The next version: its weights whole, its number in the store, its budget granted, then the actors told."""
         self.version += 1
         handle = self._publish_weights()
-        self._call("publish", self.version, iteration, masked)
+        self._call("publish", self.version, iteration, left_out)
         self._grant_first_budget()
         self._supervisor.offer_weights(handle, timeout_s=APPLY_TIMEOUT_S)
 

@@ -400,13 +400,19 @@ class TrajectoryStore:
         """
         self._native.score(trajectory, attempt, outcome, reward, dict(components or {}), wait, now_s)
 
-    def publish(self, version: int, iteration: int | None = None, masked: Mapping[str, int] | None = None) -> None:
-        """Make `version` the newest; `iteration`'s claim is trained. `masked` counts tokens by `filter` and `veto`.
+    def publish(
+        self, version: int, iteration: int | None = None, left_out: Mapping[str, Iterable[int]] | None = None
+    ) -> None:
+        """Make `version` the newest; `iteration`'s claim is trained.
+
+        `left_out` names the trajectories that had no gradient by `filter` and `veto`: the ledger and `read_claim` show
+        their tokens as masked by `Mask.FILTER` or `Mask.VETO`, where the claim left them to the learner.
 
         Raises:
-            Conflict: the version is not above every earlier one, or the claim is not there to be trained.
+            Conflict: the version is not above every earlier one, the claim is not there to be trained, or what is left
+                out is not in it.
         """
-        self._native.publish(version, iteration, dict(masked or {}))
+        self._native.publish(version, iteration, {reason: list(ids) for reason, ids in (left_out or {}).items()})
 
     def claim(self, iteration: int, version: int, timeout_s: float, *, now_s: float | None = None) -> ClaimAnswer:
         """Claim `iteration`'s groups for a learner at `version`, waiting until they are ready or rollout is closed.

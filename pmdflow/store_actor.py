@@ -111,9 +111,9 @@ class StoreActor:
         """Set what rollout may do under a version."""
         self._store.set_quota(quota)
 
-    def publish(self, version: int, iteration: int | None, masked: dict[str, int]) -> None:
-        """Make `version` the newest and the iteration's claim trained."""
-        self._store.publish(version, iteration, masked)
+    def publish(self, version: int, iteration: int | None, left_out: dict[str, list[int]]) -> None:
+        """Make `version` the newest and the iteration's claim trained, but for the trajectories left out by reason."""
+        self._store.publish(version, iteration, left_out)
 
     def commit(self, iteration: int) -> None:
         """A checkpoint covers every claim up to `iteration`."""

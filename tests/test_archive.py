@@ -46,7 +46,7 @@ def test_round_trip_is_bit_for_bit(tmp_path: Path) -> None:
     assert archive.read_attrs(path)["model"] == "tiny"
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(iteration=st.integers(1, 10**7), groups=st.integers(1, 3), size=st.integers(1, 3), length=st.floats(1, 30))
 def test_any_shape_round_trips(
     tmp_path_factory: pytest.TempPathFactory, iteration: int, groups: int, size: int, length: float

@@ -148,7 +148,7 @@ def same_weights(first, second) -> bool:
     limit=st.integers(20, 200),
     packing=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_plan_covers_every_trained_trajectory_once(seed, steps, ranks, limit, packing):
     batch = make_batch(seed=seed)
     trained = (batch.mask & Mask.TRAINED) != 0

@@ -46,7 +46,7 @@ def workloads(draw: st.DrawFn) -> SimulationSettings:
 
 
 @given(workloads())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_run_ends_and_keeps_its_bounds(workload: SimulationSettings) -> None:
     report = Simulation(workload).run(max_ticks=MAX_TICKS)
     scheduler = workload.scheduler

@@ -262,7 +262,7 @@ class TestQueries:
         state=st.none()
         | st.sampled_from(["idle", "leased", "scored", "late", "failed", "partial", "trained", "ready"]),
     )
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     def test_a_query_is_a_plain_filter(self, mixed: TrajectoryStore, **wanted: Any) -> None:
         expected = [
             row

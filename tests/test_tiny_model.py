@@ -74,7 +74,7 @@ def test_end_and_padding_are_distinct_and_agree_with_the_model(model: Any) -> No
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(max_size=60).filter(lambda text: "<eos>" not in text and "<pad>" not in text))
 def test_tokenizer_gives_any_text_back(text: str) -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -67,7 +67,7 @@ class DataConfig(Section):
     """`reasoning_gym/NAME`, or a `.jsonl` file (found as `model.path` is) with `prompt` and metadata on each line."""
     args: dict[str, Any] = {}
     """Arguments of the reasoning-gym data set."""
-    group_size: PositiveInt = 8
+    group_size: int = Field(default=8, ge=1, le=65_536)
     """Trajectories for each prompt (k)."""
     max_tokens: PositiveInt
     """Most generated tokens of one trajectory, over all its segments."""

@@ -41,10 +41,8 @@ class TrainResult:
     """The `learner/*` and `reward/*` metrics that repeat bit for bit."""
     speed: dict[str, Any]
     """Those that depend on the clock."""
-    masked: dict[str, int]
-    """Tokens that the learner itself left out of the claim, by reason: `filter` or `veto`."""
     left_out: dict[str, list[int]]
-    """Ids of the trajectories that they are of, by reason."""
+    """Ids of the trajectories that the learner itself left out of the claim, by reason: `filter` or `veto`."""
     advantages: Float64
     """One value a trajectory [N], as the algorithm gave it to the loss."""
 
@@ -141,13 +139,12 @@ class Learner:
             steps, weighed = [micros for micros, _ in pairs], [total for _, total in pairs]
         self._take_steps(batch, plans, steps, anchors, sums)
         left_out = {"filter": filtered, "veto": vetoed}
-        masked = {reason: int(counts[flags].sum()) for reason, flags in left_out.items()}
-        shares = {f"learner/{reason}_share": tokens / max(int(counts.sum()), 1) for reason, tokens in masked.items()}
+        total = max(int(counts.sum()), 1)
+        shares = {f"learner/{reason}_share": int(counts[out].sum()) / total for reason, out in left_out.items()}
         return TrainResult(
             metrics={**sums.metrics(), **importance_metrics(weighed), **rewards.metrics(), **shares},
             speed=self._speed.metrics(batch, plans, seconds=time.perf_counter() - started),
-            masked=masked,
-            left_out={reason: batch.trajectories[flags].tolist() for reason, flags in left_out.items()},
+            left_out={reason: batch.trajectories[out].tolist() for reason, out in left_out.items()},
             advantages=advantages,
         )
 

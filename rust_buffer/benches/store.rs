@@ -8,7 +8,7 @@ use _rust_buffer::{
     batch::{ClaimView, Columns},
     group::Kind,
     log::{Disk, Durability},
-    record::{Admit, Masked, Quota, SegmentLoss},
+    record::{Admit, LeftOut, Quota, SegmentLoss},
     store::{Settings, Store},
     trajectory::Outcome,
     wire::Batch,
@@ -43,7 +43,7 @@ fn open(dir: &Path) -> Store {
 /// Leased trajectories of `GROUPS` groups, and a batch that completes them all.
 fn leased(dir: &Path) -> (Store, Vec<u8>) {
     let mut store = open(dir);
-    store.publish(0, None, Masked::default()).unwrap();
+    store.publish(0, None, LeftOut::default()).unwrap();
     store.set_quota(0, Quota { groups: GROUPS, tokens: u64::MAX / 2, tokens_per_segment: None }).unwrap();
     for number in 0..GROUPS {
         let admit = Admit {

@@ -6,7 +6,7 @@ use crate::{
     ledger::Place,
     log::{Frame, Location, Lsn},
     order,
-    record::{Admit, Appended, Claimed, Masked, Quota, Reason, Record, Score},
+    record::{Admit, Appended, Claimed, LeftOut, Quota, Reason, Record, Score},
     state::{Claim, ClaimStatus, ClaimSums, KEPT_QUOTAS, Publication, State, request_hash},
     trajectory::{Outcome, Segment, Stop, Trajectory, Verdict, Version},
 };
@@ -40,7 +40,7 @@ impl State {
             Record::Lease(trajectories) => trajectories.iter().try_for_each(|id| self.apply_lease(*id))?,
             Record::Append(items) => self.apply_append(items, place)?,
             Record::Score(score) => self.apply_score(score)?,
-            Record::Publish(version, iteration, masked) => self.apply_publish(*version, *iteration, *masked)?,
+            Record::Publish(version, iteration, left_out) => self.apply_publish(*version, *iteration, left_out)?,
             Record::Claim(claimed) => self.apply_claim(claimed, place.lsn)?,
             Record::Evict(groups, reason) => groups.iter().try_for_each(|id| self.apply_evict(*id, *reason))?,
             Record::Commit(iteration) => {
@@ -204,18 +204,19 @@ impl State {
         Ok(())
     }
 
-    fn apply_publish(&mut self, version: Version, iteration: Option<i64>, masked: Masked) -> Result<()> {
+    fn apply_publish(&mut self, version: Version, iteration: Option<i64>, left_out: &LeftOut) -> Result<()> {
         self.version = version;
         self.max_version = self.max_version.max(version);
-        self.publications.insert(version, Publication { iteration, masked });
+        self.publications.insert(version, Publication { iteration, left_out: left_out.clone() });
         let Some(iteration) = iteration else { return Ok(()) };
-        let claim = self.claim_mut(iteration)?;
+        let mut claim = self.claim(iteration)?.clone();
         claim.status = ClaimStatus::Trained;
-        claim.masked = masked;
-        let trained = claim.sums.trainable - masked.filter - masked.veto;
-        self.ledger.shift(Place::Claimed, Place::Trained, trained);
-        self.ledger.shift(Place::Claimed, Place::MaskedFilter, masked.filter);
-        self.ledger.shift(Place::Claimed, Place::MaskedVeto, masked.veto);
+        claim.left_out = left_out.clone();
+        claim.sums = order::sums(self, &claim)?;
+        self.ledger.shift(Place::Claimed, Place::Trained, claim.sums.trainable);
+        self.ledger.shift(Place::Claimed, Place::MaskedFilter, claim.sums.filter);
+        self.ledger.shift(Place::Claimed, Place::MaskedVeto, claim.sums.veto);
+        self.claims.insert(iteration, claim);
         Ok(())
     }
 
@@ -228,10 +229,10 @@ impl State {
             lsn,
             status: ClaimStatus::Claimed,
             sums: ClaimSums::default(),
-            masked: Masked::default(),
+            left_out: LeftOut::default(),
         };
+        claim.sums = order::sums(self, &claim)?;
         for id in &claimed.groups {
-            claim.sums = order::add_sums(self, *id, &claim)?;
             self.group_mut(*id)?.phase = Phase::Claimed(claimed.iteration);
         }
         self.ledger.shift(Place::Ready, Place::Claimed, claim.sums.trainable);
@@ -245,14 +246,10 @@ impl State {
     fn apply_uncommit(&mut self, iteration: i64) -> Result<()> {
         for (_, claim) in self.claims.split_off(&(iteration + 1)) {
             let sums = claim.sums;
-            let (filter, veto) = (claim.masked.filter, claim.masked.veto);
-            if claim.status == ClaimStatus::Claimed {
-                self.ledger.shift(Place::Claimed, Place::Ready, sums.trainable);
-            } else {
-                self.ledger.shift(Place::Trained, Place::Ready, sums.trainable - filter - veto);
-                self.ledger.shift(Place::MaskedFilter, Place::Ready, filter);
-                self.ledger.shift(Place::MaskedVeto, Place::Ready, veto);
-            }
+            let place = if claim.status == ClaimStatus::Claimed { Place::Claimed } else { Place::Trained };
+            self.ledger.shift(place, Place::Ready, sums.trainable);
+            self.ledger.shift(Place::MaskedFilter, Place::Ready, sums.filter);
+            self.ledger.shift(Place::MaskedVeto, Place::Ready, sums.veto);
             self.ledger.shift(Place::MaskedOverAge, Place::Ready, sums.over_age);
             self.ledger.shift(Place::MaskedSegment, Place::Ready, sums.segment);
             self.ledger.shift(Place::EvictedFailed, Place::Ready, sums.failed);
@@ -311,12 +308,6 @@ impl State {
 
     fn group_mut(&mut self, id: u64) -> Result<&mut Group> {
         self.groups.get_mut(&id).ok_or_else(|| StoreError::Conflict(format!("group {id} is not in the store")))
-    }
-
-    fn claim_mut(&mut self, iteration: i64) -> Result<&mut Claim> {
-        self.claims
-            .get_mut(&iteration)
-            .ok_or_else(|| StoreError::Conflict(format!("iteration {iteration} has no claim in the store")))
     }
 
     fn pair_mut(&mut self, id: u64) -> Result<(&mut Trajectory, &mut Group)> {

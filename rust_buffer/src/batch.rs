@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use imbl::OrdMap;
+
 use crate::{
     error::{Result, StoreError},
     group::Group,
@@ -13,10 +15,16 @@ use crate::{
     wire,
 };
 
+/// Members of a claim whose segments are looked up before the first one is copied: the processor waits for several
+/// places in memory at once.
+const MEMBERS_AHEAD: usize = 64;
+
 /// A claim and all that it refers to, as it was when it was asked for.
 pub struct ClaimView {
     claim: Claim,
-    state: State,
+    groups: OrdMap<u64, Group>,
+    trajectories: OrdMap<u64, Trajectory>,
+    components: Vec<String>,
 }
 
 /// One member of a claim.
@@ -60,8 +68,8 @@ pub struct Rows {
     pub components: BTreeMap<String, Vec<f64>>,
     /// Why they ended.
     pub stops: Vec<u8>,
-    /// Prompt ids.
-    pub prompt_ids: Vec<String>,
+    /// Prompt ids, each with the number of neighbours that have it.
+    pub prompt_ids: Vec<(String, usize)>,
 }
 
 /// An extra column of one stored run of tokens.
@@ -98,16 +106,25 @@ pub fn read_array(log: &Log, location: Location, index: usize) -> Result<Vec<u8>
     array.ok_or_else(|| log.corrupt(location.file, location.offset, format!("the record has no array {index}")))
 }
 
-/// The array of a segment: tokens, then log-probs unless observed; its checksum is tested if `check`.
+/// The array of a segment: tokens, then log-probs unless observed.
 ///
 /// # Errors
 /// Those of the log.
-pub fn read_segment(log: &Log, segment: &Segment, check: bool) -> Result<Bytes> {
-    let bytes = log.bytes_at(segment.file, segment.offset(), segment.bytes())?;
-    if check && crc32c::crc32c(&bytes) != segment.crc {
-        return Err(log.corrupt(segment.file, segment.offset(), "the checksum of an array does not match"));
-    }
+pub fn read_segment(log: &Log, segment: &Segment) -> Result<Bytes> {
+    let bytes = segment_bytes(log, segment)?;
+    check_segment(log, segment, &bytes)?;
     Ok(bytes)
+}
+
+fn segment_bytes(log: &Log, segment: &Segment) -> Result<Bytes> {
+    log.bytes_at(segment.file, segment.offset(), segment.bytes())
+}
+
+fn check_segment(log: &Log, segment: &Segment, bytes: &[u8]) -> Result<()> {
+    if crc32c::crc32c(bytes) == segment.crc {
+        return Ok(());
+    }
+    Err(log.corrupt(segment.file, segment.offset(), "the checksum of an array does not match"))
 }
 
 /// Tokens of consecutive segments.
@@ -117,7 +134,7 @@ pub fn read_segment(log: &Log, segment: &Segment, check: bool) -> Result<Bytes> 
 pub fn read_segments(log: &Log, segments: &[Segment]) -> Result<Tokens> {
     let mut tokens = Tokens::default();
     for segment in segments {
-        let bytes = read_segment(log, segment, true)?;
+        let bytes = read_segment(log, segment)?;
         let (ids, logprobs) = bytes.split_at(4 * segment.len as usize);
         tokens.ids.extend_from_slice(ids);
         tokens.logprobs.extend_from_slice(logprobs);
@@ -159,7 +176,12 @@ impl ClaimView {
     /// # Errors
     /// `Conflict` when it has none.
     pub fn new(state: &State, iteration: i64) -> Result<Self> {
-        Ok(Self { claim: state.claim(iteration)?.clone(), state: state.clone() })
+        Ok(Self {
+            claim: state.claim(iteration)?.clone(),
+            groups: state.groups.clone(),
+            trajectories: state.trajectories.clone(),
+            components: state.components.clone(),
+        })
     }
 
     /// Learner version of the claim.
@@ -171,10 +193,11 @@ impl ClaimView {
     fn members(&self) -> Result<Vec<Member<'_>>> {
         let mut members = Vec::new();
         for group in &self.claim.groups {
-            let admission = self.state.group(*group)?;
-            for (id, trajectory) in self.state.members(admission) {
+            let gone = || StoreError::Conflict(format!("group {group} is not in the store"));
+            let admission = self.groups.get(group).ok_or_else(gone)?;
+            for (id, trajectory) in self.trajectories.range(admission.members()) {
                 if let Verdict::Scored { reward, components, .. } = &trajectory.verdict {
-                    members.push(Member { group: *group, id, admission, trajectory, reward: *reward, components });
+                    members.push(Member { group: *group, id: *id, admission, trajectory, reward: *reward, components });
                 }
             }
         }
@@ -199,36 +222,38 @@ impl ClaimView {
         let used = members.iter().flat_map(|member| member.components);
         let mut components: BTreeMap<u32, Vec<f64>> = used.map(|(name, _)| (*name, Vec::new())).collect();
         let mut packer = Packer { columns, at: 0 };
-        let mut prompt: Option<(u64, Vec<u8>)> = None;
-        for member in &members {
-            let known = prompt.take().filter(|(group, _)| *group == member.group);
-            let (_, ids) = match known {
-                Some(known) => prompt.insert(known),
-                None => prompt.insert((member.group, read_array(log, member.admission.location, 0)?)),
-            };
-            rows.cu_seqlens.push(packer.at as i64);
-            packer.push(ids, &[], (-1, 1.0, 0))?;
-            for segment in &member.trajectory.segments {
-                let bytes = read_segment(log, segment, check)?;
-                let (ids, logprobs) = bytes.split_at(4 * segment.len as usize);
-                let flags = self.flags(segment, member.trajectory);
-                let version =
-                    if flags & GENERATED == 0 { -1 } else { i32::try_from(segment.version).unwrap_or(i32::MAX) };
-                packer.push(ids, logprobs, (version, segment.temperature, flags))?;
+        let mut prompt = (None, Vec::new());
+        for ahead in members.chunks(MEMBERS_AHEAD) {
+            let segments = ahead.iter().flat_map(|member| &member.trajectory.segments);
+            let sources: Vec<Bytes> = segments.map(|segment| segment_bytes(log, segment)).collect::<Result<_>>()?;
+            let mut sources = sources.iter();
+            for member in ahead {
+                if prompt.0 != Some(member.group) {
+                    prompt = (Some(member.group), read_array(log, member.admission.location, 0)?);
+                    rows.prompt_ids.push((member.admission.prompt_id.clone(), 0));
+                }
+                rows.cu_seqlens.push(packer.at as i64);
+                packer.push(&prompt.1, &[], (-1, 1.0, 0))?;
+                for (segment, bytes) in member.trajectory.segments.iter().zip(sources.by_ref()) {
+                    if check {
+                        check_segment(log, segment, bytes)?;
+                    }
+                    let (ids, logprobs) = bytes.split_at(4 * segment.len as usize);
+                    let flags = order::mask(segment, member.id, member.trajectory, &self.claim);
+                    let version =
+                        if flags & GENERATED == 0 { -1 } else { i32::try_from(segment.version).unwrap_or(i32::MAX) };
+                    packer.push(ids, logprobs, (version, segment.temperature, flags))?;
+                }
+                push_row(&mut rows, &mut components, member);
             }
-            push_row(&mut rows, &mut components, member);
         }
         rows.cu_seqlens.push(packer.at as i64);
         rows.components = self.named(components);
         Ok(rows)
     }
 
-    fn flags(&self, segment: &Segment, trajectory: &Trajectory) -> u8 {
-        order::mask(segment, trajectory, self.claim.version, self.claim.max_staleness, self.claim.segment_loss)
-    }
-
     fn named(&self, components: BTreeMap<u32, Vec<f64>>) -> BTreeMap<String, Vec<f64>> {
-        let name = |index: u32| self.state.components.get(index as usize).cloned().unwrap_or_default();
+        let name = |index: u32| self.components.get(index as usize).cloned().unwrap_or_default();
         components.into_iter().map(|(index, values)| (name(index), values)).collect()
     }
 }
@@ -239,7 +264,9 @@ fn push_row(rows: &mut Rows, components: &mut BTreeMap<u32, Vec<f64>>, member: &
     rows.trajectories.push(member.id as i64);
     rows.rewards.push(member.reward);
     rows.stops.push(member.trajectory.stop as u8);
-    rows.prompt_ids.push(member.admission.prompt_id.clone());
+    if let Some((_, count)) = rows.prompt_ids.last_mut() {
+        *count += 1;
+    }
     for (name, values) in components {
         let own = member.components.iter().find(|(own, _)| own == name);
         values.push(own.map_or(0.0, |(_, value)| *value));

@@ -6,8 +6,8 @@ use crate::{
     error::Result,
     group::{Group, Kind, Phase},
     ledger::{Place, signed},
-    order::Index,
-    state::{ClaimStatus, ClaimSums},
+    order::{self, Index},
+    state::ClaimStatus,
     store::{Store, conflict},
     trajectory::{Segment, Verdict, Version},
 };
@@ -107,12 +107,10 @@ fn check_claims(store: &Store) -> Result<()> {
     let state = &store.state;
     let mut claimed = 0;
     for (iteration, claim) in &state.claims {
-        let mut sums = crate::state::Claim { sums: ClaimSums::default(), ..claim.clone() };
         for id in &claim.groups {
-            sums.sums = crate::order::add_sums(state, *id, &sums)?;
             same("phase of a claimed group", state.group(*id)?.phase, Phase::Claimed(*iteration))?;
         }
-        same("sums of a claim", claim.sums, sums.sums)?;
+        same("sums of a claim", claim.sums, order::sums(state, claim)?)?;
         if claim.status == ClaimStatus::Claimed {
             claimed += signed(claim.sums.trainable);
         }

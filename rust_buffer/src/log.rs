@@ -17,7 +17,7 @@
 //! 6. Bytes below a file's published end are never written again, so maps of them are immutable; whoever reads them
 //!    pins the map, also beyond the deletion of the file.
 //!
-//! # Format 2 (little endian, everything 8-byte aligned)
+//! # Format 3 (little endian, everything 8-byte aligned)
 //! File `NNNNNNNNNN.log`: `magic [u8; 8] | format u32 | crc32c u32 | number u32 | 0 u32 | first lsn u64`, frames,
 //! zeros. Frame: `len u32 | crc32c u32 | lsn u64 | synced lsn u64 | kind u8 | 0 u8 | narrays u16 | header_len u32 |
 //! (array length u32, array crc32c u32) x narrays | header | arrays`, header and arrays each padded with zeros to 8
@@ -185,15 +185,39 @@ impl Log {
     }
 
     /// Appends one record: `header` and `arrays` are the caller's, `kind` is 1 to 254. Level `Always` waits for the
-    /// disk; otherwise `wait_durable` does. A full file is sealed first.
+    /// disk; otherwise `wait_durable` or `commit` does. A full file is sealed first.
     ///
     /// # Errors
     /// `Closed`, `Poisoned` by an earlier failure, `Io` (which poisons), `Full` beyond 4 GiB or 65,535 arrays.
     pub fn append(&self, kind: u8, header: &[u8], arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
+        let written = self.write(kind, header, arrays)?;
+        self.wake();
+        Ok(written)
+    }
+
+    /// The same, but an idle log stays idle: the caller calls `commit` or `wake` next, also after an error of its own.
+    ///
+    /// # Errors
+    /// As `append`.
+    pub fn write(&self, kind: u8, header: &[u8], arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
         if kind == SNAPSHOT || kind == MARK {
             return Err(StoreError::Conflict(format!("record kind {kind} is the log's own; use 1 to 254")));
         }
-        self.0.shared.append(kind, header, arrays)
+        self.0.shared.write(kind, header, arrays)
+    }
+
+    /// Has the sync thread sync what is written.
+    pub fn wake(&self) {
+        self.0.shared.watermark.wake();
+    }
+
+    /// Makes record `lsn` and all before it durable in the caller's thread, which saves two changes of threads; false
+    /// when another's sync takes longer than `timeout`. Its own sync takes what the disk takes.
+    ///
+    /// # Errors
+    /// `Poisoned`, or `Io`, which poisons.
+    pub fn commit(&self, lsn: Lsn, timeout: Duration) -> Result<bool> {
+        self.0.shared.sync_until(lsn, timeout)
     }
 
     /// Where the next record goes.

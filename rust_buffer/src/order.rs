@@ -28,33 +28,44 @@ pub const TRAINED: u8 = 2;
 pub const OVER_AGE: u8 = 4;
 /// Mask flag: left out because it is not of the newest segment.
 pub const SEGMENT: u8 = 8;
+/// Mask flag: left out by the learner's group filter.
+pub const FILTER: u8 = 16;
+/// Mask flag: left out by the learner's veto.
+pub const VETO: u8 = 32;
 
-/// Mask flags of a segment's tokens at a claim of learner version `version`.
-pub fn mask(
-    segment: &Segment,
-    trajectory: &Trajectory,
-    version: Version,
-    max_staleness: Option<u32>,
-    segment_loss: SegmentLoss,
-) -> u8 {
+/// Mask flags of the tokens of a segment of the trajectory `id` in `claim`.
+pub fn mask(segment: &Segment, id: u64, trajectory: &Trajectory, claim: &Claim) -> u8 {
+    let over_age = |limit| claim.version - segment.version > i64::from(limit);
+    let current_only = claim.segment_loss == SegmentLoss::CurrentOnly;
     if segment.observed {
         0
-    } else if max_staleness.is_some_and(|limit| version - segment.version > i64::from(limit)) {
+    } else if claim.max_staleness.is_some_and(over_age) {
         GENERATED | OVER_AGE
-    } else if segment_loss == SegmentLoss::CurrentOnly && Some(segment.version) != trajectory.newest_generated() {
+    } else if current_only && Some(segment.version) != trajectory.newest_generated() {
         GENERATED | SEGMENT
+    } else if claim.left_out.filter.contains(&id) {
+        GENERATED | FILTER
+    } else if claim.left_out.veto.contains(&id) {
+        GENERATED | VETO
     } else {
         GENERATED | TRAINED
     }
 }
 
-/// The sums of `claim` with those of group `id` added.
+/// The tokens of `claim` by what becomes of them.
 ///
 /// # Errors
-/// `Conflict` when the group is not in the store.
-pub fn add_sums(state: &State, id: u64, claim: &Claim) -> Result<ClaimSums> {
-    let mut sums = claim.sums;
-    for (_, trajectory) in state.members(state.group(id)?) {
+/// `Conflict` when one of its groups is not in the store.
+pub fn sums(state: &State, claim: &Claim) -> Result<ClaimSums> {
+    let mut sums = ClaimSums::default();
+    for group in &claim.groups {
+        add_sums(&mut sums, state, state.group(*group)?, claim);
+    }
+    Ok(sums)
+}
+
+fn add_sums(sums: &mut ClaimSums, state: &State, group: &Group, claim: &Claim) {
+    for (id, trajectory) in state.members(group) {
         match trajectory.verdict {
             Verdict::Late => continue,
             Verdict::Failed => {
@@ -64,16 +75,16 @@ pub fn add_sums(state: &State, id: u64, claim: &Claim) -> Result<ClaimSums> {
             _ => {}
         }
         for segment in trajectory.segments.iter().filter(|segment| !segment.observed) {
-            let flags = mask(segment, trajectory, claim.version, claim.max_staleness, claim.segment_loss);
-            let sum = match flags {
-                flags if flags & TRAINED != 0 => &mut sums.trainable,
-                flags if flags & OVER_AGE != 0 => &mut sums.over_age,
-                _ => &mut sums.segment,
+            let sum = match mask(segment, id, trajectory, claim) & !GENERATED {
+                OVER_AGE => &mut sums.over_age,
+                SEGMENT => &mut sums.segment,
+                FILTER => &mut sums.filter,
+                VETO => &mut sums.veto,
+                _ => &mut sums.trainable,
             };
             *sum += u64::from(segment.len);
         }
     }
-    Ok(sums)
 }
 
 /// Whether a group has a token to train at a claim of learner version `version`.
@@ -139,25 +150,26 @@ impl Index {
     /// `Conflict` when the state contradicts itself.
     pub fn of(state: &State) -> Result<Self> {
         let mut index = Self::default();
-        state.groups.keys().for_each(|id| index.add_group(state, *id));
+        for (id, group) in &state.groups {
+            index.requests.insert(group.request_id.clone(), *id);
+            index.add_group(state, *id);
+        }
         state.trajectories.keys().try_for_each(|id| index.add(state, *id, false))?;
         Ok(index)
     }
 
-    /// Adds a group; nothing when there is none.
+    /// Adds a group to what its phase decides; nothing when there is none.
     pub fn add_group(&mut self, state: &State, id: u64) {
         let Some(group) = state.groups.get(&id) else { return };
-        self.requests.insert(group.request_id.clone(), id);
         self.groups_untrained += u64::from(state.is_untrained(group));
         if group.kind == Kind::Train && group.phase == Phase::Ready {
             self.ready.insert(id);
         }
     }
 
-    /// Removes a group as it is in `state`.
+    /// Removes a group as it is in `state` from what its phase decides.
     pub fn remove_group(&mut self, state: &State, id: u64) {
         let Some(group) = state.groups.get(&id) else { return };
-        self.requests.remove(&group.request_id);
         self.groups_untrained -= u64::from(state.is_untrained(group));
         self.ready.remove(&id);
     }

@@ -18,7 +18,7 @@ use crate::{
     log::{Disk, Durability, Memory, Storage},
     pack::{self as micro_batches, Micro, Packing},
     query::{Bounds, Filter},
-    record::{Admit, Masked, Quota, SegmentLoss},
+    record::{Admit, LeftOut, Quota, SegmentLoss},
     rollout::Granted,
     shared::Shared,
     store::{Settings, Store, micros},
@@ -262,20 +262,22 @@ impl TrajectoryStore {
         Ok(())
     }
 
-    #[pyo3(signature = (version, iteration, masked))]
+    #[pyo3(signature = (version, iteration, left_out))]
     fn publish(
         &self,
         py: Python<'_>,
         version: Version,
         iteration: Option<i64>,
-        masked: BTreeMap<String, u64>,
+        left_out: BTreeMap<String, Vec<u64>>,
     ) -> PyResult<()> {
-        if let Some(reason) = masked.keys().find(|reason| !matches!(reason.as_str(), "filter" | "veto")) {
-            return Err(PyValueError::new_err(format!("masked has the reason {reason:?}; choose one of filter, veto")));
+        if let Some(reason) = left_out.keys().find(|reason| !matches!(reason.as_str(), "filter" | "veto")) {
+            return Err(PyValueError::new_err(format!(
+                "left_out has the reason {reason:?}; choose one of filter, veto"
+            )));
         }
-        let tokens = |reason| masked.get(reason).copied().unwrap_or(0);
-        let masked = Masked { filter: tokens("filter"), veto: tokens("veto") };
-        py.detach(|| self.shared.change(true, |store| store.publish(version, iteration, masked)))?;
+        let ids = |reason| left_out.get(reason).into_iter().flatten().copied().collect();
+        let left_out = LeftOut { filter: ids("filter"), veto: ids("veto") };
+        py.detach(|| self.shared.change(true, |store| store.publish(version, iteration, left_out)))?;
         Ok(())
     }
 

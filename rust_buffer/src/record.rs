@@ -1,6 +1,6 @@
 //! The durable records: decided facts, so that replay needs neither settings nor a clock.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -38,13 +38,13 @@ pub enum Reason {
     Eval,
 }
 
-/// Tokens that the learner left out of a claim.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Masked {
+/// Trajectories of a claim that the learner left out of the gradient.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeftOut {
     /// By its group filter.
-    pub filter: u64,
+    pub filter: BTreeSet<u64>,
     /// By its veto.
-    pub veto: u64,
+    pub veto: BTreeSet<u64>,
 }
 
 /// An admission; arrays: prompt tokens, metadata.
@@ -133,7 +133,7 @@ pub enum Record {
     /// Records a scoring attempt.
     Score(Score),
     /// Makes a version the newest, and an iteration's claim trained.
-    Publish(Version, Option<i64>, Masked),
+    Publish(Version, Option<i64>, LeftOut),
     /// Claims groups.
     Claim(Claimed),
     /// Drops groups that were not trained.

@@ -340,7 +340,7 @@ impl Store {
         for segment in &trajectory.segments {
             let (first, last) = (position.max(start), (position + segment.len).min(end));
             if first < last {
-                let stored = batch::read_segment(&self.log, segment, true)?;
+                let stored = batch::read_segment(&self.log, segment)?;
                 let same = |stored_at: u32, sent_at: u32| {
                     let range = |at: u32, from: u32| 4 * (at + first - from) as usize..4 * (at + last - from) as usize;
                     stored.get(range(stored_at, position)) == sent.get(range(sent_at, start))

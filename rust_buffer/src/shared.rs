@@ -93,9 +93,11 @@ impl Shared {
         if before != after {
             self.changed.notify_all();
         }
-        let answer = answer?;
+        let answer = answer.inspect_err(|_| self.log.wake())?;
         if wait {
             self.acknowledge(lsn)?;
+        } else {
+            self.log.wake();
         }
         Ok((lsn, answer))
     }
@@ -121,11 +123,15 @@ impl Shared {
             if lsn != before {
                 self.changed.notify_all();
             }
-            if let Some(answer) = answer? {
+            if let Ok(Some(answer)) = answer {
                 drop(guarded);
                 self.acknowledge(lsn)?;
                 return Ok(Some((lsn, answer)));
             }
+            if lsn != before {
+                self.log.wake();
+            }
+            answer?;
             if now >= deadline {
                 return Ok(None);
             }
@@ -141,7 +147,7 @@ impl Shared {
     }
 
     fn acknowledge(&self, lsn: Lsn) -> Result<()> {
-        if self.durability == Durability::Os || self.log.wait_durable(lsn, SYNC_TIMEOUT)? {
+        if self.durability == Durability::Os || self.log.commit(lsn, SYNC_TIMEOUT)? {
             return Ok(());
         }
         let detail = format!("record {lsn} is not on disk after {} s", SYNC_TIMEOUT.as_secs());

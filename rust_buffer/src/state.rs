@@ -11,7 +11,7 @@ use crate::{
     group::{Group, Kind, Phase},
     ledger::Ledger,
     log::Lsn,
-    record::{Masked, Quota, SegmentLoss},
+    record::{LeftOut, Quota, SegmentLoss},
     trajectory::{Trajectory, Version},
 };
 
@@ -49,6 +49,10 @@ pub struct ClaimSums {
     pub over_age: u64,
     /// Not of the newest segment.
     pub segment: u64,
+    /// Left out by the learner's group filter.
+    pub filter: u64,
+    /// Left out by the learner's veto.
+    pub veto: u64,
     /// Of members given up by scoring.
     pub failed: u64,
 }
@@ -56,7 +60,7 @@ pub struct ClaimSums {
 impl ClaimSums {
     /// All of them.
     pub fn total(&self) -> u64 {
-        self.trainable + self.over_age + self.segment + self.failed
+        self.trainable + self.over_age + self.segment + self.filter + self.veto + self.failed
     }
 }
 
@@ -77,17 +81,17 @@ pub struct Claim {
     pub status: ClaimStatus,
     /// Its tokens.
     pub sums: ClaimSums,
-    /// Tokens that the learner left out.
-    pub masked: Masked,
+    /// What the learner left out of it.
+    pub left_out: LeftOut,
 }
 
 /// What a publication said, to answer its repeat.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Publication {
     /// Iteration whose claim it trained.
     pub iteration: Option<i64>,
-    /// Tokens that the learner left out.
-    pub masked: Masked,
+    /// What the learner left out of it.
+    pub left_out: LeftOut,
 }
 
 /// The whole index of the store. The maps that grow with it are persistent, so that a snapshot is a cheap clone.

@@ -17,7 +17,7 @@ use crate::{
     lease::Leases,
     log::{Arrays, Durability, Location, Log, LogOptions, Lsn, Storage},
     order::{Index, Micros},
-    record::{Admit, Masked, Quota, Record, Score, SegmentLoss},
+    record::{Admit, LeftOut, Quota, Record, Score, SegmentLoss},
     snapshot::Snapshots,
     state::{ClaimStatus, Publication, State, request_hash},
     trajectory::{Outcome, Verdict, Version},
@@ -26,6 +26,9 @@ use crate::{
 
 /// Room kept in `max_bytes` for a token to come: 8 bytes of payload, the rest for headers and alignment.
 pub const BYTES_PER_TOKEN: u64 = 16;
+
+/// Members of a group: each has its place in the index from the admission on.
+pub const MAX_GROUP_SIZE: u32 = 1 << 16;
 
 /// Looks of a reader at a store that is being written, before it believes what it sees; and the time between two.
 const READ_ATTEMPTS: u32 = 20;
@@ -189,7 +192,7 @@ impl Store {
     /// Logs and applies a record.
     pub(crate) fn commit(&mut self, record: &Record, arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
         let header = wire::encode(record)?;
-        let (lsn, location) = self.log.append(record.kind(), &header, arrays)?;
+        let (lsn, location) = self.log.write(record.kind(), &header, arrays)?;
         let (mut trajectories, mut groups) = self.touched(record);
         for id in &trajectories {
             self.index.remove(&self.state, *id, self.leases.contains(*id))?;
@@ -197,8 +200,27 @@ impl Store {
         for id in &groups {
             self.index.remove_group(&self.state, *id);
         }
+        // Most records remove no group, and claims of many groups should not look up their names.
+        let leaving = match record {
+            Record::Score(_) | Record::Evict(..) | Record::Drop(_) => self.requests_of(groups.iter().copied()),
+            _ => Vec::new(),
+        };
         let (next_group, next_trajectory) = (self.state.next_group, self.state.next_trajectory);
         self.state.apply(record, &Placed { location, lsn, arrays: arrays.places(header.len()) })?;
+        if let Record::Append(items) = record {
+            // A complete trajectory has no lease.
+            for item in items.iter().filter(|item| item.stop.is_some()) {
+                self.leases.remove(item.trajectory);
+            }
+        }
+        for (request, id) in &leaving {
+            if !self.state.groups.contains_key(id) {
+                self.index.requests.remove(request);
+            }
+        }
+        for (request, id) in self.requests_of(next_group..self.state.next_group) {
+            self.index.requests.insert(request, id);
+        }
         trajectories.extend(next_trajectory..self.state.next_trajectory);
         groups.extend(next_group..self.state.next_group);
         for id in &groups {
@@ -211,6 +233,12 @@ impl Store {
             self.snapshots.take(&self.state, &self.log);
         }
         Ok((lsn, location))
+    }
+
+    /// Request ids of the groups that there are.
+    fn requests_of(&self, groups: impl IntoIterator<Item = u64>) -> Vec<(String, u64)> {
+        let named = |id| self.state.groups.get(&id).map(|group| (group.request_id.clone(), id));
+        groups.into_iter().filter_map(named).collect()
     }
 
     fn touched(&self, record: &Record) -> Touched {
@@ -291,6 +319,12 @@ impl Store {
                 admit.size,
                 admit.max_tokens,
                 prompt.len()
+            ));
+        }
+        if admit.size > MAX_GROUP_SIZE {
+            let (request, size) = (&admit.request_id, admit.size);
+            return conflict(format!(
+                "request {request:?}: group_size {size}, a group has at most {MAX_GROUP_SIZE} members"
             ));
         }
         if admit.kind == Kind::Train {
@@ -402,12 +436,13 @@ impl Store {
         Ok(())
     }
 
-    /// Makes `version` the newest and `iteration`'s claim trained.
+    /// Makes `version` the newest and `iteration`'s claim trained, but for what the learner left out of it.
     ///
     /// # Errors
-    /// `Conflict`: not above every earlier version and no repeat, no such claim, or more masked than claimed.
-    pub fn publish(&mut self, version: Version, iteration: Option<i64>, masked: Masked) -> Result<()> {
-        if self.state.publications.get(&version) == Some(&Publication { iteration, masked }) {
+    /// `Conflict`: not above every earlier version and no repeat, no such claim, or something left out that is not in it.
+    pub fn publish(&mut self, version: Version, iteration: Option<i64>, left_out: LeftOut) -> Result<()> {
+        let publication = Publication { iteration, left_out };
+        if self.state.publications.get(&version) == Some(&publication) {
             return Ok(());
         }
         if version <= self.state.version {
@@ -422,15 +457,29 @@ impl Store {
             if claim.status != ClaimStatus::Claimed {
                 return conflict(format!("the claim of iteration {iteration} is trained already"));
             }
-            if masked.filter + masked.veto > claim.sums.trainable {
+        }
+        self.check_left_out(&publication)?;
+        let Publication { iteration, left_out } = publication;
+        self.commit(&Record::Publish(version, iteration, left_out), &Arrays::default()).map(drop)
+    }
+
+    /// Whether what is left out, each for one reason, is in the claim.
+    fn check_left_out(&self, publication: &Publication) -> Result<()> {
+        let LeftOut { filter, veto } = &publication.left_out;
+        if let Some(id) = filter.intersection(veto).next() {
+            return conflict(format!("trajectory {id} is left out by filter and by veto; name one reason"));
+        }
+        for id in filter.union(veto) {
+            let scored = self.state.trajectories.get(id).filter(|trajectory| trajectory.reward().is_some());
+            let phase = scored.and_then(|trajectory| self.state.groups.get(&trajectory.group)).map(|group| group.phase);
+            if publication.iteration.is_none_or(|iteration| phase != Some(Phase::Claimed(iteration))) {
                 return conflict(format!(
-                    "iteration {iteration}: {} tokens masked by the learner, its claim has {}",
-                    masked.filter + masked.veto,
-                    claim.sums.trainable
+                    "trajectory {id}, which the learner left out, is not in the claim that is published (iteration {:?})",
+                    publication.iteration
                 ));
             }
         }
-        self.commit(&Record::Publish(version, iteration, masked), &Arrays::default()).map(drop)
+        Ok(())
     }
 
     /// Recomputes everything that is kept incrementally.

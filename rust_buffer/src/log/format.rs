@@ -6,7 +6,7 @@ use super::Lsn;
 use crate::error::{Result, StoreError};
 
 const MAGIC: [u8; 8] = *b"PMDFLOW\0";
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 pub(super) const FILE_HEADER: u64 = 32;
 pub(super) const FRAME_HEADER: u64 = 32;
 pub(super) const SNAPSHOT: u8 = 0;

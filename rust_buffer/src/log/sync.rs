@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use super::{
@@ -11,7 +12,7 @@ use super::{
     format::Arrays,
     lock,
     reader::LogFile,
-    watermark::{Access, Watermark},
+    watermark::{Access, Turn, Watermark},
     writer::{Writer, sync_file},
 };
 use crate::error::{Result, StoreError};
@@ -66,8 +67,8 @@ impl Shared {
         error
     }
 
-    /// Appends one record; level `Always` waits for the disk.
-    pub(super) fn append(&self, kind: u8, header: &[u8], arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
+    /// Writes one record; level `Always` waits for the disk, otherwise nobody is told.
+    pub(super) fn write(&self, kind: u8, header: &[u8], arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
         let mut writer = lock(&self.writer);
         while writer.is_full(self.options.file_bytes) {
             drop(writer);
@@ -83,7 +84,7 @@ impl Shared {
         self.watermark.wrote(lsn, self.options.durability == Durability::Os);
         drop(writer);
         if self.options.durability == Durability::Always {
-            self.sync_until(lsn)?;
+            self.sync_until(lsn, Duration::MAX)?;
         }
         Ok((lsn, location))
     }
@@ -110,7 +111,7 @@ impl Shared {
         files.insert(number, Arc::clone(&new.file));
         drop(files);
         *current = Arc::clone(&new.file);
-        self.watermark.end_sync(new.next - 1);
+        self.watermark.synced(new.next - 1);
         *writer = new;
         Ok(())
     }
@@ -123,23 +124,28 @@ impl Shared {
         Ok(Arc::new(LogFile::new(number, path, medium, end)))
     }
 
-    /// One fdatasync for all that was written before it, unless `lsn` is on disk by now. The mark precedes the
-    /// acknowledgement, so that damage to acknowledged records is found even when they are the last ones.
-    fn sync_until(&self, lsn: Lsn) -> Result<()> {
+    /// One fdatasync for all that was written before it, unless another's brings `lsn` to disk; false when that takes
+    /// longer than `timeout`. The mark precedes the acknowledgement, so that damage to acknowledged records is found
+    /// even when they are the last ones.
+    pub(super) fn sync_until(&self, lsn: Lsn, timeout: Duration) -> Result<bool> {
+        let target = match self.watermark.begin_sync(lsn, timeout)? {
+            Turn::Ours(target) => target,
+            Turn::Done => return Ok(true),
+            Turn::TimedOut => return Ok(false),
+        };
         let file = lock(&self.current);
-        let Some(target) = self.watermark.begin_sync(lsn)? else { return Ok(()) };
         let synced = sync_file(&file).and_then(|()| {
             let mut writer = lock(&self.writer);
             if writer.next - 1 == target { writer.mark() } else { Ok(()) }
         });
         synced.map_err(|e| self.poison(e))?;
         self.watermark.end_sync(target);
-        Ok(())
+        Ok(true)
     }
 
     /// Makes all that is written durable.
     pub(super) fn sync(&self) -> Result<()> {
-        self.sync_until(Lsn::MAX)
+        self.sync_until(Lsn::MAX, Duration::MAX).map(drop)
     }
 
     /// The sync thread.

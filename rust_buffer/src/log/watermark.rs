@@ -32,6 +32,8 @@ struct State {
     wanted: Lsn,
     /// The sync thread waits for work without a deadline.
     idle: bool,
+    /// Somebody syncs.
+    syncing: bool,
     failed: Option<String>,
     access: Access,
 }
@@ -42,12 +44,23 @@ impl State {
     }
 }
 
+/// Whether the caller is to sync.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Turn {
+    /// Yes: all that is written up to here; `end_sync` or `fail` must follow.
+    Ours(Lsn),
+    /// No: what it asked for is on disk.
+    Done,
+    /// No: another's sync has not ended in time.
+    TimedOut,
+}
+
 /// What appenders, the sync thread and waiters share.
 pub(super) struct Watermark {
     state: Mutex<State>,
     /// Wakes the sync thread.
     work: Condvar,
-    /// Wakes who waits for durability.
+    /// Wakes who waits for durability or for its turn to sync.
     done: Condvar,
 }
 
@@ -55,7 +68,7 @@ impl Watermark {
     /// That of a log whose records up to `last` are on disk.
     pub(super) fn new(last: Lsn, access: Access) -> Self {
         let (written, durable, synced) = (last, last, last);
-        let state = State { written, durable, synced, wanted: 0, idle: false, failed: None, access };
+        let state = State { written, durable, synced, wanted: 0, idle: false, syncing: false, failed: None, access };
         Self { state: Mutex::new(state), work: Condvar::new(), done: Condvar::new() }
     }
 
@@ -85,32 +98,59 @@ impl Watermark {
         state.written = lsn;
         if durable {
             state.durable = lsn;
-        } else if state.idle {
+        }
+    }
+
+    /// Has the sync thread sync what is written: at once if it was idle.
+    pub(super) fn wake(&self) {
+        let state = self.lock();
+        if state.idle && state.written > state.durable {
             self.work.notify_one();
         }
     }
 
-    /// What a sync that begins now will cover; None when `lsn`, or all that is written, is on disk.
+    /// The caller's turn to sync, unless `lsn`, or all that is written, gets on disk before: one syncs at a time.
     ///
     /// # Errors
     /// `Poisoned`: no sync may begin after a failure.
-    pub(super) fn begin_sync(&self, lsn: Lsn) -> Result<Option<Lsn>> {
-        let state = self.lock();
-        if state.synced >= lsn.min(state.written) {
-            return Ok(None);
+    pub(super) fn begin_sync(&self, lsn: Lsn, timeout: Duration) -> Result<Turn> {
+        let start = Instant::now();
+        let mut state = self.lock();
+        let lsn = lsn.min(state.written);
+        while state.synced < lsn {
+            state.healthy()?;
+            if !state.syncing {
+                state.syncing = true;
+                return Ok(Turn::Ours(state.written));
+            }
+            let left = timeout.saturating_sub(start.elapsed());
+            if left.is_zero() {
+                return Ok(Turn::TimedOut);
+            }
+            state = self.done.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
-        state.healthy().map(|()| Some(state.written))
+        Ok(Turn::Done)
     }
 
-    /// Notes that a sync that covers `lsn` has succeeded.
+    /// Notes that record `lsn` and all before it are on disk.
+    pub(super) fn synced(&self, lsn: Lsn) {
+        self.raise(&mut self.lock(), lsn);
+    }
+
+    /// The same, at the end of the caller's turn.
     pub(super) fn end_sync(&self, lsn: Lsn) {
         let mut state = self.lock();
+        state.syncing = false;
+        self.raise(&mut state, lsn);
+    }
+
+    fn raise(&self, state: &mut State, lsn: Lsn) {
         state.synced = state.synced.max(lsn);
         state.durable = state.durable.max(lsn);
         self.done.notify_all();
     }
 
-    /// Records the first failure and wakes everybody.
+    /// Records the first failure, after which nobody has a turn, and wakes everybody.
     pub(super) fn fail(&self, error: &StoreError) {
         self.lock().failed.get_or_insert_with(|| error.to_string());
         self.work.notify_all();

@@ -1,10 +1,10 @@
 //! Answers as Python dictionaries.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, iter::repeat_n};
 
 use pyo3::{
     prelude::*,
-    types::{PyBytes, PyDict},
+    types::{PyBytes, PyDict, PyList, PyString},
 };
 
 use crate::{
@@ -117,7 +117,8 @@ pub fn batch<'py>(py: Python<'py>, iteration: i64, version: Version, rows: &Rows
         components.set_item(name, PyBytes::new(py, bytemuck::cast_slice(values)))?;
     }
     row.set_item("components", components)?;
-    row.set_item("prompt_ids", &rows.prompt_ids)?;
+    let prompt_ids = rows.prompt_ids.iter().flat_map(|(id, count)| repeat_n(PyString::new(py, id), *count));
+    row.set_item("prompt_ids", PyList::new(py, prompt_ids.collect::<Vec<_>>())?)?;
     Ok(row)
 }
 

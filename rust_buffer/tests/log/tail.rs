@@ -154,16 +154,18 @@ fn another_format_version_is_refused() {
     append(&log, &record(1));
     log.write_index(log.position(), b"snapshot").unwrap();
     log.close().unwrap();
-    for name in [name(1), "index".to_owned()] {
+    for (name, version) in [name(1), "index".to_owned()].into_iter().flat_map(|name| [(name.clone(), 2), (name, 4)]) {
         let copy = crash(dir.path());
         let path = copy.path().join(name);
         let mut raw = fs::read(&path).unwrap();
-        raw[8..12].copy_from_slice(&3u32.to_le_bytes());
+        raw[8..12].copy_from_slice(&u32::to_le_bytes(version));
         let crc = crc32c::crc32c_append(crc32c::crc32c(&raw[..12]), &raw[16..32]);
         raw[12..16].copy_from_slice(&crc.to_le_bytes());
         fs::write(&path, &raw).unwrap();
         let refused = refusal(copy.path());
-        assert!(matches!(refused, StoreError::Version { found: 3, supported: 2, path: p } if p == path));
+        assert!(
+            matches!(refused, StoreError::Version { found, supported: 3, path: p } if (found, &p) == (version, &path))
+        );
         assert_eq!(fs::read(&path).unwrap(), raw);
     }
 }

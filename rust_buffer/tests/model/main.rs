@@ -19,7 +19,7 @@ use _rust_buffer::{
     error::StoreError,
     group::{Kind, Straggler},
     log::{Disk, Durability},
-    record::{Admit, Masked, Quota, SegmentLoss},
+    record::{Admit, LeftOut, Quota, SegmentLoss},
     rollout::{Granted, Reply},
     store::{Settings, Store},
     trajectory::{Outcome, Verdict},
@@ -84,6 +84,10 @@ struct Model {
     /// Largest budget that each version ever had.
     budgets: BTreeMap<i64, u64>,
     claims: BTreeMap<i64, Vec<u64>>,
+    /// Masks of the claims that are trained.
+    masks: BTreeMap<i64, Vec<u8>>,
+    /// Tokens that the learner left out by filter and by veto, also of evicted iterations.
+    left_out: BTreeMap<i64, [usize; 2]>,
     committed: BTreeSet<u64>,
     trained_through: i64,
     evicted: i64,
@@ -98,7 +102,7 @@ impl Model {
     fn new(settings: Settings) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut store = open(dir.path(), settings);
-        store.publish(0, None, Masked::default()).unwrap();
+        store.publish(0, None, LeftOut::default()).unwrap();
         Self {
             dir,
             settings,
@@ -111,6 +115,8 @@ impl Model {
             held: Vec::new(),
             budgets: BTreeMap::new(),
             claims: BTreeMap::new(),
+            masks: BTreeMap::new(),
+            left_out: BTreeMap::new(),
             committed: BTreeSet::new(),
             trained_through: 0,
             evicted: 0,
@@ -157,9 +163,9 @@ impl Model {
             Op::Score { pick, outcome } => self.score(*pick, *outcome),
             Op::Claim => self.claim(),
             Op::Work { stop } => (0..self.held.len()).rev().for_each(|pick| self.append(pick, 4, *stop, (true, false))),
-            Op::Publish { filter, idle, tokens, segment } => {
+            Op::Publish { left_out, idle, tokens, segment } => {
                 if *idle || self.store().state().open_claim().is_some() {
-                    self.publish(*filter);
+                    self.publish(*left_out);
                     self.quota(*tokens, *segment);
                 }
             }
@@ -420,9 +426,8 @@ impl Model {
     }
 
     fn check_claim(&mut self, iteration: i64) {
-        let view = ClaimView::new(self.store().state(), iteration).unwrap();
-        let version = view.version();
-        let packed = Packed::read(&view, self.store());
+        let packed = Packed::of(self.store(), iteration);
+        let version = self.store().state().claims[&iteration].version;
         let trained: Vec<i32> =
             packed.versions.iter().zip(&packed.mask).filter(|(_, mask)| *mask & 2 != 0).map(|(v, _)| *v).collect();
         assert!(trained.iter().all(|v| version - i64::from(*v) <= 2));
@@ -444,16 +449,44 @@ impl Model {
         assert!(generated.iter().zip(&packed.mask).all(|(generated, mask)| *generated == (mask & 1 != 0)));
     }
 
-    fn publish(&mut self, filter: bool) {
+    /// `chosen` has two bits for each trajectory of the claim: trained, filtered, vetoed, trained.
+    fn publish(&mut self, chosen: u64) {
         let open = self.store().state().open_claim();
         let version = self.newest() + 1;
-        let trainable = open.map_or(0, |iteration| self.store().state().claims[&iteration].sums.trainable);
-        let masked = Masked { filter: if filter { trainable / 2 } else { 0 }, veto: 0 };
-        self.store().publish(version, open, masked).unwrap();
+        let left_out = open.map_or_else(LeftOut::default, |iteration| self.leave_out(iteration, chosen));
+        self.store().publish(version, open, left_out.clone()).unwrap();
         let before = self.store().state().clone();
-        self.store().publish(version, open, masked).unwrap();
+        self.store().publish(version, open, left_out).unwrap();
         assert_eq!(self.store().state(), &before);
         self.trained_through = open.unwrap_or(self.trained_through);
+        self.check_masks();
+    }
+
+    fn leave_out(&mut self, iteration: i64, chosen: u64) -> LeftOut {
+        let mut packed = Packed::of(self.store(), iteration);
+        let (mut left_out, mut tokens) = (LeftOut::default(), [0; 2]);
+        for (row, id) in packed.rows.trajectories.iter().enumerate() {
+            let (reason, flag) = match chosen >> (2 * row % 64) & 3 {
+                1 => (0, 16),
+                2 => (1, 32),
+                _ => continue,
+            };
+            [&mut left_out.filter, &mut left_out.veto][reason].insert(*id as u64);
+            let span = packed.rows.cu_seqlens[row] as usize..packed.rows.cu_seqlens[row + 1] as usize;
+            for mask in packed.mask[span].iter_mut().filter(|mask| **mask & 2 != 0) {
+                *mask ^= 2 | flag;
+                tokens[reason] += 1;
+            }
+        }
+        self.masks.insert(iteration, packed.mask);
+        self.left_out.insert(iteration, tokens);
+        left_out
+    }
+
+    fn check_masks(&self) {
+        for (iteration, mask) in &self.masks {
+            assert_eq!(&Packed::of(self.store.as_ref().unwrap(), *iteration).mask, mask);
+        }
     }
 
     fn commit(&mut self) {
@@ -471,6 +504,8 @@ impl Model {
         assert_eq!(undone, self.claims.split_off(&(through + 1)).into_keys().collect::<Vec<_>>());
         assert!(self.store().uncommit(through).unwrap().is_empty());
         self.trained_through = through;
+        self.masks.split_off(&(through + 1));
+        self.left_out.split_off(&(through + 1));
         let live: BTreeSet<u64> = self.claims.values().flatten().copied().collect();
         let store = self.store.as_ref().unwrap();
         self.committed.retain(|group| live.contains(group) || !store.state().groups.contains_key(group));
@@ -488,6 +523,7 @@ impl Model {
         assert_eq!(self.store().evict(through).unwrap(), expected);
         assert_eq!(self.store().evict(through).unwrap(), 0);
         self.claims.retain(|iteration, _| !dropped.contains(iteration));
+        self.masks.retain(|iteration, _| !dropped.contains(iteration));
         self.evicted = self.evicted.max(dropped.iter().max().copied().unwrap_or(0));
         let first = self.store().first_live_file();
         self.store().log().remove_before(first).unwrap();
@@ -501,6 +537,7 @@ impl Model {
         assert_eq!(self.store().state(), &before);
         self.held.clear();
         self.stragglers.reopen();
+        self.check_masks();
     }
 
     fn check(&mut self) {
@@ -516,6 +553,9 @@ impl Model {
         assert_eq!(ledger["generated"], generated.len() as i64);
         assert_eq!(ledger["observed"], observed.len() as i64);
         assert_eq!(ledger["evicted_late"], self.late_tokens as i64);
+        for (reason, place) in ["masked_filter", "masked_veto"].into_iter().enumerate() {
+            assert_eq!(ledger[place], self.left_out.values().map(|tokens| tokens[reason] as i64).sum::<i64>());
+        }
         assert_eq!(store.counts().trajectories_late, self.stragglers.late.len() as u64);
         assert_eq!(store.state().next_cursor, admitted);
         for (version, spent) in &store.state().spent {
@@ -588,7 +628,8 @@ struct Packed {
 }
 
 impl Packed {
-    fn read(view: &ClaimView, store: &Store) -> Self {
+    fn of(store: &Store, iteration: i64) -> Self {
+        let view = ClaimView::new(store.state(), iteration).unwrap();
         let len = view.num_tokens().unwrap();
         let [mut tokens, mut logprobs, mut versions, mut temperatures] = [(); 4].map(|()| vec![9; 4 * len]);
         let mut mask = vec![9; len];

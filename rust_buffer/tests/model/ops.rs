@@ -20,7 +20,7 @@ pub enum Op {
     Wait { time: i64 },
     Score { pick: usize, outcome: Outcome },
     Claim,
-    Publish { filter: bool, idle: bool, tokens: u64, segment: Option<u32> },
+    Publish { left_out: u64, idle: bool, tokens: u64, segment: Option<u32> },
     Commit,
     Uncommit { back: i64 },
     Evict,
@@ -86,8 +86,8 @@ pub fn op() -> impl Strategy<Value = Op> {
         2 => (1..1000_i64).prop_map(|time| Op::Wait { time }),
         10 => (0..8_usize, outcome).prop_map(|(pick, outcome)| Op::Score { pick, outcome }),
         4 => Just(Op::Claim),
-        4 => (any::<bool>(), prop::bool::weighted(0.1), 10..60_u64, prop::option::of(1..6_u32))
-            .prop_map(|(filter, idle, tokens, segment)| Op::Publish { filter, idle, tokens, segment }),
+        4 => (prop_oneof![Just(0), any::<u64>()], prop::bool::weighted(0.1), 10..60_u64, prop::option::of(1..6_u32))
+            .prop_map(|(left_out, idle, tokens, segment)| Op::Publish { left_out, idle, tokens, segment }),
         2 => Just(Op::Commit),
         1 => (0..3_i64).prop_map(|back| Op::Uncommit { back }),
         1 => Just(Op::Evict),

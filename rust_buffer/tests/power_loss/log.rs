@@ -19,6 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 enum Op {
     Append { sizes: Vec<usize> },
     Wait,
+    Commit,
     Read { pick: usize },
     Index,
     Remove { file: u32 },
@@ -31,7 +32,7 @@ fn op() -> impl Strategy<Value = Op> {
     let size = prop_oneof![6 => 0..60_usize, 1 => 400..1500_usize];
     prop_oneof![
         12 => prop::collection::vec(size, 0..5).prop_map(|sizes| Op::Append { sizes }),
-        3 => Just(Op::Wait),
+        3 => prop_oneof![Just(Op::Wait), Just(Op::Commit)],
         1 => any::<usize>().prop_map(|pick| Op::Read { pick }),
         2 => Just(Op::Index),
         1 => prop_oneof![1..9_u32, Just(u32::MAX)].prop_map(|file| Op::Remove { file }),
@@ -126,7 +127,8 @@ impl Run {
     fn run(&mut self, op: &Op) {
         match op {
             Op::Append { sizes } => self.append(sizes),
-            Op::Wait => self.wait(),
+            Op::Wait => self.wait(Log::wait_durable),
+            Op::Commit => self.wait(Log::commit),
             Op::Read { pick } => self.read(*pick),
             Op::Index => self.index(),
             Op::Remove { file } => self.remove(*file),
@@ -174,12 +176,15 @@ impl Run {
         }
     }
 
-    fn wait(&mut self) {
+    fn wait(&mut self, durable: fn(&Log, Lsn, Duration) -> Result<bool, StoreError>) {
         let lsn = self.log().lsn();
-        match self.log().wait_durable(lsn, PATIENCE) {
-            Ok(true) => self.acknowledged(),
+        match durable(self.log(), lsn, PATIENCE) {
+            Ok(true) => {
+                assert!(self.log().durable_lsn() >= lsn);
+                self.acknowledged();
+            }
             Ok(false) => panic!("record {lsn} neither durable nor refused"),
-            Err(StoreError::Poisoned { .. }) => self.failed = true,
+            Err(StoreError::Io { .. } | StoreError::Poisoned { .. }) => self.failed = true,
             Err(other) => panic!("{other}"),
         }
     }

@@ -7,7 +7,7 @@ use _rust_buffer::{
     error::{Result, StoreError},
     group::Kind,
     log::{Durability, Lsn},
-    record::{Admit, Masked, Quota, SegmentLoss},
+    record::{Admit, LeftOut, Quota, SegmentLoss},
     state::State,
     store::{Settings, Store},
     trajectory::Outcome,
@@ -163,7 +163,7 @@ impl Run {
     fn admit(&mut self, size: u32, max_tokens: u32) -> Result<()> {
         let version = self.store().state().version;
         if version < 0 {
-            self.store().publish(0, None, Masked::default())?;
+            self.store().publish(0, None, LeftOut::default())?;
         }
         let quota = Quota { groups: 6, tokens: 1_000_000, tokens_per_segment: None };
         self.store().set_quota(version.max(0), quota)?;
@@ -228,9 +228,12 @@ impl Run {
     }
 
     fn publish(&mut self) -> Result<()> {
-        let open = self.store().state().open_claim();
-        let version = self.store().state().max_version + 1;
-        if open.is_some() { self.store().publish(version, open, Masked::default()) } else { Ok(()) }
+        let state = self.store().state();
+        let Some(open) = state.open_claim() else { return Ok(()) };
+        let (version, group) = (state.max_version + 1, state.group(state.claims[&open].groups[0])?);
+        let scored = state.members(group).filter(|(_, member)| member.reward().is_some()).map(|(id, _)| id);
+        let left_out = LeftOut { filter: scored.take(1).collect(), ..LeftOut::default() };
+        self.store().publish(version, Some(open), left_out)
     }
 
     /// The newest claim that may be committed.

@@ -15,7 +15,7 @@ struct Log {
     watermark: Watermark,
     /// The writer's lock; what it guards is the newest record.
     writer: Mutex<Lsn>,
-    /// The lock of syncs; what it guards is the newest record on disk.
+    /// The newest record on disk.
     disk: Mutex<Lsn>,
 }
 
@@ -24,8 +24,8 @@ impl Log {
         Arc::new(Self { watermark: Watermark::new(0, Access::Open), writer: Mutex::new(0), disk: Mutex::new(0) })
     }
 
-    /// As `Shared::append`.
-    fn append(&self) -> Result<Lsn> {
+    /// As `Shared::write`.
+    fn write(&self) -> Result<Lsn> {
         let mut writer = self.writer.lock().unwrap();
         let (access, synced) = self.watermark.access();
         assert!(synced? <= *writer);
@@ -37,18 +37,36 @@ impl Log {
         Ok(*writer)
     }
 
+    /// As `Log::append`.
+    fn append(&self) -> Result<Lsn> {
+        let lsn = self.write()?;
+        self.watermark.wake();
+        Ok(lsn)
+    }
+
     /// As `Shared::sync_until`: the disk has what was written when the sync began.
     fn sync(&self, lsn: Lsn, fails: bool) -> Result<()> {
-        let mut disk = self.disk.lock().unwrap();
-        let Some(target) = self.watermark.begin_sync(lsn)? else { return Ok(()) };
+        let Turn::Ours(target) = self.watermark.begin_sync(lsn, HOUR)? else { return Ok(()) };
+        // Locked: another syncs too.
+        let mut disk = self.disk.try_lock().unwrap();
         if fails {
             let error = StoreError::Closed;
             self.watermark.fail(&error);
             return Err(error);
         }
         *disk = target;
+        drop(disk);
         drop(self.writer.lock().unwrap());
         self.watermark.end_sync(target);
+        Ok(())
+    }
+
+    /// As `Log::write` and `Log::commit`.
+    fn write_and_commit(&self, fails: bool) -> Result<()> {
+        let lsn = self.write()?;
+        self.sync(lsn, fails)?;
+        assert!(self.watermark.durable() >= lsn);
+        assert!(*self.disk.lock().unwrap() >= lsn, "called durable before a sync that covers it");
         Ok(())
     }
 
@@ -105,23 +123,30 @@ fn a_record_is_durable_only_after_a_sync_that_began_after_it() {
 
 #[test]
 fn appenders_that_sync_for_themselves_share_syncs() {
-    in_every_order("level always, two appenders and a waiter", || {
+    in_every_order("two that commit, and a waiter", || {
         let log = Log::new();
         let appender = {
             let log = Arc::clone(&log);
-            thread::spawn(move || {
-                let lsn = log.append().unwrap();
-                log.sync(lsn, false).unwrap();
-                assert!(*log.disk.lock().unwrap() >= lsn && log.watermark.durable() >= lsn);
-            })
+            thread::spawn(move || log.write_and_commit(false).unwrap())
         };
-        let lsn = log.append().unwrap();
-        log.sync(lsn, false).unwrap();
-        assert!(*log.disk.lock().unwrap() >= lsn && log.watermark.durable() >= lsn);
+        log.write_and_commit(false).unwrap();
         // The last one written may be the other's.
         let newest = log.watermark.written();
         assert!(log.watermark.wait(newest, HOUR).unwrap());
         appender.join().unwrap();
+        assert_eq!(log.watermark.durable(), 2);
+    });
+    in_every_order("one that commits, one that waits for the sync thread", || {
+        let log = Log::new();
+        let syncing = sync_thread(&log, HOUR, false);
+        let appender = {
+            let log = Arc::clone(&log);
+            thread::spawn(move || log.write_and_commit(false).unwrap())
+        };
+        assert!(log.append_and_wait().unwrap());
+        appender.join().unwrap();
+        log.close();
+        syncing.join().unwrap();
         assert_eq!(log.watermark.durable(), 2);
     });
 }
@@ -140,6 +165,16 @@ fn a_failed_sync_wakes_every_waiter_and_nothing_is_durable_after_it() {
         syncing.join().unwrap();
         assert_eq!(log.watermark.durable(), 0);
         assert!(log.sync(Lsn::MAX, false).is_err(), "a sync after a failed one");
+    });
+    in_every_order("two that commit, every sync fails", || {
+        let log = Log::new();
+        let appender = {
+            let log = Arc::clone(&log);
+            thread::spawn(move || assert!(log.write_and_commit(true).is_err()))
+        };
+        assert!(log.write_and_commit(true).is_err());
+        appender.join().unwrap();
+        assert_eq!(log.watermark.durable(), 0);
     });
 }
 
