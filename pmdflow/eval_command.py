@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -82,7 +83,7 @@ def evaluate_checkpoint(path: Path, task: str, options: EvalOptions) -> int:
         prompts = _prompts(config, task, options)
         tokenizer = load_tokenizer(config.model.path)
         engine = _engine(checkpoint, config, seed=options.seed)
-        with RewardRunner(config.reward) as runner:
+        with contextlib.closing(engine), RewardRunner(config.reward) as runner:
             started = time.monotonic()
             results = evaluate(
                 engine=engine,
