@@ -10,6 +10,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import repeat
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,6 +158,9 @@ class BatchBuffers:
 
 _WIRE = struct.Struct("<4sHHII")
 """Magic, version, 0, length of the header, 0; `rust_buffer/src/wire.rs` describes the whole."""
+_place = attrgetter("trajectory", "epoch", "offset")
+_end = attrgetter("next_version", "stop", "observed")
+_TOKEN, _LOGPROB = np.dtype("<i4"), np.dtype("<f4")
 
 
 def encode_segments(
@@ -170,13 +175,15 @@ def encode_segments(
     Raises:
         ValueError: `extra` has another length than `segments`, or log-probs another shape than tokens.
     """
-    columns: Iterable[Mapping[str, np.ndarray[Any, Any]]] = extra if extra is not None else [{}] * len(segments)
+    columns: Iterable[Mapping[str, np.ndarray[Any, Any]]] = extra if extra is not None else repeat({}, len(segments))
     rows: list[tuple[Any, ...]] = []
     arrays: list[Any] = []
     for segment, named in zip(segments, columns, strict=True):
-        tokens = np.ascontiguousarray(segment.tokens, dtype="<i4")
+        tokens = np.ascontiguousarray(segment.tokens, _TOKEN)
         others = [(name, np.ascontiguousarray(array)) for name, array in named.items()]
-        rows.append(_segment_row(segment, len(tokens), others))
+        described = [(name, array.dtype.str, array.nbytes) for name, array in others]
+        temperature = float(segment.temperature)
+        rows.append((*_place(segment), len(tokens), segment.version, temperature, *_end(segment), described))
         if len(tokens) == 0:
             continue
         arrays.append(tokens)
@@ -188,7 +195,7 @@ def encode_segments(
                     f"trajectory {segment.trajectory}: {len(segment.logprobs)} log-probs for {len(tokens)} tokens; "
                     "give one for each"
                 )
-            arrays.append(np.ascontiguousarray(segment.logprobs, dtype="<f4"))
+            arrays.append(np.ascontiguousarray(segment.logprobs, _LOGPROB))
         for _, array in others:
             arrays += array, _padding(array.nbytes)
     header: bytes = msgpack.packb(rows)
@@ -197,21 +204,6 @@ def encode_segments(
 
 def _padding(length: int) -> bytes:
     return bytes(-length % 8)
-
-
-def _segment_row(segment: Segment, count: int, extra: Sequence[tuple[str, np.ndarray[Any, Any]]]) -> tuple[Any, ...]:
-    return (
-        segment.trajectory,
-        segment.epoch,
-        segment.offset,
-        count,
-        segment.version,
-        float(segment.temperature),
-        segment.next_version,
-        segment.stop,
-        segment.observed,
-        [(name, array.dtype.str, array.nbytes) for name, array in extra],
-    )
 
 
 class TrajectoryStore:
