@@ -95,7 +95,7 @@ class Ours:
         self._actor = _actor(RolloutActor, num_cpus=1, max_concurrency=8).remote(
             log_path=log_path(directory, "rollout"), config=config, index=0, store=self._store, run_dir=str(directory)
         )
-        self._actor.run.remote(None)
+        self._actor.run.remote(None, "rollout-0")
         ray.get(self._actor.drain.remote(), timeout=TIMEOUT_S)
         self._admitted = 0
         self._complete = 0

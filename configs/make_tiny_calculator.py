@@ -67,7 +67,8 @@ def make_model(tokenizer: Any) -> Qwen3ForCausalLM:
             num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=4,
-            head_dim=24,
+            head_dim=32,  # the smallest that vLLM has on a CPU
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000 ** (4 / 3)},
             max_position_embeddings=256,
             tie_word_embeddings=True,
             initializer_range=0.05,

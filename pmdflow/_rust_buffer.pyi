@@ -124,6 +124,12 @@ class TrajectoryStore:
         while a claim is untrained or `version` is not the newest. Keys of an answer: the fields of
         `pmdflow.types.Lease`.
         """
+    def fence(self, worker: str) -> int:
+        """End every lease of a worker that is dead or given up, and lease nothing to it again; returns how many.
+
+        A call of `lease` that it left waiting gets nothing, and what it appends from now on is stale. Forgotten at
+        reopening, like leases: give each worker that takes over a name of its own.
+        """
     def append(
         self, batch: bytes, wait: bool = True, now_s: float | None = None
     ) -> tuple[int, list[tuple[int, bool, int]]]:

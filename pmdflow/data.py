@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgpack
 import numpy as np
 
+from pmdflow.errors import PromptTooLong
 from pmdflow.rollout.control import check_overrides
 from pmdflow.types import Int32, Prompt
 
@@ -65,7 +66,7 @@ def make_prompts(config: Config) -> PromptSource:
             args=config.data.args,
             seed=config.run.seed,
             num_held_out=config.eval.prompts,
-            tokenize=make_tokenize(config.model.path),
+            tokenize=make_tokenize(config.model.path, max_tokens=config.data.max_prompt_tokens),
         )
     if config.data.args:
         raise ValueError(f"data.args is {config.data.args}: only reasoning_gym tasks take arguments; remove it")
@@ -73,7 +74,7 @@ def make_prompts(config: Config) -> PromptSource:
         path=Path(task),
         seed=config.run.seed,
         num_held_out=config.eval.prompts,
-        tokenize=make_tokenize(config.model.path),
+        tokenize=make_tokenize(config.model.path, max_tokens=config.data.max_prompt_tokens),
     )
 
 
@@ -108,11 +109,15 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def make_tokenize(model_path: str) -> Tokenize:
+def make_tokenize(model_path: str, *, max_tokens: int | None = None) -> Tokenize:
     """Return the function from a prompt's text to its token ids, shape [P].
 
     The text is one user message of the chat template, with the generation prompt, where the tokenizer has a
     template; otherwise the text and a newline. No other special token is added.
+
+    Args:
+        model_path: Folder with the tokenizer.
+        max_tokens: `data.max_prompt_tokens`; a longer prompt raises `PromptTooLong`. None is unlimited.
 
     Raises:
         ValueError: no tokenizer in the folder.
@@ -128,6 +133,11 @@ def make_tokenize(model_path: str) -> Tokenize:
         ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
         if not ids:
             raise ValueError(f"model.path is {model_path!r}: its tokenizer makes no token of the prompt {text!r:.200}")
+        if max_tokens is not None and len(ids) > max_tokens:
+            raise PromptTooLong(
+                f"data.max_prompt_tokens is {max_tokens}, but the prompt {text!r:.80} has {len(ids)} tokens; raise it "
+                "as far as the model's positions and learner.tokens_per_microbatch allow, or leave such prompts out"
+            )
         return np.asarray(ids, dtype=np.int32)
 
     return tokenize

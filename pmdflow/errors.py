@@ -25,6 +25,10 @@ class LaunchError(PmdflowError):
     """The run could not start; the message names the place and the remedy."""
 
 
+class PromptTooLong(PmdflowError, ValueError):
+    """A prompt has more tokens than `data.max_prompt_tokens`."""
+
+
 class ActorDied(PmdflowError):
     """An actor that cannot be replaced has died."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -76,13 +77,13 @@ def evaluate_checkpoint(path: Path, task: str, options: EvalOptions) -> int:
     """
     checkpoint = find_checkpoint(path)
     config = eval_config(checkpoint, task, options)
-    require_engine(config.rollout)
+    require_engine(config.rollout, greedy=config.eval.temperature == 0)
     ks = _ks(options)
     try:
         prompts = _prompts(config, task, options)
         tokenizer = load_tokenizer(config.model.path)
         engine = _engine(checkpoint, config, seed=options.seed)
-        with RewardRunner(config.reward) as runner:
+        with contextlib.closing(engine), RewardRunner(config.reward) as runner:
             started = time.monotonic()
             results = evaluate(
                 engine=engine,
@@ -197,7 +198,8 @@ def _prompts(config: Config, task: str, options: EvalOptions) -> list[Prompt]:
     """All lines of a `.jsonl` file; the held-out prompts of anything else."""
     if not task.endswith(".jsonl"):
         return make_prompts(config).held_out(config.eval.prompts)
-    return read_prompts(Path(task), make_tokenize(config.model.path))[: options.prompts]
+    tokenize = make_tokenize(config.model.path, max_tokens=config.data.max_prompt_tokens)
+    return read_prompts(Path(task), tokenize)[: options.prompts]
 
 
 def _engine(checkpoint: Checkpoint, config: Config, *, seed: int) -> RolloutEngine:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import sys
@@ -15,8 +14,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
-from ray.util.placement_group import placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pmdflow.config.load import Loaded
 from pmdflow.config.schema import DEFAULT_SLOTS, Config
@@ -28,6 +25,7 @@ from pmdflow.learner.actor import LearnerActor
 from pmdflow.metrics.live import LiveView
 from pmdflow.metrics.recorder import Recorder
 from pmdflow.metrics.summary import render_summary
+from pmdflow.placement import place_learners, place_rollouts
 from pmdflow.reward.actor import RewardActor
 from pmdflow.rollout.actor import RolloutActor
 from pmdflow.run_directory import RunDirectory, log_path
@@ -35,8 +33,6 @@ from pmdflow.store_actor import StoreActor
 from pmdflow.supervision import STARTUP_TIMEOUT_S, Loop, Supervisor
 
 LEARNER_SETUP_TIMEOUT_S = 300.0
-PLACEMENT_TIMEOUT_S = 60
-"""Ray takes whole seconds here."""
 
 
 def up(loaded: Loaded) -> int:
@@ -98,6 +94,7 @@ def _train(config: Config, run: RunDirectory, recorder: Recorder, live: LiveView
     """Run the controller; True if every iteration was done."""
     start_ray(config)
     places = place_learners(config)  # before the rollout actors: these share what is left
+    rollout_places = place_rollouts(config)
 
     def start() -> list[Any]:
         learners = start_learners(config, run.path, places)
@@ -114,7 +111,7 @@ def _train(config: Config, run: RunDirectory, recorder: Recorder, live: LiveView
     supervisor = Supervisor(store=store, recorder=recorder, live=live)
     previous = signal.signal(signal.SIGINT, partial(_interrupt, supervisor))
     try:
-        for loop in _loops(config, run, store):
+        for loop in _loops(config, run, store, rollout_places):
             supervisor.start_loop(loop)
         controller = Controller(
             config=config,
@@ -140,7 +137,8 @@ def _prompts(config: Config) -> PromptSource:
 
 def start_ray(config: Config) -> None:
     """Start Ray on this machine, or join the cluster that `cluster.address` names."""
-    cpus = config.rollout.actors * config.rollout.threads + config.learner.ranks * config.learner.threads
+    rollout, learner = config.rollout, config.learner
+    cpus = rollout.actors * rollout.threads * rollout.tensor_parallel + learner.ranks * learner.threads
     local = config.cluster.address == "local"
     ray.init(
         address="local" if local else config.cluster.address,
@@ -176,30 +174,6 @@ def _grant_tokens(config: Config) -> int:
     return min(max(config.scheduler.tokens_per_iteration // (2 * held), 64), 1024)
 
 
-def place_learners(config: Config) -> list[dict[str, Any]]:
-    """Reserve a place for each rank, as options of its actor; the ranks of a replica are on one node if they fit.
-
-    Raises:
-        LaunchError: Ray has too few CPUs or GPUs.
-    """
-    learner = config.learner
-    _, gpus = _gpu_shares(config)
-    bundle = {"CPU": float(learner.threads), **({"GPU": gpus} if gpus else {})}
-    shards = learner.ranks // learner.replicas
-    places = []
-    for replica in range(learner.replicas):
-        group = placement_group([bundle] * shards, strategy="PACK")
-        if not group.wait(PLACEMENT_TIMEOUT_S):
-            raise LaunchError(
-                f"Ray found no place for {shards} learner ranks of replica {replica} with {bundle} each in "
-                f"{PLACEMENT_TIMEOUT_S} s; free: {ray.available_resources()}: lower learner.ranks or learner.threads"
-            )
-        for index in range(shards):
-            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-            places.append({"num_cpus": learner.threads, "num_gpus": gpus, "scheduling_strategy": strategy})
-    return places
-
-
 def start_learners(
     config: Config, run_dir: Path, places: Sequence[dict[str, Any]], *, log_prefix: str = ""
 ) -> list[Any]:
@@ -215,15 +189,10 @@ def start_learners(
     return learners
 
 
-def _loops(config: Config, run: RunDirectory, store: Any) -> list[Loop]:
-    share, _ = _gpu_shares(config)
-    if config.rollout.tensor_parallel > 1:
-        share = config.rollout.tensor_parallel
-
+def _loops(config: Config, run: RunDirectory, store: Any, places: Sequence[dict[str, Any]]) -> list[Loop]:
     def rollout(index: int) -> Any:
         name = f"rollout-{index}"
-        options = {"num_cpus": config.rollout.threads, "num_gpus": share, "scheduling_strategy": "SPREAD"}
-        return _actor(RolloutActor, max_concurrency=8, **options).remote(
+        return _actor(RolloutActor, max_concurrency=8, **places[index]).remote(
             log_path=log_path(run.path, name), config=config, index=index, store=store, run_dir=str(run.path)
         )
 
@@ -244,30 +213,6 @@ def _store_groups(config: Config) -> dict[str, Any]:
     actors = config.rollout.actors
     groups = {"lease": actors + 1, "append": actors + 1, "score": 2, "claim": 2, "archive": 1}
     return {"concurrency_groups": groups, "max_concurrency": 4}
-
-
-def _gpu_shares(config: Config) -> tuple[float, float]:
-    return gpu_shares(
-        int(ray.cluster_resources().get("GPU", 0)), actors=config.rollout.actors, ranks=config.learner.ranks
-    )
-
-
-def gpu_shares(gpus: int, *, actors: int, ranks: int) -> tuple[float, float]:
-    """GPUs of one rollout actor and of one learner rank: whole ones where there are enough; 0 on machines without.
-
-    Two ranks never share a GPU, which NCCL refuses; rollout actors share those that ranks leave, or all with them.
-
-    Raises:
-        LaunchError: there are GPUs, but fewer than ranks.
-    """
-    if 0 < gpus < ranks:
-        raise LaunchError(f"learner.ranks is {ranks}, but Ray has {gpus} GPUs and each rank needs its own: lower it")
-    if gpus == 0 or gpus >= actors + ranks:
-        return float(gpus > 0), float(gpus > 0)
-    if gpus > ranks:
-        return 1 / math.ceil(actors / (gpus - ranks)), 1.0
-    # More than half: a second rank finds no room on the same GPU.
-    return 0.4 / math.ceil(actors / gpus), 0.6
 
 
 def _actor(cls: type, **options: Any) -> Any:

@@ -101,7 +101,8 @@ def replay_claims(run: Path, config: Config, *, start: int) -> Iterator[Replayed
     """
     import ray
 
-    from pmdflow.launch import place_learners, start_learners, start_ray
+    from pmdflow.launch import start_learners, start_ray
+    from pmdflow.placement import place_learners
 
     history = History(run, max_spans=0)
     history.update()

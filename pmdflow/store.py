@@ -334,6 +334,13 @@ class TrajectoryStore:
             for row in rows
         ]
 
+    def fence(self, worker: str) -> int:
+        """End every lease of a worker that is dead or given up, and lease nothing to it again; returns how many.
+
+        What it appends from now on is stale. A worker that takes over needs a name of its own.
+        """
+        return self._native.fence(worker)
+
     def append(
         self, batch: bytes | Sequence[Segment], *, wait: bool = True, now_s: float | None = None
     ) -> tuple[int, list[Grant]]:

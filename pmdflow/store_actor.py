@@ -50,6 +50,10 @@ class StoreActor:
         """Lease trajectories to a rollout actor; waits for the first one."""
         return self._store.lease(worker, version, max_leases, timeout_s)
 
+    def fence(self, worker: str) -> int:
+        """End every lease of a worker that is dead, and lease nothing to it again."""
+        return self._store.fence(worker)
+
     @ray.method(concurrency_group="append")
     def append(self, batch: bytes) -> list[Grant]:
         """Append encoded segments; answers once they are durable."""

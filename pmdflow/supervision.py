@@ -36,12 +36,19 @@ class Loop:
     """An actor that answered before and is silent for this long is killed and replaced."""
     actor: Any = None
     run_ref: Any = None
+    starts: int = 0
+    """Actors made for it so far."""
     drain_ref: Any = None
     drain_since: float = 0.0
     answered: bool = False
     quick_deaths: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
     """Generated, drafted and accepted ones of the present actor, as last drained."""
+
+    @property
+    def worker(self) -> str:
+        """The name under which the present actor takes leases; no other actor has it."""
+        return f"{self.name}/{self.starts}"
 
 
 class Supervisor:
@@ -73,7 +80,9 @@ class Supervisor:
     def start_loop(self, loop: Loop) -> None:
         """Create the actor of a loop and run it from the newest weights."""
         loop.actor = loop.make()
-        loop.run_ref = loop.actor.run.remote(self.handle) if loop.takes_weights else loop.actor.run.remote()
+        loop.starts += 1
+        arguments = (self.handle, loop.worker) if loop.takes_weights else ()
+        loop.run_ref = loop.actor.run.remote(*arguments)
         loop.drain_ref, loop.drain_since, loop.answered, loop.tokens = None, time.monotonic(), False, {}
         if loop not in self.loops:
             self.loops.append(loop)
@@ -88,7 +97,8 @@ class Supervisor:
         deadline = time.monotonic() + timeout_s
         pending = list(refs)
         while pending:
-            done, pending = ray.wait(pending, num_returns=1, timeout=TICK_S)
+            ray.wait([*pending, *(loop.run_ref for loop in self.loops)], num_returns=1, timeout=TICK_S)
+            done, pending = ray.wait(pending, num_returns=len(pending), timeout=0)
             self._get(done, what=what)
             self.tick()
             if pending and time.monotonic() > deadline:
@@ -100,7 +110,10 @@ class Supervisor:
         return self.wait([method.remote(*args)], what=what, timeout_s=timeout_s)[0]
 
     def tick(self) -> None:
-        """At most once in `TICK_S`: look after every actor and collect telemetry. Never waits."""
+        """Replace actors that ended; once in `TICK_S`, look after every actor and collect telemetry. Never waits."""
+        for loop in self.loops:
+            if _is_ready(loop.run_ref):
+                self._replace_ended(loop)
         if time.monotonic() - self._last_tick < TICK_S:
             return
         self._last_tick = time.monotonic()
@@ -171,9 +184,6 @@ class Supervisor:
             raise PmdflowError(f"{what} failed: {error.cause}") from error
 
     def _watch(self, loop: Loop) -> None:
-        if _is_ready(loop.run_ref):
-            self._replace_ended(loop)
-            return
         if self._collect(loop):
             return
         silent_s = time.monotonic() - loop.drain_since
@@ -229,6 +239,8 @@ class Supervisor:
             raise ActorDied(f"{loop.name} died {loop.quick_deaths} times before it was ready ({why}); see its log")
         self.event("actor_died", f"{loop.name}: {why}; starting another", actor=loop.name)
         ray.kill(loop.actor)
+        if loop.takes_weights:
+            self.store.fence.remote(loop.worker)  # its trajectories go on elsewhere, now and not when its leases expire
         self.start_loop(loop)
         self.event("actor_restarted", f"{loop.name} starts again from version {self._version()}", actor=loop.name)
 

@@ -14,6 +14,7 @@ import pytest
 
 from pmdflow.config.schema import Config
 from pmdflow.data import make_prompts, make_tokenize
+from pmdflow.errors import PromptTooLong
 from pmdflow.types import Prompt
 
 CHAT_TEMPLATE = (
@@ -69,6 +70,13 @@ def test_tokens_are_the_text_and_a_newline_without_a_chat_template(model: str) -
     tokens = make_tokenize(model)("1 + 2 =")
     assert tokens.dtype == np.int32
     assert tokens.shape == (len("1 + 2 =\n"),)
+
+
+def test_a_prompt_above_the_limit_is_refused_with_the_remedy(model: str) -> None:
+    tokenize = make_tokenize(model, max_tokens=8)
+    assert len(tokenize("1 + 2 =")) == 8
+    with pytest.raises(PromptTooLong, match=r"max_prompt_tokens is 8, but the prompt '1 \+ 22 =' has 9"):
+        tokenize("1 + 22 =")
 
 
 def test_chat_template_is_applied_with_the_generation_prompt(tmp_path: Path) -> None:

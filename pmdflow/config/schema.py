@@ -71,6 +71,8 @@ class DataConfig(Section):
     """Trajectories for each prompt (k)."""
     max_tokens: PositiveInt
     """Most generated tokens of one trajectory, over all its segments."""
+    max_prompt_tokens: PositiveInt = 4096
+    """Longest prompt; a `vllm` engine is started for sequences of it and `max_tokens` together."""
 
 
 class EvalConfig(Section):
@@ -166,20 +168,23 @@ class RolloutConfig(Section):
     on_new_weights: Literal["keep_kv", "reprefill", "finish"] = "keep_kv"
     """What running sequences do when weights arrive: go on, recompute their prefix, or finish on the old ones."""
     flush_interval_s: PositiveFloat = 0.25
-    """Tokens are sent to the store at least this often; a killed worker loses at most these."""
+    """Tokens are in the store within this time; a killed worker loses at most what it generated in it."""
     lease_ttl_s: PositiveFloat = 30.0
-    """A worker silent for this long loses its leases."""
+    """A worker silent for this long loses its leases; one that is seen to die loses them at once."""
     threads: PositiveInt = 1
     """CPU threads of one engine."""
     memory_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of a GPU's memory (on a CPU, of the machine's) that a `vllm` engine may take for weights and cache."""
     tensor_parallel: PositiveInt = 1
-    """GPUs that the weights of one `vllm` engine are split over; all of one machine."""
+    """Ranks that the weights of one `vllm` engine are split over, on one machine: each takes a GPU, or without GPUs
+    `threads` CPUs."""
     speculation: Literal["ngram", "suffix"] | None = None
     """Drafts that `vllm` verifies, without a change of the distribution: `ngram` repeats what followed the same tokens
-    earlier in the sequence, `suffix` (needs `arctic-inference`) also in others; null is off. Not on a CPU."""
+    earlier in the sequence, `suffix` (needs `arctic-inference`) also in others; null is off. On a CPU only for
+    greedy evaluation."""
     engine_timeout_s: PositiveFloat = 60.0
-    """A `vllm` engine process that is silent for this long is killed, and its actor replaced."""
+    """Within this time a `vllm` engine that dies or falls silent is noticed: it is killed, its actor gives its leases
+    back and is replaced."""
 
 
 class StragglerConfig(Section):

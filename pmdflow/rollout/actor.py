@@ -39,7 +39,7 @@ class RolloutActor:
     def __init__(self, *, config: Config, index: int, store: Any, run_dir: str) -> None:
         """Load the engine; `store` is the handle of the store actor."""
         self._config = config
-        self._name = f"rollout-{index}"
+        self._name = self._worker = f"rollout-{index}"
         self._store = store
         self._transport = make_transport(config, Path(run_dir))
         self._engine = make_engine(config, seed=config.run.seed * 1000 + index)
@@ -60,8 +60,10 @@ class RolloutActor:
         self._newest_offer = 0
         self._stopping = threading.Event()
 
-    def run(self, handle: WeightsHandle | None) -> None:
+    def run(self, handle: WeightsHandle | None, worker: str) -> None:
         """Generate until `stop`, from the weights of `handle`; None means those of the model folder.
+
+        Leases are taken as `worker`, a name that no actor before it had: the leases of those may be fenced at any time.
 
         Consumes: leases and weights. Produces: segments. Waits for: a lease or a grant, at most `LEASE_WAIT_S` at a
         time. Unblocked by: admission, a publication, an expired lease of another worker.
@@ -69,6 +71,7 @@ class RolloutActor:
         Raises:
             EngineDied: the engine's process is gone or silent; everything generated is sent and every lease given back.
         """
+        self._worker = worker
         if handle is not None:
             self._offer(handle.version, self._transport.fetch(handle, timeout_s=STORE_TIMEOUT_S))
         try:
@@ -209,7 +212,7 @@ class RolloutActor:
         awaiting = self._pending is not None and self._config.rollout.on_new_weights == "finish"
         if self._lease_ref is None and free > 0 and not awaiting:
             self._lease_version = self._engine.version
-            self._lease_ref = self._store.lease.remote(self._name, self._lease_version, free, LEASE_WAIT_S)
+            self._lease_ref = self._store.lease.remote(self._worker, self._lease_version, free, LEASE_WAIT_S)
 
     def _collect(self) -> None:
         refs = [ref for ref in (self._lease_ref, self._append_ref) if ref is not None]
@@ -235,8 +238,12 @@ class RolloutActor:
             self._engine.add(held.request())
 
     def _flush_when_due(self) -> None:
-        due = time.monotonic() - self._last_flush >= self._config.rollout.flush_interval_s
-        if self._append_ref is None and (due or any(held.urgent for held in self._running.values())):
+        # Half an interval until tokens are sent leaves the other half to make them durable. A store that is slower is
+        # waited for: what is generated meanwhile would be lost too.
+        due = time.monotonic() - self._last_flush >= self._config.rollout.flush_interval_s / 2
+        if due:
+            self._await_append()
+        if due or (self._append_ref is None and any(held.urgent for held in self._running.values())):
             self._flush()
 
     def _flush(self) -> None:

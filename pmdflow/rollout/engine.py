@@ -95,6 +95,9 @@ class RolloutEngine(Protocol):
     def resume(self) -> None:
         """Generate again, under the newest weights and limits."""
 
+    def close(self) -> None:
+        """End its processes, if it has any; nothing is called afterwards."""
+
 
 def check_joins(request: Request, held: Collection[int], num_slots: int) -> None:
     """Refuse a sequence that an engine with `held` ones cannot hold.

@@ -137,6 +137,9 @@ class SimulatedEngine:
     def resume(self) -> None:
         """Nothing was stopped."""
 
+    def close(self) -> None:
+        """There are no processes."""
+
     def load_weights(self, version: int, staged: Mapping[str, torch.Tensor], *, on_new_weights: OnNewWeights) -> None:
         """Take the version and ignore the weights; `reprefill` counts every held token."""
         self.version = version

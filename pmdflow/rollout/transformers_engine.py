@@ -161,6 +161,9 @@ class TransformersEngine:
     def resume(self) -> None:
         """Nothing was stopped."""
 
+    def close(self) -> None:
+        """There are no processes."""
+
     @torch.inference_mode()
     def load_weights(self, version: int, staged: Mapping[str, Tensor], *, on_new_weights: OnNewWeights) -> None:
         """Copy `staged` weights, by the names of the model's state dict, into the model; of tied names one suffices.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import math
 import os
+import signal
 import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import numpy as np
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+from vllm.platforms import current_platform
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -27,6 +30,9 @@ from pmdflow.weights.shared_memory import StagedWeights
 
 STEP_WAIT_S = 0.05
 """Longest that a step waits for tokens: leases, flushes and weights wait as long."""
+SILENT_SHARE = 0.75
+"""Share of `timeout_s` after which a silent engine is killed; the rest is for the actor to send what it has and give
+its leases back, and for supervision to notice."""
 
 T = TypeVar("T")
 
@@ -83,11 +89,14 @@ class VllmEngine:
         self._request_ids = itertools.count()
         self._aborted: list[str] = []
         """vLLM requests to abort in the next step."""
-        self._last_answer = time.monotonic()
+        self._silent_s = 0.0
+        """How long calls have waited in vain since the engine's last answer."""
         self.version = 0
         self.num_slots = settings.slots or self._capacity()
         self.prefill_tokens = self.drafted_tokens = self.accepted_tokens = 0
-        self._await(self._llm.collective_rpc("end_with", args=(os.getpid(),)), "the first call")
+        ranks = self._llm.collective_rpc("end_with", args=(os.getpid(),))
+        self._ranks: list[int] = self._await(ranks, "the first call")
+        """Process of each tensor-parallel rank; vLLM's engine process itself if there is one."""
         self._await(self._llm.update_weight_version("0"), "the first version")
 
     def add(self, request: Request) -> None:
@@ -101,7 +110,12 @@ class VllmEngine:
         if length > self._max_length:
             raise ValueError(
                 f"sequence {request.id} may reach {length} tokens, vLLM was started for {self._max_length}; "
-                "lower data.max_tokens or use a model with more positions"
+                "lower data.max_tokens, raise data.max_prompt_tokens, or use a model with more positions"
+            )
+        if request.temperature > 0 and self._settings.speculation is not None and current_platform.is_cpu():
+            raise ValueError(
+                f"sequence {request.id} has temperature {request.temperature}: on a CPU vLLM 0.32 speculates exactly "
+                "only at temperature 0; remove rollout.speculation"
             )
         self._sequences[request.id] = _Sequence(
             request=request, tokens=request.tokens.tolist(), limit=request.limit, remaining=request.remaining
@@ -136,14 +150,13 @@ class VllmEngine:
         """Give out the tokens that have arrived; waits for them, but not longer than `STEP_WAIT_S`.
 
         Raises:
-            EngineDied: vLLM's process is gone, or has generated nothing for `timeout_s` although it should.
+            EngineDied: vLLM's process is gone, or silent although it should generate.
             PmdflowError: The model gave a log-prob that is not finite, or vLLM refused a request.
         """
+        start, silent_s = time.monotonic(), self._silent_s
         batches = self._await(self._exchange(), "a step")
-        if batches:
-            self._last_answer = time.monotonic()
-        elif self._running and time.monotonic() - self._last_answer > self._settings.timeout_s:
-            self._fail(f"generated nothing for {self._settings.timeout_s:g} s with {len(self._running)} requests")
+        if self._running and not batches:
+            self._silent_s = silent_s + time.monotonic() - start
         return self._give(batches)
 
     def pause(self) -> list[Output]:
@@ -168,12 +181,10 @@ class VllmEngine:
         """Generate on."""
         self._await(self._send(), "new requests")
         self._await(self._core.resume_scheduler_async(), "a resumption")
-        self._last_answer = time.monotonic()
 
     def close(self) -> None:
         """End vLLM's processes."""
-        for process in self._core.resources.engine_manager.processes:
-            process.kill()
+        self._kill()
         self._llm.shutdown()
         task = self._core.resources.output_queue_task
         if task is not None:
@@ -204,8 +215,6 @@ class VllmEngine:
         aborted, self._aborted = self._aborted, []
         await self._core.abort_requests_async(aborted)
         waiting, self._waiting = self._waiting, []
-        if not self._running:
-            self._last_answer = time.monotonic()
         for id in waiting:
             sequence = self._sequences.get(id)
             if sequence is not None and sequence.request_id is None and sequence.limit > 0:
@@ -313,17 +322,27 @@ class VllmEngine:
         return int(cache.num_gpu_blocks * cache.block_size)
 
     def _await(self, work: Coroutine[Any, Any, T], what: str) -> T:
+        limit_s = SILENT_SHARE * self._settings.timeout_s
         try:
-            return self._loop.run_until_complete(asyncio.wait_for(work, self._settings.timeout_s))
+            answer = self._loop.run_until_complete(asyncio.wait_for(work, limit_s - self._silent_s))
         except TimeoutError:
-            self._fail(f"did not answer {what} within {self._settings.timeout_s:g} s")
+            self._fail(f"was silent for {limit_s:g} s, at last during {what}, with {len(self._running)} requests")
         except EngineDeadError as error:
             self._fail(f"ended during {what}", cause=error)
+        self._silent_s = 0.0
+        return answer
 
     def _fail(self, how: str, *, cause: BaseException | None = None) -> NoReturn:
         """Kill what is left of vLLM's processes, so that a stopped one holds no memory, and say what happened."""
+        pids = ", ".join(map(str, self._kill()))
+        raise EngineDied(f"vLLM's engine process {pids} {how}; its output is above") from cause
+
+    def _kill(self) -> list[int]:
+        """Kill vLLM's processes, ranks first: without their parent they are reaped, and their ids free for others."""
         processes = self._core.resources.engine_manager.processes
+        for rank in self._ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
         for process in processes:
             process.kill()
-        pids = ", ".join(str(process.pid) for process in processes)
-        raise EngineDied(f"vLLM's engine process {pids} {how}; its output is above") from cause
+        return [process.pid for process in processes]

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from vllm import AsyncEngineArgs
 from vllm.config import WeightTransferConfig
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from pmdflow.config.model_size import measure_model
@@ -19,8 +20,6 @@ from pmdflow.rollout.vllm_worker import BACKEND
 
 MAX_SLOTS = 256
 """Most sequences at a time where the key-value cache decides."""
-PROMPT_TOKENS = 4096
-"""Longest prompt that is provided for."""
 CPU_BLOCK_TOKENS = 32
 """Tokens of a cache block on a CPU: vLLM's default there, 128, would prefill that many again at each continuation."""
 _SPECULATION: dict[str, dict[str, Any]] = {
@@ -43,7 +42,7 @@ class VllmSettings:
     memory_share: float = 0.5
     """Of a GPU's memory, or on a CPU of the machine's, that weights and key-value cache may take."""
     tensor_parallel: int = 1
-    """GPUs that one engine's weights are split over."""
+    """Ranks that one engine's weights are split over, each on its GPU, or on a CPU with `threads` of its own."""
     speculation: Literal["ngram", "suffix"] | None = None
     timeout_s: float = 60.0
     """An engine process that is silent for this long has failed."""
@@ -54,7 +53,7 @@ class VllmSettings:
         rollout = config.rollout
         return cls(
             model_path=config.model.path,
-            max_length=config.data.max_tokens + PROMPT_TOKENS,
+            max_length=config.data.max_tokens + config.data.max_prompt_tokens,
             dtype=config.model.dtype,
             slots=rollout.slots,
             threads=rollout.threads,
@@ -115,15 +114,25 @@ def eos_ids(model_config: Any, model_path: str) -> list[int]:
 
 
 def _max_length(settings: VllmSettings) -> int:
-    from transformers import AutoConfig
-
     positions = getattr(AutoConfig.from_pretrained(settings.model_path), "max_position_embeddings", None)
     return min(settings.max_length, positions or settings.max_length)
 
 
 def _cpu_arguments(settings: VllmSettings) -> dict[str, Any]:
-    """Eager: a compiled graph would keep the packed weights of the first version, and takes a minute to make."""
-    most = int(settings.memory_share * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    """Eager: a compiled graph would keep the packed weights of the first version, and takes a minute to make.
+
+    Raises:
+        ValueError: the model's heads have a size that vLLM's attention on a CPU does not have.
+    """
+    config = AutoConfig.from_pretrained(settings.model_path)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head not in CPUAttentionBackend.get_supported_head_sizes():
+        raise ValueError(
+            f"{settings.model_path} has attention heads of size {head}; on a CPU vLLM has sizes "
+            f"{CPUAttentionBackend.get_supported_head_sizes()}: use rollout.engine=transformers"
+        )
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    most = int(settings.memory_share * machine / settings.tensor_parallel)
     size = measure_model(settings.model_path)
     if size is not None:
         number_bytes = torch.finfo(getattr(torch, settings.dtype)).bits // 8

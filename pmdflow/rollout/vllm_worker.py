@@ -89,8 +89,12 @@ class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
 class WorkerExtension:
     """Mixed into vLLM's worker; its methods are called by `collective_rpc`."""
 
-    def end_with(self, pid: int) -> None:
-        """End this process when process `pid` ends, however it does: a killed actor cannot shut its engine down."""
+    def end_with(self, pid: int) -> int:
+        """End this process when process `pid` ends, however it does: a killed actor cannot shut its engine down.
+
+        Returns:
+            The id of this process.
+        """
         owner = os.pidfd_open(pid)
 
         def watch() -> None:
@@ -98,6 +102,7 @@ class WorkerExtension:
             os._exit(1)
 
         threading.Thread(target=watch, name="end-with-actor", daemon=True).start()
+        return os.getpid()
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, FileWeightTransfer)

@@ -25,6 +25,7 @@ pub struct Leases {
     held: BTreeMap<u64, Lease>,
     deadlines: BTreeSet<(Micros, u64)>,
     reserved: BTreeMap<Version, u64>,
+    fenced: BTreeSet<String>,
 }
 
 impl Leases {
@@ -65,6 +66,17 @@ impl Leases {
             }
         }
         Some(lease)
+    }
+
+    /// Lets `worker` lease nothing any more; returns the trajectories that it holds.
+    pub fn fence(&mut self, worker: &str) -> Vec<u64> {
+        self.fenced.insert(worker.to_owned());
+        self.held.iter().filter(|(_, lease)| lease.worker == worker).map(|(id, _)| *id).collect()
+    }
+
+    /// Whether `worker` may lease nothing any more.
+    pub fn is_fenced(&self, worker: &str) -> bool {
+        self.fenced.contains(worker)
     }
 
     /// Tokens granted under `version` and not yet appended.

@@ -192,6 +192,11 @@ impl TrajectoryStore {
         leases.iter().map(|lease| rows::lease(py, lease)).collect()
     }
 
+    #[pyo3(signature = (worker))]
+    fn fence(&self, py: Python<'_>, worker: &str) -> PyResult<usize> {
+        Ok(py.detach(|| self.shared.change(false, |store| store.fence(worker)))?.1)
+    }
+
     #[pyo3(signature = (batch, wait = true, now_s = None))]
     fn append(&self, py: Python<'_>, batch: &[u8], wait: bool, now_s: Option<f64>) -> PyResult<(u64, Vec<Answer>)> {
         let (lsn, replies) = py.detach(|| {

@@ -91,6 +91,18 @@ impl Store {
         Ok(())
     }
 
+    /// Ends every lease of `worker`, which is dead or given up, and leases nothing to it again, not even by a call that
+    /// it left waiting; returns how many it held. What it appends from now on is stale. Forgotten at reopening, like
+    /// leases.
+    ///
+    /// # Errors
+    /// `Conflict`; an error of ours.
+    pub fn fence(&mut self, worker: &str) -> Result<usize> {
+        let held = self.leases.fence(worker);
+        held.iter().try_for_each(|id| self.end_lease(*id))?;
+        Ok(held.len())
+    }
+
     /// Tokens of `version`'s budget that are neither generated nor granted.
     pub fn budget_left(&self, version: Version) -> u64 {
         let Some(quota) = self.state.quotas.get(&version) else { return 0 };
@@ -149,6 +161,9 @@ impl Store {
     /// Those of the log.
     pub fn lease(&mut self, worker: &str, version: Version, max_leases: usize, now: Micros) -> Result<Vec<Granted>> {
         self.expire(now)?;
+        if self.leases.is_fenced(worker) {
+            return Ok(Vec::new());
+        }
         let deadline = now.saturating_add(self.settings.lease_ttl);
         let mut held = Vec::new();
         while held.len() < max_leases {

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 
 from pmdflow.config.schema import Config
 from pmdflow.launch import _actor, _store_groups, start_ray, store_settings
+from pmdflow.placement import place_rollouts
 from pmdflow.rollout.actor import RolloutActor
 from pmdflow.run_directory import log_path
 from pmdflow.store_actor import StoreActor
@@ -30,20 +32,22 @@ class RolloutAlone:
     config: Config
     directory: Path
     store: Any
+    place: dict[str, Any]
     actor: Any = None
     run_ref: Any = None
+    workers: int = 0
 
     def start_actor(self, handle: Any = None) -> None:
         """Start the actor and wait until its engine is ready."""
-        options = {"num_cpus": 1, "num_gpus": 0, "max_concurrency": 8}
-        self.actor = _actor(RolloutActor, **options).remote(
+        self.actor = _actor(RolloutActor, max_concurrency=8, **self.place).remote(
             log_path=log_path(self.directory, "rollout-0"),
             config=self.config,
             index=0,
             store=self.store,
             run_dir=str(self.directory),
         )
-        self.run_ref = self.actor.run.remote(handle)
+        self.workers += 1
+        self.run_ref = self.actor.run.remote(handle, f"rollout-0/{self.workers}")
         self.drained()
 
     def drained(self) -> dict[str, Any]:
@@ -69,6 +73,35 @@ class RolloutAlone:
     def generated(self) -> int:
         """Durable tokens."""
         return int(self.call("ledger")["generated"])
+
+    def kill_generating(self) -> tuple[int, int]:
+        """SIGKILL the actor; what it had generated one flush interval before, and in all as far as it said.
+
+        Its engine's processes, if it has any, must end with it.
+        """
+        flush_s, history = self.config.rollout.flush_interval_s, []
+        end = time.monotonic() + 2 * flush_s
+        while time.monotonic() < end:
+            count = self.drained()["generated_tokens"]
+            history.append((time.monotonic(), count))
+            time.sleep(0.01)
+        actor = next(p for p in psutil.Process().children(recursive=True) if "RolloutActor" in " ".join(p.cmdline()))
+        engines = actor.children(recursive=True)
+        killed = time.monotonic()
+        actor.kill()
+        assert psutil.wait_procs(engines, timeout=30)[1] == [], "the engine outlived its actor"
+        return max(count for at, count in history if at <= killed - flush_s), history[-1][1]
+
+    def wait_tokens(self, number: int) -> None:
+        """Wait for that many more durable tokens."""
+        end, deadline = self.generated() + number, time.monotonic() + 60.0
+        while self.generated() < end:
+            assert time.monotonic() < deadline, f"{number} more tokens were not generated"
+            assert not ray.wait([self.run_ref], timeout=0.02)[0], ray.get(self.run_ref, timeout=1)
+
+    def fence(self) -> int:
+        """Take its leases from the actor that was started last; how many it held."""
+        return int(self.call("fence", f"rollout-0/{self.workers}"))
 
     def wait_complete(self, trajectories: int) -> None:
         """Wait until that many trajectories are complete."""
@@ -98,6 +131,6 @@ def rollout_alone(config: Config, directory: Path) -> Iterator[RolloutAlone]:
             settings=store_settings(config),
             archive_attrs={},
         )
-        yield RolloutAlone(config=config, directory=directory, store=store)
+        yield RolloutAlone(config=config, directory=directory, store=store, place=place_rollouts(config)[0])
     finally:
         ray.shutdown()

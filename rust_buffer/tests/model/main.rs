@@ -94,6 +94,8 @@ struct Model {
     stragglers: Stragglers,
     /// Tokens of late members.
     late_tokens: u64,
+    /// Workers that were fenced.
+    fenced: u64,
 }
 
 impl Model {
@@ -120,6 +122,7 @@ impl Model {
             evicted: 0,
             stragglers: Stragglers::new(settings.straggler),
             late_tokens: 0,
+            fenced: 0,
         }
     }
 
@@ -148,6 +151,7 @@ impl Model {
             Op::Quota { tokens, segment } => self.quota(*tokens, *segment),
             Op::Admit { size, max_tokens, priority, eval } => self.admit(*size, *max_tokens, *priority, *eval),
             Op::Lease { max, lag } => self.lease(*max, *lag),
+            Op::Fence => self.fence(),
             Op::Append { pick, count, stop, newer, observed } => {
                 self.append(*pick, *count, *stop, (*newer, *observed));
             }
@@ -227,7 +231,8 @@ impl Model {
     fn lease(&mut self, max: usize, lag: i64) {
         let (now, version) = (self.now, (self.newest() - lag).max(0));
         let open = self.store().state().open_claim().is_some() || version != self.newest();
-        let grants = self.store().lease("worker", version, max, now).unwrap();
+        let worker = self.worker();
+        let grants = self.store().lease(&worker, version, max, now).unwrap();
         self.check_priorities(&grants);
         for lease in grants {
             assert!(lease.grant > 0);
@@ -245,6 +250,28 @@ impl Model {
                 deadline: now + TTL,
             });
         }
+    }
+
+    /// Every lease of the present worker ends, and it gets no other; what it appends is stale; the next one takes over.
+    fn fence(&mut self) {
+        let (now, version, worker) = (self.now, self.newest(), self.worker());
+        let before = self.store().state().clone();
+        let held = std::mem::take(&mut self.held);
+        assert_eq!(self.store().fence(&worker).unwrap(), held.len());
+        assert_eq!(self.store().fence(&worker).unwrap(), 0);
+        assert!(self.store().lease(&worker, version, 9, now).unwrap().is_empty());
+        for held in &held {
+            let offset = self.tokens[&held.trajectory].len() as u32;
+            let sent = Sent { held, offset, tokens: &[1], next_version: held.version, stop: None, observed: false };
+            let replies = self.store().append(&Batch::decode(&sent.encode()).unwrap(), now).unwrap();
+            assert_eq!(replies, [Reply { trajectory: held.trajectory, stale: true, grant: 0 }]);
+        }
+        assert_eq!(self.store().state(), &before);
+        self.fenced += 1;
+    }
+
+    fn worker(&self) -> String {
+        format!("worker-{}", self.fenced)
     }
 
     /// No group of higher priority was left out when one was started.

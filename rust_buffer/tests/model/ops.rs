@@ -13,6 +13,7 @@ pub enum Op {
     Quota { tokens: u64, segment: Option<u32> },
     Admit { size: u32, max_tokens: u32, priority: i32, eval: bool },
     Lease { max: usize, lag: i64 },
+    Fence,
     Append { pick: usize, count: u32, stop: Option<&'static str>, newer: bool, observed: bool },
     Work { stop: Option<&'static str> },
     StaleAppend { pick: usize },
@@ -77,6 +78,7 @@ pub fn op() -> impl Strategy<Value = Op> {
         3 => (2..6_u32, 1..9_u32, 0..2_i32, prop::bool::weighted(0.2))
             .prop_map(|(size, max_tokens, priority, eval)| Op::Admit { size, max_tokens, priority, eval }),
         5 => (1..4_usize, 0..2_i64).prop_map(|(max, lag)| Op::Lease { max, lag }),
+        1 => Just(Op::Fence),
         8 => (0..8_usize, 0..5_u32, stop, prop::bool::weighted(0.2), prop::bool::weighted(0.2))
             .prop_map(|(pick, count, stop, newer, observed)| Op::Append { pick, count, stop, newer, observed }),
         8 => prop::option::of(Just("stop")).prop_map(|stop| Op::Work { stop }),

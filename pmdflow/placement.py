@@ -1,0 +1,106 @@
+"""Where actors run: what each learner rank and rollout actor reserves in Ray, and on which node."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from pmdflow.config.schema import Config
+from pmdflow.errors import LaunchError
+
+PLACEMENT_TIMEOUT_S = 60
+"""Ray takes whole seconds here."""
+
+
+def place_learners(config: Config) -> list[dict[str, Any]]:
+    """Reserve a place for each rank, as options of its actor; the ranks of a replica are on one node if they fit.
+
+    Raises:
+        LaunchError: Ray has too few CPUs or GPUs.
+    """
+    learner = config.learner
+    _, gpus = _gpu_shares(config)
+    bundle = _bundle(learner.threads, gpus)
+    shards = learner.ranks // learner.replicas
+    places = []
+    for replica in range(learner.replicas):
+        what = f"{shards} learner ranks of replica {replica}"
+        group = _reserve([bundle] * shards, "PACK", what, "lower learner.ranks or learner.threads")
+        places += [_options(learner.threads, gpus, group, index) for index in range(shards)]
+    return places
+
+
+def place_rollouts(config: Config) -> list[dict[str, Any]]:
+    """The options of each rollout actor's Ray actor.
+
+    The ranks of a tensor-parallel engine are processes of its actor: what all of them need is reserved as one bundle,
+    which is on one node, and which the actor's successor takes over.
+
+    Raises:
+        LaunchError: Ray has no node with enough CPUs or GPUs for an engine.
+    """
+    rollout = config.rollout
+    gpus, _ = _gpu_shares(config)
+    cpus = rollout.threads * rollout.tensor_parallel
+    if rollout.tensor_parallel == 1:
+        return [{"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": "SPREAD"}] * rollout.actors
+    remedy = "lower rollout.actors, rollout.tensor_parallel or rollout.threads"
+    places = []
+    for actor in range(rollout.actors):
+        what = f"the {rollout.tensor_parallel} ranks of rollout actor {actor}, which must be on one node,"
+        group = _reserve([_bundle(cpus, gpus)], "STRICT_PACK", what, remedy)
+        places.append(_options(cpus, gpus, group, 0))
+    return places
+
+
+def gpu_shares(gpus: int, *, actors: int, ranks: int, tensor_parallel: int = 1) -> tuple[float, float]:
+    """GPUs of one rollout actor and of one learner rank: whole ones where there are enough; 0 on machines without.
+
+    Two ranks never share a GPU, which NCCL refuses; rollout actors share those that ranks leave, or all with them. The
+    GPUs of a tensor-parallel engine are its own.
+
+    Raises:
+        LaunchError: there are GPUs, but fewer than ranks.
+    """
+    if 0 < gpus < ranks:
+        raise LaunchError(f"learner.ranks is {ranks}, but Ray has {gpus} GPUs and each rank needs its own: lower it")
+    if gpus > 0 and tensor_parallel > 1:
+        return float(tensor_parallel), 1.0
+    if gpus == 0 or gpus >= actors + ranks:
+        return float(gpus > 0), float(gpus > 0)
+    if gpus > ranks:
+        return 1 / math.ceil(actors / (gpus - ranks)), 1.0
+    # More than half: a second rank finds no room on the same GPU.
+    return 0.4 / math.ceil(actors / gpus), 0.6
+
+
+def _gpu_shares(config: Config) -> tuple[float, float]:
+    return gpu_shares(
+        int(ray.cluster_resources().get("GPU", 0)),
+        actors=config.rollout.actors,
+        ranks=config.learner.ranks,
+        tensor_parallel=config.rollout.tensor_parallel,
+    )
+
+
+def _bundle(cpus: int, gpus: float) -> dict[str, float]:
+    return {"CPU": float(cpus), **({"GPU": gpus} if gpus else {})}
+
+
+def _reserve(bundles: list[dict[str, float]], strategy: str, what: str, remedy: str) -> PlacementGroup:
+    group: PlacementGroup = placement_group(bundles, strategy=strategy)
+    if not group.wait(PLACEMENT_TIMEOUT_S):
+        raise LaunchError(
+            f"Ray found no place for {what} with {bundles[0]} each in {PLACEMENT_TIMEOUT_S} s; "
+            f"free: {ray.available_resources()}: {remedy}"
+        )
+    return group
+
+
+def _options(cpus: int, gpus: float, group: PlacementGroup, index: int) -> dict[str, Any]:
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+    return {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": strategy}
