@@ -103,6 +103,9 @@ pub trait Medium: Send + Sync {
     /// Any number of the bytes may be written.
     fn write(&self, at: u64, parts: &[&[u8]]) -> io::Result<()>;
 
+    /// Begins to bring what is written in the range to disk, where the medium can; `sync` then has less to wait for.
+    fn hasten(&self, _from: u64, _to: u64) {}
+
     /// Makes all that is written durable.
     ///
     /// # Errors

@@ -17,6 +17,9 @@ use super::{
 };
 use crate::error::{Result, StoreError};
 
+/// Bytes of a record that the disk begins to write while the caller applies it; smaller ones share their sync.
+const LARGE_BYTES: u32 = 128 << 10;
+
 /// Locks are taken in the order sync, writer, then watermark or files.
 pub(super) struct Shared {
     pub(super) storage: Arc<dyn Storage>,
@@ -82,7 +85,11 @@ impl Shared {
             written => written.map_err(|e| self.poison(e))?,
         };
         self.watermark.wrote(lsn, self.options.durability == Durability::Os);
+        let file = (location.len >= LARGE_BYTES).then(|| Arc::clone(&writer.file));
         drop(writer);
+        if let Some(file) = file.filter(|_| self.options.durability != Durability::Os) {
+            file.medium.hasten(location.offset, location.offset + u64::from(location.len));
+        }
         if self.options.durability == Durability::Always {
             self.sync_until(lsn, Duration::MAX)?;
         }
