@@ -67,7 +67,8 @@ def across_processes(bench: Bench) -> Answer:
     ray.init(num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     try:
         check_reads(peers.TransferQueue, bench.directory / "tq")
-        rounds = race({"ours": Ours, "our actor": OurActor, "transferqueue": peers.TransferQueue}, bench, work)
+        makes = {"ours": Ours, "our actor": OurActor, "transferqueue": peers.TransferQueue}
+        rounds = race(makes, bench, work, chunk=16)
     finally:
         ray.shutdown()
     return Answer(
