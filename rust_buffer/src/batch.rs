@@ -15,9 +15,10 @@ use crate::{
     wire,
 };
 
-/// Members of a claim whose segments are looked up before the first one is copied: the processor waits for several
-/// places in memory at once.
+/// Members of a claim whose segments and pages are reached for before the first one is copied.
 const MEMBERS_AHEAD: usize = 64;
+
+const PAGE_BYTES: usize = 4096;
 
 /// A claim and all that it refers to, as it was when it was asked for.
 pub struct ClaimView {
@@ -118,6 +119,11 @@ pub fn read_segment(log: &Log, segment: &Segment) -> Result<Bytes> {
 
 fn segment_bytes(log: &Log, segment: &Segment) -> Result<Bytes> {
     log.bytes_at(segment.file, segment.offset(), segment.bytes())
+}
+
+/// Reads a byte of each page.
+fn touch(bytes: &Bytes) {
+    std::hint::black_box(bytes.iter().step_by(PAGE_BYTES).fold(0_u8, |sum, byte| sum.wrapping_add(*byte)));
 }
 
 fn check_segment(log: &Log, segment: &Segment, bytes: &[u8]) -> Result<()> {
@@ -224,8 +230,10 @@ impl ClaimView {
         let mut packer = Packer { columns, at: 0 };
         let mut prompt = (None, Vec::new());
         for ahead in members.chunks(MEMBERS_AHEAD) {
-            let segments = ahead.iter().flat_map(|member| &member.trajectory.segments);
-            let sources: Vec<Bytes> = segments.map(|segment| segment_bytes(log, segment)).collect::<Result<_>>()?;
+            // Each step reaches for many places at once: the processor waits for all of them together.
+            let segments: Vec<Segment> = ahead.iter().flat_map(|m| &m.trajectory.segments).copied().collect();
+            let sources: Vec<Bytes> = segments.iter().map(|s| segment_bytes(log, s)).collect::<Result<_>>()?;
+            sources.iter().for_each(touch);
             let mut sources = sources.iter();
             for member in ahead {
                 if prompt.0 != Some(member.group) {
