@@ -25,6 +25,8 @@ LEASE_WAIT_S = 0.25
 """How long a request for leases stays parked in the store; bounds how old the version it was asked for can be."""
 STORE_TIMEOUT_S = 120.0
 """An append unanswered for this long ends the actor: it outlasts a restart of the store actor."""
+SLOTS_PER_SPARE = 8
+"""For so many slots one lease more is held: a slot that falls free is not empty while the store is asked."""
 CALL_WAIT_S = 0.02
 """How long an idle actor waits for environments before it looks at the store again."""
 MAX_PROBLEMS = 20
@@ -80,6 +82,7 @@ class RolloutActor:
                 self._collect()
                 self._take_answers()
                 self._request_leases()
+                self._fill_slots()
                 if self._engine.active():
                     self._step()
                 else:
@@ -154,8 +157,6 @@ class RolloutActor:
             if reply.problem:
                 self._problems.append(reply.problem)
             held.answer(reply)
-            if held.phase == "generating":
-                self._engine.add(held.request())
 
     def _end_span(self) -> None:
         if self._span_start is not None:
@@ -207,12 +208,21 @@ class RolloutActor:
             self._weights.notify_all()
 
     def _request_leases(self) -> None:
-        # One that has ended waits only for its last append; its slot is free.
-        free = self._engine.num_slots - sum(held.stop is None for held in self._running.values())
-        awaiting = self._pending is not None and self._config.rollout.on_new_weights == "finish"
-        if self._lease_ref is None and free > 0 and not awaiting:
+        slots, finish = self._engine.num_slots, self._config.rollout.on_new_weights == "finish"
+        wanted = slots if finish else slots + slots // SLOTS_PER_SPARE
+        # One that has ended waits only for its last append.
+        wanted -= sum(held.stop is None for held in self._running.values())
+        awaiting = self._pending is not None and finish
+        if self._lease_ref is None and wanted > 0 and not awaiting:
             self._lease_version = self._engine.version
-            self._lease_ref = self._store.lease.remote(self._worker, self._lease_version, free, LEASE_WAIT_S)
+            self._lease_ref = self._store.lease.remote(self._worker, self._lease_version, wanted, LEASE_WAIT_S)
+
+    def _fill_slots(self) -> None:
+        """Give the engine what waits for it, oldest lease first."""
+        open_ones = [held for held in self._running.values() if held.stop is None]
+        free = self._engine.num_slots - sum(held.phase == "generating" for held in open_ones)
+        for held in [held for held in open_ones if held.phase == "waiting" and held.limit > 0][:free]:
+            self._engine.add(held.begin())
 
     def _collect(self) -> None:
         refs = [ref for ref in (self._lease_ref, self._append_ref) if ref is not None]
@@ -234,8 +244,6 @@ class RolloutActor:
         grant = lease.grant if self._lease_version == self._engine.version else 0
         held = self._leases.take(lease, limit=grant, version=self._engine.version)
         self._running[lease.trajectory] = held
-        if held.phase == "generating":
-            self._engine.add(held.request())
 
     def _flush_when_due(self) -> None:
         # Half an interval until tokens are sent leaves the other half to make them durable. A store that is slower is
@@ -286,12 +294,11 @@ class RolloutActor:
             held.phase = "calling"
             held.session.start(tuple(held.context[held.turn_start :]))
         elif held.phase == "answered" and not held.observed:
-            held.phase = "generating"
+            held.phase = "waiting"
             self._leases.watch(held)
-            self._engine.add(held.request())
         elif held.phase == "generating":
             self._engine.extend(held.lease.trajectory, held.limit)
-        if held.phase == "generating" and held.limit == 0 and not held.tokens:
+        if held.phase in ("waiting", "generating") and held.limit == 0 and not held.tokens:
             held.stop = "budget"
             self._engine.abort(held.lease.trajectory)
 

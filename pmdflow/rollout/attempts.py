@@ -41,8 +41,8 @@ def generate_attempts(
             id = waiting.popleft()
             lease = _lease(id, prompts[id // samples], max_tokens)
             running[id], problems[id] = taker.take(lease, limit=max_tokens, version=engine.version), []
-            if running[id].phase == "generating":
-                engine.add(running[id].request())
+            if running[id].phase == "waiting":
+                engine.add(running[id].begin())
         moved = _decode(engine, running) | _converse(engine, taker, running, problems)
         last = time.monotonic() if moved else last
         for id in [id for id, held in running.items() if held.stop is not None]:
@@ -100,9 +100,8 @@ def _converse(
         problems[id] += [reply.problem] if reply.problem else []
         held.answer(reply)
         if held.stop is None:
-            held.phase = "generating"
             taker.watch(held)
-            engine.add(held.request())
+            engine.add(held.begin())
     if calls and not engine.active():
         wait([call for call in calls if call is not None], timeout=CALL_WAIT_S, return_when=FIRST_COMPLETED)
     return answered

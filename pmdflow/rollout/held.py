@@ -14,8 +14,8 @@ from pmdflow.rollout.stop_text import StopText
 from pmdflow.rollout.turns import Reply, Session
 from pmdflow.types import Lease, Segment, StopReason
 
-Phase = Literal["generating", "ended", "calling", "answered"]
-"""Where a turn stands: in the engine; whole but not durable; with the environment; answered but not appended."""
+Phase = Literal["waiting", "generating", "ended", "calling", "answered"]
+"""Where a turn stands: before or in the engine; ended, not durable; with the environment; answered, not sent."""
 
 
 @dataclass(slots=True)
@@ -34,7 +34,7 @@ class HeldTrajectory:
     """Watches for loops; None if they are let go on."""
     session: Session | None = None
     """Its environment; None if it is a single answer."""
-    phase: Phase = "generating"
+    phase: Phase = "waiting"
     turn_start: int = 0
     """Where the present turn begins in `context`."""
     offset: int = 0
@@ -58,8 +58,9 @@ class HeldTrajectory:
         """The environment, or the trajectory's next turn, waits for what is unsent."""
         return self.stop is None and (self.phase == "answered" or (self.phase == "ended" and bool(self.tokens)))
 
-    def request(self) -> Request:
-        """What the engine is asked to generate."""
+    def begin(self) -> Request:
+        """What the engine is asked to generate, from now on."""
+        self.phase = "generating"
         return Request(
             id=self.lease.trajectory,
             tokens=np.concatenate([self.lease.prompt, np.asarray(self.context, np.int32)]),
@@ -100,7 +101,7 @@ class HeldTrajectory:
             self.stop = "stop"
         elif self.room == 0:
             self.stop = "length"
-        self.phase = "answered" if observed or self.stop is not None else "generating"
+        self.phase = "answered" if observed or self.stop is not None else "waiting"
 
     def end_repetition(self) -> bool:
         """Whether the unsent tokens make it repetitive; it then ends at the token with which it became so."""

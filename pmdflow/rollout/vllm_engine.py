@@ -50,6 +50,11 @@ class _Sequence:
     """The one that is running; None while it is paused or waits for the next step."""
 
 
+async def _within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
+    async with asyncio.timeout(seconds):
+        return await work
+
+
 class VllmEngine:
     """A `RolloutEngine` on vLLM's asynchronous engine.
 
@@ -204,7 +209,8 @@ class VllmEngine:
         """Send what is to be sent, then wait for tokens."""
         await self._send()
         try:
-            batches = [await asyncio.wait_for(self._core.get_output_async(), STEP_WAIT_S)]
+            async with asyncio.timeout(STEP_WAIT_S):
+                batches = [await self._core.get_output_async()]
         except TimeoutError:
             return []
         while not self._core.outputs_queue.empty():
@@ -250,11 +256,11 @@ class VllmEngine:
         """One output for each sequence that has new tokens, so that none comes after the caller's `abort`."""
         given: dict[int, Output] = {}
         for output in itertools.chain.from_iterable(self._take(batch) for batch in batches):
-            tokens, logprobs = output.tokens, output.logprobs
-            if output.id in given:
-                before = given[output.id]
-                tokens, logprobs = [*before.tokens, *tokens], [*before.logprobs, *logprobs]
-            given[output.id] = Output(id=output.id, tokens=tokens, logprobs=logprobs, stop=output.stop)
+            before = given.get(output.id)
+            if before is not None:
+                tokens, logprobs = [*before.tokens, *output.tokens], [*before.logprobs, *output.logprobs]
+                output = Output(id=output.id, tokens=tokens, logprobs=logprobs, stop=output.stop)
+            given[output.id] = output
         return list(given.values())
 
     def _take(self, batch: EngineCoreOutputs | Exception) -> list[Output]:
@@ -324,7 +330,7 @@ class VllmEngine:
     def _await(self, work: Coroutine[Any, Any, T], what: str) -> T:
         limit_s = SILENT_SHARE * self._settings.timeout_s
         try:
-            answer = self._loop.run_until_complete(asyncio.wait_for(work, limit_s - self._silent_s))
+            answer = self._loop.run_until_complete(_within(limit_s - self._silent_s, work))
         except TimeoutError:
             self._fail(f"was silent for {limit_s:g} s, at last during {what}, with {len(self._running)} requests")
         except EngineDeadError as error:
