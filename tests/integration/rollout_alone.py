@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -121,9 +122,9 @@ class RolloutAlone:
 def rollout_alone(config: Config, directory: Path) -> Iterator[RolloutAlone]:
     """Start Ray and the store; ends everything."""
     (directory / "logs").mkdir(parents=True, exist_ok=True)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    start_ray(config)
     try:
+        with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):  # Ray's processes inherit it
+            start_ray(config)
         store = _actor(StoreActor, **_store_groups(config)).remote(
             log_path=log_path(directory, "store"),
             directory=str(directory / "store"),
