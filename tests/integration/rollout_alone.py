@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import psutil
+import pytest
 import ray
 
 from pmdflow.config.schema import Config
@@ -122,9 +121,10 @@ class RolloutAlone:
 def rollout_alone(config: Config, directory: Path) -> Iterator[RolloutAlone]:
     """Start Ray and the store; ends everything."""
     (directory / "logs").mkdir(parents=True, exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # Ray's processes inherit it
+        start_ray(config)
     try:
-        with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):  # Ray's processes inherit it
-            start_ray(config)
         store = _actor(StoreActor, **_store_groups(config)).remote(
             log_path=log_path(directory, "store"),
             directory=str(directory / "store"),
