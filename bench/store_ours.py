@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from store_workload import BATCH_GROUPS, GROUP_SIZE, NUM_VERSIONS, Batch, Out, Workload
+from store_workload import BATCH_GROUPS, GROUP_SIZE, NUM_VERSIONS, Batch, Workload
 
 from pmdflow.store import BatchBuffers, TrajectoryStore
 from pmdflow.types import Mask, Prompt, Quota, Segment, TrainBatch
@@ -137,9 +137,6 @@ class Ours:
             logprobs=packed.logprobs[generated],
             versions=packed.versions[generated],
         )
-
-    def read(self, groups: Sequence[int], out: Out | None) -> Batch:
-        raise NotImplementedError("claims are read by iteration")
 
     def close(self) -> None:
         self.store.close()

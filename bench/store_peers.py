@@ -26,11 +26,15 @@ class Subject(Protocol):
     def flush(self) -> None:
         """End the appends: whatever was promised for later is done."""
 
-    def read(self, groups: Sequence[int], out: Out | None) -> Batch:
-        """Complete groups, packed into `out` or into new arrays."""
-
     def close(self) -> None:
         """Let go of the directory."""
+
+
+class Readable(Subject, Protocol):
+    """One that gives back what it was given, by group."""
+
+    def read(self, groups: Sequence[int], out: Out | None) -> Batch:
+        """Complete groups, packed into `out` or into new arrays."""
 
 
 def row_of(work: Workload, member: int) -> bytes:
@@ -222,9 +226,6 @@ class RawSync:
 
     def flush(self) -> None:
         pass
-
-    def read(self, groups: Sequence[int], out: Out | None) -> Batch:
-        raise NotImplementedError("written only to be timed")
 
     def close(self) -> None:
         os.close(self._file)

@@ -13,7 +13,7 @@ import store_peers as peers
 from store_ours import Ours, Segments
 from store_paired import Answer
 from store_speed import Bench, check_reads, race
-from store_workload import GROUP_SIZE, NUM_VERSIONS, Batch, Out, Workload
+from store_workload import GROUP_SIZE, NUM_VERSIONS, Workload
 
 from pmdflow.store import encode_segments
 from pmdflow.store_actor import StoreActor
@@ -52,9 +52,6 @@ class OurActor:
 
     def flush(self) -> None:
         pass
-
-    def read(self, groups: Sequence[int], out: Out | None) -> Batch:
-        raise NotImplementedError("claims are read by iteration")
 
     def close(self) -> None:
         self._call("close")

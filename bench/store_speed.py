@@ -78,7 +78,7 @@ def race(makes: Mapping[str, Make], bench: Bench, work: Workload, *, chunk: int)
     return rounds
 
 
-def check_reads(make: Make, directory: Path) -> None:
+def check_reads(make: Callable[[Path, Workload], peers.Readable], directory: Path) -> None:
     """Warm up on a small workload, and see that what is read is what was appended."""
     work = Workload(1024, seed=1)
     subject = make(peers.fresh(directory), work)

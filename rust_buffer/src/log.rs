@@ -93,7 +93,7 @@ pub struct Position {
 pub enum Durability {
     /// When the operating system has it: survives the death of the process, not the loss of power.
     Os,
-    /// After the next group commit of the sync thread.
+    /// After the next group commit, by the sync thread or by a caller that waits.
     #[default]
     Group,
     /// Before `append` returns.

@@ -85,9 +85,9 @@ impl Shared {
             written => written.map_err(|e| self.poison(e))?,
         };
         self.watermark.wrote(lsn, self.options.durability == Durability::Os);
-        let file = (location.len >= LARGE_BYTES).then(|| Arc::clone(&writer.file));
+        let file = Arc::clone(&writer.file);
         drop(writer);
-        if let Some(file) = file.filter(|_| self.options.durability != Durability::Os) {
+        if location.len >= LARGE_BYTES && self.options.durability != Durability::Os {
             file.medium.hasten(location.offset, location.offset + u64::from(location.len));
         }
         if self.options.durability == Durability::Always {
