@@ -25,11 +25,12 @@ import numpy as np
 
 from pmdflow.config.load import load
 from pmdflow.config.schema import Config
-from pmdflow.data import load_tokenizer, make_prompts
-from pmdflow.learner.actor import Learner
+from pmdflow.data.prompts import make_prompts
+from pmdflow.data.tokenizer import load_tokenizer
+from pmdflow.learner.learner import Learner
 from pmdflow.reward.rubric import load_rubric
-from pmdflow.rollout.actor import make_engine
 from pmdflow.rollout.engine import Request
+from pmdflow.rollout.engines.make import make_engine
 from pmdflow.types import Mask, Prompt, Stop, TrainBatch
 
 SETTINGS = (

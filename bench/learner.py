@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from pmdflow.config.schema import Config
-from pmdflow.learner.actor import Learner
+from pmdflow.learner.learner import Learner
 from pmdflow.learner.steps import Sums, reference_pass
 from pmdflow.types import Mask, TrainBatch
 

@@ -33,7 +33,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from pmdflow.rollout.engine import Request
-from pmdflow.rollout.transformers_engine import TransformersEngine
+from pmdflow.rollout.engines.transformers.engine import TransformersEngine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from store_speed import Bench, check_reads, race
 from store_workload import GROUP_SIZE, NUM_VERSIONS, Workload
 
 from pmdflow.store import encode_segments
-from pmdflow.store_actor import StoreActor
+from pmdflow.store.actor import StoreActor
 from pmdflow.types import Prompt, Quota
 
 GROUPS = {"lease": 2, "append": 2, "score": 2, "claim": 2, "archive": 1}

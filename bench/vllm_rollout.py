@@ -32,11 +32,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vllm import LLM, EngineArgs, SamplingParams, TokensPrompt
 
 from pmdflow.config.schema import Config
-from pmdflow.launch import _actor, _store_groups, start_ray, store_settings
 from pmdflow.rollout.actor import RolloutActor
-from pmdflow.rollout.vllm_settings import VllmSettings, make_engine_args
-from pmdflow.run_directory import log_path
-from pmdflow.store_actor import StoreActor
+from pmdflow.rollout.engines.vllm.settings import VllmSettings, make_engine_args
+from pmdflow.run.actors import actor_class, start_ray, store_groups, store_settings
+from pmdflow.run.directory import log_path
+from pmdflow.store.actor import StoreActor
 from pmdflow.types import Prompt, Quota
 
 GROUP_SIZE = 4
@@ -83,7 +83,7 @@ class Ours:
         """Start them."""
         directory = Path(config.run.dir) / config.run.name
         (directory / "logs").mkdir(parents=True)
-        self._store = _actor(StoreActor, **_store_groups(config)).remote(
+        self._store = actor_class(StoreActor, **store_groups(config)).remote(
             log_path=log_path(directory, "store"),
             directory=str(directory / "store"),
             run_dir=str(directory),
@@ -92,7 +92,7 @@ class Ours:
         )
         self._call("publish", 0, None, {})
         self._call("set_quota", Quota(version=0, groups=10**6, tokens=10**9, tokens_per_segment=None))
-        self._actor = _actor(RolloutActor, num_cpus=1, max_concurrency=8).remote(
+        self._actor = actor_class(RolloutActor, num_cpus=1, max_concurrency=8).remote(
             log_path=log_path(directory, "rollout"), config=config, index=0, store=self._store, run_dir=str(directory)
         )
         self._actor.run.remote(None, "rollout-0")

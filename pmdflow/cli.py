@@ -42,25 +42,25 @@ def up(
 
         typer.echo(render_dry_run(loaded))
         return
-    from pmdflow import launch
+    from pmdflow.run.launch import up as train
 
-    raise typer.Exit(launch.up(loaded))
+    raise typer.Exit(train(loaded))
 
 
 @app.command()
 def down(run: Run) -> None:
     """Stop a run, also from another terminal; `up` resumes it."""
-    from pmdflow import launch
+    from pmdflow.run.status import down as ask_to_drain
 
-    raise typer.Exit(launch.down(run))
+    raise typer.Exit(ask_to_drain(run))
 
 
 @app.command()
 def status(run: Run) -> None:
     """Say how a run stands."""
-    from pmdflow import launch
+    from pmdflow.run.status import status as show
 
-    raise typer.Exit(launch.status(run))
+    raise typer.Exit(show(run))
 
 
 @app.command()
@@ -88,9 +88,9 @@ def replay(
     ] = None,
 ) -> None:
     """Run stored rollouts again, offline, without rollout actors."""
-    from pmdflow import replay as replay_module
+    from pmdflow.replay.command import replay as train_again
 
-    raise typer.Exit(replay_module.replay(run, verify=verify, start=start, overrides=overrides or ()))
+    raise typer.Exit(train_again(run, verify=verify, start=start, overrides=overrides or ()))
 
 
 @app.command("eval")
@@ -119,7 +119,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Directory for samples.jsonl and summary.json.")] = None,
 ) -> None:
     """Evaluate a checkpoint on a task: avg@n and pass@k with confidence intervals."""
-    from pmdflow.eval_command import EvalOptions, evaluate_checkpoint
+    from pmdflow.evaluate.command import EvalOptions, evaluate_checkpoint
 
     options = EvalOptions(
         samples=samples,

@@ -14,11 +14,13 @@ from typer.testing import CliRunner
 
 import pmdflow
 import pmdflow.dashboard
+import pmdflow.replay
+import pmdflow.run
 from pmdflow.cli import app, main
 from pmdflow.config.load import Loaded
 from pmdflow.errors import LaunchError
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 QUICKSTART = "configs/quickstart.yaml"
 
 
@@ -80,7 +82,7 @@ def test_a_named_error_is_one_line_and_exits_with_1(
     def refuse(loaded: Loaded) -> int:
         raise LaunchError(f"{loaded.config.model.path} has no tokenizer")
 
-    install(monkeypatch, pmdflow, "launch", up=refuse)
+    install(monkeypatch, pmdflow.run, "launch", up=refuse)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["pmdflow", "up", QUICKSTART, "model.path=elsewhere"])
     with pytest.raises(SystemExit) as ended:
@@ -93,7 +95,7 @@ def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(run: Path) -> int:
         raise KeyboardInterrupt
 
-    install(monkeypatch, pmdflow, "launch", status=interrupt)
+    install(monkeypatch, pmdflow.run, "status", status=interrupt)
     monkeypatch.setattr(sys, "argv", ["pmdflow", "status", "runs/a"])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -108,7 +110,8 @@ def test_the_exit_code_is_that_of_the_command(monkeypatch: pytest.MonkeyPatch, c
         seen.append(argument)
         return code
 
-    install(monkeypatch, pmdflow, "launch", up=answer, down=answer, status=answer)
+    install(monkeypatch, pmdflow.run, "launch", up=answer)
+    install(monkeypatch, pmdflow.run, "status", down=answer, status=answer)
     runner = CliRunner()
     assert runner.invoke(app, ["up", str(ROOT / QUICKSTART), "run.seed=9"]).exit_code == code
     assert runner.invoke(app, ["down", "runs/a"]).exit_code == code
@@ -120,7 +123,7 @@ def test_the_exit_code_is_that_of_the_command(monkeypatch: pytest.MonkeyPatch, c
 def test_replay_and_dashboard_pass_their_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     install(monkeypatch, pmdflow.dashboard, "server", serve=lambda run, port: seen.append((run, port)))
-    install(monkeypatch, pmdflow, "replay", replay=lambda run, **options: seen.append((run, options)))
+    install(monkeypatch, pmdflow.replay, "command", replay=lambda run, **options: seen.append((run, options)))
     runner = CliRunner()
     assert runner.invoke(app, ["dashboard", "runs/a", "--port", "8080"]).exit_code == 0
     runner.invoke(app, ["replay", "runs/a", "--verify"])

@@ -6,7 +6,6 @@ import importlib.util
 import itertools
 import random
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+from tests.support.paths import CONFIGS
+
 FOLDER = CONFIGS / "tiny-arithmetic"
 MAX_BYTES = 4 * 1024 * 1024
 MAX_TOKENS = 448

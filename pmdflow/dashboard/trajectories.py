@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from pmdflow.archive import open_part, part_iteration, part_path, parts, read_table
+from pmdflow.store.archive import open_part, part_iteration, part_path, parts, read_table
 from pmdflow.types import Mask, Stop
 
 PAGE_ROWS = 50

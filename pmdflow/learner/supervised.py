@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pmdflow.config.schema import Config
-from pmdflow.data import load_tokenizer, make_tokenize
+from pmdflow.data.tokenizer import load_tokenizer, make_tokenize
 from pmdflow.types import Int32, Mask, TrainBatch
 
 

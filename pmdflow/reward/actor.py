@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from pmdflow.config.schema import Config
-from pmdflow.data import load_tokenizer
+from pmdflow.data.tokenizer import load_tokenizer
 from pmdflow.errors import WaitTimeout
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.reward.rubric import Scored

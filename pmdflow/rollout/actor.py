@@ -11,15 +11,17 @@ from typing import Any
 
 import ray
 
-from pmdflow.config.schema import DEFAULT_SLOTS, Config
+from pmdflow.config.schema import Config
 from pmdflow.errors import EngineDied, WaitTimeout
 from pmdflow.metrics.spans import SpanBuffer
-from pmdflow.rollout.engine import Output, RolloutEngine
+from pmdflow.rollout.engine import Output
+from pmdflow.rollout.engines.make import make_engine
 from pmdflow.rollout.held import HeldTrajectory
 from pmdflow.rollout.leasing import LeaseTaker
-from pmdflow.store import encode_segments
+from pmdflow.store.segments import encode_segments
 from pmdflow.types import Grant, Lease
-from pmdflow.weights.transport import Weights, WeightsHandle, make_transport
+from pmdflow.weights.make import make_transport
+from pmdflow.weights.transport import Weights, WeightsHandle
 
 LEASE_WAIT_S = 0.25
 """How long a request for leases stays parked in the store; bounds how old the version it was asked for can be."""
@@ -311,26 +313,3 @@ class RolloutActor:
                 held.stop = "abort"
         self._flush()
         self._await_append()
-
-
-def make_engine(config: Config, *, seed: int) -> RolloutEngine:
-    """The engine that `rollout.engine` names."""
-    rollout = config.rollout
-    if rollout.engine == "simulated":
-        from pmdflow.rollout.simulated_engine import SimulatedEngine
-
-        return SimulatedEngine(num_slots=rollout.slots or DEFAULT_SLOTS, seed=seed)
-    if rollout.engine == "vllm":
-        from pmdflow.rollout.vllm_engine import VllmEngine
-        from pmdflow.rollout.vllm_settings import VllmSettings
-
-        return VllmEngine(VllmSettings.of(config), seed=seed)
-    from pmdflow.rollout.transformers_engine import TransformersEngine
-
-    return TransformersEngine(
-        model_path=config.model.path,
-        dtype=config.model.dtype,
-        num_slots=rollout.slots or DEFAULT_SLOTS,
-        threads=config.rollout.threads,
-        seed=seed,
-    )

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from pmdflow.rollout.control import SamplingControl
+from pmdflow.data.sampling import SamplingControl
 from pmdflow.rollout.engine import Output, Request
 from pmdflow.rollout.repetition import RepetitionDetector
 from pmdflow.rollout.stop_text import StopText

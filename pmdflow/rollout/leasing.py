@@ -7,14 +7,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from pmdflow.config.schema import Config
-from pmdflow.data import load_tokenizer
+from pmdflow.data.sampling import SamplingControl, control_for, sampling_temperature
+from pmdflow.data.tokenizer import end_ids, load_tokenizer
 from pmdflow.environments.protocol import Environment, load_environment
-from pmdflow.rollout.control import SamplingControl, control_for
 from pmdflow.rollout.held import HeldTrajectory
 from pmdflow.rollout.repetition import RepetitionDetector
 from pmdflow.rollout.stop_text import StopText
-from pmdflow.rollout.turns import Session, end_ids, split_turns
-from pmdflow.scheduler import sampling_temperature
+from pmdflow.rollout.turns import Session, split_turns
 from pmdflow.types import Lease
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ class LeaseTaker:
 
     @cached_property
     def _ends(self) -> frozenset[int]:
-        return end_ids(self._config.model.path, self._tokenizer)
+        return end_ids(self._config.model.path)
 
     @cached_property
     def _environment(self) -> Callable[[], Environment]:

@@ -190,16 +190,3 @@ class Session:
 
     def _text(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def end_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """End-of-sequence ids of the generation config; of the tokenizer where that has none."""
-    from transformers import GenerationConfig
-
-    try:
-        ids = GenerationConfig.from_pretrained(model_path).eos_token_id
-    except OSError:
-        ids = None
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)

@@ -27,7 +27,7 @@ class FilesystemTransport:
         path = self._directory / f"version-{version:06d}.safetensors"
         aside = path.with_suffix(".tmp")
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, aside)
-        os.replace(aside, path)
+        os.replace(aside, path)  # a version need not survive a power loss: it is published anew at a resume
         for old in sorted(self._directory.glob("version-*.safetensors"))[:-KEPT_VERSIONS]:
             old.unlink(missing_ok=True)
         return WeightsHandle(version=version, location=str(path))

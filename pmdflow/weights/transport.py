@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-
-if TYPE_CHECKING:
-    from pmdflow.config.schema import Config
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -36,14 +32,3 @@ class Transport(Protocol):
         Raises:
             WaitTimeout: they did not arrive in time.
         """
-
-
-def make_transport(config: Config, run_dir: Path) -> Transport:
-    """The transport that `weights.transport` names."""
-    if config.weights.transport == "filesystem":
-        from pmdflow.weights.filesystem import FilesystemTransport
-
-        return FilesystemTransport(run_dir / "weights")
-    from pmdflow.weights.object_store import ObjectStoreTransport
-
-    return ObjectStoreTransport()

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_transformers_engine import prompt, tiny_model
 
-from integration.rollout_alone import rollout_alone
-from integration.runs import small_config
 from pmdflow.config.schema import Config
+from tests.rollout.engines.test_transformers import prompt, tiny_model
+from tests.support.rollout_alone import rollout_alone
+from tests.support.runs import small_config
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from integration.runs import ROOT, Up, small_config
-from pmdflow.archive import parts, read_part
-from pmdflow.data import load_tokenizer
+from pmdflow.data.tokenizer import load_tokenizer
 from pmdflow.environments.calculator import Calculator
-from pmdflow.eval_command import EvalOptions, evaluate_checkpoint
-from pmdflow.learner.checkpoint_weights import checkpoint_weights
+from pmdflow.evaluate.command import EvalOptions, evaluate_checkpoint
+from pmdflow.learner.checkpoint.weights import checkpoint_weights
 from pmdflow.metrics.summary import OUTSIDE_SUM
 from pmdflow.rollout.turns import split_turns
+from pmdflow.store.archive import parts, read_part
 from pmdflow.types import Mask, TrainBatch
+from tests.support.runs import ROOT, Up, small_config
 
 MODEL = str(ROOT / "configs" / "tiny-calculator")
 DEADLINE_S = 400.0

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from integration.runs import Up, small_config
-from integration.test_run import assert_prompts_once, ledger_of
-from pmdflow.archive import parts, read_part
 from pmdflow.store import TrajectoryStore
+from pmdflow.store.archive import parts, read_part
+from tests.integration.test_run import assert_prompts_once, ledger_of
+from tests.support.runs import Up, small_config
 
 pytestmark = pytest.mark.timeout(400)
 

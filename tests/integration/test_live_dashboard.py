@@ -11,7 +11,7 @@ from urllib.parse import urlparse
 
 import pytest
 
-from integration.runs import Up, small_config
+from tests.support.runs import Up, small_config
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 

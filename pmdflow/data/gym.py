@@ -1,0 +1,219 @@
+"""Reasoning-gym: its data sets, their prompts by cursor, and the plain form in which entries pass through the store."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import warnings
+from collections.abc import Mapping
+from functools import lru_cache
+from itertools import islice
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from pmdflow.data.tokenizer import Tokenize
+from pmdflow.types import Prompt
+
+if TYPE_CHECKING:
+    from reasoning_gym.composite import DatasetSpec
+    from reasoning_gym.dataset import ProceduralDataset
+
+GYM_PREFIX = "reasoning_gym/"
+CHUNK = 1024
+"""Entries of one reasoning-gym data set object before it is seeded anew; `data.args.size` replaces it.
+
+Most data sets are lazy, but some draw `size` numbers when they are made, and `word_ladder` has few entries.
+"""
+RETRY_STRIDE = 1 << 24
+"""Distance of the candidates for one cursor: retries meet no other cursor's candidates below 16M prompts."""
+MAX_RETRIES = 64
+HELD_OUT_START = 1 << 31
+"""First index of the held-out stream, behind every training candidate."""
+
+
+_TUPLE, _INT, _ITEMS = "__tuple__", "__int__", "__items__"
+_INT64 = 1 << 63
+
+
+class GymPrompts:
+    """Prompts of one reasoning-gym data set.
+
+    Entry `index` of the stream depends on `seed` and `index` alone. Training tries index = cursor,
+    cursor + RETRY_STRIDE, ... and takes the first whose text is not held out; held-out entries start at
+    HELD_OUT_START, repeated texts left out. A few data sets (isomorphic_strings, knight_swap,
+    polynomial_multiplication, ransom_note, word_ladder, codeio in reasoning-gym 0.1.25) iterate over sets of strings
+    and repeat in another process only with a fixed PYTHONHASHSEED.
+
+    Example:
+        >>> source = GymPrompts(name="gcd", args={}, seed=0, num_held_out=8,
+        ...                     tokenize=lambda text: np.frombuffer(text.encode(), np.uint8).astype(np.int32))
+        >>> source.prompt(3).id
+        'gcd-3'
+    """
+
+    def __init__(self, *, name: str, args: Mapping[str, Any], seed: int, num_held_out: int, tokenize: Tokenize) -> None:
+        """Check name and arguments, and draw the held-out prompts; see `make_prompts` for what it raises."""
+        self._name, self._args, self._tokenize = name, args, tokenize
+        self._chunk = int(args.get("size", CHUNK))
+        digest = hashlib.sha256(f"pmdflow-prompts-{seed}".encode()).digest()
+        # Data sets seed entry i with seed + i and NumPy takes 32 bits: 30 bits of base leave room for both streams.
+        self._base = int.from_bytes(digest[:8], "little") >> 34
+        self._dataset = lru_cache(maxsize=4)(self._make_dataset)
+        self._held_out = self._draw_held_out(num_held_out)
+
+    def prompt(self, cursor: int) -> Prompt:
+        """See `PromptSource`.
+
+        Raises:
+            ValueError: every candidate is held out: the task has too few different prompts.
+        """
+        assert 0 <= cursor < HELD_OUT_START, cursor
+        for attempt in range(MAX_RETRIES):
+            index = cursor + attempt * RETRY_STRIDE
+            entry = self._entry(index)
+            if entry["question"] not in self._held_out:
+                return self._prompt(f"{self._name}-{index}", entry)
+        raise ValueError(
+            f"data.task {GYM_PREFIX}{self._name}: {MAX_RETRIES} prompts in a row are among the {len(self._held_out)} "
+            "held out; lower eval.prompts or widen data.args"
+        )
+
+    def held_out(self, n: int) -> list[Prompt]:
+        """See `PromptSource`."""
+        assert 0 <= n <= len(self._held_out), (n, len(self._held_out))
+        indexes = islice(self._held_out.values(), n)
+        return [self._prompt(f"{self._name}-heldout-{i - HELD_OUT_START}", self._entry(i)) for i in indexes]
+
+    def _draw_held_out(self, n: int) -> dict[str, int]:
+        """Index of each held-out text."""
+        found: dict[str, int] = {}
+        for index in range(HELD_OUT_START, HELD_OUT_START + max(MAX_RETRIES * n, 1)):
+            found.setdefault(self._entry(index)["question"], index)
+            if len(found) >= n:
+                break
+        if len(found) < n:
+            raise ValueError(
+                f"eval.prompts is {n}, but data.task {GYM_PREFIX}{self._name} made only {len(found)} "
+                "different prompts; lower eval.prompts or widen data.args"
+            )
+        return dict(islice(found.items(), n))
+
+    def _entry(self, index: int) -> dict[str, Any]:
+        position = index % self._chunk
+        entry: dict[str, Any] = self._dataset(index - position)[position]
+        return entry
+
+    def _make_dataset(self, start: int) -> ProceduralDataset:
+        return make_dataset(name=self._name, args={"size": CHUNK, **self._args}, seed=self._base + start)
+
+    def _prompt(self, id: str, entry: Mapping[str, Any]) -> Prompt:
+        name, args = self._name, {key: value for key, value in self._args.items() if key != "size"}
+        if name == "composite":
+            name = entry["metadata"]["source_dataset"]
+            args = next((spec.get("config") or {}) for spec in self._args["datasets"] if spec["name"] == name)
+        metadata = {"dataset": name, "args": args, "question": entry["question"], "answer": entry["answer"]}
+        return Prompt(
+            id=id,
+            text=entry["question"],
+            tokens=self._tokenize(entry["question"]),
+            metadata={**metadata, "metadata": pack(entry["metadata"])},
+        )
+
+
+def make_dataset(*, name: str, args: Mapping[str, Any], seed: int) -> ProceduralDataset:
+    """Make a data set from `data.args`; the parts of `composite` are mappings of name, weight and config.
+
+    Raises:
+        ValueError: unknown data set or bad arguments; names them.
+    """
+    gym = _reasoning_gym()
+    _check_name(name)
+    if "seed" in args:
+        raise ValueError(f"data.args.seed is {args['seed']}: prompts are seeded by run.seed; remove it")
+    arguments = {**args, "datasets": _parts(args)} if name == "composite" else dict(args)
+    try:
+        return gym.create_dataset(name, seed=seed, **arguments)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"data.args {dict(args)} of reasoning_gym/{name}: {error}") from error
+
+
+def pack(value: Any) -> Any:
+    """Turn an entry's value into plain types (str keys, lists, 64-bit integers) without losing what `unpack` needs.
+
+    Some verifiers compare tuples or look up integer keys, which msgpack would turn into other things.
+
+    Raises:
+        ValueError: a type that has no plain form.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, str):
+        return str(value)  # drops numpy.str_ and string enums
+    if isinstance(value, int):
+        return int(value) if -_INT64 <= value < _INT64 else {_INT: str(value)}
+    if isinstance(value, list):
+        return [pack(item) for item in value]
+    if isinstance(value, tuple):
+        return {_TUPLE: [pack(item) for item in value]}
+    if isinstance(value, dict):
+        if all(type(key) is str for key in value):
+            return {key: pack(item) for key, item in value.items()}
+        return {_ITEMS: [[pack(key), pack(item)] for key, item in value.items()]}
+    if hasattr(value, "tolist"):  # NumPy arrays and scalars
+        return pack(value.tolist())
+    raise ValueError(f"a {type(value).__name__} cannot be stored as prompt metadata: {value!r:.80}")
+
+
+def unpack(value: Any) -> Any:
+    """Undo `pack`."""
+    if isinstance(value, list | tuple):
+        return [unpack(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    if len(value) == 1:
+        (tag, inner), *_ = value.items()
+        if tag == _TUPLE:
+            return tuple(unpack(item) for item in inner)
+        if tag == _INT:
+            return int(inner)
+        if tag == _ITEMS:
+            return {unpack(key): unpack(item) for key, item in inner}
+    return {key: unpack(item) for key, item in value.items()}
+
+
+def _reasoning_gym() -> ModuleType:
+    """The package, which takes a second to import: only a task of it pays."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of a dependency, each time it is compiled
+        import reasoning_gym
+    module: ModuleType = reasoning_gym
+    return module
+
+
+def _check_name(name: str) -> None:
+    from reasoning_gym.factory import DATASETS
+
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {len(DATASETS)}, for example chain_sum"
+        raise ValueError(f"data.task is reasoning_gym/{name}: reasoning-gym has no data set {name}; {hint}")
+
+
+def _parts(args: Mapping[str, Any]) -> list[DatasetSpec]:
+    from reasoning_gym.composite import DatasetSpec
+
+    parts = []
+    for index, part in enumerate(args.get("datasets") or []):
+        where = f"data.args.datasets[{index}] is {part}"
+        if not isinstance(part, Mapping) or "name" not in part or part.keys() - {"name", "weight", "config"}:
+            raise ValueError(f"{where}: give a mapping of name, weight (default 1) and config (default empty)")
+        _check_name(part["name"])
+        config = dict(part.get("config") or {})
+        if part["name"] == "composite" or config.keys() & {"seed", "size"}:
+            raise ValueError(f"{where}: a part may neither be composite nor set seed or size")
+        parts.append(DatasetSpec(name=part["name"], weight=part.get("weight", 1.0), config=config))
+    if not parts:
+        raise ValueError("data.args.datasets is empty: reasoning_gym/composite needs at least one data set")
+    return parts

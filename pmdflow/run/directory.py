@@ -1,0 +1,166 @@
+"""The run directory: created or reopened, locked by one `up`, described by config.yaml and meta.json."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shlex
+import time
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, Self
+
+import yaml
+
+from pmdflow import durable
+from pmdflow.errors import LaunchError
+
+if TYPE_CHECKING:
+    from pmdflow.config.load import Loaded
+    from pmdflow.config.schema import Config
+
+FIXED_KEYS = (("model", "path"), ("data",), ("run", "seed"))
+"""What a resumed run may not change: stored trajectories were made with it."""
+
+
+class RunDirectory:
+    """A run directory that this process owns until the context is left.
+
+    Example:
+        with RunDirectory.prepare(config) as run:
+            print(run.path)
+    """
+
+    def __init__(self, path: Path, lock: IO[str]) -> None:
+        """Use `prepare` instead."""
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    def prepare(cls, config: Config) -> RunDirectory:
+        """Create or reopen the directory, lock it and write the resolved configuration.
+
+        Raises:
+            LaunchError: it is not writable, is in use, or holds a run of another model, data or seed; or the model
+                folder is missing.
+        """
+        model = Path(config.model.path)
+        if not (model / "config.json").is_file():
+            raise LaunchError(f"model.path: {model} is no Hugging Face model folder (it has no config.json)")
+        path = Path(config.run.dir).absolute() / config.run.name
+        try:
+            (path / "logs").mkdir(parents=True, exist_ok=True)
+            lock = open(path / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115 (held for the life of the run)
+        except OSError as error:
+            raise LaunchError(f"run.dir: cannot write {path}: {error.strerror}; choose another run.dir") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            raise LaunchError(
+                f"{path} is in use by process {lock.read().strip()}; stop it with `pmdflow down {path}` or choose "
+                "another run.name"
+            ) from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        run = cls(path, lock)
+        run._check_same_run(config)
+        durable.write(path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        return run
+
+    @staticmethod
+    def owner(path: Path) -> int | None:
+        """Process id of the `up` that holds the directory, or None."""
+        try:
+            with open(path / "run.lock", encoding="utf-8") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except OSError:
+                    return int(lock.read())
+        except FileNotFoundError as error:
+            raise LaunchError(f"{path} is no run directory (it has no run.lock)") from error
+        return None
+
+    def resume_command(self, loaded: Loaded) -> str:
+        """The command that continues this run."""
+        return shlex.join(["pmdflow", "up", str(loaded.path), *loaded.overrides])
+
+    def archive_attrs(self, config: Config) -> dict[str, Any]:
+        """What every archive part says about its run."""
+        tokenizer = Path(config.model.path) / "tokenizer.json"
+        digest = _digest(tokenizer) if tokenizer.is_file() else ""
+        return {"model": config.model.path, "tokenizer_sha256": digest, "k": config.data.group_size}
+
+    def write_meta(self, config: Config, device: dict[str, Any]) -> None:
+        """Write meta.json: what `replay --verify` needs to be bitwise, and what a reader wants to know."""
+        meta = {
+            "schema": 1,
+            "written": time.time(),
+            "pmdflow": version("pmdflow"),
+            "packages": {name: version(name) for name in ("ray", "numpy", "zarr")},
+            "hardware": hardware(),
+            "model_sha256": {
+                path.name: _digest(path) for path in sorted(Path(config.model.path).glob("*.safetensors"))
+            },
+            "learner": {"ranks": config.learner.ranks, **device},
+        }
+        durable.write(self.path / "meta.json", json.dumps(meta, indent=2) + "\n")
+
+    def __enter__(self) -> Self:
+        """Already locked."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let another `up` have it."""
+        self._lock.close()
+
+    def _check_same_run(self, config: Config) -> None:
+        written = self.path / "config.yaml"
+        if not written.is_file() or not (self.path / "store").is_dir():
+            return
+        before, now = yaml.safe_load(written.read_text()), config.model_dump(mode="json")
+        for keys in FIXED_KEYS:
+            old, new = before, now
+            for key in keys:
+                old, new = old[key], new[key]
+            if old != new:
+                name = ".".join(keys)
+                raise LaunchError(
+                    f"{name} is {new!r}, but {self.path} was begun with {old!r}; resume with that value or choose "
+                    "another run.name"
+                )
+
+
+def log_path(run: Path, actor: str) -> str:
+    """Path of an actor's log file."""
+    return str(run / "logs" / f"{actor}.log")
+
+
+def hardware() -> dict[str, Any]:
+    """What must be the same for a replay to be equal bit for bit; threads, dtype and ranks are in the configuration."""
+    return {
+        "processor": _processor(),
+        "architecture": platform.machine(),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,110 @@
+"""Starting a run: Ray, places, actors, and the order in which they end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import types
+from functools import partial
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+
+from pmdflow.config.load import Loaded
+from pmdflow.config.schema import Config
+from pmdflow.dashboard.process import DashboardProcess
+from pmdflow.data.prompts import PromptSource, make_prompts
+from pmdflow.errors import LaunchError, PmdflowError
+from pmdflow.metrics.live import LiveView
+from pmdflow.metrics.recorder import Recorder
+from pmdflow.metrics.summary import render_summary
+from pmdflow.run.actors import make_loops, start_learners, start_ray, start_store
+from pmdflow.run.controller import Controller
+from pmdflow.run.directory import RunDirectory
+from pmdflow.run.placement import place_learners, place_rollouts
+from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Supervisor
+
+
+def up(loaded: Loaded) -> int:
+    """Train: start everything, run the controller, stop everything. An existing run directory is resumed.
+
+    Returns:
+        0 when the run finished or was drained, 130 when it was stopped at once.
+
+    Raises:
+        LaunchError: something that the run needs is missing or taken; nothing was started.
+    """
+    config = loaded.config
+    with RunDirectory.prepare(config) as run, DashboardProcess.start(run.path, config.dashboard.port) as dashboard:
+        with LiveView(config=config, dashboard_url=dashboard.url) as live:
+            recorder = Recorder(run.path)
+            recorder.event("start", f"pmdflow up, process {os.getpid()}")
+            try:
+                finished = _train(config, run, recorder, live)
+            except KeyboardInterrupt:
+                recorder.event("stop", "stopped at once")
+                sys.stderr.write(f"stopped at once; `{run.resume_command(loaded)}` continues from what is stored\n")
+                return 130
+            except RayTaskError as error:
+                raise PmdflowError(str(error.cause)) from error
+            except OSError as error:
+                raise PmdflowError(
+                    f"{error.filename or run.path}: {error.strerror}; mend that, and "
+                    f"`{run.resume_command(loaded)}` continues from what is stored"
+                ) from error
+            finally:
+                ray.shutdown()
+            recorder.event("finish" if finished else "drain", "all iterations are done" if finished else "drained")
+        sys.stdout.write(render_summary(run.path) + "\n")
+        if not finished:
+            sys.stderr.write(f"drained; `{run.resume_command(loaded)}` continues\n")
+    return 0
+
+
+def _train(config: Config, run: RunDirectory, recorder: Recorder, live: LiveView) -> bool:
+    """Run the controller; True if every iteration was done."""
+    start_ray(config)
+    places = place_learners(config)  # before the rollout actors: these share what is left
+    rollout_places = place_rollouts(config)
+
+    def start() -> list[Any]:
+        learners = start_learners(config, run.path, places)
+        run.write_meta(config, ray.get(learners[0].device_info.remote(), timeout=STARTUP_TIMEOUT_S))
+        return learners
+
+    store = start_store(config, run)
+    supervisor = Supervisor(store=store, recorder=recorder, live=live)
+    previous = signal.signal(signal.SIGINT, partial(_interrupt, supervisor))
+    try:
+        for loop in make_loops(config, run, store, rollout_places):
+            supervisor.start_loop(loop)
+        controller = Controller(
+            config=config,
+            run_dir=run.path,
+            supervisor=supervisor,
+            prompts=_prompts(config),  # while the actors start
+            start_learners=start,
+        )
+        controller.run()
+        supervisor.stop_learners()
+        ray.get(store.close.remote(), timeout=STARTUP_TIMEOUT_S)
+        return controller.iteration >= config.run.iterations
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _prompts(config: Config) -> PromptSource:
+    try:
+        return make_prompts(config)
+    except ValueError as error:
+        raise LaunchError(str(error)) from error
+
+
+def _interrupt(supervisor: Supervisor, signum: int, frame: types.FrameType | None) -> None:
+    """First Ctrl-C drains, the second stops at once."""
+    if supervisor.draining:
+        raise KeyboardInterrupt
+    supervisor.draining = True
+    supervisor.live.event("drain", "draining: finishing the iteration, then stopping; press Ctrl-C again to stop now")

@@ -1,0 +1,172 @@
+"""The trajectory store as a Ray actor: blocking calls in their own concurrency groups, every wait with a deadline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+
+from pmdflow._rust_buffer import StoreFull, StoreLocked
+from pmdflow.errors import WaitTimeout
+from pmdflow.metrics.spans import SpanBuffer
+from pmdflow.store.answers import ClaimAnswer, EvalResult, LateMembers
+from pmdflow.store.archive import write_part
+from pmdflow.store.facade import TrajectoryStore
+from pmdflow.types import Counts, Grant, Lease, Outcome, Prompt, Quota, TrainBatch, Unscored
+
+LOCK_TIMEOUT_S = 30.0
+"""How long opening waits for a killed predecessor to let go of the store's lock."""
+DURABLE_TIMEOUT_S = 60.0
+"""A sync that takes longer than this is reported as a failure."""
+
+
+class StoreActor:
+    """Owns the one `TrajectoryStore` of a run. Its methods are the store's; see `pmdflow.store`.
+
+    Consumes: appends, scores and admissions. Produces: leases, unscored trajectories and claims.
+    Waits for nothing but its callers; a waiting caller is woken by the state change that it waits for.
+    """
+
+    def __init__(
+        self, *, directory: str, run_dir: str, settings: dict[str, Any], archive_attrs: dict[str, Any]
+    ) -> None:
+        """Open the store in `directory`; `settings` are the keyword arguments of `TrajectoryStore`."""
+        self._run_dir = Path(run_dir)
+        self._archive_attrs = archive_attrs
+        self._spans = SpanBuffer("store")
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        while True:
+            try:
+                self._store = TrajectoryStore(directory, **settings)
+                break
+            except StoreLocked:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    @ray.method(concurrency_group="lease")
+    def lease(self, worker: str, version: int, max_leases: int, timeout_s: float) -> list[Lease]:
+        """Lease trajectories to a rollout actor; waits for the first one."""
+        return self._store.lease(worker, version, max_leases, timeout_s)
+
+    def fence(self, worker: str) -> int:
+        """End every lease of a worker that is dead, and lease nothing to it again."""
+        return self._store.fence(worker)
+
+    @ray.method(concurrency_group="append")
+    def append(self, batch: bytes) -> list[Grant]:
+        """Append encoded segments; answers once they are durable."""
+        return self._store.append(batch)[1]
+
+    @ray.method(concurrency_group="score")
+    def unscored(self, max_items: int, ttl_s: float, timeout_s: float) -> list[Unscored]:
+        """Complete trajectories that await their reward; waits for the first one."""
+        return self._store.unscored(max_items, ttl_s, timeout_s)
+
+    @ray.method(concurrency_group="score")
+    def score(self, scores: Sequence[tuple[int, int, Outcome, float, dict[str, float]]]) -> None:
+        """Record (trajectory, attempt, outcome, reward, components) of several trajectories."""
+        for trajectory, attempt, outcome, reward, components in scores:
+            self._store.score(trajectory, attempt, outcome, reward, components, wait=False)
+        self.sync()
+
+    @ray.method(concurrency_group="claim")
+    def claim(self, iteration: int, version: int, timeout_s: float) -> ClaimAnswer:
+        """Claim an iteration's groups; waits until it can."""
+        return self._store.claim(iteration, version, timeout_s)
+
+    @ray.method(concurrency_group="claim")
+    def read_claim(self, iteration: int) -> TrainBatch:
+        """The claimed groups as packed arrays."""
+        return self._store.read_claim(iteration)
+
+    def admit(
+        self,
+        prompts: Sequence[tuple[str, int | None, Prompt]],
+        kind: Literal["train", "eval"],
+        group_size: int,
+        max_tokens: int,
+    ) -> int:
+        """Admit (request id, cursor, prompt) in order, stopping at the first that is refused; returns how many were."""
+        admitted = 0
+        for request_id, cursor, prompt in prompts:
+            try:
+                self._store.admit(
+                    request_id,
+                    cursor=cursor,
+                    kind=kind,
+                    prompt=prompt,
+                    group_size=group_size,
+                    max_tokens=max_tokens,
+                    wait=False,
+                )
+            except StoreFull:
+                break
+            admitted += 1
+        self.sync()
+        return admitted
+
+    def set_quota(self, quota: Quota) -> None:
+        """Set what rollout may do under a version."""
+        self._store.set_quota(quota)
+
+    def publish(self, version: int, iteration: int | None, left_out: dict[str, list[int]]) -> None:
+        """Make `version` the newest and the iteration's claim trained, but for the trajectories left out by reason."""
+        self._store.publish(version, iteration, left_out)
+
+    def commit(self, iteration: int) -> None:
+        """A checkpoint covers every claim up to `iteration`."""
+        self._store.commit(iteration)
+
+    def uncommit(self, iteration: int) -> list[int]:
+        """Undo every claim after `iteration`."""
+        return self._store.uncommit(iteration)
+
+    @ray.method(concurrency_group="archive")
+    def archive(self, iterations: Sequence[int], evict_through: int) -> None:
+        """Archive the committed claims of `iterations`, then evict what lies at or before `evict_through`."""
+        for iteration in iterations:
+            with self._spans.span("archive", iteration=iteration):
+                write_part(self._run_dir, self._store.read_claim(iteration), attrs=self._archive_attrs)
+        self._store.evict(evict_through)
+
+    def sync(self) -> None:
+        """Wait until everything so far is durable."""
+        if not self._store.wait_durable(None, DURABLE_TIMEOUT_S):
+            raise WaitTimeout(f"the trajectory store was not on disk within {DURABLE_TIMEOUT_S:g} s")
+
+    @ray.method(concurrency_group="claim")
+    def eval_results(self, prefix: str, timeout_s: float) -> list[EvalResult] | None:
+        """Results of one evaluation, or None if some are missing after `timeout_s`."""
+        return self._store.eval_results(prefix, timeout_s)
+
+    def drop_eval(self, prefix: str) -> int:
+        """Forget the evaluation groups whose request ids start with `prefix`."""
+        return self._store.drop_eval(prefix)
+
+    def counts(self) -> Counts:
+        """Live numbers."""
+        return self._store.counts()
+
+    def ledger(self) -> dict[str, int]:
+        """The token ledger."""
+        return self._store.ledger()
+
+    def sample(self) -> tuple[Counts, dict[str, int]]:
+        """Counts and ledger together."""
+        return self._store.counts(), self._store.ledger()
+
+    def claims(self) -> dict[int, str]:
+        """State of every claim whose groups are still in the store: `claimed`, `trained` or `committed`."""
+        return self._store.claims()
+
+    def drain(self) -> tuple[list[dict[str, Any]], list[LateMembers]]:
+        """Spans, and groups that became ready without late members, since the last call."""
+        return self._spans.drain(), self._store.take_late()
+
+    def close(self) -> None:
+        """Sync and let go of the directory."""
+        self._store.close()

@@ -1,0 +1,263 @@
+"""Typed facade of the Rust trajectory store.
+
+Every method that changes state is safe to repeat with the same ids and offsets: Ray may lose a reply. Errors are those
+of the native module: `StoreError` is their root; `StaleLease`, `StoreFull`, `Conflict`, `CorruptLog` and `StoreLocked`
+say what was wrong. A closed store raises `StoreError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgpack
+import numpy as np
+
+from pmdflow import _rust_buffer
+from pmdflow.store.answers import ClaimAnswer, LateMembers
+from pmdflow.store.segments import encode_segments
+from pmdflow.store.view import StoreView, int32
+from pmdflow.types import Grant, Lease, LeaseKind, Outcome, Prompt, Quota, Segment, Stop, Unscored
+
+
+class TrajectoryStore(StoreView):
+    """The trajectory store with NumPy arrays and dataclasses; see `pmdflow/_rust_buffer.pyi` for the exact rules.
+
+    Example:
+        >>> store = TrajectoryStore(None, groups_per_iteration=1, lookahead=1, max_staleness=4)
+        >>> store.publish(0)
+        >>> store.set_quota(Quota(version=0, groups=1, tokens=100, tokens_per_segment=None))
+        >>> prompt = Prompt(id="p0", text="1+1=", tokens=np.array([1, 2], dtype=np.int32))
+        >>> group = store.admit("train-0", prompt, group_size=2, max_tokens=8, cursor=0)
+        >>> [lease.grant for lease in store.lease("worker", version=0, max_leases=2, timeout_s=0.0)]
+        [8, 8]
+    """
+
+    def __init__(
+        self,
+        path: Path | str | None,
+        *,
+        groups_per_iteration: int,
+        lookahead: int,
+        max_staleness: int | None,
+        segment_loss: Literal["all", "current_only"] = "all",
+        min_group_size: int = 2,
+        straggler: tuple[int, float] | None = None,
+        max_attempts: int = 3,
+        lease_ttl_s: float = 30.0,
+        grant_tokens: int = 64,
+        durability: Literal["os", "group", "always"] = "group",
+        max_bytes: int | None = None,
+        file_bytes: int = 64 * 1024 * 1024,
+        commit_interval_s: float = 0.005,
+    ) -> None:
+        """Open or create the store in directory `path`; None keeps it in memory.
+
+        `straggler` is (members, wait in seconds): with that many members scored, a group waits for the late ones only
+        so much longer; None waits for all.
+
+        Raises:
+            ValueError: a setting is out of its range.
+            StoreLocked: another writer has it open.
+            CorruptLog: damage before the tail of the log, or a newer format.
+        """
+        self._native = _rust_buffer.TrajectoryStore(
+            None if path is None else str(path),
+            groups_per_iteration=groups_per_iteration,
+            lookahead=lookahead,
+            max_staleness=max_staleness,
+            segment_loss=segment_loss,
+            min_group_size=min_group_size,
+            straggler=straggler,
+            max_attempts=max_attempts,
+            lease_ttl_s=lease_ttl_s,
+            grant_tokens=grant_tokens,
+            durability=durability,
+            max_bytes=max_bytes,
+            file_bytes=file_bytes,
+            commit_interval_s=commit_interval_s,
+        )
+
+    @classmethod
+    def read(cls, path: Path | str) -> TrajectoryStore:
+        """The store in directory `path` as it is now, beside a run that may be writing it; every change is refused.
+
+        Raises:
+            CorruptLog: as at opening.
+            StoreError: there is no store.
+        """
+        reader = cls.__new__(cls)
+        reader._native = _rust_buffer.TrajectoryStore(
+            str(path), groups_per_iteration=1, lookahead=0, max_staleness=None, read_only=True
+        )
+        return reader
+
+    def set_quota(self, quota: Quota) -> None:
+        """Set what rollout may do under `quota.version`; a later call for the same version replaces it."""
+        self._native.set_quota(quota.version, quota.groups, quota.tokens, quota.tokens_per_segment)
+
+    def admit(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        *,
+        group_size: int,
+        max_tokens: int,
+        cursor: int | None = None,
+        kind: LeaseKind = "train",
+        priority: int = 0,
+        wait: bool = True,
+    ) -> int:
+        """Admit a prompt with `group_size` empty trajectories; returns the group id.
+
+        Groups of higher `priority` are started first; what is started is continued first, whatever its priority.
+        Without `wait` it answers before the admission is durable; `wait_durable` awaits that.
+
+        Raises:
+            StoreFull: the quota of groups or `max_bytes` is reached.
+            Conflict: the id was admitted with other content, or its group is gone.
+        """
+        return self._native.admit(
+            request_id,
+            cursor=cursor,
+            kind=kind,
+            prompt_id=prompt.id,
+            prompt=np.asarray(prompt.tokens, dtype="<i4").tobytes(),
+            metadata=msgpack.packb(dict(prompt.metadata), use_bin_type=True),
+            group_size=group_size,
+            max_tokens=max_tokens,
+            priority=priority,
+            wait=wait,
+        )
+
+    def lease(
+        self, worker: str, version: int, max_leases: int, timeout_s: float, *, now_s: float | None = None
+    ) -> list[Lease]:
+        """Lease up to `max_leases` trajectories to a worker whose engine holds `version`; waits for the first one."""
+        rows = self._native.lease(worker, version, max_leases, timeout_s, now_s)
+        return [
+            Lease(
+                **row
+                | {
+                    "metadata": msgpack.unpackb(row["metadata"]),
+                    "prompt": int32(row["prompt"]),
+                    "prefix": int32(row["prefix"]),
+                    "prefix_observed": np.frombuffer(row["prefix_observed"], np.uint8),
+                }
+            )
+            for row in rows
+        ]
+
+    def fence(self, worker: str) -> int:
+        """End every lease of a worker that is dead or given up, and lease nothing to it again; returns how many.
+
+        What it appends from now on is stale. A worker that takes over needs a name of its own.
+        """
+        return self._native.fence(worker)
+
+    def append(
+        self, batch: bytes | Sequence[Segment], *, wait: bool = True, now_s: float | None = None
+    ) -> tuple[int, list[Grant]]:
+        """Append segments (encoded or not), extend grants, end leases; returns the log position and a grant for each.
+
+        Without `wait` it answers before the segments are durable; `wait_durable` with the log position awaits that.
+
+        Raises:
+            Conflict: a gap, other content at the same offset, more than `max_tokens`, or a decreasing version.
+        """
+        encoded = batch if isinstance(batch, bytes) else encode_segments(batch)
+        lsn, replies = self._native.append(encoded, wait, now_s)
+        return lsn, [Grant(trajectory=trajectory, stale=stale, tokens=grant) for trajectory, stale, grant in replies]
+
+    def unscored(self, max_items: int, ttl_s: float, timeout_s: float, *, now_s: float | None = None) -> list[Unscored]:
+        """Complete trajectories without a reward; each is handed out again only after `ttl_s` or a restart."""
+        rows = self._native.unscored(max_items, ttl_s, timeout_s, now_s)
+        return [
+            Unscored(
+                **row
+                | {
+                    "metadata": msgpack.unpackb(row["metadata"]),
+                    "prompt": int32(row["prompt"]),
+                    "tokens": int32(row["tokens"]),
+                    "observed": np.frombuffer(row["observed"], np.uint8),
+                    "stop": Stop(row["stop"]),
+                }
+            )
+            for row in rows
+        ]
+
+    def score(
+        self,
+        trajectory: int,
+        attempt: int,
+        outcome: Outcome,
+        reward: float = 0.0,
+        components: Mapping[str, float] | None = None,
+        *,
+        wait: bool = True,
+        now_s: float | None = None,
+    ) -> None:
+        """Record the outcome of scoring attempt `attempt`; of a late member it is ignored.
+
+        Without `wait` it answers before that is durable.
+
+        Raises:
+            Conflict: not complete, a reward that is not finite, or another outcome for an attempt already recorded.
+        """
+        self._native.score(trajectory, attempt, outcome, reward, dict(components or {}), wait, now_s)
+
+    def publish(
+        self, version: int, iteration: int | None = None, left_out: Mapping[str, Iterable[int]] | None = None
+    ) -> None:
+        """Make `version` the newest; `iteration`'s claim is trained.
+
+        `left_out` names the trajectories that had no gradient by `filter` and `veto`: the ledger and `read_claim` show
+        their tokens as masked by `Mask.FILTER` or `Mask.VETO`, where the claim left them to the learner.
+
+        Raises:
+            Conflict: the version is not above every earlier one, the claim is not there to be trained, or what is left
+                out is not in it.
+        """
+        self._native.publish(version, iteration, {reason: list(ids) for reason, ids in (left_out or {}).items()})
+
+    def claim(self, iteration: int, version: int, timeout_s: float, *, now_s: float | None = None) -> ClaimAnswer:
+        """Claim `iteration`'s groups for a learner at `version`, waiting until they are ready or rollout is closed.
+
+        Raises:
+            Conflict: another claim is untrained, or the iteration is not above every earlier one.
+        """
+        row = self._native.claim(iteration, version, timeout_s, now_s)
+        return ClaimAnswer(**row | {"groups": tuple(row["groups"])})
+
+    def commit(self, iteration: int) -> None:
+        """A durable checkpoint covers every claim up to `iteration`.
+
+        Raises:
+            Conflict: one of them is not trained.
+        """
+        self._native.commit(iteration)
+
+    def uncommit(self, iteration: int) -> list[int]:
+        """Undo every claim after `iteration`: their groups are ready again. Returns the undone iterations.
+
+        Raises:
+            Conflict: one of them is evicted.
+        """
+        return self._native.uncommit(iteration)
+
+    def evict(self, iteration: int) -> int:
+        """Drop the groups of every committed claim up to `iteration`, and log files without live groups."""
+        return self._native.evict(iteration)
+
+    def drop_eval(self, prefix: str) -> int:
+        """Evict the evaluation groups whose request ids start with `prefix`; returns how many."""
+        return self._native.drop_eval(prefix)
+
+    def take_late(self) -> list[LateMembers]:
+        """Groups that became ready without late members since the last call."""
+        return [LateMembers(**row) for row in self._native.take_late()]
+
+    def wait_durable(self, lsn: int | None, timeout_s: float) -> bool:
+        """Wait until every record up to `lsn` (None: the newest one) is on disk; False when it is not in time."""
+        return self._native.wait_durable(lsn, timeout_s)

@@ -1,0 +1,63 @@
+"""The form in which segments travel to the store; `rust_buffer/src/wire.rs` is its other side."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
+from operator import attrgetter
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from pmdflow.types import Segment
+
+_WIRE = struct.Struct("<4sHHII")
+"""Magic, version, 0, length of the header, 0; `rust_buffer/src/wire.rs` describes the whole."""
+_place = attrgetter("trajectory", "epoch", "offset")
+_end = attrgetter("next_version", "stop", "observed")
+_TOKEN, _LOGPROB = np.dtype("<i4"), np.dtype("<f4")
+
+
+def encode_segments(
+    segments: Sequence[Segment], *, extra: Sequence[Mapping[str, np.ndarray[Any, Any]]] | None = None
+) -> bytes:
+    """Encode segments as the batch that `TrajectoryStore.append` takes.
+
+    Args:
+        segments: In the order in which they are to be appended.
+        extra: Named columns of each segment, stored with it and returned by `trajectory` (for example expert ids).
+
+    Raises:
+        ValueError: `extra` has another length than `segments`, or log-probs another shape than tokens.
+    """
+    columns: Iterable[Mapping[str, np.ndarray[Any, Any]]] = extra if extra is not None else repeat({}, len(segments))
+    rows: list[tuple[Any, ...]] = []
+    arrays: list[Any] = []
+    for segment, named in zip(segments, columns, strict=True):
+        tokens = np.ascontiguousarray(segment.tokens, _TOKEN)
+        others = [(name, np.ascontiguousarray(array)) for name, array in named.items()]
+        described = [(name, array.dtype.str, array.nbytes) for name, array in others]
+        temperature = float(segment.temperature)
+        rows.append((*_place(segment), len(tokens), segment.version, temperature, *_end(segment), described))
+        if len(tokens) == 0:
+            continue
+        arrays.append(tokens)
+        if segment.observed:
+            arrays.append(_padding(tokens.nbytes))
+        else:
+            if len(segment.logprobs) != len(tokens):
+                raise ValueError(
+                    f"trajectory {segment.trajectory}: {len(segment.logprobs)} log-probs for {len(tokens)} tokens; "
+                    "give one for each"
+                )
+            arrays.append(np.ascontiguousarray(segment.logprobs, _LOGPROB))
+        for _, array in others:
+            arrays += array, _padding(array.nbytes)
+    header: bytes = msgpack.packb(rows)
+    return b"".join([_WIRE.pack(b"PMDB", 1, 0, len(header), 0), header, _padding(len(header)), *arrays])
+
+
+def _padding(length: int) -> bytes:
+    return bytes(-length % 8)

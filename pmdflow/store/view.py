@@ -1,0 +1,167 @@
+"""The read side of the trajectory store: nothing here changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from pmdflow import _rust_buffer
+from pmdflow.store.answers import BatchBuffers, EvalResult, GroupState, StoredTrajectory, TrajectoryState
+from pmdflow.types import Counts, Int32, LeaseKind, Stop, TrainBatch
+
+PAGE_ROWS = 1024
+"""Trajectories that a query reads in one call."""
+
+_ROW_DTYPES = {
+    "cu_seqlens": "<i8",
+    "prompt_lengths": "<i4",
+    "groups": "<i8",
+    "trajectories": "<i8",
+    "rewards": "<f8",
+    "stops": "|u1",
+}
+
+
+class StoreView:
+    """What can be seen of a store; `TrajectoryStore` adds the changes."""
+
+    _native: _rust_buffer.TrajectoryStore
+
+    def read_claim(self, iteration: int, *, out: BatchBuffers | None = None, check: bool = True) -> TrainBatch:
+        """The groups of a claim, packed; members whose scoring failed for good are left out.
+
+        Args:
+            iteration: Of the claim.
+            out: Filled and referred to by the answer; nobody else may touch them during the call.
+            check: Test the checksum of every token array.
+
+        Raises:
+            Conflict: the iteration has no claim, or `out` is too small for it.
+            CorruptLog: bytes of it are not those that were written; names file and offset.
+        """
+        buffers = BatchBuffers.allocate(self._native.claim_tokens(iteration)) if out is None else out
+        names = [field.name for field in fields(BatchBuffers)]
+        views = {name: getattr(buffers, name).view(np.uint8) for name in names}
+        row = self._native.read_claim(iteration, **views, check=check)
+        arrays = {name: np.frombuffer(row.pop(name), dtype=dtype) for name, dtype in _ROW_DTYPES.items()}
+        arrays |= {name: getattr(buffers, name)[: arrays["cu_seqlens"][-1]] for name in names}
+        components = {name: np.frombuffer(data, dtype="<f8") for name, data in row.pop("components").items()}
+        return TrainBatch(**row | arrays | {"components": components, "prompt_ids": tuple(row["prompt_ids"])})
+
+    def eval_results(self, prefix: str, timeout_s: float) -> list[EvalResult] | None:
+        """Results of the evaluation groups whose request ids start with `prefix`; None if some are missing in time."""
+        rows = self._native.eval_results(prefix, timeout_s)
+        return None if rows is None else [EvalResult(**row | {"stop": Stop(row["stop"])}) for row in rows]
+
+    def groups(self, state: GroupState | None = None) -> list[dict[str, Any]]:
+        """Live groups with their prompts' metadata.
+
+        Keys: group, request_id, prompt_id, kind, state, iteration, trajectories, cursor, priority, max_tokens,
+        prompt_length, tokens (those of late members excepted), metadata; and scored, failed, late: how many members.
+        """
+        rows = self._native.groups(state)
+        return [row | {"metadata": msgpack.unpackb(row["metadata"])} for row in rows]
+
+    def query(
+        self,
+        *,
+        iteration: int | None = None,
+        version: tuple[int | None, int | None] = (None, None),
+        reward: tuple[float | None, float | None] = (None, None),
+        length: tuple[int | None, int | None] = (None, None),
+        stop: Stop | None = None,
+        prompt_id: str | None = None,
+        group: int | None = None,
+        kind: LeaseKind | None = None,
+        state: TrajectoryState | GroupState | None = None,
+    ) -> Iterator[StoredTrajectory]:
+        """Live trajectories in the order of their ids, read lazily: each page shows the store as it is then.
+
+        Args:
+            iteration: The one that claimed them.
+            version: Inclusive bounds, None for open; some token is of a version within them.
+            reward: Likewise; selects only trajectories with a reward if one is set.
+            length: Likewise, of the number of generated tokens.
+            stop: Why it ended; `Stop.NONE` selects those that did not.
+            prompt_id: Its prompt's.
+            group: Its group's.
+            kind: Training or evaluation.
+            state: Its own or its group's.
+
+        Raises:
+            ValueError: an unknown `kind` or `state`.
+        """
+        after: int | None = None
+        while True:
+            page, after = self._native.select(
+                after,
+                PAGE_ROWS,
+                iteration=iteration,
+                version=version,
+                reward=reward,
+                length=length,
+                stop=stop,
+                prompt_id=prompt_id,
+                group=group,
+                kind=kind,
+                state=state,
+            )
+            for row in page:
+                yield StoredTrajectory(**row | {"stop": Stop(row["stop"])})
+            if after is None:
+                return
+
+    def claims(self) -> dict[int, str]:
+        """State of every claim that is not evicted: `claimed`, `trained` or `committed`."""
+        return self._native.claims()
+
+    def trajectory(self, trajectory: int) -> dict[str, Any]:
+        """One live trajectory with its arrays.
+
+        Keys: trajectory, group, state (a `TrajectoryState`), prompt int32 [P], tokens int32 [S], logprobs float32 [S],
+        observed uint8 [S], segments [(length, version, temperature, observed)], reward, components, stop, attempts,
+        epoch, extra {name: [(offset, length, values)]}.
+
+        Raises:
+            Conflict: it is not in the store.
+        """
+        row = self._native.trajectory(trajectory)
+        extra = {
+            name: [(offset, length, np.frombuffer(data, dtype=dtype)) for offset, length, dtype, data in runs]
+            for name, runs in row["extra"].items()
+        }
+        arrays = {
+            "prompt": int32(row["prompt"]),
+            "tokens": int32(row["tokens"]),
+            "logprobs": np.frombuffer(row["logprobs"], dtype="<f4"),
+            "observed": np.frombuffer(row["observed"], np.uint8),
+        }
+        return row | arrays | {"stop": Stop(row["stop"]), "extra": extra}
+
+    def counts(self) -> Counts:
+        """Live numbers."""
+        return Counts(**self._native.counts())
+
+    def ledger(self) -> dict[str, int]:
+        """Durable generated training tokens, each in one place; `generated` is their sum.
+
+        Outside the sum: `prompt` (prompt tokens, once for each trajectory), `reprefill` and `eval`.
+        """
+        return self._native.ledger()
+
+    def versions_spent(self) -> dict[int, int]:
+        """Durable training tokens by policy version, for the versions that still have a quota."""
+        return self._native.versions_spent()
+
+    def close(self) -> None:
+        """Sync, wake every waiter with `StoreError` and release the lock. Safe to repeat."""
+        self._native.close()
+
+
+def int32(data: bytes) -> Int32:
+    """A view of little-endian bytes."""
+    return np.frombuffer(data, dtype="<i4")

@@ -1,0 +1,22 @@
+"""The transport of a configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pmdflow.weights.transport import Transport
+
+if TYPE_CHECKING:
+    from pmdflow.config.schema import Config
+
+
+def make_transport(config: Config, run_dir: Path) -> Transport:
+    """The transport that `weights.transport` names."""
+    if config.weights.transport == "filesystem":
+        from pmdflow.weights.filesystem import FilesystemTransport
+
+        return FilesystemTransport(run_dir / "weights")
+    from pmdflow.weights.object_store import ObjectStoreTransport
+
+    return ObjectStoreTransport()

@@ -1,0 +1,134 @@
+"""`pmdflow eval`: estimators and intervals, what it takes as checkpoint and task, and what it writes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from pmdflow.cli import app
+from pmdflow.errors import LaunchError
+from pmdflow.evaluate.command import EvalOptions, eval_config, evaluate_checkpoint, find_checkpoint
+from pmdflow.evaluate.task import Sample, pass_at_k, summarize
+from pmdflow.metrics.confidence import bootstrap_mean, wilson
+from tests.support.paths import ROOT
+
+MODEL = ROOT / "configs" / "tiny-arithmetic"
+TASK = str(ROOT / "configs" / "quickstart.yaml")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@given(outcomes=st.lists(st.booleans(), min_size=1, max_size=7), data=st.data())
+def test_pass_at_k_is_the_share_of_draws_with_a_pass(outcomes: list[bool], data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, len(outcomes)))
+    draws = [any(draw) for draw in itertools.combinations(outcomes, k)]
+    expected = sum(draws) / len(draws)
+    assert pass_at_k(attempts=len(outcomes), passed=sum(outcomes), k=k) == pytest.approx(expected)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    draws = rng.random((300, 40)) < 0.3
+    covered = [low <= 0.3 <= high for low, high in (wilson(float(d.mean()), 40) for d in draws)]
+    assert 0.9 <= np.mean(covered) <= 1.0
+    covered = [low <= 0.3 <= high for low, high in (bootstrap_mean(d.astype(float)[:40]) for d in draws[:40])]
+    assert np.mean(covered) >= 0.85
+    assert wilson(1.0, 20)[0] == pytest.approx(0.8389, abs=1e-3)
+    assert wilson(0.0, 0) == (0.0, 1.0)
+
+
+def sample(reward: float | None) -> Sample:
+    return Sample(
+        completion="", tokens=5, observed=0, stop="stop", reward=reward, outcome="scored" if reward is not None else ""
+    )
+
+
+def test_an_attempt_that_was_not_scored_is_in_no_estimate() -> None:
+    results = [[sample(1.0), sample(0.0)], [sample(None), sample(1.0)], [sample(None), sample(None)]]
+    summary = summarize(results, ks=[1, 2], pass_reward=1.0)
+    assert summary["avg"]["mean"] == pytest.approx(0.75) and summary["avg"]["prompts"] == 2
+    assert summary["pass"]["1"]["mean"] == pytest.approx(0.75)
+    assert summary["pass"]["2"] | {"low": 0, "high": 0} == {"mean": 1.0, "low": 0, "high": 0, "prompts": 1}
+    assert summary["infra_failures"] == 3
+
+
+def test_a_folder_on_a_configuration_and_the_files_it_writes(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["eval", str(MODEL), TASK, "--prompts", "4", "-n", "3", "--k", "1", "--k", "3", "--out", str(out)]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0 and "avg@3" in done.output and "pass@3" in done.output
+    summary = json.loads((out / "summary.json").read_text())
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert summary["attempts"] == 12 and set(summary["pass"]) == {"1", "3"}
+    rewards = np.array([[s["reward"] for s in row["samples"]] for row in rows])
+    assert rewards.shape == (4, 3)
+    assert summary["avg"]["mean"] == pytest.approx(rewards.mean())
+    assert summary["pass"]["3"]["mean"] == pytest.approx((rewards >= 1).any(axis=1).mean())
+    assert summary["avg"]["low"] <= summary["avg"]["mean"] <= summary["avg"]["high"]
+    assert all("answer:" in s["completion"] for row in rows for s in row["samples"] if s["reward"])
+
+
+def length(*, completion: str, prompt: str, metadata: Any) -> float:
+    return float(len(completion))
+
+
+def test_a_task_file_with_overrides_of_its_own(tmp_path: Path) -> None:
+    task = tmp_path / "task.jsonl"
+    rows = [
+        {"prompt": "1 + 2 =", "sampling": {"max_tokens": 3, "temperature": 0}},
+        {"prompt": "1 + 2 =", "sampling": {"stop": ["answer"], "temperature": 0}},
+        {"prompt": "1 + 2 =", "sampling": {"min_tokens": 30, "max_tokens": 31}},
+    ]
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = EvalOptions(samples=2, reward=[f"{__name__}:length"], max_tokens=64, out=tmp_path / "out")
+    assert evaluate_checkpoint(MODEL, str(task), options) == 0
+    found = [json.loads(line)["samples"] for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert [s["tokens"] for s in found[0]] == [3, 3] and found[0][0]["stop"] == "length"
+    assert all(s["completion"].endswith("answer") and s["stop"] == "stop" for s in found[1])
+    assert all(s["tokens"] >= 31 for s in found[2])
+    assert found[1][0]["reward"] == len(found[1][0]["completion"])
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "task", "message"),
+    [
+        ("nowhere", TASK, "is no directory"),
+        ("empty", TASK, "holds neither a run"),
+        (str(MODEL), "reasoning_gym/chain_sums", "chain_sum"),
+        (str(MODEL), "task.txt", "give a .jsonl file"),
+        (str(MODEL), "missing.jsonl", "--reward MODULE:NAME"),
+    ],
+)
+def test_wrong_paths_and_tasks_are_named(checkpoint: str, task: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LaunchError, match=message):
+        evaluate_checkpoint(tmp_path / checkpoint, task, EvalOptions(out=tmp_path / "out", prompts=2))
+
+
+def test_wrong_k_and_length_are_named() -> None:
+    with pytest.raises(LaunchError, match="raise --samples"):
+        evaluate_checkpoint(MODEL, TASK, EvalOptions(samples=2, ks=[3]))
+    with pytest.raises(LaunchError, match=r"eval.min_tokens \(9\) is above"):
+        eval_config(find_checkpoint(MODEL), TASK, EvalOptions(min_tokens=9, max_tokens=4))
+
+
+def test_an_environment_is_part_of_the_task(tmp_path: Path) -> None:
+    folder = ROOT / "configs" / "tiny-calculator"
+    options = EvalOptions(samples=4, prompts=4, out=tmp_path / "out")
+    assert evaluate_checkpoint(folder, str(ROOT / "configs" / "calculator.yaml"), options) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    called = [s for row in rows for s in row["samples"] if s["observed"]]
+    assert called and np.mean([s["reward"] for s in called]) > 0.5
+    assert all("] = " in s["completion"] for s in called)
