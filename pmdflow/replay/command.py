@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,12 +68,12 @@ def replay(run: Path, *, verify: bool, start: int, overrides: Sequence[str]) -> 
         raise PmdflowError(f"{run} is no run directory (it has no config.yaml)")
     config = load(run / "config.yaml", overrides).config
     if verify:
-        _check_hardware(run)
+        _check_same(run, "hardware", hardware())
     console = Console(file=sys.stdout, soft_wrap=True)
     title = f"replay of {run.name}" + (f" with {', '.join(overrides)}" if overrides else "")
     table = Table("iteration", "recorded loss", "replayed loss", "mean |advantage|", "equal", title=title)
     equal = 0
-    for result in replay_claims(run, config, start=start):
+    for result in replay_claims(run, config, start=start, verify=verify):
         difference = result.first_difference
         table.add_row(
             str(result.iteration),
@@ -92,8 +92,17 @@ def replay(run: Path, *, verify: bool, start: int, overrides: Sequence[str]) -> 
     return 0
 
 
-def replay_claims(run: Path, config: Config, *, start: int) -> Iterator[Replayed]:
+def replay_claims(run: Path, config: Config, *, start: int, verify: bool = False) -> Iterator[Replayed]:
     """Replay claim after claim; yields each iteration as soon as it is trained.
+
+    Args:
+        run: Run directory.
+        config: Its configuration, or one that differs.
+        start: Iteration of the checkpoint to begin from; 0 is the initial weights.
+        verify: Refuse a learner that computes otherwise than the recorded one.
+
+    Raises:
+        PmdflowError: as `replay` says.
 
     Example:
         for result in replay_claims(Path("runs/quickstart"), config, start=0):
@@ -110,6 +119,8 @@ def replay_claims(run: Path, config: Config, *, start: int) -> Iterator[Replayed
     start_ray(config)
     try:
         learners = start_learners(config, run, place_learners(config), log_prefix="replay-")
+        if verify:
+            _check_same(run, "learner", ray.get(learners[0].device_info.remote(), timeout=STEP_TIMEOUT_S))
         if start == 0:
             loads = [learner.load_initial.remote() for learner in learners]
         else:
@@ -143,16 +154,16 @@ def _claims_after(run: Path, start: int) -> list[tuple[int, Path]]:
     return claims
 
 
-def _check_hardware(run: Path) -> None:
-    """Refuse to compare bit for bit where floating point may differ."""
+def _check_same(run: Path, what: str, here: Mapping[str, Any]) -> None:
+    """Refuse to compare bit for bit where floating point may differ from what meta.json says of the run."""
     if not (run / "meta.json").is_file():
         raise PmdflowError(f"{run} has no meta.json: its learner never started, so there is nothing to verify")
-    meta = json.loads((run / "meta.json").read_text())
-    for name, now in hardware().items():
-        if meta["hardware"][name] != now:
+    recorded = json.loads((run / "meta.json").read_text())[what]
+    for name, now in here.items():
+        if recorded.get(name, now) != now:
             raise PmdflowError(
-                f"--verify: the run was made with {name} {meta['hardware'][name]!r}, here it is {now!r}; equality bit "
-                "for bit is not to be expected, replay without --verify to compare"
+                f"--verify: the run was made with {name} {recorded[name]!r}, here it is {now!r}; equality bit for bit "
+                "is not to be expected, replay without --verify to compare"
             )
 
 

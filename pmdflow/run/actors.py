@@ -123,6 +123,7 @@ def actor_class(cls: type, **options: Any) -> Any:
     initialize: Any = vars(cls)["__init__"]
 
     def start(self: Any, *, log_path: str, **arguments: Any) -> None:
+        Path(log_path).parent.mkdir(exist_ok=True)  # a copied run directory may come without its logs
         with open(log_path, "ab", buffering=0) as log:
             os.dup2(log.fileno(), sys.stdout.fileno())
             os.dup2(log.fileno(), sys.stderr.fileno())
