@@ -5,12 +5,12 @@
 use std::{collections::BTreeMap, hint::black_box, path::Path, sync::Arc, time::Duration};
 
 use _rust_buffer::{
-    batch::{ClaimView, Columns},
-    group::Kind,
     log::{Disk, Durability},
-    record::{Admit, LeftOut, Quota, SegmentLoss},
+    state::group::Kind,
+    state::record::{Admit, LeftOut, Quota, SegmentLoss},
+    state::trajectory::Outcome,
+    store::claim_view::{ClaimView, Columns},
     store::{Settings, Store},
-    trajectory::Outcome,
     wire::Batch,
 };
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};

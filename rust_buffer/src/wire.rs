@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use crate::{
     error::{Result, StoreError},
     log::Entry,
-    trajectory::{End, Stop, Version},
+    state::trajectory::{End, Stop, Version},
 };
 
 const MAGIC: &[u8] = b"PMDB";

@@ -3,7 +3,7 @@
 #![no_main]
 
 use _rust_buffer::{
-    record::Record,
+    state::record::Record,
     state::State,
     wire::{self, Batch},
 };

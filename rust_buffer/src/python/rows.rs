@@ -8,15 +8,15 @@ use pyo3::{
 };
 
 use crate::{
-    batch::{Extra, Rows, Tokens},
-    claims::EvalResult,
-    group::Group,
-    late::LateReport,
-    query::Selected,
-    rollout::Granted,
     state::State,
-    trajectory::{Trajectory, Verdict, Version},
-    view::Counts,
+    state::group::Group,
+    state::trajectory::{Trajectory, Verdict, Version},
+    store::claim_view::{Extra, Rows, Tokens},
+    store::claims::EvalResult,
+    store::counts::Counts,
+    store::late::LateReport,
+    store::query::Selected,
+    store::rollout::Granted,
 };
 
 /// One answer.

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use _rust_buffer::group::Straggler;
+use _rust_buffer::state::group::Straggler;
 
 #[derive(Debug, Default)]
 struct Waiting {

@@ -14,15 +14,15 @@ use std::{
 };
 
 use _rust_buffer::{
-    batch::{self, ClaimView, Columns, Rows},
-    claims::{ClaimAnswer, Starvation},
     error::StoreError,
-    group::{Kind, Straggler},
     log::{Disk, Durability},
-    record::{Admit, LeftOut, Quota, SegmentLoss},
-    rollout::{Granted, Reply},
+    state::group::{Kind, Straggler},
+    state::record::{Admit, LeftOut, Quota, SegmentLoss},
+    state::trajectory::{Outcome, Verdict},
+    store::claim_view::{self, ClaimView, Columns, Rows},
+    store::claims::{ClaimAnswer, Starvation},
+    store::rollout::{Granted, Reply},
     store::{Settings, Store},
-    trajectory::{Outcome, Verdict},
     wire::Batch,
 };
 use late::Stragglers;
@@ -238,7 +238,7 @@ impl Model {
             assert!(lease.grant > 0);
             assert!(lease.kind == Kind::Eval || self.settings.lookahead > 0 || !open);
             assert!(!self.held.iter().any(|held| held.trajectory == lease.trajectory));
-            let prefix = batch::read_segments(self.store().log(), &lease.segments).unwrap();
+            let prefix = claim_view::read_segments(self.store().log(), &lease.segments).unwrap();
             assert_eq!(prefix.ids, ids(&self.tokens[&lease.trajectory]));
             let observed: Vec<u8> = self.tokens[&lease.trajectory].iter().map(|t| u8::from(t.observed)).collect();
             assert_eq!(prefix.observed, observed);

@@ -1,9 +1,9 @@
 //! The steps of random histories.
 
 use _rust_buffer::{
-    group::Kind,
-    query::{Bounds, Filter},
-    trajectory::{Outcome, Stop},
+    state::group::Kind,
+    state::trajectory::{Outcome, Stop},
+    store::query::{Bounds, Filter},
 };
 use proptest::prelude::*;
 

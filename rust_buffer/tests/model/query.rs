@@ -1,9 +1,9 @@
 //! Queries against a filter written plainly.
 
 use _rust_buffer::{
-    query::{Bounds, Filter},
+    state::trajectory::Verdict,
     store::Store,
-    trajectory::Verdict,
+    store::query::{Bounds, Filter},
 };
 
 fn within<T: PartialOrd + Copy>((low, high): Bounds<T>, value: T) -> bool {

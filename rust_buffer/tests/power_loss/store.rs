@@ -3,14 +3,14 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use _rust_buffer::{
-    batch,
     error::{Result, StoreError},
-    group::Kind,
     log::{Durability, Lsn},
-    record::{Admit, LeftOut, Quota, SegmentLoss},
     state::State,
+    state::group::Kind,
+    state::record::{Admit, LeftOut, Quota, SegmentLoss},
+    state::trajectory::Outcome,
+    store::claim_view,
     store::{Settings, Store},
-    trajectory::Outcome,
     wire::Batch,
 };
 use proptest::prelude::*;
@@ -291,7 +291,7 @@ impl Run {
             assert!(store.state() == state, "the state after record {lsn} differs");
         }
         for (id, trajectory) in &store.state().trajectories {
-            let read = batch::read_segments(store.log(), &trajectory.segments).unwrap();
+            let read = claim_view::read_segments(store.log(), &trajectory.segments).unwrap();
             let sent = self.tokens.get(id).map_or(&[][..], Vec::as_slice);
             assert_eq!(read.ids, bytes(&sent[..trajectory.len as usize]), "tokens of trajectory {id}");
         }

@@ -2,13 +2,13 @@
 
 use crate::{
     error::{Result, StoreError},
-    group::{Group, Kind, Phase},
-    ledger::Place,
     log::{Frame, Location, Lsn},
-    order,
-    record::{Admit, Appended, Claimed, LeftOut, Quota, Reason, Record, Score},
+    state::group::{Group, Kind, Phase},
+    state::ledger::Place,
+    state::mask,
+    state::record::{Admit, Appended, Claimed, LeftOut, Quota, Reason, Record, Score},
+    state::trajectory::{Outcome, Segment, Stop, Trajectory, Verdict, Version},
     state::{Claim, ClaimStatus, ClaimSums, KEPT_QUOTAS, Publication, State, request_hash},
-    trajectory::{Outcome, Segment, Stop, Trajectory, Verdict, Version},
 };
 
 /// Where a record is.
@@ -212,7 +212,7 @@ impl State {
         let mut claim = self.claim(iteration)?.clone();
         claim.status = ClaimStatus::Trained;
         claim.left_out = left_out.clone();
-        claim.sums = order::sums(self, &claim)?;
+        claim.sums = mask::sums(self, &claim)?;
         self.ledger.shift(Place::Claimed, Place::Trained, claim.sums.trainable);
         self.ledger.shift(Place::Claimed, Place::MaskedFilter, claim.sums.filter);
         self.ledger.shift(Place::Claimed, Place::MaskedVeto, claim.sums.veto);
@@ -231,7 +231,7 @@ impl State {
             sums: ClaimSums::default(),
             left_out: LeftOut::default(),
         };
-        claim.sums = order::sums(self, &claim)?;
+        claim.sums = mask::sums(self, &claim)?;
         for id in &claimed.groups {
             self.group_mut(*id)?.phase = Phase::Claimed(claimed.iteration);
         }

@@ -1,14 +1,15 @@
 //! The learner's side of the store: claims, commits and eviction; and evaluation results.
 
 use crate::{
+    clock::Micros,
     error::Result,
-    group::Phase,
     log::{Arrays, Lsn},
-    order::{self, Micros},
-    record::{Claimed, Reason, Record},
     state::ClaimStatus,
+    state::group::Phase,
+    state::mask,
+    state::record::{Claimed, Reason, Record},
+    state::trajectory::{Stop, Version},
     store::{Store, conflict},
-    trajectory::{Stop, Version},
 };
 
 /// The answer to `claim`.
@@ -107,7 +108,7 @@ impl Store {
                 break;
             }
             let group = self.state.group(*id)?;
-            let trainable = order::is_trainable(&self.state, group, version, self.settings.max_staleness);
+            let trainable = mask::is_trainable(&self.state, group, version, self.settings.max_staleness);
             if trainable { groups.push(*id) } else { over_age.push(*id) }
         }
         let evicted = over_age.len();
@@ -170,7 +171,8 @@ impl Store {
     fn eval_groups(&self, prefix: &str) -> Vec<u64> {
         let matching = self.index.requests.range(prefix.to_owned()..).take_while(|(id, _)| id.starts_with(prefix));
         let mut groups: Vec<u64> = matching.map(|(_, group)| *group).collect();
-        groups.retain(|id| self.state.groups.get(id).is_some_and(|group| group.kind == crate::group::Kind::Eval));
+        groups
+            .retain(|id| self.state.groups.get(id).is_some_and(|group| group.kind == crate::state::group::Kind::Eval));
         groups.sort_unstable();
         groups
     }

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet, btree_map::Entry};
 
 use crate::{
-    error::Result, group::Group, log::Arrays, order::Micros, record::Record, store::Store, trajectory::Verdict,
+    clock::Micros, error::Result, log::Arrays, state::group::Group, state::record::Record, state::trajectory::Verdict,
+    store::Store,
 };
 
 /// Reports that are kept for a caller that does not take them.

@@ -1,9 +1,9 @@
 //! Queries over stored trajectories: ids and scalars, page by page.
 
 use crate::{
-    group::{Group, Kind},
+    state::group::{Group, Kind},
+    state::trajectory::{Stop, Trajectory, Version},
     store::Store,
-    trajectory::{Stop, Trajectory, Version},
 };
 
 /// Trajectories that one page looks at, so that a query never holds the store for long.

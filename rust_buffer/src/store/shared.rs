@@ -6,10 +6,10 @@ use std::{
 };
 
 use crate::{
+    clock::{Micros, micros},
     error::{Result, StoreError},
     log::{Durability, Log, Lsn},
-    order::Micros,
-    store::{Store, micros},
+    store::Store,
 };
 
 /// Time that a record may take to be durable before its call fails.

@@ -11,18 +11,19 @@ use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 use pyo3::{buffer::PyBuffer, exceptions::PyValueError, prelude::*, types::PyDict};
 
 use crate::{
-    batch::{self, ClaimView, Columns},
-    claims::ClaimAnswer,
+    clock::micros,
     error::StoreError as Failure,
-    group::{Kind, Straggler},
     log::{Disk, Durability, Memory, Storage},
     pack::{self as micro_batches, Micro, Packing},
-    query::{Bounds, Filter},
-    record::{Admit, LeftOut, Quota, SegmentLoss},
-    rollout::Granted,
-    shared::Shared,
-    store::{Settings, Store, micros},
-    trajectory::{Outcome, Stop, Version},
+    state::group::{Kind, Straggler},
+    state::record::{Admit, LeftOut, Quota, SegmentLoss},
+    state::trajectory::{Outcome, Stop, Version},
+    store::claim_view::{self, ClaimView, Columns},
+    store::claims::ClaimAnswer,
+    store::query::{Bounds, Filter},
+    store::rollout::Granted,
+    store::shared::Shared,
+    store::{Settings, Store},
     wire::Batch,
 };
 use buffers::Buffers;
@@ -229,9 +230,9 @@ impl TrajectoryStore {
             })?;
             let waiting = waiting.map(|(_, waiting)| waiting).unwrap_or_default();
             let read = |item: rows::Waiting| {
-                let prompt = batch::read_array(self.shared.log(), item.group.location, 0)?;
-                let metadata = batch::read_array(self.shared.log(), item.group.location, 1)?;
-                let tokens = batch::read_segments(self.shared.log(), &item.trajectory.segments)?;
+                let prompt = claim_view::read_array(self.shared.log(), item.group.location, 0)?;
+                let metadata = claim_view::read_array(self.shared.log(), item.group.location, 1)?;
+                let tokens = claim_view::read_segments(self.shared.log(), &item.trajectory.segments)?;
                 Ok((item, prompt, metadata, tokens))
             };
             waiting.into_iter().map(read).collect::<Result<Vec<_>, Failure>>()
@@ -383,7 +384,7 @@ impl TrajectoryStore {
                 let rows = store.state().groups.iter().map(|(id, group)| (*id, group, store.phase_of(group)));
                 let rows = rows.filter(|(_, _, (name, _))| state.is_none_or(|state| state == *name));
                 let read = rows.map(|(id, group, phase)| {
-                    let metadata = batch::read_array(store.log(), group.location, 1)?;
+                    let metadata = claim_view::read_array(store.log(), group.location, 1)?;
                     Ok((id, group.clone(), phase, metadata))
                 });
                 read.collect::<Result<Vec<_>, Failure>>()
@@ -445,9 +446,9 @@ impl TrajectoryStore {
             })?;
             let (trajectory, verdict) = trajectory;
             let log = self.shared.log();
-            let prompt = batch::read_array(log, location, 0)?;
-            let tokens = batch::read_segments(log, &trajectory.segments)?;
-            let extras = batch::read_extras(log, &trajectory.segments)?;
+            let prompt = claim_view::read_array(log, location, 0)?;
+            let tokens = claim_view::read_segments(log, &trajectory.segments)?;
+            let extras = claim_view::read_extras(log, &trajectory.segments)?;
             Ok::<_, Failure>(rows::TrajectoryView { id, trajectory, state, verdict, prompt, tokens, extras })
         })?;
         rows::trajectory(py, &view)
@@ -486,9 +487,9 @@ impl TrajectoryStore {
 
 impl TrajectoryStore {
     fn read_lease(&self, granted: Granted) -> Result<rows::LeaseView, Failure> {
-        let prompt = batch::read_array(self.shared.log(), granted.prompt, 0)?;
-        let metadata = batch::read_array(self.shared.log(), granted.prompt, 1)?;
-        let prefix = batch::read_segments(self.shared.log(), &granted.segments)?;
+        let prompt = claim_view::read_array(self.shared.log(), granted.prompt, 0)?;
+        let metadata = claim_view::read_array(self.shared.log(), granted.prompt, 1)?;
+        let prefix = claim_view::read_segments(self.shared.log(), &granted.segments)?;
         Ok(rows::LeaseView { granted, prompt, metadata, prefix })
     }
 }

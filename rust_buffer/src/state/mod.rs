@@ -1,6 +1,13 @@
 //! The durable state: everything but the tokens themselves. `apply` says how each record changes it; a snapshot of it
 //! and the records after that are what recovery reads.
 
+pub mod apply;
+pub mod group;
+pub mod ledger;
+pub mod mask;
+pub mod record;
+pub mod trajectory;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use imbl::{OrdMap, OrdSet};
@@ -8,11 +15,11 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::{
     error::{Result, StoreError},
-    group::{Group, Kind, Phase},
-    ledger::Ledger,
     log::Lsn,
-    record::{LeftOut, Quota, SegmentLoss},
-    trajectory::{Trajectory, Version},
+    state::group::{Group, Kind, Phase},
+    state::ledger::Ledger,
+    state::record::{LeftOut, Quota, SegmentLoss},
+    state::trajectory::{Trajectory, Version},
 };
 
 /// Quotas that are kept; a version below the oldest of them has no budget any more.

@@ -3,15 +3,15 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    batch,
+    clock::Micros,
     error::Result,
-    group::Kind,
-    lease::Lease,
     log::{Arrays, Location},
-    order::Micros,
-    record::{Appended, Record},
+    state::group::Kind,
+    state::record::{Appended, Record},
+    state::trajectory::{End, Segment, Stop, Trajectory, Verdict, Version},
     store::Store,
-    trajectory::{End, Segment, Stop, Trajectory, Verdict, Version},
+    store::claim_view,
+    store::lease::Lease,
     wire::{Batch, Item},
 };
 
@@ -340,7 +340,7 @@ impl Store {
         for segment in &trajectory.segments {
             let (first, last) = (position.max(start), (position + segment.len).min(end));
             if first < last {
-                let stored = batch::read_segment(&self.log, segment)?;
+                let stored = claim_view::read_segment(&self.log, segment)?;
                 let same = |stored_at: u32, sent_at: u32| {
                     let range = |at: u32, from: u32| 4 * (at + first - from) as usize..4 * (at + last - from) as usize;
                     stored.get(range(stored_at, position)) == sent.get(range(sent_at, start))

@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    group::{Group, Phase},
-    ledger::{Place, signed},
     log::Lsn,
+    state::group::{Group, Phase},
+    state::ledger::{Place, signed},
+    state::trajectory::{Trajectory, Verdict, Version},
     store::Store,
-    trajectory::{Trajectory, Verdict, Version},
 };
 
 /// Live numbers, as in `pmdflow.types.Counts`.

@@ -3,6 +3,18 @@
 //! This file holds opening, the path of every record, quotas, admission, scoring and publication; `rollout` holds
 //! leases and appends, `claims` the learner's side, `view` the queries. Nothing here blocks: waits are in `shared`.
 
+pub mod check;
+pub mod claim_view;
+pub mod claims;
+pub mod counts;
+pub mod index;
+pub mod late;
+pub mod lease;
+pub mod query;
+pub mod rollout;
+pub mod shared;
+mod snapshot;
+
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
@@ -10,17 +22,18 @@ use std::{
 };
 
 use crate::{
-    apply::Placed,
+    clock::Micros,
     error::{Result, StoreError},
-    group::{Group, Kind, Phase, Straggler},
-    late::{LateReport, Overdue},
-    lease::Leases,
     log::{Arrays, Durability, Location, Log, LogOptions, Lsn, Storage},
-    order::{Index, Micros},
-    record::{Admit, LeftOut, Quota, Record, Score, SegmentLoss},
-    snapshot::Snapshots,
+    state::apply::Placed,
+    state::group::{Group, Kind, Phase, Straggler},
+    state::record::{Admit, LeftOut, Quota, Record, Score, SegmentLoss},
+    state::trajectory::{Outcome, Verdict, Version},
     state::{ClaimStatus, Publication, State, request_hash},
-    trajectory::{Outcome, Verdict, Version},
+    store::index::Index,
+    store::late::{LateReport, Overdue},
+    store::lease::Leases,
+    store::snapshot::Snapshots,
     wire,
 };
 
@@ -93,11 +106,6 @@ pub(crate) struct Signature {
     open_claim: Option<i64>,
     budgets: Vec<bool>,
     quotas: u64,
-}
-
-/// Microseconds of `seconds` of the caller's clock.
-pub fn micros(seconds: f64) -> Micros {
-    (seconds * 1e6) as Micros
 }
 
 pub(crate) fn conflict<T>(detail: impl Into<String>) -> Result<T> {
@@ -487,6 +495,6 @@ impl Store {
     /// # Errors
     /// `Conflict` naming the first difference; an error of ours.
     pub fn check(&self) -> Result<()> {
-        crate::check::check(self)
+        crate::store::check::check(self)
     }
 }

@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 
 use crate::{
     error::Result,
-    group::{Group, Kind, Phase},
-    ledger::{Place, signed},
-    order::{self, Index},
     state::ClaimStatus,
+    state::group::{Group, Kind, Phase},
+    state::ledger::{Place, signed},
+    state::mask,
+    state::trajectory::{Segment, Verdict, Version},
+    store::index::Index,
     store::{Store, conflict},
-    trajectory::{Segment, Verdict, Version},
 };
 
 /// Compares ledger, spent tokens, index and reservations with what state and leases say.
@@ -110,7 +111,7 @@ fn check_claims(store: &Store) -> Result<()> {
         for id in &claim.groups {
             same("phase of a claimed group", state.group(*id)?.phase, Phase::Claimed(*iteration))?;
         }
-        same("sums of a claim", claim.sums, order::sums(state, claim)?)?;
+        same("sums of a claim", claim.sums, mask::sums(state, claim)?)?;
         if claim.status == ClaimStatus::Claimed {
             claimed += signed(claim.sums.trainable);
         }

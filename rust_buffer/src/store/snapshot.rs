@@ -9,11 +9,11 @@ use std::{
 };
 
 use crate::{
-    apply::Placed,
     error::{Result, StoreError},
     log::{Frame, Log, Position, Replay},
-    record::Record,
     state::State,
+    state::apply::Placed,
+    state::record::Record,
     wire,
 };
 

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::{order::Micros, trajectory::Version};
+use crate::{clock::Micros, state::trajectory::Version};
 
 /// The exclusive right to extend one trajectory.
 #[derive(Debug, Clone, PartialEq)]

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    group::{Kind, Phase},
-    trajectory::{Outcome, Stop, Version},
+    state::group::{Kind, Phase},
+    state::trajectory::{Outcome, Stop, Version},
 };
 
 /// What rollout may do under one version.

@@ -1,4 +1,4 @@
-//! Staleness masks, and the orders of leases, scoring and claims with the indexes that keep them cheap.
+//! The orders of leases, scoring and claims, with the indexes that keep them cheap.
 //!
 //! Leases: evaluation first; then training trajectories that hold tokens, oldest group first; then those not started,
 //! highest priority first, then oldest group. Claims: a first-in first-out queue of groups with a window: of the ready
@@ -10,93 +10,12 @@ use std::{
 };
 
 use crate::{
+    clock::Micros,
     error::Result,
-    group::{Group, Kind, Phase},
-    record::SegmentLoss,
-    state::{Claim, ClaimSums, State},
-    trajectory::{Segment, Trajectory, Verdict, Version},
+    state::State,
+    state::group::{Group, Kind, Phase},
+    state::trajectory::{Trajectory, Verdict, Version},
 };
-
-/// Microseconds of the caller's clock.
-pub type Micros = i64;
-
-/// Mask flag: the policy generated the token.
-pub const GENERATED: u8 = 1;
-/// Mask flag: the token has a gradient.
-pub const TRAINED: u8 = 2;
-/// Mask flag: left out for its age.
-pub const OVER_AGE: u8 = 4;
-/// Mask flag: left out because it is not of the newest segment.
-pub const SEGMENT: u8 = 8;
-/// Mask flag: left out by the learner's group filter.
-pub const FILTER: u8 = 16;
-/// Mask flag: left out by the learner's veto.
-pub const VETO: u8 = 32;
-
-/// Mask flags of the tokens of a segment of the trajectory `id` in `claim`.
-pub fn mask(segment: &Segment, id: u64, trajectory: &Trajectory, claim: &Claim) -> u8 {
-    let over_age = |limit| claim.version - segment.version > i64::from(limit);
-    let current_only = claim.segment_loss == SegmentLoss::CurrentOnly;
-    if segment.observed {
-        0
-    } else if claim.max_staleness.is_some_and(over_age) {
-        GENERATED | OVER_AGE
-    } else if current_only && Some(segment.version) != trajectory.newest_generated() {
-        GENERATED | SEGMENT
-    } else if claim.left_out.filter.contains(&id) {
-        GENERATED | FILTER
-    } else if claim.left_out.veto.contains(&id) {
-        GENERATED | VETO
-    } else {
-        GENERATED | TRAINED
-    }
-}
-
-/// The tokens of `claim` by what becomes of them.
-///
-/// # Errors
-/// `Conflict` when one of its groups is not in the store.
-pub fn sums(state: &State, claim: &Claim) -> Result<ClaimSums> {
-    let mut sums = ClaimSums::default();
-    for group in &claim.groups {
-        add_sums(&mut sums, state, state.group(*group)?, claim);
-    }
-    Ok(sums)
-}
-
-fn add_sums(sums: &mut ClaimSums, state: &State, group: &Group, claim: &Claim) {
-    for (id, trajectory) in state.members(group) {
-        match trajectory.verdict {
-            Verdict::Late => continue,
-            Verdict::Failed => {
-                sums.failed += u64::from(trajectory.generated());
-                continue;
-            }
-            _ => {}
-        }
-        for segment in trajectory.segments.iter().filter(|segment| !segment.observed) {
-            let sum = match mask(segment, id, trajectory, claim) & !GENERATED {
-                OVER_AGE => &mut sums.over_age,
-                SEGMENT => &mut sums.segment,
-                FILTER => &mut sums.filter,
-                VETO => &mut sums.veto,
-                _ => &mut sums.trainable,
-            };
-            *sum += u64::from(segment.len);
-        }
-    }
-}
-
-/// Whether a group has a token to train at a claim of learner version `version`.
-///
-/// A trajectory's newest token is the last to become over-age, and is of the newest segment.
-pub fn is_trainable(state: &State, group: &Group, version: Version, max_staleness: Option<u32>) -> bool {
-    state.members(group).any(|(_, trajectory)| {
-        let newest = trajectory.newest_generated();
-        let fresh = newest.is_some_and(|v| max_staleness.is_none_or(|limit| version - v <= i64::from(limit)));
-        fresh && !matches!(trajectory.verdict, Verdict::Failed | Verdict::Late)
-    })
-}
 
 /// Oldest group first; ids follow the order of admission.
 type Key = (u64, u64);

@@ -6,12 +6,12 @@ use imbl::OrdMap;
 
 use crate::{
     error::{Result, StoreError},
-    group::Group,
     log::{Bytes, Location, Log},
-    order::{self, GENERATED},
-    record::Record,
+    state::group::Group,
+    state::mask::{self, GENERATED},
+    state::record::Record,
+    state::trajectory::{Segment, Trajectory, Verdict, Version},
     state::{Claim, State},
-    trajectory::{Segment, Trajectory, Verdict, Version},
     wire,
 };
 
@@ -247,7 +247,7 @@ impl ClaimView {
                         check_segment(log, segment, bytes)?;
                     }
                     let (ids, logprobs) = bytes.split_at(4 * segment.len as usize);
-                    let flags = order::mask(segment, member.id, member.trajectory, &self.claim);
+                    let flags = mask::mask(segment, member.id, member.trajectory, &self.claim);
                     let version =
                         if flags & GENERATED == 0 { -1 } else { i32::try_from(segment.version).unwrap_or(i32::MAX) };
                     packer.push(ids, logprobs, (version, segment.temperature, flags))?;
