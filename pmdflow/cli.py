@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -137,6 +137,30 @@ def evaluate(
         out=out,
     )
     raise typer.Exit(evaluate_checkpoint(checkpoint, task, options))
+
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    iteration: Annotated[int | None, typer.Option(min=1, help="That of the checkpoint; default: the newest.")] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter/--merged", help="Of a LoRA run: the adapters alone, or added to the weights.")
+    ] = False,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Type of the weights; default: the run's, for adapters float32."),
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Upload the folder to this repository of the Hub, new ones private."),
+    ] = None,
+) -> None:
+    """Write a checkpoint as a Hugging Face folder, also of a live run."""
+    from pmdflow.export.command import ExportOptions, export_checkpoint
+
+    options = ExportOptions(iteration=iteration, adapter=adapter, dtype=dtype, push=push)
+    raise typer.Exit(export_checkpoint(run, out, options))
 
 
 def main() -> None:

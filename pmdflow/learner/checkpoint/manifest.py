@@ -115,9 +115,12 @@ def commit_checkpoint(root: Path, manifest: Manifest) -> Manifest:
     return committed
 
 
-def newest_manifest(root: Path) -> Manifest | None:
-    """The newest checkpoint whose files all have the recorded size and checksum, or None; reads every byte of it."""
-    return next((found for found in reversed(_manifests(root)) if _intact(found, checksums=True)), None)
+def newest_manifest(root: Path, *, checksums: bool = True) -> Manifest | None:
+    """The newest checkpoint whose files all have the recorded size and checksum, or None.
+
+    With `checksums` every byte of it is read; beside a run that prunes it, it may be gone before that is done.
+    """
+    return next((found for found in reversed(_manifests(root)) if _intact(found, checksums=checksums)), None)
 
 
 def oldest_manifest(root: Path) -> Manifest | None:

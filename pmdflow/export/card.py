@@ -1,0 +1,106 @@
+"""The model card of an export: which run, data and versions made it, and how it learnt."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from pmdflow.metrics.history import History
+from pmdflow.metrics.summary import read_config
+
+CURVE_ROWS = 20
+"""Most rows of the curve's table."""
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_SHOWN = (
+    ("data", "task"), ("data", "group_size"), ("data", "max_tokens"), ("learner", "algorithm"), ("learner", "tau"),
+    ("learner", "lr"), ("learner", "lora"), ("scheduler", "groups_per_iteration"), ("scheduler", "lookahead"),
+    ("scheduler", "max_staleness"),
+)  # fmt: skip
+"""Settings that a reader wants to know. The others may hold what is not for everybody."""
+
+
+def model_card(run: Path, *, iteration: int, version: int, dtype: str, adapter: bool) -> str:
+    """A `README.md` with the metadata that the Hub reads. Settings are shown as written: `${NAME}` is not resolved.
+
+    Args:
+        run: Run directory.
+        iteration: That of the checkpoint.
+        version: Policy version of the weights.
+        dtype: Type of the weights.
+        adapter: The folder holds adapters, not a whole model.
+    """
+    config = read_config(run)
+    base = str((config.get("model") or {}).get("path", ""))
+    data = ModelCardData(
+        base_model=base.partition("@")[0] if is_hub_id(base) else None,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["pmdflow", "reinforcement-learning", *(["lora"] if adapter else [])],
+    )
+    what = "Low-rank adapters for" if adapter else "Trained from"
+    name = base if is_hub_id(base) else Path(base).name
+    summary = f"{what} `{name}` by online policy mirror descent with pmdflow: policy version {version}, {dtype}.\n"
+    lines = [
+        f"---\n{data.to_yaml()}\n---\n",
+        f"# {run.absolute().name}, iteration {iteration}\n",
+        summary,
+        "| setting | value |\n|---|---|",
+        *_settings(config),
+        "\n| made with | version |\n|---|---|",
+        *_versions(run),
+        "\nRewards are means over the trained answers and over the held-out prompts; lengths are generated tokens.\n",
+        "| iterations | reward | length | held-out reward |\n|---:|---:|---:|---:|",
+        *_curve(run, iteration),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether `model.path` names a repository of the Hub, not a folder of this machine."""
+    return _HUB_ID.fullmatch(path) is not None and not Path(path).exists()
+
+
+def _settings(config: Mapping[str, Any]) -> Iterator[str]:
+    for section, key in _SHOWN:
+        value = (config.get(section) or {}).get(key)
+        if isinstance(value, str) and "/" in value and not value.startswith(("reasoning_gym/", "hf:")):
+            value = Path(value).name  # where it lay is nobody's business
+        if value is not None:
+            yield f"| `{section}.{key}` | {_cell(value)} |"
+    functions = (config.get("reward") or {}).get("functions") or []
+    names = ", ".join(f"{_cell(item.get('function'))} x {item.get('weight', 1.0):g}" for item in functions)
+    yield f"| `reward.functions` | {names} |"
+
+
+def _versions(run: Path) -> Iterator[str]:
+    meta: dict[str, Any] = json.loads((run / "meta.json").read_text())
+    hardware, packages = meta.get("hardware") or {}, meta.get("packages") or {}
+    versions = {"pmdflow": meta.get("pmdflow"), **packages}
+    versions |= {name: hardware.get(name) for name in ("torch", "transformers")}
+    yield from (f"| {name} | {version} |" for name, version in versions.items() if version)
+
+
+def _curve(run: Path, iteration: int) -> Iterator[str]:
+    history = History(run, max_spans=0)
+    history.update()
+    numbers = [number for number in sorted({0, *history.iterations}) if number <= iteration]
+    for number in _thinned(numbers):
+        record, held_out = history.iterations.get(number, {}), history.evals.get(number, {})
+        cells = (record.get("reward/mean"), record.get("trajectory/length_mean"), held_out.get("eval/reward_mean"))
+        yield f"| {number} | " + " | ".join("" if cell is None else f"{cell:.4g}" for cell in cells) + " |"
+
+
+def _thinned(numbers: Sequence[int]) -> list[int]:
+    """Evenly spaced ones, the first and the last among them."""
+    if len(numbers) <= CURVE_ROWS:
+        return list(numbers)
+    return [numbers[round(row * (len(numbers) - 1) / (CURVE_ROWS - 1))] for row in range(CURVE_ROWS)]
+
+
+def _cell(value: Any) -> str:
+    return f"`{value}`".replace("|", "\\|")

@@ -1,0 +1,107 @@
+"""A folder that a crash leaves whole or not at all, and the sharded weights in it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pmdflow import durable
+from pmdflow.errors import PmdflowError
+from pmdflow.export.weights import INDEX, Named
+
+SHARD_BYTES = 2 * 10**9
+"""Most bytes of one file of weights, and so of what is in memory, unless a single tensor is larger."""
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Fill a folder beside `out`; when the context is left without an error it is synced and renamed to `out`.
+
+    What a crash leaves of it is called `OUT.partial`, and the next export to `out` takes it away.
+
+    Raises:
+        PmdflowError: `out` holds something, is no folder, or is being written by another process.
+    """
+    out = out.absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PmdflowError(f"{out} exists and is not an empty folder; choose another or remove it")
+    aside = out.with_name(out.name + ".partial")
+    aside.mkdir(parents=True, exist_ok=True)
+    lock = os.open(aside, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise PmdflowError(f"another export is writing {aside}; wait for it or choose another folder") from error
+        _empty(aside)
+        try:
+            yield aside
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        durable.sync_tree(aside)
+        durable.rename(aside, out)
+    except OSError as error:
+        raise PmdflowError(
+            f"{error.filename or aside}: {error.strerror or error}; free space or choose another folder"
+        ) from error
+    finally:
+        os.close(lock)
+
+
+def write_shards(
+    folder: Path, tensors: Iterable[Named], stored: Mapping[str, Tensor], *, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write `tensors` as `model.safetensors`, or as several files and their index; one file is in memory at a time.
+
+    Args:
+        folder: Where to.
+        tensors: Names and tensors, in the order of `stored`.
+        stored: All of them as tensors without memory, for the plan.
+        shard_bytes: Most bytes of one file.
+    """
+    plan = split_torch_state_dict_into_shards(
+        dict(stored), filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
+    )
+    waiting: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors:
+        file = plan.tensor_to_filename[name]
+        waiting[file][name] = tensor
+        if len(waiting[file]) == len(plan.filename_to_tensors[file]):
+            save_tensors(waiting.pop(file), folder / file)
+    assert not waiting, f"tensors are missing from {sorted(waiting)}"
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write one file of tensors.
+
+    Raises:
+        PmdflowError: the disk does not take it.
+    """
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(path.parent.stat().st_mode & 0o666)  # it makes files that only their owner reads
+    except SafetensorError as error:
+        raise PmdflowError(f"cannot write {path}: {error}; free space or choose another folder") from error
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -1,0 +1,124 @@
+"""A committed checkpoint, read tensor by tensor, also beside the run that goes on and prunes it."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+
+from pmdflow.errors import PmdflowError
+from pmdflow.learner.checkpoint.manifest import Manifest, manifest_at, newest_manifest
+
+_POLICY = "model.model."
+"""Before the name of a tensor of the language model: the part of the state that is the policy, and its module."""
+_LOOKS = 10
+"""Checkpoints that may be pruned between the look at the directory and the opening of their files."""
+
+
+class HeldCheckpoint:
+    """The policy in a checkpoint of any number of ranks. Its files are open: pruning does not take them away.
+
+    Example:
+        >>> with HeldCheckpoint.of(Path("runs/quickstart")) as checkpoint:         # doctest: +SKIP
+        ...     embedding = checkpoint.read(["model.embed_tokens.weight"])
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        """Open every file of `manifest`.
+
+        Raises:
+            FileNotFoundError: it was pruned meanwhile.
+            PmdflowError: a file is not as long as the manifest says.
+        """
+        self.manifest = manifest
+        self._open = ExitStack()
+        with ExitStack() as opening:
+            files: dict[str, BinaryIO] = {}
+            for file in manifest.files:
+                path = manifest.directory / file.path
+                files[file.path] = opening.enter_context(open(path, "rb"))
+                size = os.fstat(files[file.path].fileno()).st_size
+                if size != file.size:
+                    raise PmdflowError(
+                        f"{path} has {size} bytes, its manifest says {file.size}: the checkpoint is damaged"
+                    )
+            self._open = opening.pop_all()
+        self._reader = FileSystemReader(manifest.directory)
+        self._reader.fs = _OpenFiles(files)
+        entries = self._reader.read_metadata().state_dict_metadata
+        self._entries = {
+            name.removeprefix(_POLICY): entry
+            for name, entry in entries.items()
+            if name.startswith(_POLICY) and isinstance(entry, TensorStorageMetadata)
+        }
+
+    @classmethod
+    def of(cls, run: Path, iteration: int | None = None) -> HeldCheckpoint:
+        """Hold the checkpoint of `iteration`, or the newest one.
+
+        Raises:
+            PmdflowError: the run has no such checkpoint; the message lists those that it keeps.
+        """
+        root = run / "checkpoints"
+        for _ in range(_LOOKS):
+            if iteration is not None:
+                manifest: Manifest | None = manifest_at(root, iteration)
+            else:
+                manifest = newest_manifest(root, checksums=False)
+            if manifest is None:
+                raise PmdflowError(f"{run} has no checkpoint yet; wait for one (learner.checkpoint_every)")
+            try:
+                return cls(manifest)
+            except FileNotFoundError:
+                continue
+        raise PmdflowError(f"{root}: {_LOOKS} checkpoints were pruned while they were opened; keep more of them")
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Shape of every tensor, by its name in the language model (of an adapter: in peft's)."""
+        return {name: entry.size for name, entry in self._entries.items()}
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read whole tensors on the CPU, in the type that they were written in."""
+        tensors: dict[str, Any] = {}
+        for name in names:
+            entry = self._entries[name]
+            tensors[_POLICY + name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what no_dist asks for
+            load_state(tensors, storage_reader=self._reader, no_dist=True)
+        return {name.removeprefix(_POLICY): tensor for name, tensor in tensors.items()}
+
+    def __enter__(self) -> Self:
+        """Its files are open already."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let go of the files."""
+        self._open.close()
+
+
+class _OpenFiles(FileSystem):
+    """Reads files that are open already, whatever has become of their names."""
+
+    def __init__(self, files: Mapping[str, BinaryIO]) -> None:
+        self._files = files
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        file = self._files[Path(path).name]
+        file.seek(0)
+        yield cast(io.IOBase, file)

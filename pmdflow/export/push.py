@@ -1,0 +1,62 @@
+"""An exported folder on the Hub, through huggingface_hub and the environment that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+from pmdflow.errors import PmdflowError
+
+
+def require_account(repository: str) -> None:
+    """Refuse an id or a token that the Hub does not take, before anything is written.
+
+    Raises:
+        PmdflowError: says what to mend.
+    """
+    with _named(repository):
+        api = HfApi()
+        api.whoami()
+        api.repo_exists(repository)
+
+
+def push(folder: Path, repository: str, *, message: str) -> str:
+    """Upload a folder in one commit to the model `repository`, which is made private where there is none yet.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        PmdflowError: it could not be uploaded; the folder is left as it is.
+    """
+    with _named(repository):
+        api = HfApi()
+        api.create_repo(repository, private=True, exist_ok=True)
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+        return str(commit.commit_url)
+
+
+@contextmanager
+def _named(repository: str) -> Iterator[None]:
+    try:
+        yield
+    except HFValidationError as error:
+        raise PmdflowError(f"--push {repository}: {_line(error)}; give NAME or ORGANIZATION/NAME") from error
+    except LocalTokenNotFoundError as error:
+        raise PmdflowError(f"--push {repository}: no token; set HF_TOKEN or run `hf auth login`") from error
+    except OfflineModeIsEnabled as error:
+        raise PmdflowError(f"--push {repository}: HF_HUB_OFFLINE is set; unset it") from error
+    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+        raise PmdflowError(
+            f"--push {repository}: {_line(error)}; check HF_ENDPOINT, the network and that HF_TOKEN may write there"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,84 @@
+"""A run directory that a real learner trained on made claims: checkpoints, archive and metrics, without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from pmdflow.config.schema import Config
+from pmdflow.learner.checkpoint.manifest import Manifest, commit_checkpoint, prune
+from pmdflow.learner.learner import Learner
+from pmdflow.metrics.recorder import Recorder
+from pmdflow.metrics.summary import batch_metrics
+from pmdflow.run.directory import RunDirectory
+from pmdflow.store.archive import write_part
+from tests.support.fixture_run import make_batch
+from tests.support.runs import small_config
+
+
+class TrainedRun:
+    """Trains an iteration at a time and checkpoints each.
+
+    Example:
+        with TrainedRun(tmp_path, learner__lora={"rank": 4}) as run:
+            run.train(2)
+    """
+
+    def __init__(self, directory: Path, **overrides: Any) -> None:
+        """Begin a run; `overrides` are those of `small_config`."""
+        self.config = Config.model_validate(small_config(directory, learner__lr=1e-2, **overrides))
+        self._owner = RunDirectory.prepare(self.config)
+        self.path = self._owner.path
+        (self.path / "store").mkdir(exist_ok=True)
+        self._recorder = Recorder(self.path)
+        self._recorder.event("start", "pmdflow up")
+        self._evaluate(0)
+        torch.set_num_threads(1)
+        self.learner = Learner(config=self.config, rank=0)
+        self.learner.setup(self.learner.address())
+        self._owner.write_meta(self.config, self.learner.device_info())
+        self.done = 0
+
+    def train(self, iterations: int = 1, *, keep: int = 100) -> None:
+        """Train, checkpoint, archive and record."""
+        for _ in range(iterations):
+            self.done += 1
+            batch = make_batch(self.done)
+            result = self.learner.train(batch)
+            manifest = Manifest.new(self.path / "checkpoints", iteration=self.done, version=self.done, lsn=0)
+            self.learner.save(str(manifest.writing))
+            self.learner.await_saved()
+            commit_checkpoint(manifest.root, manifest)
+            prune(manifest.root, keep)
+            write_part(self.path, batch, attrs=self._owner.archive_attrs(self.config))
+            identity = {"iteration": self.done, "version": self.done, "learner/lr": np.float64(1e-2)}
+            self._recorder.metric("iteration", {**identity, **batch_metrics(batch), **result.metrics})
+            self._evaluate(self.done)
+
+    def _evaluate(self, iteration: int) -> None:
+        values = {"eval/round": iteration, "eval/reward_mean": 0.25 + 0.125 * iteration, "eval/prompts": 8}
+        self._recorder.metric("eval", values)
+
+    def __enter__(self) -> Self:
+        """It has begun."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the process group and let go of the directory."""
+        self.learner.close()
+        self._recorder.close()
+        self._owner.__exit__(None, None, None)
+
+
+def random_model(folder: Path, config: Any, *, tokenizer: Path) -> Path:
+    """A model folder with random weights and another folder's tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for path in tokenizer.glob("tokenizer*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
