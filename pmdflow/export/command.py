@@ -1,4 +1,4 @@
-"""`pmdflow export`: a checkpoint of a run, live or finished, as a folder that transformers, vLLM and PEFT load."""
+"""`pmdflow export`: what is asked for, what the Hub would refuse of it, and what was written."""
 
 from __future__ import annotations
 
@@ -7,21 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from pmdflow.config.load import load
-from pmdflow.config.schema import Config
-from pmdflow.errors import PmdflowError
-from pmdflow.export.adapter import write_adapter
-from pmdflow.export.card import is_hub_id, model_card
-from pmdflow.export.files import copy_tokenizer, write_config, write_generation_config
-from pmdflow.export.folder import SHARD_BYTES, new_folder, write_shards
-from pmdflow.export.held import HeldCheckpoint
-from pmdflow.export.layout import Layout
-from pmdflow.export.weights import BaseWeights, merged_tensors, whole_tensors
-
 Dtype = Literal["float32", "bfloat16", "float16"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHARD_BYTES = 2 * 10**9
+"""Most bytes of one file of weights, and so of what is in memory, unless a single tensor is larger."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +38,8 @@ def export_checkpoint(run: Path, out: Path, options: ExportOptions) -> int:
         from pmdflow.export.push import push, require_account
 
         require_account(options.push)
+    from pmdflow.export.write import export  # torch and transformers: after what is refused in a second
+
     checkpoint = export(run, out, options)
     files = [path for path in out.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
@@ -58,67 +48,3 @@ def export_checkpoint(run: Path, out: Path, options: ExportOptions) -> int:
         address = push(out, options.push, message=f"{run.absolute().name}: {checkpoint}")
         sys.stdout.write(f"{address}\n")
     return 0
-
-
-def export(run: Path, out: Path, options: ExportOptions) -> str:
-    """Write a checkpoint of `run` to the new folder `out`, tensor by tensor; a crash leaves no folder of that name.
-
-    Args:
-        run: Run directory; it may be live, finished or crashed.
-        out: Folder to make; an empty one is taken.
-        options: What of it.
-
-    Returns:
-        What was exported, in words.
-
-    Raises:
-        PmdflowError: no such run or checkpoint, a folder that is not empty, or weights that do not fit the model.
-    """
-    config = run_config(run)
-    lora = config.learner.lora
-    if options.adapter and options.push is not None and not is_hub_id(config.model.path):
-        raise PmdflowError(
-            f"--push of adapters: they adapt {config.model.path}, a folder that only this machine has; push --merged"
-        )
-    if options.adapter and lora is None:
-        raise PmdflowError(f"{run} trains all weights (learner.lora is null): it has no adapters; leave out --adapter")
-    with HeldCheckpoint.of(run, options.iteration) as checkpoint, new_folder(out) as folder:
-        model, manifest = Path(config.model.path), checkpoint.manifest
-        if options.adapter and lora is not None:
-            dtype = options.dtype or "float32"
-            write_adapter(folder, checkpoint, lora, model=config.model.path, dtype=DTYPES[dtype])
-        else:
-            dtype = options.dtype or config.model.dtype
-            layout = Layout(model, dtype=DTYPES[dtype])
-            tensors = (
-                whole_tensors(layout, checkpoint)
-                if lora is None
-                else merged_tensors(layout, checkpoint, BaseWeights(model), lora)
-            )
-            write_shards(folder, tensors, layout.stored, shard_bytes=options.shard_bytes)
-            write_config(model, folder, dtype=dtype)
-            write_generation_config(model, folder)
-        copy_tokenizer(model, folder)
-        card = model_card(
-            run, iteration=manifest.iteration, version=manifest.version, dtype=dtype, adapter=options.adapter
-        )
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    what = "adapters" if options.adapter else "weights"
-    return f"{what} of iteration {manifest.iteration} (version {manifest.version}) in {dtype}"
-
-
-def run_config(run: Path) -> Config:
-    """The configuration of a run, whose model folder is on this machine.
-
-    Raises:
-        PmdflowError: it is no run directory, or the model folder is missing.
-    """
-    if not (run / "config.yaml").is_file():
-        raise PmdflowError(f"{run} is no run directory (it has no config.yaml)")
-    config = load(run / "config.yaml").config
-    if not (Path(config.model.path) / "config.json").is_file():
-        raise PmdflowError(
-            f"{run} was made from the model folder {config.model.path}, which is not here, and has the "
-            "configuration and the tokenizer; run this where `pmdflow up` was run, or put it there"
-        )
-    return config

@@ -20,9 +20,6 @@ from pmdflow import durable
 from pmdflow.errors import PmdflowError
 from pmdflow.export.weights import INDEX, Named
 
-SHARD_BYTES = 2 * 10**9
-"""Most bytes of one file of weights, and so of what is in memory, unless a single tensor is larger."""
-
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
@@ -60,9 +57,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def write_shards(
-    folder: Path, tensors: Iterable[Named], stored: Mapping[str, Tensor], *, shard_bytes: int = SHARD_BYTES
-) -> None:
+def write_shards(folder: Path, tensors: Iterable[Named], stored: Mapping[str, Tensor], *, shard_bytes: int) -> None:
     """Write `tensors` as `model.safetensors`, or as several files and their index; one file is in memory at a time.
 
     Args:

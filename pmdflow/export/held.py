@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import time
 import warnings
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, cast
@@ -23,7 +24,8 @@ from pmdflow.learner.checkpoint.manifest import Manifest, manifest_at, newest_ma
 _POLICY = "model.model."
 """Before the name of a tensor of the language model: the part of the state that is the policy, and its module."""
 _LOOKS = 10
-"""Checkpoints that may be pruned between the look at the directory and the opening of their files."""
+"""Looks at a directory whose checkpoints are pruned between the look and the opening of their files."""
+_PAUSE_S = 0.05
 
 
 class HeldCheckpoint:
@@ -76,13 +78,11 @@ class HeldCheckpoint:
                 manifest: Manifest | None = manifest_at(root, iteration)
             else:
                 manifest = newest_manifest(root, checksums=False)
-            if manifest is None:
-                raise PmdflowError(f"{run} has no checkpoint yet; wait for one (learner.checkpoint_every)")
-            try:
-                return cls(manifest)
-            except FileNotFoundError:
-                continue
-        raise PmdflowError(f"{root}: {_LOOKS} checkpoints were pruned while they were opened; keep more of them")
+            if manifest is not None:
+                with suppress(FileNotFoundError):
+                    return cls(manifest)
+            time.sleep(_PAUSE_S)
+        raise PmdflowError(f"{run} has no checkpoint yet; wait for one (learner.checkpoint_every)")
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]:

@@ -51,12 +51,13 @@ def _named(repository: str) -> Iterator[None]:
         raise PmdflowError(f"--push {repository}: no token; set HF_TOKEN or run `hf auth login`") from error
     except OfflineModeIsEnabled as error:
         raise PmdflowError(f"--push {repository}: HF_HUB_OFFLINE is set; unset it") from error
-    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+    except (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError) as error:
+        cause = f": {_line(error.__cause__)}" if isinstance(error, RuntimeError) and error.__cause__ else ""
         raise PmdflowError(
-            f"--push {repository}: {_line(error)}; check HF_ENDPOINT, the network and that HF_TOKEN may write there"
+            f"--push {repository}: {_line(error)}{cause}; check HF_ENDPOINT, the network and that HF_TOKEN may write"
         ) from error
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

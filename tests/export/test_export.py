@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 
 from pmdflow.cli import app
 from pmdflow.errors import PmdflowError
-from pmdflow.export.command import ExportOptions, export
+from pmdflow.export.command import ExportOptions
+from pmdflow.export.write import export
 from pmdflow.learner.checkpoint.manifest import manifest_at
 from pmdflow.learner.checkpoint.weights import checkpoint_weights
 from tests.support.paths import ROOT, TINY
 from tests.support.trained_run import TrainedRun, random_model
 
-PROMPTS = ("2 + 3 =", "7 - 4 + 1 =", "12 + 30 - 5 =")
 LORA = {"rank": 4, "alpha": 8}
 
 
@@ -51,18 +51,13 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=ids).logits
 
 
-def answers(checkpoint: Path, directory: Path) -> list[Any]:
-    """What `pmdflow eval` answers greedily."""
-    task = directory / "task.jsonl"
-    task.write_text("".join(json.dumps({"prompt": prompt, "answer": "1"}) + "\n" for prompt in PROMPTS))
+def answers(checkpoint: Path, task: Path, directory: Path) -> list[dict[str, Any]]:
+    """What `pmdflow eval` answers greedily to the first held-out prompts of a configuration."""
     out = directory / f"eval-{checkpoint.name}"
-    arguments = ["eval", str(checkpoint), str(task), "-n", "1", "--temperature", "0", "--max-tokens", "48"]
-    done = CliRunner().invoke(
-        app, [*arguments, "--reward", "pmdflow.reward.reasoning_gym:score", "--out", str(out)], catch_exceptions=False
-    )
+    arguments = ["eval", str(checkpoint), str(task), "--prompts", "6", "-n", "1", "--temperature", "0"]
+    done = CliRunner().invoke(app, [*arguments, "--max-tokens", "48", "--out", str(out)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    return [(sample["completion"], sample["tokens"], sample["stop"]) for row in rows for sample in row["samples"]]
+    return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
 
 
 def test_weights_and_logits_are_those_of_the_checkpoint(whole: TrainedRun, tmp_path: Path) -> None:
@@ -92,14 +87,14 @@ def test_an_earlier_iteration_in_another_type_and_several_files(whole: TrainedRu
 
 def test_greedy_answers_are_those_of_the_runs_own_evaluation(whole: TrainedRun, tmp_path: Path) -> None:
     export(whole.path, tmp_path / "out", ExportOptions())
-    evaluated = answers(whole.path, tmp_path)
-    assert answers(tmp_path / "out", tmp_path) == evaluated
+    evaluated = answers(whole.path, whole.path / "config.yaml", tmp_path)
+    assert answers(tmp_path / "out", whole.path / "config.yaml", tmp_path) == evaluated
     model, tokenizer = load(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
-    for prompt, (completion, tokens, _) in zip(PROMPTS, evaluated, strict=True):
-        ids = tokenizer(prompt + "\n", return_tensors="pt", add_special_tokens=False)
+    for row in evaluated:
+        ids = tokenizer(row["prompt"] + "\n", return_tensors="pt", add_special_tokens=False)
         generated = model.generate(**ids, do_sample=False, max_new_tokens=48)[0, ids["input_ids"].shape[1] :]
-        assert len(generated) == tokens
-        assert tokenizer.decode(generated, skip_special_tokens=True) == completion
+        assert len(generated) == row["samples"][0]["tokens"]
+        assert tokenizer.decode(generated, skip_special_tokens=True) == row["samples"][0]["completion"]
 
 
 def test_merged_adapters_are_what_the_engine_serves(adapted: TrainedRun, tmp_path: Path) -> None:
@@ -111,7 +106,8 @@ def test_merged_adapters_are_what_the_engine_serves(adapted: TrainedRun, tmp_pat
         if not torch.equal(tensor, merged.state_dict()[name])
     ]
     assert changed and all(name.endswith("_proj.weight") for name in changed)
-    assert answers(tmp_path / "out", tmp_path) == answers(adapted.path, tmp_path)
+    task = adapted.path / "config.yaml"
+    assert answers(tmp_path / "out", task, tmp_path) == answers(adapted.path, task, tmp_path)
 
 
 def test_adapters_alone_in_peft_compute_what_the_merged_weights_compute(adapted: TrainedRun, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
+import yaml
 
 from pmdflow.config.schema import Config
 from pmdflow.learner.checkpoint.manifest import Manifest, commit_checkpoint, prune
@@ -16,7 +18,10 @@ from pmdflow.metrics.summary import batch_metrics
 from pmdflow.run.directory import RunDirectory
 from pmdflow.store.archive import write_part
 from tests.support.fixture_run import make_batch
+from tests.support.paths import TINY
 from tests.support.runs import small_config
+
+MIB = 1 << 20
 
 
 class TrainedRun:
@@ -82,3 +87,30 @@ def random_model(folder: Path, config: Any, *, tokenizer: Path) -> Path:
     for path in tokenizer.glob("tokenizer*"):
         (folder / path.name).write_bytes(path.read_bytes())
     return folder
+
+
+def synthetic_run(directory: Path, *, num_layers: int, hidden_size: int) -> Path:
+    """A run directory with a checkpoint of a Qwen3 of any size; its model folder has no weights."""
+    from torch.distributed.checkpoint.state_dict_saver import save
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    config = Qwen3Config(
+        hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=num_layers, num_attention_heads=8,
+        num_key_value_heads=8, head_dim=hidden_size // 8, vocab_size=316, eos_token_id=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    folder = directory / "model"
+    config.save_pretrained(folder)
+    for path in TINY.glob("tokenizer*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    run = directory / "runs" / "synthetic"
+    manifest = Manifest.new(run / "checkpoints", iteration=1, version=1, lsn=0)
+    manifest.writing.mkdir(parents=True)
+    state = {"model": {f"model.{name}": torch.randn(shape) for name, shape in shapes.items()}}
+    save(state, checkpoint_id=manifest.writing, no_dist=True)
+    commit_checkpoint(manifest.root, manifest)
+    settings = Config.model_validate(small_config(directory, run__name="synthetic", model__path=str(folder)))
+    (run / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    (run / "meta.json").write_text(json.dumps({"pmdflow": "0.1.0"}))
+    return run

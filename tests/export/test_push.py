@@ -1,0 +1,70 @@
+"""An export on a Hub: the real client against a server on loopback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from http import HTTPStatus
+from pathlib import Path
+
+import pytest
+
+from tests.support.hub_uploads import TOKEN, HubUploads
+from tests.support.paths import ROOT
+from tests.support.trained_run import TrainedRun
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with TrainedRun(tmp_path_factory.mktemp("run")) as trained:
+        trained.train()
+    return trained.path
+
+
+def export(run: Path, out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pmdflow.cli", "export", str(run), str(out), *arguments],
+        env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100,
+    )  # fmt: skip
+
+
+def test_the_whole_folder_is_one_commit_of_a_private_repository(run: Path, tmp_path: Path) -> None:
+    with HubUploads(tmp_path / "home") as hub:
+        done = export(run, tmp_path / "out", "--push", "me/sums", **hub.environment)
+        assert done.returncode == 0, done.stderr
+        written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        assert hub.repositories == {"me/sums": written}
+        assert hub.private == {"me/sums"}
+        assert hub.address in done.stdout
+        assert sum("/commit/" in line for line in hub.asked) == 1
+        assert TOKEN not in done.stdout + done.stderr
+        assert all(TOKEN.encode() not in content for content in written.values())
+
+
+def test_a_failed_upload_is_one_line_and_the_folder_stays(run: Path, tmp_path: Path) -> None:
+    with HubUploads(tmp_path / "home") as hub:
+        hub.broken = HTTPStatus.FORBIDDEN
+        done = export(run, tmp_path / "out", "--push", "me/sums", **hub.environment)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --push me/sums: ") and done.stderr.count("\n") == 1
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("repository", "environment", "message"),
+    [
+        ("me/sums", {"HF_TOKEN": "hf_wrong"}, "Invalid user token"),
+        ("me/sums", {"HF_TOKEN": ""}, "set HF_TOKEN"),
+        ("me/sums", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+        ("me/sums", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "check HF_ENDPOINT"),
+        ("me//sums", {}, "ORGANIZATION/NAME"),
+    ],
+)
+def test_what_the_hub_would_refuse_is_refused_before_anything_is_read(
+    repository: str, environment: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    with HubUploads(tmp_path / "home") as hub:
+        done = export(tmp_path, tmp_path / "out", "--push", repository, **{**hub.environment, **environment})
+    assert done.returncode == 1 and message in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1
