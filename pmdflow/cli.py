@@ -140,6 +140,20 @@ def evaluate(
 
 
 @app.command()
+def sink(
+    run: Run,
+    name: Annotated[
+        Literal["wandb", "tensorboard", "prometheus", "trackio"], typer.Argument(metavar="NAME", help="Where to.")
+    ],
+) -> None:
+    """Send a run's metrics on: what is there, and, while it lives, what comes."""
+    from pmdflow.metrics.sinks.command import run_sink
+    from pmdflow.run.directory import RunDirectory
+
+    raise typer.Exit(run_sink(run, name, is_live=lambda: RunDirectory.is_live(run)))
+
+
+@app.command()
 def export(
     run: Run,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],

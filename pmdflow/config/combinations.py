@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
+
+from pmdflow.config.sinks import SETTINGS
 
 if TYPE_CHECKING:
     from pmdflow.config.schema import DataConfig, EvalConfig, LearnerConfig, RewardConfig, RolloutConfig
+    from pmdflow.config.sinks import SinkConfig
 
 CLIPPED = ("token_pmd", "ctpo", "grpo", "gspo")
 """Algorithms with a clipping band."""
@@ -97,6 +100,18 @@ def sampling_problems(rollout: RolloutConfig, reward: RewardConfig) -> Iterator[
             f"reward.repetition_penalty is {reward.repetition_penalty} while rollout.repetition is null: no "
             "trajectory is ended for repetition; set repetition, {} takes the defaults"
         )
+
+
+def sink_problems(sinks: Sequence[SinkConfig]) -> Iterator[str]:
+    """Each as `key ...: why; remedy`."""
+    names = [sink.name for sink in sinks]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"metrics.sinks names {name} {names.count(name)} times: one process follows a run for it; name it once"
+    for sink in sinks:
+        for key, field in type(sink).model_fields.items():
+            if key not in ("name", *SETTINGS[sink.name]) and getattr(sink, key) != field.default:
+                owners = " and ".join(name for name, keys in SETTINGS.items() if key in keys)
+                yield f"metrics.sinks sets {key} of {sink.name}, which has none: it belongs to {owners}; remove it"
 
 
 def evaluation_problems(evaluation: EvalConfig, data: DataConfig, rollout: RolloutConfig) -> Iterator[str]:

@@ -10,6 +10,7 @@ from pmdflow.errors import LaunchError
 
 if TYPE_CHECKING:
     from pmdflow.config.schema import RolloutConfig
+from pmdflow.config.sinks import SinkName
 
 
 def require_engine(rollout: RolloutConfig, *, greedy: bool = False) -> None:
@@ -38,3 +39,21 @@ def require_engine(rollout: RolloutConfig, *, greedy: bool = False) -> None:
         raise LaunchError(
             "rollout.speculation is suffix, which needs the package arctic-inference: install it, or choose ngram"
         )
+
+
+_LIBRARIES: dict[SinkName, str] = {
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "prometheus": "prometheus_client",
+    "trackio": "trackio",
+}
+
+
+def require_sink(name: SinkName) -> None:
+    """Refuse a sink whose library is not installed.
+
+    Raises:
+        LaunchError: names the command that installs it.
+    """
+    if find_spec(_LIBRARIES[name]) is None:
+        raise LaunchError(f"metrics.sinks names {name}, whose library is not installed: run `uv sync --extra sinks`")

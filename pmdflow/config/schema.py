@@ -9,26 +9,17 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from pmdflow.config.combinations import evaluation_problems, learner_problems, sampling_problems
-
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+from pmdflow.config.combinations import evaluation_problems, learner_problems, sampling_problems, sink_problems
+from pmdflow.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from pmdflow.config.sinks import MetricsConfig
 
 BYTES_PER_TOKEN = 8
 """Bytes of one generated token in the store: an int32 id and a float32 log-prob."""
 DEFAULT_SLOTS = 64
 """Sequences of an engine whose cache does not decide."""
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-
-
-class Section(BaseModel):
-    """Settings shared by all sections."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class RunConfig(Section):
@@ -371,6 +362,7 @@ class Config(Section):
     learner: LearnerConfig = LearnerConfig()
     store: StoreConfig = StoreConfig()
     weights: WeightsConfig = WeightsConfig()
+    metrics: MetricsConfig = MetricsConfig()
     dashboard: DashboardConfig = DashboardConfig()
 
     @model_validator(mode="after")
@@ -381,6 +373,7 @@ class Config(Section):
             *learner_problems(self.learner),
             *sampling_problems(self.rollout, self.reward),
             *evaluation_problems(self.eval, self.data, self.rollout),
+            *sink_problems(self.metrics.sinks),
         ]
         if problems:
             raise ValueError("\n".join(problems))

@@ -86,6 +86,11 @@ class RunDirectory:
             raise LaunchError(f"{path} is no run directory (it has no run.lock)") from error
         return None
 
+    @staticmethod
+    def is_live(path: Path) -> bool:
+        """Whether an `up` holds the directory; one that was copied from elsewhere may have no lock at all."""
+        return (path / "run.lock").is_file() and RunDirectory.owner(path) is not None
+
     def resume_command(self, loaded: Loaded) -> str:
         """The command that continues this run."""
         return shlex.join(["pmdflow", "up", str(loaded.path), *loaded.overrides])

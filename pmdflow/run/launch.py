@@ -19,6 +19,7 @@ from pmdflow.data.prompts import PromptSource, make_prompts
 from pmdflow.errors import LaunchError, PmdflowError
 from pmdflow.metrics.live import LiveView
 from pmdflow.metrics.recorder import Recorder
+from pmdflow.metrics.sinks.process import SinkProcesses
 from pmdflow.metrics.summary import render_summary
 from pmdflow.run.actors import make_loops, start_learners, start_ray, start_store
 from pmdflow.run.controller import Controller
@@ -37,7 +38,11 @@ def up(loaded: Loaded) -> int:
         LaunchError: something that the run needs is missing or taken; nothing was started.
     """
     config = loaded.config
-    with RunDirectory.prepare(config) as run, DashboardProcess.start(run.path, config.dashboard.port) as dashboard:
+    with (
+        RunDirectory.prepare(config) as run,
+        SinkProcesses.start(run.path, config.metrics.sinks),
+        DashboardProcess.start(run.path, config.dashboard.port) as dashboard,
+    ):
         with LiveView(config=config, dashboard_url=dashboard.url) as live:
             recorder = Recorder(run.path)
             recorder.event("start", f"pmdflow up, process {os.getpid()}")

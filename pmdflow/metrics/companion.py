@@ -1,0 +1,83 @@
+"""Processes beside a run that only follow its files: their death or slowness cannot touch it."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pmdflow.errors import LaunchError
+
+KILL_TIMEOUT_S = 5.0
+
+
+class Companion:
+    """A `pmdflow` command in a process of its own, whose output goes to `RUN/logs/NAME.log`.
+
+    Example:
+        >>> companion = Companion(run, "sink-wandb", "sink", str(run), "wandb")      # doctest: +SKIP
+        >>> companion.end(within_s=30.0)                                             # doctest: +SKIP
+        0
+    """
+
+    def __init__(self, run: Path, name: str, *arguments: str) -> None:
+        """Start it. It gets SIGTERM when this process dies, however that dies."""
+        self.name = name
+        self.log = run / "logs" / f"{name}.log"
+        with open(self.log, "ab") as log:
+            # Its own session: Ctrl-C in the terminal drains the run, and the companion stays until the end.
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "pmdflow.cli", *arguments],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            )
+
+    def ask(self) -> None:
+        """Ask it to end; does not wait."""
+        self._process.terminate()
+
+    def end(self, *, within_s: float) -> int | None:
+        """Ask it to end and wait; its exit code, or None if it had to be killed."""
+        self.ask()
+        try:
+            return self._process.wait(timeout=within_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(timeout=KILL_TIMEOUT_S)
+            return None
+
+
+def end_all(companions: list[Companion], *, within_s: float) -> dict[str, int | None]:
+    """End all of them at once; exit codes by name, None for one that had to be killed."""
+    deadline = time.monotonic() + within_s
+    for companion in companions:
+        companion.ask()
+    return {each.name: each.end(within_s=max(0.0, deadline - time.monotonic())) for each in companions}
+
+
+def require_port(key: str, host: str, port: int, *, otherwise: str) -> int:
+    """A port that can be listened at: `port`, or a free one if that is 0.
+
+    Raises:
+        LaunchError: it is taken; names the setting `key` and the remedy.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise LaunchError(f"{key}: port {port} is taken ({error.strerror}); {otherwise}") from error
+        return int(probe.getsockname()[1])
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the parent dies."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

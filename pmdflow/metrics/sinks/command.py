@@ -1,0 +1,64 @@
+"""`pmdflow sink`: follow a run's files and send what they say to one place, until the run is over."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from pmdflow.config.installed import require_sink
+from pmdflow.config.load import load
+from pmdflow.config.sinks import SinkConfig, SinkName
+from pmdflow.errors import LaunchError
+from pmdflow.metrics.sinks.rows import Rows
+from pmdflow.metrics.sinks.sink import Sink, open_sink
+
+PAUSE_S = 1.0
+"""Between two looks at the files."""
+
+
+def run_sink(run: Path, name: SinkName, *, is_live: Callable[[], bool]) -> int:
+    """Send the run's metrics to the sink `name`, with the settings that the run's configuration has for it.
+
+    Ends when the run is over and everything is sent; on SIGTERM or Ctrl-C when everything so far is.
+
+    Args:
+        run: Run directory, live or not.
+        name: Which sink.
+        is_live: Whether somebody still trains the run.
+
+    Raises:
+        PmdflowError: no such run, its library is missing, or the place refuses.
+    """
+    if not (run / "config.yaml").is_file():
+        raise LaunchError(f"{run} is no run directory (it has no config.yaml)")
+    configured = {sink.name: sink for sink in load(run / "config.yaml").config.metrics.sinks}
+    config = configured.get(name) or SinkConfig(name=name)
+    require_sink(config.name)
+    if name == "prometheus" and not is_live():
+        raise LaunchError(f"{run} is not running: prometheus shows the newest numbers of a live run")
+    told = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: told.set())
+    sent = follow(Rows(run), open_sink(run, config), is_live=is_live, told=told)
+    sys.stdout.write(f"{name} has {sent} iterations and evaluations of {run}\n")
+    return 0
+
+
+def follow(rows: Rows, sink: Sink, *, is_live: Callable[[], bool], told: threading.Event) -> int:
+    """Give `sink` the rows as they come, until the run is over or `told` is set; returns how many made its curves."""
+    number = 0
+    try:
+        over = False
+        while not over:
+            over = told.is_set() or not is_live()  # asked before the last look, which then sees everything
+            for row in rows.read():
+                sink.send(row)
+                number += row.kind != "sample"
+            if not over:
+                told.wait(PAUSE_S)
+    finally:
+        sink.close()
+    return number
