@@ -64,7 +64,7 @@ def store_settings(config: Config) -> dict[str, Any]:
         "lease_ttl_s": config.rollout.lease_ttl_s,
         "grant_tokens": _grant_tokens(config),
         "durability": config.store.durability,
-        "commit_interval_s": config.store.commit_interval_s,
+        "sync_interval_s": config.store.sync_interval_s,
         "max_bytes": config.store.limit_bytes,
     }
 

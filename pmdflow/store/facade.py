@@ -50,7 +50,7 @@ class TrajectoryStore(StoreView):
         durability: Literal["os", "group", "always"] = "group",
         max_bytes: int | None = None,
         file_bytes: int = 64 * 1024 * 1024,
-        commit_interval_s: float = 0.005,
+        sync_interval_s: float = 0.005,
     ) -> None:
         """Open or create the store in directory `path`; None keeps it in memory.
 
@@ -76,7 +76,7 @@ class TrajectoryStore(StoreView):
             durability=durability,
             max_bytes=max_bytes,
             file_bytes=file_bytes,
-            commit_interval_s=commit_interval_s,
+            sync_interval_s=sync_interval_s,
         )
 
     @classmethod

@@ -15,7 +15,7 @@ use libfuzzer_sys::fuzz_target;
 struct Input<'a> {
     files: Vec<Vec<Piece<'a>>>,
     first_file: u8,
-    index: Option<Vec<Piece<'a>>>,
+    snapshot: Option<Vec<Piece<'a>>>,
 }
 
 /// Something in a file. Checksums of what has some are right.
@@ -130,7 +130,7 @@ fuzz_target!(|input: Input<'_>| {
         let number = u32::from(input.first_file) + offset;
         storage.replace(&format!("{number:010}.log"), &[&bytes(pieces, number, &mut next)]).unwrap();
     }
-    if let Some(pieces) = &input.index {
+    if let Some(pieces) = &input.snapshot {
         storage.replace("index", &[&bytes(pieces, 1, &mut next)]).unwrap();
     }
     // The store's own reader of records: any answer but a panic.

@@ -83,7 +83,7 @@ pub struct Arrays<'a> {
 pub struct Entry {
     /// Bytes, without padding.
     pub len: u32,
-    /// Their checksum.
+    /// CRC32C of these.
     pub crc: u32,
 }
 
