@@ -20,6 +20,7 @@ from pmdflow.rollout.actor import RolloutActor
 from pmdflow.run.directory import RunDirectory, log_path
 from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Loop
 from pmdflow.store.actor import StoreActor
+from pmdflow.store.settings import StoreSettings
 
 LEARNER_SETUP_TIMEOUT_S = 300.0
 
@@ -50,7 +51,7 @@ def start_store(config: Config, run: RunDirectory) -> Any:
     )
 
 
-def store_settings(config: Config) -> dict[str, Any]:
+def store_settings(config: Config) -> StoreSettings:
     """The keyword arguments of the trajectory store."""
     straggler = config.scheduler.straggler
     return {
