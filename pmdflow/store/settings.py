@@ -1,7 +1,5 @@
 """The settings of the trajectory store, declared once: what opens one takes them as keyword arguments."""
 
-from __future__ import annotations
-
 from typing import Literal, NotRequired, TypedDict
 
 
