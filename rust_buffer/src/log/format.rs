@@ -1,4 +1,4 @@
-//! The bytes of file headers and frames; the module above describes them.
+//! The bytes of file headers and frames, as `rust_buffer/README.md` draws them.
 
 use std::path::Path;
 

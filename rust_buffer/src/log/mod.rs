@@ -17,15 +17,7 @@
 //! 6. Bytes below a file's published end are never written again, so maps of them are immutable; whoever reads them
 //!    pins the map, also beyond the deletion of the file.
 //!
-//! # Format 3 (little endian, everything 8-byte aligned)
-//! File `NNNNNNNNNN.log`: `magic [u8; 8] | format u32 | crc32c u32 | number u32 | 0 u32 | first lsn u64`, frames,
-//! zeros. Frame: `len u32 | crc32c u32 | lsn u64 | synced lsn u64 | kind u8 | 0 u8 | narrays u16 | header_len u32 |
-//! (array length u32, array crc32c u32) x narrays | header | arrays`, header and arrays each padded with zeros to 8
-//! bytes; `len` counts the whole frame. The frame's CRC covers all before the arrays but itself, so the arrays through
-//! their own CRCs: an array can be read and checked without the rest of its frame. Kind 0 is a snapshot, 255 a mark,
-//! the rest is the caller's. The snapshot's file is named `index`: a file header (number and first LSN of its position), and one frame of kind
-//! 0 with the position's offset (u64) as header and the snapshot as array. The file header's layout and the place of
-//! the format number stay the same in every later format.
+//! The bytes of format 3 are drawn in `rust_buffer/README.md`, together with the hazard that each invariant answers.
 
 mod directory;
 mod disk;

@@ -38,12 +38,7 @@ impl Store {
             Outcome::InfraFailure => (0.0, BTreeMap::new()),
             _ => (reward, components),
         };
-        if let Some((name, value)) = components.iter().find(|(_, value)| !value.is_finite()) {
-            return conflict(format!("trajectory {id}: component {name:?} is {value}; rewards must be finite"));
-        }
-        if !reward.is_finite() {
-            return conflict(format!("trajectory {id}: the reward is {reward}; rewards must be finite"));
-        }
+        check_finite(id, reward, &components)?;
         if trajectory.is_partial() {
             return conflict(format!("trajectory {id} is not complete and cannot be scored"));
         }
@@ -74,4 +69,14 @@ impl Store {
         self.watch_group(id_of_group, now);
         Ok(())
     }
+}
+
+fn check_finite(id: u64, reward: f64, components: &BTreeMap<String, f64>) -> Result<()> {
+    if let Some((name, value)) = components.iter().find(|(_, value)| !value.is_finite()) {
+        return conflict(format!("trajectory {id}: component {name:?} is {value}; rewards must be finite"));
+    }
+    if !reward.is_finite() {
+        return conflict(format!("trajectory {id}: the reward is {reward}; rewards must be finite"));
+    }
+    Ok(())
 }

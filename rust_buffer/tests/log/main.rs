@@ -1,6 +1,7 @@
 //! The log's contract, point by point, on real files.
 #![allow(clippy::unwrap_used)]
 
+mod bytes;
 mod damage;
 mod life;
 mod snapshot;
