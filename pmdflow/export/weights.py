@@ -29,7 +29,7 @@ def whole_tensors(layout: Layout, checkpoint: HeldCheckpoint) -> Iterator[Named]
     Raises:
         PmdflowError: the checkpoint is of another model than the folder.
     """
-    _require_same(layout.shapes, checkpoint)
+    require_same(layout.shapes, checkpoint)
     for name in layout.pieces:
         yield from layout.store(name, checkpoint.read([name])[name]).items()
 
@@ -108,7 +108,12 @@ class BaseWeights:
             return tensor
 
 
-def _require_same(shapes: Mapping[str, torch.Size], checkpoint: HeldCheckpoint) -> None:
+def require_same(shapes: Mapping[str, torch.Size], checkpoint: HeldCheckpoint) -> None:
+    """Refuse a checkpoint that lacks one of the model's tensors, or has it in another shape.
+
+    Raises:
+        PmdflowError: names them.
+    """
     held = checkpoint.shapes
     wrong = sorted(name for name, shape in shapes.items() if held.get(name) != shape)
     if wrong:
