@@ -31,7 +31,8 @@ class Trajectory:
     iteration: int | None
     """The iteration that claimed it; None while none has."""
     state: TrajectoryState | Literal["archived"]
-    """`archived` once it is trained and a checkpoint covers it; until then what the store says."""
+    """`archived` once it is trained and a checkpoint covers it; until then what the store says, to which one that is
+    being generated is `idle`: leases are not on disk."""
     prompt: Int32
     """Token ids, [P]."""
     tokens: Int32

@@ -101,9 +101,11 @@ def test_what_the_store_of_a_live_run_holds_follows_beside_its_writer(trained: P
         )  # fmt: skip
         store.append([segment])
     store.score(first.trajectory, 0, "scored", 0.5, {"correct": 0.5})
-    done, partial = list(run.trajectories())[archived:]
+    by_id = {t.id: t for t in list(run.trajectories())[archived:]}
+    assert by_id.keys() == {first.trajectory, second.trajectory}
+    done, partial = by_id[first.trajectory], by_id[second.trajectory]
     assert (done.state, done.reward, done.components, done.stop) == ("scored", 0.5, {"correct": 0.5}, Stop.STOP)
-    assert (partial.state, partial.reward, partial.stop, partial.iteration) == ("leased", None, Stop.NONE, None)
+    assert (partial.state, partial.reward, partial.stop, partial.iteration) == ("idle", None, Stop.NONE, None)
     for t in (done, partial):
         assert t.group == group and t.prompt_id == "p0" and t.mask is None
         assert t.prompt.tolist() == [5, 6] and t.tokens.tolist() == [7, 8, 9] and t.versions.tolist() == [0, 0, 0]
