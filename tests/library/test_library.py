@@ -91,8 +91,8 @@ def test_what_the_store_of_a_live_run_holds_follows_beside_its_writer(trained: P
     archived = len(list(run.trajectories()))
     prompt = Prompt(id="p0", text="1+1=", tokens=np.array([5, 6], np.int32))
     group = store.admit("train-0", prompt, group_size=2, max_tokens=8, cursor=0)
-    store.admit("eval-0", prompt, group_size=1, max_tokens=8, kind="eval")
     first, second = store.lease("worker", version=0, max_leases=2, timeout_s=0.0)
+    store.admit("eval-0", prompt, group_size=1, max_tokens=8, kind="eval")
     tokens, logprobs = np.array([7, 8, 9], np.int32), np.array([-1.0, -2.0, -3.0], np.float32)
     for lease, stop in ((first, "stop"), (second, None)):
         segment = Segment(

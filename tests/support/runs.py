@@ -137,8 +137,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def pmdflow(*arguments: str, timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
-    """Run one command to its end."""
+def pmdflow(
+    *arguments: str, timeout_s: float = DEADLINE_S, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run one command to its end, in this environment or another."""
     return subprocess.run(
         [sys.executable, "-m", "pmdflow.cli", *arguments],
         capture_output=True,
@@ -147,4 +149,5 @@ def pmdflow(*arguments: str, timeout_s: float = DEADLINE_S) -> subprocess.Comple
         timeout=timeout_s,
         check=False,
         stdin=subprocess.DEVNULL,
+        env=env,
     )
