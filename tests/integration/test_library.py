@@ -20,7 +20,7 @@ from tests.support.paths import ROOT
 from tests.support.runs import pmdflow, read_lines, small_config
 from tests.support.sinks import READERS, environment, expected
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(800)
 
 SCRIPT = """
 import json, sys
@@ -66,7 +66,7 @@ def test_a_run_of_a_script_goes_on_whatever_becomes_of_its_sinks(tmp_path: Path)
             sinks["trackio"].send_signal(signal.SIGSTOP)
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
                 assert 'pmdflow_iteration{run="small"}' in answer.read().decode()
-            output, errors = process.communicate(timeout=300)
+            output, errors = process.communicate(timeout=400)
         finally:
             if process.poll() is None:
                 for each in [*psutil.Process(process.pid).children(recursive=True), process]:
@@ -89,7 +89,7 @@ def iterations(run: Path) -> list[object]:
 
 
 def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
