@@ -12,7 +12,7 @@ from pmdflow.config.installed import require_sink
 from pmdflow.config.sinks import SinkConfig
 from pmdflow.metrics.companion import Companion, end_all, require_port
 
-FINISH_TIMEOUT_S = 15.0
+FINISH_TIMEOUT_S = 30.0
 """A finished run waits so long for its sinks to send the rest; who is late can do it afterwards."""
 
 
