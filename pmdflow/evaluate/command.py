@@ -133,7 +133,9 @@ def find_checkpoint(path: Path) -> Checkpoint:
         root = run / "checkpoints"
         manifest = manifest_at(root, int(match[1])) if match else newest_manifest(root)
         if manifest is None:
-            raise LaunchError(f"{run} has no whole checkpoint yet; wait for one, or evaluate {config.model.path}")
+            raise LaunchError(
+                f"{run} has no whole checkpoint yet", hint=f"wait for one, or evaluate {config.model.path}"
+            )
         name = f"{run.name}-iteration-{manifest.iteration}"
         return Checkpoint(
             model=config.model.path, directory=manifest.directory, version=manifest.version, name=name, run=config
@@ -141,7 +143,9 @@ def find_checkpoint(path: Path) -> Checkpoint:
     if (path / "config.json").is_file():
         return Checkpoint(model=str(path), directory=None, version=0, name=path.name, run=None)
     what = "holds neither a run (config.yaml) nor a model (config.json)" if path.is_dir() else "is no directory"
-    raise LaunchError(f"{path} {what}; give a run directory, RUN/checkpoints/iteration-NNNNNN or a Hugging Face folder")
+    raise LaunchError(
+        f"{path} {what}", hint="give a run directory, RUN/checkpoints/iteration-NNNNNN or a Hugging Face folder"
+    )
 
 
 def eval_config(checkpoint: Checkpoint, task: str, options: EvalOptions) -> Config:
@@ -156,7 +160,8 @@ def eval_config(checkpoint: Checkpoint, task: str, options: EvalOptions) -> Conf
         values = _values_for(checkpoint, task, options)
     else:
         raise LaunchError(
-            f"the task is {task!r}; give a .jsonl file with a prompt a line, {GYM_PREFIX}NAME, or a configuration .yaml"
+            f"the task is {task!r}, which is neither a file of prompts nor a configuration",
+            hint=f"give a .jsonl file with a prompt a line, {GYM_PREFIX}NAME, or a configuration .yaml",
         )
     values["model"]["path"] = checkpoint.model
     values["run"]["name"] = f"eval-{uuid.uuid4().hex}"  # begins the keys of environments: no two evaluations share them
@@ -182,7 +187,7 @@ def _values_for(checkpoint: Checkpoint, task: str, options: EvalOptions) -> dict
     run = checkpoint.run
     same = run is not None and run.data.task == task
     if not (options.reward or same or task.startswith(GYM_PREFIX)):
-        raise LaunchError(f"{task} does not say how an answer is judged; name a function with --reward MODULE:NAME")
+        raise LaunchError(f"{task} does not say how an answer is judged", hint="name a function: --reward MODULE:NAME")
     values: dict[str, Any] = {} if run is None else run.model_dump()
     max_tokens = DEFAULT_MAX_TOKENS if run is None else run.data.max_tokens
     reward = {"functions": [{"function": GYM_REWARD}]}
@@ -231,5 +236,7 @@ def _is_tied(model: str) -> bool:
 def _ks(options: EvalOptions) -> list[int]:
     ks = sorted(set(options.ks)) or [1 << power for power in range(options.samples.bit_length())]
     if any(not 1 <= k <= options.samples for k in ks):
-        raise LaunchError(f"--k {ks}: pass@k needs 1 <= k <= --samples ({options.samples}); raise --samples")
+        raise LaunchError(
+            f"--k {ks}: pass@k needs 1 <= k <= --samples ({options.samples})", hint="raise --samples, or lower --k"
+        )
     return ks

@@ -63,7 +63,7 @@ def replay(run: Path, *, verify: bool, start: int, overrides: Sequence[str]) -> 
     """
     run = run.absolute()
     if verify and overrides:
-        raise PmdflowError("--verify compares with the recorded settings; leave out --set, or leave out --verify")
+        raise PmdflowError("--verify compares with the recorded settings", hint="leave out --set, or --verify")
     if not (run / "config.yaml").is_file():
         raise PmdflowError(f"{run} is no run directory (it has no config.yaml)")
     config = load(run / "config.yaml", overrides).config
@@ -147,10 +147,14 @@ def _claims_after(run: Path, start: int) -> list[tuple[int, Path]]:
     for expected, (iteration, _) in enumerate(claims, start + 1):
         if iteration != expected:
             raise PmdflowError(
-                f"{run}/archive has no part of iteration {expected}, so iteration {iteration} cannot be replayed"
+                f"{run}/archive has no part of iteration {expected}, so iteration {iteration} cannot be replayed",
+                hint="replay from a later checkpoint: --from ITERATION",
             )
     if not claims:
-        raise PmdflowError(f"{run}/archive holds no claim after iteration {start}; claims are archived at checkpoints")
+        raise PmdflowError(
+            f"{run}/archive holds no claim after iteration {start}",
+            hint="claims are archived when a checkpoint is committed; wait for the next one",
+        )
     return claims
 
 
@@ -162,8 +166,9 @@ def _check_same(run: Path, what: str, here: Mapping[str, Any]) -> None:
     for name, now in here.items():
         if recorded.get(name, now) != now:
             raise PmdflowError(
-                f"--verify: the run was made with {name} {recorded[name]!r}, here it is {now!r}; equality bit for bit "
-                "is not to be expected, replay without --verify to compare"
+                f"--verify: the run was made with {name} {recorded[name]!r}, here it is {now!r}: equality bit for bit "
+                "is not to be expected",
+                hint="replay without --verify to compare",
             )
 
 

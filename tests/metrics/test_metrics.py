@@ -85,7 +85,10 @@ def test_a_torn_last_line_is_cut_off_at_opening(tmp_path: Path, torn: str) -> No
 
 def test_a_full_disk_and_an_unwritable_directory_are_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with Recorder(tmp_path) as recorder, pytest.raises(PmdflowError, match=r"metrics\.jsonl: No space left.*resumes"):
+    with (
+        Recorder(tmp_path) as recorder,
+        pytest.raises(PmdflowError, match=r"(?s)metrics\.jsonl: No space left.*hint: .*resumes"),
+    ):
         recorder.metric("sample", {})
     with pytest.raises(PmdflowError, match=r"missing/metrics\.jsonl"):
         Recorder(tmp_path / "missing")
