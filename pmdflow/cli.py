@@ -32,11 +32,12 @@ def up(
     ] = False,
 ) -> None:
     """Train; on a run directory that exists already, resume."""
-    from pmdflow.config.installed import require_engine
+    from pmdflow.config.installed import require_engine, require_imports
     from pmdflow.config.load import load
 
     loaded = load(config, overrides or ())
     require_engine(loaded.config.rollout)
+    require_imports(loaded)
     if dry_run:
         from pmdflow.config.plan import render_dry_run
 

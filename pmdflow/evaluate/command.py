@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from pmdflow.config.installed import require_engine
-from pmdflow.config.load import load
+from pmdflow.config.load import load, load_run
 from pmdflow.config.schema import Config
 from pmdflow.data.gym import GYM_PREFIX
 from pmdflow.data.jsonl import read_prompts
@@ -128,8 +128,8 @@ def find_checkpoint(path: Path) -> Checkpoint:
     path = path.absolute()
     match = _CHECKPOINT.fullmatch(path.name)
     run = path.parent.parent if match else path
-    if (run / "config.yaml").is_file() and (run / "run.lock").is_file():
-        config = load(run / "config.yaml").config
+    if _is_run(run):
+        config = load_run(run).config
         root = run / "checkpoints"
         manifest = manifest_at(root, int(match[1])) if match else newest_manifest(root)
         if manifest is None:
@@ -148,6 +148,10 @@ def find_checkpoint(path: Path) -> Checkpoint:
     )
 
 
+def _is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file() and (path / "run.lock").is_file()
+
+
 def eval_config(checkpoint: Checkpoint, task: str, options: EvalOptions) -> Config:
     """The settings of the evaluation: those of the task's configuration file or of the run, and the options over them.
 
@@ -155,7 +159,9 @@ def eval_config(checkpoint: Checkpoint, task: str, options: EvalOptions) -> Conf
         LaunchError: the task is unknown, no reward function is known for it, or the settings contradict each other.
     """
     if task.endswith((".yaml", ".yml")):
-        values = load(Path(task)).config.model_dump()
+        file = Path(task)
+        of_run = file.name == "config.yaml" and _is_run(file.parent)
+        values = (load_run(file.parent) if of_run else load(file)).config.model_dump()
     elif task.startswith(GYM_PREFIX) or task.endswith(".jsonl"):
         values = _values_for(checkpoint, task, options)
     else:

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from pmdflow.config.load import load
+from pmdflow.config.load import load_run
 from pmdflow.config.schema import Config
 from pmdflow.errors import PmdflowError
 from pmdflow.learner.checkpoint.manifest import manifest_at
@@ -66,7 +66,7 @@ def replay(run: Path, *, verify: bool, start: int, overrides: Sequence[str]) -> 
         raise PmdflowError("--verify compares with the recorded settings", hint="leave out --set, or --verify")
     if not (run / "config.yaml").is_file():
         raise PmdflowError(f"{run} is no run directory (it has no config.yaml)")
-    config = load(run / "config.yaml", overrides).config
+    config = load_run(run, overrides).config
     if verify:
         _check_same(run, "hardware", hardware())
     console = Console(file=sys.stdout, soft_wrap=True)
