@@ -13,7 +13,7 @@ from pmdflow.config.schema import Config
 from pmdflow.data.prompts import PromptSource
 from pmdflow.errors import ActorDied, LearnerDied, PmdflowError, WaitTimeout
 from pmdflow.learner.checkpoint.manifest import Manifest, commit_checkpoint, newest_manifest, oldest_manifest, prune
-from pmdflow.metrics.summary import batch_metrics
+from pmdflow.metrics.claim import claim_metrics
 from pmdflow.run.held_out import Evaluation
 from pmdflow.run.scheduler import SchedulerSettings, next_quota
 from pmdflow.run.supervision import Supervisor, store_values
@@ -175,7 +175,7 @@ class Controller:
             answer = self._call("claim", iteration, self.version, CLAIM_WAIT_S)
             if answer.status == "claimed":
                 self._supervisor.recorder.spans(
-                    [{"actor": "controller", "name": "wait_claim", "start": start, "end": time.time(), "attrs": {}}]
+                    [{"actor": "controller", "name": "wait_groups", "start": start, "end": time.time(), "attrs": {}}]
                 )
                 return True
             counts: Counts = self._call("counts")
@@ -264,7 +264,7 @@ class Controller:
             **store_values(counts, ledger),
             "iteration": self.iteration,
             "version": self.version,
-            **batch_metrics(batch),
+            **claim_metrics(batch),
             **metrics,
             "scheduler/tokens_budget": spent.tokens_budget,
             "scheduler/tokens_spent": spent.tokens_spent,

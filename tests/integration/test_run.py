@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import zarr
 
-from pmdflow.metrics.summary import OUTSIDE_SUM
+from pmdflow.metrics.ledger import OUTSIDE_SUM
 from pmdflow.store.archive import parts, read_part
 from pmdflow.types import Mask
 from tests.support.runs import Up, pmdflow, small_config
