@@ -173,7 +173,8 @@ class Controller:
         if admitted == 0 and counts.groups_untrained == 0:
             raise PmdflowError(
                 "the store admits no group although none is waiting: store.max_bytes "
-                f"({self._config.store.max_bytes}) is filled by groups that no checkpoint covers yet; raise it"
+                f"({self._config.store.max_bytes}) is filled by groups that no checkpoint covers yet",
+                hint="raise store.max_bytes",
             )
         return admitted
 

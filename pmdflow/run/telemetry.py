@@ -77,7 +77,7 @@ class Telemetry:
 
     def waited(self, name: Wait, start: float) -> None:
         """Record that the controller waited from unix second `start` until now."""
-        span = {"actor": "controller", "name": name, "start": start, "end": time.time(), "attrs": {}}
+        span: dict[str, object] = {"actor": "controller", "name": name, "start": start, "end": time.time(), "attrs": {}}
         self._recorder.spans([span])
 
     def event(self, kind: str, message: str, **attrs: object) -> None:
