@@ -15,6 +15,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # drawing boxes takes as long as everything else of `--help`
 )
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, for example runs/quickstart.")]
@@ -95,7 +96,7 @@ def replay(
 
 
 @app.command("eval")
-def evaluate(
+def eval_(
     checkpoint: Annotated[
         Path,
         typer.Argument(metavar="CHECKPOINT", help="Run, RUN/checkpoints/iteration-N, or Hugging Face folder."),

@@ -19,6 +19,7 @@ import pmdflow.run
 from pmdflow.cli import app, main
 from pmdflow.config.load import Loaded
 from pmdflow.errors import LaunchError
+from tests.support.fixture_run import FixtureRun
 from tests.support.paths import ROOT
 
 QUICKSTART = "configs/quickstart.yaml"
@@ -68,6 +69,38 @@ def test_configuration_errors_exit_with_2_and_are_all_on_stderr() -> None:
 def test_usage_errors_exit_with_2() -> None:
     assert run("up").returncode == 2
     assert run("fly").returncode == 2
+
+
+@pytest.mark.parametrize("command", [["--help"], ["status", "RUN"], ["down", "RUN"]], ids=lambda words: words[0])
+def test_commands_that_only_look_load_nothing_heavy(command: list[str], tmp_path: Path) -> None:
+    run = FixtureRun(tmp_path / "run")
+    run.iterate(2, archive=False)
+    (run.run_dir / "run.lock").touch()
+    script = (
+        "import sys\n"
+        "from pmdflow.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as ended:\n"
+        "    print(ended.code, *{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)\n"
+    )
+    words = [word.replace("RUN", str(run.run_dir)) for word in command]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    code, *loaded = done.stderr.splitlines()[-1].split()
+    assert code == ("1" if command[0] == "down" else "0")  # it is not running
+    assert "typer" in loaded
+    heavy = {"numpy", "ray", "reasoning_gym", "safetensors", "tokenizers", "torch", "transformers", "vllm", "zarr"}
+    assert not heavy & set(loaded)
+
+
+def test_evaluation_loads_no_ray() -> None:
+    script = "import sys, pmdflow.evaluate.command; print('ray' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == "False\n"
 
 
 def test_help_names_every_command() -> None:

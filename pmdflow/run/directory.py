@@ -14,8 +14,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
-import yaml
-
 from pmdflow import durable
 from pmdflow.errors import LaunchError
 
@@ -70,6 +68,8 @@ class RunDirectory:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
+        import yaml  # only here, like `load_run` below: `down` waits for what this module imports
+
         run = cls(path, lock)
         run._check_same_run(config)
         durable.write(path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -126,7 +126,7 @@ class RunDirectory:
     def _check_same_run(self, config: Config) -> None:
         if not (self.path / "config.yaml").is_file() or not (self.path / "store").is_dir():
             return
-        from pmdflow.config.load import load_run  # only here: `status` and `down` read no configuration
+        from pmdflow.config.load import load_run
 
         before, now = load_run(self.path).config.model_dump(mode="json"), config.model_dump(mode="json")
         for keys in FIXED_KEYS:
