@@ -124,20 +124,10 @@ def eval_(
     from pmdflow.evaluate.command import EvalOptions, evaluate_checkpoint
 
     options = EvalOptions(
-        samples=samples,
-        ks=k or (),
-        prompts=prompts,
-        temperature=temperature,
-        top_p=top_p,
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        stop=stop or (),
-        reward=reward or (),
-        pass_reward=pass_reward,
-        engine=engine,
-        seed=seed,
+        samples=samples, ks=k or (), prompts=prompts, temperature=temperature, top_p=top_p, max_tokens=max_tokens,
+        min_tokens=min_tokens, stop=stop or (), reward=reward or (), pass_reward=pass_reward, engine=engine, seed=seed,
         out=out,
-    )
+    )  # fmt: skip
     raise typer.Exit(evaluate_checkpoint(checkpoint, task, options))
 
 
