@@ -23,6 +23,8 @@ from tests.support.fixture_run import FixtureRun
 from tests.support.paths import ROOT
 
 QUICKSTART = "configs/quickstart.yaml"
+QUICK_REWARD = "reward.functions.0.function=math:sqrt"
+"""Imported at once, where nothing is scored."""
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -64,6 +66,18 @@ def test_configuration_errors_exit_with_2_and_are_all_on_stderr() -> None:
     assert done.stderr.count(": error: ") == 3
     assert "Traceback" not in done.stderr
     assert done.stderr.endswith("3 errors; nothing was started\n")
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_an_import_path_that_leads_to_nothing_exits_with_2_before_anything_starts(
+    dry: list[str], tmp_path: Path
+) -> None:
+    wrong = "reward.functions.0.function=pmdflow.reward.reasoning_gim:score"
+    done = run("up", QUICKSTART, f"run.dir={tmp_path}", wrong, *dry)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"override `{wrong}`: error: `reward.functions.0.function`: there is no module" in done.stderr
+    assert "hint: did you mean `pmdflow.reward.reasoning_gym`?" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_usage_errors_exit_with_2() -> None:
@@ -117,7 +131,7 @@ def test_a_named_error_is_one_line_and_exits_with_1(
 
     install(monkeypatch, pmdflow.run, "launch", up=refuse)
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["pmdflow", "up", QUICKSTART, "model.path=elsewhere"])
+    monkeypatch.setattr(sys, "argv", ["pmdflow", "up", QUICKSTART, "model.path=elsewhere", QUICK_REWARD])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 1
@@ -146,7 +160,7 @@ def test_the_exit_code_is_that_of_the_command(monkeypatch: pytest.MonkeyPatch, c
     install(monkeypatch, pmdflow.run, "launch", up=answer)
     install(monkeypatch, pmdflow.run, "status", down=answer, status=answer)
     runner = CliRunner()
-    assert runner.invoke(app, ["up", str(ROOT / QUICKSTART), "run.seed=9"]).exit_code == code
+    assert runner.invoke(app, ["up", str(ROOT / QUICKSTART), "run.seed=9", QUICK_REWARD]).exit_code == code
     assert runner.invoke(app, ["down", "runs/a"]).exit_code == code
     assert runner.invoke(app, ["status", "runs/a"]).exit_code == code
     assert seen[0].config.run.seed == 9
