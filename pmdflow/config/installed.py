@@ -57,8 +57,8 @@ def require_engine(rollout: RolloutConfig, *, greedy: bool = False) -> None:
 def require_imports(loaded: Loaded) -> None:
     """Refuse reward functions, an environment or an algorithm that cannot be imported.
 
-    They are imported in a process of their own, because nobody knows what a user's module does: it may load torch,
-    which `up` must not before it makes its actors, start threads, compute for an hour, or end its process.
+    They are imported in a process of their own, because nobody knows what a user's module does meanwhile: it may take
+    memory of a GPU that the actors need, start threads, print, compute for an hour, or end its process.
 
     Raises:
         ConfigError: names each import path that leads to nothing, where it is written, and why.

@@ -232,7 +232,9 @@ def test_any_wrong_file_gives_rendered_errors(
     assert all(": error: " in issue.render() for issue in caught.value.issues)
 
 
-@pytest.mark.parametrize("module", ["pmdflow.errors", "pmdflow.config.errors", "pmdflow.config.load"])
+@pytest.mark.parametrize(
+    "module", ["pmdflow.errors", "pmdflow.config.errors", "pmdflow.config.load", "pmdflow.config.try_import"]
+)
 def test_docstring_examples_run(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(CONFIGS.parent)
     failed, attempted = doctest.testmod(importlib.import_module(module))
