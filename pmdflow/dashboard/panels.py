@@ -23,7 +23,7 @@ _GRID = "rgba(128,128,128,0.18)"
 SPAN_COLOURS: Mapping[str, str] = {
     "generate": GREEN, "apply_weights": PURPLE, "step": BLUE, "reference": SKY, "publish": PURPLE,
     "checkpoint": YELLOW, "score": GREEN, "start": GREY, "archive": GREY, "wait_lease": ORANGE, "wait_grant": YELLOW,
-    "wait_environment": PURPLE, "wait_claim": VERMILION, "wait_controller": SKY, "wait_unscored": GREY,
+    "wait_environment": VERMILION, "wait_claim": VERMILION, "wait_controller": ORANGE, "wait_unscored": ORANGE,
     "wait_groups": ORANGE,
 }  # fmt: skip
 """Colour of every span, in the order of the legend."""
