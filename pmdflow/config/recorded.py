@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {"store.commit_interval_s": "store.sync_interval_s"}
 """Former `section.key` to the present one; the value means the same."""
 
 

@@ -26,6 +26,18 @@ def old_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return run
 
 
+def test_an_interval_has_been_renamed(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(MINIMAL + "store:\n  commit_interval_s: 0.25\n")
+    (issue,) = refuse(file)
+    assert issue.message == "unknown key `store.commit_interval_s`"
+    assert issue.hint == "it is called `store.sync_interval_s` now"
+    loaded = load_run(tmp_path)
+    assert loaded.config.store.sync_interval_s == 0.25
+    assert loaded.origins["store.sync_interval_s"] == "config.yaml:16"
+    assert load_run(tmp_path, ["store.sync_interval_s=1"]).config.store.sync_interval_s == 1
+
+
 def test_renamed_keys_of_a_run_directory_are_read(old_run: Path) -> None:
     loaded = load_run(old_run, ["run.seed=3"])
     assert loaded.config.learner.lr == 0.5
