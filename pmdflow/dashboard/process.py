@@ -34,8 +34,8 @@ class DashboardProcess:
         """
         if port is None:
             return cls(None, None)
-        otherwise = "choose another, 0 for any free one, or null for no dashboard"
-        port = require_port("dashboard.port", "127.0.0.1", port, otherwise=otherwise)
+        hint = "choose another, 0 for any free one, or null for no dashboard"
+        port = require_port("dashboard.port", "127.0.0.1", port, hint=hint)
         process = Companion(run, "dashboard", "dashboard", str(run), "--port", str(port))
         return cls(process, f"http://127.0.0.1:{port}")
 

@@ -33,7 +33,7 @@ def write_adapter(
     try:
         import peft
     except ImportError as error:
-        raise PmdflowError("--adapter needs peft: install pmdflow with its `lora` extra") from error
+        raise PmdflowError("--adapter needs peft", hint="run `uv sync --extra lora`") from error
     save_tensors(adapter_tensors(checkpoint, dtype), folder / "adapter_model.safetensors")
     layers = [name.removesuffix(UP) for name in published_adapters(checkpoint) if name.endswith(UP)]
     peft.LoraConfig(

@@ -10,8 +10,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from pmdflow.config.recorded import recorded_settings
 from pmdflow.metrics.history import History
-from pmdflow.metrics.summary import read_config
 
 CURVE_ROWS = 20
 """Most rows of the curve's table."""
@@ -34,7 +34,7 @@ def model_card(run: Path, *, iteration: int, version: int, dtype: str, adapter: 
         dtype: Type of the weights.
         adapter: The folder holds adapters, not a whole model.
     """
-    config = read_config(run)
+    config = recorded_settings(run)
     base = str((config.get("model") or {}).get("path", ""))
     data = ModelCardData(
         base_model=base.partition("@")[0] if is_hub_id(base) else None,

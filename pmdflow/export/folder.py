@@ -32,7 +32,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PmdflowError(f"{out} exists and is not an empty folder; choose another or remove it")
+        raise PmdflowError(f"{out} exists and is not an empty folder", hint="choose another or remove it")
     aside = out.with_name(out.name + ".partial")
     aside.mkdir(parents=True, exist_ok=True)
     lock = os.open(aside, os.O_RDONLY)
@@ -40,7 +40,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise PmdflowError(f"another export is writing {aside}; wait for it or choose another folder") from error
+            raise PmdflowError(
+                f"another export is writing {aside}", hint="wait for it or choose another folder"
+            ) from error
         _empty(aside)
         try:
             yield aside
@@ -51,7 +53,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         durable.rename(aside, out)
     except OSError as error:
         raise PmdflowError(
-            f"{error.filename or aside}: {error.strerror or error}; free space or choose another folder"
+            f"{error.filename or aside}: {error.strerror or error}", hint="mend that, or choose another folder"
         ) from error
     finally:
         os.close(lock)
@@ -91,7 +93,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
         path.chmod(path.parent.stat().st_mode & 0o666)  # it makes files that only their owner reads
     except SafetensorError as error:
-        raise PmdflowError(f"cannot write {path}: {error}; free space or choose another folder") from error
+        raise PmdflowError(f"cannot write {path}: {error}", hint="free space or choose another folder") from error
 
 
 def _empty(folder: Path) -> None:

@@ -82,7 +82,7 @@ class HeldCheckpoint:
                 with suppress(FileNotFoundError):
                     return cls(manifest)
             time.sleep(_PAUSE_S)
-        raise PmdflowError(f"{run} has no checkpoint yet; wait for one (learner.checkpoint_every)")
+        raise PmdflowError(f"{run} has no checkpoint yet", hint="wait for one (learner.checkpoint_every)")
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]:

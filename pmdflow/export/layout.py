@@ -49,8 +49,8 @@ class Layout:
         together = {name: tensor.shape for name, tensor in revert_weight_conversion(self._model, state).items()}
         if together != {name: tensor.shape for name, tensor in self.stored.items()}:
             raise PmdflowError(
-                f"{type(self._model).__name__} stores several of its tensors as one, which cannot be written tensor by "
-                "tensor; load the checkpoint with `pmdflow.open_run(RUN).checkpoint().model()` and save that"
+                f"{type(self._model).__name__} stores several of its tensors as one: it cannot be written one by one",
+                hint="`pmdflow.open_run(RUN).checkpoint().model().save_pretrained(OUT)` does it in memory",
             )
         self.shapes: Mapping[str, torch.Size] = {name: tensor.shape for name, tensor in state.items()}
         """By name in memory; of tied names only the first."""

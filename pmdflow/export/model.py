@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoModelForCausalLM
 
-from pmdflow.export.command import Dtype
 from pmdflow.export.held import HeldCheckpoint
+from pmdflow.export.options import Dtype
 from pmdflow.export.weights import published_adapters, require_same
 from pmdflow.export.write import DTYPES, run_config
 from pmdflow.learner.lora import published_scale

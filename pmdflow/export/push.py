@@ -46,15 +46,16 @@ def _named(repository: str) -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
-        raise PmdflowError(f"--push {repository}: {_line(error)}; give NAME or ORGANIZATION/NAME") from error
+        raise PmdflowError(f"--push {repository}: {_line(error)}", hint="give NAME or ORGANIZATION/NAME") from error
     except LocalTokenNotFoundError as error:
-        raise PmdflowError(f"--push {repository}: no token; set HF_TOKEN or run `hf auth login`") from error
+        raise PmdflowError(f"--push {repository}: no token", hint="set HF_TOKEN or run `hf auth login`") from error
     except OfflineModeIsEnabled as error:
-        raise PmdflowError(f"--push {repository}: HF_HUB_OFFLINE is set; unset it") from error
+        raise PmdflowError(f"--push {repository}: HF_HUB_OFFLINE is set", hint="unset it") from error
     except (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError) as error:
         cause = f": {_line(error.__cause__)}" if isinstance(error, RuntimeError) and error.__cause__ else ""
         raise PmdflowError(
-            f"--push {repository}: {_line(error)}{cause}; check HF_ENDPOINT, the network and that HF_TOKEN may write"
+            f"--push {repository}: {_line(error)}{cause}",
+            hint="check HF_ENDPOINT, the network, and that HF_TOKEN may write there",
         ) from error
 
 

@@ -90,7 +90,7 @@ class BaseWeights:
             with safe_open(file, framework="pt") as opened:
                 self._files |= dict.fromkeys(opened.keys(), file)
         if not self._files:
-            raise PmdflowError(f"{folder} has no .safetensors files to add adapters to; download them to that folder")
+            raise PmdflowError(f"{folder} has no .safetensors files to add adapters to", hint="download them to it")
 
     def read(self, name: str) -> Tensor:
         """Read one tensor.
@@ -100,8 +100,8 @@ class BaseWeights:
         """
         if name not in self._files:
             raise PmdflowError(
-                f"{self._folder} holds no tensor {name}: its tensors have other names than transformers writes; load "
-                "it with transformers and save it again"
+                f"{self._folder} holds no tensor {name}: its tensors have other names than transformers writes",
+                hint="load it with transformers and save it again, or export with --adapter",
             )
         with safe_open(self._files[name], framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(name)
@@ -119,7 +119,8 @@ def require_same(shapes: Mapping[str, torch.Size], checkpoint: HeldCheckpoint) -
     if wrong:
         raise PmdflowError(
             f"{checkpoint.manifest.directory} does not hold the tensors of the model folder: {_few(wrong)} missing or "
-            "of another shape; is model.path still the folder that the run began with?"
+            "of another shape",
+            hint="model.path must be the folder that the run began with",
         )
 
 
@@ -135,7 +136,8 @@ def _require_layers(
     if wrong:
         raise PmdflowError(
             f"adapters of {_few(wrong)} cannot be merged: the model folder has no such tensor, has it in another "
-            "shape, or in pieces; is model.path still the folder that the run began with? --adapter needs no merge"
+            "shape, or in pieces",
+            hint="model.path must be the folder that the run began with; --adapter needs no merge",
         )
 
 

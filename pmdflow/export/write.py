@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 
-from pmdflow.config.load import load
+from pmdflow.config.load import load_run
 from pmdflow.config.schema import Config
 from pmdflow.errors import PmdflowError
 from pmdflow.export.adapter import write_adapter
 from pmdflow.export.card import is_hub_id, model_card
-from pmdflow.export.command import ExportOptions
 from pmdflow.export.files import copy_tokenizer, write_config, write_generation_config
 from pmdflow.export.folder import new_folder, write_shards
 from pmdflow.export.held import HeldCheckpoint
 from pmdflow.export.layout import Layout
+from pmdflow.export.options import Dtype, ExportOptions
 from pmdflow.export.weights import BaseWeights, merged_tensors, whole_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,36 +36,44 @@ def export(run: Path, out: Path, options: ExportOptions) -> str:
         PmdflowError: no such run or checkpoint, a folder that is not empty, or weights that do not fit the model.
     """
     config = run_config(run)
-    lora = config.learner.lora
-    if options.adapter and options.push is not None and not is_hub_id(config.model.path):
-        raise PmdflowError(
-            f"--push of adapters: they adapt {config.model.path}, a folder that only this machine has; push --merged"
-        )
-    if options.adapter and lora is None:
-        raise PmdflowError(f"{run} trains all weights (learner.lora is null): it has no adapters; leave out --adapter")
+    _require_adapters(run, config, options)
     with HeldCheckpoint.of(run, options.iteration) as checkpoint, new_folder(out) as folder:
-        model, manifest = Path(config.model.path), checkpoint.manifest
-        if options.adapter and lora is not None:
+        manifest = checkpoint.manifest
+        if options.adapter and config.learner.lora is not None:
             dtype = options.dtype or "float32"
-            write_adapter(folder, checkpoint, lora, model=config.model.path, dtype=DTYPES[dtype])
+            write_adapter(folder, checkpoint, config.learner.lora, model=config.model.path, dtype=DTYPES[dtype])
         else:
             dtype = options.dtype or config.model.dtype
-            layout = Layout(model, dtype=DTYPES[dtype])
-            tensors = (
-                whole_tensors(layout, checkpoint)
-                if lora is None
-                else merged_tensors(layout, checkpoint, BaseWeights(model), lora)
-            )
-            write_shards(folder, tensors, layout.stored, shard_bytes=options.shard_bytes)
-            write_config(model, folder, dtype=dtype)
-            write_generation_config(model, folder)
-        copy_tokenizer(model, folder)
+            _write_model(folder, checkpoint, config, dtype, options.shard_bytes)
+        copy_tokenizer(Path(config.model.path), folder)
         card = model_card(
             run, iteration=manifest.iteration, version=manifest.version, dtype=dtype, adapter=options.adapter
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     what = "adapters" if options.adapter else "weights"
     return f"{what} of iteration {manifest.iteration} (version {manifest.version}) in {dtype}"
+
+
+def _write_model(folder: Path, checkpoint: HeldCheckpoint, config: Config, dtype: Dtype, shard_bytes: int) -> None:
+    model, lora = Path(config.model.path), config.learner.lora
+    layout = Layout(model, dtype=DTYPES[dtype])
+    if lora is None:
+        tensors = whole_tensors(layout, checkpoint)
+    else:
+        tensors = merged_tensors(layout, checkpoint, BaseWeights(model), lora)
+    write_shards(folder, tensors, layout.stored, shard_bytes=shard_bytes)
+    write_config(model, folder, dtype=dtype)
+    write_generation_config(model, folder)
+
+
+def _require_adapters(run: Path, config: Config, options: ExportOptions) -> None:
+    if options.adapter and config.learner.lora is None:
+        raise PmdflowError(f"{run} trains all weights (learner.lora is null)", hint="leave out --adapter")
+    if options.adapter and options.push is not None and not is_hub_id(config.model.path):
+        raise PmdflowError(
+            f"--push of adapters: they adapt {config.model.path}, a folder that only this machine has",
+            hint="push --merged",
+        )
 
 
 def run_config(run: Path) -> Config:
@@ -76,10 +84,11 @@ def run_config(run: Path) -> Config:
     """
     if not (run / "config.yaml").is_file():
         raise PmdflowError(f"{run} is no run directory (it has no config.yaml)")
-    config = load(run / "config.yaml").config
+    config = load_run(run).config
     if not (Path(config.model.path) / "config.json").is_file():
         raise PmdflowError(
-            f"{run} was made from the model folder {config.model.path}, which is not here, and has the "
-            "configuration and the tokenizer; run this where `pmdflow up` was run, or put it there"
+            f"{run} was made from the model folder {config.model.path}, which is not here: configuration and "
+            "tokenizer come from it",
+            hint="run this where `pmdflow up` was run, or put it there",
         )
     return config

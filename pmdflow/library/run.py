@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pmdflow.config.load import load
+from pmdflow.config.load import load_run
 from pmdflow.config.schema import Config
 from pmdflow.data.tokenizer import load_tokenizer
 from pmdflow.errors import PmdflowError
@@ -21,7 +21,7 @@ from pmdflow.run.directory import RunDirectory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from pmdflow.export.command import Dtype
+    from pmdflow.export.options import Dtype
 
 
 def open_run(path: str | PathLike[str]) -> Run:
@@ -48,7 +48,7 @@ class Run:
     @cached_property
     def config(self) -> Config:
         """Its settings."""
-        return load(self.path / "config.yaml").config
+        return load_run(self.path).config
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -119,7 +119,7 @@ class Checkpoint:
         Raises:
             PmdflowError: as in `model`, or `out` is a folder that is not empty.
         """
-        from pmdflow.export.command import ExportOptions
+        from pmdflow.export.options import ExportOptions
         from pmdflow.export.write import export
 
         export(self.run.path, Path(out), ExportOptions(iteration=self.iteration, adapter=adapter, dtype=dtype))

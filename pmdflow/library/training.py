@@ -7,7 +7,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from pmdflow.config.installed import require_engine
+from pmdflow.config.errors import Place
+from pmdflow.config.installed import require_engine, require_imports
 from pmdflow.config.load import Loaded, load
 from pmdflow.config.schema import Config
 from pmdflow.library.run import Run, open_run
@@ -39,6 +40,7 @@ def up(config: str | PathLike[str] | Mapping[str, Any] | Config, *overrides: str
     """
     loaded = _loaded(config, overrides)
     require_engine(loaded.config.rollout)
+    require_imports(loaded)
     from pmdflow.run.launch import up as train
 
     if train(loaded) != 0:
@@ -53,4 +55,4 @@ def _loaded(config: str | PathLike[str] | Mapping[str, Any] | Config, overrides:
         raise ValueError(f"overrides {list(overrides)} are for a file: change the configuration itself")
     checked = config if isinstance(config, Config) else Config.model_validate(config)
     written = Path(checked.run.dir) / checked.run.name / "config.yaml"  # what resumes it from the command line
-    return Loaded(config=checked, origins={}, path=written)
+    return Loaded(config=checked, origins={}, path=written, place=lambda _: Place(source="pmdflow.up"))

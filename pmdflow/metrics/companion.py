@@ -62,7 +62,7 @@ def end_all(companions: list[Companion], *, within_s: float) -> dict[str, int | 
     return {each.name: each.end(within_s=max(0.0, deadline - time.monotonic())) for each in companions}
 
 
-def require_port(key: str, host: str, port: int, *, otherwise: str) -> int:
+def require_port(key: str, host: str, port: int, *, hint: str) -> int:
     """A port that can be listened at: `port`, or a free one if that is 0.
 
     Raises:
@@ -73,7 +73,7 @@ def require_port(key: str, host: str, port: int, *, otherwise: str) -> int:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise LaunchError(f"{key}: port {port} is taken ({error.strerror}); {otherwise}") from error
+            raise LaunchError(f"{key}: port {port} is taken ({error.strerror})", hint=hint) from error
         return int(probe.getsockname()[1])
 
 

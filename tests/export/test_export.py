@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from pmdflow.cli import app
 from pmdflow.errors import PmdflowError
-from pmdflow.export.command import ExportOptions
+from pmdflow.export.options import ExportOptions
 from pmdflow.export.write import export
 from pmdflow.learner.checkpoint.manifest import manifest_at
 from pmdflow.learner.checkpoint.weights import checkpoint_weights
@@ -147,7 +147,7 @@ def test_refusals_name_what_is_wrong_and_leave_nothing(whole: TrainedRun, tmp_pa
     cases = [
         (whole.path, full, ExportOptions(), "is not an empty folder"),
         (whole.path, tmp_path / "a", ExportOptions(iteration=9), "kept iterations: 1, 2, 3"),
-        (whole.path, tmp_path / "b", ExportOptions(adapter=True), "it has no adapters"),
+        (whole.path, tmp_path / "b", ExportOptions(adapter=True), "leave out --adapter"),
         (tmp_path / "nowhere", tmp_path / "c", ExportOptions(), "is no run directory"),
     ]
     for run, out, options, message in cases:

@@ -13,8 +13,8 @@ import yaml
 from pmdflow.config.schema import Config
 from pmdflow.learner.checkpoint.manifest import Manifest, commit_checkpoint, prune
 from pmdflow.learner.learner import Learner
+from pmdflow.metrics.claim import claim_metrics
 from pmdflow.metrics.recorder import Recorder
-from pmdflow.metrics.summary import batch_metrics
 from pmdflow.run.directory import RunDirectory
 from pmdflow.store.archive import write_part
 from tests.support.fixture_run import make_batch
@@ -60,7 +60,7 @@ class TrainedRun:
             prune(manifest.root, keep)
             write_part(self.path, batch, attrs=self._owner.archive_attrs(self.config))
             identity = {"iteration": self.done, "version": self.done, "learner/lr": np.float64(1e-2)}
-            self._recorder.metric("iteration", {**identity, **batch_metrics(batch), **result.metrics})
+            self._recorder.metric("iteration", {**identity, **claim_metrics(batch), **result.metrics})
             self._evaluate(self.done)
 
     def _evaluate(self, iteration: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pmdflow.config.installed import require_sink
-from pmdflow.config.load import load
+from pmdflow.config.load import load_run
 from pmdflow.config.sinks import SinkConfig, SinkName
 from pmdflow.errors import LaunchError
 from pmdflow.metrics.sinks.rows import Rows
@@ -34,7 +34,7 @@ def run_sink(run: Path, name: SinkName, *, is_live: Callable[[], bool]) -> int:
     """
     if not (run / "config.yaml").is_file():
         raise LaunchError(f"{run} is no run directory (it has no config.yaml)")
-    configured = {sink.name: sink for sink in load(run / "config.yaml").config.metrics.sinks}
+    configured = {sink.name: sink for sink in load_run(run).config.metrics.sinks}
     config = configured.get(name) or SinkConfig(name=name)
     require_sink(config.name)
     if name == "prometheus" and not is_live():

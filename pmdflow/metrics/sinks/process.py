@@ -39,7 +39,7 @@ class SinkProcesses:
         for sink in sinks:
             require_sink(sink.name)
             if sink.name == "prometheus":
-                require_port("metrics.sinks", sink.host, sink.port, otherwise="choose another `port`")
+                require_port("metrics.sinks", sink.host, sink.port, hint="choose another `port`")
         return cls(run, [Companion(run, f"sink-{sink.name}", "sink", str(run), sink.name) for sink in sinks])
 
     def __enter__(self) -> Self:

@@ -9,9 +9,9 @@ import trackio
 from trackio.sqlite_storage import SQLiteStorage
 
 from pmdflow import durable
+from pmdflow.config.recorded import recorded_settings
 from pmdflow.config.sinks import SinkConfig
 from pmdflow.metrics.sinks.rows import Row
-from pmdflow.metrics.summary import read_config
 
 
 class TrackioSink:
@@ -29,9 +29,14 @@ class TrackioSink:
             durable.write(note, json.dumps({"name": _free_name(config.project, run.absolute().name)}) + "\n")
         name = str(json.loads(note.read_text())["name"])
         self._run = trackio.init(
-            project=config.project, name=name, resume="allow", config=read_config(run), embed=False, auto_log_gpu=False,
+            project=config.project,
+            name=name,
+            resume="allow",
+            config=recorded_settings(run),
+            embed=False,
+            auto_log_gpu=False,
             auto_log_cpu=False,
-        )  # fmt: skip
+        )
         self._rows = SQLiteStorage.get_log_count(config.project, name, run_id=self._run.id)
 
     def send(self, row: Row) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import wandb
 
 from pmdflow import durable
+from pmdflow.config.recorded import recorded_settings
 from pmdflow.config.sinks import SinkConfig
 from pmdflow.metrics.sinks.rows import Row
-from pmdflow.metrics.summary import read_config
 
 READ_TIMEOUT_S = 300.0
 """`wandb leet inspect` has read a local log within this time."""
@@ -52,7 +52,7 @@ class WandbSink:
             name=run.absolute().name,
             resume="allow",
             dir=str(self._folder),
-            config=read_config(run),
+            config=recorded_settings(run),
             settings=wandb.Settings(console="off", x_transaction_log_flush_interval=1.0),
         )
         self._rows = max(self._rows, self._logged() if self._run.offline else self._run.step)

@@ -98,7 +98,7 @@ def test_where_a_resume_goes_back_tensorboard_shows_the_surviving_history(tmp_pa
 
 
 def test_prometheus_scrapes_the_newest_numbers_with_their_definitions(tmp_path: Path) -> None:
-    port = require_port("test", "127.0.0.1", 0, otherwise="")
+    port = require_port("test", "127.0.0.1", 0, hint="")
     run = SinkRun(tmp_path)
     sink, rows = PrometheusSink(run.run_dir, SinkConfig(name="prometheus", port=port)), Rows(run.run_dir)
     run.iterate(2, archive=False)
