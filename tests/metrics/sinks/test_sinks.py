@@ -46,6 +46,7 @@ def wait_for(run: SinkRun, name: str, points: int) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.timeout(400)  # a dozen processes of libraries that import slowly
 @pytest.mark.parametrize("name", sorted(READERS))
 def test_what_was_recorded_is_there_once_however_the_sink_ended(name: str, tmp_path: Path) -> None:
     run = SinkRun(tmp_path, *SINKS)
