@@ -44,7 +44,6 @@ class HeldCheckpoint:
             PmdflowError: a file is not as long as the manifest says.
         """
         self.manifest = manifest
-        self._open = ExitStack()
         with ExitStack() as opening:
             files: dict[str, BinaryIO] = {}
             for file in manifest.files:

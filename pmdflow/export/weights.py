@@ -57,13 +57,11 @@ def merged_tensors(layout: Layout, checkpoint: HeldCheckpoint, base: BaseWeights
             yield name, tensor
 
 
-def adapter_tensors(checkpoint: HeldCheckpoint, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The adapters by the names of a PEFT folder, in `dtype` or, None, as they were trained."""
-    tensors = {}
-    for name, held in published_adapters(checkpoint).items():
-        tensor = checkpoint.read([held])[held]
-        tensors[f"base_model.model.{name}"] = tensor if dtype is None else tensor.to(dtype)
-    return tensors
+def adapter_tensors(checkpoint: HeldCheckpoint, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The adapters by the names of a PEFT folder."""
+    adapters = published_adapters(checkpoint)
+    held = checkpoint.read(adapters.values())
+    return {f"base_model.model.{name}": held[own].to(dtype) for name, own in adapters.items()}
 
 
 def published_adapters(checkpoint: HeldCheckpoint) -> dict[str, str]:

@@ -97,6 +97,7 @@ def test_a_disk_that_takes_no_more_is_named_and_nothing_is_left(large: Path, tmp
 
 
 def test_two_exports_to_one_folder_do_not_mix(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()  # an empty one is taken
     with new_folder(tmp_path / "out") as first:
         (first / "a").write_text("a")
         with pytest.raises(PmdflowError, match="another export is writing"), new_folder(tmp_path / "out"):

@@ -50,7 +50,8 @@ class SinkRun(FixtureRun):
         """Begin `pmdflow sink`."""
         return subprocess.Popen(
             [sys.executable, "-m", "pmdflow.cli", "sink", str(self.run_dir), name],
-            env=self.environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=self.environment, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True,
         )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 
 from pmdflow.config.sinks import SinkConfig
+from pmdflow.metrics.companion import require_port
 from pmdflow.metrics.sinks.definitions import definitions
 from pmdflow.metrics.sinks.rows import Row
 
@@ -26,8 +27,9 @@ class PrometheusSink:
         """Listen.
 
         Raises:
-            OSError: the port is taken.
+            LaunchError: the port is taken.
         """
+        require_port("metrics.sinks", config.host, config.port, hint="choose another `port`")
         self._name = run.absolute().name
         self._definitions = definitions()
         self._values: dict[str, float] = {}

@@ -14,6 +14,7 @@ import wandb
 from pmdflow import durable
 from pmdflow.config.recorded import recorded_settings
 from pmdflow.config.sinks import SinkConfig
+from pmdflow.errors import PmdflowError
 from pmdflow.metrics.sinks.rows import Row
 
 READ_TIMEOUT_S = 300.0
@@ -34,7 +35,7 @@ class WandbSink:
         """Begin or resume the W&B run.
 
         Raises:
-            wandb.Error: no account, or no answer.
+            PmdflowError: no account, or no answer.
         """
         self._folder = run / "sinks"
         self._folder.mkdir(exist_ok=True)
@@ -44,17 +45,20 @@ class WandbSink:
             note = json.loads(self._note.read_text())
             self._id, self._rows = str(note["id"]), int(note["rows"])
         self._remember()
-        self._run = wandb.init(
-            project=config.project,
-            entity=config.entity,
-            mode=config.mode,
-            id=self._id,
-            name=run.absolute().name,
-            resume="allow",
-            dir=str(self._folder),
-            config=recorded_settings(run),
-            settings=wandb.Settings(console="off", x_transaction_log_flush_interval=1.0),
-        )
+        try:
+            self._run = wandb.init(
+                project=config.project,
+                entity=config.entity,
+                mode=config.mode,
+                id=self._id,
+                name=run.absolute().name,
+                resume="allow",
+                dir=str(self._folder),
+                config=recorded_settings(run),
+                settings=wandb.Settings(console="off", x_transaction_log_flush_interval=1.0),
+            )
+        except wandb.Error as error:
+            raise PmdflowError(f"wandb: {error}", hint="run `wandb login`, or set `mode: offline`") from error
         self._rows = max(self._rows, self._logged() if self._run.offline else self._run.step)
         self._run.define_metric("*", step_metric="iteration")
         self._run.define_metric("eval/*", step_metric="eval/round")

@@ -141,6 +141,15 @@ def test_rows_are_numbered_alike_whenever_one_looks(tmp_path: Path) -> None:
     assert numbers == list(range(8)) and len(growing) > len(numbers)
 
 
+def test_without_an_account_wandb_is_one_line_and_no_question(tmp_path: Path) -> None:
+    run = SinkRun(tmp_path, {"name": "wandb", "mode": "online"})
+    run.environment |= {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": ""}
+    process = run.sink("wandb")
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 1 and "\nhint: run `wandb login`, or set `mode: offline`" in output, output
+    assert "Traceback" not in output
+
+
 def test_what_cannot_be_sent_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = SinkRun(tmp_path)
     cases = [
