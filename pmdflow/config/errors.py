@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from pmdflow.config.schema import Config
+from pmdflow.config.schema import MIXTURE, ONE_SOURCE, Config
 from pmdflow.errors import PmdflowError
 
 KeyPath = tuple[str | int, ...]
@@ -161,7 +161,7 @@ def explain(
         place_of_value: The same for its value.
         is_written: Whether a path was written at all, rather than left at its default.
     """
-    details = error.errors()
+    details = [detail | {"loc": _keys(detail["loc"])} for detail in error.errors()]
     misspelt = {_meant(detail["loc"]) for detail in details if detail["type"] == "extra_forbidden"}
     for detail in details:
         path = detail["loc"]
@@ -174,6 +174,11 @@ def explain(
             yield ConfigIssue(message=message, place=place_of_key(path), hint=hint)
         else:
             yield ConfigIssue(message=_explain_value(detail), place=place_of_value(path), hint=_value_hint(detail))
+
+
+def _keys(path: KeyPath) -> KeyPath:
+    """The path without what pydantic adds to say which form of a value it tried."""
+    return tuple(part for part in path if part not in (ONE_SOURCE, MIXTURE))
 
 
 def _explain_combination(

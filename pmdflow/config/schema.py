@@ -9,26 +9,24 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from pmdflow.config.combinations import evaluation_problems, learner_problems, sampling_problems
+from pmdflow.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from pmdflow.config.source_problems import source_problems
+from pmdflow.config.sources import NAME, TASK, EvalSetConfig, RewardFunctionConfig, SourceConfig, SourceSettings
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
+ONE_SOURCE, MIXTURE = "<one source>", "<mixture>"
+"""Which form of `data.task` an error is about; part of pydantic's path, but no key."""
+EVAL_PREFIX = "eval/"
+"""Before the name of an evaluation set in the metadata key `source` of its prompts."""
+INHERITED = ("system", "suffix", "template_args", "reward")
+"""Settings of `data` that hold for every source of a mixture."""
 BYTES_PER_TOKEN = 8
 """Bytes of one generated token in the store: an int32 id and a float32 log-prob."""
 DEFAULT_SLOTS = 64
 """Sequences of an engine whose cache does not decide."""
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-
-
-class Section(BaseModel):
-    """Settings shared by all sections."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class RunConfig(Section):
@@ -55,31 +53,57 @@ class ModelConfig(Section):
     """The language model."""
 
     path: str
-    """Folder in Hugging Face format with weights and tokenizer; looked for here first, then beside this file."""
+    """Folder in Hugging Face format with weights and tokenizer, looked for here first, then beside this file; or a model
+    of the Hub, `org/name` or `org/name@revision`, downloaded once into the cache of `HF_HOME` (which every machine of a
+    cluster must see). A folder with a LoRA adapter is merged with its base model into the run directory."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of rollout and learner; master weights are float32."""
 
 
-class DataConfig(Section):
+class DataConfig(SourceSettings):
     """Prompts."""
 
-    task: str = Field(pattern=r"^reasoning_gym/\w+$|\.jsonl$")
-    """`reasoning_gym/NAME`, or a `.jsonl` file (found as `model.path` is) with `prompt` and metadata on each line."""
-    args: dict[str, Any] = {}
-    """Arguments of the reasoning-gym data set."""
+    task: Annotated[
+        Annotated[str, Field(pattern=TASK), Tag(ONE_SOURCE)]
+        | Annotated[list[SourceConfig], Field(min_length=1), Tag(MIXTURE)],
+        Discriminator(lambda value: MIXTURE if isinstance(value, list | tuple) else ONE_SOURCE),
+    ]
+    """`reasoning_gym/NAME`; a `.jsonl` or `.parquet` file (found as `model.path` is) with `prompt` and metadata in each
+    row; a data set of the Hub, `hf:org/name` or `hf:org/name@revision`, of which `.parquet` and `.jsonl` files are
+    read; or a list of such sources, a mixture."""
     group_size: int = Field(default=8, ge=1, le=65_536)
     """Trajectories for each prompt (k)."""
     max_tokens: PositiveInt
     """Most generated tokens of one trajectory, over all its segments."""
     max_prompt_tokens: PositiveInt = 4096
-    """Longest prompt; a `vllm` engine is started for sequences of it and `max_tokens` together."""
+    """Longest prompt; a `vllm` engine is started for sequences of it and `max_tokens` together. Where it is not given,
+    it is at most what the model's positions leave beside `max_tokens`."""
+    skip_long_prompts: bool = False
+    """Leave longer prompts of files and Hub data sets out, and say how many; otherwise they are refused before the
+    start. A reasoning-gym data set goes on to its next entry either way."""
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The sources, also when there is one; those of a mixture take `system` and the like from here if they have
+        none of their own.
+        """
+        shared = {name: getattr(self, name) for name in INHERITED}
+        if isinstance(self.task, str):
+            own = {name: getattr(self, name) for name in SourceSettings.model_fields}
+            return (SourceConfig(task=self.task, **own),)
+        return tuple(
+            source.model_copy(update={name: value for name, value in shared.items() if getattr(source, name) is None})
+            for source in self.task
+        )
 
 
 class EvalConfig(Section):
     """Evaluation on held-out prompts, outside ledger and budget."""
 
     prompts: NonNegativeInt = 128
-    """Held-out prompts, never trained on; 0 turns evaluation off."""
+    """Held-out prompts, never trained on, of each source of a mixture by its weight; 0 holds none out."""
+    sets: dict[Annotated[str, Field(pattern=NAME)], EvalSetConfig] = {}
+    """Other evaluation sets by name, each with its own reward."""
     every: PositiveInt = 5
     """Iterations between evaluations; the initial and the final policy are always evaluated."""
     temperature: NonNegativeFloat = 1.0
@@ -91,15 +115,6 @@ class EvalConfig(Section):
     log-probs stand for."""
     stop_repetition: bool = False
     """End held-out answers by `rollout.repetition` too."""
-
-
-class RewardFunctionConfig(Section):
-    """One weighted reward function."""
-
-    function: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-    """Import path `package.module:name` of `f(*, completion: str, prompt: str, metadata: Mapping) -> float`."""
-    weight: float = Field(default=1.0, allow_inf_nan=False)
-    """Factor of its value in the reward."""
 
 
 class RewardConfig(Section):
@@ -373,6 +388,12 @@ class Config(Section):
     weights: WeightsConfig = WeightsConfig()
     dashboard: DashboardConfig = DashboardConfig()
 
+    def reward_functions(self, source: str | None) -> list[RewardFunctionConfig]:
+        """What judges answers to prompts whose metadata names this `source`: its own functions, or all sources'."""
+        own = {f"{EVAL_PREFIX}{name}": given.reward for name, given in self.eval.sets.items()}
+        own |= {given.label: given.reward for given in self.data.sources}
+        return own.get(source or self.data.sources[0].label) or self.reward.functions
+
     @model_validator(mode="after")
     def _refuse_impossible(self) -> Config:
         problems = [
@@ -381,6 +402,7 @@ class Config(Section):
             *learner_problems(self.learner),
             *sampling_problems(self.rollout, self.reward),
             *evaluation_problems(self.eval, self.data, self.rollout),
+            *source_problems(self.data, self.eval),
         ]
         if problems:
             raise ValueError("\n".join(problems))

@@ -5,20 +5,23 @@ from __future__ import annotations
 import difflib
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from itertools import islice
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from pmdflow.config.sources import GYM_PREFIX as GYM_PREFIX
+from pmdflow.data.messages import prompt_key
+from pmdflow.data.stamp import Stamp
 from pmdflow.data.tokenizer import Tokenize
+from pmdflow.errors import PromptTooLong
 from pmdflow.types import Prompt
 
 if TYPE_CHECKING:
     from reasoning_gym.composite import DatasetSpec
     from reasoning_gym.dataset import ProceduralDataset
 
-GYM_PREFIX = "reasoning_gym/"
 CHUNK = 1024
 """Entries of one reasoning-gym data set object before it is seeded anew; `data.args.size` replaces it.
 
@@ -39,7 +42,7 @@ class GymPrompts:
     """Prompts of one reasoning-gym data set.
 
     Entry `index` of the stream depends on `seed` and `index` alone. Training tries index = cursor,
-    cursor + RETRY_STRIDE, ... and takes the first whose text is not held out; held-out entries start at
+    cursor + RETRY_STRIDE, ... and takes the first that is neither held out nor too long; held-out entries start at
     HELD_OUT_START, repeated texts left out. A few data sets (isomorphic_strings, knight_swap,
     polynomial_multiplication, ransom_note, word_ladder, codeio in reasoning-gym 0.1.25) iterate over sets of strings
     and repeat in another process only with a fixed PYTHONHASHSEED.
@@ -51,44 +54,87 @@ class GymPrompts:
         'gcd-3'
     """
 
-    def __init__(self, *, name: str, args: Mapping[str, Any], seed: int, num_held_out: int, tokenize: Tokenize) -> None:
-        """Check name and arguments, and draw the held-out prompts; see `make_prompts` for what it raises."""
-        self._name, self._args, self._tokenize = name, args, tokenize
+    def __init__(
+        self,
+        *,
+        name: str,
+        args: Mapping[str, Any],
+        seed: int,
+        num_held_out: int,
+        tokenize: Tokenize,
+        label: str | None = None,
+        stamp: Stamp | None = None,
+        on_skip: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        """Check name and arguments, and draw the held-out prompts; see `make_prompts` for what it raises.
+
+        Args:
+            name: The data set's.
+            args: Its arguments.
+            seed: Of the stream.
+            num_held_out: Prompts that are held out.
+            tokenize: From a text to token ids.
+            label: Before the number in prompt ids; None is `name`.
+            stamp: Added to the metadata of every prompt.
+            on_skip: Told of every prompt that is too long.
+        """
+        self.name = label or name
+        self._name, self._args, self._tokenize, self._stamp, self._on_skip = name, args, tokenize, stamp or Stamp(), on_skip
         self._chunk = int(args.get("size", CHUNK))
         digest = hashlib.sha256(f"pmdflow-prompts-{seed}".encode()).digest()
         # Data sets seed entry i with seed + i and NumPy takes 32 bits: 30 bits of base leave room for both streams.
         self._base = int.from_bytes(digest[:8], "little") >> 34
         self._dataset = lru_cache(maxsize=4)(self._make_dataset)
         self._held_out = self._draw_held_out(num_held_out)
+        self.num_held_out, self.held_out_keys = num_held_out, frozenset(self._held_out)
+        self._excluded = set(self._held_out)
+
+    def exclude(self, keys: Iterable[int]) -> None:
+        """Never train on prompts with these keys."""
+        self._excluded.update(keys)
 
     def prompt(self, cursor: int) -> Prompt:
         """See `PromptSource`.
 
         Raises:
-            ValueError: every candidate is held out: the task has too few different prompts.
+            ValueError: no candidate will do: the task has too few different prompts, or only long ones.
         """
         assert 0 <= cursor < HELD_OUT_START, cursor
         for attempt in range(MAX_RETRIES):
             index = cursor + attempt * RETRY_STRIDE
             entry = self._entry(index)
-            if entry["question"] not in self._held_out:
-                return self._prompt(f"{self._name}-{index}", entry)
+            if prompt_key(entry["question"]) in self._excluded:
+                continue
+            try:
+                return self._prompt(f"{self.name}-{index}", entry)
+            except PromptTooLong as error:
+                self._on_skip(f"{self.name}-{index} is skipped: {error}")
         raise ValueError(
-            f"data.task {GYM_PREFIX}{self._name}: {MAX_RETRIES} prompts in a row are among the {len(self._held_out)} "
-            "held out; lower eval.prompts or widen data.args"
+            f"data.task {GYM_PREFIX}{self._name}: {MAX_RETRIES} prompts in a row are too long or among the "
+            f"{len(self._excluded)} held out; lower eval.prompts, raise data.max_prompt_tokens or widen data.args"
         )
 
     def held_out(self, n: int) -> list[Prompt]:
         """See `PromptSource`."""
         assert 0 <= n <= len(self._held_out), (n, len(self._held_out))
         indexes = islice(self._held_out.values(), n)
-        return [self._prompt(f"{self._name}-heldout-{i - HELD_OUT_START}", self._entry(i)) for i in indexes]
+        return [self._prompt(f"{self.name}-heldout-{i - HELD_OUT_START}", self._entry(i)) for i in indexes]
 
-    def _draw_held_out(self, n: int) -> dict[str, int]:
-        """Index of each held-out text."""
-        found: dict[str, int] = {}
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Nothing but what the configuration says of it."""
+        return {}
+
+    @property
+    def summary(self) -> str:
+        """How many prompts there are of which kind."""
+        return f"endless, {len(self._held_out):,} prompts held out"
+
+    def _draw_held_out(self, n: int) -> dict[int, int]:
+        """Index of each held-out prompt by its key."""
+        found: dict[int, int] = {}
         for index in range(HELD_OUT_START, HELD_OUT_START + max(MAX_RETRIES * n, 1)):
-            found.setdefault(self._entry(index)["question"], index)
+            found.setdefault(prompt_key(self._entry(index)["question"]), index)
             if len(found) >= n:
                 break
         if len(found) < n:
@@ -116,7 +162,7 @@ class GymPrompts:
             id=id,
             text=entry["question"],
             tokens=self._tokenize(entry["question"]),
-            metadata={**metadata, "metadata": pack(entry["metadata"])},
+            metadata=self._stamp.on({**metadata, "metadata": pack(entry["metadata"])}),
         )
 
 

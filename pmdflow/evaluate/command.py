@@ -20,8 +20,7 @@ from pmdflow.config.installed import require_engine
 from pmdflow.config.load import load
 from pmdflow.config.schema import Config
 from pmdflow.data.gym import GYM_PREFIX
-from pmdflow.data.jsonl import read_prompts
-from pmdflow.data.prompts import make_prompts
+from pmdflow.data.prompts import make_prompts, read_prompts
 from pmdflow.data.tokenizer import load_tokenizer, make_tokenize
 from pmdflow.errors import LaunchError
 from pmdflow.evaluate.task import evaluate, print_table, summarize, write_results
