@@ -38,9 +38,9 @@ def up(
     loaded = load(config, overrides or ())
     require_engine(loaded.config.rollout)
     if dry_run:
-        from pmdflow.config.plan import render_dry_run
+        from pmdflow.run.inputs import dry_run as plan
 
-        typer.echo(render_dry_run(loaded))
+        typer.echo(plan(loaded))
         return
     from pmdflow.run.launch import up as train
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pmdflow.config.schema import DataConfig, EvalConfig, LearnerConfig, RewardConfig, RolloutConfig
+    from pmdflow.config.schema import EvalConfig, LearnerConfig, RewardConfig, RolloutConfig
+    from pmdflow.config.sources import DataConfig
 
 CLIPPED = ("token_pmd", "ctpo", "grpo", "gspo")
 """Algorithms with a clipping band."""

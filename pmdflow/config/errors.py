@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from pmdflow.config.schema import MIXTURE, ONE_SOURCE, Config
+from pmdflow.config.schema import Config
+from pmdflow.config.sources import MIXTURE, ONE_SOURCE
 from pmdflow.errors import PmdflowError
 
 KeyPath = tuple[str | int, ...]

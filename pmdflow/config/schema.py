@@ -9,19 +9,13 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
 from pmdflow.config.combinations import evaluation_problems, learner_problems, sampling_problems
 from pmdflow.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from pmdflow.config.source_problems import source_problems
-from pmdflow.config.sources import NAME, TASK, EvalSetConfig, RewardFunctionConfig, SourceConfig, SourceSettings
+from pmdflow.config.sources import EVAL_PREFIX, NAME, DataConfig, EvalSetConfig, RewardFunctionConfig
 
-ONE_SOURCE, MIXTURE = "<one source>", "<mixture>"
-"""Which form of `data.task` an error is about; part of pydantic's path, but no key."""
-EVAL_PREFIX = "eval/"
-"""Before the name of an evaluation set in the metadata key `source` of its prompts."""
-INHERITED = ("system", "suffix", "template_args", "reward")
-"""Settings of `data` that hold for every source of a mixture."""
 BYTES_PER_TOKEN = 8
 """Bytes of one generated token in the store: an int32 id and a float32 log-prob."""
 DEFAULT_SLOTS = 64
@@ -53,48 +47,11 @@ class ModelConfig(Section):
     """The language model."""
 
     path: str
-    """Folder in Hugging Face format with weights and tokenizer, looked for here first, then beside this file; or a model
-    of the Hub, `org/name` or `org/name@revision`, downloaded once into the cache of `HF_HOME` (which every machine of a
-    cluster must see). A folder with a LoRA adapter is merged with its base model into the run directory."""
+    """Folder in Hugging Face format with weights and tokenizer, looked for here first, then beside this file; or a
+    model of the Hub, `org/name` or `org/name@revision`, downloaded once into the cache of `HF_HOME` (which every
+    machine of a cluster must see). A LoRA adapter is merged with its base model into the run directory."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of rollout and learner; master weights are float32."""
-
-
-class DataConfig(SourceSettings):
-    """Prompts."""
-
-    task: Annotated[
-        Annotated[str, Field(pattern=TASK), Tag(ONE_SOURCE)]
-        | Annotated[list[SourceConfig], Field(min_length=1), Tag(MIXTURE)],
-        Discriminator(lambda value: MIXTURE if isinstance(value, list | tuple) else ONE_SOURCE),
-    ]
-    """`reasoning_gym/NAME`; a `.jsonl` or `.parquet` file (found as `model.path` is) with `prompt` and metadata in each
-    row; a data set of the Hub, `hf:org/name` or `hf:org/name@revision`, of which `.parquet` and `.jsonl` files are
-    read; or a list of such sources, a mixture."""
-    group_size: int = Field(default=8, ge=1, le=65_536)
-    """Trajectories for each prompt (k)."""
-    max_tokens: PositiveInt
-    """Most generated tokens of one trajectory, over all its segments."""
-    max_prompt_tokens: PositiveInt = 4096
-    """Longest prompt; a `vllm` engine is started for sequences of it and `max_tokens` together. Where it is not given,
-    it is at most what the model's positions leave beside `max_tokens`."""
-    skip_long_prompts: bool = False
-    """Leave longer prompts of files and Hub data sets out, and say how many; otherwise they are refused before the
-    start. A reasoning-gym data set goes on to its next entry either way."""
-
-    @property
-    def sources(self) -> tuple[SourceConfig, ...]:
-        """The sources, also when there is one; those of a mixture take `system` and the like from here if they have
-        none of their own.
-        """
-        shared = {name: getattr(self, name) for name in INHERITED}
-        if isinstance(self.task, str):
-            own = {name: getattr(self, name) for name in SourceSettings.model_fields}
-            return (SourceConfig(task=self.task, **own),)
-        return tuple(
-            source.model_copy(update={name: value for name, value in shared.items() if getattr(source, name) is None})
-            for source in self.task
-        )
 
 
 class EvalConfig(Section):

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from pmdflow.config.sources import GYM_PREFIX, HUB_PREFIX
 
 if TYPE_CHECKING:
-    from pmdflow.config.schema import DataConfig, EvalConfig
-    from pmdflow.config.sources import SourceSettings
+    from pmdflow.config.schema import EvalConfig
+    from pmdflow.config.sources import DataConfig, SourceSettings
 
 
 def source_problems(data: DataConfig, evaluation: EvalConfig) -> Iterator[str]:

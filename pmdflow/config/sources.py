@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from pmdflow.config.section import PositiveFloat, PositiveInt, Section
 
@@ -15,6 +15,12 @@ TASK = r"^reasoning_gym/\w+$|^hf:[\w.-]+/[\w.-]+(@\S+)?$|\.(jsonl|parquet)$"
 """What one source of prompts may be."""
 NAME = r"^[A-Za-z0-9][\w.-]*$"
 """Names of sources and evaluation sets."""
+ONE_SOURCE, MIXTURE = "<one source>", "<mixture>"
+"""Which form of `data.task` an error is about; part of pydantic's path, but no key."""
+EVAL_PREFIX = "eval/"
+"""Before the name of an evaluation set in the metadata key `source` of its prompts."""
+INHERITED = ("system", "suffix", "template_args", "reward")
+"""Settings of `data` that hold for every source of a mixture."""
 
 
 class RewardFunctionConfig(Section):
@@ -76,6 +82,41 @@ class SourceConfig(SourceSettings):
         if self.name is not None:
             return self.name
         return self.task.partition("@")[0].rpartition("/")[2].removesuffix(".jsonl").removesuffix(".parquet")
+
+
+class DataConfig(SourceSettings):
+    """Prompts."""
+
+    task: Annotated[
+        Annotated[str, Field(pattern=TASK), Tag(ONE_SOURCE)]
+        | Annotated[list[SourceConfig], Field(min_length=1), Tag(MIXTURE)],
+        Discriminator(lambda value: MIXTURE if isinstance(value, list | tuple) else ONE_SOURCE),
+    ]
+    """`reasoning_gym/NAME`; a `.jsonl` or `.parquet` file (found as `model.path` is) with `prompt` and metadata in each
+    row; a data set of the Hub, `hf:org/name` or `hf:org/name@revision`, of which `.parquet` and `.jsonl` files are
+    read; or a list of such sources, a mixture."""
+    group_size: int = Field(default=8, ge=1, le=65_536)
+    """Trajectories for each prompt (k)."""
+    max_tokens: PositiveInt
+    """Most generated tokens of one trajectory, over all its segments."""
+    max_prompt_tokens: PositiveInt = 4096
+    """Longest prompt; a `vllm` engine is started for sequences of it and `max_tokens` together. Where it is not given,
+    it is at most what the model's positions leave beside `max_tokens`."""
+    skip_long_prompts: bool = False
+    """Leave longer prompts of files and Hub data sets out, and say how many; otherwise they are refused before the
+    start. A reasoning-gym data set goes on to its next entry either way."""
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """All of them; those of a mixture take `system` and the like from here if they have none of their own."""
+        shared = {name: getattr(self, name) for name in INHERITED}
+        if isinstance(self.task, str):
+            own = {name: getattr(self, name) for name in SourceSettings.model_fields}
+            return (SourceConfig(task=self.task, **own),)
+        return tuple(
+            source.model_copy(update={name: value for name, value in shared.items() if getattr(source, name) is None})
+            for source in self.task
+        )
 
 
 class EvalSetConfig(SourceSettings):

@@ -1,4 +1,4 @@
-"""Reasoning-gym: its data sets, their prompts by cursor, and the plain form in which entries pass through the store."""
+"""Reasoning-gym: its data sets, and their prompts by cursor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pmdflow.config.sources import GYM_PREFIX as GYM_PREFIX
 from pmdflow.data.messages import prompt_key
+from pmdflow.data.plain import pack
 from pmdflow.data.stamp import Stamp
 from pmdflow.data.tokenizer import Tokenize
 from pmdflow.errors import PromptTooLong
@@ -32,10 +33,6 @@ RETRY_STRIDE = 1 << 24
 MAX_RETRIES = 64
 HELD_OUT_START = 1 << 31
 """First index of the held-out stream, behind every training candidate."""
-
-
-_TUPLE, _INT, _ITEMS = "__tuple__", "__int__", "__items__"
-_INT64 = 1 << 63
 
 
 class GymPrompts:
@@ -79,7 +76,8 @@ class GymPrompts:
             on_skip: Told of every prompt that is too long.
         """
         self.name = label or name
-        self._name, self._args, self._tokenize, self._stamp, self._on_skip = name, args, tokenize, stamp or Stamp(), on_skip
+        self._name, self._args, self._tokenize = name, args, tokenize
+        self._stamp, self._on_skip = stamp or Stamp(), on_skip
         self._chunk = int(args.get("size", CHUNK))
         digest = hashlib.sha256(f"pmdflow-prompts-{seed}".encode()).digest()
         # Data sets seed entry i with seed + i and NumPy takes 32 bits: 30 bits of base leave room for both streams.
@@ -181,52 +179,6 @@ def make_dataset(*, name: str, args: Mapping[str, Any], seed: int) -> Procedural
         return gym.create_dataset(name, seed=seed, **arguments)
     except (AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"data.args {dict(args)} of reasoning_gym/{name}: {error}") from error
-
-
-def pack(value: Any) -> Any:
-    """Turn an entry's value into plain types (str keys, lists, 64-bit integers) without losing what `unpack` needs.
-
-    Some verifiers compare tuples or look up integer keys, which msgpack would turn into other things.
-
-    Raises:
-        ValueError: a type that has no plain form.
-    """
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, float):
-        return float(value)
-    if isinstance(value, str):
-        return str(value)  # drops numpy.str_ and string enums
-    if isinstance(value, int):
-        return int(value) if -_INT64 <= value < _INT64 else {_INT: str(value)}
-    if isinstance(value, list):
-        return [pack(item) for item in value]
-    if isinstance(value, tuple):
-        return {_TUPLE: [pack(item) for item in value]}
-    if isinstance(value, dict):
-        if all(type(key) is str for key in value):
-            return {key: pack(item) for key, item in value.items()}
-        return {_ITEMS: [[pack(key), pack(item)] for key, item in value.items()]}
-    if hasattr(value, "tolist"):  # NumPy arrays and scalars
-        return pack(value.tolist())
-    raise ValueError(f"a {type(value).__name__} cannot be stored as prompt metadata: {value!r:.80}")
-
-
-def unpack(value: Any) -> Any:
-    """Undo `pack`."""
-    if isinstance(value, list | tuple):
-        return [unpack(item) for item in value]
-    if not isinstance(value, Mapping):
-        return value
-    if len(value) == 1:
-        (tag, inner), *_ = value.items()
-        if tag == _TUPLE:
-            return tuple(unpack(item) for item in inner)
-        if tag == _INT:
-            return int(inner)
-        if tag == _ITEMS:
-            return {unpack(key): unpack(item) for key, item in inner}
-    return {key: unpack(item) for key, item in value.items()}
 
 
 def _reasoning_gym() -> ModuleType:

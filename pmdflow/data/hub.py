@@ -139,8 +139,8 @@ def _explained(text: str, *, kind: Kind, key: str) -> Iterator[None]:
     except (errors.RevisionResolutionError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _first_cause(error)
         raise ValueError(
-            f"{key} is {text!r}: the {what} is not whole in {cache}, and the Hub at {endpoint} cannot be asked ({cause}); mend the "
-            f"network, or give {'a folder' if kind == 'model' else 'files'} of this machine"
+            f"{key} is {text!r}: the {what} is not whole in {cache}, and the Hub at {endpoint} cannot be asked "
+            f"({cause}); mend the network, or give {'a folder' if kind == 'model' else 'files'} of this machine"
         ) from error
     except Exception as error:  # of the client, of its HTTP library, or of the disk
         raise ValueError(

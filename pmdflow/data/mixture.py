@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,16 @@ def shares(weights: Sequence[float], total: int, *, least: int = 0) -> list[int]
     return counts
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationSet:
+    """One of `eval.sets`."""
+
+    source: Source
+    """Of which all that is held out is trained on nowhere."""
+    prompts: list[Prompt]
+    """The first `prompts` of it, tokenized."""
+
+
 class MixedPrompts:
     """The prompts of all sources of a configuration, and its evaluation sets.
 
@@ -80,22 +91,14 @@ class MixedPrompts:
         *,
         sources: Sequence[Source],
         weights: Sequence[float],
-        sets: Mapping[str, list[Prompt]],
-        excluded: Iterable[int],
+        sets: Mapping[str, EvaluationSet],
         seed: int,
     ) -> None:
-        """Mix sources by weight.
-
-        Args:
-            sources: The sources.
-            weights: One of each, positive.
-            sets: Prompts of each evaluation set.
-            excluded: `prompt_key` of all prompts of these.
-            seed: Of the order in which sources are drawn from.
-        """
+        """Mix sources by weight, which are positive, one each; `seed` is of the order in which they are drawn from."""
         self.sources, self._sets = tuple(sources), sets
         self._schedule = Schedule(weights, seed=seed)
-        keys = {*excluded, *(key for source in sources for key in source.held_out_keys)}
+        held_out = [*sources, *(given.source for given in sets.values())]
+        keys = {key for source in held_out for key in source.held_out_keys}
         for source in sources:
             source.exclude(keys)
         self._held_out = self._interleave()
@@ -112,18 +115,19 @@ class MixedPrompts:
 
     def evaluation_set(self, name: str) -> list[Prompt]:
         """The prompts of one of `eval.sets`, in its order."""
-        return self._sets[name]
+        return self._sets[name].prompts
 
     @property
     def identity(self) -> dict[str, dict[str, Any]]:
-        """What must be the same when a run is resumed, by source."""
-        return {source.name: source.identity for source in self.sources}
+        """What must be the same when a run is resumed, by source and evaluation set."""
+        sets = {given.source.name: given.source.identity for given in self._sets.values()}
+        return {source.name: source.identity for source in self.sources} | sets
 
     @property
     def summary(self) -> list[tuple[str, str]]:
         """Name and numbers of every source and evaluation set."""
-        named = [(f"eval.sets.{name}", f"{len(prompts):,} prompts") for name, prompts in self._sets.items()]
-        return [(source.name, source.summary) for source in self.sources] + named
+        sets = [(given.source.name, f"{len(given.prompts):,} prompts") for given in self._sets.values()]
+        return [(source.name, source.summary) for source in self.sources] + sets
 
     def _interleave(self) -> list[Prompt]:
         """Held-out prompts of all sources, so that each beginning of the list has about each source's share."""

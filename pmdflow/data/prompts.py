@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pmdflow.config.schema import EVAL_PREFIX, Config
-from pmdflow.config.sources import GYM_PREFIX, HUB_PREFIX, SourceConfig, SourceSettings
+from pmdflow.config.schema import Config
+from pmdflow.config.sources import EVAL_PREFIX, GYM_PREFIX, HUB_PREFIX, EvalSetConfig, SourceConfig, SourceSettings
 from pmdflow.data.gym import GymPrompts
 from pmdflow.data.hub import fetch_dataset
 from pmdflow.data.messages import Style
-from pmdflow.data.mixture import MixedPrompts, shares
+from pmdflow.data.mixture import EvaluationSet, MixedPrompts, shares
 from pmdflow.data.sampling import KEY, check_overrides
 from pmdflow.data.stamp import Stamp
 from pmdflow.data.table import TablePrompts, open_rows
@@ -71,27 +71,16 @@ def make_prompts(config: Config, *, on_skip: Callable[[str], None] = lambda mess
             `eval.prompts`, no tokenizer, or a chat template that fails.
     """
     make = partial(_make_source, config, load_tokenizer(config.model.path), on_skip)
-    sets, excluded = {}, set[int]()
-    for name, given in config.eval.sets.items():
-        try:
-            check_overrides({KEY: given.sampling}, training=False)
-            source = SourceConfig(task=given.task, **{key: getattr(given, key) for key in SourceSettings.model_fields})
-            made = make(source, num_held_out=given.prompts, stamp=Stamp(f"{EVAL_PREFIX}{name}", given.sampling))
-        except ValueError as error:
-            raise ValueError(f"eval.sets.{name}: {error}") from error
-        sets[name] = made.held_out(min(made.num_held_out, given.prompts or made.num_held_out))
-        excluded |= made.held_out_keys
-    given_sources = config.data.sources
-    held_out = shares([source.weight for source in given_sources], config.eval.prompts)
-    sources = [
-        make(source, num_held_out=count, stamp=Stamp(source.label if len(given_sources) > 1 else None))
-        for source, count in zip(given_sources, held_out, strict=True)
-    ]
+    sets = {name: _make_set(make, name, given) for name, given in config.eval.sets.items()}
+    given = config.data.sources
+    held_out = shares([source.weight for source in given], config.eval.prompts)
     prompts = MixedPrompts(
-        sources=sources,
-        weights=[source.weight for source in given_sources],
+        sources=[
+            make(source, num_held_out=count, stamp=Stamp(source.label if len(given) > 1 else None))
+            for source, count in zip(given, held_out, strict=True)
+        ],
+        weights=[source.weight for source in given],
         sets=sets,
-        excluded=excluded,
         seed=config.run.seed,
     )
     prompts.prompt(0)  # its template may fail on what no held-out prompt shows
@@ -106,6 +95,21 @@ def read_prompts(path: Path, tokenize: PromptTokenizer) -> list[Prompt]:
     """
     table = TablePrompts(rows=open_rows([path]), name=path.stem, tokenize=tokenize, num_held_out=None)
     return table.held_out(table.num_held_out)
+
+
+def _make_set(make: Callable[..., Source], name: str, given: EvalSetConfig) -> EvaluationSet:
+    label = f"{EVAL_PREFIX}{name}"
+    settings = {key: getattr(given, key) for key in SourceSettings.model_fields}
+    try:
+        check_overrides({KEY: given.sampling}, training=False)
+        source = make(
+            SourceConfig.model_construct(task=given.task, name=label, weight=1.0, **settings),
+            num_held_out=given.prompts if given.task.startswith(GYM_PREFIX) else None,
+            stamp=Stamp(label, given.sampling),
+        )
+        return EvaluationSet(source=source, prompts=source.held_out(given.prompts or source.num_held_out))
+    except ValueError as error:
+        raise ValueError(f"eval.sets.{name}: {error}") from error
 
 
 def _make_source(

@@ -18,8 +18,9 @@ from pmdflow.data.sampling import check_overrides
 class Rows(Protocol):
     """Rows of one or several files, by index; none is held as Python objects."""
 
-    paths: Sequence[Path]
-    """The files, in order."""
+    @property
+    def paths(self) -> Sequence[Path]:
+        """The files, in order."""
 
     def __len__(self) -> int:
         """How many there are."""

@@ -152,7 +152,7 @@ class TablePrompts:
 
     def _shuffled(self, epoch: int) -> array[int]:
         order = array("I", range(len(self._train)))
-        random.Random(f"pmdflow-epoch-{self._seed}-{epoch}").shuffle(order)  # type: ignore[arg-type]
+        random.Random(f"pmdflow-epoch-{self._seed}-{epoch}").shuffle(order)
         return order
 
 

@@ -12,19 +12,21 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import IO, Any, Self
 
 import yaml
 
 from pmdflow import durable
+from pmdflow.config.errors import dotted
+from pmdflow.config.load import Loaded, leaves
+from pmdflow.config.schema import Config
+from pmdflow.config.sources import FILE_SUFFIXES, DataConfig
 from pmdflow.errors import LaunchError
 
-if TYPE_CHECKING:
-    from pmdflow.config.load import Loaded
-    from pmdflow.config.schema import Config
-
-FIXED_KEYS = (("model", "path"), ("data",), ("run", "seed"))
-"""What a resumed run may not change: stored trajectories were made with it."""
+FIXED_KEYS = (("run", "seed"), ("model",), ("data",))
+"""What a resumed run may not change: stored trajectories were made with it. Model and data are compared by content
+where the run recorded it (`check_inputs`).
+"""
 
 
 class RunDirectory:
@@ -39,19 +41,16 @@ class RunDirectory:
         """Use `prepare` instead."""
         self.path = path
         self._lock = lock
+        self._inputs: dict[str, Any] = {}
 
     @classmethod
     def prepare(cls, config: Config) -> RunDirectory:
         """Create or reopen the directory, lock it and write the resolved configuration.
 
         Raises:
-            LaunchError: it is not writable, is in use, or holds a run of another model, data or seed; or the model
-                folder is missing.
+            LaunchError: it is not writable, is in use, or holds a run of another seed.
         """
-        model = Path(config.model.path)
-        if not (model / "config.json").is_file():
-            raise LaunchError(f"model.path: {model} is no Hugging Face model folder (it has no config.json)")
-        path = Path(config.run.dir).absolute() / config.run.name
+        path = cls.path_of(config)
         try:
             (path / "logs").mkdir(parents=True, exist_ok=True)
             lock = open(path / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115 (held for the life of the run)
@@ -72,6 +71,40 @@ class RunDirectory:
         run._check_same_run(config)
         durable.write(path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         return run
+
+    @staticmethod
+    def path_of(config: Config) -> Path:
+        """Where the run of a configuration is."""
+        return Path(config.run.dir).absolute() / config.run.name
+
+    @staticmethod
+    def recorded_inputs(path: Path) -> dict[str, Any]:
+        """What a run was begun with, as `check_inputs` was told; empty if there is no run, or an older one."""
+        try:
+            meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        inputs: dict[str, Any] = meta.get("inputs", {})
+        return inputs
+
+    def check_inputs(self, inputs: dict[str, Any]) -> None:
+        """Refuse another model or other data than the run was begun with; else remember them for meta.json.
+
+        Args:
+            inputs: Plain values: `pins`, which may differ, and whatever may not.
+
+        Raises:
+            LaunchError: says what differs.
+        """
+        before = self.recorded_inputs(self.path)
+        if before and (self.path / "store").is_dir():
+            old, new = (dict(leaves({**values, "pins": {}})) for values in (before, inputs))
+            for key in (key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
+                raise LaunchError(
+                    f"{dotted(key)} is {new.get(key)!r}, but {self.path} was begun with {old.get(key)!r}; resume with "
+                    "that, or choose another run.name"
+                )
+        self._inputs = inputs
 
     @staticmethod
     def owner(path: Path) -> int | None:
@@ -108,6 +141,7 @@ class RunDirectory:
                 path.name: _digest(path) for path in sorted(Path(config.model.path).glob("*.safetensors"))
             },
             "learner": {"ranks": config.learner.ranks, **device},
+            "inputs": self._inputs,
         }
         durable.write(self.path / "meta.json", json.dumps(meta, indent=2) + "\n")
 
@@ -125,8 +159,9 @@ class RunDirectory:
         written = self.path / "config.yaml"
         if not written.is_file() or not (self.path / "store").is_dir():
             return
-        before, now = yaml.safe_load(written.read_text()), config.model_dump(mode="json")
-        for keys in FIXED_KEYS:
+        before = _comparable(yaml.safe_load(written.read_text()))
+        now = _comparable(config.model_dump(mode="json"))
+        for keys in FIXED_KEYS[:1] if self.recorded_inputs(self.path) else FIXED_KEYS:
             old, new = before, now
             for key in keys:
                 old, new = old[key], new[key]
@@ -136,6 +171,14 @@ class RunDirectory:
                     f"{name} is {new!r}, but {self.path} was begun with {old!r}; resume with that value or choose "
                     "another run.name"
                 )
+
+
+def _comparable(values: dict[str, Any]) -> dict[str, Any]:
+    """Model and data of a written configuration, with later defaults, without what may change, paths absolute."""
+    data = DataConfig.model_validate(values["data"]).model_dump(mode="json", exclude={"max_prompt_tokens"})
+    if isinstance(data["task"], str) and data["task"].endswith(FILE_SUFFIXES):
+        data["task"] = str(Path(data["task"]).absolute())
+    return {**values, "model": str(Path(values["model"]["path"]).absolute()), "data": data}
 
 
 def log_path(run: Path, actor: str) -> str:
