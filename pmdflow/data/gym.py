@@ -103,10 +103,8 @@ class GymPrompts:
             entry = self._entry(index)
             if prompt_key(entry["question"]) in self._excluded:
                 continue
-            try:
+            if self._fits(f"{self.name}-{index}", entry["question"]):
                 return self._prompt(f"{self.name}-{index}", entry)
-            except PromptTooLong as error:
-                self._on_skip(f"{self.name}-{index} is skipped: {error}")
         raise ValueError(
             f"data.task {GYM_PREFIX}{self._name}: {MAX_RETRIES} prompts in a row are too long or among the "
             f"{len(self._excluded)} held out; lower eval.prompts, raise data.max_prompt_tokens or widen data.args"
@@ -132,7 +130,9 @@ class GymPrompts:
         """Index of each held-out prompt by its key."""
         found: dict[int, int] = {}
         for index in range(HELD_OUT_START, HELD_OUT_START + max(MAX_RETRIES * n, 1)):
-            found.setdefault(prompt_key(self._entry(index)["question"]), index)
+            question = self._entry(index)["question"]
+            if self._fits(f"{self.name}-heldout-{index - HELD_OUT_START}", question):
+                found.setdefault(prompt_key(question), index)
             if len(found) >= n:
                 break
         if len(found) < n:
@@ -141,6 +141,14 @@ class GymPrompts:
                 "different prompts; lower eval.prompts or widen data.args"
             )
         return dict(islice(found.items(), n))
+
+    def _fits(self, id: str, question: str) -> bool:
+        try:
+            self._tokenize(question)
+        except PromptTooLong as error:
+            self._on_skip(f"{id} is skipped: {error}")
+            return False
+        return True
 
     def _entry(self, index: int) -> dict[str, Any]:
         position = index % self._chunk

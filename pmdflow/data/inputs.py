@@ -39,7 +39,7 @@ class Inputs:
         Paths are left out, and what they hold is in; the limit of prompts may change where none is left out for it.
         """
         data, evaluation = self.config.data, self.config.eval
-        free = {"reward"} if data.skip_long_prompts else {"reward", "max_prompt_tokens"}
+        free = set() if data.skip_long_prompts else {"max_prompt_tokens"}
         sets = {
             name: given.model_dump(mode="json", include={"args", "config", "split", "columns", "prompts"})
             for name, given in evaluation.sets.items()
@@ -169,10 +169,13 @@ def _fit_prompts(data: DataConfig, folder: Path) -> DataConfig:
 
 
 def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of one source or a mixture; its files are known by their content, its reward may change."""
     task = settings["task"]
     if isinstance(task, list):
-        return {**settings, "task": [_without_paths(source) for source in task]}
-    return {**settings, "task": Path(task).name if task.endswith(FILE_SUFFIXES) else task}
+        task = [_without_paths(source) for source in task]
+    elif task.endswith(FILE_SUFFIXES):
+        task = Path(task).name
+    return {key: value for key, value in settings.items() if key != "reward"} | {"task": task}
 
 
 def _pin_tasks(data: DataConfig, resolver: _Resolver) -> str | list[SourceConfig]:

@@ -83,7 +83,8 @@ def make_prompts(config: Config, *, on_skip: Callable[[str], None] = lambda mess
         sets=sets,
         seed=config.run.seed,
     )
-    prompts.prompt(0)  # its template may fail on what no held-out prompt shows
+    for source in prompts.sources:
+        source.prompt(0)  # none may be left, and the template may fail on what no held-out prompt shows
     return prompts
 
 

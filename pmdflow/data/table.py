@@ -76,14 +76,19 @@ class TablePrompts:
         out = np.fromiter(keys, np.uint64)
         self._train = self._train[~np.isin(self._keys[self._train], out)]
         self._order.cache_clear()
-        if not len(self._train) and len(self._rows) > len(self._held_out):
-            raise ValueError(self._none_left())
 
     def prompt(self, cursor: int) -> Prompt:
-        """See `PromptSource`."""
+        """See `PromptSource`.
+
+        Raises:
+            ValueError: none is left to train on.
+        """
         assert cursor >= 0, cursor
         if not len(self._train):
-            raise ValueError(self._none_left())
+            raise ValueError(
+                f"{self._rows.paths[0]} has {len(self._rows)} prompts, of which none is left for training when "
+                f"{len(self._held_out)} are held out; add prompts or lower eval.prompts"
+            )
         epoch, position = divmod(cursor, len(self._train))
         return self._prompt(int(self._train[self._order(epoch)[position]]))
 
@@ -134,12 +139,6 @@ class TablePrompts:
                 "them out"
             )
         on_skip(f"{message}; they are left out")
-
-    def _none_left(self) -> str:
-        return (
-            f"{self._rows.paths[0]} has {len(self._rows)} prompts, of which none is left for training when "
-            f"{len(self._held_out)} are held out; add prompts or lower eval.prompts"
-        )
 
     def _prompt(self, index: int) -> Prompt:
         task = self._task(index, self._rows[index])

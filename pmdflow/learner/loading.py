@@ -28,7 +28,7 @@ def check_loading(folder: Path) -> None:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             problems = list(_class_problems(config))
             problems = problems or list(_key_problems(_load(folder)))
-        except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
+        except Exception as error:  # reading a configuration and building its class can fail in any way
             problems = [_refusal(error)]
     if problems:
         raise ValueError("\n".join(f"model.path is {str(folder)!r}: {problem}" for problem in problems))
@@ -93,7 +93,7 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _refusal(error: Exception) -> str:
-    message = (str(error).strip() or type(error).__name__).splitlines()[0]
+    message = " ".join(line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()[:2])
     if "trust_remote_code" in str(error):
         return "it brings code of its own, which is never run; choose a model that transformers knows by itself"
     return f"transformers cannot load it: {message}"
