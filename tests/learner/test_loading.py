@@ -57,7 +57,7 @@ def test_sharded_tied_and_expert_weights_are_whole(tmp_path: Path, kind: str, ti
         (lambda w: w, {"num_hidden_layers": 3}, r"lack model\.layers\.2\."),
         (lambda w: w, {"model_type": "nothing"}, "transformers cannot load it: .*`nothing`"),
         (lambda w: w, {"model_type": "t5"}, "a t5 is no causal language model"),
-        (lambda w: w, {"architectures": ["Qwen3ForTokenClassification"]}, "not Qwen3ForCausalLM: it does not predict"),
+        (lambda w: w, {"architectures": ["LlamaForTokenClassification"]}, "not LlamaForCausalLM: it does not predict"),
         (
             lambda w: w,
             {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}},

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import unquote, urlsplit
 
-_API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)/(revision|tree)/([^/]+)(/.*)?")
+_API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?")
 _FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 CHUNK = 1 << 16
 
@@ -62,6 +62,10 @@ class Hub:
         self.requests: list[Request] = []
         self.cut_after: dict[str, list[int]] = {}
         """Bytes of a file's body after which the connection is dropped, once each, by the file's name."""
+        self.hold: dict[str, int] = {}
+        """Bytes of a file's body after which nothing more is sent while the client waits."""
+        self.held = threading.Event()
+        """Set once a client waits."""
         self._repositories: dict[tuple[str, str], Repository] = {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
@@ -122,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         token = authorization.removeprefix("Bearer ") if authorization else None
         self.hub.requests.append(Request(self.command, self.path, self.headers.get("Range"), token))
         if match := _API.fullmatch(url.path):
-            self._api(match[1], match[2], match[3], unquote(match[4]))
+            self._api(match[1], match[2], match[3] or "revision", unquote(match[4] or "main"))
         elif match := _FILE.fullmatch(url.path):
             kind = "datasets" if match[1] else "models"
             self._file(kind, match[2], unquote(match[3]), unquote(match[4]))
@@ -174,8 +178,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(path, data[start:])
 
     def _send(self, path: str, data: bytes) -> None:
-        """The body, or its beginning when a cut is due."""
+        """The body, or its beginning when it is to be held or cut."""
         cuts = self.hub.cut_after.get(path)
+        if path in self.hub.hold:
+            self.wfile.write(data[: self.hub.hold[path]])
+            self.hub.held.set()
+            self.connection.recv(1)  # until the client is gone
+            self.close_connection = True
+            return
         if not cuts:
             self.wfile.write(data)
             return
