@@ -8,6 +8,8 @@ from typing import Any
 
 BATCH = 4096
 """Rows that are Python objects at a time."""
+CHUNK = 1 << 16
+"""Rows that are decoded at a time, and lie together in memory."""
 
 
 class ParquetRows:
@@ -29,15 +31,15 @@ class ParquetRows:
             ValueError: a file cannot be read, or is of another schema than the first.
         """
         import pyarrow
-        from pyarrow import parquet
 
         self.paths = tuple(paths)
         tables: list[pyarrow.Table] = []
         for path in self.paths:
             try:
-                tables.append(parquet.read_table(path, partitioning=None))
+                tables.append(_read(path))
             except (OSError, pyarrow.ArrowException) as error:
                 raise ValueError(f"data.task: cannot read {path}: {error}") from error
+        pyarrow.default_memory_pool().release_unused()  # what decoding took beside the tables
         try:
             self._table: Any = pyarrow.concat_tables(tables, promote_options="permissive")
         except pyarrow.ArrowException as error:
@@ -67,3 +69,13 @@ class ParquetRows:
     def number(self, index: int) -> int:
         """The row among all."""
         return index + 1
+
+
+def _read(path: Path) -> Any:
+    """Decode a file piece by piece: a whole column chunk at a time takes as much again."""
+    import pyarrow
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
+        batches = file.iter_batches(batch_size=CHUNK, use_threads=False)
+        return pyarrow.Table.from_batches(list(batches), file.schema_arrow)

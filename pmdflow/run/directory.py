@@ -99,10 +99,12 @@ class RunDirectory:
         before = self.recorded_inputs(self.path)
         if before and (self.path / "store").is_dir():
             old, new = (dict(leaves({**values, "pins": {}})) for values in (before, inputs))
-            for key in (key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
+            changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+            if changed:
+                said = [f"{dotted(key)} was {old.get(key)!r:.80} and is {new.get(key)!r:.80}" for key in changed]
                 raise LaunchError(
-                    f"{dotted(key)} is {new.get(key)!r}, but {self.path} was begun with {old.get(key)!r}; resume with "
-                    "that, or choose another run.name"
+                    f"{self.path} was begun with other inputs: {', '.join(said)}; resume with those, or choose another "
+                    "run.name"
                 )
         self._inputs = inputs
 

@@ -66,4 +66,4 @@ def test_a_million_rows_take_little_memory(tmp_path: Path, suffix: str) -> None:
     rows, grown = map(int, done.stdout.split())
     print(f"\n{rows:,} rows of {suffix}: {grown / 2**20:.0f} MiB resident, {held / 2**20:.0f} MiB of it in Arrow")
     assert rows == ROWS
-    assert grown < held + ROWS * INDEX_BYTES + SLACK_BYTES
+    assert grown < 1.25 * held + ROWS * INDEX_BYTES + SLACK_BYTES
