@@ -346,7 +346,7 @@ class Config(Section):
     dashboard: DashboardConfig = DashboardConfig()
 
     def reward_functions(self, source: str | None) -> list[RewardFunctionConfig]:
-        """What judges answers to prompts whose metadata names this `source`: its own functions, or all sources'."""
+        """What judges answers to prompts whose metadata names this source: its own functions, or all sources'."""
         own = {f"{EVAL_PREFIX}{name}": given.reward for name, given in self.eval.sets.items()}
         own |= {given.label: given.reward for given in self.data.sources}
         return own.get(source or self.data.sources[0].label) or self.reward.functions

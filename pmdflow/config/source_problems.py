@@ -47,6 +47,8 @@ def _settings_problems(key: str, task: str, settings: SourceSettings) -> Iterato
         yield f"{key}.args is {settings.args}: only reasoning_gym tasks take arguments; remove it"
     if settings.config is not None and not hub:
         yield f"{key}.config is {settings.config!r}: only Hub data sets (hf:) have configurations; remove it"
+    if settings.split != type(settings).model_fields["split"].default and not hub:
+        yield f"{key}.split is {settings.split!r}: only Hub data sets (hf:) have splits; remove it"
     given = settings.columns.model_dump(exclude_none=True)
     if given and gym:
         yield f"{key}.columns is {given}: reasoning_gym tasks have no columns; remove it"

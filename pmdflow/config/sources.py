@@ -17,8 +17,8 @@ NAME = r"^[A-Za-z0-9][\w.-]*$"
 """Names of sources and evaluation sets."""
 ONE_SOURCE, MIXTURE = "<one source>", "<mixture>"
 """Which form of `data.task` an error is about; part of pydantic's path, but no key."""
-EVAL_PREFIX = "eval/"
-"""Before the name of an evaluation set in the metadata key `source` of its prompts."""
+SOURCE_KEY, EVAL_PREFIX = "prompt_source", "eval/"
+"""Metadata key that tells prompts of a mixture and of evaluation sets apart, and what is before the name of a set."""
 INHERITED = ("system", "suffix", "template_args", "reward")
 """Settings of `data` that hold for every source of a mixture."""
 
@@ -72,7 +72,7 @@ class SourceConfig(SourceSettings):
     task: str = Field(pattern=TASK)
     """What `data.task` takes."""
     name: str | None = Field(default=None, pattern=NAME)
-    """Name in prompt ids and in the metadata key `source`; null is the last part of `task`."""
+    """Name in prompt ids and in the metadata key `prompt_source`; null is the last part of `task`."""
     weight: PositiveFloat = 1.0
     """Share of the draws, relative to the other sources; it is rounded to 1024ths of all draws, at least one."""
 

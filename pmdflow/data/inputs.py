@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from pmdflow.config.schema import Config, EvalConfig
 from pmdflow.config.sources import FILE_SUFFIXES, HUB_PREFIX, DataConfig, SourceConfig
 from pmdflow.data.hub import ID, HubId, Kind, fetch_model, resolve
 from pmdflow.data.mixture import MixedPrompts
-from pmdflow.data.model_folder import check_folder, fingerprint, num_positions, read_config, weight_problems
+from pmdflow.data.model_folder import check_folder, fingerprint, num_positions, read_config, read_json, weight_problems
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -151,7 +150,7 @@ def _find_model(text: str, resolver: _Resolver) -> _Model:
 
 def _base_model(adapter: Path) -> str:
     """What the adapter was trained on: a folder, beside the adapter too, or a Hub id."""
-    settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    settings = read_json(adapter / ADAPTER_CONFIG)
     base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not base:
         raise ValueError(f"model.path is {str(adapter)!r}: {ADAPTER_CONFIG} names no base_model_name_or_path; add it")

@@ -53,7 +53,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"model.path: {folder} is no Hugging Face model folder (it has no config.json)")
-    return _read_json(path)
+    return read_json(path)
 
 
 def num_positions(config: dict[str, Any]) -> int | None:
@@ -74,7 +74,12 @@ def fingerprint(folder: Path) -> dict[str, str]:
     return found
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON file of a model folder.
+
+    Raises:
+        ValueError: it is torn, or holds something else than an object.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -114,8 +119,10 @@ def _tokenizer_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
         return
     from tokenizers import Tokenizer
 
+    added = folder / "tokenizer_config.json"
+    decoder = read_json(added).get("added_tokens_decoder", {}) if added.is_file() else {}
     try:
-        highest = max(Tokenizer.from_file(str(file)).get_vocab().values(), default=-1)
+        highest = max([*Tokenizer.from_file(str(file)).get_vocab().values(), *map(int, decoder)], default=-1)
     except Exception as error:  # the library raises nothing more specific
         yield f"{file.name} cannot be read: {error}; fetch it again"
         return
@@ -143,7 +150,7 @@ def _templates(folder: Path) -> Iterator[tuple[str, str]]:
     if path.is_file():
         yield path.name, path.read_text(encoding="utf-8")
     settings = folder / "tokenizer_config.json"
-    given = _read_json(settings).get("chat_template") if settings.is_file() else None
+    given = read_json(settings).get("chat_template") if settings.is_file() else None
     for template in given if isinstance(given, list) else [{"template": given}] if given else []:
         yield settings.name, str(template["template"])
 
@@ -154,7 +161,7 @@ def weight_problems(folder: Path) -> Iterator[str]:
     index = folder / ("model.safetensors.index.json" if safetensors else "pytorch_model.bin.index.json")
     expected: dict[str, set[str]] = {}
     if index.is_file():
-        for tensor, name in _read_json(index)["weight_map"].items():
+        for tensor, name in read_json(index)["weight_map"].items():
             expected.setdefault(name, set()).add(tensor)
     else:
         pattern = "*.safetensors" if safetensors else "pytorch_model.bin"

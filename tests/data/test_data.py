@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,17 @@ def test_missing_model_folder_is_named(tmp_path: Path) -> None:
         make_prompts(make_config(str(tmp_path / "nowhere"), "reasoning_gym/gcd"))
     with pytest.raises(ValueError, match="tokenizer"):
         make_prompts(make_config(str(tmp_path), "reasoning_gym/gcd"))
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused_without_a_question(tmp_path: Path) -> None:
+    """`stdin` is a terminal to nobody here; a question would wait for it and fail with EOFError."""
+    model = save_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    own = {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}, "tokenizer_class": "OwnTokenizer"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    (tmp_path / "own.py").write_text("raise SystemExit('this code was run')")
+    with pytest.raises(ValueError, match=r"cannot load its tokenizer: .*trust_remote_code"):
+        make_tokenize(model)
 
 
 def test_importing_data_is_light() -> None:

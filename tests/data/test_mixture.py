@@ -68,15 +68,15 @@ def test_sources_are_told_apart_weighted_and_repeat_only_when_they_are_through(m
     config = mixture(model, tmp_path, system="All.")
     prompts, again = make_prompts(config), make_prompts(config)
     drawn = [prompts.prompt(cursor) for cursor in range(BLOCK)]
-    assert Counter(prompt.metadata["source"] for prompt in drawn) == {"texts": 512, "chats": 256, "sums": 256}
+    assert Counter(prompt.metadata["prompt_source"] for prompt in drawn) == {"texts": 512, "chats": 256, "sums": 256}
     assert all(same(again.prompt(cursor), drawn[cursor]) for cursor in (1023, 0, 512, 77))
     assert {prompt.id.partition("-")[0] for prompt in drawn} == {"texts", "chats", "sums"}
     for name in ("texts", "chats"):
-        ids = [prompt.id for prompt in drawn if prompt.metadata["source"] == name]
+        ids = [prompt.id for prompt in drawn if prompt.metadata["prompt_source"] == name]
         size = len(set(ids))
         epochs = [ids[start : start + size] for start in range(0, len(ids) - size, size)]
         assert all(set(epoch) == set(ids) for epoch in epochs)
-    lengths = {prompt.metadata["source"]: len(prompt.tokens) - len(prompt.text) for prompt in drawn}
+    lengths = {prompt.metadata["prompt_source"]: len(prompt.tokens) - len(prompt.text) for prompt in drawn}
     assert lengths["texts"] == len("<system>All.<user><assistant>")  # the mixture's
     assert lengths["chats"] == len("<system>Own.<user><assistant>")
 
@@ -84,13 +84,19 @@ def test_sources_are_told_apart_weighted_and_repeat_only_when_they_are_through(m
 def test_what_one_source_holds_out_is_trained_on_from_none(model: str, tmp_path: Path) -> None:
     prompts = make_prompts(mixture(model, tmp_path))
     held_out = prompts.held_out(16)
-    assert Counter(prompt.metadata["source"] for prompt in held_out) == {"texts": 8, "chats": 4, "sums": 4}
-    assert Counter(prompt.metadata["source"] for prompt in prompts.held_out(8)) == {"texts": 4, "chats": 2, "sums": 2}
+    assert Counter(prompt.metadata["prompt_source"] for prompt in held_out) == {"texts": 8, "chats": 4, "sums": 4}
+    assert Counter(prompt.metadata["prompt_source"] for prompt in prompts.held_out(8)) == {
+        "texts": 4,
+        "chats": 2,
+        "sums": 2,
+    }
     keys = {prompt_key(prompt.text) for prompt in held_out}
     drawn = [prompts.prompt(cursor) for cursor in range(BLOCK)]
     assert keys.isdisjoint(prompt_key(prompt.text) for prompt in drawn)
     # texts 32 to 39 are held out of the texts, and so of the chats, which hold out 56 to 59 of their own
-    chats = {int(prompt.text.split()[-1].rstrip("?")) for prompt in drawn if prompt.metadata["source"] == "chats"}
+    chats = {
+        int(prompt.text.split()[-1].rstrip("?")) for prompt in drawn if prompt.metadata["prompt_source"] == "chats"
+    }
     assert chats == {*range(30, 32), *range(40, 56)}
 
 
@@ -108,8 +114,8 @@ def test_evaluation_sets_have_their_own_sampling_and_are_never_trained_on(model:
     config = mixture(model, tmp_path, sets={"few": few, "sums": sums})
     prompts = make_prompts(config)
     assert [prompt.metadata for prompt in prompts.evaluation_set("few")] == [
-        {"source": "eval/few", "sampling": {"temperature": 0.0, "max_tokens": 8}},
-        {"source": "eval/few", "sampling": {"temperature": 0.5, "max_tokens": 8}},
+        {"prompt_source": "eval/few", "sampling": {"temperature": 0.0, "max_tokens": 8}},
+        {"prompt_source": "eval/few", "sampling": {"temperature": 0.5, "max_tokens": 8}},
     ]
     assert len(prompts.evaluation_set("sums")) == 20
     asked = {prompt_key(f"what is {i}?") for i in range(3)}
@@ -143,6 +149,7 @@ def test_a_long_generated_prompt_is_skipped_counted_and_named(model: str) -> Non
         ({"task": [{"task": "a/x.jsonl"}, {"task": "b/x.jsonl"}]}, "2 sources called x.*its own name"),
         ({"task": [{"task": "x.jsonl", "args": {"a": 1}}]}, r"data\.task\[0\]\.args .*only reasoning_gym"),
         ({"task": "x.parquet", "config": "main"}, r"data\.config is 'main': only Hub"),
+        ({"task": "x.parquet", "split": "test"}, r"data\.split is 'test': only Hub"),
         ({"task": "reasoning_gym/gcd", "columns": {"answer": "a"}}, r"data\.columns .*no columns"),
         ({"sets": {"a": {"task": "reasoning_gym/gcd"}}}, r"eval\.sets\.a\.prompts is null.*never ends"),
         ({"sets": {"a": {"task": "x.jsonl", "samples": 2, "k": [4]}}}, r"pass@k needs k attempts"),

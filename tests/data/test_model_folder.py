@@ -57,6 +57,10 @@ def folder(tmp_path: Path) -> Path:
         (lambda f: change(f / "config.json", quantization_config={"quant_method": "gptq"}), r"quantized \(gptq\)"),
         (lambda f: change(f / "config.json", max_position_embeddings=32), r"has 32 positions, .*sequences of 1,000"),
         (lambda f: change(f / "config.json", vocab_size=300), r"ids up to 315, but the model only embeds 300"),
+        (
+            lambda f: change(f / "tokenizer_config.json", added_tokens_decoder={"400": {"content": "<new>"}}),
+            "ids up to 400, but the model only embeds 316",
+        ),
         (lambda f: (f / "tokenizer.json").write_text("{}"), r"tokenizer\.json cannot be read"),
         (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "it has no tokenizer"),
         (lambda f: (f / "chat_template.jinja").write_text("a\n{{ b }"), r"chat_template\.jinja, line 2: "),
