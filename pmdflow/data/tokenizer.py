@@ -33,6 +33,11 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
             model_path, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model.path is {model_path!r}: its tokenizer brings code of its own, which is never run; choose a "
+                "model whose tokenizer transformers knows by itself"
+            ) from error
         raise ValueError(f"model.path is {model_path!r}: cannot load its tokenizer: {error}") from error
     return tokenizer
 
