@@ -11,9 +11,6 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-BYTES_PER_TOKEN = 8
-"""Bytes of one generated token in the store: an int32 id and a float32 log-prob."""
-
 
 class Section(BaseModel):
     """Settings shared by all sections."""

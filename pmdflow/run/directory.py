@@ -12,16 +12,14 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
-
-import yaml
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from pmdflow import durable
-from pmdflow.config.errors import dotted
-from pmdflow.config.load import Loaded, leaves
-from pmdflow.config.schema import Config
-from pmdflow.config.sources import FILE_SUFFIXES, DataConfig
 from pmdflow.errors import LaunchError
+
+if TYPE_CHECKING:
+    from pmdflow.config.load import Loaded
+    from pmdflow.config.schema import Config
 
 FIXED_KEYS = (("run", "seed"), ("model",), ("data",))
 """What a resumed run may not change: stored trajectories were made with it. Model and data are compared by content
@@ -55,18 +53,22 @@ class RunDirectory:
             (path / "logs").mkdir(parents=True, exist_ok=True)
             lock = open(path / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115 (held for the life of the run)
         except OSError as error:
-            raise LaunchError(f"run.dir: cannot write {path}: {error.strerror}; choose another run.dir") from error
+            raise LaunchError(
+                f"run.dir: cannot write {path}: {error.strerror}", hint="choose another run.dir"
+            ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             lock.seek(0)
             raise LaunchError(
-                f"{path} is in use by process {lock.read().strip()}; stop it with `pmdflow down {path}` or choose "
-                "another run.name"
+                f"{path} is in use by process {lock.read().strip()}",
+                hint=f"stop it with `pmdflow down {path}`, or choose another run.name",
             ) from error
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
+        import yaml  # only here, like `load_run` below: `down` waits for what this module imports
+
         run = cls(path, lock)
         run._check_same_run(config)
         durable.write(path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -96,6 +98,9 @@ class RunDirectory:
         Raises:
             LaunchError: says what differs.
         """
+        from pmdflow.config.errors import dotted
+        from pmdflow.config.load import leaves
+
         before = self.recorded_inputs(self.path)
         if before and (self.path / "store").is_dir():
             old, new = (dict(leaves({**values, "pins": {}})) for values in (before, inputs))
@@ -103,8 +108,8 @@ class RunDirectory:
             if changed:
                 said = [f"{dotted(key)} was {old.get(key)!r:.80} and is {new.get(key)!r:.80}" for key in changed]
                 raise LaunchError(
-                    f"{self.path} was begun with other inputs: {', '.join(said)}; resume with those, or choose another "
-                    "run.name"
+                    f"{self.path} was begun with other inputs: {', '.join(said)}",
+                    hint="resume with those, or choose another run.name",
                 )
         self._inputs = inputs
 
@@ -158,11 +163,11 @@ class RunDirectory:
         self._lock.close()
 
     def _check_same_run(self, config: Config) -> None:
-        written = self.path / "config.yaml"
-        if not written.is_file() or not (self.path / "store").is_dir():
+        if not (self.path / "config.yaml").is_file() or not (self.path / "store").is_dir():
             return
-        before = _comparable(yaml.safe_load(written.read_text()))
-        now = _comparable(config.model_dump(mode="json"))
+        from pmdflow.config.load import load_run
+
+        before, now = _comparable(load_run(self.path).config), _comparable(config)
         for keys in FIXED_KEYS[:1] if self.recorded_inputs(self.path) else FIXED_KEYS:
             old, new = before, now
             for key in keys:
@@ -170,17 +175,19 @@ class RunDirectory:
             if old != new:
                 name = ".".join(keys)
                 raise LaunchError(
-                    f"{name} is {new!r}, but {self.path} was begun with {old!r}; resume with that value or choose "
-                    "another run.name"
+                    f"{name} is {new!r}, but {self.path} was begun with {old!r}",
+                    hint="resume with that value, or choose another run.name",
                 )
 
 
-def _comparable(values: dict[str, Any]) -> dict[str, Any]:
-    """Model and data of a written configuration, with later defaults, without what may change, paths absolute."""
-    data = DataConfig.model_validate(values["data"]).model_dump(mode="json", exclude={"max_prompt_tokens"})
+def _comparable(config: Config) -> dict[str, Any]:
+    """What `FIXED_KEYS` names, without what may change, paths absolute."""
+    from pmdflow.config.sources import FILE_SUFFIXES
+
+    data = config.data.model_dump(mode="json", exclude={"max_prompt_tokens"})
     if isinstance(data["task"], str) and data["task"].endswith(FILE_SUFFIXES):
         data["task"] = str(Path(data["task"]).absolute())
-    return {**values, "model": str(Path(values["model"]["path"]).absolute()), "data": data}
+    return {"run": {"seed": config.run.seed}, "model": str(Path(config.model.path).absolute()), "data": data}
 
 
 def log_path(run: Path, actor: str) -> str:

@@ -37,7 +37,7 @@ def open_inputs(config: Config, *, pins: Mapping[str, str] | None = None, weight
 
             check_loading(inputs.base)
     except ValueError as error:
-        raise LaunchError(str(error)) from error
+        raise _refusal(error) from error
     return inputs
 
 
@@ -55,7 +55,7 @@ def merge(inputs: Inputs) -> None:
     try:
         merge_adapter(inputs.adapter, base=inputs.base, out=out)
     except ValueError as error:
-        raise LaunchError(str(error)) from error
+        raise _refusal(error) from error
 
 
 def open_prompts(config: Config, *, on_skip: Callable[[str], None]) -> MixedPrompts:
@@ -67,7 +67,7 @@ def open_prompts(config: Config, *, on_skip: Callable[[str], None]) -> MixedProm
     try:
         return make_prompts(config, on_skip=on_skip)
     except ValueError as error:
-        raise LaunchError(str(error)) from error
+        raise _refusal(error) from error
 
 
 def dry_run(loaded: Loaded) -> str:
@@ -86,3 +86,9 @@ def dry_run(loaded: Loaded) -> str:
     if not inputs.has_weights:
         notes.append(f"the weights of {loaded.config.model.path} are downloaded by `up`")
     return render_dry_run(replace(loaded, config=config), data=prompts.summary, notes=notes)
+
+
+def _refusal(error: ValueError) -> LaunchError:
+    """The remedy of a single reason follows its last semicolon; several reasons have one each."""
+    text, _, remedy = str(error).rpartition("; ")
+    return LaunchError(text, hint=remedy) if text and "\n" not in str(error) else LaunchError(str(error))
