@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from pmdflow.config.sources import GYM_PREFIX as GYM_PREFIX
 from pmdflow.data.messages import prompt_key
-from pmdflow.data.plain import pack
+from pmdflow.data.plain import pack as pack
+from pmdflow.data.plain import unpack as unpack
 from pmdflow.data.stamp import Stamp
 from pmdflow.data.tokenizer import Tokenize
 from pmdflow.errors import PromptTooLong

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from pmdflow.data.gym import make_dataset
-from pmdflow.data.plain import unpack
+from pmdflow.data.gym import make_dataset, unpack
 from pmdflow.reward.rubric import InvalidCompletion
 
 if TYPE_CHECKING:

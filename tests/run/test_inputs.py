@@ -79,9 +79,9 @@ def test_what_does_not_change_a_cursors_prompt_may_change(
         ),
         (
             lambda c, f: write_jsonl(f / "own.jsonl", [*ROWS[1:], ROWS[0]]),
-            r"inputs: sources\.own\.sha256 was '\w+' and is '\w+';",
+            r"inputs: sources\.own\.sha256 was '\w+' and is '\w+'\n",
         ),
-        (lambda c, f: c["data"].update(system=None, suffix=" Think."), r"data\.suffix was None and is ' Think\.';"),
+        (lambda c, f: c["data"].update(system=None, suffix=" Think."), r"data\.suffix was None and is ' Think\.'\n"),
         (
             lambda c, f: c["data"].update(columns={"answer": "answer"}),
             r"data\.columns\.answer was None and is 'answer'",
