@@ -89,7 +89,7 @@ class DataConfig(SourceSettings):
 
     task: Annotated[
         Annotated[str, Field(pattern=TASK), Tag(ONE_SOURCE)]
-        | Annotated[list[SourceConfig], Field(min_length=1), Tag(MIXTURE)],
+        | Annotated[list[SourceConfig], Field(min_length=1, max_length=256), Tag(MIXTURE)],
         Discriminator(lambda value: MIXTURE if isinstance(value, list | tuple) else ONE_SOURCE),
     ]
     """`reasoning_gym/NAME`; a `.jsonl` or `.parquet` file (found as `model.path` is) with `prompt` and metadata in each

@@ -69,7 +69,7 @@ def fetch_model(model: HubId, *, weights: bool) -> Path:
     if weights:
         _fetch(model, [*SMALL, "*.safetensors"], key="model.path")
         if not any(folder.glob("*.safetensors")):
-            _fetch(model, [*SMALL, "pytorch_model*.bin"], key="model.path")
+            _fetch(model, [*SMALL, "pytorch_model*.bin", "adapter_model.bin"], key="model.path")
     return folder
 
 

@@ -83,11 +83,12 @@ class _Resolver:
         match = ID.fullmatch(text)
         if match is None:
             raise ValueError(f"{key} is {text!r}: there is no such folder, and it is no Hub id (org/name@revision)")
-        if text in self.pins:
-            found = HubId(name=match["name"], commit=self.pins[text], kind=kind)
+        written = f"{HUB_PREFIX}{text}" if kind == "dataset" else text
+        if written in self.pins:
+            found = HubId(name=match["name"], commit=self.pins[written], kind=kind)
         else:
             found = resolve(text, kind=kind, key=key)
-        self.used[text] = found.commit
+        self.used[written] = found.commit
         return found
 
 

@@ -139,7 +139,7 @@ def test_a_data_set_by_id_split_and_configuration(hub: Hub, tmp_path: Path, how:
     hub.push("org/tiny", TINY)
     found = resolved(hub, "org/tiny", "hf:org/sums", config="b")
     assert found["task"] == f"hf:org/sums@{commit}"
-    assert found["pins"]["org/sums"] == commit
+    assert found["pins"]["hf:org/sums"] == commit
     assert found["rows"] == [{"question": f"b train {i}?", "answer": str(i)} for i in range(6)]
     fetched = {request.path.partition(commit)[2][1:] for request in hub.asked(f"/resolve/{commit}/")}
     assert fetched == {f"b/train-00000-of-00001.{how}"}
