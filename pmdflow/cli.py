@@ -102,7 +102,8 @@ def eval_(
         typer.Argument(metavar="CHECKPOINT", help="Run, RUN/checkpoints/iteration-N, or Hugging Face folder."),
     ],
     task: Annotated[
-        str, typer.Argument(metavar="TASK", help="A .jsonl file, reasoning_gym/NAME, or a configuration .yaml.")
+        str,
+        typer.Argument(metavar="TASK", help="A .jsonl or .parquet file, reasoning_gym/NAME, or a configuration .yaml."),
     ],
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Attempts at each prompt.")] = 4,
     k: Annotated[list[int] | None, typer.Option("--k", help="k of pass@k; default: powers of two.")] = None,

@@ -11,7 +11,7 @@ from itertools import islice
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from pmdflow.config.sources import GYM_PREFIX as GYM_PREFIX
+from pmdflow.config.sources import GYM_PREFIX
 from pmdflow.data.messages import prompt_key
 from pmdflow.data.plain import pack as pack
 from pmdflow.data.plain import unpack as unpack
