@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -141,11 +141,14 @@ def did_you_mean(word: object, candidates: Sequence[str]) -> str | None:
 def fields_at(path: KeyPath) -> Mapping[str, FieldInfo]:
     """Return the keys allowed at `path`, {} where anything goes or nothing does."""
     model: type[BaseModel] | None = Config
+    is_name = False
     for part in path:
-        if isinstance(part, int):
+        if isinstance(part, int) or is_name:
+            is_name = False
             continue
         field = model.model_fields.get(part) if model else None
         model = _model_in(field.annotation) if field else None
+        is_name = field is not None and get_origin(field.annotation) is dict
     return model.model_fields if model else {}
 
 

@@ -53,7 +53,7 @@ def test_sources_take_what_they_lack_from_the_mixture(tmp_path: Path) -> None:
     ("change", "line", "message", "hint"),
     [
         (("weight: 3", "weigth: 3"), 7, "unknown key `data.task.0.weigth`", "did you mean `weight`?"),
-        (("weight: 3", "weight: 0"), 7, "`data.task.0.weight` must be above 0, got 0", "Share of the draws"),
+        (("weight: 3", "weight: 0"), 7, "`data.task.0.weight` must be above 0.0, got 0", "Share of the draws"),
         (("own.jsonl", "own.csv"), 7, "`data.task.0.task` is malformed: 'own.csv'", "What `data.task` takes"),
         (("samples: 4", "sample: 4"), 12, "unknown key `eval.sets.held.sample`", "did you mean `samples`?"),
         (("samples: 4", "samples: 2, k: [4]"), 12, "eval.sets.held.k is [4]", "raise samples"),
