@@ -6,16 +6,17 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
 
 from pmdflow.config.schema import Config
 from pmdflow.errors import EngineDied
+from pmdflow.metrics.report import ActorReport, Event
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.rollout.engines.make import make_engine
 from pmdflow.rollout.holder import Holder
 from pmdflow.rollout.incoming import IncomingWeights
 from pmdflow.rollout.leasing import LeaseTaker
 from pmdflow.rollout.requests import STORE_TIMEOUT_S, StoreRequests
+from pmdflow.store.client import StoreHandle
 from pmdflow.weights.make import make_transport
 from pmdflow.weights.transport import WeightsHandle
 
@@ -30,7 +31,7 @@ SPAN_S = 1.0
 class RolloutActor:
     """Holds one engine and no trajectory state: it can vanish at any instant, and only unsent tokens are lost."""
 
-    def __init__(self, *, config: Config, index: int, store: Any, run_dir: str) -> None:
+    def __init__(self, *, config: Config, index: int, store: StoreHandle, run_dir: str) -> None:
         """Load the engine; `store` is the handle of the store actor."""
         self._config = config.rollout
         self._worker = f"rollout-{index}"
@@ -97,15 +98,19 @@ class RolloutActor:
         self._stopping.set()
         self._incoming.close()
 
-    def drain(self) -> dict[str, Any]:
+    def drain(self) -> ActorReport:
         """Spans and problems of environments since the last call, and counts of tokens since the start."""
-        return {
-            "spans": self._spans.drain(),
-            "problems": [self._problems.popleft() for _ in range(len(self._problems))],
-            "generated_tokens": self._generated,
-            "drafted_tokens": self._engine.drafted_tokens,
-            "accepted_tokens": self._engine.accepted_tokens,
-        }
+        problems = [self._problems.popleft() for _ in range(len(self._problems))]
+        attrs = {"actor": self._spans.actor}
+        return ActorReport(
+            spans=self._spans.drain(),
+            events=[Event(kind="environment_failed", message=problem, attrs=attrs) for problem in problems],
+            tokens={
+                "generated_tokens": self._generated,
+                "drafted_tokens": self._engine.drafted_tokens,
+                "accepted_tokens": self._engine.accepted_tokens,
+            },
+        )
 
     def _offer(self, handle: WeightsHandle, *, timeout_s: float) -> None:
         weights = self._transport.fetch(handle, timeout_s=timeout_s)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 import ray
+from ray import ObjectRef
 from ray.exceptions import GetTimeoutError
 
 from pmdflow.errors import WaitTimeout
+from pmdflow.store.actor import StoreActor
+from pmdflow.store.client import StoreHandle, call
 from pmdflow.store.segments import encode_segments
 from pmdflow.types import Grant, Lease, Segment
 
@@ -17,16 +20,18 @@ LEASE_WAIT_S = 0.25
 STORE_TIMEOUT_S = 120.0
 """A request unanswered for this long ends the actor: it outlasts a restart of the store actor."""
 
+Answer = TypeVar("Answer")
+
 
 class StoreRequests:
     """The requests in flight to the store actor; sending returns at once, taking an answer waits for it."""
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: StoreHandle) -> None:
         """Ask nothing yet; `store` is the handle of the store actor."""
         self._store = store
-        self._leases: Any = None
+        self._leases: ObjectRef[list[Lease]] | None = None
         self._lease_version = -1
-        self._grants: Any = None
+        self._grants: ObjectRef[list[Grant]] | None = None
 
     @property
     def asking(self) -> bool:
@@ -42,12 +47,12 @@ class StoreRequests:
         """Ask for up to `most` leases of `worker`, with grants for `version`; only while none is asked for."""
         assert self._leases is None
         self._lease_version = version
-        self._leases = self._store.lease.remote(worker, version, most, LEASE_WAIT_S)
+        self._leases = call(self._store, StoreActor.lease, worker, version, most, LEASE_WAIT_S)
 
     def send(self, segments: Sequence[Segment]) -> None:
         """Append in one call; only while no append is in flight."""
         assert self._grants is None
-        self._grants = self._store.append.remote(encode_segments(segments))
+        self._grants = call(self._store, StoreActor.append, encode_segments(segments))
 
     def answered(self) -> tuple[bool, bool]:
         """Whether the request for leases, and whether the append, has its answer."""
@@ -68,7 +73,8 @@ class StoreRequests:
         Raises:
             WaitTimeout: no answer within `STORE_TIMEOUT_S`.
         """
-        leases: list[Lease] = _get(self._leases, "the request for leases")
+        assert self._leases is not None
+        leases = _get(self._leases, "the request for leases")
         self._leases = None
         return self._lease_version, leases
 
@@ -80,15 +86,15 @@ class StoreRequests:
         """
         if self._grants is None:
             return []
-        grants: list[Grant] = _get(self._grants, "an append")
+        grants = _get(self._grants, "an append")
         self._grants = None
         return grants
 
-    def _in_flight(self) -> list[Any]:
+    def _in_flight(self) -> list[ObjectRef[list[Lease]] | ObjectRef[list[Grant]]]:
         return [ref for ref in (self._leases, self._grants) if ref is not None]
 
 
-def _get(ref: Any, what: str) -> Any:
+def _get(ref: ObjectRef[Answer], what: str) -> Answer:
     try:
         return ray.get(ref, timeout=STORE_TIMEOUT_S)
     except GetTimeoutError as error:
