@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 from zlib import crc32
 
 from pmdflow.data.tokenizer import load_tokenizer
@@ -44,34 +44,36 @@ class Echo:
 class Moody:
     """Decides by the key alone whether it speaks, is silent, ends the trajectory or fails."""
 
+    salt: ClassVar[int] = 0
+    """Another one gives other moods."""
+
     def reset(self, *, key: str, prompt: str, metadata: Mapping[str, Any]) -> Observation:
         """Fail, end at once, say nothing, or begin."""
-        mood, text = crc32(key.encode()) % 6, str(crc32(key.encode()) % 97)
-        if mood == 0:
-            raise RuntimeError("no server")
+        mood, text = self._mood(key)
         return Observation(text=text if mood > 3 else "", done=mood == 1)
 
     def step(self, *, key: str, action: str) -> Observation:
         """Fail, end with or without words, or answer."""
-        mood, text = crc32(key.encode()) % 6, str(crc32(key.encode()) % 97)
-        if mood == 0:
-            raise RuntimeError("no answer")
+        mood, text = self._mood(key)
         return Observation(text="" if mood == 1 else text, done=mood in (1, 2))
 
+    def _mood(self, key: str) -> tuple[int, str]:
+        number = crc32(f"{self.salt} {key}".encode())
+        if number % 6 == 0:
+            raise ConnectionError("no server")
+        return number % 6, str(number % 97)
 
-class RarelyBegins(Calculator):
-    """A calculator whose `reset` fails for a third of the trajectories."""
+
+def fails_to_begin(key: str) -> bool:
+    """Whether `SometimesBegins` fails: for a third of the trajectories."""
+    return crc32(key.encode()) % 3 == 0
+
+
+class SometimesBegins(Calculator):
+    """A calculator whose `reset` often fails."""
 
     def reset(self, *, key: str, prompt: str, metadata: Mapping[str, Any]) -> Observation:
         """Say nothing, or fail."""
-        if crc32(key.encode()) % 3 == 0:
+        if fails_to_begin(key):
             raise ConnectionError("no server")
         return super().reset(key=key, prompt=prompt, metadata=metadata)
-
-
-class NeverBegins(Calculator):
-    """A calculator whose `reset` fails."""
-
-    def reset(self, *, key: str, prompt: str, metadata: Mapping[str, Any]) -> Observation:
-        """Fail."""
-        raise ConnectionError("no server")
