@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from pmdflow.rollout.engine import Output, Request, RolloutEngine
+from pmdflow.rollout.engine import OnNewWeights, Output, Request, RolloutEngine
 from pmdflow.rollout.engines.transformers.engine import TransformersEngine
 
 VOCAB = 384
@@ -94,6 +94,15 @@ class Record:
                 break
             self.take(engine.step(), engine.version)
         return self
+
+
+def swap(engine: RolloutEngine, weights: Mapping[str, torch.Tensor], mode: OnNewWeights) -> list[Output]:
+    """Load weights as the next version, as the actor does; returns what the old version had generated."""
+    staged = engine.stage(weights)
+    outputs = engine.pause()
+    engine.load_weights(engine.version + 1, staged, on_new_weights=mode)
+    engine.resume()
+    return outputs
 
 
 def full_logprobs(model: Any, prompt: list[int], tokens: list[int], *, temperature: float) -> torch.Tensor:

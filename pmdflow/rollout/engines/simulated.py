@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from pmdflow.rollout.engine import OnNewWeights, Output, Request, check_extends, check_joins
+from pmdflow.rollout.checks import check_extends, check_joins
+from pmdflow.rollout.engine import OnNewWeights, Output, Request
 
 if TYPE_CHECKING:
     import torch

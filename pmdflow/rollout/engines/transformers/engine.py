@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pmdflow.data.tokenizer import end_ids
-from pmdflow.errors import PmdflowError
-from pmdflow.rollout.engine import OnNewWeights, Output, Request, check_extends, check_joins, check_request
+from pmdflow.rollout.checks import check_extends, check_joins, check_logprobs, check_request
+from pmdflow.rollout.engine import OnNewWeights, Output, Request
 from pmdflow.rollout.engines.transformers.batch import DecodeBatch
 from pmdflow.rollout.engines.transformers.model import CachedModel
 from pmdflow.rollout.engines.transformers.sampling import sample
@@ -76,13 +75,7 @@ class TransformersEngine:
             ValueError: No free slot, the id is held already, or the request cannot be generated.
         """
         check_joins(request, self._sequences, self.num_slots)
-        check_request(request, vocab_size=self._model.vocab_size)
-        length, most = len(request.tokens) + request.remaining, self._model.max_length
-        if most is not None and length > most:
-            raise ValueError(
-                f"sequence {request.id} may reach {length} tokens, the model has {most} positions; "
-                "lower data.max_tokens"
-            )
+        check_request(request, vocab_size=self._model.vocab_size, max_length=self._model.max_length)
         slot = self._slots.index(None)
         sequence = HeldSequence(
             id=request.id,
@@ -141,10 +134,7 @@ class TransformersEngine:
         if not batch.sequences:
             return []
         tokens, logprobs = self._decode(batch)
-        if not math.isfinite(sum(logprobs)):
-            raise PmdflowError(
-                f"log-probs under policy version {self.version} are not finite: the weights have diverged"
-            )
+        check_logprobs(logprobs, self.version)
         return self._advance(batch.sequences, tokens, logprobs)
 
     def stage(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

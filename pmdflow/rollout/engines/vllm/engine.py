@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from pmdflow.config.installed import inexact_speculation
 from pmdflow.data.tokenizer import end_ids
 from pmdflow.errors import PmdflowError
-from pmdflow.rollout.engine import OnNewWeights, Output, Request, check_extends, check_joins, check_request
+from pmdflow.rollout.checks import check_extends, check_joins, check_logprobs, check_request
+from pmdflow.rollout.engine import OnNewWeights, Output, Request
 from pmdflow.rollout.engines.vllm.process import VllmProcess
 from pmdflow.rollout.engines.vllm.settings import VllmSettings
 from pmdflow.rollout.engines.vllm.shared_memory import StagedWeights
@@ -44,8 +44,7 @@ class VllmEngine:
     new request, whose prefix is in the cache. vLLM generates on between the calls of this class; `step` gives out
     what has arrived.
 
-    Each batch of tokens carries the version of the weights that generated it, which is checked. Of the folder's
-    generation settings only the end-of-sequence ids are used: nothing of them reaches a vLLM request.
+    Of the folder's generation settings only the end-of-sequence ids reach a vLLM request.
 
     Example:
         >>> engine = VllmEngine(VllmSettings(model_path=path, max_length=64), seed=0)  # doctest: +SKIP
@@ -86,13 +85,7 @@ class VllmEngine:
             ValueError: No free slot, the id is held already, or the request cannot be generated.
         """
         check_joins(request, self._sequences, self.num_slots)
-        check_request(request, vocab_size=self._process.vocab_size)
-        length, most = len(request.tokens) + request.remaining, self._process.max_length
-        if length > most:
-            raise ValueError(
-                f"sequence {request.id} may reach {length} tokens, vLLM was started for {most}; "
-                "lower data.max_tokens, raise data.max_prompt_tokens, or use a model with more positions"
-            )
+        check_request(request, vocab_size=self._process.vocab_size, max_length=self._process.max_length)
         if request.temperature > 0 and self._inexact is not None:
             raise ValueError(f"sequence {request.id} has temperature {request.temperature}: {self._inexact}")
         self._sequences[request.id] = _Sequence(
@@ -208,10 +201,7 @@ class VllmEngine:
         assert batch.weight_version == str(self.version), "a batch of another version after its swap"
         taken = [self._take_output(output) for output in batch.outputs]
         outputs = [output for output in taken if output is not None]
-        if not math.isfinite(sum(sum(output.logprobs) for output in outputs)):
-            raise PmdflowError(
-                f"log-probs under policy version {self.version} are not finite: the weights have diverged"
-            )
+        check_logprobs(itertools.chain.from_iterable(output.logprobs for output in outputs), self.version)
         return outputs
 
     def _take_output(self, output: EngineCoreOutput) -> Output | None:

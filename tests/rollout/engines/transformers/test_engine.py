@@ -127,7 +127,7 @@ def test_slots_and_requests_are_checked(model_path: str) -> None:
     for bad in (request(3, []), request(3, [3], remaining=0), request(3, [3], temperature=-1.0)):
         with pytest.raises(ValueError, match="sequence 3"):
             engine.add(bad)
-    with pytest.raises(ValueError, match="may reach 513 tokens, the model has 512"):
+    with pytest.raises(ValueError, match="may reach 513 tokens, the engine has positions for 512"):
         engine.add(request(3, [3], remaining=512))
 
 
