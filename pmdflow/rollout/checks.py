@@ -44,6 +44,12 @@ def check_request(request: Request, *, vocab_size: int, max_length: int | None) 
         raise ValueError(
             f"sequence {request.id}: stop_token_ids {outside} are not among the model's {vocab_size} tokens"
         )
+    length = len(request.tokens) + request.remaining
+    if max_length is not None and length > max_length:
+        raise ValueError(
+            f"sequence {request.id} may reach {length} tokens, the engine has positions for {max_length}; lower "
+            "data.max_tokens, choose a model with more positions or, for vLLM, raise data.max_prompt_tokens"
+        )
 
 
 def check_extends(id: int, limit: int, held: Collection[int]) -> None:

