@@ -67,6 +67,12 @@ class Document:
             return ConfigIssue(message=f"the value is not YAML: {_problem(error)}", place=place)
         return self._assign(parts, value, place)
 
+    def move_places(self, old: KeyPath, new: KeyPath) -> None:
+        """Note that what was written at `old` is now the value of `new`."""
+        for places in (self.keys, self.values):
+            for path in [path for path in places if path[: len(old)] == old]:
+                places[new + path[len(old) :]] = places.pop(path)
+
     def _assign(self, parts: list[str], value: Any, place: Place) -> ConfigIssue | None:
         if self.data is None:
             self.data = {}

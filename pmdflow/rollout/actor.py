@@ -10,7 +10,7 @@ from pathlib import Path
 from pmdflow.config.schema import Config
 from pmdflow.errors import EngineDied
 from pmdflow.metrics.report import ActorReport, Event
-from pmdflow.metrics.spans import SpanBuffer
+from pmdflow.metrics.spans import SpanBuffer, Wait
 from pmdflow.rollout.engines.make import make_engine
 from pmdflow.rollout.holder import Holder
 from pmdflow.rollout.incoming import IncomingWeights
@@ -184,7 +184,7 @@ class RolloutActor:
         calling = self._holder.num_calling
         if not self._requests.sending and len(self._holder) > calling:
             self._send(next_version=self._engine.version)
-        name = "wait_environment" if calling else "wait_grant" if len(self._holder) else "wait_lease"
+        name: Wait = "wait_environment" if calling else "wait_grant" if len(self._holder) else "wait_lease"
         with self._spans.span(name):
             if calling:
                 self._holder.wait_answer()

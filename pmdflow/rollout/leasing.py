@@ -91,12 +91,17 @@ class LeaseTaker:
             tokenizer=self._tokenizer,
             config=self._config.environment,
             key=f"{self._config.run.name}/{lease.trajectory}",
-            prompt=str(self._tokenizer.decode(lease.prompt.tolist(), skip_special_tokens=True)),
+            prompt=self._text(lease),
             metadata=lease.metadata,
             said=said if len(lease.prefix) else None,
             turns=turns,
         )
         held.open(session, unanswered=len(action), whole=self._has_ended(action, held.control))
+
+    def _text(self, lease: Lease) -> str:
+        if lease.text is not None:
+            return lease.text
+        return str(self._tokenizer.decode(lease.prompt.tolist(), skip_special_tokens=True))
 
     def _has_ended(self, action: tuple[int, ...], control: SamplingControl) -> bool:
         """Whether a turn is whole: its worker vanished before the environment's answer was durable."""

@@ -439,6 +439,7 @@ def unscored(trajectory: int, completion: str) -> Unscored:
         attempt=5,
         prompt_id="p",
         metadata={},
+        text=None,
         prompt=np.asarray([2], dtype=np.int32),
         tokens=np.asarray([*ids, 1], dtype=np.int32),
         observed=np.zeros(len(ids) + 1, dtype=np.uint8),

@@ -32,7 +32,7 @@ class Says:
 def make_held(*, max_tokens: int, answer: Observation) -> HeldTrajectory:
     """One that generates, with a grant of 9, and whose environment has begun."""
     lease = Lease(
-        trajectory=7, group=0, epoch=1, kind="train", metadata={}, prompt=np.array([5], np.int32),
+        trajectory=7, group=0, epoch=1, kind="train", metadata={}, text="", prompt=np.array([5], np.int32),
         prefix=np.zeros(0, np.int32), prefix_observed=np.zeros(0, np.uint8), max_tokens=max_tokens, grant=9,
     )  # fmt: skip
     control = SamplingControl(temperature=1.0, max_tokens=max_tokens)

@@ -87,7 +87,7 @@ class VllmEngine:
         check_joins(request, self._sequences, self.num_slots)
         check_request(request, vocab_size=self._process.vocab_size, max_length=self._process.max_length)
         if request.temperature > 0 and self._inexact is not None:
-            raise ValueError(f"sequence {request.id} has temperature {request.temperature}: {self._inexact}")
+            raise ValueError(f"sequence {request.id} has temperature {request.temperature}: {self._inexact}; make it 0")
         self._sequences[request.id] = _Sequence(
             request=request, tokens=request.tokens.tolist(), limit=request.limit, remaining=request.remaining
         )
