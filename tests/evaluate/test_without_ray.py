@@ -10,15 +10,14 @@ from tests.support.paths import ROOT, TINY
 
 PROGRAM = """
 import json, sys
-import numpy as np
 from pathlib import Path
-from pmdflow.evaluate.command import EvalOptions, eval_config, find_checkpoint
-from pmdflow.evaluate.task import evaluate
+import numpy as np
+from pmdflow.evaluate.checkpoint import find_checkpoint, make_engine_of
+from pmdflow.evaluate.command import EvalOptions, eval_config
 from pmdflow.rollout.engine import Request
-from pmdflow.rollout.engines.make import make_engine
 
-config = eval_config(find_checkpoint(Path(sys.argv[1])), "reasoning_gym/chain_sum", EvalOptions())
-engine = make_engine(config, seed=0)
+checkpoint = find_checkpoint(Path(sys.argv[1]))
+engine = make_engine_of(checkpoint, eval_config(checkpoint, "reasoning_gym/chain_sum", EvalOptions()), seed=0)
 engine.add(Request(id=0, tokens=np.array([5, 6], np.int32), limit=9, remaining=9, temperature=1.0))
 assert engine.step()
 engine.close()
