@@ -108,9 +108,13 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}]
     try:
         rendered = str(tokenizer.apply_chat_template(conversation, tokenize=False))
-    except TemplateError:  # it refuses such a conversation, so it says nothing about its end
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+    ):  # it cannot render such a conversation, so it says nothing of its end
         return None
-    behind = rendered.rpartition(words)[2].lstrip()
+    _, found, behind = rendered.rpartition(words)
     special = {id: str(token.content) for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ends = [(len(text), id) for id, text in special.items() if behind.startswith(text)]
+    ends = [(len(text), id) for id, text in special.items() if found and behind.lstrip().startswith(text)]
     return max(ends)[1] if ends else None

@@ -29,10 +29,17 @@ def test_the_end_of_a_turn_is_a_special_token_behind_the_words(tmp_path: Path, b
     assert end_ids(str(tmp_path)) == expected
 
 
-def test_a_template_that_refuses_answers_names_no_end(tmp_path: Path) -> None:
-    template = (
-        "{% for message in messages %}{% if message.role != 'user' %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
-    )
+@pytest.mark.parametrize(
+    "message",
+    [
+        "{% if message.role != 'user' %}{{ raise_exception('no answers') }}{% endif %}{{ message.content }}",
+        "{{ message.content + message.images }}",
+        "{{ 1 + message.content }}",
+        "{% for part in message.content %}{{ part.text }}{% endfor %}",
+    ],
+)
+def test_a_template_that_does_not_render_answers_names_no_end(tmp_path: Path, message: str) -> None:
+    template = "{% for message in messages %}<|turn|>" + message + "{% endfor %}"
     tokenizer = write_tokenizer(tmp_path, chat_template=template)
     assert end_ids(str(tmp_path)) == {tokenizer.eos_token_id}
 
