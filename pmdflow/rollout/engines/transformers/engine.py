@@ -58,8 +58,9 @@ class TransformersEngine:
         """
         torch.set_num_threads(threads)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        ends = end_ids(model_path)
         self._model = CachedModel(path=model_path, dtype=dtype, num_slots=num_slots, device=place)
-        self._ends = frozenset(id for id in end_ids(model_path) if id < self._model.vocab_size)
+        self._ends = frozenset(id for id in ends if id < self._model.vocab_size)
         self._generator = torch.Generator(place).manual_seed(seed)
         self._sequences: dict[int, HeldSequence] = {}
         self._slots: list[HeldSequence | None] = [None] * num_slots

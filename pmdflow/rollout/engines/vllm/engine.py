@@ -60,8 +60,9 @@ class VllmEngine:
             ValueError: the model or the settings do not fit the machine, or there is no end-of-sequence token.
         """
         self._model_path = settings.model_path
+        ends = end_ids(settings.model_path)
         self._process = VllmProcess(settings, seed=seed)
-        self._ends = sorted(id for id in end_ids(settings.model_path) if id < self._process.vocab_size)
+        self._ends = sorted(id for id in ends if id < self._process.vocab_size)
         self._inexact = inexact_speculation(settings.speculation)
         """Why nothing may be sampled above temperature 0."""
         self._adapters = AdapterMerger()
