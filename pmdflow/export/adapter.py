@@ -8,7 +8,6 @@ import torch
 
 from pmdflow.config.schema import LoraConfig
 from pmdflow.errors import PmdflowError
-from pmdflow.export.card import is_hub_id
 from pmdflow.export.folder import save_tensors
 from pmdflow.export.held import HeldCheckpoint
 from pmdflow.export.weights import adapter_tensors, published_adapters
@@ -16,7 +15,7 @@ from pmdflow.weights.lora import UP
 
 
 def write_adapter(
-    folder: Path, checkpoint: HeldCheckpoint, lora: LoraConfig, *, model: str, dtype: torch.dtype
+    folder: Path, checkpoint: HeldCheckpoint, lora: LoraConfig, *, base: str, commit: str | None, dtype: torch.dtype
 ) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json`.
 
@@ -24,7 +23,8 @@ def write_adapter(
         folder: Where to.
         checkpoint: Of a run that trains adapters.
         lora: Their settings.
-        model: Folder or Hub id of the model that they adapt; a folder is noted as an absolute path.
+        base: Folder or Hub id of the model that they adapt; a folder is noted as an absolute path.
+        commit: Of the Hub's model; None for a folder.
         dtype: Type of the adapters.
 
     Raises:
@@ -44,6 +44,7 @@ def write_adapter(
         if lora.targets == "all-linear"
         else lora.targets,
         task_type="CAUSAL_LM",
-        base_model_name_or_path=model if is_hub_id(model) else str(Path(model).absolute()),
+        base_model_name_or_path=str(Path(base).absolute()) if commit is None else base,
+        revision=commit,
         inference_mode=True,
     ).save_pretrained(str(folder))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from pmdflow.metrics.history import History
 
 CURVE_ROWS = 20
 """Most rows of the curve's table."""
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _SHOWN = (
     ("data", "task"), ("data", "group_size"), ("data", "max_tokens"), ("learner", "algorithm"), ("learner", "tau"),
     ("learner", "lr"), ("learner", "lora"), ("scheduler", "groups_per_iteration"), ("scheduler", "lookahead"),
@@ -34,16 +32,15 @@ def model_card(run: Path, *, iteration: int, version: int, dtype: str, adapter: 
         dtype: Type of the weights.
         adapter: The folder holds adapters, not a whole model.
     """
-    config = recorded_settings(run)
-    base = str((config.get("model") or {}).get("path", ""))
+    config, hub = recorded_settings(run), hub_model(run)
     data = ModelCardData(
-        base_model=base.partition("@")[0] if is_hub_id(base) else None,
+        base_model=None if hub is None else hub[0],
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["pmdflow", "reinforcement-learning", *(["lora"] if adapter else [])],
     )
     what = "Low-rank adapters for" if adapter else "Trained from"
-    name = base if is_hub_id(base) else Path(base).name
+    name = "@".join(hub) if hub is not None else Path(str((config.get("model") or {}).get("path", ""))).name
     summary = f"{what} `{name}` by online policy mirror descent with pmdflow: policy version {version}, {dtype}.\n"
     lines = [
         f"---\n{data.to_yaml()}\n---\n",
@@ -60,16 +57,22 @@ def model_card(run: Path, *, iteration: int, version: int, dtype: str, adapter: 
     return "\n".join(lines) + "\n"
 
 
-def is_hub_id(path: str) -> bool:
-    """Whether `model.path` names a repository of the Hub, not a folder of this machine."""
-    return _HUB_ID.fullmatch(path) is not None and not Path(path).exists()
+def hub_model(run: Path) -> tuple[str, str] | None:
+    """Id and commit of the run's model if it is one of the Hub's; None for a folder of this machine."""
+    model: dict[str, str] = (_meta(run).get("inputs") or {}).get("model") or {}
+    return (model["id"], model["commit"]) if "id" in model else None
+
+
+def _meta(run: Path) -> dict[str, Any]:
+    meta: dict[str, Any] = json.loads((run / "meta.json").read_text(encoding="utf-8"))
+    return meta
 
 
 def _settings(config: Mapping[str, Any]) -> Iterator[str]:
     for section, key in _SHOWN:
         value = (config.get(section) or {}).get(key)
-        if isinstance(value, str) and "/" in value and not value.startswith(("reasoning_gym/", "hf:")):
-            value = Path(value).name  # where it lay is nobody's business
+        if (section, key) == ("data", "task"):
+            value = _tasks(value)
         if value is not None:
             yield f"| `{section}.{key}` | {_cell(value)} |"
     functions = (config.get("reward") or {}).get("functions") or []
@@ -77,8 +80,15 @@ def _settings(config: Mapping[str, Any]) -> Iterator[str]:
     yield f"| `reward.functions` | {names} |"
 
 
+def _tasks(task: Any) -> str:
+    """The data, without its arguments and without where files lie."""
+    names = [source.get("task") for source in task] if isinstance(task, list) else [task]
+    shown = [str(name) for name in names]
+    return ", ".join(name if name.startswith(("reasoning_gym/", "hf:")) else Path(name).name for name in shown)
+
+
 def _versions(run: Path) -> Iterator[str]:
-    meta: dict[str, Any] = json.loads((run / "meta.json").read_text())
+    meta = _meta(run)
     hardware, packages = meta.get("hardware") or {}, meta.get("packages") or {}
     versions = {"pmdflow": meta.get("pmdflow"), **packages}
     versions |= {name: hardware.get(name) for name in ("torch", "transformers")}

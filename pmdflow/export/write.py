@@ -10,7 +10,7 @@ from pmdflow.config.load import load_run
 from pmdflow.config.schema import Config
 from pmdflow.errors import PmdflowError
 from pmdflow.export.adapter import write_adapter
-from pmdflow.export.card import is_hub_id, model_card
+from pmdflow.export.card import hub_model, model_card
 from pmdflow.export.files import copy_tokenizer, write_config, write_generation_config
 from pmdflow.export.folder import new_folder, write_shards
 from pmdflow.export.held import HeldCheckpoint
@@ -41,7 +41,8 @@ def export(run: Path, out: Path, options: ExportOptions) -> str:
         manifest = checkpoint.manifest
         if options.adapter and config.learner.lora is not None:
             dtype = options.dtype or "float32"
-            write_adapter(folder, checkpoint, config.learner.lora, model=config.model.path, dtype=DTYPES[dtype])
+            base, commit = hub_model(run) or (config.model.path, None)
+            write_adapter(folder, checkpoint, config.learner.lora, base=base, commit=commit, dtype=DTYPES[dtype])
         else:
             dtype = options.dtype or config.model.dtype
             _write_model(folder, checkpoint, config, dtype, options.shard_bytes)
@@ -69,7 +70,7 @@ def _write_model(folder: Path, checkpoint: HeldCheckpoint, config: Config, dtype
 def _require_adapters(run: Path, config: Config, options: ExportOptions) -> None:
     if options.adapter and config.learner.lora is None:
         raise PmdflowError(f"{run} trains all weights (learner.lora is null)", hint="leave out --adapter")
-    if options.adapter and options.push is not None and not is_hub_id(config.model.path):
+    if options.adapter and options.push is not None and hub_model(run) is None:
         raise PmdflowError(
             f"--push of adapters: they adapt {config.model.path}, a folder that only this machine has",
             hint="push --merged",

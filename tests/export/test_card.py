@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -60,8 +61,17 @@ def test_what_an_environment_variable_holds_and_where_files_lie_is_nowhere(
 
 
 def test_a_model_of_the_hub_is_named_as_the_base(run: Path) -> None:
-    settings = yaml.safe_load((run / "config.yaml").read_text())
-    settings["model"]["path"] = "org/tiny@main"
-    (run / "config.yaml").write_text(yaml.safe_dump(settings))
-    metadata = ModelCard(card(run, adapter=True)).data.to_dict()
+    meta = json.loads((run / "meta.json").read_text())
+    meta["inputs"] = {"model": {"id": "org/tiny", "commit": "0123abc"}}
+    (run / "meta.json").write_text(json.dumps(meta))
+    text = card(run, adapter=True)
+    metadata = ModelCard(text).data.to_dict()
     assert metadata["base_model"] == "org/tiny" and metadata["library_name"] == "peft"
+    assert "`org/tiny@0123abc`" in text
+
+
+def test_a_mixture_is_told_by_its_sources(run: Path) -> None:
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data"]["task"] = [{"task": "reasoning_gym/chain_sum", "args": {"key": "hidden"}}, {"task": "/a/b.jsonl"}]
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert "| `reasoning_gym/chain_sum, b.jsonl` |" in card(run) and "hidden" not in card(run)

@@ -51,13 +51,14 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=ids).logits
 
 
-def answers(checkpoint: Path, task: Path, directory: Path, *, tokens: int = 48) -> list[dict[str, Any]]:
-    """What `pmdflow eval` answers greedily to the first held-out prompts of a configuration."""
+def answers(checkpoint: Path, task: Path, directory: Path, *, tokens: int = 48) -> list[tuple[str, str, int, str]]:
+    """Prompt, completion, length and stop of what `pmdflow eval` answers greedily to a task's first held-out prompts."""
     out = directory / f"eval-{checkpoint.name}"
     arguments = ["eval", str(checkpoint), str(task), "--prompts", "4", "-n", "1", "--temperature", "0"]
     done = CliRunner().invoke(app, [*arguments, "--max-tokens", str(tokens), "--out", str(out)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    return [(row["prompt"], s["completion"], s["tokens"], s["stop"]) for row in rows for s in row["samples"]]
 
 
 def test_weights_and_logits_are_those_of_the_checkpoint(whole: TrainedRun, tmp_path: Path) -> None:
@@ -90,11 +91,11 @@ def test_greedy_answers_are_those_of_the_runs_own_evaluation(whole: TrainedRun, 
     evaluated = answers(whole.path, whole.path / "config.yaml", tmp_path)
     assert answers(tmp_path / "out", whole.path / "config.yaml", tmp_path) == evaluated
     model, tokenizer = load(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
-    for row in evaluated:
-        ids = tokenizer(row["prompt"] + "\n", return_tensors="pt", add_special_tokens=False)
+    for prompt, completion, tokens, _ in evaluated:
+        ids = tokenizer(prompt + "\n", return_tensors="pt", add_special_tokens=False)
         generated = model.generate(**ids, do_sample=False, max_new_tokens=48)[0, ids["input_ids"].shape[1] :]
-        assert len(generated) == row["samples"][0]["tokens"]
-        assert tokenizer.decode(generated, skip_special_tokens=True) == row["samples"][0]["completion"]
+        assert len(generated) == tokens
+        assert tokenizer.decode(generated, skip_special_tokens=True) == completion
 
 
 def test_merged_adapters_are_what_the_engine_serves(adapted: TrainedRun, tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_a_mixture_of_experts_is_stored_as_its_family_is(tmp_path: Path) -> None
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())
 
 
-def test_refusals_name_what_is_wrong_and_leave_nothing(whole: TrainedRun, tmp_path: Path) -> None:
+def test_refusals_name_what_is_wrong_and_leave_nothing(whole: TrainedRun, adapted: TrainedRun, tmp_path: Path) -> None:
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine.txt").write_text("mine")
@@ -149,6 +150,7 @@ def test_refusals_name_what_is_wrong_and_leave_nothing(whole: TrainedRun, tmp_pa
         (whole.path, full, ExportOptions(), "is not an empty folder"),
         (whole.path, tmp_path / "a", ExportOptions(iteration=9), "kept iterations: 1, 2, 3"),
         (whole.path, tmp_path / "b", ExportOptions(adapter=True), "leave out --adapter"),
+        (adapted.path, tmp_path / "d", ExportOptions(adapter=True, push="me/sums"), "push --merged"),
         (tmp_path / "nowhere", tmp_path / "c", ExportOptions(), "is no run directory"),
     ]
     for run, out, options, message in cases:
