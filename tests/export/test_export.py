@@ -52,7 +52,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def answers(checkpoint: Path, task: Path, directory: Path, *, tokens: int = 48) -> list[tuple[str, str, int, str]]:
-    """Prompt, completion, length and stop of what `pmdflow eval` answers greedily to a task's first held-out prompts."""
+    """Prompt, completion, length and stop of what `pmdflow eval` answers greedily to held-out prompts."""
     out = directory / f"eval-{checkpoint.name}"
     arguments = ["eval", str(checkpoint), str(task), "--prompts", "4", "-n", "1", "--temperature", "0"]
     done = CliRunner().invoke(app, [*arguments, "--max-tokens", str(tokens), "--out", str(out)], catch_exceptions=False)
