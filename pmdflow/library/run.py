@@ -60,13 +60,21 @@ class Run:
         """Whether somebody trains it."""
         return RunDirectory.is_live(self.path)
 
-    def metrics(self, kind: Literal["iteration", "eval", "sample"] = "iteration") -> list[Record]:
-        """Its records by the keys of METRICS.md, oldest first; what a resume trained again is there once."""
+    def metrics(
+        self, kind: Literal["iteration", "eval", "sample"] = "iteration", *, eval_set: str | None = None
+    ) -> list[Record]:
+        """Its records by the keys of METRICS.md, oldest first; what a resume trained again is there once.
+
+        Args:
+            kind: Of the records; samples are thinned out where there are many.
+            eval_set: One of `eval.sets`; None is the held-out prompts of `data`.
+        """
         history = History(self.path, max_spans=0)
         history.update()
         if kind == "sample":
             return list(history.samples)
-        records = history.iterations if kind == "iteration" else history.evals
+        evals = history.evals if eval_set is None else history.eval_sets[eval_set]
+        records = history.iterations if kind == "iteration" else evals
         return [records[number] for number in sorted(records)]
 
     def trajectories(self, iteration: int | None = None) -> Iterator[Trajectory]:

@@ -25,7 +25,7 @@ def definitions() -> dict[str, str]:
         keys = _KEY.findall(match["keys"]) if match else []
         if match is None or not keys:
             continue
-        component, _, first = keys[0].partition("/")
+        component, _, first = keys[0].rpartition("/")
         stem = first.rpartition("_")[0]
         for key in keys:
             name = key if "/" in key else f"{component}/{stem + key if key.startswith('_') else key}"

@@ -127,6 +127,7 @@ def test_every_number_that_is_recorded_is_defined(tmp_path: Path) -> None:
     assert definitions()["event/KIND"].startswith("events: ")
     assert definitions()["store/trajectories_idle"] == definitions()["store/trajectories_leased"]
     assert definitions()["time/train_s"].startswith("s: ")
+    assert definitions()["eval/prompts"].startswith("prompts: ") and "eval/NAME/prompts" in definitions()
 
 
 def test_rows_are_numbered_alike_whenever_one_looks(tmp_path: Path) -> None:
