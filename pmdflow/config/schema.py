@@ -97,7 +97,11 @@ class RewardFunctionConfig(Section):
     """One weighted reward function."""
 
     function: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-    """Import path `package.module:name` of `f(*, completion: str, prompt: str, metadata: Mapping) -> float`."""
+    """Import path `package.module:name`. Its parameters name what it gets: `completion`, `raw_completion`, `token_ids`,
+    `stop`, `prompt`, `messages`, `metadata`, `timeout_s`. Shipped are `pmdflow.reward.math:score`, `.code:score`,
+    `.tool_call:score`, `.judge:score` and `.reasoning_gym:score`."""
+    args: dict[str, Any] = {}
+    """Its other arguments, such as the model of a judge."""
     weight: float = Field(default=1.0, allow_inf_nan=False)
     """Factor of its value in the reward."""
 
@@ -107,12 +111,18 @@ class RewardConfig(Section):
 
     functions: Annotated[list[RewardFunctionConfig], Field(min_length=1)]
     """The rubric."""
+    actors: PositiveInt = 1
+    """Reward actors, spread over the nodes of the cluster."""
     workers: PositiveInt = 1
-    """Subprocesses."""
+    """Subprocesses of each actor. One scores a trajectory at a time, or many if a function is a coroutine."""
     timeout_s: PositiveFloat = 10.0
     """Wall-clock limit of one trajectory; beyond it the subprocess is killed and the attempt is an infra failure."""
     max_attempts: PositiveInt = 3
     """Infra failures after which a trajectory is `failed`: outside the baseline and out of k."""
+    max_failures_in_a_row: PositiveInt = 100
+    """Infra failures without any other outcome between them, after which the run ends with the first one's message."""
+    max_abs: PositiveFloat = 1.0e6
+    """Largest size of a function's value and of the weighted sum; what is beyond it is an infra failure."""
     invalid: float = Field(default=0.0, allow_inf_nan=False)
     """Reward of a completion that its function calls invalid."""
     length_weight: NonNegativeFloat = 0.0

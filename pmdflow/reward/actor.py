@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +14,17 @@ from pmdflow.config.schema import Config
 from pmdflow.data.tokenizer import load_tokenizer
 from pmdflow.errors import WaitTimeout
 from pmdflow.metrics.spans import SpanBuffer
+from pmdflow.reward.item import ScoreItem, decode_text
+from pmdflow.reward.process import BATCH
 from pmdflow.reward.rubric import Scored
-from pmdflow.reward.runner import RewardRunner, ScoreItem
+from pmdflow.reward.runner import RewardRunner
 from pmdflow.types import Unscored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_IN_FLIGHT = 256
-"""Trajectories held at a time."""
+HELD_IN_TURN = 2
+"""Trajectories held for each subprocess that scores one at a time: the other waits at most `reward.timeout_s`."""
 FETCH_WAIT_S = 1.0
 """How long a request for trajectories stays parked in the store while nothing is in flight."""
 RESULT_WAIT_S = 0.25
@@ -31,7 +32,7 @@ RESULT_WAIT_S = 0.25
 STORE_TIMEOUT_S = 120.0
 """A call unanswered for this long ends the actor: it outlasts a restart of the store actor."""
 TTL_MARGIN_S = 5.0
-"""Beyond `reward.timeout_s`, when the store hands a trajectory out again; known ones are then ignored."""
+"""Beyond the time-outs of those held, when the store hands a trajectory out again; known ones are then ignored."""
 NUM_MESSAGES = 3
 """Messages kept of the failures of one span."""
 
@@ -84,22 +85,20 @@ class RewardActor:
 
     def _fetch(self, runner: RewardRunner, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take as many trajectories as there is room for; waits for the first one only if nothing is in flight."""
-        room = MAX_IN_FLIGHT - len(self._in_flight)
-        if not room:
+        each = BATCH if runner.is_concurrent else HELD_IN_TURN
+        room = each * self._config.reward.workers - len(self._in_flight)
+        if room <= 0:
             return
         start = time.time()
-        ttl_s = self._config.reward.timeout_s + TTL_MARGIN_S
+        ttl_s = HELD_IN_TURN * self._config.reward.timeout_s + TTL_MARGIN_S
         wait_s = 0.0 if self._in_flight else FETCH_WAIT_S
         items: list[Unscored] = self._call("unscored", room, ttl_s, wait_s) or []
         if not self._in_flight:
             self._spans.add("wait_unscored", start, time.time())
-        fresh = [item for item in items if (item.trajectory, item.attempt) not in self._in_flight]
-        if not fresh:  # batch_decode makes [""] of []
-            return
-        texts = _decode(tokenizer, [ids for item in fresh for ids in (item.tokens, item.prompt)])
-        for item, completion, prompt in zip(fresh, texts[::2], texts[1::2], strict=True):
-            work = ScoreItem(completion=completion, prompt=prompt, metadata=item.metadata)
-            self._in_flight[item.trajectory, item.attempt] = runner.submit(work)
+        for item in items:
+            key = (item.trajectory, item.attempt)
+            if key not in self._in_flight:
+                self._in_flight[key] = runner.submit(_score_item(item, tokenizer, runner))
 
     def _write(self) -> None:
         """Wait a little for results, and write those that are there."""
@@ -131,8 +130,12 @@ class RewardActor:
         return ray.get(ref, timeout=STORE_TIMEOUT_S)
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Any]) -> list[str]:
-    """Texts without special tokens, spaces as they were generated."""
-    rows = [row.tolist() for row in ids]
-    texts: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return texts
+def _score_item(item: Unscored, tokenizer: PreTrainedTokenizerBase, runner: RewardRunner) -> ScoreItem:
+    return ScoreItem.of_tokens(
+        item.tokens.tolist(),
+        tokenizer=tokenizer,
+        inputs=runner.inputs,
+        prompt=decode_text(tokenizer, item.prompt.tolist()),
+        stop=item.stop.name.lower(),
+        metadata=item.metadata,
+    )

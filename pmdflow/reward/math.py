@@ -142,11 +142,11 @@ def _in_child(
         os.close(reader)
     if not said:
         return "no reference"
-    return {b"r=": "equal", b"r/": "different"}.get(said, "no answer")
+    return "equal" if said == b"r=" else "different" if said == b"r/" else "no answer"
 
 
 def _is_equal(expected: list[Any], given: list[Any]) -> bool:
-    return verify(expected, given, allow_set_relation_comp=True, timeout_seconds=None)
+    return bool(verify(expected, given, allow_set_relation_comp=True, timeout_seconds=None))
 
 
 def _values(text: str, *, is_boxed: bool, other: str) -> list[Any]:
@@ -162,8 +162,8 @@ def _parse(text: str, *, is_boxed: bool) -> list[Any]:
     text = _DIGIT_SPACE.sub("", text).replace(r"\varnothing", r"\emptyset")
     text = _REPEATING.sub(_as_fraction, text)
     if is_boxed:
-        return parse(rf"\boxed{{{text}}}", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
-    return parse(text, [LatexExtractionConfig(), ExprExtractionConfig()], parsing_timeout=None)
+        return list(parse(rf"\boxed{{{text}}}", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None))
+    return list(parse(text, [LatexExtractionConfig(), ExprExtractionConfig()], parsing_timeout=None))
 
 
 def _as_fraction(match: re.Match[str]) -> str:

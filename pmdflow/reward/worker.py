@@ -1,36 +1,25 @@
-"""A reward subprocess: imports the rubric once, then scores what its parent sends, one item at a time.
+"""A reward subprocess: imports the rubric once, then scores what its parent sends.
 
-Started by `pmdflow.reward.runner` as `python -m pmdflow.reward.worker FD PARENT_PID`. Over the socket FD, in
-msgpack: the parent sends the reward section as JSON, then batches of encoded [completion, prompt, metadata]; this
-side answers "" once (or why the rubric cannot be imported), then [outcome, reward, components, message] an item.
+Started by `pmdflow.reward.process` as `python -m pmdflow.reward.worker FD PARENT_PID`. Over the socket FD, in msgpack:
+the parent sends the reward section as JSON, then batches of [number, encoded item]; this side answers once why the
+rubric cannot be imported ("" if it can), what it asks for and whether it is concurrent; then [number, outcome, reward,
+components, message] an item. A rubric of plain functions scores one item at a time, in the order of arrival.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import signal
 import sys
 from multiprocessing.connection import Connection
-from typing import Any
-
-import msgpack
 
 from pmdflow.config.schema import RewardConfig
-from pmdflow.reward.rubric import Rubric, Scored, load_rubric
+from pmdflow.reward.item import decode, decode_inputs, encode
+from pmdflow.reward.rubric import Rubric, Scored, infra_failure, load_rubric
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def encode(value: Any) -> bytes:
-    """Message to bytes; any `str` survives, also one with lone surrogates."""
-    data: bytes = msgpack.packb(value, unicode_errors="surrogatepass")
-    return data
-
-
-def decode(data: bytes) -> Any:
-    """Undo `encode`."""
-    return msgpack.unpackb(data, unicode_errors="surrogatepass", strict_map_key=False)
 
 
 def main() -> None:
@@ -42,22 +31,58 @@ def main() -> None:
     try:
         rubric = load_rubric(config)
     except ValueError as error:
-        connection.send_bytes(encode(str(error)))
+        connection.send_bytes(encode([str(error), [], False]))
         return
-    connection.send_bytes(encode(""))
+    connection.send_bytes(encode(["", sorted(rubric.inputs), rubric.is_concurrent]))
     try:
-        while True:
-            _score(connection, rubric)
+        if rubric.is_concurrent:
+            asyncio.run(_score_together(connection, rubric, config.timeout_s))
+        else:
+            _score_in_turn(connection, rubric, config.timeout_s)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
 
-def _score(connection: Connection, rubric: Rubric) -> None:
-    for item in decode(connection.recv_bytes()):
-        completion, prompt, metadata = decode(item)
-        scored: Scored = rubric(completion=completion, prompt=prompt, metadata=metadata)
-        answer = [scored.outcome, scored.reward, dict(scored.components), scored.message]
-        connection.send_bytes(encode(answer))
+def _score_in_turn(connection: Connection, rubric: Rubric, timeout_s: float) -> None:
+    """Score one item at a time; the parent kills this process when one takes too long."""
+    while True:
+        for number, item in decode(connection.recv_bytes()):
+            _answer(connection, number, rubric(**decode_inputs(item), timeout_s=timeout_s))
+
+
+async def _score_together(connection: Connection, rubric: Rubric, timeout_s: float) -> None:
+    """Score every item from its arrival on, until the parent closes its end."""
+    loop = asyncio.get_running_loop()
+    closed: asyncio.Future[None] = loop.create_future()
+    running: set[asyncio.Task[None]] = set()
+
+    async def score(number: int, item: bytes) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                scored = await rubric.score({**decode_inputs(item), "timeout_s": timeout_s})
+        except TimeoutError:
+            scored = infra_failure(f"timed out after {timeout_s:g} s")
+        _answer(connection, number, scored)
+
+    def receive() -> None:
+        try:
+            batch = decode(connection.recv_bytes())
+        except (EOFError, OSError):
+            loop.remove_reader(connection.fileno())
+            closed.set_result(None)
+            return
+        for number, item in batch:
+            task = loop.create_task(score(number, item))
+            running.add(task)
+            task.add_done_callback(running.discard)
+
+    loop.add_reader(connection.fileno(), receive)
+    await closed
+
+
+def _answer(connection: Connection, number: int, scored: Scored) -> None:
+    answer = [number, scored.outcome, scored.reward, dict(scored.components), scored.message]
+    connection.send_bytes(encode(answer))
 
 
 def _die_with(parent: int) -> None:

@@ -12,6 +12,8 @@ from __future__ import annotations
 Row = tuple[str, str, bool]
 """Reference, completion, whether an examiner would accept it."""
 
+MATRIX = r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"
+
 ANSWERS: dict[str, list[Row]] = {
     "boxed": [
         ("42", r"So the result is \boxed{42}.", True),
@@ -120,8 +122,8 @@ ANSWERS: dict[str, list[Row]] = {
         (r"\emptyset", r"\boxed{\varnothing}", True),
         (r"\emptyset", r"\boxed{0}", False),
         (r"\{0\}", r"\boxed{0}", True),
-        (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\boxed{\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}}", True),
-        (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\boxed{\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}}", False),
+        (MATRIX, r"\boxed{\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}}", True),
+        (MATRIX, r"\boxed{\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}}", False),
         (r"\begin{pmatrix} 1 \\ -2 \end{pmatrix}", r"\boxed{\begin{pmatrix} 1 \\ -2 \end{pmatrix}}", True),
     ],
     "intervals and inequalities": [

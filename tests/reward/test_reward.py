@@ -21,8 +21,9 @@ from pmdflow.data import GymPrompts
 from pmdflow.data import gym as gym_data
 from pmdflow.errors import PmdflowError
 from pmdflow.reward import reasoning_gym
+from pmdflow.reward.item import ScoreItem
 from pmdflow.reward.rubric import InvalidCompletion, load_rubric
-from pmdflow.reward.runner import RewardRunner, ScoreItem
+from pmdflow.reward.runner import RewardRunner
 from pmdflow.types import Stop, Unscored
 from tests.data.test_data import make_config as make_run_config
 from tests.data.test_data import save_tokenizer
@@ -309,11 +310,12 @@ def test_subprocesses_die_with_a_killed_parent(functions: Path) -> None:
     script = (
         "import sys\n"
         "from pmdflow.config.schema import RewardConfig\n"
-        "from pmdflow.reward.runner import RewardRunner, ScoreItem\n"
+        "from pmdflow.reward.item import ScoreItem\n"
+        "from pmdflow.reward.runner import RewardRunner\n"
         "config = RewardConfig(functions=[{'function': 'graders:obey'}], timeout_s=600)\n"
         "runner = RewardRunner(config)\n"
         "future = runner.submit(ScoreItem(completion='spin', prompt=''))\n"
-        "print(runner._workers[0]._process.pid, flush=True)\n"
+        "print(runner._workers[0].pid, flush=True)\n"
         "future.result(timeout=600)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(functions), *filter(None, sys.path)])}
