@@ -33,7 +33,7 @@ class Confinement:
     """User id that the entry takes; 0: it stays what it is."""
 
 
-UNCONFINED = Confinement(name="none", argv=("setpriv", "--pdeathsig", "KILL"))
+UNCONFINED = Confinement(name="none", argv=("setpriv", "--no-new-privs", "--pdeathsig", "KILL"))
 """No walls, only limits: for programs that are trusted."""
 
 

@@ -19,7 +19,7 @@ from pmdflow.reward.confinement import PYTHON, UNCONFINED, Confinement, confinem
 
 _ENTRY = Path(__file__).with_name("sandbox_entry.py")
 _PROBE = """
-import os, socket, sys, time
+import ctypes, os, socket, sys, time
 assert os.getpid() < 100, "it sees the processes of the machine"
 assert not os.path.exists(sys.argv[1]), "it sees the files of the machine"
 for folder in ("/", "/usr", "/dev", "/proc"):
@@ -28,6 +28,7 @@ try:
     socket.create_connection(("192.0.2.1", 9), timeout=0.2)
 except OSError as error:
     assert not isinstance(error, TimeoutError), "it reaches the network"
+assert ctypes.CDLL(None).unshare(0x10000000), "it makes user namespaces"
 for started in range(int(sys.argv[2]) + 1):
     try:
         if os.fork() == 0:
