@@ -32,11 +32,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vllm import LLM, EngineArgs, SamplingParams, TokensPrompt
 
 from pmdflow.config.schema import Config
-from pmdflow.rollout.actor import RolloutActor
 from pmdflow.rollout.engines.vllm.settings import VllmSettings, make_engine_args
-from pmdflow.run.actors import actor_class, start_ray, store_groups, store_settings
-from pmdflow.run.directory import log_path
-from pmdflow.store.actor import StoreActor
+from pmdflow.run.actors import start_ray, start_rollout, start_store
 from pmdflow.types import Prompt, Quota
 
 GROUP_SIZE = 4
@@ -83,18 +80,10 @@ class Ours:
         """Start them."""
         directory = Path(config.run.dir) / config.run.name
         (directory / "logs").mkdir(parents=True)
-        self._store = actor_class(StoreActor, **store_groups(config)).remote(
-            log_path=log_path(directory, "store"),
-            directory=str(directory / "store"),
-            run_dir=str(directory),
-            settings=store_settings(config),
-            archive_attrs={},
-        )
+        self._store = start_store(config, directory, archive_attrs={})
         self._call("publish", 0, None, {})
         self._call("set_quota", Quota(version=0, groups=10**6, tokens=10**9, tokens_per_segment=None))
-        self._actor = actor_class(RolloutActor, num_cpus=1, max_concurrency=8).remote(
-            log_path=log_path(directory, "rollout"), config=config, index=0, store=self._store, run_dir=str(directory)
-        )
+        self._actor = start_rollout(config, directory, self._store, {"num_cpus": 1}, index=0)
         self._actor.run.remote(None, "rollout-0")
         ray.get(self._actor.drain.remote(), timeout=TIMEOUT_S)
         self._admitted = 0

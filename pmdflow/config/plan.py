@@ -12,6 +12,7 @@ from pmdflow.config.errors import dotted
 from pmdflow.config.load import Loaded, leaves
 from pmdflow.config.model_size import ModelSize, measure_model
 from pmdflow.config.schema import BYTES_PER_TOKEN, DEFAULT_SLOTS, Config
+from pmdflow.config.window import active_groups
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 _MASTER_BYTES = 16
@@ -69,12 +70,12 @@ def make_plan(config: Config, *, model: ModelSize | None) -> Plan:
     """
     scheduler, data, learner = config.scheduler, config.data, config.learner
     trajectories = scheduler.groups_per_iteration * data.group_size
-    active_groups = scheduler.groups_per_iteration * (scheduler.lookahead + 1)
+    window = active_groups(groups_per_iteration=scheduler.groups_per_iteration, lookahead=scheduler.lookahead)
     kept = learner.checkpoint_every * learner.keep_checkpoints * trajectories
-    store_bytes = (active_groups * data.group_size + kept) * data.max_tokens * BYTES_PER_TOKEN
+    store_bytes = (window * data.group_size + kept) * data.max_tokens * BYTES_PER_TOKEN
     return Plan(
-        active_groups=active_groups,
-        active_trajectories=active_groups * data.group_size,
+        active_groups=window,
+        active_trajectories=window * data.group_size,
         trajectories_per_iteration=trajectories,
         tokens_per_iteration=scheduler.tokens_per_iteration,
         tokens_per_trajectory=scheduler.tokens_per_iteration / trajectories,

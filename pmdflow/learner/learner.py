@@ -23,6 +23,7 @@ from pmdflow.learner.policy import Policy
 from pmdflow.learner.selection import Weighed, groups_left_out, importance_metrics, veto_sequences, weigh
 from pmdflow.learner.steps import Sums, Supervised, Tensors, all_sum, mismatch_sums, reference_pass, take_step
 from pmdflow.learner.supervised import SupervisedData
+from pmdflow.metrics.report import ActorReport
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.reward.total import total_rewards
 from pmdflow.types import Float64, Mask, TrainBatch
@@ -168,9 +169,9 @@ class Learner:
             self._num_steps = load_training(self._policy, self._optimizer, directory)
             self._pristine = False
 
-    def drain(self) -> list[dict[str, Any]]:
+    def drain(self) -> ActorReport:
         """The spans since the last call; safe beside `train`."""
-        return self._spans.drain()
+        return ActorReport(spans=self._spans.drain())
 
     def device_info(self) -> dict[str, Any]:
         """What bitwise equality of a replay depends on."""

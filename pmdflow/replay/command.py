@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -20,6 +20,9 @@ from pmdflow.errors import PmdflowError
 from pmdflow.learner.checkpoint.manifest import manifest_at
 from pmdflow.metrics.history import History
 from pmdflow.run.directory import hardware
+
+if TYPE_CHECKING:
+    from pmdflow.learner.learner import TrainResult
 from pmdflow.store.archive import part_iteration, parts, read_part
 
 STEP_TIMEOUT_S = 7200.0
@@ -110,8 +113,10 @@ def replay_claims(run: Path, config: Config, *, start: int, verify: bool = False
     """
     import ray
 
+    from pmdflow.learner.actor import LearnerActor
     from pmdflow.run.actors import start_learners, start_ray
     from pmdflow.run.placement import place_learners
+    from pmdflow.store.client import call
 
     history = History(run, max_spans=0)
     history.update()
@@ -120,16 +125,19 @@ def replay_claims(run: Path, config: Config, *, start: int, verify: bool = False
     try:
         learners = start_learners(config, run, place_learners(config), log_prefix="replay-")
         if verify:
-            _check_same(run, "learner", ray.get(learners[0].device_info.remote(), timeout=STEP_TIMEOUT_S))
+            _check_same(run, "learner", ray.get(call(learners[0], LearnerActor.device_info), timeout=STEP_TIMEOUT_S))
         if start == 0:
-            loads = [learner.load_initial.remote() for learner in learners]
+            loads = [call(learner, LearnerActor.load_initial) for learner in learners]
         else:
             directory = str(manifest_at(run / "checkpoints", start).directory)
-            loads = [learner.load.remote(directory) for learner in learners]
+            loads = [call(learner, LearnerActor.load, directory) for learner in learners]
         ray.get(loads, timeout=STEP_TIMEOUT_S)
         for iteration, path in claims:
             batch = ray.put(read_part(path))
-            result = ray.get([learner.train.remote(batch) for learner in learners], timeout=STEP_TIMEOUT_S)[0]
+            results: list[TrainResult] = ray.get(
+                [learner.train.remote(batch) for learner in learners], timeout=STEP_TIMEOUT_S
+            )
+            result = results[0]
             yield Replayed(
                 iteration=iteration,
                 recorded=history.iterations[iteration]["learner/step_losses"],

@@ -13,6 +13,7 @@ import ray
 from pmdflow.config.schema import Config
 from pmdflow.data.tokenizer import load_tokenizer
 from pmdflow.errors import WaitTimeout
+from pmdflow.metrics.report import ActorReport
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.reward.item import ScoreItem, decode_text
 from pmdflow.reward.process import BATCH
@@ -75,13 +76,13 @@ class RewardActor:
         """Let `run` return within seconds; what is being scored is handed out again later."""
         self._stopping.set()
 
-    def drain(self) -> list[dict[str, Any]]:
+    def drain(self) -> ActorReport:
         """Spans since the last call: `start`, `wait_unscored` and `score`.
 
         `score` has the attributes `scored`, `invalid` and `infra_failure` (counts) and, after infra failures,
         `messages`.
         """
-        return self._spans.drain()
+        return ActorReport(spans=self._spans.drain())
 
     def _fetch(self, runner: RewardRunner, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take as many trajectories as there is room for; waits for the first one only if nothing is in flight."""

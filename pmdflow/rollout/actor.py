@@ -13,6 +13,7 @@ import ray
 
 from pmdflow.config.schema import Config
 from pmdflow.errors import EngineDied, WaitTimeout
+from pmdflow.metrics.report import ActorReport, Event
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.rollout.engine import Output
 from pmdflow.rollout.engines.make import make_engine
@@ -119,15 +120,19 @@ class RolloutActor:
         with self._weights:
             self._weights.notify_all()
 
-    def drain(self) -> dict[str, Any]:
+    def drain(self) -> ActorReport:
         """Spans and problems of environments since the last call, and counts of tokens since the start."""
-        return {
-            "spans": self._spans.drain(),
-            "problems": [self._problems.popleft() for _ in range(len(self._problems))],
-            "generated_tokens": self._generated,
-            "drafted_tokens": self._engine.drafted_tokens,
-            "accepted_tokens": self._engine.accepted_tokens,
-        }
+        problems = [self._problems.popleft() for _ in range(len(self._problems))]
+        attrs = {"actor": self._name}
+        return ActorReport(
+            spans=self._spans.drain(),
+            events=[Event(kind="environment_failed", message=problem, attrs=attrs) for problem in problems],
+            tokens={
+                "generated_tokens": self._generated,
+                "drafted_tokens": self._engine.drafted_tokens,
+                "accepted_tokens": self._engine.accepted_tokens,
+            },
+        )
 
     def _offer(self, version: int, weights: Weights) -> None:
         staged = self._engine.stage(weights)

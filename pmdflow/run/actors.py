@@ -6,22 +6,29 @@ import logging
 import os
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
 
 from pmdflow.config.schema import DEFAULT_SLOTS, Config
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.reward.actor import RewardActor
 from pmdflow.rollout.actor import RolloutActor
-from pmdflow.run.directory import RunDirectory, log_path
-from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Loop
+from pmdflow.run.directory import log_path
+from pmdflow.run.placement import ActorOptions
+from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Loop, LoopHandle
 from pmdflow.store.actor import StoreActor
+from pmdflow.store.client import StoreHandle, call
+from pmdflow.weights.transport import WeightsHandle
 
 LEARNER_SETUP_TIMEOUT_S = 300.0
+
+Actor = TypeVar("Actor")
 
 
 def start_ray(config: Config) -> None:
@@ -38,15 +45,30 @@ def start_ray(config: Config) -> None:
     )
 
 
-def start_store(config: Config, run: RunDirectory) -> Any:
+def start_store(config: Config, run_dir: Path, *, archive_attrs: Mapping[str, object]) -> StoreHandle:
     """The store actor, which Ray restarts as often as it dies."""
-    actor = actor_class(StoreActor, max_restarts=-1, max_task_retries=-1, **store_groups(config))
-    return actor.remote(
-        log_path=log_path(run.path, "store"),
-        directory=str(run.path / "store"),
-        run_dir=str(run.path),
-        settings=store_settings(config),
-        archive_attrs=run.archive_attrs(config),
+    return make_actor(
+        StoreActor,
+        log=log_path(run_dir, "store"),
+        options={"max_restarts": -1, "max_task_retries": -1, **_store_threads(config)},
+        arguments={
+            "directory": str(run_dir / "store"),
+            "run_dir": str(run_dir),
+            "settings": store_settings(config),
+            "archive_attrs": archive_attrs,
+        },
+    )
+
+
+def start_rollout(
+    config: Config, run_dir: Path, store: StoreHandle, place: ActorOptions, *, index: int
+) -> ActorHandle[RolloutActor]:
+    """Rollout actor number `index` in its place; its `run` is still to be called."""
+    return make_actor(
+        RolloutActor,
+        log=log_path(run_dir, f"rollout-{index}"),
+        options={"max_concurrency": 8, **place},
+        arguments={"config": config, "index": index, "store": store, "run_dir": str(run_dir)},
     )
 
 
@@ -76,58 +98,68 @@ def _grant_tokens(config: Config) -> int:
 
 
 def start_learners(
-    config: Config, run_dir: Path, places: Sequence[dict[str, Any]], *, log_prefix: str = ""
-) -> list[Any]:
+    config: Config, run_dir: Path, places: Sequence[ActorOptions], *, log_prefix: str = ""
+) -> list[ActorHandle[LearnerActor]]:
     """One actor a rank, each in its place, joined into one process group."""
     learners = [
-        actor_class(LearnerActor, max_concurrency=3, **place).remote(
-            log_path=log_path(run_dir, f"{log_prefix}learner-{rank}"), config=config, rank=rank, run_dir=str(run_dir)
+        make_actor(
+            LearnerActor,
+            log=log_path(run_dir, f"{log_prefix}learner-{rank}"),
+            options={"max_concurrency": 3, **place},
+            arguments={"config": config, "rank": rank, "run_dir": str(run_dir)},
         )
         for rank, place in enumerate(places)
     ]
-    master = ray.get(learners[0].address.remote(), timeout=STARTUP_TIMEOUT_S)
-    ray.get([learner.setup.remote(master) for learner in learners], timeout=LEARNER_SETUP_TIMEOUT_S)
+    master = ray.get(call(learners[0], LearnerActor.address), timeout=STARTUP_TIMEOUT_S)
+    ray.get([call(learner, LearnerActor.setup, master) for learner in learners], timeout=LEARNER_SETUP_TIMEOUT_S)
     return learners
 
 
-def make_loops(config: Config, run: RunDirectory, store: Any, places: Sequence[dict[str, Any]]) -> list[Loop]:
-    """The replaceable actors: one rollout actor a place, and the reward actor."""
+def make_loops(config: Config, run_dir: Path, store: StoreHandle, places: Sequence[ActorOptions]) -> list[Loop]:
+    """The replaceable actors: a rollout actor in each place, and the reward actor."""
 
-    def rollout(index: int) -> Any:
-        name = f"rollout-{index}"
-        return actor_class(RolloutActor, max_concurrency=8, **places[index]).remote(
-            log_path=log_path(run.path, name), config=config, index=index, store=store, run_dir=str(run.path)
+    def rollout(index: int, weights: WeightsHandle | None, worker: str) -> tuple[LoopHandle, ObjectRef[object]]:
+        actor = start_rollout(config, run_dir, store, places[index], index=index)
+        return actor, call(actor, RolloutActor.run, weights, worker)
+
+    def reward(weights: WeightsHandle | None, worker: str) -> tuple[LoopHandle, ObjectRef[object]]:
+        actor = make_actor(
+            RewardActor,
+            log=log_path(run_dir, "reward"),
+            options={"max_concurrency": 4},
+            arguments={"config": config, "store": store},
         )
-
-    def reward() -> Any:
-        actor = actor_class(RewardActor, max_concurrency=4)
-        return actor.remote(log_path=log_path(run.path, "reward"), config=config, store=store)
+        return actor, call(actor, RewardActor.run)
 
     hang_s = config.rollout.lease_ttl_s
     rollouts = [
-        Loop(name=f"rollout-{index}", make=partial(rollout, index), takes_weights=True, hang_timeout_s=hang_s)
+        Loop(name=f"rollout-{index}", start=partial(rollout, index), takes_weights=True, hang_timeout_s=hang_s)
         for index in range(config.rollout.actors)
     ]
-    return [*rollouts, Loop(name="reward", make=reward, takes_weights=False, hang_timeout_s=hang_s)]
+    return [*rollouts, Loop(name="reward", start=reward, takes_weights=False, hang_timeout_s=hang_s)]
 
 
-def store_groups(config: Config) -> dict[str, Any]:
+def _store_threads(config: Config) -> ActorOptions:
     """A waiting call holds a thread of its group: rollout actors wait for leases, everybody else must not."""
     actors = config.rollout.actors
     groups = {"lease": actors + 1, "append": actors + 1, "score": 2, "claim": 2, "archive": 1}
     return {"concurrency_groups": groups, "max_concurrency": 4}
 
 
-def actor_class(cls: type, **options: Any) -> Any:
-    """The Ray actor class of `cls`, whose processes write their output to the run's `logs/`."""
+def make_actor(
+    cls: type[Actor], *, log: str, options: ActorOptions, arguments: Mapping[str, object]
+) -> ActorHandle[Actor]:
+    """Start `cls(**arguments)` as a Ray actor whose process writes its output to the file `log`."""
     initialize: Any = vars(cls)["__init__"]
 
-    def start(self: Any, *, log_path: str, **arguments: Any) -> None:
-        Path(log_path).parent.mkdir(exist_ok=True)  # a copied run directory may come without its logs
-        with open(log_path, "ab", buffering=0) as log:
-            os.dup2(log.fileno(), sys.stdout.fileno())
-            os.dup2(log.fileno(), sys.stderr.fileno())
+    def start(self: Actor, *, log: str, **arguments: object) -> None:
+        Path(log).parent.mkdir(exist_ok=True)  # a copied run directory may come without its logs
+        with open(log, "ab", buffering=0) as file:
+            os.dup2(file.fileno(), sys.stdout.fileno())
+            os.dup2(file.fileno(), sys.stderr.fileno())
         initialize(self, **arguments)
 
     logged = types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update({"__init__": start}))
-    return ray.remote(**{"num_cpus": 0, **options})(logged)
+    remote: Any = ray.remote(**{"num_cpus": 0, **options})
+    handle: ActorHandle[Actor] = remote(logged).remote(log=log, **arguments)
+    return handle

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+
+from ray import ObjectRef
+from ray.actor import ActorHandle
 
 from pmdflow.config.schema import Config
 from pmdflow.data.prompts import PromptSource
-from pmdflow.errors import ActorDied, LearnerDied, PmdflowError, WaitTimeout
-from pmdflow.learner.checkpoint.manifest import Manifest, commit_checkpoint, newest_manifest, oldest_manifest, prune
+from pmdflow.errors import LearnerDied, PmdflowError, WaitTimeout
+from pmdflow.learner.actor import LearnerActor
+from pmdflow.learner.learner import TrainResult
 from pmdflow.metrics.summary import batch_metrics
-from pmdflow.run.held_out import Evaluation
-from pmdflow.run.scheduler import SchedulerSettings, next_quota
-from pmdflow.run.supervision import Supervisor, store_values
+from pmdflow.run.checkpoints import Checkpoints
+from pmdflow.run.held_out import HeldOut
+from pmdflow.run.learner_group import LearnerGroup
+from pmdflow.run.scheduler import SchedulerSettings, must_regrant, next_quota
+from pmdflow.run.supervision import Supervisor
+from pmdflow.run.telemetry import Interval, store_values
+from pmdflow.store.actor import StoreActor
+from pmdflow.store.answers import ClaimAnswer
+from pmdflow.store.client import call
 from pmdflow.types import Counts, TrainBatch
+from pmdflow.weights.transport import WeightsHandle
 
 CLAIM_WAIT_S = 1.0
 STALL_TIMEOUT_S = 900.0
 """A claim is given up when nothing was written to the store for this long."""
 STEP_TIMEOUT_S = 7200.0
 APPLY_TIMEOUT_S = 300.0
+STOP_TIMEOUT_S = 30.0
 
 
 class Controller:
@@ -36,26 +45,22 @@ class Controller:
         run_dir: Path,
         supervisor: Supervisor,
         prompts: PromptSource,
-        start_learners: Callable[[], list[Any]],
+        start_learners: Callable[[], list[ActorHandle[LearnerActor]]],
     ) -> None:
         """Wire the parts; `start_learners` creates one actor a rank."""
         self._config = config
-        self._run_dir = run_dir
         self._supervisor = supervisor
+        self._telemetry = supervisor.telemetry
         self._store = supervisor.store
         self._prompts = prompts
-        self._start_learners = start_learners
         self._settings = SchedulerSettings.of(config)
-        self._evaluation = Evaluation(config=config, supervisor=supervisor, prompts=prompts)
-        self._archive_ref: Any = None
-        self._saving: tuple[Manifest, list[Any]] | None = None
-        """The checkpoint whose files are being written, and what the ranks answer when they are whole."""
-        self._checkpointed = 0
-        # Newest iteration whose checkpoint is committed or being written."""
-        self._tokens_before: Counter[str] = Counter()
+        self._learners = LearnerGroup(supervisor=supervisor, start=start_learners)
+        self._checkpoints = Checkpoints(config=config, run_dir=run_dir, supervisor=supervisor, learners=self._learners)
+        self._held_out = HeldOut(config=config, supervisor=supervisor, prompts=prompts)
         self.iteration = 0
         """Iterations trained in the surviving history."""
         self.version = 0
+        """Newest published policy version."""
 
     def run(self) -> None:
         """Train until `run.iterations` are done or a drain is asked for, then leave everything durable.
@@ -67,7 +72,7 @@ class Controller:
             LearnerDied: twice in the same iteration, so that a third time would be the same.
         """
         self.recover()
-        self._evaluation.start(self.iteration)
+        self._held_out.start(self.iteration)
         died_after = -1
         while self.iteration < self._config.run.iterations and not self._supervisor.draining:
             try:
@@ -76,70 +81,74 @@ class Controller:
                 if died_after == self.iteration:
                     raise
                 died_after = self.iteration
-                self._supervisor.event("actor_died", f"{error}; the learner restarts from the newest checkpoint")
+                self._telemetry.event("actor_died", f"{error}; the learner restarts from the newest checkpoint")
                 self.recover()
-        if self._checkpointed < self.iteration:
-            self._checkpoint()
-        self._commit_checkpoint()
+        if self._checkpoints.saved_iteration < self.iteration:
+            self._checkpoints.save(iteration=self.iteration, version=self.version)
+        self._checkpoints.commit()
         if not self._supervisor.draining:
-            self._evaluation.finish(self.iteration)
-        self._supervisor.stop_loops(timeout_s=30.0)
-        self._await_archive()
-        self._supervisor.recorder.metric("sample", store_values(*self._call("sample")))
+            self._held_out.finish(self.iteration)
+        self._supervisor.stop_loops(timeout_s=STOP_TIMEOUT_S)
+        self._checkpoints.await_archive()
+        self._telemetry.sample(*self._sample())
 
     def recover(self) -> None:
         """Put learner and store at the newest checkpoint: later claims are undone, their groups ready again."""
-        supervisor, manifest = self._supervisor, newest_manifest(self._run_dir / "checkpoints")
-        self._saving = None
-        supervisor.stop_learners()
-        supervisor.learners = self._start_learners()
+        manifest = self._checkpoints.recover()
+        self._learners.restart()
         if manifest is None:
-            self._learners("load_initial", what="loading the initial weights")
+            self._learners.wait(self._learners.call(LearnerActor.load_initial), what="loading the initial weights")
         else:
-            self._learners("load", str(manifest.directory), what=f"loading {manifest.directory}")
-        self.iteration = self._checkpointed = 0 if manifest is None else manifest.iteration
+            directory = str(manifest.directory)
+            self._learners.wait(self._learners.call(LearnerActor.load, directory), what=f"loading {directory}")
+        self.iteration = 0 if manifest is None else manifest.iteration
         self.version = 0 if manifest is None else manifest.version
-        undone = self._call("uncommit", self.iteration)
+        undone = self._supervisor.get(
+            call(self._store, StoreActor.uncommit, self.iteration), what="undoing the claims after the checkpoint"
+        )
         if self.iteration:
-            self._call("commit", self.iteration)
-            supervisor.event(
+            self._supervisor.get(call(self._store, StoreActor.commit, self.iteration), what="committing claims")
+            self._telemetry.event(
                 "resume",
                 f"continuing after iteration {self.iteration}; {len(undone)} later claims will be trained again",
             )
         self._reopen_version()
-        self._archive()
+        self._checkpoints.archive()
 
     def _reopen_version(self) -> None:
         """Version numbers are never reused: weights older than the newest number get the next one."""
-        counts: Counts = self._call("counts")
-        if counts.max_version > self.version:
-            self.version = counts.max_version + 1
-        if counts.max_version != self.version:
-            self._call("publish", self.version, None, {})
+        newest = self._counts().max_version
+        if newest > self.version:
+            self.version = newest + 1
+        if newest != self.version:
+            self._supervisor.get(call(self._store, StoreActor.publish, self.version, None, {}), what="publishing")
         self._grant_first_budget()
         if self.version > 0:
             self._supervisor.offer_weights(self._publish_weights(), timeout_s=APPLY_TIMEOUT_S)
 
     def _iterate(self) -> None:
+        """One claim, trained and published; nothing if a drain came first."""
         started = time.time()
         iteration = self.iteration + 1
         self._admit()
         if not self._claim(iteration):
             return
         claimed = time.time()
-        batch_ref = self._store.read_claim.remote(iteration)
-        result = self._learners("train", batch_ref, what=f"training iteration {iteration}", timeout_s=STEP_TIMEOUT_S)[0]
+        batch_ref = call(self._store, StoreActor.read_claim, iteration)
+        # Ray resolves a reference in the place of an argument.
+        refs: list[ObjectRef[TrainResult]] = [learner.train.remote(batch_ref) for learner in self._supervisor.learners]
+        results = self._learners.wait(refs, what=f"training iteration {iteration}", timeout_s=STEP_TIMEOUT_S)
         trained = time.time()
-        self._commit_checkpoint()
+        self._checkpoints.commit()
         committed = time.time()
-        spent: Counts = self._call("counts")
-        self._publish(iteration, result.left_out)
+        spent = self._counts()
+        self._publish(iteration, results[0].left_out)
         published = time.time()
         self.iteration = iteration
         if iteration % self._config.learner.checkpoint_every == 0:
-            self._checkpoint()
-        self._evaluation.turn(iteration)
-        batch = self._supervisor.wait([batch_ref], what="reading the claim", timeout_s=APPLY_TIMEOUT_S)[0]
+            self._checkpoints.save(iteration=iteration, version=self.version)
+        self._held_out.turn(iteration)
+        batch = self._supervisor.get(batch_ref, what="reading the claim", timeout_s=APPLY_TIMEOUT_S)
         times = {
             "time/claim_wait_s": claimed - started,
             "time/train_s": trained - claimed,
@@ -147,18 +156,19 @@ class Controller:
             "time/checkpoint_s": committed - trained + time.time() - published,
             "time/iteration_s": time.time() - started,
         }
-        self._record(batch, {**result.metrics, **result.speed}, spent, times)
+        self._record(batch, {**results[0].metrics, **results[0].speed}, spent, times)
 
     def _admit(self) -> int:
         """Admit prompts up to the quota; only admission is ever refused, so a full store admits fewer."""
-        counts: Counts = self._call("counts")
-        room = self._settings.groups_per_iteration * (self._settings.lookahead + 1) - counts.groups_untrained
-        cursors = range(counts.next_cursor, counts.next_cursor + max(room, 0))
+        counts = self._counts()
+        cursors = range(counts.next_cursor, counts.next_cursor + self._settings.room(counts))
         batch = [(f"train-{cursor}", cursor, self._prompts.prompt(cursor)) for cursor in cursors]
-        admitted: int = self._call("admit", batch, "train", self._config.data.group_size, self._config.data.max_tokens)
-        if admitted == 0 and counts.groups_untrained == 0 and self._saving is not None:
-            self._commit_checkpoint()
-            self._await_archive()
+        data = self._config.data
+        answer = call(self._store, StoreActor.admit, batch, "train", data.group_size, data.max_tokens)
+        admitted = self._supervisor.get(answer, what="admitting prompts")
+        if admitted == 0 and counts.groups_untrained == 0 and self._checkpoints.is_saving:
+            self._checkpoints.commit()
+            self._checkpoints.await_archive()
             return self._admit()
         if admitted == 0 and counts.groups_untrained == 0:
             raise PmdflowError(
@@ -172,26 +182,13 @@ class Controller:
         last_lsn, last_change = -1, time.monotonic()
         start = time.time()
         while not self._supervisor.draining:
-            answer = self._call("claim", iteration, self.version, CLAIM_WAIT_S)
+            asked = call(self._store, StoreActor.claim, iteration, self.version, CLAIM_WAIT_S)
+            answer = self._supervisor.get(asked, what="claiming the iteration's groups")
             if answer.status == "claimed":
-                self._supervisor.recorder.spans(
-                    [{"actor": "controller", "name": "wait_claim", "start": start, "end": time.time(), "attrs": {}}]
-                )
+                self._telemetry.waited("wait_claim", start)
                 return True
-            counts: Counts = self._call("counts")
-            admitted = self._admit() if answer.status == "starved" else 0
-            if answer.reason == "over_age":
-                self._supervisor.event(
-                    "over_age",
-                    f"version {self.version}: ready groups had nothing left to train and were evicted; "
-                    f"{admitted} others admitted",
-                )
-            elif answer.status == "starved" and admitted == 0:
-                self._call("set_quota", next_quota(self._settings, counts))
-                self._supervisor.event(
-                    "budget_regranted",
-                    f"version {self.version}: {counts.tokens_spent} tokens spent without a ready group",
-                )
+            counts = self._counts()
+            self._unblock(answer, counts)
             if counts.lsn != last_lsn:
                 last_lsn, last_change = counts.lsn, time.monotonic()
             elif time.monotonic() - last_change > STALL_TIMEOUT_S:
@@ -201,98 +198,79 @@ class Controller:
                 )
         return False
 
+    def _unblock(self, answer: ClaimAnswer, counts: Counts) -> None:
+        """Let rollout go on where a claim starves: by new groups, or else by the same budget once more."""
+        if answer.status != "starved":
+            return
+        admitted = self._admit()
+        if answer.reason == "over_age":
+            self._telemetry.event(
+                "over_age",
+                f"version {self.version}: ready groups had nothing left to train and were evicted; "
+                f"{admitted} others admitted",
+            )
+        if must_regrant(answer, admitted=admitted):
+            self._grant(counts)
+            self._telemetry.event(
+                "budget_regranted",
+                f"version {self.version}: {counts.tokens_spent} tokens spent without a ready group",
+            )
+
     def _publish(self, iteration: int, left_out: dict[str, list[int]]) -> None:
         """The next version: its weights whole, its number in the store, its budget granted, then the actors told."""
         self.version += 1
         handle = self._publish_weights()
-        self._call("publish", self.version, iteration, left_out)
+        published = call(self._store, StoreActor.publish, self.version, iteration, left_out)
+        self._supervisor.get(published, what="publishing")
         self._grant_first_budget()
         self._supervisor.offer_weights(handle, timeout_s=APPLY_TIMEOUT_S)
 
-    def _publish_weights(self) -> Any:
-        return self._learners("publish", self.version, what=f"publishing version {self.version}")[0]
+    def _publish_weights(self) -> WeightsHandle:
+        refs = self._learners.call(LearnerActor.publish, self.version)
+        handle = self._learners.wait(refs, what=f"publishing version {self.version}")[0]
+        assert handle is not None, "rank 0 has the handle"
+        return handle
 
     def _grant_first_budget(self) -> None:
-        counts: Counts = self._call("counts")
+        counts = self._counts()
         if counts.tokens_budget == 0:
-            self._call("set_quota", next_quota(self._settings, counts))
+            self._grant(counts)
 
-    def _checkpoint(self) -> None:
-        """Claims durable, then the files, which the learner writes beside its next iteration."""
-        self._commit_checkpoint()
-        root = self._run_dir / "checkpoints"
-        lsn = self._call("sync")
-        manifest = Manifest.new(root, iteration=self.iteration, version=self.version, lsn=lsn)
-        shutil.rmtree(manifest.writing, ignore_errors=True)  # left by a crash while saving
-        self._learners("save", str(manifest.writing), what="saving a checkpoint")
-        refs = [learner.await_saved.remote() for learner in self._supervisor.learners]
-        self._saving, self._checkpointed = (manifest, refs), self.iteration
+    def _grant(self, counts: Counts) -> None:
+        quota = next_quota(self._settings, counts)
+        self._supervisor.get(call(self._store, StoreActor.set_quota, quota), what="granting a budget")
 
-    def _commit_checkpoint(self) -> None:
-        """Files whole, rename of the manifest (the commit point), then the store's commit and the archive."""
-        if self._saving is None:
-            return
-        (manifest, refs), self._saving = self._saving, None
-        self._await_learners(refs, what="writing a checkpoint", timeout_s=STEP_TIMEOUT_S)
-        commit_checkpoint(manifest.root, manifest)
-        self._call("commit", manifest.iteration)
-        prune(manifest.root, self._config.learner.keep_checkpoints)
-        self._archive()
+    def _counts(self) -> Counts:
+        return self._supervisor.get(call(self._store, StoreActor.counts), what="the store's counts")
 
-    def _archive(self) -> None:
-        """Archive what is committed, beside training; evict what the oldest kept checkpoint covers."""
-        self._await_archive()
-        oldest = oldest_manifest(self._run_dir / "checkpoints")
-        claims = self._call("claims")
-        committed = sorted(iteration for iteration, state in claims.items() if state == "committed")
-        if oldest is not None and committed:
-            self._archive_ref = self._store.archive.remote(committed, oldest.iteration)
+    def _sample(self) -> tuple[Counts, dict[str, int]]:
+        return self._supervisor.get(call(self._store, StoreActor.sample), what="the store's counts")
 
-    def _await_archive(self) -> None:
-        if self._archive_ref is not None:
-            self._supervisor.wait([self._archive_ref], what="archiving claims", timeout_s=STEP_TIMEOUT_S)
-            self._archive_ref = None
-
-    def _record(self, batch: TrainBatch, metrics: dict[str, Any], spent: Counts, times: dict[str, float]) -> None:
-        supervisor = self._supervisor
-        counts, ledger = self._call("sample")
-        busy, waited = supervisor.busy_s, supervisor.waited_s
-        supervisor.busy_s = supervisor.waited_s = 0.0
-        tokens = supervisor.tokens - self._tokens_before
-        self._tokens_before = Counter(supervisor.tokens)
-        values = {
-            **store_values(counts, ledger),
-            "iteration": self.iteration,
-            "version": self.version,
-            **batch_metrics(batch),
-            **metrics,
-            "scheduler/tokens_budget": spent.tokens_budget,
-            "scheduler/tokens_spent": spent.tokens_spent,
-            "rollout/tokens_per_s": tokens["generated_tokens"] / times["time/iteration_s"],
-            "rollout/busy_share": busy / max(busy + waited, 1e-9),
-            "rollout/reprefill_tokens": ledger["reprefill"],
-            **_speculation(self._config, tokens),
-            **times,
-        }
-        supervisor.recorder.metric("iteration", values)
-        supervisor.live.iteration(values)
-
-    def _learners(self, method: str, *args: Any, what: str, timeout_s: float = 600.0) -> list[Any]:
-        refs = [getattr(learner, method).remote(*args) for learner in self._supervisor.learners]
-        return self._await_learners(refs, what=what, timeout_s=timeout_s)
-
-    def _await_learners(self, refs: list[Any], *, what: str, timeout_s: float) -> list[Any]:
-        try:
-            return self._supervisor.wait(refs, what=what, timeout_s=timeout_s)
-        except ActorDied as error:
-            raise LearnerDied(str(error)) from error
-
-    def _call(self, method: str, *args: Any) -> Any:
-        return self._supervisor.call(getattr(self._store, method), *args, what=f"the store's {method}")
+    def _record(
+        self, batch: TrainBatch, metrics: Mapping[str, object], spent: Counts, times: Mapping[str, float]
+    ) -> None:
+        counts, ledger = self._sample()
+        interval = self._telemetry.take_interval()
+        self._telemetry.iteration(
+            {
+                **store_values(counts, ledger),
+                "iteration": self.iteration,
+                "version": self.version,
+                **batch_metrics(batch),
+                **metrics,
+                "scheduler/tokens_budget": spent.tokens_budget,
+                "scheduler/tokens_spent": spent.tokens_spent,
+                "rollout/tokens_per_s": interval.tokens["generated_tokens"] / times["time/iteration_s"],
+                "rollout/busy_share": interval.busy_share,
+                "rollout/reprefill_tokens": ledger["reprefill"],
+                **_speculation(self._config, interval),
+                **times,
+            }
+        )
 
 
-def _speculation(config: Config, tokens: Mapping[str, int]) -> dict[str, float | None]:
+def _speculation(config: Config, interval: Interval) -> dict[str, float | None]:
     if config.rollout.speculation is None:
         return {}
-    drafted = tokens["drafted_tokens"]
-    return {"rollout/speculation_accepted_share": tokens["accepted_tokens"] / drafted if drafted else None}
+    drafted, accepted = interval.tokens["drafted_tokens"], interval.tokens["accepted_tokens"]
+    return {"rollout/speculation_accepted_share": accepted / drafted if drafted else None}

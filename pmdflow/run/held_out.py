@@ -1,8 +1,9 @@
-"""Held-out evaluation: its own lease class, outside ledger and budget."""
+"""Held-out evaluation during a run: its own lease class, outside ledger and budget."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,26 +11,30 @@ from pmdflow.config.schema import Config
 from pmdflow.data.prompts import PromptSource
 from pmdflow.errors import WaitTimeout
 from pmdflow.run.supervision import Supervisor
+from pmdflow.store.actor import StoreActor
+from pmdflow.store.answers import EvalResult
+from pmdflow.store.client import call
 
 FINISH_TIMEOUT_S = 600.0
 APPLY_TIMEOUT_S = 60.0
 """A round begins when every rollout actor uses the newest version, or this much later."""
 
 
-class Evaluation:
+class HeldOut:
     """Admits the held-out prompts every few iterations and records each round when all of it is scored."""
 
     def __init__(self, *, config: Config, supervisor: Supervisor, prompts: PromptSource) -> None:
         """Use the first `eval.prompts` held-out prompts in every round."""
         self._config = config
         self._supervisor = supervisor
+        self._store = supervisor.store
         self._prompts = prompts.held_out(config.eval.prompts)
         self._open: list[int] = []
         self._last = -1
 
     def start(self, iteration: int) -> None:
         """Forget unfinished rounds of an earlier process; evaluate the policy that a new run starts from."""
-        self._supervisor.call(self._supervisor.store.drop_eval, "eval-", what="dropping old evaluations")
+        self._drop("eval-")
         if iteration == 0:
             self._admit(0)
 
@@ -49,10 +54,9 @@ class Evaluation:
         if not self._prompts:
             return
         self._supervisor.await_applied(timeout_s=APPLY_TIMEOUT_S)
-        batch = [(f"eval-{iteration:06d}-{number}", None, prompt) for number, prompt in enumerate(self._prompts)]
-        self._supervisor.call(
-            self._supervisor.store.admit, batch, "eval", 1, self._config.data.max_tokens, what="admitting evaluation"
-        )
+        batch = [(f"{_prefix(iteration)}{number}", None, prompt) for number, prompt in enumerate(self._prompts)]
+        admitted = call(self._store, StoreActor.admit, batch, "eval", 1, self._config.data.max_tokens)
+        self._supervisor.get(admitted, what="admitting evaluation")
         self._open.append(iteration)
         self._last = iteration
 
@@ -65,21 +69,33 @@ class Evaluation:
 
     def _collect(self, *, timeout_s: float) -> None:
         for iteration in list(self._open):
-            prefix = f"eval-{iteration:06d}-"
-            results = self._supervisor.call(
-                self._supervisor.store.eval_results, prefix, timeout_s, what="the evaluation's results"
-            )
+            answer = call(self._store, StoreActor.eval_results, _prefix(iteration), timeout_s)
+            results = self._supervisor.get(answer, what="the evaluation's results")
             if results is None:
                 continue
             self._open.remove(iteration)
-            self._supervisor.call(self._supervisor.store.drop_eval, prefix, what="dropping an evaluation")
-            values = {
-                "eval/round": iteration,
-                "eval/reward_mean": float(np.mean([result.reward for result in results if result.reward is not None])),
-                "eval/prompts": len(results),
-                "eval/length_mean": float(np.mean([result.length for result in results])),
-                "eval/first_version": min(result.first_version for result in results),
-                "eval/last_version": max(result.last_version for result in results),
-            }
-            self._supervisor.recorder.metric("eval", values)
-            self._supervisor.live.evaluation(values)
+            self._drop(_prefix(iteration))
+            self._supervisor.telemetry.evaluation({"eval/round": iteration, **summarize_round(results)})
+
+    def _drop(self, prefix: str) -> None:
+        self._supervisor.get(call(self._store, StoreActor.drop_eval, prefix), what="dropping an evaluation")
+
+
+def summarize_round(results: Sequence[EvalResult]) -> dict[str, float | int | None]:
+    """The `eval/*` metrics of one round.
+
+    A trajectory whose scoring failed for good has no reward, and one whose environment never began has no version:
+    both count as prompts and are left out of what they do not have, which is None if nobody has it.
+    """
+    rewards = [result.reward for result in results if result.reward is not None]
+    return {
+        "eval/reward_mean": float(np.mean(rewards)) if rewards else None,
+        "eval/prompts": len(results),
+        "eval/length_mean": float(np.mean([result.length for result in results])),
+        "eval/first_version": min((r.first_version for r in results if r.first_version is not None), default=None),
+        "eval/last_version": max((r.last_version for r in results if r.last_version is not None), default=None),
+    }
+
+
+def _prefix(iteration: int) -> str:
+    return f"eval-{iteration:06d}-"

@@ -7,9 +7,9 @@ import signal
 import sys
 import types
 from functools import partial
-from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
 from pmdflow.config.load import Loaded
@@ -17,6 +17,7 @@ from pmdflow.config.schema import Config
 from pmdflow.dashboard.process import DashboardProcess
 from pmdflow.data.prompts import PromptSource, make_prompts
 from pmdflow.errors import LaunchError, PmdflowError
+from pmdflow.learner.actor import LearnerActor
 from pmdflow.metrics.live import LiveView
 from pmdflow.metrics.recorder import Recorder
 from pmdflow.metrics.summary import render_summary
@@ -25,6 +26,9 @@ from pmdflow.run.controller import Controller
 from pmdflow.run.directory import RunDirectory
 from pmdflow.run.placement import place_learners, place_rollouts
 from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Supervisor
+from pmdflow.run.telemetry import Telemetry
+from pmdflow.store.actor import StoreActor
+from pmdflow.store.client import call
 
 
 def up(loaded: Loaded) -> int:
@@ -69,16 +73,17 @@ def _train(config: Config, run: RunDirectory, recorder: Recorder, live: LiveView
     places = place_learners(config)  # before the rollout actors: these share what is left
     rollout_places = place_rollouts(config)
 
-    def start() -> list[Any]:
+    def start() -> list[ActorHandle[LearnerActor]]:
         learners = start_learners(config, run.path, places)
-        run.write_meta(config, ray.get(learners[0].device_info.remote(), timeout=STARTUP_TIMEOUT_S))
+        device = ray.get(call(learners[0], LearnerActor.device_info), timeout=STARTUP_TIMEOUT_S)
+        run.write_meta(config, device)
         return learners
 
-    store = start_store(config, run)
-    supervisor = Supervisor(store=store, recorder=recorder, live=live)
+    store = start_store(config, run.path, archive_attrs=run.archive_attrs(config))
+    supervisor = Supervisor(store=store, telemetry=Telemetry(recorder=recorder, live=live))
     previous = signal.signal(signal.SIGINT, partial(_interrupt, supervisor))
     try:
-        for loop in make_loops(config, run, store, rollout_places):
+        for loop in make_loops(config, run.path, store, rollout_places):
             supervisor.start_loop(loop)
         controller = Controller(
             config=config,
@@ -89,7 +94,7 @@ def _train(config: Config, run: RunDirectory, recorder: Recorder, live: LiveView
         )
         controller.run()
         supervisor.stop_learners()
-        ray.get(store.close.remote(), timeout=STARTUP_TIMEOUT_S)
+        ray.get([call(store, StoreActor.close)], timeout=STARTUP_TIMEOUT_S)
         return controller.iteration >= config.run.iterations
     finally:
         signal.signal(signal.SIGINT, previous)
@@ -107,4 +112,4 @@ def _interrupt(supervisor: Supervisor, signum: int, frame: types.FrameType | Non
     if supervisor.draining:
         raise KeyboardInterrupt
     supervisor.draining = True
-    supervisor.live.event("drain", "draining: finishing the iteration, then stopping; press Ctrl-C again to stop now")
+    supervisor.telemetry.drain_asked()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group
@@ -12,11 +12,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from pmdflow.config.schema import Config
 from pmdflow.errors import LaunchError
 
+ActorOptions: TypeAlias = dict[str, Any]
+"""What Ray calls the options of an actor: resources, threads, strategy."""
+
 PLACEMENT_TIMEOUT_S = 60
 """Ray takes whole seconds here."""
 
 
-def place_learners(config: Config) -> list[dict[str, Any]]:
+def place_learners(config: Config) -> list[ActorOptions]:
     """Reserve a place for each rank, as options of its actor; the ranks of a replica are on one node if they fit.
 
     Raises:
@@ -34,7 +37,7 @@ def place_learners(config: Config) -> list[dict[str, Any]]:
     return places
 
 
-def place_rollouts(config: Config) -> list[dict[str, Any]]:
+def place_rollouts(config: Config) -> list[ActorOptions]:
     """The options of each rollout actor's Ray actor.
 
     The ranks of a tensor-parallel engine are processes of its actor: what all of them need is reserved as one bundle,
@@ -101,6 +104,6 @@ def _reserve(bundles: list[dict[str, float]], strategy: str, what: str, remedy: 
     return group
 
 
-def _options(cpus: int, gpus: float, group: PlacementGroup, index: int) -> dict[str, Any]:
+def _options(cpus: int, gpus: float, group: PlacementGroup, index: int) -> ActorOptions:
     strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
     return {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": strategy}

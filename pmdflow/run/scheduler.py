@@ -1,10 +1,12 @@
-"""The scheduler: a pure function from counts and settings to a quota. It keeps no books and reads no clock."""
+"""The scheduler: pure functions from counts and settings to numbers. It keeps no books and reads no clock."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pmdflow.config.window import active_groups
+from pmdflow.store.answers import ClaimAnswer
 from pmdflow.types import Counts, Quota
 
 if TYPE_CHECKING:
@@ -32,6 +34,15 @@ class SchedulerSettings:
             lookahead=config.scheduler.lookahead,
         )
 
+    @property
+    def active_groups(self) -> int:
+        """Most groups admitted and not yet trained; see `pmdflow.config.window`."""
+        return active_groups(groups_per_iteration=self.groups_per_iteration, lookahead=self.lookahead)
+
+    def room(self, counts: Counts) -> int:
+        """Groups that may be admitted now."""
+        return max(self.active_groups - counts.groups_untrained, 0)
+
 
 def next_quota(settings: SchedulerSettings, counts: Counts) -> Quota:
     """The quota of the newest version, with its token budget granted one more time.
@@ -57,7 +68,16 @@ def next_quota(settings: SchedulerSettings, counts: Counts) -> Quota:
     segment = settings.tokens_per_segment
     return Quota(
         version=counts.version,
-        groups=settings.groups_per_iteration * (settings.lookahead + 1),
+        groups=settings.active_groups,
         tokens=settings.tokens_per_iteration * grants,
         tokens_per_segment=None if segment is None else segment * grants,
     )
+
+
+def must_regrant(answer: ClaimAnswer, *, admitted: int) -> bool:
+    """Whether a claim that was not granted needs its version's budget once more.
+
+    Only if rollout is closed (`starved`), no over-age group was evicted to make room, and nothing could be admitted
+    since: then no lease can be granted, so no group can ever become ready.
+    """
+    return answer.status == "starved" and answer.reason == "closed" and admitted == 0

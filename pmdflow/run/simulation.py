@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pmdflow.run.scheduler import SchedulerSettings, next_quota
+from pmdflow.run.scheduler import SchedulerSettings, must_regrant, next_quota
 from pmdflow.store.facade import TrajectoryStore
 from pmdflow.store.segments import encode_segments
 from pmdflow.types import Lease, Mask, Outcome, Prompt, Segment, StopReason
@@ -109,9 +109,8 @@ class Simulation:
 
     def _admit(self) -> int:
         counts = self._store.counts()
-        scheduler = self._settings.scheduler
-        room = scheduler.groups_per_iteration * (scheduler.lookahead + 1) - counts.groups_untrained
-        for cursor in range(counts.next_cursor, counts.next_cursor + max(room, 0)):
+        room = self._settings.scheduler.room(counts)
+        for cursor in range(counts.next_cursor, counts.next_cursor + room):
             prompt = Prompt(id=f"p{cursor}", text="", tokens=np.arange(3, dtype=np.int32))
             self._store.admit(
                 f"train-{cursor}",
@@ -123,7 +122,7 @@ class Simulation:
             )
         untrained = self._store.counts().groups_untrained
         self._report.max_groups_untrained = max(self._report.max_groups_untrained, untrained)
-        return max(room, 0)
+        return room
 
     def _rollout(self, actor: int) -> None:
         running = self._running[actor]
@@ -191,7 +190,8 @@ class Simulation:
                 self._account(iteration)
                 return
             self._report.learner_wait_ticks += 1
-            if answer.status == "starved" and self._admit() == 0 and answer.reason == "closed":
+            admitted = self._admit() if answer.status == "starved" else 0
+            if must_regrant(answer, admitted=admitted):
                 self._report.regrants += 1
                 self._store.set_quota(next_quota(self._settings.scheduler, self._store.counts()))
         elif self._now >= self._training_until:

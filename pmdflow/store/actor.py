@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import ray
 
 from pmdflow._rust_buffer import StoreFull, StoreLocked
 from pmdflow.errors import WaitTimeout
+from pmdflow.metrics.report import ActorReport, Event
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.store.answers import ClaimAnswer, EvalResult, LateMembers
 from pmdflow.store.archive import write_part
 from pmdflow.store.facade import TrajectoryStore
 from pmdflow.types import Counts, Grant, Lease, Outcome, Prompt, Quota, TrainBatch, Unscored
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
 LOCK_TIMEOUT_S = 30.0
 """How long opening waits for a killed predecessor to let go of the store's lock."""
 DURABLE_TIMEOUT_S = 60.0
 """A sync that takes longer than this is reported as a failure."""
+
+
+def _in_group(name: str) -> Callable[[Method], Method]:
+    """Give a method threads of its own, so that calls which wait do not stop the others; its type stays."""
+
+    def decorate(method: Method) -> Method:
+        ray.method(concurrency_group=name)(method)  # marks the method itself
+        return method
+
+    return decorate
 
 
 class StoreActor:
@@ -36,6 +49,8 @@ class StoreActor:
         """Open the store in `directory`; `settings` are the keyword arguments of `TrajectoryStore`."""
         self._run_dir = Path(run_dir)
         self._archive_attrs = archive_attrs
+        self._archived: set[int] = set()
+        """Iterations whose claims this process has archived: they need not be read again until they are undone."""
         self._spans = SpanBuffer("store")
         deadline = time.monotonic() + LOCK_TIMEOUT_S
         while True:
@@ -47,7 +62,7 @@ class StoreActor:
                     raise
                 time.sleep(0.2)
 
-    @ray.method(concurrency_group="lease")
+    @_in_group("lease")
     def lease(self, worker: str, version: int, max_leases: int, timeout_s: float) -> list[Lease]:
         """Lease trajectories to a rollout actor; waits for the first one."""
         return self._store.lease(worker, version, max_leases, timeout_s)
@@ -56,29 +71,29 @@ class StoreActor:
         """End every lease of a worker that is dead, and lease nothing to it again."""
         return self._store.fence(worker)
 
-    @ray.method(concurrency_group="append")
+    @_in_group("append")
     def append(self, batch: bytes) -> list[Grant]:
         """Append encoded segments; answers once they are durable."""
         return self._store.append(batch)[1]
 
-    @ray.method(concurrency_group="score")
+    @_in_group("score")
     def unscored(self, max_items: int, ttl_s: float, timeout_s: float) -> list[Unscored]:
         """Complete trajectories that await their reward; waits for the first one."""
         return self._store.unscored(max_items, ttl_s, timeout_s)
 
-    @ray.method(concurrency_group="score")
+    @_in_group("score")
     def score(self, scores: Sequence[tuple[int, int, Outcome, float, dict[str, float]]]) -> None:
         """Record (trajectory, attempt, outcome, reward, components) of several trajectories."""
         for trajectory, attempt, outcome, reward, components in scores:
             self._store.score(trajectory, attempt, outcome, reward, components, wait=False)
         self.sync()
 
-    @ray.method(concurrency_group="claim")
+    @_in_group("claim")
     def claim(self, iteration: int, version: int, timeout_s: float) -> ClaimAnswer:
         """Claim an iteration's groups; waits until it can."""
         return self._store.claim(iteration, version, timeout_s)
 
-    @ray.method(concurrency_group="claim")
+    @_in_group("claim")
     def read_claim(self, iteration: int) -> TrainBatch:
         """The claimed groups as packed arrays."""
         return self._store.read_claim(iteration)
@@ -123,22 +138,31 @@ class StoreActor:
 
     def uncommit(self, iteration: int) -> list[int]:
         """Undo every claim after `iteration`."""
+        self._archived = {archived for archived in self._archived if archived <= iteration}
         return self._store.uncommit(iteration)
 
-    @ray.method(concurrency_group="archive")
+    @_in_group("archive")
     def archive(self, iterations: Sequence[int], evict_through: int) -> None:
         """Archive the committed claims of `iterations`, then evict what lies at or before `evict_through`."""
         for iteration in iterations:
+            if iteration in self._archived:
+                continue
             with self._spans.span("archive", iteration=iteration):
                 write_part(self._run_dir, self._store.read_claim(iteration), attrs=self._archive_attrs)
+            self._archived.add(iteration)
         self._store.evict(evict_through)
 
-    def sync(self) -> None:
-        """Wait until everything so far is durable."""
+    def sync(self) -> int:
+        """Wait until everything so far is durable; returns the log position that is.
+
+        Raises:
+            WaitTimeout: it is not in time.
+        """
         if not self._store.wait_durable(None, DURABLE_TIMEOUT_S):
             raise WaitTimeout(f"the trajectory store was not on disk within {DURABLE_TIMEOUT_S:g} s")
+        return self._store.counts().durable_lsn
 
-    @ray.method(concurrency_group="claim")
+    @_in_group("claim")
     def eval_results(self, prefix: str, timeout_s: float) -> list[EvalResult] | None:
         """Results of one evaluation, or None if some are missing after `timeout_s`."""
         return self._store.eval_results(prefix, timeout_s)
@@ -163,10 +187,19 @@ class StoreActor:
         """State of every claim whose groups are still in the store: `claimed`, `trained` or `committed`."""
         return self._store.claims()
 
-    def drain(self) -> tuple[list[dict[str, Any]], list[LateMembers]]:
+    def drain(self) -> ActorReport:
         """Spans, and groups that became ready without late members, since the last call."""
-        return self._spans.drain(), self._store.take_late()
+        return ActorReport(spans=self._spans.drain(), events=[_late(members) for members in self._store.take_late()])
 
     def close(self) -> None:
         """Sync and let go of the directory."""
         self._store.close()
+
+
+def _late(late: LateMembers) -> Event:
+    message = (
+        f"group {late.group} ({late.prompt_id}) does not wait for its late members: {late.members} evicted "
+        f"with {late.tokens} tokens"
+    )
+    attrs = {"group": late.group, "members": late.members, "tokens": late.tokens}
+    return Event(kind="late_members", message=message, attrs=attrs)

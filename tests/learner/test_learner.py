@@ -469,10 +469,10 @@ def test_published_weights_do_not_change_with_later_steps(start, model_path):
     kept = copy.deepcopy(published)
     learner.train(make_batch(seed=1))
     assert same_weights(published, kept)
-    names = [span["name"] for span in learner.drain()]
+    names = [span["name"] for span in learner.drain().spans]
     assert names.count("step") == 4
     assert names.count("reference") == 2
-    assert learner.drain() == []
+    assert learner.drain().spans == []
 
 
 def test_missing_model_is_named(start, tmp_path):

@@ -408,13 +408,13 @@ def test_actor_scores_each_attempt_once_and_stops_within_seconds(tmp_path: Path)
     assert sorted(scores)[2:] == [(2, 5, "infra_failure", 0.0, {}), (3, 5, "scored", 2.0, {"graders.obey": 2.0})]
     ray.get(actor.stop.remote(), timeout=10)
     ray.get(run, timeout=10)
-    spans = ray.get(actor.drain.remote(), timeout=10)
+    spans = ray.get(actor.drain.remote(), timeout=10).spans
     assert {span["name"] for span in spans} == {"start", "wait_unscored", "score"}
     total = {kind: sum(span["attrs"].get(kind, 0) for span in spans) for kind in ("scored", "invalid", "infra_failure")}
     assert total == {"scored": 2, "invalid": 1, "infra_failure": 1}
     (message,) = [text for span in spans for text in span["attrs"].get("messages", [])]
     assert "timed out after 1 s" in message
-    assert ray.get(actor.drain.remote(), timeout=10) == []
+    assert ray.get(actor.drain.remote(), timeout=10).spans == []
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -15,11 +15,9 @@ import pytest
 import ray
 
 from pmdflow.config.schema import Config
-from pmdflow.rollout.actor import RolloutActor
-from pmdflow.run.actors import actor_class, start_ray, store_groups, store_settings
-from pmdflow.run.directory import log_path
+from pmdflow.metrics.report import ActorReport
+from pmdflow.run.actors import start_ray, start_rollout, start_store
 from pmdflow.run.placement import place_rollouts
-from pmdflow.store.actor import StoreActor
 from pmdflow.types import Prompt, Quota
 
 TIMEOUT_S = 300.0
@@ -39,20 +37,14 @@ class RolloutAlone:
 
     def start_actor(self, handle: Any = None) -> None:
         """Start the actor and wait until its engine is ready."""
-        self.actor = actor_class(RolloutActor, max_concurrency=8, **self.place).remote(
-            log_path=log_path(self.directory, "rollout-0"),
-            config=self.config,
-            index=0,
-            store=self.store,
-            run_dir=str(self.directory),
-        )
+        self.actor = start_rollout(self.config, self.directory, self.store, self.place, index=0)
         self.workers += 1
         self.run_ref = self.actor.run.remote(handle, f"rollout-0/{self.workers}")
         self.drained()
 
-    def drained(self) -> dict[str, Any]:
+    def drained(self) -> ActorReport:
         """What the actor answers to `drain`."""
-        answer: dict[str, Any] = ray.get(self.actor.drain.remote(), timeout=TIMEOUT_S)
+        answer: ActorReport = ray.get(self.actor.drain.remote(), timeout=TIMEOUT_S)
         return answer
 
     def admit(self, prompts: list[list[int]], *, group_size: int, max_tokens: int, prefix: str = "p") -> None:
@@ -82,7 +74,7 @@ class RolloutAlone:
         flush_s, history = self.config.rollout.flush_interval_s, []
         end = time.monotonic() + 2 * flush_s
         while time.monotonic() < end:
-            count = self.drained()["generated_tokens"]
+            count = self.drained().tokens["generated_tokens"]
             history.append((time.monotonic(), count))
             time.sleep(0.01)
         actor = next(p for p in psutil.Process().children(recursive=True) if "RolloutActor" in " ".join(p.cmdline()))
@@ -125,13 +117,7 @@ def rollout_alone(config: Config, directory: Path) -> Iterator[RolloutAlone]:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")  # Ray's processes inherit it
         start_ray(config)
     try:
-        store = actor_class(StoreActor, **store_groups(config)).remote(
-            log_path=log_path(directory, "store"),
-            directory=str(directory / "store"),
-            run_dir=str(directory),
-            settings=store_settings(config),
-            archive_attrs={},
-        )
+        store = start_store(config, directory, archive_attrs={})
         yield RolloutAlone(config=config, directory=directory, store=store, place=place_rollouts(config)[0])
     finally:
         ray.shutdown()

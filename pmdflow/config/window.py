@@ -1,0 +1,18 @@
+"""The admission window: how many groups may be on their way, and what that bounds."""
+
+from __future__ import annotations
+
+
+def active_groups(*, groups_per_iteration: int, lookahead: int) -> int:
+    """W = groups_per_iteration x (lookahead + 1): most groups admitted and not yet trained, partial ones counted.
+
+    What it bounds: while iteration i is being generated or trained, at most (i + lookahead) x groups_per_iteration
+    groups that were not evicted have ever been admitted, so rollout is at most `lookahead` iterations ahead.
+
+    Proof. Let A be the groups ever admitted, T those that were trained or evicted, U = A - T. Only admission raises A,
+    by one and only where U < W, so A <= T + W after it; training and eviction raise T, which keeps A <= T + W. While
+    iteration i is under way, T counts (i - 1) x groups_per_iteration trained groups and the evicted ones: A less the
+    evicted is at most (i - 1 + lookahead + 1) x groups_per_iteration. At a resume T falls by the groups of the undone
+    claims; U may then exceed W by as many, admission waits until U < W again, and A, the bounded number, is unchanged.
+    """
+    return groups_per_iteration * (lookahead + 1)

@@ -1,0 +1,93 @@
+"""Checkpoints of a run: files saved, manifest renamed, claims committed, then archived and evicted, in that order."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ray import ObjectRef
+
+from pmdflow.config.schema import Config
+from pmdflow.learner.actor import LearnerActor
+from pmdflow.learner.checkpoint.manifest import Manifest, commit_checkpoint, newest_manifest, oldest_manifest, prune
+from pmdflow.run.learner_group import LearnerGroup
+from pmdflow.run.supervision import Supervisor
+from pmdflow.store.actor import StoreActor
+from pmdflow.store.client import call
+
+WRITE_TIMEOUT_S = 7200.0
+"""Files or archive parts that are not written after this long never will be."""
+
+
+class Checkpoints:
+    """Saves beside training; what the newest one covers is committed before the next one begins."""
+
+    def __init__(self, *, config: Config, run_dir: Path, supervisor: Supervisor, learners: LearnerGroup) -> None:
+        """Use `run_dir`/checkpoints."""
+        self._root = run_dir / "checkpoints"
+        self._keep = config.learner.keep_checkpoints
+        self._supervisor = supervisor
+        self._learners = learners
+        self._saving: tuple[Manifest, list[ObjectRef[None]]] | None = None
+        """The checkpoint whose files are being written, and what the ranks answer when they are whole."""
+        self._archiving: ObjectRef[None] | None = None
+        self.saved_iteration = 0
+        """Newest iteration whose checkpoint is committed or being written."""
+
+    def recover(self) -> Manifest | None:
+        """Forget what was being written; returns the newest whole checkpoint, from which the run goes on."""
+        self._saving = None
+        manifest = newest_manifest(self._root)
+        self.saved_iteration = 0 if manifest is None else manifest.iteration
+        return manifest
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether files are being written whose commit will free room in the store."""
+        return self._saving is not None
+
+    def save(self, *, iteration: int, version: int) -> None:
+        """Claims durable, then the files, which the learner writes beside its next iteration.
+
+        Raises:
+            LearnerDied: a rank died, now or while it wrote the checkpoint before this one.
+            PmdflowError: files cannot be written.
+        """
+        self.commit()
+        lsn = self._supervisor.get(call(self._supervisor.store, StoreActor.sync), what="syncing the store")
+        manifest = Manifest.new(self._root, iteration=iteration, version=version, lsn=lsn)
+        shutil.rmtree(manifest.writing, ignore_errors=True)  # left by a crash while saving
+        self._learners.wait(self._learners.call(LearnerActor.save, str(manifest.writing)), what="saving a checkpoint")
+        self._saving = manifest, self._learners.call(LearnerActor.await_saved)
+        self.saved_iteration = iteration
+
+    def commit(self) -> None:
+        """Files whole, rename of the manifest (the commit point), then the store's commit and the archive.
+
+        Raises:
+            LearnerDied: a rank died before its files were whole.
+        """
+        if self._saving is None:
+            return
+        (manifest, refs), self._saving = self._saving, None
+        self._learners.wait(refs, what="writing a checkpoint", timeout_s=WRITE_TIMEOUT_S)
+        commit_checkpoint(manifest.root, manifest)
+        committed = call(self._supervisor.store, StoreActor.commit, manifest.iteration)
+        self._supervisor.get(committed, what="committing claims")
+        prune(manifest.root, self._keep)
+        self.archive()
+
+    def archive(self) -> None:
+        """Archive what is committed, beside training; evict what the oldest kept checkpoint covers."""
+        self.await_archive()
+        oldest = oldest_manifest(self._root)
+        claims = self._supervisor.get(call(self._supervisor.store, StoreActor.claims), what="the store's claims")
+        committed = sorted(iteration for iteration, state in claims.items() if state == "committed")
+        if oldest is not None and committed:
+            self._archiving = call(self._supervisor.store, StoreActor.archive, committed, oldest.iteration)
+
+    def await_archive(self) -> None:
+        """Wait until what was to be archived is, and what it covers is evicted."""
+        if self._archiving is not None:
+            self._supervisor.get(self._archiving, what="archiving claims", timeout_s=WRITE_TIMEOUT_S)
+            self._archiving = None
