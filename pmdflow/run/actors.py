@@ -116,18 +116,18 @@ def start_learners(
 
 
 def make_loops(config: Config, run_dir: Path, store: StoreHandle, places: Sequence[ActorOptions]) -> list[Loop]:
-    """The replaceable actors: a rollout actor in each place, and the reward actor."""
+    """The replaceable actors: a rollout actor in each place, and reward actors over the nodes."""
 
     def rollout(index: int, weights: WeightsHandle | None, worker: str) -> tuple[LoopHandle, ObjectRef[object]]:
         actor = start_rollout(config, run_dir, store, places[index], index=index)
         return actor, call(actor, RolloutActor.run, weights, worker)
 
-    def reward(weights: WeightsHandle | None, worker: str) -> tuple[LoopHandle, ObjectRef[object]]:
+    def reward(index: int, weights: WeightsHandle | None, worker: str) -> tuple[LoopHandle, ObjectRef[object]]:
         actor = make_actor(
             RewardActor,
-            log=log_path(run_dir, "reward"),
-            options={"max_concurrency": 4},
-            arguments={"config": config, "store": store},
+            log=log_path(run_dir, f"reward-{index}"),
+            options={"max_concurrency": 4, "scheduling_strategy": "SPREAD"},
+            arguments={"config": config, "index": index, "store": store},
         )
         return actor, call(actor, RewardActor.run)
 
@@ -136,7 +136,11 @@ def make_loops(config: Config, run_dir: Path, store: StoreHandle, places: Sequen
         Loop(name=f"rollout-{index}", start=partial(rollout, index), takes_weights=True, hang_timeout_s=hang_s)
         for index in range(config.rollout.actors)
     ]
-    return [*rollouts, Loop(name="reward", start=reward, takes_weights=False, hang_timeout_s=hang_s)]
+    rewards = [
+        Loop(name=f"reward-{index}", start=partial(reward, index), takes_weights=False, hang_timeout_s=hang_s)
+        for index in range(config.reward.actors)
+    ]
+    return [*rollouts, *rewards]
 
 
 def _store_threads(config: Config) -> ActorOptions:
