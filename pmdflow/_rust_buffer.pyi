@@ -13,7 +13,6 @@ from typing_extensions import Buffer
 __all__ = [
     "Conflict",
     "CorruptLog",
-    "StaleLease",
     "StoreError",
     "StoreFull",
     "StoreLocked",
@@ -37,9 +36,6 @@ def pack(
 
 class StoreError(Exception):
     """Root of the store's errors."""
-
-class StaleLease(StoreError):
-    """The lease's epoch is not the trajectory's newest."""
 
 class StoreFull(StoreError):
     """Admission refused: the quota of groups or `max_bytes` is reached; names the limit."""
@@ -71,7 +67,7 @@ class TrajectoryStore:
         durability: Literal["os", "group", "always"] = "group",
         max_bytes: int | None = None,
         file_bytes: int = 67108864,
-        commit_interval_s: float = 0.005,
+        sync_interval_s: float = 0.005,
         read_only: bool = False,
     ) -> TrajectoryStore:
         """Open or create the store in directory `path`; None keeps the log in memory (simulation, tests).
@@ -100,6 +96,7 @@ class TrajectoryStore:
         prompt_id: str,
         prompt: bytes,
         metadata: bytes,
+        text: str | None = None,
         group_size: int,
         max_tokens: int,
         priority: int = 0,
@@ -107,9 +104,10 @@ class TrajectoryStore:
     ) -> int:
         """Admit a prompt with `group_size` empty trajectories; returns the group id.
 
-        `prompt` is int32 ids, `metadata` opaque bytes. `cursor` (train only) advances `next_cursor` to at least
-        cursor + 1. Groups of higher `priority` are started first. A repeat of a live `request_id` returns its group;
-        of one already gone raises Conflict (but the ids of dropped evaluations are free again).
+        `prompt` is int32 ids, `text` what these are of, `metadata` opaque bytes. `cursor` (train only) advances
+        `next_cursor` to at least cursor + 1. Groups of higher `priority` are started first. A repeat of a live
+        `request_id` returns its group; of one already gone raises Conflict (but the ids of dropped evaluations are free
+        again).
 
         Raises:
             StoreFull: untrained groups have reached the quota, or no room for group_size x max_tokens.
@@ -232,7 +230,7 @@ class TrajectoryStore:
         """Live groups with their prompts' metadata.
 
         Keys: group, request_id, prompt_id, kind, state, iteration, trajectories: list[int], cursor, priority,
-        max_tokens, prompt_length, tokens, scored, failed, late, metadata: bytes.
+        max_tokens, prompt_length, tokens, scored, failed, late, metadata: bytes, text: str | None.
 
         `state` is one of `partial`, `ready`, `claimed`, `trained`, `committed`; `tokens` are those of its members,
         `scored`, `failed` and `late` count members; tokens of late members are not in `tokens`.

@@ -13,11 +13,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from pmdflow.errors import ActorDied as ActorDied
-from pmdflow.errors import LaunchError as LaunchError
-from pmdflow.errors import PmdflowError as PmdflowError
-from pmdflow.errors import WaitTimeout as WaitTimeout
-
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
@@ -71,7 +66,9 @@ class Lease:
     epoch: int
     kind: LeaseKind
     metadata: Mapping[str, Any]
-    """That of the prompt."""
+    """The prompt's."""
+    text: str | None
+    """The prompt's. None: recorded before texts were kept."""
     prompt: Int32
     """Prompt token ids, shape [P]."""
     prefix: Int32
@@ -130,6 +127,8 @@ class Unscored:
     attempt: int
     prompt_id: str
     metadata: Mapping[str, Any]
+    text: str | None
+    """The prompt's. None: recorded before texts were kept."""
     prompt: Int32
     tokens: Int32
     observed: UInt8
@@ -148,7 +147,6 @@ class Quota:
     """Most tokens that may be generated under `version`."""
     tokens_per_segment: int | None
     """Most tokens that one trajectory may generate under `version`; None is unlimited."""
-    order: Literal["partial_first"] = "partial_first"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

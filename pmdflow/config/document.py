@@ -53,6 +53,16 @@ class Document:
         """Return where the value at `path` stands, or the nearest one above it."""
         return self._nearest(self.values, path)
 
+    def rename(self, old: KeyPath, new: KeyPath) -> None:
+        """Give the setting at `old`, where there is one, another name in the same section."""
+        section = self.data
+        for key in old[:-1]:
+            section = section.get(key) if isinstance(section, dict) else None
+        if isinstance(section, dict) and old[-1] in section:
+            section[new[-1]] = section.pop(old[-1])
+            for places in (self.keys, self.values):
+                places[new] = places.pop(old)
+
     def override(self, text: str) -> ConfigIssue | None:
         """Lay `KEY=VALUE` over the data, VALUE parsed as YAML; return what is wrong with it, if anything."""
         place = Place(source=text, is_override=True)

@@ -13,6 +13,9 @@ from pmdflow.config.document import Document, parse
 from pmdflow.config.errors import ConfigError, ConfigIssue, KeyPath, Place, did_you_mean, dotted, explain
 from pmdflow.config.schema import Config
 
+RENAMED_KEYS: dict[KeyPath, KeyPath] = {("store", "commit_interval_s"): ("store", "sync_interval_s")}
+"""What earlier versions called a key in the `config.yaml` of their runs, and its name now."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
@@ -31,7 +34,8 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Loaded:
     """Read and check a configuration file.
 
     A relative `model.path`, `learner.ptx_data` or `.jsonl` path in `data.task` is looked for in the current directory
-    first, then beside the configuration file; if it is in neither, it is left as written.
+    first, then beside the configuration file; if it is in neither, it is left as written. A recorded run's file may
+    call keys by the names that they had then.
 
     Args:
         path: The YAML file.
@@ -47,6 +51,9 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Loaded:
     """
     path = Path(path)
     document = parse(_read(path), name=str(path))
+    if (path.parent / "meta.json").is_file():
+        for old, new in RENAMED_KEYS.items():
+            document.rename(old, new)
     issues = [*document.duplicates, *filter(None, map(document.override, overrides))]
     _find_paths(document.data, beside=path.parent)
     try:

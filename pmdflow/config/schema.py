@@ -339,7 +339,7 @@ class StoreConfig(Section):
 
     durability: Literal["os", "group", "always"] = "group"
     """When an append is acknowledged: in the page cache, after a group's fdatasync, or after its own."""
-    commit_interval_s: float = Field(default=0.005, gt=0, le=60)
+    sync_interval_s: float = Field(default=0.005, gt=0, le=60)
     """Longest time between two syncs while records arrive that nobody waits for: what a power loss can take of them."""
     max_bytes: str = Field(default="4GiB", pattern=r"^\d+(\.\d+)?\s*(B|KiB|MiB|GiB|TiB)$")
     """Size above which admission is refused, for example `4GiB`."""

@@ -58,6 +58,7 @@ def _lease(id: int, prompt: Prompt, max_tokens: int) -> Lease:
         epoch=0,
         kind="eval",
         metadata=prompt.metadata,
+        text=prompt.text,
         prompt=prompt.tokens,
         prefix=np.zeros(0, np.int32),
         prefix_observed=np.zeros(0, np.uint8),

@@ -24,6 +24,7 @@ from pmdflow.run.placement import ActorOptions
 from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Loop, LoopHandle
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.client import StoreHandle, call
+from pmdflow.store.settings import StoreSettings
 from pmdflow.weights.transport import WeightsHandle
 
 LEARNER_SETUP_TIMEOUT_S = 300.0
@@ -72,7 +73,7 @@ def start_rollout(
     )
 
 
-def store_settings(config: Config) -> dict[str, Any]:
+def store_settings(config: Config) -> StoreSettings:
     """The keyword arguments of the trajectory store."""
     straggler = config.scheduler.straggler
     return {
@@ -86,7 +87,7 @@ def store_settings(config: Config) -> dict[str, Any]:
         "lease_ttl_s": config.rollout.lease_ttl_s,
         "grant_tokens": _grant_tokens(config),
         "durability": config.store.durability,
-        "commit_interval_s": config.store.commit_interval_s,
+        "sync_interval_s": config.store.sync_interval_s,
         "max_bytes": config.store.limit_bytes,
     }
 

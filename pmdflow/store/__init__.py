@@ -2,7 +2,6 @@
 
 from pmdflow._rust_buffer import Conflict as Conflict
 from pmdflow._rust_buffer import CorruptLog as CorruptLog
-from pmdflow._rust_buffer import StaleLease as StaleLease
 from pmdflow._rust_buffer import StoreError as StoreError
 from pmdflow._rust_buffer import StoreFull as StoreFull
 from pmdflow._rust_buffer import StoreLocked as StoreLocked
@@ -13,3 +12,4 @@ from pmdflow.store.answers import LateMembers as LateMembers
 from pmdflow.store.answers import StoredTrajectory as StoredTrajectory
 from pmdflow.store.facade import TrajectoryStore as TrajectoryStore
 from pmdflow.store.segments import encode_segments as encode_segments
+from pmdflow.store.settings import StoreSettings as StoreSettings

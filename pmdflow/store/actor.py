@@ -16,6 +16,7 @@ from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.store.answers import ClaimAnswer, EvalResult, LateMembers
 from pmdflow.store.archive import write_part
 from pmdflow.store.facade import TrajectoryStore
+from pmdflow.store.settings import StoreSettings
 from pmdflow.types import Counts, Grant, Lease, Outcome, Prompt, Quota, TrainBatch, Unscored
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -43,9 +44,7 @@ class StoreActor:
     Waits for nothing but its callers; a waiting caller is woken by the state change that it waits for.
     """
 
-    def __init__(
-        self, *, directory: str, run_dir: str, settings: dict[str, Any], archive_attrs: dict[str, Any]
-    ) -> None:
+    def __init__(self, *, directory: str, run_dir: str, settings: StoreSettings, archive_attrs: dict[str, Any]) -> None:
         """Open the store in `directory`; `settings` are the keyword arguments of `TrajectoryStore`."""
         self._run_dir = Path(run_dir)
         self._archive_attrs = archive_attrs

@@ -1,15 +1,15 @@
 """Typed facade of the Rust trajectory store.
 
 Every method that changes state is safe to repeat with the same ids and offsets: Ray may lose a reply. Errors are those
-of the native module: `StoreError` is their root; `StaleLease`, `StoreFull`, `Conflict`, `CorruptLog` and `StoreLocked`
-say what was wrong. A closed store raises `StoreError`.
+of the native module: `StoreError` is their root; `StoreFull`, `Conflict`, `CorruptLog` and `StoreLocked` say what
+was wrong. A closed store raises `StoreError`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Unpack
 
 import msgpack
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from pmdflow import _rust_buffer
 from pmdflow.store.answers import ClaimAnswer, LateMembers
 from pmdflow.store.segments import encode_segments
+from pmdflow.store.settings import StoreSettings
 from pmdflow.store.view import StoreView, int32
 from pmdflow.types import Grant, Lease, LeaseKind, Outcome, Prompt, Quota, Segment, Stop, Unscored
 
@@ -34,50 +35,15 @@ class TrajectoryStore(StoreView):
         [8, 8]
     """
 
-    def __init__(
-        self,
-        path: Path | str | None,
-        *,
-        groups_per_iteration: int,
-        lookahead: int,
-        max_staleness: int | None,
-        segment_loss: Literal["all", "current_only"] = "all",
-        min_group_size: int = 2,
-        straggler: tuple[int, float] | None = None,
-        max_attempts: int = 3,
-        lease_ttl_s: float = 30.0,
-        grant_tokens: int = 64,
-        durability: Literal["os", "group", "always"] = "group",
-        max_bytes: int | None = None,
-        file_bytes: int = 64 * 1024 * 1024,
-        commit_interval_s: float = 0.005,
-    ) -> None:
+    def __init__(self, path: Path | str | None, **settings: Unpack[StoreSettings]) -> None:
         """Open or create the store in directory `path`; None keeps it in memory.
-
-        `straggler` is (members, wait in seconds): with that many members scored, a group waits for the late ones only
-        so much longer; None waits for all.
 
         Raises:
             ValueError: a setting is out of its range.
             StoreLocked: another writer has it open.
             CorruptLog: damage before the tail of the log, or a newer format.
         """
-        self._native = _rust_buffer.TrajectoryStore(
-            None if path is None else str(path),
-            groups_per_iteration=groups_per_iteration,
-            lookahead=lookahead,
-            max_staleness=max_staleness,
-            segment_loss=segment_loss,
-            min_group_size=min_group_size,
-            straggler=straggler,
-            max_attempts=max_attempts,
-            lease_ttl_s=lease_ttl_s,
-            grant_tokens=grant_tokens,
-            durability=durability,
-            max_bytes=max_bytes,
-            file_bytes=file_bytes,
-            commit_interval_s=commit_interval_s,
-        )
+        self._native = _rust_buffer.TrajectoryStore(None if path is None else str(path), **settings)
 
     @classmethod
     def read(cls, path: Path | str) -> TrajectoryStore:
@@ -125,6 +91,7 @@ class TrajectoryStore(StoreView):
             prompt_id=prompt.id,
             prompt=np.asarray(prompt.tokens, dtype="<i4").tobytes(),
             metadata=msgpack.packb(dict(prompt.metadata), use_bin_type=True),
+            text=prompt.text,
             group_size=group_size,
             max_tokens=max_tokens,
             priority=priority,

@@ -58,10 +58,11 @@ class StoreView:
         return None if rows is None else [EvalResult(**row | {"stop": Stop(row["stop"])}) for row in rows]
 
     def groups(self, state: GroupState | None = None) -> list[dict[str, Any]]:
-        """Live groups with their prompts' metadata.
+        """Live groups with their prompts' metadata and text.
 
         Keys: group, request_id, prompt_id, kind, state, iteration, trajectories, cursor, priority, max_tokens,
-        prompt_length, tokens (those of late members excepted), metadata; and scored, failed, late: how many members.
+        prompt_length, tokens (those of late members excepted), metadata, text (None: recorded before texts were kept);
+        and scored, failed, late: how many members.
         """
         rows = self._native.groups(state)
         return [row | {"metadata": msgpack.unpackb(row["metadata"])} for row in rows]

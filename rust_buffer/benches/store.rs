@@ -9,6 +9,7 @@ use _rust_buffer::{
     state::group::Kind,
     state::record::{Admit, LeftOut, Quota, SegmentLoss},
     state::trajectory::Outcome,
+    store::admission::Prompt,
     store::claim_view::{ClaimView, Columns},
     store::{Settings, Store},
     wire::Batch,
@@ -35,7 +36,7 @@ fn open(dir: &Path) -> Store {
         durability: Durability::Os,
         max_bytes: None,
         file_bytes: 64 << 20,
-        commit_interval: Duration::from_millis(5),
+        sync_interval: Duration::from_millis(5),
     };
     Store::open(Arc::new(Disk::new(dir).unwrap()), settings).unwrap()
 }
@@ -56,7 +57,7 @@ fn leased(dir: &Path) -> (Store, Vec<u8>) {
             max_tokens: TOKENS,
             priority: 0,
         };
-        store.admit(&admit, &[7; 256], &[]).unwrap();
+        store.admit(&admit, Prompt { tokens: &[7; 256], metadata: &[], text: None }).unwrap();
     }
     let leases = store.lease("worker", 0, usize::MAX, 0).unwrap();
     let heads = leases.iter().map(|lease| {

@@ -4,26 +4,21 @@ use std::path::{Path, PathBuf};
 
 /// What went wrong in the store or its log.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "fields and variants that say themselves")]
 pub enum StoreError {
     /// The operating system refused a file operation.
     #[error("{}: {source}", path.display())]
     Io {
-        /// File or directory of the operation.
         path: PathBuf,
-        /// The error of the operating system.
         #[source]
         source: std::io::Error,
     },
     /// Another writer holds the directory.
     #[error("{} is open in another writer; close that one or choose another directory", path.display())]
-    Locked {
-        /// The lock file.
-        path: PathBuf,
-    },
+    Locked { path: PathBuf },
     /// Bytes that were written whole are not the ones read.
     #[error("{} is damaged at byte {offset}: {detail}; restore the file from a copy", path.display())]
     Corrupt {
-        /// The damaged file.
         path: PathBuf,
         /// Where the damaged record starts, in bytes.
         offset: u64,
@@ -33,7 +28,6 @@ pub enum StoreError {
     /// The file has another format version.
     #[error("{} has log format {found}, this program reads {supported}; open it with the version that wrote it", path.display())]
     Version {
-        /// The refused file.
         path: PathBuf,
         /// Format version in the file.
         found: u32,
@@ -46,16 +40,6 @@ pub enum StoreError {
         /// The first failure.
         detail: String,
     },
-    /// The lease is not the trajectory's newest.
-    #[error("lease epoch {epoch} of trajectory {trajectory} is stale, the newest is {newest}; drop the trajectory")]
-    Stale {
-        /// Trajectory of the lease.
-        trajectory: u64,
-        /// Epoch that was presented.
-        epoch: u64,
-        /// Newest epoch of the trajectory.
-        newest: u64,
-    },
     /// Admission refused.
     #[error("{what} would reach {value}, the limit is {limit}; {remedy}")]
     Full {
@@ -63,7 +47,6 @@ pub enum StoreError {
         what: &'static str,
         /// Value after the refused admission.
         value: u64,
-        /// The limit.
         limit: u64,
         /// What to raise or wait for.
         remedy: &'static str,
@@ -73,10 +56,7 @@ pub enum StoreError {
     Conflict(String),
     /// A change was asked of a reader.
     #[error("{} is open for reading only; open it without `read` to change it", path.display())]
-    ReadOnly {
-        /// The directory.
-        path: PathBuf,
-    },
+    ReadOnly { path: PathBuf },
     /// The store or its log is closed.
     #[error("the store is closed; open it again")]
     Closed,

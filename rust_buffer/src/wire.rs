@@ -55,8 +55,8 @@ struct Head<'a> {
 }
 
 /// A worker's batch of segments, its arrays' checksums computed.
+#[allow(missing_docs, reason = "fields that say themselves")]
 pub struct Batch<'a> {
-    /// The segments.
     pub items: Vec<Item<'a>>,
     /// What their ranges are of.
     pub payload: &'a [u8],
@@ -64,8 +64,8 @@ pub struct Batch<'a> {
 
 /// One segment of a batch.
 #[derive(Debug, Clone)]
+#[allow(missing_docs, reason = "fields that say themselves")]
 pub struct Item<'a> {
-    /// Trajectory.
     pub trajectory: u64,
     /// Fencing epoch of the lease.
     pub epoch: u64,
@@ -73,9 +73,7 @@ pub struct Item<'a> {
     pub offset: u32,
     /// Tokens.
     pub count: u32,
-    /// Policy version of the tokens.
     pub version: Version,
-    /// Sampling temperature.
     pub temperature: f32,
     /// Version of the tokens to come.
     pub next_version: Version,

@@ -227,6 +227,21 @@ def test_each_value_knows_its_origin(cluster_yaml: Path) -> None:
     assert dumped == set(loaded.origins)
 
 
+def test_a_recorded_run_may_call_a_key_by_its_old_name_and_nothing_else_may(cluster_yaml: Path) -> None:
+    cluster_yaml.write_text(MINIMAL + "store:\n  commit_interval_s: 0.25\n")
+    (issue,) = refuse(cluster_yaml)
+    assert issue.message == "unknown key `store.commit_interval_s`"
+    Path("meta.json").touch()
+    loaded = load(cluster_yaml)
+    assert loaded.config.store.sync_interval_s == 0.25
+    assert loaded.origins["store.sync_interval_s"] == "cluster.yaml:16"
+    assert load(cluster_yaml, ["store.sync_interval_s=1"]).config.store.sync_interval_s == 1
+    edit(cluster_yaml, ("0.25", "no"))
+    (issue,) = refuse(cluster_yaml)
+    assert issue.message.startswith("`store.sync_interval_s` must be a number")
+    assert issue.place.line == 16
+
+
 def test_merged_yaml_keys_keep_their_place(cluster_yaml: Path) -> None:
     edit(cluster_yaml, ("run:\n  name: small", "run: &run\n  name: small"))
     with cluster_yaml.open("a") as file:

@@ -170,7 +170,7 @@ def test_a_slow_call_has_a_deadline_and_holds_up_nobody() -> None:
 
 def make_held(*, max_tokens: int, session: Session | None) -> HeldTrajectory:
     lease = Lease(
-        trajectory=7, group=0, epoch=1, kind="train", metadata={}, prompt=np.array([5], np.int32),
+        trajectory=7, group=0, epoch=1, kind="train", metadata={}, text="p", prompt=np.array([5], np.int32),
         prefix=np.zeros(0, np.int32), prefix_observed=np.zeros(0, np.uint8), max_tokens=max_tokens, grant=9,
     )  # fmt: skip
     control = SamplingControl(temperature=1.0, max_tokens=max_tokens)

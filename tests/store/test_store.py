@@ -107,7 +107,7 @@ def test_life_of_a_trajectory() -> None:
     first, second = lease_all(store)
     assert (first.group, first.kind, first.grant, first.max_tokens, first.epoch) == (group, "train", 6, 20, 1)
     np.testing.assert_array_equal(first.prompt, PROMPT.tokens)
-    assert first.prefix.tolist() == []
+    assert (first.text, first.prefix.tolist()) == (PROMPT.text, [])
 
     lsn, grants = store.append([segment(first, 6), segment(second, 2, stop="stop")])
     assert grants == [
@@ -126,9 +126,9 @@ def test_life_of_a_trajectory() -> None:
     store.append([segment(again, 1, offset=7, version=1, stop="stop")])
 
     items = store.unscored(10, 60.0, 0.0)
-    assert [(item.trajectory, item.stop, item.metadata) for item in items] == [
-        (first.trajectory, Stop.STOP, {"answer": "2"}),
-        (second.trajectory, Stop.STOP, {"answer": "2"}),
+    assert [(item.trajectory, item.stop, item.metadata, item.text) for item in items] == [
+        (first.trajectory, Stop.STOP, {"answer": "2"}, PROMPT.text),
+        (second.trajectory, Stop.STOP, {"answer": "2"}, PROMPT.text),
     ]
     assert store.unscored(10, 60.0, 0.0) == []
     for item in items:
@@ -151,7 +151,7 @@ def test_life_of_a_trajectory() -> None:
     ledger = assert_exact(store)
     assert (ledger["trained"], ledger["masked_filter"], ledger["generated"]) == (8, 2, 10)
     store.commit(1)
-    assert [row["state"] for row in store.groups()] == ["committed"]
+    assert [(row["state"], row["text"]) for row in store.groups()] == [("committed", PROMPT.text)]
     assert store.evict(1) == 1
     assert store.groups() == []
     assert assert_exact(store) == ledger

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use _rust_buffer::{
     log::{Arrays, Durability, Frame, Log, LogOptions, Lsn, Memory, Replay, Storage},
     state::State,
+    store::arrays::read_prompt,
 };
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
@@ -15,7 +16,7 @@ use libfuzzer_sys::fuzz_target;
 struct Input<'a> {
     files: Vec<Vec<Piece<'a>>>,
     first_file: u8,
-    index: Option<Vec<Piece<'a>>>,
+    snapshot: Option<Vec<Piece<'a>>>,
 }
 
 /// Something in a file. Checksums of what has some are right.
@@ -130,11 +131,14 @@ fuzz_target!(|input: Input<'_>| {
         let number = u32::from(input.first_file) + offset;
         storage.replace(&format!("{number:010}.log"), &[&bytes(pieces, number, &mut next)]).unwrap();
     }
-    if let Some(pieces) = &input.index {
+    if let Some(pieces) = &input.snapshot {
         storage.replace("index", &[&bytes(pieces, 1, &mut next)]).unwrap();
     }
-    // The store's own reader of records: any answer but a panic.
-    let _ = Log::read(Arc::clone(&storage), &mut State::default());
+    // The store's own reader of records and of prompts: any answer but a panic.
+    let mut state = State::default();
+    if let Ok(log) = Log::read(Arc::clone(&storage), &mut state) {
+        state.groups.values().for_each(|group| drop(read_prompt(&log, group.location)));
+    }
     let mut before = Seen::default();
     let read = Log::read(Arc::clone(&storage), &mut before);
     let Some((log, seen)) = open(&storage) else { return };

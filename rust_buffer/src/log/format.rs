@@ -1,4 +1,4 @@
-//! The bytes of file headers and frames; the module above describes them.
+//! The bytes of file headers and frames, as `rust_buffer/README.md` draws them.
 
 use std::path::Path;
 
@@ -83,7 +83,7 @@ pub struct Arrays<'a> {
 pub struct Entry {
     /// Bytes, without padding.
     pub len: u32,
-    /// Their checksum.
+    /// CRC32C of these.
     pub crc: u32,
 }
 

@@ -6,7 +6,7 @@
 //!    write). A failed write or sync poisons the log: nothing is retried and nothing later is reported durable.
 //! 3. A file is synced before the next one is made, and a new file's header and name are durable before its first
 //!    record is written. Sealed files are immutable and deleted whole, oldest first, never recycled.
-//! 4. The index (a snapshot of the state, and the position of the first record that it does not cover) is replaced
+//! 4. The snapshot (of the state, with the position of the first record that it does not cover) is replaced
 //!    atomically, and only once every record that it covers is on disk. Opening reads it and the records after it; no
 //!    file from its position on is ever deleted.
 //! 5. Each frame carries the synced LSN of the moment it was written, and each completed sync of an otherwise idle
@@ -17,15 +17,7 @@
 //! 6. Bytes below a file's published end are never written again, so maps of them are immutable; whoever reads them
 //!    pins the map, also beyond the deletion of the file.
 //!
-//! # Format 3 (little endian, everything 8-byte aligned)
-//! File `NNNNNNNNNN.log`: `magic [u8; 8] | format u32 | crc32c u32 | number u32 | 0 u32 | first lsn u64`, frames,
-//! zeros. Frame: `len u32 | crc32c u32 | lsn u64 | synced lsn u64 | kind u8 | 0 u8 | narrays u16 | header_len u32 |
-//! (array length u32, array crc32c u32) x narrays | header | arrays`, header and arrays each padded with zeros to 8
-//! bytes; `len` counts the whole frame. The frame's CRC covers all before the arrays but itself, so the arrays through
-//! their own CRCs: an array can be read and checked without the rest of its frame. Kind 0 is a snapshot, 255 a mark,
-//! the rest is the caller's. File `index`: a file header (number and first LSN of its position), and one frame of kind
-//! 0 with the position's offset (u64) as header and the snapshot as array. The file header's layout and the place of
-//! the format number stay the same in every later format.
+//! The bytes of format 3 are drawn in `rust_buffer/README.md`, together with the hazard that each invariant answers.
 
 mod directory;
 mod disk;
@@ -49,7 +41,7 @@ use serde::{Deserialize, Serialize};
 use self::{
     directory::{file_name, remove},
     format::{MARK, SNAPSHOT},
-    recovery::{recover, resume, write_index},
+    recovery::{recover, resume, write_snapshot},
     sync::Shared,
     writer::Writer,
 };
@@ -103,17 +95,17 @@ pub enum Durability {
 /// How a log is kept.
 #[derive(Clone, Copy, Debug)]
 pub struct LogOptions {
-    /// When a record counts as durable.
+    /// What an acknowledged record survives.
     pub durability: Durability,
     /// Bytes of records after which a new file is begun, and that are preallocated.
     pub file_bytes: u64,
     /// Longest time between two syncs of a log that is written to and that nobody waits for.
-    pub commit_interval: Duration,
+    pub sync_interval: Duration,
 }
 
 impl Default for LogOptions {
     fn default() -> Self {
-        Self { durability: Durability::Group, file_bytes: 64 << 20, commit_interval: Duration::from_millis(5) }
+        Self { durability: Durability::Group, file_bytes: 64 << 20, sync_interval: Duration::from_millis(5) }
     }
 }
 
@@ -128,9 +120,9 @@ pub struct Log(Arc<Inner>);
 struct Inner {
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
-    index: Mutex<Position>,
-    /// Held while the index is written: the storage is not released meanwhile.
-    indexing: Mutex<()>,
+    snapshot: Mutex<Position>,
+    /// Held while a snapshot is written: the storage is not released meanwhile.
+    snapshotting: Mutex<()>,
 }
 
 impl Drop for Inner {
@@ -161,8 +153,8 @@ impl Log {
         Ok(Self(Arc::new(Inner {
             shared,
             thread: Mutex::new(thread),
-            index: Mutex::new(found.index),
-            indexing: Mutex::default(),
+            snapshot: Mutex::new(found.snapshot),
+            snapshotting: Mutex::default(),
         })))
     }
 
@@ -179,13 +171,13 @@ impl Log {
         Ok(Self(Arc::new(Inner {
             shared,
             thread: Mutex::new(None),
-            index: Mutex::new(found.index),
-            indexing: Mutex::default(),
+            snapshot: Mutex::new(found.snapshot),
+            snapshotting: Mutex::default(),
         })))
     }
 
     /// Appends one record: `header` and `arrays` are the caller's, `kind` is 1 to 254. Level `Always` waits for the
-    /// disk; otherwise `wait_durable` or `commit` does. A full file is sealed first.
+    /// disk; otherwise `wait_durable` or `sync_through` does. A full file is sealed first.
     ///
     /// # Errors
     /// `Closed`, `Poisoned` by an earlier failure, `Io` (which poisons), `Full` beyond 4 GiB or 65,535 arrays.
@@ -195,7 +187,7 @@ impl Log {
         Ok(written)
     }
 
-    /// The same, but an idle log stays idle: the caller calls `commit` or `wake` next, also after an error of its own.
+    /// The same, but an idle log stays idle: the caller calls `sync_through` or `wake` next, also after an error of its own.
     ///
     /// # Errors
     /// As `append`.
@@ -216,7 +208,7 @@ impl Log {
     ///
     /// # Errors
     /// `Poisoned`, or `Io`, which poisons.
-    pub fn commit(&self, lsn: Lsn, timeout: Duration) -> Result<bool> {
+    pub fn sync_through(&self, lsn: Lsn, timeout: Duration) -> Result<bool> {
         self.0.shared.sync_until(lsn, timeout)
     }
 
@@ -226,21 +218,21 @@ impl Log {
     }
 
     /// Where recovery starts.
-    pub fn index(&self) -> Position {
-        *lock(&self.0.index)
+    pub fn snapshot_position(&self) -> Position {
+        *lock(&self.0.snapshot)
     }
 
     /// Makes recovery start at `position`, which `position()` gave, with `snapshot`; waits for the disk.
     ///
     /// # Errors
     /// As `append`; after `Io` recovery starts where it did.
-    pub fn write_index(&self, position: Position, snapshot: &[u8]) -> Result<()> {
+    pub fn write_snapshot(&self, position: Position, snapshot: &[u8]) -> Result<()> {
         let shared = &self.0.shared;
-        let _one = lock(&self.0.indexing);
+        let _one = lock(&self.0.snapshotting);
         shared.accepting()?;
         shared.sync()?;
-        write_index(&*shared.storage, position, snapshot)?;
-        *lock(&self.0.index) = position;
+        write_snapshot(&*shared.storage, position, snapshot)?;
+        *lock(&self.0.snapshot) = position;
         Ok(())
     }
 
@@ -298,7 +290,7 @@ impl Log {
         self.0.shared.watermark.wait(lsn, timeout)
     }
 
-    /// Deletes the sealed files numbered below `file` and below the index's position, oldest first; returns how many.
+    /// Deletes the sealed files numbered below `file` and below the snapshot's position, oldest first; returns how many.
     /// The caller keeps every file that holds live data; what was read stays readable.
     ///
     /// # Errors
@@ -306,7 +298,7 @@ impl Log {
     pub fn remove_before(&self, file: u32) -> Result<usize> {
         let shared = &self.0.shared;
         shared.accepting()?;
-        let end = file.min(self.index().file);
+        let end = file.min(self.snapshot_position().file);
         let doomed: Vec<_> = lock(&shared.files).range(..end).map(|(&number, _)| number).collect();
         if !doomed.is_empty() {
             // The records that say why must be on disk first.
@@ -345,7 +337,7 @@ impl Inner {
             // The thread's failures are in the state.
             let _ = thread.join();
         }
-        let _no_index = lock(&self.indexing);
+        let _no_snapshot = lock(&self.snapshotting);
         self.shared.release()
     }
 }

@@ -81,12 +81,11 @@ impl Frame {
 }
 
 /// One array of a frame.
+#[allow(missing_docs, reason = "fields that say themselves")]
 pub struct Part<'a> {
     /// Offset from the frame's start.
     pub at: u32,
-    /// Checksum.
     pub crc: u32,
-    /// The array.
     pub bytes: &'a [u8],
 }
 

@@ -1,4 +1,4 @@
-//! Opening what an earlier process left: the index, and every record after it.
+//! Opening what an earlier process left: the snapshot, and every record after it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -8,7 +8,7 @@ use std::{
 
 use super::{
     Location, Lsn, Position,
-    directory::{INDEX, file_name, list, remove},
+    directory::{SNAPSHOT_NAME, file_name, list, remove},
     format::{
         Arrays, FILE_HEADER, FRAME_HEADER, Head, MARK, SNAPSHOT, Stamp, encode, file_header, parse, parse_head,
         read_file_header, stamp, u32_at,
@@ -22,7 +22,7 @@ use crate::error::{Result, StoreError};
 /// Takes in what opening finds: first the snapshot, if there is one, then each record after it. An error is the
 /// reason why the bytes make no sense.
 pub trait Replay {
-    /// The bytes given to the last `write_index`.
+    /// The bytes given to the last `write_snapshot`.
     ///
     /// # Errors
     /// They make no sense.
@@ -41,25 +41,25 @@ pub(super) struct Found {
     pub(super) sealed: BTreeMap<u32, Arc<LogFile>>,
     /// The last one; None when there is no file.
     pub(super) last: Option<(u32, Tail)>,
-    /// Where the index stands.
-    pub(super) index: Position,
+    /// Where the snapshot stands.
+    pub(super) snapshot: Position,
 }
 
-/// The bytes of the index file.
-pub(super) fn write_index(storage: &dyn Storage, position: Position, snapshot: &[u8]) -> Result<()> {
+/// The bytes of the snapshot's file.
+pub(super) fn write_snapshot(storage: &dyn Storage, position: Position, snapshot: &[u8]) -> Result<()> {
     let mut head = Vec::new();
     let (lsn, arrays) = (position.next - 1, Arrays::of(&[snapshot]));
     encode(&mut head, Stamp { lsn, durable: lsn, kind: SNAPSHOT }, &position.offset.to_le_bytes(), &arrays)?;
     let header = file_header(position.file, position.next);
     let mut parts = vec![&header[..], &head];
     parts.extend_from_slice(arrays.bytes());
-    storage.replace(INDEX, &parts).map_err(|e| StoreError::io(storage.path_of(INDEX), e))
+    storage.replace(SNAPSHOT_NAME, &parts).map_err(|e| StoreError::io(storage.path_of(SNAPSHOT_NAME), e))
 }
 
-fn read_index(storage: &dyn Storage, replay: &mut dyn Replay) -> Result<Position> {
-    let path = storage.path_of(INDEX);
+fn read_snapshot(storage: &dyn Storage, replay: &mut dyn Replay) -> Result<Position> {
+    let path = storage.path_of(SNAPSHOT_NAME);
     let read = || {
-        let medium = storage.open(INDEX, false)?;
+        let medium = storage.open(SNAPSHOT_NAME, false)?;
         medium.read(0, medium.len()? as usize)
     };
     let bytes = read().map_err(|e| StoreError::io(&path, e))?;
@@ -83,20 +83,20 @@ fn read_index(storage: &dyn Storage, replay: &mut dyn Replay) -> Result<Position
 
 /// Reads the log in `storage`: nothing is changed but the remains of a file's torn creation, and these only if `repair`.
 pub(super) fn recover(storage: &dyn Storage, replay: &mut dyn Replay, repair: bool) -> Result<Found> {
-    let (mut numbers, has_index) = list(storage)?;
-    let mut index = Position { file: 1, offset: FILE_HEADER, next: 1 };
-    if has_index {
-        index = read_index(storage, replay)?;
+    let (mut numbers, has_snapshot) = list(storage)?;
+    let mut snapshot = Position { file: 1, offset: FILE_HEADER, next: 1 };
+    if has_snapshot {
+        snapshot = read_snapshot(storage, replay)?;
     }
-    refuse_gaps(storage, &numbers, index.file, has_index)?;
-    let Some(last) = take_last(storage, &mut numbers, has_index.then_some(index.file), repair)? else {
-        return Ok(Found { sealed: BTreeMap::new(), last: None, index });
+    refuse_gaps(storage, &numbers, snapshot.file, has_snapshot)?;
+    let Some(last) = take_last(storage, &mut numbers, has_snapshot.then_some(snapshot.file), repair)? else {
+        return Ok(Found { sealed: BTreeMap::new(), last: None, snapshot });
     };
     let mut sealed = BTreeMap::new();
-    let mut at = index;
+    let mut at = snapshot;
     for number in numbers.into_iter().filter(|number| *number < last.number) {
         let file = LogFile::new(number, storage.path_of(&file_name(number)), open(storage, number)?, u64::MAX);
-        if number >= index.file {
+        if number >= snapshot.file {
             let image = Image::of(storage, number)?.ok_or_else(|| missing_header(&file.path))?;
             at = image.replay_sealed(at, image_first(storage, number + 1, &last)?, replay)?;
         }
@@ -109,11 +109,11 @@ pub(super) fn recover(storage: &dyn Storage, replay: &mut dyn Replay, repair: bo
         sealed.insert(number, Arc::new(file));
     }
     if at.file == last.number && at.offset > last.bytes.len() as u64 {
-        let detail = format!("the file ends before LSN {}, which the index calls durable", at.next - 1);
+        let detail = format!("the file ends before LSN {}, which the snapshot calls durable", at.next - 1);
         return Err(StoreError::corrupt(&last.path, last.bytes.len() as u64, detail));
     }
     let tail = last.replay_last(at, replay)?;
-    Ok(Found { sealed, last: Some((last.number, tail)), index })
+    Ok(Found { sealed, last: Some((last.number, tail)), snapshot })
 }
 
 /// Takes up the last file, or makes the first.
@@ -144,7 +144,7 @@ fn image_first(storage: &dyn Storage, number: u32, last: &Image) -> Result<Lsn> 
 }
 
 /// From file `first` on no file may be missing.
-fn refuse_gaps(storage: &dyn Storage, numbers: &BTreeSet<u32>, first: u32, has_index: bool) -> Result<()> {
+fn refuse_gaps(storage: &dyn Storage, numbers: &BTreeSet<u32>, first: u32, has_snapshot: bool) -> Result<()> {
     let mut expected = first;
     for &number in numbers.range(first..) {
         if number != expected {
@@ -152,20 +152,17 @@ fn refuse_gaps(storage: &dyn Storage, numbers: &BTreeSet<u32>, first: u32, has_i
         }
         expected = number.saturating_add(1);
     }
-    let complete = numbers.range(expected..).next().is_none() && (expected > first || !has_index);
+    let complete = numbers.range(expected..).next().is_none() && (expected > first || !has_snapshot);
     if complete {
         return Ok(());
     }
-    let detail = if has_index { "the file is missing" } else { "the file or the index is missing" };
+    let detail = if has_snapshot { "the file is missing" } else { "the file or the snapshot (`index`) is missing" };
     Err(StoreError::corrupt(storage.path_of(&file_name(expected)), 0, detail))
 }
 
 /// The last file whose creation was not torn. Nothing was ever acknowledged in a torn one.
 fn take_last(
-    storage: &dyn Storage,
-    numbers: &mut BTreeSet<u32>,
-    index_file: Option<u32>,
-    repair: bool,
+    storage: &dyn Storage, numbers: &mut BTreeSet<u32>, snapshot_file: Option<u32>, repair: bool,
 ) -> Result<Option<Image>> {
     let Some(&number) = numbers.last() else { return Ok(None) };
     // Without the lock a writer may be at work in it.
@@ -173,8 +170,8 @@ fn take_last(
     if let Some(found) = image(number)? {
         return Ok(Some(found));
     }
-    if index_file.is_some_and(|file| number <= file) {
-        let detail = "the file's header is not readable, but the index names records in it";
+    if snapshot_file.is_some_and(|file| number <= file) {
+        let detail = "the file's header is not readable, but the snapshot names records in it";
         return Err(StoreError::corrupt(storage.path_of(&file_name(number)), 0, detail));
     }
     if repair {
@@ -207,9 +204,7 @@ impl Image {
     }
 
     fn read(
-        storage: &dyn Storage,
-        number: u32,
-        bytes: impl FnOnce(&dyn Medium) -> std::io::Result<Option<Bytes>>,
+        storage: &dyn Storage, number: u32, bytes: impl FnOnce(&dyn Medium) -> std::io::Result<Option<Bytes>>,
     ) -> Result<Option<Self>> {
         let (path, medium) = (storage.path_of(&file_name(number)), open(storage, number)?);
         let bytes = match medium.is_empty() {
@@ -274,7 +269,7 @@ impl Image {
     /// Walks the last file up to its tail.
     fn replay_last(&self, at: Position, replay: &mut dyn Replay) -> Result<Tail> {
         let mut at = self.start(at)?;
-        // The file's creation and what the index names were durable.
+        // The file's creation and what the snapshot names were durable.
         let (start, mut proven, mut offsets) = (at.next, at.next - 1, Vec::new());
         let end = loop {
             match parse(self.bytes.get(at.offset as usize..).unwrap_or_default()) {

@@ -35,10 +35,7 @@ pub(super) struct Shared {
 
 impl Shared {
     pub(super) fn new(
-        storage: Arc<dyn Storage>,
-        options: LogOptions,
-        writer: Writer,
-        mut files: BTreeMap<u32, Arc<LogFile>>,
+        storage: Arc<dyn Storage>, options: LogOptions, writer: Writer, mut files: BTreeMap<u32, Arc<LogFile>>,
         guard: Option<Box<dyn Send>>,
     ) -> Self {
         let file = Arc::clone(&writer.file);
@@ -157,7 +154,7 @@ impl Shared {
 
     /// The sync thread.
     pub(super) fn keep_synced(&self) {
-        self.watermark.keep_synced(self.options.commit_interval, || self.sync());
+        self.watermark.keep_synced(self.options.sync_interval, || self.sync());
     }
 
     /// Where the next record goes.

@@ -80,7 +80,7 @@ impl Writer {
             let wanted = room(file_bytes).max(found.end + FRAME_HEADER);
             medium.allocate(len, wanted)?;
             medium.sync()?;
-            // An earlier process may have died before it did: between them the names of this file and of the index.
+            // An earlier process may have died before it did: between them the names of this file and of the snapshot.
             storage.sync_names()?;
             Ok((medium, len.max(wanted)))
         };

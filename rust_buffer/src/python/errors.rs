@@ -5,7 +5,6 @@ use pyo3::{PyErr, create_exception, exceptions::PyException};
 use crate::error::StoreError as Failure;
 
 create_exception!(pmdflow._rust_buffer, StoreError, PyException, "Root of the store's errors.");
-create_exception!(pmdflow._rust_buffer, StaleLease, StoreError, "The lease's epoch is not the trajectory's newest.");
 create_exception!(
     pmdflow._rust_buffer,
     StoreFull,
@@ -30,7 +29,6 @@ impl From<Failure> for PyErr {
     fn from(failure: Failure) -> Self {
         let text = failure.to_string();
         match failure {
-            Failure::Stale { .. } => StaleLease::new_err(text),
             Failure::Full { .. } => StoreFull::new_err(text),
             Failure::Conflict(_) => Conflict::new_err(text),
             Failure::Corrupt { .. } | Failure::Version { .. } | Failure::Poisoned { .. } => CorruptLog::new_err(text),

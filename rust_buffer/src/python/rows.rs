@@ -8,54 +8,24 @@ use pyo3::{
 };
 
 use crate::{
-    state::State,
-    state::group::Group,
-    state::trajectory::{Trajectory, Verdict, Version},
-    store::claim_view::{Extra, Rows, Tokens},
-    store::claims::EvalResult,
+    log::Lsn,
+    state::trajectory::Version,
+    store::arrays::{Extra, StoredPrompt},
+    store::claim_view::Rows,
+    store::claims::{ClaimAnswer, EvalResult},
     store::counts::Counts,
     store::late::LateReport,
     store::query::Selected,
-    store::rollout::Granted,
+    store::reads::{GroupView, LeaseView, TrajectoryView, UnscoredView},
 };
 
 /// One answer.
 pub type Row<'py> = Bound<'py, PyDict>;
 
-/// An unscored trajectory, before its arrays are read.
-pub struct Waiting {
-    pub id: u64,
-    pub trajectory: Trajectory,
-    pub group: Group,
-}
-
-/// Reward, if there is one, and components by name.
-pub type Scored = (Option<f64>, BTreeMap<String, f64>);
-
-pub fn verdict(state: &State, trajectory: &Trajectory) -> Scored {
-    match &trajectory.verdict {
-        Verdict::Scored { reward, components, .. } => (Some(*reward), state.components(components)),
-        _ => (None, BTreeMap::new()),
-    }
-}
-
-/// A trajectory with its arrays.
-pub struct TrajectoryView {
-    pub id: u64,
-    pub trajectory: Trajectory,
-    pub state: &'static str,
-    pub verdict: Scored,
-    pub prompt: Vec<u8>,
-    pub tokens: Tokens,
-    pub extras: BTreeMap<String, Vec<Extra>>,
-}
-
-/// A lease with its arrays.
-pub struct LeaseView {
-    pub granted: Granted,
-    pub prompt: Vec<u8>,
-    pub metadata: Vec<u8>,
-    pub prefix: Tokens,
+/// What every answer with a prompt says of it.
+fn set_prompt(row: &Row<'_>, prompt: &StoredPrompt) -> PyResult<()> {
+    row.set_item("metadata", PyBytes::new(row.py(), &prompt.metadata))?;
+    row.set_item("text", prompt.text.as_deref())
 }
 
 pub fn lease<'py>(py: Python<'py>, view: &LeaseView) -> PyResult<Row<'py>> {
@@ -64,8 +34,8 @@ pub fn lease<'py>(py: Python<'py>, view: &LeaseView) -> PyResult<Row<'py>> {
     row.set_item("group", lease.group)?;
     row.set_item("epoch", lease.epoch)?;
     row.set_item("kind", lease.kind.name())?;
-    row.set_item("metadata", PyBytes::new(py, &view.metadata))?;
-    row.set_item("prompt", PyBytes::new(py, &view.prompt))?;
+    set_prompt(&row, &view.prompt)?;
+    row.set_item("prompt", PyBytes::new(py, &view.prompt.tokens))?;
     row.set_item("prefix", PyBytes::new(py, &view.prefix.ids))?;
     row.set_item("prefix_observed", PyBytes::new(py, &view.prefix.observed))?;
     row.set_item("max_tokens", lease.max_tokens)?;
@@ -82,20 +52,33 @@ fn extra<'py>(py: Python<'py>, extras: &BTreeMap<String, Vec<Extra>>) -> PyResul
     Ok(row)
 }
 
-/// `item`: the trajectory, its prompt, metadata and tokens.
-pub fn unscored<'py>(py: Python<'py>, item: &(Waiting, Vec<u8>, Vec<u8>, Tokens)) -> PyResult<Row<'py>> {
-    let (item, prompt, metadata, tokens) = item;
+pub fn unscored<'py>(py: Python<'py>, item: &UnscoredView) -> PyResult<Row<'py>> {
     let row = PyDict::new(py);
     row.set_item("trajectory", item.id)?;
     row.set_item("group", item.trajectory.group)?;
     row.set_item("kind", item.group.kind.name())?;
     row.set_item("attempt", item.trajectory.attempts)?;
     row.set_item("prompt_id", &item.group.prompt_id)?;
-    row.set_item("metadata", PyBytes::new(py, metadata))?;
-    row.set_item("prompt", PyBytes::new(py, prompt))?;
-    row.set_item("tokens", PyBytes::new(py, &tokens.ids))?;
-    row.set_item("observed", PyBytes::new(py, &tokens.observed))?;
+    set_prompt(&row, &item.prompt)?;
+    row.set_item("prompt", PyBytes::new(py, &item.prompt.tokens))?;
+    row.set_item("tokens", PyBytes::new(py, &item.tokens.ids))?;
+    row.set_item("observed", PyBytes::new(py, &item.tokens.observed))?;
     row.set_item("stop", item.trajectory.stop as u8)?;
+    Ok(row)
+}
+
+/// `answer` is None when the time was over first; `lsn` is the claim's record, or the newest one.
+pub fn claim(py: Python<'_>, answer: Option<ClaimAnswer>, lsn: Lsn) -> PyResult<Row<'_>> {
+    let (status, reason, groups, lsn) = match answer {
+        Some(ClaimAnswer::Claimed(groups, lsn)) => ("claimed", None, groups, lsn),
+        Some(ClaimAnswer::Starved(why)) => ("starved", Some(why.name()), Vec::new(), lsn),
+        None => ("timeout", None, Vec::new(), lsn),
+    };
+    let row = PyDict::new(py);
+    row.set_item("status", status)?;
+    row.set_item("reason", reason)?;
+    row.set_item("groups", groups)?;
+    row.set_item("lsn", lsn)?;
     Ok(row)
 }
 
@@ -134,18 +117,14 @@ pub fn eval_result<'py>(py: Python<'py>, result: &EvalResult) -> PyResult<Row<'p
     Ok(row)
 }
 
-/// A group, its state and claim, and the metadata of its prompt.
-pub type GroupView = (u64, Group, (&'static str, Option<i64>), Vec<u8>);
-
 pub fn group<'py>(py: Python<'py>, view: &GroupView) -> PyResult<Row<'py>> {
-    let (id, group, phase, metadata) = view;
-    let row = PyDict::new(py);
-    row.set_item("group", id)?;
+    let (group, row) = (&view.group, PyDict::new(py));
+    row.set_item("group", view.id)?;
     row.set_item("request_id", &group.request_id)?;
     row.set_item("prompt_id", &group.prompt_id)?;
     row.set_item("kind", group.kind.name())?;
-    row.set_item("state", phase.0)?;
-    row.set_item("iteration", phase.1)?;
+    row.set_item("state", view.state)?;
+    row.set_item("iteration", view.iteration)?;
     row.set_item("trajectories", group.members().collect::<Vec<_>>())?;
     row.set_item("cursor", group.cursor)?;
     row.set_item("priority", group.priority)?;
@@ -155,7 +134,7 @@ pub fn group<'py>(py: Python<'py>, view: &GroupView) -> PyResult<Row<'py>> {
     row.set_item("scored", group.scored())?;
     row.set_item("failed", group.failed)?;
     row.set_item("late", group.late)?;
-    row.set_item("metadata", PyBytes::new(py, metadata))?;
+    set_prompt(&row, &view.prompt)?;
     Ok(row)
 }
 
@@ -190,13 +169,13 @@ pub fn trajectory<'py>(py: Python<'py>, view: &TrajectoryView) -> PyResult<Row<'
     row.set_item("trajectory", view.id)?;
     row.set_item("group", trajectory.group)?;
     row.set_item("state", view.state)?;
-    row.set_item("prompt", PyBytes::new(py, &view.prompt))?;
+    row.set_item("prompt", PyBytes::new(py, &view.prompt.tokens))?;
     row.set_item("tokens", PyBytes::new(py, &view.tokens.ids))?;
     row.set_item("logprobs", PyBytes::new(py, &view.tokens.logprobs))?;
     row.set_item("observed", PyBytes::new(py, &view.tokens.observed))?;
     row.set_item("segments", trajectory.merged())?;
-    row.set_item("reward", view.verdict.0)?;
-    row.set_item("components", &view.verdict.1)?;
+    row.set_item("reward", view.reward)?;
+    row.set_item("components", &view.components)?;
     row.set_item("stop", trajectory.stop as u8)?;
     row.set_item("attempts", trajectory.attempts)?;
     row.set_item("epoch", trajectory.epoch)?;

@@ -7,15 +7,14 @@ use crate::{
     state::ledger::Place,
     state::mask,
     state::record::{Admit, Appended, Claimed, LeftOut, Quota, Reason, Record, Score},
-    state::trajectory::{Outcome, Segment, Stop, Trajectory, Verdict, Version},
+    state::trajectory::{Outcome, Run, Stop, Trajectory, Verdict, Version},
     state::{Claim, ClaimStatus, ClaimSums, KEPT_QUOTAS, Publication, State, request_hash},
 };
 
 /// Where a record is.
+#[allow(missing_docs, reason = "fields that say themselves")]
 pub struct Placed {
-    /// Its frame.
     pub location: Location,
-    /// Its number.
     pub lsn: Lsn,
     /// Offset in the frame and checksum of each array.
     pub arrays: Vec<(u32, u32)>,
@@ -114,7 +113,7 @@ impl State {
                 let missing = || StoreError::Conflict(format!("no tokens for trajectory {}", item.trajectory));
                 let &(at, crc) = arrays.next().ok_or_else(missing)?;
                 (&mut arrays).take(item.extra.len()).for_each(drop);
-                trajectory.push(Segment {
+                trajectory.push(Run {
                     len: item.len,
                     version: item.version,
                     temperature: item.temperature,

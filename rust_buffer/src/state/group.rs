@@ -11,7 +11,7 @@ use crate::{clock::Micros, log::Location};
 pub enum Kind {
     /// Held-out evaluation: first in every order, outside budget, ledger and admission.
     Eval,
-    /// Training.
+    /// Training: within all of them.
     Train,
 }
 
@@ -47,12 +47,11 @@ pub enum Phase {
 
 /// The members of one prompt admission.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "fields that say themselves")]
 pub struct Group {
     /// Id of the admission, made by the caller.
     pub request_id: String,
-    /// What it is for.
     pub kind: Kind,
-    /// Id of the prompt.
     pub prompt_id: String,
     /// Frame with the prompt's tokens (array 0) and metadata (array 1); the oldest frame that the group needs.
     pub location: Location,
@@ -64,11 +63,9 @@ pub struct Group {
     pub first: u64,
     /// Members.
     pub size: u32,
-    /// Prompt cursor position.
     pub cursor: Option<u64>,
     /// Groups of higher priority are started first.
     pub priority: i32,
-    /// Where it is.
     pub phase: Phase,
     /// Members that the group waits for.
     pub pending: u32,

@@ -15,7 +15,7 @@ pub enum Place {
     Ready,
     /// To be trained by a claim.
     Claimed,
-    /// Trained.
+    /// Had a gradient, and its claim is published.
     Trained,
     /// Left out of a claim: over-age.
     MaskedOverAge,

@@ -6,7 +6,7 @@ use crate::{
         Claim, ClaimSums, State,
         group::Group,
         record::SegmentLoss,
-        trajectory::{Segment, Trajectory, Verdict, Version},
+        trajectory::{Run, Trajectory, Verdict, Version},
     },
 };
 
@@ -23,15 +23,15 @@ pub const FILTER: u8 = 16;
 /// Mask flag: left out by the learner's veto.
 pub const VETO: u8 = 32;
 
-/// Mask flags of the tokens of a segment of the trajectory `id` in `claim`.
-pub fn mask(segment: &Segment, id: u64, trajectory: &Trajectory, claim: &Claim) -> u8 {
-    let over_age = |limit| claim.version - segment.version > i64::from(limit);
+/// Mask flags of the tokens of a run of the trajectory `id` in `claim`.
+pub fn mask(run: &Run, id: u64, trajectory: &Trajectory, claim: &Claim) -> u8 {
+    let over_age = |limit| claim.version - run.version > i64::from(limit);
     let current_only = claim.segment_loss == SegmentLoss::CurrentOnly;
-    if segment.observed {
+    if run.observed {
         0
     } else if claim.max_staleness.is_some_and(over_age) {
         GENERATED | OVER_AGE
-    } else if current_only && Some(segment.version) != trajectory.newest_generated() {
+    } else if current_only && Some(run.version) != trajectory.newest_generated() {
         GENERATED | SEGMENT
     } else if claim.left_out.filter.contains(&id) {
         GENERATED | FILTER
@@ -64,15 +64,15 @@ fn add_sums(sums: &mut ClaimSums, state: &State, group: &Group, claim: &Claim) {
             }
             _ => {}
         }
-        for segment in trajectory.segments.iter().filter(|segment| !segment.observed) {
-            let sum = match mask(segment, id, trajectory, claim) & !GENERATED {
+        for run in trajectory.runs.iter().filter(|run| !run.observed) {
+            let sum = match mask(run, id, trajectory, claim) & !GENERATED {
                 OVER_AGE => &mut sums.over_age,
                 SEGMENT => &mut sums.segment,
                 FILTER => &mut sums.filter,
                 VETO => &mut sums.veto,
                 _ => &mut sums.trainable,
             };
-            *sum += u64::from(segment.len);
+            *sum += u64::from(run.len);
         }
     }
 }

@@ -73,22 +73,18 @@ impl ClaimSums {
 
 /// A claim.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "fields that say themselves")]
 pub struct Claim {
     /// Learner version; staleness counts from it.
     pub version: Version,
-    /// Greatest staleness of a trained token.
     pub max_staleness: Option<u32>,
-    /// Which segments have a gradient.
     pub segment_loss: SegmentLoss,
     /// Groups in claim order.
     pub groups: Vec<u64>,
     /// Record of the claim.
     pub lsn: Lsn,
-    /// What has become of it.
     pub status: ClaimStatus,
-    /// Its tokens.
     pub sums: ClaimSums,
-    /// What the learner left out of it.
     pub left_out: LeftOut,
 }
 
@@ -97,12 +93,13 @@ pub struct Claim {
 pub struct Publication {
     /// Iteration whose claim it trained.
     pub iteration: Option<i64>,
-    /// What the learner left out of it.
+    /// What of it had no gradient.
     pub left_out: LeftOut,
 }
 
-/// The whole index of the store. The maps that grow with it are persistent, so that a snapshot is a cheap clone.
+/// The whole state of the store. The maps that grow with it are persistent, so that a snapshot is a cheap clone.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "fields that say themselves")]
 pub struct State {
     /// Live groups by id; ids follow the order of admission.
     #[serde(deserialize_with = "grown::<_, BTreeMap<u64, Group>, _>")]
@@ -125,11 +122,8 @@ pub struct State {
     pub gone: OrdSet<u64>,
     /// Names of reward components.
     pub components: Vec<String>,
-    /// Token counts.
     pub ledger: Ledger,
-    /// Id of the next group.
     pub next_group: u64,
-    /// Id of the next trajectory.
     pub next_trajectory: u64,
     /// First prompt cursor position that was never admitted.
     pub next_cursor: u64,

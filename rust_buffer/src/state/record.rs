@@ -40,23 +40,20 @@ pub enum Reason {
 
 /// Trajectories of a claim that the learner left out of the gradient.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "fields that say themselves")]
 pub struct LeftOut {
-    /// By its group filter.
     pub filter: BTreeSet<u64>,
-    /// By its veto.
     pub veto: BTreeSet<u64>,
 }
 
 /// An admission; arrays: prompt tokens, metadata.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "fields that say themselves")]
 pub struct Admit {
     /// Id made by the caller.
     pub request_id: String,
-    /// Prompt cursor position.
     pub cursor: Option<u64>,
-    /// What it is for.
     pub kind: Kind,
-    /// Id of the prompt.
     pub prompt_id: String,
     /// Prompt tokens.
     pub prompt_len: u32,
@@ -70,14 +67,13 @@ pub struct Admit {
 
 /// New tokens of one trajectory; arrays: tokens with log-probs, extra columns (none of them when `len` is 0).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "fields that say themselves")]
 pub struct Appended {
-    /// Trajectory.
     pub trajectory: u64,
     /// New tokens.
     pub len: u32,
     /// Policy version that generated them.
     pub version: Version,
-    /// Sampling temperature.
     pub temperature: f32,
     /// The environment made them.
     pub observed: bool,
@@ -89,14 +85,12 @@ pub struct Appended {
 
 /// The outcome of one scoring attempt.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "fields that say themselves")]
 pub struct Score {
-    /// Trajectory.
     pub trajectory: u64,
-    /// How it went.
     pub outcome: Outcome,
     /// The reward; 0 for an infra failure.
     pub reward: f64,
-    /// Components by name.
     pub components: BTreeMap<String, f64>,
     /// The member is given up.
     pub failed: bool,
@@ -106,14 +100,12 @@ pub struct Score {
 
 /// A claim as decided.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "fields that say themselves")]
 pub struct Claimed {
-    /// Iteration.
     pub iteration: i64,
     /// Learner version; staleness counts from it.
     pub version: Version,
-    /// Greatest staleness of a trained token.
     pub max_staleness: Option<u32>,
-    /// Which segments have a gradient.
     pub segment_loss: SegmentLoss,
     /// Groups in claim order.
     pub groups: Vec<u64>,

@@ -40,16 +40,15 @@ impl End {
 
 /// One stored run of tokens: where its arrays lie. Neighbours of equal version and temperature are one segment to readers.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Segment {
+#[allow(missing_docs, reason = "fields that say themselves")]
+pub struct Run {
     /// Tokens.
     pub len: u32,
     /// Policy version that generated them.
     pub version: Version,
-    /// Sampling temperature.
     pub temperature: f32,
     /// The environment made them, not the policy.
     pub observed: bool,
-    /// Log file that holds them.
     pub file: u32,
     /// Offset of their frame in the file.
     pub frame: u64,
@@ -59,7 +58,7 @@ pub struct Segment {
     pub crc: u32,
 }
 
-impl Segment {
+impl Run {
     /// Offset of the array in the file.
     pub fn offset(&self) -> u64 {
         self.frame + u64::from(self.at)
@@ -89,14 +88,13 @@ pub enum Outcome {
 
 /// What scoring has decided about a trajectory.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "fields and variants that say themselves")]
 pub enum Verdict {
     /// Nothing yet.
     Pending,
-    /// A reward.
     Scored {
         /// `Scored` or `Invalid`.
         outcome: Outcome,
-        /// The reward.
         reward: f64,
         /// Its components, by index into the state's names.
         components: Box<[(u32, f64)]>,
@@ -109,8 +107,8 @@ pub enum Verdict {
 
 /// The token record of one attempt at a prompt, without the tokens themselves.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "fields that say themselves")]
 pub struct Trajectory {
-    /// Group it belongs to.
     pub group: u64,
     /// Number of leases so far; the newest lease's fencing epoch.
     pub epoch: u64,
@@ -120,14 +118,12 @@ pub struct Trajectory {
     pub observed: u32,
     /// Tokens that `last_version` generated.
     pub tail: u32,
-    /// Why it is complete.
     pub stop: Stop,
     /// Infra failures recorded; the number of the next scoring attempt.
     pub attempts: u32,
-    /// The reward.
     pub verdict: Verdict,
     /// Stored runs of tokens in order; versions never decrease.
-    pub segments: Vec<Segment>,
+    pub runs: Vec<Run>,
 }
 
 impl Trajectory {
@@ -142,7 +138,7 @@ impl Trajectory {
             stop: Stop::None,
             attempts: 0,
             verdict: Verdict::Pending,
-            segments: Vec::new(),
+            runs: Vec::new(),
         }
     }
 
@@ -163,7 +159,7 @@ impl Trajectory {
 
     /// Version of the newest token; None when empty.
     pub fn last_version(&self) -> Option<Version> {
-        self.segments.last().map(|segment| segment.version)
+        self.runs.last().map(|run| run.version)
     }
 
     /// Whether a worker at `version` may extend it: versions never decrease along a trajectory.
@@ -173,7 +169,7 @@ impl Trajectory {
 
     /// Version of the newest generated token; None without one.
     pub fn newest_generated(&self) -> Option<Version> {
-        self.segments.iter().rev().find(|segment| !segment.observed).map(|segment| segment.version)
+        self.runs.iter().rev().find(|run| !run.observed).map(|run| run.version)
     }
 
     /// Tokens that the policy made.
@@ -187,25 +183,25 @@ impl Trajectory {
     }
 
     /// Adds a run of tokens.
-    pub fn push(&mut self, segment: Segment) {
-        self.tail = self.tokens_under(segment.version) + segment.generated();
-        self.len += segment.len;
-        self.observed += segment.len - segment.generated();
-        self.segments.push(segment);
+    pub fn push(&mut self, run: Run) {
+        self.tail = self.tokens_under(run.version) + run.generated();
+        self.len += run.len;
+        self.observed += run.len - run.generated();
+        self.runs.push(run);
     }
 
     /// Segments as readers see them: (length, version, temperature, observed), neighbours merged.
     pub fn merged(&self) -> Vec<(u32, Version, f32, bool)> {
         let mut merged: Vec<(u32, Version, f32, bool)> = Vec::new();
-        for segment in &self.segments {
+        for run in &self.runs {
             match merged.last_mut() {
                 Some((len, version, temperature, observed))
-                    if (*version, *observed) == (segment.version, segment.observed)
-                        && temperature.to_bits() == segment.temperature.to_bits() =>
+                    if (*version, *observed) == (run.version, run.observed)
+                        && temperature.to_bits() == run.temperature.to_bits() =>
                 {
-                    *len += segment.len;
+                    *len += run.len;
                 }
-                _ => merged.push((segment.len, segment.version, segment.temperature, segment.observed)),
+                _ => merged.push((run.len, run.version, run.temperature, run.observed)),
             }
         }
         merged

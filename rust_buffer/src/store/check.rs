@@ -8,7 +8,7 @@ use crate::{
     state::group::{Group, Kind, Phase},
     state::ledger::{Place, signed},
     state::mask,
-    state::trajectory::{Segment, Verdict, Version},
+    state::trajectory::{Run, Verdict, Version},
     store::index::Index,
     store::{Store, conflict},
 };
@@ -58,13 +58,13 @@ fn check_overdue(store: &Store) -> Result<()> {
 
 fn check_trajectories(store: &Store) -> Result<()> {
     for trajectory in store.state.trajectories.values() {
-        let segments = &trajectory.segments;
-        let newest = segments.iter().filter(|segment| Some(segment.version) == trajectory.last_version());
-        same("tokens of a trajectory", trajectory.len, segments.iter().map(|segment| segment.len).sum())?;
-        same("tokens of the newest version", trajectory.tail, newest.map(Segment::generated).sum())?;
-        let generated = segments.iter().map(Segment::generated).sum();
+        let runs = &trajectory.runs;
+        let newest = runs.iter().filter(|run| Some(run.version) == trajectory.last_version());
+        same("tokens of a trajectory", trajectory.len, runs.iter().map(|run| run.len).sum())?;
+        same("tokens of the newest version", trajectory.tail, newest.map(Run::generated).sum())?;
+        let generated = runs.iter().map(Run::generated).sum();
         same("generated tokens of a trajectory", trajectory.generated(), generated)?;
-        same("order of versions", segments.is_sorted_by_key(|segment| segment.version), true)?;
+        same("order of versions", runs.is_sorted_by_key(|run| run.version), true)?;
     }
     Ok(())
 }

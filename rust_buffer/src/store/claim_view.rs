@@ -1,4 +1,4 @@
-//! Claims as packed arrays, and trajectories as arrays, read from the log without holding the store.
+//! Claims as packed arrays, read from the log without holding the store.
 
 use std::collections::BTreeMap;
 
@@ -6,16 +6,15 @@ use imbl::OrdMap;
 
 use crate::{
     error::{Result, StoreError},
-    log::{Bytes, Location, Log},
+    log::{Bytes, Log},
     state::group::Group,
     state::mask::{self, GENERATED},
-    state::record::Record,
-    state::trajectory::{Segment, Trajectory, Verdict, Version},
+    state::trajectory::{Run, Trajectory, Verdict, Version},
     state::{Claim, State},
-    wire,
+    store::arrays::{check_run, read_prompt_tokens, run_bytes},
 };
 
-/// Members of a claim whose segments and pages are reached for before the first one is copied.
+/// Members of a claim whose runs and pages are reached for before the first one is copied.
 const MEMBERS_AHEAD: usize = 64;
 
 const PAGE_BYTES: usize = 4096;
@@ -48,132 +47,30 @@ pub struct Columns<'a> {
     pub versions: &'a mut [u8],
     /// float32 temperatures.
     pub temperatures: &'a mut [u8],
-    /// Mask flags.
+    /// uint8 mask flags.
     pub mask: &'a mut [u8],
 }
 
 /// The per-trajectory arrays of `pmdflow.types.TrainBatch`.
 #[derive(Debug, Clone, Default, PartialEq)]
+#[allow(missing_docs, reason = "fields that say themselves")]
 pub struct Rows {
     /// Starts of the trajectories, and the end.
     pub cu_seqlens: Vec<i64>,
     /// Prompt tokens.
     pub prompt_lengths: Vec<i32>,
-    /// Group ids.
     pub groups: Vec<i64>,
-    /// Trajectory ids.
     pub trajectories: Vec<i64>,
-    /// Rewards.
     pub rewards: Vec<f64>,
-    /// Components by name.
     pub components: BTreeMap<String, Vec<f64>>,
-    /// Why they ended.
     pub stops: Vec<u8>,
     /// Prompt ids, each with the number of neighbours that have it.
     pub prompt_ids: Vec<(String, usize)>,
 }
 
-/// An extra column of one stored run of tokens.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Extra {
-    /// Offset of the run's first token.
-    pub offset: u32,
-    /// Tokens of the run.
-    pub len: u32,
-    /// `dtype` of the column.
-    pub dtype: String,
-    /// The column's bytes.
-    pub bytes: Vec<u8>,
-}
-
-/// Tokens after the prompt, as little-endian bytes.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Tokens {
-    /// int32 ids.
-    pub ids: Vec<u8>,
-    /// float32 log-probs; 0 where observed.
-    pub logprobs: Vec<u8>,
-    /// 1 where the environment made the token.
-    pub observed: Vec<u8>,
-}
-
-/// Array `index` of the record at `location`.
-///
-/// # Errors
-/// Those of the log.
-pub fn read_array(log: &Log, location: Location, index: usize) -> Result<Vec<u8>> {
-    let frame = log.frame(location)?;
-    let array = frame.array(index).map(<[u8]>::to_vec);
-    array.ok_or_else(|| log.corrupt(location.file, location.offset, format!("the record has no array {index}")))
-}
-
-/// The array of a segment: tokens, then log-probs unless observed.
-///
-/// # Errors
-/// Those of the log.
-pub fn read_segment(log: &Log, segment: &Segment) -> Result<Bytes> {
-    let bytes = segment_bytes(log, segment)?;
-    check_segment(log, segment, &bytes)?;
-    Ok(bytes)
-}
-
-fn segment_bytes(log: &Log, segment: &Segment) -> Result<Bytes> {
-    log.bytes_at(segment.file, segment.offset(), segment.bytes())
-}
-
 /// Reads a byte of each page.
 fn touch(bytes: &Bytes) {
     std::hint::black_box(bytes.iter().step_by(PAGE_BYTES).fold(0_u8, |sum, byte| sum.wrapping_add(*byte)));
-}
-
-fn check_segment(log: &Log, segment: &Segment, bytes: &[u8]) -> Result<()> {
-    if crc32c::crc32c(bytes) == segment.crc {
-        return Ok(());
-    }
-    Err(log.corrupt(segment.file, segment.offset(), "the checksum of an array does not match"))
-}
-
-/// Tokens of consecutive segments.
-///
-/// # Errors
-/// Those of the log.
-pub fn read_segments(log: &Log, segments: &[Segment]) -> Result<Tokens> {
-    let mut tokens = Tokens::default();
-    for segment in segments {
-        let bytes = read_segment(log, segment)?;
-        let (ids, logprobs) = bytes.split_at(4 * segment.len as usize);
-        tokens.ids.extend_from_slice(ids);
-        tokens.logprobs.extend_from_slice(logprobs);
-        tokens.logprobs.resize(tokens.ids.len(), 0);
-        tokens.observed.resize(tokens.ids.len() / 4, u8::from(segment.observed));
-    }
-    Ok(tokens)
-}
-
-/// Extra columns by name, one entry for each stored run of tokens that has the column.
-///
-/// # Errors
-/// Those of the log.
-pub fn read_extras(log: &Log, segments: &[Segment]) -> Result<BTreeMap<String, Vec<Extra>>> {
-    let (mut extras, mut offset) = (BTreeMap::<String, Vec<Extra>>::new(), 0);
-    for segment in segments {
-        let frame = log.frame_at(segment.file, segment.frame)?;
-        let damaged = |detail| log.corrupt(segment.file, segment.frame, detail);
-        let record: Record = wire::decode(frame.header()).map_err(damaged)?;
-        let mut arrays = frame.parts();
-        let items = if let Record::Append(items) = record { items } else { Vec::new() };
-        for item in items.into_iter().filter(|item| item.len > 0) {
-            let main = arrays.next();
-            for ((name, dtype), part) in item.extra.into_iter().zip(arrays.by_ref()) {
-                if main.as_ref().is_some_and(|main| main.at == segment.at) {
-                    let extra = Extra { offset, len: segment.len, dtype, bytes: part.bytes.to_vec() };
-                    extras.entry(name).or_default().push(extra);
-                }
-            }
-        }
-        offset += segment.len;
-    }
-    Ok(extras)
 }
 
 impl ClaimView {
@@ -231,26 +128,26 @@ impl ClaimView {
         let mut prompt = (None, Vec::new());
         for ahead in members.chunks(MEMBERS_AHEAD) {
             // Each step reaches for many places at once: the processor waits for all of them together.
-            let segments: Vec<Segment> = ahead.iter().flat_map(|m| &m.trajectory.segments).copied().collect();
-            let sources: Vec<Bytes> = segments.iter().map(|s| segment_bytes(log, s)).collect::<Result<_>>()?;
+            let runs: Vec<Run> = ahead.iter().flat_map(|m| &m.trajectory.runs).copied().collect();
+            let sources: Vec<Bytes> = runs.iter().map(|s| run_bytes(log, s)).collect::<Result<_>>()?;
             sources.iter().for_each(touch);
             let mut sources = sources.iter();
             for member in ahead {
                 if prompt.0 != Some(member.group) {
-                    prompt = (Some(member.group), read_array(log, member.admission.location, 0)?);
+                    prompt = (Some(member.group), read_prompt_tokens(log, member.admission.location)?);
                     rows.prompt_ids.push((member.admission.prompt_id.clone(), 0));
                 }
                 rows.cu_seqlens.push(packer.at as i64);
                 packer.push(&prompt.1, &[], (-1, 1.0, 0))?;
-                for (segment, bytes) in member.trajectory.segments.iter().zip(sources.by_ref()) {
+                for (run, bytes) in member.trajectory.runs.iter().zip(sources.by_ref()) {
                     if check {
-                        check_segment(log, segment, bytes)?;
+                        check_run(log, run, bytes)?;
                     }
-                    let (ids, logprobs) = bytes.split_at(4 * segment.len as usize);
-                    let flags = mask::mask(segment, member.id, member.trajectory, &self.claim);
+                    let (ids, logprobs) = bytes.split_at(4 * run.len as usize);
+                    let flags = mask::mask(run, member.id, member.trajectory, &self.claim);
                     let version =
-                        if flags & GENERATED == 0 { -1 } else { i32::try_from(segment.version).unwrap_or(i32::MAX) };
-                    packer.push(ids, logprobs, (version, segment.temperature, flags))?;
+                        if flags & GENERATED == 0 { -1 } else { i32::try_from(run.version).unwrap_or(i32::MAX) };
+                    packer.push(ids, logprobs, (version, run.temperature, flags))?;
                 }
                 push_row(&mut rows, &mut components, member);
             }

@@ -1,14 +1,14 @@
-//! The learner's side of the store: claims, commits and eviction; and evaluation results.
+//! The learner's side of the store: claims, publications, commits and eviction; and evaluation results.
 
 use crate::{
     clock::Micros,
     error::Result,
     log::{Arrays, Lsn},
-    state::ClaimStatus,
-    state::group::Phase,
+    state::group::{Kind, Phase},
     state::mask,
-    state::record::{Claimed, Reason, Record},
+    state::record::{Claimed, LeftOut, Reason, Record},
     state::trajectory::{Stop, Version},
+    state::{ClaimStatus, Publication},
     store::{Store, conflict},
 };
 
@@ -42,16 +42,14 @@ impl Starvation {
 
 /// Result of one evaluation trajectory.
 #[derive(Debug, Clone, PartialEq)]
+#[allow(missing_docs, reason = "fields that say themselves")]
 pub struct EvalResult {
-    /// Request id of its group.
     pub request_id: String,
-    /// Prompt id.
     pub prompt_id: String,
     /// Reward; None when scoring failed for good.
     pub reward: Option<f64>,
     /// Generated tokens.
     pub len: u32,
-    /// Why it ended.
     pub stop: Stop,
     /// Version of its first token; None when empty.
     pub first_version: Option<Version>,
@@ -92,7 +90,7 @@ impl Store {
         if groups.len() == wanted || (closed && !groups.is_empty()) {
             let (max_staleness, segment_loss) = (self.settings.max_staleness, self.settings.segment_loss);
             let claimed = Claimed { iteration, version, max_staleness, segment_loss, groups: groups.clone() };
-            let (lsn, _) = self.commit(&Record::Claim(claimed), &Arrays::default())?;
+            let (lsn, _) = self.record(&Record::Claim(claimed), &Arrays::default())?;
             return Ok(Some(ClaimAnswer::Claimed(groups, lsn)));
         }
         let why = if over_age > 0 { Some(Starvation::OverAge) } else { closed.then_some(Starvation::Closed) };
@@ -113,9 +111,55 @@ impl Store {
         }
         let evicted = over_age.len();
         if evicted > 0 {
-            self.commit(&Record::Evict(over_age, Reason::OverAge), &Arrays::default())?;
+            self.record(&Record::Evict(over_age, Reason::OverAge), &Arrays::default())?;
         }
         Ok((groups, evicted))
+    }
+
+    /// Makes `version` the newest and `iteration`'s claim trained, but for what the learner left out of it.
+    ///
+    /// # Errors
+    /// `Conflict`: not above every earlier version and no repeat, no such claim, or something left out that is not in it.
+    pub fn publish(&mut self, version: Version, iteration: Option<i64>, left_out: LeftOut) -> Result<()> {
+        let publication = Publication { iteration, left_out };
+        if self.state.publications.get(&version) == Some(&publication) {
+            return Ok(());
+        }
+        if version <= self.state.version {
+            return conflict(format!(
+                "version {version} is not above the newest, {}; publish {} or higher",
+                self.state.version,
+                self.state.max_version + 1
+            ));
+        }
+        if let Some(iteration) = iteration {
+            let claim = self.state.claim(iteration)?;
+            if claim.status != ClaimStatus::Claimed {
+                return conflict(format!("the claim of iteration {iteration} is trained already"));
+            }
+        }
+        self.check_left_out(&publication)?;
+        let Publication { iteration, left_out } = publication;
+        self.record(&Record::Publish(version, iteration, left_out), &Arrays::default()).map(drop)
+    }
+
+    /// Whether what is left out, each for one reason, is in the claim.
+    fn check_left_out(&self, publication: &Publication) -> Result<()> {
+        let LeftOut { filter, veto } = &publication.left_out;
+        if let Some(id) = filter.intersection(veto).next() {
+            return conflict(format!("trajectory {id} is left out by filter and by veto; name one reason"));
+        }
+        for id in filter.union(veto) {
+            let scored = self.state.trajectories.get(id).filter(|trajectory| trajectory.reward().is_some());
+            let phase = scored.and_then(|trajectory| self.state.groups.get(&trajectory.group)).map(|group| group.phase);
+            if publication.iteration.is_none_or(|iteration| phase != Some(Phase::Claimed(iteration))) {
+                return conflict(format!(
+                    "trajectory {id}, which the learner left out, is not in the claim that is published (iteration {:?})",
+                    publication.iteration
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// Commits every claim up to `iteration`.
@@ -130,7 +174,7 @@ impl Store {
             ));
         }
         if claims.any(|(_, claim)| claim.status == ClaimStatus::Trained) {
-            self.commit(&Record::Commit(iteration), &Arrays::default())?;
+            self.record(&Record::Commit(iteration), &Arrays::default())?;
         }
         Ok(())
     }
@@ -147,7 +191,7 @@ impl Store {
         }
         let undone: Vec<i64> = self.state.claims.range(iteration + 1..).map(|(iteration, _)| *iteration).collect();
         if !undone.is_empty() {
-            self.commit(&Record::Uncommit(iteration), &Arrays::default())?;
+            self.record(&Record::Uncommit(iteration), &Arrays::default())?;
         }
         Ok(undone)
     }
@@ -163,7 +207,7 @@ impl Store {
         let committed: Vec<_> = committed.filter(|claim| claim.status == ClaimStatus::Committed).collect();
         let groups = committed.iter().map(|claim| claim.groups.len()).sum();
         if !committed.is_empty() {
-            self.commit(&Record::Drop(iteration), &Arrays::default())?;
+            self.record(&Record::Drop(iteration), &Arrays::default())?;
         }
         Ok(groups)
     }
@@ -171,8 +215,7 @@ impl Store {
     fn eval_groups(&self, prefix: &str) -> Vec<u64> {
         let matching = self.index.requests.range(prefix.to_owned()..).take_while(|(id, _)| id.starts_with(prefix));
         let mut groups: Vec<u64> = matching.map(|(_, group)| *group).collect();
-        groups
-            .retain(|id| self.state.groups.get(id).is_some_and(|group| group.kind == crate::state::group::Kind::Eval));
+        groups.retain(|id| self.state.groups.get(id).is_some_and(|group| group.kind == Kind::Eval));
         groups.sort_unstable();
         groups
     }
@@ -196,7 +239,7 @@ impl Store {
                     reward: trajectory.reward(),
                     len: trajectory.generated(),
                     stop: trajectory.stop,
-                    first_version: trajectory.segments.first().map(|segment| segment.version),
+                    first_version: trajectory.runs.first().map(|run| run.version),
                     last_version: trajectory.last_version(),
                 });
             }
@@ -214,7 +257,7 @@ impl Store {
             self.state.group(*id)?.members().try_for_each(|member| self.end_lease(member))?;
         }
         if !groups.is_empty() {
-            self.commit(&Record::Evict(groups.clone(), Reason::Eval), &Arrays::default())?;
+            self.record(&Record::Evict(groups.clone(), Reason::Eval), &Arrays::default())?;
         }
         Ok(groups.len())
     }

@@ -12,6 +12,7 @@ use crate::{
 
 /// Live numbers, as in `pmdflow.types.Counts`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "fields that say themselves")]
 pub struct Counts {
     /// Newest published version.
     pub version: Version,
@@ -19,19 +20,15 @@ pub struct Counts {
     pub max_version: Version,
     /// First prompt cursor position never admitted.
     pub next_cursor: u64,
-    /// Newest record.
     pub lsn: Lsn,
-    /// Newest durable record.
     pub durable_lsn: Lsn,
     /// Training groups not yet trained.
     pub groups_untrained: u64,
-    /// Ready ones.
     pub groups_ready: usize,
     /// Those in the untrained claim.
     pub groups_claimed: usize,
     /// Leased training trajectories.
     pub trajectories_leased: u64,
-    /// Idle ones.
     pub trajectories_idle: usize,
     /// Idle ones that hold tokens.
     pub trajectories_partial: usize,

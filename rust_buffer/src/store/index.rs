@@ -4,6 +4,8 @@
 //! highest priority first, then oldest group. Claims: a first-in first-out queue of groups with a window: of the ready
 //! ones the oldest, however many older ones are still being generated (the quota of untrained groups is the window).
 
+mod upkeep;
+
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet},

@@ -12,10 +12,9 @@ const KEPT_REPORTS: usize = 1024;
 
 /// A group that became ready without its late members.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs, reason = "fields that say themselves")]
 pub struct LateReport {
-    /// Group.
     pub group: u64,
-    /// Its prompt.
     pub prompt_id: String,
     /// Late members.
     pub members: u32,
@@ -79,7 +78,7 @@ impl Store {
             reports.push(self.late_report(*id, &group)?);
             group.members().try_for_each(|member| self.end_lease(member))?;
         }
-        self.commit(&Record::Late(expired.clone()), &Arrays::default())?;
+        self.record(&Record::Late(expired.clone()), &Arrays::default())?;
         if let Some(overdue) = &mut self.overdue {
             for id in expired {
                 overdue.remove(id);

@@ -2,12 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::{clock::Micros, state::trajectory::Version};
+use crate::{clock::Micros, state::record::Record, state::trajectory::Version};
 
 /// The exclusive right to extend one trajectory.
 #[derive(Debug, Clone, PartialEq)]
+#[allow(missing_docs, reason = "fields that say themselves")]
 pub struct Lease {
-    /// Who holds it.
     pub worker: String,
     /// Version that the grant is for.
     pub version: Version,
@@ -15,7 +15,6 @@ pub struct Lease {
     pub grant: u32,
     /// Whether the grant counts against the version's budget.
     pub budgeted: bool,
-    /// When it expires.
     pub deadline: Micros,
 }
 
@@ -66,6 +65,15 @@ impl Leases {
             }
         }
         Some(lease)
+    }
+
+    /// Ends the leases of the trajectories that `record` completes.
+    pub fn end_complete(&mut self, record: &Record) {
+        if let Record::Append(items) = record {
+            for item in items.iter().filter(|item| item.stop.is_some()) {
+                self.remove(item.trajectory);
+            }
+        }
     }
 
     /// Lets `worker` lease nothing any more; returns the trajectories that it holds.

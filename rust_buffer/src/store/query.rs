@@ -14,6 +14,7 @@ pub type Bounds<T> = (Option<T>, Option<T>);
 
 /// What a query selects: everything that is set must hold.
 #[derive(Debug, Clone, Default, PartialEq)]
+#[allow(missing_docs, reason = "fields that say themselves")]
 pub struct Filter {
     /// Claimed by this iteration.
     pub iteration: Option<i64>,
@@ -25,11 +26,8 @@ pub struct Filter {
     pub length: Bounds<u32>,
     /// Why it ended; `Stop::None`: it did not.
     pub stop: Option<Stop>,
-    /// Prompt id.
     pub prompt_id: Option<String>,
-    /// Group.
     pub group: Option<u64>,
-    /// Training or evaluation.
     pub kind: Option<Kind>,
     /// Name of its own state or of its group's; the two sets of names are disjoint.
     pub state: Option<String>,
@@ -37,14 +35,11 @@ pub struct Filter {
 
 /// One selected trajectory.
 #[derive(Debug, Clone, PartialEq)]
+#[allow(missing_docs, reason = "fields that say themselves")]
 pub struct Selected {
-    /// Trajectory.
     pub trajectory: u64,
-    /// Group.
     pub group: u64,
-    /// Prompt id.
     pub prompt_id: String,
-    /// Training or evaluation.
     pub kind: Kind,
     /// Name of its state.
     pub state: &'static str,
@@ -52,11 +47,9 @@ pub struct Selected {
     pub group_state: &'static str,
     /// Iteration that claimed its group.
     pub iteration: Option<i64>,
-    /// Reward, if scored.
     pub reward: Option<f64>,
     /// Generated tokens.
     pub len: u32,
-    /// Why it ended.
     pub stop: Stop,
     /// Version of its first token; None when empty.
     pub first_version: Option<Version>,
@@ -88,7 +81,7 @@ impl Filter {
             && self.state.as_ref().is_none_or(|state| state == group_state || state == store.state_of(id, trajectory))
             && holds(&self.length, &trajectory.generated())
             && (!is_bounded(&self.reward) || trajectory.reward().is_some_and(|reward| holds(&self.reward, &reward)))
-            && (!is_bounded(&self.version) || trajectory.segments.iter().any(|s| holds(&self.version, &s.version)))
+            && (!is_bounded(&self.version) || trajectory.runs.iter().any(|s| holds(&self.version, &s.version)))
     }
 }
 
@@ -137,7 +130,7 @@ impl Store {
             reward: trajectory.reward(),
             len: trajectory.generated(),
             stop: trajectory.stop,
-            first_version: trajectory.segments.first().map(|segment| segment.version),
+            first_version: trajectory.runs.first().map(|run| run.version),
             last_version: trajectory.last_version(),
         }
     }

@@ -8,28 +8,26 @@ use crate::{
     log::{Arrays, Location},
     state::group::Kind,
     state::record::{Appended, Record},
-    state::trajectory::{End, Segment, Stop, Trajectory, Verdict, Version},
+    state::trajectory::{End, Run, Stop, Trajectory, Verdict, Version},
     store::Store,
-    store::claim_view,
+    store::arrays::read_run,
     store::lease::Lease,
     wire::{Batch, Item},
 };
 
 /// A lease as it is answered; the arrays are read from the log.
 #[derive(Debug, Clone, PartialEq)]
+#[allow(missing_docs, reason = "fields that say themselves")]
 pub struct Granted {
-    /// Trajectory.
     pub trajectory: u64,
-    /// Group.
     pub group: u64,
     /// Fencing epoch.
     pub epoch: u64,
-    /// Training or evaluation.
     pub kind: Kind,
     /// Frame of the prompt.
     pub prompt: Location,
     /// Durable tokens so far.
-    pub segments: Vec<Segment>,
+    pub runs: Vec<Run>,
     /// Generated tokens that the trajectory may reach.
     pub max_tokens: u32,
     /// Tokens that may be generated now.
@@ -39,7 +37,7 @@ pub struct Granted {
 /// The answer to one appended item.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reply {
-    /// Trajectory.
+    /// That of the item.
     pub trajectory: u64,
     /// The lease was fenced: nothing was written.
     pub stale: bool,
@@ -174,7 +172,7 @@ impl Store {
             return Ok(Vec::new());
         }
         let leased = Record::Lease(held.iter().map(|(id, _)| *id).collect());
-        if let Err(error) = self.commit(&leased, &Arrays::default()) {
+        if let Err(error) = self.record(&leased, &Arrays::default()) {
             held.iter().try_for_each(|(id, _)| self.end_lease(*id))?;
             return Err(error);
         }
@@ -190,7 +188,7 @@ impl Store {
             epoch: trajectory.epoch,
             kind: group.kind,
             prompt: group.location,
-            segments: trajectory.segments.clone(),
+            runs: trajectory.runs.clone(),
             max_tokens: group.max_tokens,
             grant,
         })
@@ -226,7 +224,7 @@ impl Store {
     fn write(&mut self, batch: &Batch<'_>, decisions: &[Decision]) -> Result<()> {
         let (mut items, mut arrays) = (Vec::new(), Arrays::default());
         // Neighbours in the batch are one write.
-        let (mut run, mut entries) = (0..0, Vec::new());
+        let (mut span, mut entries) = (0..0, Vec::new());
         for (item, decision) in batch.items.iter().zip(decisions) {
             let Decision::Extend { write, stop, .. } = *decision else { continue };
             if !write && stop.is_none() {
@@ -244,17 +242,17 @@ impl Store {
             if write {
                 appended.len = item.count;
                 appended.extra = item.extra.iter().map(|(n, t)| ((*n).to_owned(), (*t).to_owned())).collect();
-                if run.end != item.range.start {
-                    arrays.extend(&std::mem::take(&mut entries), &batch.payload[run]);
-                    run = item.range.start..item.range.start;
+                if span.end != item.range.start {
+                    arrays.extend(&std::mem::take(&mut entries), &batch.payload[span]);
+                    span = item.range.start..item.range.start;
                 }
-                run.end = item.range.end;
+                span.end = item.range.end;
                 entries.extend_from_slice(&item.entries);
             }
             items.push(appended);
         }
-        arrays.extend(&entries, &batch.payload[run]);
-        if items.is_empty() { Ok(()) } else { self.commit(&Record::Append(items), &arrays).map(drop) }
+        arrays.extend(&entries, &batch.payload[span]);
+        if items.is_empty() { Ok(()) } else { self.record(&Record::Append(items), &arrays).map(drop) }
     }
 
     fn renew(&mut self, id: u64, version: Option<Version>, deadline: Micros) -> Result<()> {
@@ -313,11 +311,7 @@ impl Store {
 
     /// Without a lease only repeats are answered; everything else came too late.
     fn decide_ended(
-        &self,
-        item: &Item<'_>,
-        payload: &[u8],
-        trajectory: &Trajectory,
-        end: Option<End>,
+        &self, item: &Item<'_>, payload: &[u8], trajectory: &Trajectory, end: Option<End>,
     ) -> Result<Decision> {
         let max = self.state.group(trajectory.group)?.max_tokens;
         let (count, until) = (item.count, item.offset + item.count);
@@ -337,24 +331,24 @@ impl Store {
         let (start, end) = (item.offset, item.offset + item.count);
         let sent = payload.get(item.range.clone()).unwrap_or_default();
         let mut position = 0;
-        for segment in &trajectory.segments {
-            let (first, last) = (position.max(start), (position + segment.len).min(end));
+        for run in &trajectory.runs {
+            let (first, last) = (position.max(start), (position + run.len).min(end));
             if first < last {
-                let stored = claim_view::read_segment(&self.log, segment)?;
+                let stored = read_run(&self.log, run)?;
                 let same = |stored_at: u32, sent_at: u32| {
                     let range = |at: u32, from: u32| 4 * (at + first - from) as usize..4 * (at + last - from) as usize;
                     stored.get(range(stored_at, position)) == sent.get(range(sent_at, start))
                 };
-                if segment.version != item.version
-                    || segment.temperature.to_bits() != item.temperature.to_bits()
-                    || segment.observed != item.observed
+                if run.version != item.version
+                    || run.temperature.to_bits() != item.temperature.to_bits()
+                    || run.observed != item.observed
                     || !same(0, 0)
-                    || !(item.observed || same(segment.len, item.count))
+                    || !(item.observed || same(run.len, item.count))
                 {
                     return Ok(false);
                 }
             }
-            position += segment.len;
+            position += run.len;
         }
         Ok(position >= end)
     }

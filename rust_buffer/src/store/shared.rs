@@ -107,10 +107,7 @@ impl Shared {
     /// # Errors
     /// Those of the attempt, or `Closed`.
     pub fn wait<T>(
-        &self,
-        timeout_s: f64,
-        clock: Clock,
-        mut attempt: impl FnMut(&mut Store, Micros) -> Result<Option<T>>,
+        &self, timeout_s: f64, clock: Clock, mut attempt: impl FnMut(&mut Store, Micros) -> Result<Option<T>>,
     ) -> Result<Option<(Lsn, T)>> {
         let deadline = clock.base.saturating_add(micros(timeout_s.max(0.0)));
         let mut guarded = self.lock()?;
@@ -147,7 +144,7 @@ impl Shared {
     }
 
     fn acknowledge(&self, lsn: Lsn) -> Result<()> {
-        if self.durability == Durability::Os || self.log.commit(lsn, SYNC_TIMEOUT)? {
+        if self.durability == Durability::Os || self.log.sync_through(lsn, SYNC_TIMEOUT)? {
             return Ok(());
         }
         let detail = format!("record {lsn} is not on disk after {} s", SYNC_TIMEOUT.as_secs());
@@ -161,7 +158,7 @@ impl Shared {
     pub fn remove_dead_files(&self) -> Result<()> {
         let (file, snapshot) = self.query(|store| {
             let file = store.first_live_file();
-            let needed = store.log().index().file < file;
+            let needed = store.log().snapshot_position().file < file;
             Ok((file, needed.then(|| store.snapshots.task(store.state(), store.log()))))
         })?;
         if let Some(snapshot) = snapshot {

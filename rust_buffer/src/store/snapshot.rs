@@ -73,9 +73,9 @@ impl Snapshots {
             Ok(()) | Err(StoreError::Closed) => {}
             Err(error) => drop(shared.poison(error)),
         };
-        match std::thread::Builder::new().name("log-index".into()).spawn(run) {
+        match std::thread::Builder::new().name("log-snapshot".into()).spawn(run) {
             Ok(thread) => self.thread = Some(thread),
-            Err(error) => drop(log.poison(StoreError::io("log-index", error))),
+            Err(error) => drop(log.poison(StoreError::io("log-snapshot", error))),
         }
     }
 
@@ -103,11 +103,11 @@ struct Snapshot {
 impl Writer {
     fn write(&self, snapshot: &Snapshot, log: &Log) -> Result<()> {
         let _one = self.one.lock().unwrap_or_else(PoisonError::into_inner);
-        if log.index().next >= snapshot.position.next {
+        if log.snapshot_position().next >= snapshot.position.next {
             return Ok(());
         }
         let bytes = wire::encode(&snapshot.state)?;
         self.len.store(bytes.len() as u64, Ordering::Relaxed);
-        log.write_index(snapshot.position, &bytes)
+        log.write_snapshot(snapshot.position, &bytes)
     }
 }

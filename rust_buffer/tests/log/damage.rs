@@ -104,7 +104,7 @@ fn a_random_bit_flip_in_a_closed_log_of_several_files_never_gives_wrong_data() {
     let template = scratch();
     let (log, _) = open_with(template.path(), TINY);
     let mut written = fill(&log, 0..12);
-    log.write_index(log.position(), &[12; 30]).unwrap();
+    log.write_snapshot(log.position(), &[12; 30]).unwrap();
     // Up to a file that is not full, or most bits would be those of its preallocation.
     while written.len() < 20 || log.position().offset > HEADER + TINY.file_bytes {
         written.extend(fill(&log, written.len()..written.len() + 1));

@@ -184,7 +184,7 @@ fn level_always_is_durable_when_append_returns() {
 }
 
 #[test]
-fn threads_append_rotate_read_index_and_wait_together() {
+fn threads_append_rotate_snapshot_and_wait_together() {
     let dir = scratch();
     let (log, _) = open(dir.path());
     std::thread::scope(|scope| {
@@ -196,12 +196,12 @@ fn threads_append_rotate_read_index_and_wait_together() {
                     let (lsn, location) = append(&log, &written);
                     assert_eq!(log.frame(location).unwrap().arrays(), written.2);
                     if i % 50 == 0 {
-                        let durable = if thread < 2 { Log::commit } else { Log::wait_durable };
+                        let durable = if thread < 2 { Log::sync_through } else { Log::wait_durable };
                         assert!(durable(&log, lsn, PATIENCE).unwrap());
                         assert!(log.durable_lsn() >= lsn);
                     }
                     if thread == 0 && i % 40 == 0 {
-                        log.write_index(log.position(), &lsn.to_le_bytes()).unwrap();
+                        log.write_snapshot(log.position(), &lsn.to_le_bytes()).unwrap();
                     }
                 }
             });
@@ -209,11 +209,11 @@ fn threads_append_rotate_read_index_and_wait_together() {
     });
     assert!(log.position().file > 2);
     let position = log.position();
-    let index = log.index();
+    let snapshot = log.snapshot_position();
     drop(log);
     let (log, seen) = open(dir.path());
-    assert_eq!((log.position(), log.index()), (position, index));
-    assert_eq!(seen.frames[0].lsn(), index.next);
+    assert_eq!((log.position(), log.snapshot_position()), (position, snapshot));
+    assert_eq!(seen.frames[0].lsn(), snapshot.next);
     assert_eq!(seen.frames.last().unwrap().lsn(), 1200);
 }
 
@@ -232,7 +232,7 @@ fn a_failure_poisons_the_log_and_a_closed_one_refuses() {
     assert!(matches!(log.append(1, b"", &Arrays::default()), Err(StoreError::Io { .. })));
     assert!(matches!(log.append(1, b"", &Arrays::default()), Err(StoreError::Poisoned { .. })));
     assert!(matches!(log.remove_before(1), Err(StoreError::Poisoned { .. })));
-    assert!(matches!(log.write_index(log.position(), b""), Err(StoreError::Poisoned { .. })));
+    assert!(matches!(log.write_snapshot(log.position(), b""), Err(StoreError::Poisoned { .. })));
     assert!(log.wait_durable(lsn, PATIENCE).unwrap());
 
     let (log, _) = open(&path);
@@ -241,7 +241,7 @@ fn a_failure_poisons_the_log_and_a_closed_one_refuses() {
     log.close().unwrap();
     assert!(matches!(log.append(1, b"", &Arrays::default()), Err(StoreError::Closed)));
     assert!(matches!(log.remove_before(9), Err(StoreError::Closed)));
-    assert!(matches!(log.write_index(log.position(), b""), Err(StoreError::Closed)));
+    assert!(matches!(log.write_snapshot(log.position(), b""), Err(StoreError::Closed)));
     assert!(log.wait_durable(lsn, PATIENCE).unwrap());
     assert_eq!(log.frame(location).unwrap().header(), record(1).1);
 }

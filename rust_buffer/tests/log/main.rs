@@ -1,9 +1,10 @@
 //! The log's contract, point by point, on real files.
 #![allow(clippy::unwrap_used)]
 
+mod bytes;
 mod damage;
-mod index;
 mod life;
+mod snapshot;
 mod tail;
 
 use std::{
@@ -27,7 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const HEADER: u64 = 32;
 /// One file is enough for most of these tests.
 const SMALL: LogOptions =
-    LogOptions { durability: Durability::Group, file_bytes: 4096, commit_interval: Duration::from_millis(5) };
+    LogOptions { durability: Durability::Group, file_bytes: 4096, sync_interval: Duration::from_millis(5) };
 /// A few records to a file.
 const TINY: LogOptions = LogOptions { file_bytes: 256, ..SMALL };
 

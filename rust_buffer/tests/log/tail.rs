@@ -98,7 +98,7 @@ fn power_loss_may_drop_an_unsynced_page_before_one_that_was_kept() {
     drop(after);
     assert_eq!(open(copy.path()).1.records(), vec![record(0), record(1), record(9)]);
     // Once they are synced, the same loss is damage.
-    log.write_index(log.index(), b"").unwrap();
+    log.write_snapshot(log.snapshot_position(), b"").unwrap();
     let copy = crash(dir.path());
     overwrite(&file(copy.path(), 1), batch[2].offset, &vec![0; batch[2].len as usize]);
     assert_eq!(damage(copy.path()), (name(1), batch[2].offset));
@@ -152,7 +152,7 @@ fn another_format_version_is_refused() {
     let dir = scratch();
     let (log, _) = open(dir.path());
     append(&log, &record(1));
-    log.write_index(log.position(), b"snapshot").unwrap();
+    log.write_snapshot(log.position(), b"snapshot").unwrap();
     log.close().unwrap();
     for (name, version) in [name(1), "index".to_owned()].into_iter().flat_map(|name| [(name.clone(), 2), (name, 4)]) {
         let copy = crash(dir.path());

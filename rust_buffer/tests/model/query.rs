@@ -22,7 +22,7 @@ fn plain(store: &Store, filter: &Filter) -> Vec<u64> {
             wanted &= iteration == Some(number);
         }
         if filter.version != (None, None) {
-            wanted &= trajectory.segments.iter().any(|segment| within(filter.version, segment.version));
+            wanted &= trajectory.runs.iter().any(|run| within(filter.version, run.version));
         }
         if filter.reward != (None, None) {
             wanted &= match trajectory.verdict {

@@ -19,9 +19,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 enum Op {
     Append { sizes: Vec<usize> },
     Wait,
-    Commit,
+    Sync,
     Read { pick: usize },
-    Index,
+    Snapshot,
     Remove { file: u32 },
     Close,
     Arm(Fault),
@@ -32,9 +32,9 @@ fn op() -> impl Strategy<Value = Op> {
     let size = prop_oneof![6 => 0..60_usize, 1 => 400..1500_usize];
     prop_oneof![
         12 => prop::collection::vec(size, 0..5).prop_map(|sizes| Op::Append { sizes }),
-        3 => prop_oneof![Just(Op::Wait), Just(Op::Commit)],
+        3 => prop_oneof![Just(Op::Wait), Just(Op::Sync)],
         1 => any::<usize>().prop_map(|pick| Op::Read { pick }),
-        2 => Just(Op::Index),
+        2 => Just(Op::Snapshot),
         1 => prop_oneof![1..9_u32, Just(u32::MAX)].prop_map(|file| Op::Remove { file }),
         1 => Just(Op::Close),
         2 => fault().prop_map(Op::Arm),
@@ -128,9 +128,9 @@ impl Run {
         match op {
             Op::Append { sizes } => self.append(sizes),
             Op::Wait => self.wait(Log::wait_durable),
-            Op::Commit => self.wait(Log::commit),
+            Op::Sync => self.wait(Log::sync_through),
             Op::Read { pick } => self.read(*pick),
-            Op::Index => self.index(),
+            Op::Snapshot => self.snapshot(),
             Op::Remove { file } => self.remove(*file),
             Op::Close => {
                 if self.log().close().is_ok() && !self.failed {
@@ -200,10 +200,10 @@ impl Run {
         }
     }
 
-    fn index(&mut self) {
+    fn snapshot(&mut self) {
         let (position, lsn) = (self.log().position(), self.log().lsn());
         self.bases.push(position.next - 1);
-        match self.log().write_index(position, &(position.next - 1).to_le_bytes()) {
+        match self.log().write_snapshot(position, &(position.next - 1).to_le_bytes()) {
             Ok(()) => {
                 self.bases = vec![position.next - 1];
                 self.kept = self.kept.max(lsn);
@@ -214,7 +214,7 @@ impl Run {
     }
 
     fn remove(&mut self, file: u32) {
-        let end = file.min(self.log().index().file);
+        let end = file.min(self.log().snapshot_position().file);
         match self.log().remove_before(file) {
             Ok(_) | Err(StoreError::Io { .. } | StoreError::Poisoned { .. }) => {}
             Err(other) => panic!("{other}"),
@@ -251,11 +251,11 @@ impl Run {
         }
         self.open(least);
         // Opening changes nothing that a second opening sees.
-        let (before, index) = (self.log().position(), self.log().index());
+        let (before, snapshot) = (self.log().position(), self.log().snapshot_position());
         self.disk.kill();
         self.log = None;
         self.open(before.next - 1);
-        assert_eq!((self.log().position(), self.log().index()), (before, index));
+        assert_eq!((self.log().position(), self.log().snapshot_position()), (before, snapshot));
     }
 
     /// The last record whose append was answered.
@@ -288,7 +288,7 @@ impl Run {
 }
 
 fn run(seed: u64, durability: Durability, ops: &[Op]) {
-    let options = LogOptions { durability, file_bytes: 600, commit_interval: Duration::from_millis(1) };
+    let options = LogOptions { durability, file_bytes: 600, sync_interval: Duration::from_millis(1) };
     let mut run = Run::new(seed, options);
     for op in ops {
         run.run(op);
@@ -302,7 +302,7 @@ fn what_a_failed_opening_zeroed_does_not_come_back() {
     let lose = |fault| Op::End(End { power_loss: true, fault, again: false });
     for seed in 0..300 {
         let mut ops = vec![append.clone(); 4];
-        ops.extend([lose(Some(Fault::Sync(1))), append.clone(), Op::Index, lose(None)]);
+        ops.extend([lose(Some(Fault::Sync(1))), append.clone(), Op::Snapshot, lose(None)]);
         let options = LogOptions { durability: Durability::Os, file_bytes: 8192, ..LogOptions::default() };
         let mut run = Run::new(seed, options);
         for op in &ops {

@@ -9,7 +9,8 @@ use _rust_buffer::{
     state::group::Kind,
     state::record::{Admit, LeftOut, Quota, SegmentLoss},
     state::trajectory::Outcome,
-    store::claim_view,
+    store::admission::Prompt,
+    store::arrays,
     store::{Settings, Store},
     wire::Batch,
 };
@@ -67,7 +68,7 @@ fn settings(durability: Durability) -> Settings {
         straggler: None,
         max_bytes: None,
         file_bytes: 1024,
-        commit_interval: Duration::from_millis(1),
+        sync_interval: Duration::from_millis(1),
     }
 }
 
@@ -89,6 +90,8 @@ struct Run {
     kept: Lsn,
     /// What was appended to each trajectory.
     tokens: BTreeMap<u64, Vec<i32>>,
+    /// Text of each admission that was tried.
+    texts: BTreeMap<String, String>,
     held: Vec<Held>,
     /// Makes each admission and each run of tokens another one.
     serial: u32,
@@ -105,6 +108,7 @@ impl Run {
             states: BTreeMap::from([(0, State::default())]),
             kept: 0,
             tokens: BTreeMap::new(),
+            texts: BTreeMap::new(),
             held: Vec::new(),
             serial: 0,
             failed: false,
@@ -177,7 +181,10 @@ impl Run {
             max_tokens,
             priority: 0,
         };
-        self.store().admit(&admit, &[7; 8], b"metadata").map(drop)
+        let text = format!("text {}", self.serial);
+        self.texts.insert(admit.request_id.clone(), text.clone());
+        let prompt = Prompt { tokens: &[7; 8], metadata: b"metadata", text: Some(&text) };
+        self.store().admit(&admit, prompt).map(drop)
     }
 
     fn lease(&mut self) -> Result<()> {
@@ -291,9 +298,13 @@ impl Run {
             assert!(store.state() == state, "the state after record {lsn} differs");
         }
         for (id, trajectory) in &store.state().trajectories {
-            let read = claim_view::read_segments(store.log(), &trajectory.segments).unwrap();
+            let read = arrays::read_runs(store.log(), &trajectory.runs).unwrap();
             let sent = self.tokens.get(id).map_or(&[][..], Vec::as_slice);
             assert_eq!(read.ids, bytes(&sent[..trajectory.len as usize]), "tokens of trajectory {id}");
+        }
+        for group in store.state().groups.values() {
+            let read = arrays::read_prompt(store.log(), group.location).unwrap();
+            assert_eq!(read.text.as_ref(), self.texts.get(&group.request_id), "text of {}", group.request_id);
         }
         let state = store.state();
         self.tokens.retain(|id, tokens| {

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from pmdflow.errors import PmdflowError
 from pmdflow.rollout.engine import Output, Request, RolloutEngine
 from pmdflow.rollout.engines.simulated import SimulatedEngine
 from pmdflow.rollout.engines.transformers.engine import TransformersEngine
 from pmdflow.rollout.engines.transformers.sampling import sample
 from pmdflow.rollout.engines.transformers.slots import HeldSequence, plan_slots
-from pmdflow.types import PmdflowError
 
 VOCAB = 384
 EOS = 1

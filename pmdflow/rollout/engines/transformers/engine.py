@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pmdflow.errors import PmdflowError
 from pmdflow.rollout.engine import OnNewWeights, Output, Request, check_extends, check_joins
 from pmdflow.rollout.engines.transformers.cache import ATTENTION, SlotCache
 from pmdflow.rollout.engines.transformers.sampling import sample
 from pmdflow.rollout.engines.transformers.slots import DecodeBatch, HeldSequence, SlotGroup, plan_slots
-from pmdflow.types import PmdflowError
 from pmdflow.weights.lora import AdapterMerger
 
 _PREFILL_TOKENS = 4096

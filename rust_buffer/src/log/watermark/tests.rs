@@ -62,7 +62,7 @@ impl Log {
     }
 
     /// As `Log::write` and `Log::commit`.
-    fn write_and_commit(&self, fails: bool) -> Result<()> {
+    fn write_and_sync(&self, fails: bool) -> Result<()> {
         let lsn = self.write()?;
         self.sync(lsn, fails)?;
         assert!(self.watermark.durable() >= lsn);
@@ -127,9 +127,9 @@ fn appenders_that_sync_for_themselves_share_syncs() {
         let log = Log::new();
         let appender = {
             let log = Arc::clone(&log);
-            thread::spawn(move || log.write_and_commit(false).unwrap())
+            thread::spawn(move || log.write_and_sync(false).unwrap())
         };
-        log.write_and_commit(false).unwrap();
+        log.write_and_sync(false).unwrap();
         // The last one written may be the other's.
         let newest = log.watermark.written();
         assert!(log.watermark.wait(newest, HOUR).unwrap());
@@ -141,7 +141,7 @@ fn appenders_that_sync_for_themselves_share_syncs() {
         let syncing = sync_thread(&log, HOUR, false);
         let appender = {
             let log = Arc::clone(&log);
-            thread::spawn(move || log.write_and_commit(false).unwrap())
+            thread::spawn(move || log.write_and_sync(false).unwrap())
         };
         assert!(log.append_and_wait().unwrap());
         appender.join().unwrap();
@@ -170,9 +170,9 @@ fn a_failed_sync_wakes_every_waiter_and_nothing_is_durable_after_it() {
         let log = Log::new();
         let appender = {
             let log = Arc::clone(&log);
-            thread::spawn(move || assert!(log.write_and_commit(true).is_err()))
+            thread::spawn(move || assert!(log.write_and_sync(true).is_err()))
         };
-        assert!(log.write_and_commit(true).is_err());
+        assert!(log.write_and_sync(true).is_err());
         appender.join().unwrap();
         assert_eq!(log.watermark.durable(), 0);
     });

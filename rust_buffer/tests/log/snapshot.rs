@@ -1,4 +1,4 @@
-//! The index, sealed files and their deletion, and readers beside the writer.
+//! The snapshot, sealed files and their deletion, and readers beside the writer.
 
 use std::{
     fs,
@@ -20,13 +20,13 @@ fn existing(dir: &Path) -> Arc<dyn Storage> {
     Arc::new(Disk::existing(dir))
 }
 
-/// A closed log of 40 records in several files with an index before record `at` (counted from 0).
-fn indexed(dir: &Path, at: usize) -> Vec<Location> {
+/// A closed log of 40 records in several files with a snapshot before record `at` (counted from 0).
+fn with_snapshot(dir: &Path, at: usize) -> Vec<Location> {
     let (log, _) = open_with(dir, TINY);
     let mut locations = Vec::new();
     for i in 0..40 {
         if i == at {
-            log.write_index(log.position(), format!("the first {i}").as_bytes()).unwrap();
+            log.write_snapshot(log.position(), format!("the first {i}").as_bytes()).unwrap();
         }
         locations.push(append(&log, &record(i)).1);
     }
@@ -38,12 +38,12 @@ fn indexed(dir: &Path, at: usize) -> Vec<Location> {
 #[test]
 fn opening_reads_the_snapshot_and_the_records_after_it() {
     let dir = scratch();
-    indexed(dir.path(), 20);
+    with_snapshot(dir.path(), 20);
     let (log, seen) = open_with(dir.path(), TINY);
     assert_eq!(seen.snapshot.as_deref(), Some(&b"the first 20"[..]));
     assert_eq!(seen.records(), records(20..40));
-    assert_eq!((log.lsn(), log.index().next), (40, 21));
-    log.write_index(log.position(), b"all").unwrap();
+    assert_eq!((log.lsn(), log.snapshot_position().next), (40, 21));
+    log.write_snapshot(log.position(), b"all").unwrap();
     drop(log);
     let (log, seen) = open_with(dir.path(), TINY);
     assert_eq!((seen.snapshot.as_deref(), seen.frames.len()), (Some(&b"all"[..]), 0));
@@ -51,14 +51,14 @@ fn opening_reads_the_snapshot_and_the_records_after_it() {
 }
 
 #[test]
-fn an_index_of_an_empty_log_and_one_of_an_earlier_position_work() {
+fn a_snapshot_of_an_empty_log_and_one_of_an_earlier_position_work() {
     let dir = scratch();
     let (log, _) = open(dir.path());
-    log.write_index(log.position(), b"nothing").unwrap();
+    log.write_snapshot(log.position(), b"nothing").unwrap();
     let position = log.position();
     append(&log, &record(0));
     append(&log, &record(1));
-    log.write_index(position, b"still nothing").unwrap();
+    log.write_snapshot(position, b"still nothing").unwrap();
     drop(log);
     let (_, seen) = open(dir.path());
     assert_eq!(seen.snapshot.as_deref(), Some(&b"still nothing"[..]));
@@ -66,9 +66,9 @@ fn an_index_of_an_empty_log_and_one_of_an_earlier_position_work() {
 }
 
 #[test]
-fn an_index_damaged_anywhere_is_refused_and_never_wrong() {
+fn a_snapshot_damaged_anywhere_is_refused_and_never_wrong() {
     let dir = scratch();
-    indexed(dir.path(), 20);
+    with_snapshot(dir.path(), 20);
     let image = fs::read(dir.path().join("index")).unwrap();
     let used = image.len() - (8 - b"the first 20".len() % 8) % 8;
     let copy = crash(dir.path());
@@ -90,7 +90,7 @@ fn an_index_damaged_anywhere_is_refused_and_never_wrong() {
 }
 
 #[test]
-fn what_the_index_covers_is_not_lost_in_silence() {
+fn what_the_snapshot_covers_is_not_lost_in_silence() {
     let dir = scratch();
     let (log, _) = open_with(dir.path(), TINY);
     let mut written = fill(&log, 0..20);
@@ -98,7 +98,7 @@ fn what_the_index_covers_is_not_lost_in_silence() {
         written.extend(fill(&log, written.len()..written.len() + 1));
     }
     let (last, start) = (log.position().file, log.position().offset);
-    log.write_index(log.position(), b"").unwrap();
+    log.write_snapshot(log.position(), b"").unwrap();
     let more = fill(&log, written.len()..written.len() + 1)[0];
     log.close().unwrap();
     for len in 0..end(&more) {
@@ -116,22 +116,22 @@ fn what_the_index_covers_is_not_lost_in_silence() {
 }
 
 #[test]
-fn a_missing_file_or_index_is_refused_and_named() {
+fn a_missing_file_or_snapshot_is_refused_and_named() {
     let dir = scratch();
-    let locations = indexed(dir.path(), 20);
+    let locations = with_snapshot(dir.path(), 20);
     let first = locations[20].file;
     for missing in first..locations[39].file {
         let copy = crash(dir.path());
         fs::remove_file(file(copy.path(), missing)).unwrap();
         assert_eq!(damage(copy.path()), (name(missing), 0));
     }
-    // Everything is in the log itself: without an index it is read from its beginning.
+    // Everything is in the log itself: without a snapshot it is read from its beginning.
     let copy = crash(dir.path());
     fs::remove_file(copy.path().join("index")).unwrap();
     assert_eq!(open(copy.path()).1.records(), records(0..40));
     fs::remove_file(file(copy.path(), 1)).unwrap();
     assert_eq!(damage(copy.path()), (name(1), 0));
-    // Files below the index hold nothing that opening reads.
+    // Files below the snapshot hold nothing that opening reads.
     fs::remove_file(file(dir.path(), 1)).unwrap();
     assert_eq!(open(dir.path()).1.records(), records(20..40));
 }
@@ -139,7 +139,7 @@ fn a_missing_file_or_index_is_refused_and_named() {
 #[test]
 fn files_of_another_place_in_the_log_are_refused() {
     let dir = scratch();
-    let locations = indexed(dir.path(), 20);
+    let locations = with_snapshot(dir.path(), 20);
     let (first, last) = (locations[20].file, locations[39].file);
     for number in first..=last {
         let copy = crash(dir.path());
@@ -158,13 +158,13 @@ fn files_of_another_place_in_the_log_are_refused() {
 }
 
 #[test]
-fn what_a_crash_leaves_of_a_new_index_is_ignored() {
+fn what_a_crash_leaves_of_a_new_snapshot_is_ignored() {
     let dir = scratch();
-    indexed(dir.path(), 20);
+    with_snapshot(dir.path(), 20);
     fs::write(dir.path().join("index.tmp"), b"half a snapshot").unwrap();
     let (log, seen) = open(dir.path());
     assert_eq!(seen.records(), records(20..40));
-    log.write_index(log.position(), b"whole").unwrap();
+    log.write_snapshot(log.position(), b"whole").unwrap();
     assert!(!dir.path().join("index.tmp").exists());
     drop(log);
     assert_eq!(open(dir.path()).1.snapshot.unwrap(), b"whole");
@@ -180,21 +180,21 @@ fn files_that_are_not_the_logs_are_left_alone() {
     }
     let (log, seen) = open_with(dir.path(), TINY);
     assert_eq!(seen.records(), records(0..12));
-    log.write_index(log.position(), b"").unwrap();
+    log.write_snapshot(log.position(), b"").unwrap();
     log.remove_before(u32::MAX).unwrap();
     assert!(strangers.iter().all(|name| dir.path().join(name).exists()));
 }
 
 #[test]
-fn sealed_files_go_oldest_first_never_beyond_the_index_and_pinned_frames_stay() {
+fn sealed_files_go_oldest_first_never_beyond_the_snapshot_and_pinned_frames_stay() {
     let dir = scratch();
     let (log, _) = open_with(dir.path(), TINY);
     let locations = fill(&log, 0..40);
     let last = locations[39].file;
     let pinned = log.frame(locations[3]).unwrap();
-    assert_eq!(log.remove_before(last).unwrap(), 0, "without an index everything is needed");
+    assert_eq!(log.remove_before(last).unwrap(), 0, "without a snapshot everything is needed");
     let at = locations[20];
-    log.write_index(Position { file: at.file, offset: at.offset, next: 21 }, b"").unwrap();
+    log.write_snapshot(Position { file: at.file, offset: at.offset, next: 21 }, b"").unwrap();
     let before = log.bytes();
     assert_eq!(log.remove_before(3).unwrap(), 2);
     assert_eq!(log.remove_before(3).unwrap(), 0);
@@ -205,7 +205,7 @@ fn sealed_files_go_oldest_first_never_beyond_the_index_and_pinned_frames_stay() 
     assert_eq!(read(&pinned), record(3));
     assert!(matches!(log.frame(locations[0]), Err(StoreError::Corrupt { offset, .. }) if offset == HEADER));
     assert_eq!(read(&log.frame(locations[20]).unwrap()), record(20));
-    log.write_index(log.position(), b"").unwrap();
+    log.write_snapshot(log.position(), b"").unwrap();
     assert_eq!(log.remove_before(u32::MAX).unwrap(), (last - at.file) as usize);
     assert_eq!(append(&log, &record(40)).0, 41);
     drop(log);
@@ -232,7 +232,7 @@ fn a_reader_needs_no_lock_and_changes_nothing() {
     let dir = scratch();
     let (log, _) = open_with(dir.path(), TINY);
     let mut locations = fill(&log, 0..30);
-    log.write_index(log.position(), b"thirty").unwrap();
+    log.write_snapshot(log.position(), b"thirty").unwrap();
     locations.extend(fill(&log, 30..40));
     assert!(log.wait_durable(40, PATIENCE).unwrap());
     // Remains of a crash stay too.
@@ -255,7 +255,7 @@ fn a_reader_needs_no_lock_and_changes_nothing() {
             assert_eq!(read(&reader.frame(*location).unwrap()), record(i));
         }
         assert!(matches!(reader.append(1, b"", &Arrays::default()), Err(StoreError::ReadOnly { .. })));
-        assert!(matches!(reader.write_index(reader.position(), b""), Err(StoreError::ReadOnly { .. })));
+        assert!(matches!(reader.write_snapshot(reader.position(), b""), Err(StoreError::ReadOnly { .. })));
         assert!(matches!(reader.remove_before(9), Err(StoreError::ReadOnly { .. })));
         reader.close().unwrap();
         drop(reader);

@@ -1,0 +1,72 @@
+//! The settings of a store as Python gives them.
+
+use std::time::Duration;
+
+use pyo3::{exceptions::PyValueError, prelude::*};
+
+use super::parse::{choose, seconds, ticks};
+use crate::{log::Durability, state::group::Straggler, state::record::SegmentLoss, store::Settings};
+
+/// Longest interval between two syncs.
+const MAX_SYNC_INTERVAL_S: f64 = 3600.0;
+
+/// The keyword arguments of `TrajectoryStore`; `pmdflow/store/settings.py` documents them.
+pub struct Given<'a> {
+    pub groups_per_iteration: usize,
+    pub lookahead: u32,
+    pub max_staleness: Option<u32>,
+    pub segment_loss: &'a str,
+    pub min_group_size: u32,
+    /// Members, and seconds to wait for the others.
+    pub straggler: Option<(u32, f64)>,
+    pub max_attempts: u32,
+    pub lease_ttl_s: f64,
+    pub grant_tokens: u32,
+    pub durability: &'a str,
+    pub max_bytes: Option<u64>,
+    pub file_bytes: u64,
+    pub sync_interval_s: f64,
+}
+
+impl TryFrom<Given<'_>> for Settings {
+    type Error = PyErr;
+
+    fn try_from(given: Given<'_>) -> PyResult<Self> {
+        if given.groups_per_iteration == 0
+            || given.max_attempts == 0
+            || given.grant_tokens == 0
+            || given.file_bytes == 0
+        {
+            return Err(PyValueError::new_err(
+                "groups_per_iteration, max_attempts, grant_tokens and file_bytes must be >= 1",
+            ));
+        }
+        let losses = [("all", SegmentLoss::All), ("current_only", SegmentLoss::CurrentOnly)];
+        let levels = [("os", Durability::Os), ("group", Durability::Group), ("always", Durability::Always)];
+        let sync_interval_s = seconds("sync_interval_s", given.sync_interval_s)?.min(MAX_SYNC_INTERVAL_S);
+        Ok(Self {
+            groups_per_iteration: given.groups_per_iteration,
+            lookahead: given.lookahead,
+            max_staleness: given.max_staleness,
+            segment_loss: choose("segment_loss", given.segment_loss, &losses)?,
+            min_group_size: given.min_group_size,
+            straggler: given.straggler.map(|rule| straggler(rule, given.min_group_size)).transpose()?,
+            max_attempts: given.max_attempts,
+            lease_ttl: ticks("lease_ttl_s", given.lease_ttl_s)?,
+            grant_tokens: given.grant_tokens,
+            durability: choose("durability", given.durability, &levels)?,
+            max_bytes: given.max_bytes,
+            file_bytes: given.file_bytes,
+            sync_interval: Duration::from_secs_f64(sync_interval_s),
+        })
+    }
+}
+
+fn straggler((members, wait_s): (u32, f64), min_group_size: u32) -> PyResult<Straggler> {
+    if members < min_group_size.max(1) {
+        return Err(PyValueError::new_err(format!(
+            "straggler has {members} members, min_group_size is {min_group_size}; wait for at least these"
+        )));
+    }
+    Ok(Straggler { members, wait: ticks("the wait of straggler", wait_s)? })
+}

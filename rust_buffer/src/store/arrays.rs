@@ -1,0 +1,134 @@
+//! The arrays of records as they lie in the log: admissions' prompts, and stored runs of tokens with their columns.
+
+use std::collections::BTreeMap;
+
+use crate::{
+    error::Result,
+    log::{Bytes, Location, Log},
+    state::record::Record,
+    state::trajectory::Run,
+    wire,
+};
+
+/// What an admission kept of its prompt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredPrompt {
+    /// int32 token ids, little-endian.
+    pub tokens: Vec<u8>,
+    /// Opaque bytes.
+    pub metadata: Vec<u8>,
+    /// None: recorded before texts were kept.
+    pub text: Option<String>,
+}
+
+/// An extra column of one stored run of tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs, reason = "fields that say themselves")]
+pub struct Extra {
+    /// Offset of the run's first token.
+    pub offset: u32,
+    /// Tokens of the run.
+    pub len: u32,
+    pub dtype: String,
+    pub bytes: Vec<u8>,
+}
+
+/// Tokens after the prompt, as little-endian bytes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Tokens {
+    /// int32 ids.
+    pub ids: Vec<u8>,
+    /// float32 log-probs; 0 where observed.
+    pub logprobs: Vec<u8>,
+    /// 1 where the environment made the token.
+    pub observed: Vec<u8>,
+}
+
+/// The prompt of the admission at `location`.
+///
+/// # Errors
+/// Those of the log; `Corrupt` also for a record of another kind.
+pub fn read_prompt(log: &Log, location: Location) -> Result<StoredPrompt> {
+    let frame = log.frame(location)?;
+    let damaged = |detail: &str| log.corrupt(location.file, location.offset, detail);
+    let array = |index: usize| frame.array(index).map(<[u8]>::to_vec);
+    let [tokens, metadata] = [0, 1].map(|index| array(index).ok_or_else(|| damaged("the record has no prompt")));
+    let text = array(2).map(|text| String::from_utf8(text).map_err(|_| damaged("a prompt's text is not UTF-8")));
+    Ok(StoredPrompt { tokens: tokens?, metadata: metadata?, text: text.transpose()? })
+}
+
+/// The token ids of the prompt of the admission at `location`.
+///
+/// # Errors
+/// As `read_prompt`.
+pub fn read_prompt_tokens(log: &Log, location: Location) -> Result<Vec<u8>> {
+    let frame = log.frame(location)?;
+    let tokens = frame.array(0).map(<[u8]>::to_vec);
+    tokens.ok_or_else(|| log.corrupt(location.file, location.offset, "the record has no prompt"))
+}
+
+/// The array of a run: tokens, then log-probs unless observed.
+///
+/// # Errors
+/// Those of the log.
+pub fn read_run(log: &Log, run: &Run) -> Result<Bytes> {
+    let bytes = run_bytes(log, run)?;
+    check_run(log, run, &bytes)?;
+    Ok(bytes)
+}
+
+/// The same, unchecked.
+pub(crate) fn run_bytes(log: &Log, run: &Run) -> Result<Bytes> {
+    log.bytes_at(run.file, run.offset(), run.bytes())
+}
+
+/// Whether `bytes` are those that were written as `run`.
+pub(crate) fn check_run(log: &Log, run: &Run, bytes: &[u8]) -> Result<()> {
+    if crc32c::crc32c(bytes) == run.crc {
+        return Ok(());
+    }
+    Err(log.corrupt(run.file, run.offset(), "the checksum of an array does not match"))
+}
+
+/// Tokens of consecutive runs.
+///
+/// # Errors
+/// Those of the log.
+pub fn read_runs(log: &Log, runs: &[Run]) -> Result<Tokens> {
+    let mut tokens = Tokens::default();
+    for run in runs {
+        let bytes = read_run(log, run)?;
+        let (ids, logprobs) = bytes.split_at(4 * run.len as usize);
+        tokens.ids.extend_from_slice(ids);
+        tokens.logprobs.extend_from_slice(logprobs);
+        tokens.logprobs.resize(tokens.ids.len(), 0);
+        tokens.observed.resize(tokens.ids.len() / 4, u8::from(run.observed));
+    }
+    Ok(tokens)
+}
+
+/// Extra columns by name, one entry for each stored run of tokens that has the column.
+///
+/// # Errors
+/// Those of the log.
+pub fn read_extras(log: &Log, runs: &[Run]) -> Result<BTreeMap<String, Vec<Extra>>> {
+    let (mut extras, mut offset) = (BTreeMap::<String, Vec<Extra>>::new(), 0);
+    for run in runs {
+        let frame = log.frame_at(run.file, run.frame)?;
+        let damaged = |detail| log.corrupt(run.file, run.frame, detail);
+        let record: Record = wire::decode(frame.header()).map_err(damaged)?;
+        let mut arrays = frame.parts();
+        let items = if let Record::Append(items) = record { items } else { Vec::new() };
+        for item in items.into_iter().filter(|item| item.len > 0) {
+            let main = arrays.next();
+            for ((name, dtype), part) in item.extra.into_iter().zip(arrays.by_ref()) {
+                if main.as_ref().is_some_and(|main| main.at == run.at) {
+                    let extra = Extra { offset, len: run.len, dtype, bytes: part.bytes.to_vec() };
+                    extras.entry(name).or_default().push(extra);
+                }
+            }
+        }
+        offset += run.len;
+    }
+    Ok(extras)
+}

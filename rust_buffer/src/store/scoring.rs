@@ -1,0 +1,82 @@
+//! Scoring: complete trajectories are handed out, and each attempt's outcome is recorded once.
+
+use std::collections::BTreeMap;
+
+use crate::{
+    clock::Micros,
+    error::Result,
+    log::Arrays,
+    state::group::Phase,
+    state::record::{Record, Score},
+    state::trajectory::{Outcome, Verdict},
+    store::{Store, conflict},
+};
+
+impl Store {
+    /// Up to `max_items` complete trajectories without a verdict; each comes again after `ttl`.
+    pub fn unscored(&mut self, max_items: usize, ttl: Micros, now: Micros) -> Vec<u64> {
+        self.index.take_back(&self.state, now);
+        self.index.hand_out(max_items, now.saturating_add(ttl))
+    }
+
+    /// Records the outcome of scoring attempt `attempt`; of a member that came too late, it is ignored.
+    ///
+    /// # Errors
+    /// `Conflict`: not complete, a reward that is not finite, or another outcome for an attempt already recorded.
+    pub fn score(
+        &mut self, id: u64, attempt: u32, outcome: Outcome, reward: f64, components: BTreeMap<String, f64>, now: Micros,
+    ) -> Result<()> {
+        self.expire(now)?;
+        let Some(trajectory) = self.state.trajectories.get(&id) else {
+            // Only groups whose verdicts are final leave the store, so this repeats a recorded one.
+            return if id < self.state.next_trajectory { Ok(()) } else { self.state.trajectory(id).map(drop) };
+        };
+        if trajectory.verdict == Verdict::Late {
+            return Ok(());
+        }
+        let (reward, components) = match outcome {
+            Outcome::InfraFailure => (0.0, BTreeMap::new()),
+            _ => (reward, components),
+        };
+        check_finite(id, reward, &components)?;
+        if trajectory.is_partial() {
+            return conflict(format!("trajectory {id} is not complete and cannot be scored"));
+        }
+        let repeats = if attempt < trajectory.attempts {
+            outcome == Outcome::InfraFailure
+        } else {
+            matches!(&trajectory.verdict, Verdict::Scored { outcome: o, reward: r, components: c }
+                if (*o, *r) == (outcome, reward) && self.state.components(c) == components)
+        };
+        if repeats {
+            return Ok(());
+        }
+        if attempt != trajectory.attempts || trajectory.verdict != Verdict::Pending {
+            return conflict(format!(
+                "trajectory {id}: attempt {attempt} differs from what is recorded (next attempt: {})",
+                trajectory.attempts
+            ));
+        }
+        let failed = outcome == Outcome::InfraFailure && attempt + 1 >= self.settings.max_attempts;
+        let (id_of_group, group) = (trajectory.group, self.state.group(trajectory.group)?);
+        let phase = if outcome == Outcome::InfraFailure && !failed {
+            Some(Phase::Partial)
+        } else {
+            group.after_verdict(failed, self.settings.min_group_size)
+        };
+        let score = Score { trajectory: id, outcome, reward, components, failed, phase };
+        self.record(&Record::Score(score), &Arrays::default())?;
+        self.watch_group(id_of_group, now);
+        Ok(())
+    }
+}
+
+fn check_finite(id: u64, reward: f64, components: &BTreeMap<String, f64>) -> Result<()> {
+    if let Some((name, value)) = components.iter().find(|(_, value)| !value.is_finite()) {
+        return conflict(format!("trajectory {id}: component {name:?} is {value}; rewards must be finite"));
+    }
+    if !reward.is_finite() {
+        return conflict(format!("trajectory {id}: the reward is {reward}; rewards must be finite"));
+    }
+    Ok(())
+}

@@ -1,0 +1,184 @@
+//! The page that draws the format, `README.md`, against the bytes that are written.
+
+use std::{collections::BTreeMap, fs, ops::Range, path::Path};
+
+use _rust_buffer::{
+    log::Arrays,
+    state::group::{Kind, Phase},
+    state::record::{Admit, Appended, Claimed, LeftOut, Quota, Reason, Record, Score, SegmentLoss},
+    state::trajectory::Outcome,
+    wire,
+};
+use tempfile::tempdir;
+
+use super::{end, file, open};
+
+const PAGE: &str = include_str!("../../README.md");
+
+/// The rows of the first table under a heading.
+fn table(heading: &str) -> Vec<Vec<&'static str>> {
+    let lines = PAGE.lines().skip_while(|line| *line != heading).skip_while(|line| !line.starts_with('|'));
+    let cells = |line: &'static str| line.trim_matches('|').split('|').map(str::trim).collect();
+    lines.take_while(|line| line.starts_with('|')).skip(2).map(cells).collect()
+}
+
+/// Where each field of a fixed head is.
+fn fields(heading: &str) -> BTreeMap<&'static str, Range<usize>> {
+    let mut at = 0;
+    let mut fields = BTreeMap::new();
+    for row in table(heading) {
+        let (offset, bytes): (usize, usize) = (row[0].parse().unwrap(), row[1].parse().unwrap());
+        assert_eq!((offset, offset % bytes), (at, 0), "{row:?} follows what is before it, aligned");
+        at += bytes;
+        fields.insert(row[2], offset..at);
+    }
+    assert_eq!(at, 32, "{heading}");
+    fields
+}
+
+fn number(bytes: &[u8]) -> u64 {
+    bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
+}
+
+fn crc(parts: &[&[u8]]) -> u64 {
+    u64::from(parts.iter().fold(0, |crc, part| crc32c::crc32c_append(crc, part)))
+}
+
+/// Asserts the named numbers of the head at the start of `bytes`.
+fn holds(heading: &str, bytes: &[u8], expected: &[(&str, u64)]) {
+    let fields = fields(heading);
+    for (name, value) in expected {
+        assert_eq!(number(&bytes[fields[name].clone()]), *value, "{heading}: {name}");
+    }
+}
+
+fn check_file_header(bytes: &[u8], number: u64, first: u64) {
+    assert_eq!(&bytes[fields("### File header")["magic"].clone()], b"PMDFLOW\0");
+    let crc = crc(&[&bytes[..12], &bytes[16..32]]);
+    holds("### File header", bytes, &[("format", 3), ("crc", crc), ("number", number), ("zero", 0), ("first", first)]);
+}
+
+/// A whole frame without damage.
+fn check_frame(bytes: &[u8], (lsn, synced, kind): (u64, u64, u64), header: &[u8], arrays: &[&[u8]]) {
+    let padded = |len: usize| len.next_multiple_of(8);
+    let table = 32..32 + 8 * arrays.len();
+    let first = table.end + padded(header.len());
+    let len = first + arrays.iter().map(|array| padded(array.len())).sum::<usize>();
+    let crc_of_head = crc(&[&bytes[..4], &bytes[8..first]]);
+    let (n, header_len) = (arrays.len() as u64, header.len() as u64);
+    let head = [("len", len as u64), ("crc", crc_of_head), ("lsn", lsn), ("synced", synced), ("kind", kind)];
+    holds("### Frame", bytes, &head);
+    holds("### Frame", bytes, &[("zero", 0), ("narrays", n), ("header_len", header_len)]);
+    assert_eq!(&bytes[table.end..table.end + header.len()], header);
+    let mut at = first;
+    for (array, entry) in arrays.iter().zip(bytes[table].chunks(8)) {
+        assert_eq!((number(&entry[..4]), number(&entry[4..])), (array.len() as u64, crc(&[array])));
+        assert_eq!(&bytes[at..at + array.len()], *array);
+        assert!(bytes[at + array.len()..at + padded(array.len())].iter().all(|byte| *byte == 0));
+        at += padded(array.len());
+    }
+}
+
+#[test]
+fn a_log_has_the_bytes_that_the_page_draws() {
+    let dir = tempdir().unwrap();
+    let (log, _) = open(dir.path());
+    let (_, first) = log.append(7, b"header", &Arrays::of(&[b"abc", b"12345678"])).unwrap();
+    assert!(log.sync_through(1, std::time::Duration::MAX).unwrap());
+    let (_, second) = log.append(8, b"", &Arrays::default()).unwrap();
+    log.write_snapshot(log.position(), b"state").unwrap();
+    log.close().unwrap();
+
+    let bytes = fs::read(file(dir.path(), 1)).unwrap();
+    check_file_header(&bytes, 1, 1);
+    assert_eq!(first.offset, 32);
+    check_frame(&bytes[32..], (1, 0, 7), b"header", &[b"abc", b"12345678"]);
+    assert_eq!((second.offset, second.len), (end(&first), 32));
+    check_frame(&bytes[second.offset as usize..], (2, 1, 8), b"", &[]);
+    check_frame(&bytes[end(&second) as usize..], (2, 2, 255), b"", &[]);
+
+    let snapshot = fs::read(dir.path().join("index")).unwrap();
+    check_file_header(&snapshot, 1, 3);
+    check_frame(&snapshot[32..], (2, 2, 0), &end(&second).to_le_bytes(), &[b"state"]);
+}
+
+/// One record of each kind, with items where it is a list.
+fn records() -> Vec<Record> {
+    let (request_id, prompt_id) = (String::new(), String::new());
+    let (cursor, kind, groups) = (None, Kind::Train, vec![1]);
+    let admit = Admit { request_id, cursor, kind, prompt_id, prompt_len: 1, size: 1, max_tokens: 1, priority: 0 };
+    let (version, temperature, extra) = (0, 1.0, Vec::new());
+    let item = Appended { trajectory: 0, len: 0, version, temperature, observed: false, stop: None, extra };
+    let (outcome, components, phase) = (Outcome::Scored, BTreeMap::new(), Some(Phase::Ready));
+    let score = Score { trajectory: 0, outcome, reward: 0.0, components, failed: false, phase };
+    let (max_staleness, segment_loss) = (None, SegmentLoss::All);
+    vec![
+        Record::Quota(0, Quota { groups: 1, tokens: 1, tokens_per_segment: None }),
+        Record::Admit(admit),
+        Record::Lease(vec![0]),
+        Record::Append(vec![item]),
+        Record::Score(score),
+        Record::Publish(0, None, LeftOut::default()),
+        Record::Claim(Claimed { iteration: 1, version, max_staleness, segment_loss, groups: groups.clone() }),
+        Record::Evict(groups.clone(), Reason::OverAge),
+        Record::Commit(1),
+        Record::Uncommit(1),
+        Record::Drop(1),
+        Record::Late(groups),
+    ]
+}
+
+/// How many fields the page lists: of a record, or of one item where it is a list; a field may have some of its own.
+fn listed(fields: &str) -> usize {
+    let fields = fields.trim_end_matches(" ...");
+    let own = fields.strip_prefix('[').unwrap_or(fields).split('[').next().unwrap_or_default();
+    own.trim_end_matches(", ").split(", ").count() + usize::from(fields.rfind('[') > Some(0))
+}
+
+#[test]
+fn records_have_the_kinds_and_fields_that_the_page_lists() {
+    let rows = table("### Records");
+    let records = records();
+    assert_eq!(rows.len(), records.len());
+    for (row, record) in rows.iter().zip(&records) {
+        let header = wire::encode(record).unwrap();
+        let name = row[1].as_bytes();
+        assert_eq!(row[0], record.kind().to_string());
+        // msgpack: a map of one, a short string, then short arrays (0x90 and their length) or a small number.
+        assert_eq!(header[..2], [0x81, 0xa0 | name.len() as u8], "{record:?}");
+        assert_eq!(&header[2..2 + name.len()], name, "{record:?}");
+        let list = row[2].ends_with("...");
+        let content = &header[2 + name.len() + usize::from(list)..];
+        match listed(row[2]) {
+            1 => assert!(content[0] < 0x80, "{record:?}"),
+            fields => assert_eq!(content[0], 0x90 | fields as u8, "{record:?}"),
+        }
+    }
+}
+
+/// All sources in which a named test may be.
+fn sources(dir: &Path, into: &mut String) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            sources(&path, into);
+        } else if path.extension().is_some_and(|extension| extension == "rs" || extension == "py") {
+            into.push_str(&fs::read_to_string(&path).unwrap());
+        }
+    }
+}
+
+#[test]
+fn every_point_of_the_contract_names_tests_that_there_are() {
+    let (root, mut text) = (Path::new(env!("CARGO_MANIFEST_DIR")), String::new());
+    for dir in ["tests", "src/log", "../tests/store"] {
+        sources(&root.join(dir), &mut text);
+    }
+    let contract = PAGE.split("## The durability contract").nth(1).unwrap().split("## Tests").next().unwrap();
+    let names: Vec<&str> =
+        contract.split('`').filter_map(|code| code.rsplit_once("::")).map(|(_, name)| name).collect();
+    assert!(names.len() > 30, "{names:?}");
+    for name in names {
+        assert!(text.contains(&format!("fn {name}(")) || text.contains(&format!("def {name}(")), "{name} is no test");
+    }
+}

@@ -1,0 +1,185 @@
+//! Scores, claims, publications and eviction, as the model expects them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use _rust_buffer::{
+    error::StoreError,
+    state::record::LeftOut,
+    state::trajectory::{Outcome, Verdict},
+    store::claims::{ClaimAnswer, Starvation},
+};
+
+use crate::{GROUPS, Model, bytes::Packed};
+
+impl Model {
+    pub fn score(&mut self, pick: usize, outcome: Outcome) {
+        let now = self.now;
+        let mut unscored = self.store().unscored(8, 0, now);
+        if unscored.is_empty() {
+            return;
+        }
+        let odd = unscored.swap_remove(pick % unscored.len());
+        for id in unscored {
+            self.score_one(id, Outcome::Scored);
+        }
+        self.score_one(odd, outcome);
+    }
+
+    pub fn score_one(&mut self, id: u64, outcome: Outcome) {
+        let now = self.now;
+        let (attempt, group) = {
+            let trajectory = &self.store().state().trajectories[&id];
+            (trajectory.attempts, trajectory.group)
+        };
+        let components = BTreeMap::from([("right".to_owned(), 1.0)]);
+        self.store().score(id, attempt, outcome, 1.0, components.clone(), now).unwrap();
+        let before = self.store().state().clone();
+        let given_up = outcome == Outcome::InfraFailure && attempt + 1 == self.settings.max_attempts;
+        if given_up || outcome != Outcome::InfraFailure {
+            self.stragglers.verdict(group, id, !given_up, now);
+        }
+        if let Some(trajectory) = before.trajectories.get(&id) {
+            assert_eq!(trajectory.verdict == Verdict::Failed, given_up);
+        }
+        self.store().score(id, attempt, outcome, 1.0, components.clone(), now).unwrap();
+        assert_eq!(self.store().state(), &before);
+        if before.trajectories.contains_key(&id) && outcome != Outcome::InfraFailure {
+            let other = self.store().score(id, attempt, outcome, 2.0, components, now);
+            assert!(matches!(other, Err(StoreError::Conflict(_))));
+        }
+    }
+
+    pub fn claim(&mut self) {
+        let iteration = self.claims.keys().max().copied().unwrap_or(0).max(self.evicted) + 1;
+        let (now, version) = (self.now, self.newest());
+        let untrained = self.store().counts().groups_untrained;
+        match self.store().claim(iteration, version, now) {
+            Ok(Some(ClaimAnswer::Claimed(groups, lsn))) => {
+                assert!(!groups.is_empty() && groups.len() <= GROUPS);
+                assert!(groups.is_sorted());
+                for group in &groups {
+                    assert!(!self.claims.values().any(|claimed| claimed.contains(group)), "group claimed twice");
+                    assert!(!self.committed.contains(group), "committed group claimed again");
+                }
+                let again = self.store().claim(iteration, version, now).unwrap();
+                assert_eq!(again, Some(ClaimAnswer::Claimed(groups.clone(), lsn)));
+                self.check_claim(iteration);
+                self.claims.insert(iteration, groups);
+            }
+            Ok(Some(ClaimAnswer::Starved(Starvation::OverAge))) => {
+                assert!(self.store().counts().groups_untrained < untrained, "nothing was evicted");
+            }
+            Ok(Some(ClaimAnswer::Starved(Starvation::Closed))) => {
+                let counts = self.store().counts();
+                assert_eq!((counts.groups_ready, counts.trajectories_leased, counts.trajectories_unscored), (0, 0, 0));
+            }
+            Ok(None) => {}
+            Err(StoreError::Conflict(_)) => assert!(self.store().state().open_claim().is_some()),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    pub fn check_claim(&mut self, iteration: i64) {
+        let packed = Packed::of(self.store(), iteration);
+        let version = self.store().state().claims[&iteration].version;
+        let trained: Vec<i32> =
+            packed.versions.iter().zip(&packed.mask).filter(|(_, mask)| *mask & 2 != 0).map(|(v, _)| *v).collect();
+        assert!(trained.iter().all(|v| version - i64::from(*v) <= 2));
+        let spans = packed.rows.cu_seqlens.windows(2).zip(&packed.rows.groups);
+        for group in &self.store().state().claims[&iteration].groups.clone() {
+            let mut own = spans.clone().filter(|(_, of)| **of == *group as i64).map(|(span, _)| span);
+            let trains =
+                |span: &[i64]| packed.mask[span[0] as usize..span[1] as usize].iter().any(|mask| mask & 2 != 0);
+            assert!(own.any(trains), "group {group} has nothing to train");
+        }
+        assert_eq!(trained.len() as u64, self.store().state().claims[&iteration].sums.trainable);
+        assert!(packed.versions.iter().zip(&packed.mask).all(|(v, mask)| (*v < 0) == (*mask == 0)));
+        let (mut all, mut generated) = (Vec::new(), Vec::new());
+        for id in &packed.rows.trajectories {
+            all.extend([7, 8].into_iter().chain(self.tokens[&(*id as u64)].iter().map(|token| token.id)));
+            generated.extend([false, false].into_iter().chain(self.tokens[&(*id as u64)].iter().map(|t| !t.observed)));
+        }
+        assert_eq!(packed.tokens, all);
+        assert!(generated.iter().zip(&packed.mask).all(|(generated, mask)| *generated == (mask & 1 != 0)));
+    }
+
+    /// `chosen` has two bits for each trajectory of the claim: trained, filtered, vetoed, trained.
+    pub fn publish(&mut self, chosen: u64) {
+        let open = self.store().state().open_claim();
+        let version = self.newest() + 1;
+        let left_out = open.map_or_else(LeftOut::default, |iteration| self.leave_out(iteration, chosen));
+        self.store().publish(version, open, left_out.clone()).unwrap();
+        let before = self.store().state().clone();
+        self.store().publish(version, open, left_out).unwrap();
+        assert_eq!(self.store().state(), &before);
+        self.trained_through = open.unwrap_or(self.trained_through);
+        self.check_masks();
+    }
+
+    pub fn leave_out(&mut self, iteration: i64, chosen: u64) -> LeftOut {
+        let mut packed = Packed::of(self.store(), iteration);
+        let (mut left_out, mut tokens) = (LeftOut::default(), [0; 2]);
+        for (row, id) in packed.rows.trajectories.iter().enumerate() {
+            let (reason, flag) = match chosen >> (2 * row % 64) & 3 {
+                1 => (0, 16),
+                2 => (1, 32),
+                _ => continue,
+            };
+            [&mut left_out.filter, &mut left_out.veto][reason].insert(*id as u64);
+            let span = packed.rows.cu_seqlens[row] as usize..packed.rows.cu_seqlens[row + 1] as usize;
+            for mask in packed.mask[span].iter_mut().filter(|mask| **mask & 2 != 0) {
+                *mask ^= 2 | flag;
+                tokens[reason] += 1;
+            }
+        }
+        self.masks.insert(iteration, packed.mask);
+        self.left_out.insert(iteration, tokens);
+        left_out
+    }
+
+    pub fn check_masks(&self) {
+        for (iteration, mask) in &self.masks {
+            assert_eq!(&Packed::of(self.store.as_ref().unwrap(), *iteration).mask, mask);
+        }
+    }
+
+    pub fn commit(&mut self) {
+        let through = self.trained_through;
+        self.store().commit_claims(through).unwrap();
+        self.store().commit_claims(through).unwrap();
+        for (_, groups) in self.claims.range(..=through) {
+            self.committed.extend(groups);
+        }
+    }
+
+    pub fn uncommit(&mut self, back: i64) {
+        let through = (self.trained_through - back).max(self.evicted);
+        let undone = self.store().uncommit(through).unwrap();
+        assert_eq!(undone, self.claims.split_off(&(through + 1)).into_keys().collect::<Vec<_>>());
+        assert!(self.store().uncommit(through).unwrap().is_empty());
+        self.trained_through = through;
+        self.masks.split_off(&(through + 1));
+        self.left_out.split_off(&(through + 1));
+        let live: BTreeSet<u64> = self.claims.values().flatten().copied().collect();
+        let store = self.store.as_ref().unwrap();
+        self.committed.retain(|group| live.contains(group) || !store.state().groups.contains_key(group));
+    }
+
+    pub fn evict(&mut self) {
+        let through = self.trained_through;
+        let dropped: Vec<i64> = self
+            .claims
+            .iter()
+            .filter(|(_, groups)| groups.iter().all(|group| self.committed.contains(group)))
+            .map(|(iteration, _)| *iteration)
+            .collect();
+        let expected: usize = dropped.iter().map(|iteration| self.claims[iteration].len()).sum();
+        assert_eq!(self.store().evict(through).unwrap(), expected);
+        assert_eq!(self.store().evict(through).unwrap(), 0);
+        self.claims.retain(|iteration, _| !dropped.contains(iteration));
+        self.masks.retain(|iteration, _| !dropped.contains(iteration));
+        self.evicted = self.evicted.max(dropped.iter().max().copied().unwrap_or(0));
+        let first = self.store().first_live_file();
+        self.store().log().remove_before(first).unwrap();
+    }
+}
