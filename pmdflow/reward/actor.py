@@ -146,7 +146,7 @@ def _score_item(item: Unscored, tokenizer: PreTrainedTokenizerBase, runner: Rewa
         item.tokens.tolist(),
         tokenizer=tokenizer,
         inputs=runner.inputs,
-        prompt=decode_text(tokenizer, item.prompt.tolist()),
+        prompt=item.text if item.text is not None else decode_text(tokenizer, item.prompt.tolist()),
         stop=item.stop.name.lower(),
         metadata=item.metadata,
     )

@@ -82,7 +82,8 @@ class RewardFunction:
         value = self.call(**{name: inputs[name] for name in self.inputs})
         if self.is_concurrent:
             value = await value
-        elif inspect.isawaitable(value):
+        elif inspect.iscoroutine(value):
+            value.close()
             raise TypeError("returned an awaitable; declare the function with `async def`")
         return _finite(value)
 

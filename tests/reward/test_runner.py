@@ -94,6 +94,45 @@ def test_restarts_that_keep_failing_end_the_runner(functions: Path) -> None:
 
 
 @pytest.mark.usefixtures("functions")
+@pytest.mark.parametrize("function", ["graders:obey_together", "graders:obey_in_batches"])
+@pytest.mark.parametrize(("completion", "message"), [("sleep", "timed out after 1 s"), ("exit", "exit code 3")])
+def test_innocents_of_a_killed_process_do_not_fail(function: str, completion: str, message: str) -> None:
+    """Many run in one process; only the one that fails by itself as well is charged."""
+    numbers = [str(number) for number in range(20)]
+    with RewardRunner(make_config(function, max_failures_in_a_row=2)) as runner:
+        assert runner.is_concurrent
+        scored = runner.map(items(*numbers[:10], completion, *numbers[10:]))
+        guilty = scored.pop(10)
+        assert [result.outcome for result in scored] == ["scored"] * 20
+        assert [result.reward for result in scored] == [float(number) for number in numbers]
+        assert (guilty.outcome, message in guilty.message) == ("infra_failure", True)
+
+
+@pytest.mark.usefixtures("functions")
+def test_a_coroutine_that_waits_too_long_is_ended_without_a_kill() -> None:
+    with RewardRunner(make_config("graders:obey_together")) as runner:
+        pid = runner._workers[0].pid
+        scored = runner.map(items("1", "wait", "2"))
+        assert [result.outcome for result in scored] == ["scored", "infra_failure", "scored"]
+        assert scored[1].message == "timed out after 1 s"
+        assert runner._workers[0].pid == pid
+
+
+@pytest.mark.usefixtures("functions")
+def test_failures_in_a_row_end_the_runner_with_the_first_error() -> None:
+    with RewardRunner(make_config(max_failures_in_a_row=4)) as runner:
+        kinds = [result.outcome for result in runner.map(items("raise", "none", "nan", "invalid", "raise", "raise"))]
+        assert kinds == ["infra_failure"] * 3 + ["invalid"] + ["infra_failure"] * 2
+        futures = [runner.submit(item) for item in items("none", "text", "1")]
+        assert [future.result(timeout=30).outcome for future in futures[:2]] == ["infra_failure"] * 2
+        ended = r"4 scorings in a row failed .*the first: .*KeyError: 'oops'; the last: .*'1\.0'"
+        with pytest.raises(PmdflowError, match=ended):
+            futures[2].result(timeout=30)
+        with pytest.raises(PmdflowError, match=ended):
+            runner.submit(items("1")[0])
+
+
+@pytest.mark.usefixtures("functions")
 def test_close_fails_what_is_not_scored_and_leaves_no_process() -> None:
     runner = RewardRunner(make_config(timeout_s=600.0))
     futures = [runner.submit(item) for item in items("sleep", "1")]

@@ -9,7 +9,8 @@ from pmdflow.config.schema import RewardConfig
 from pmdflow.reward.item import ScoreItem
 
 FUNCTIONS = '''
-import os, signal, subprocess, sys, time
+import asyncio, json, os, signal, subprocess, sys, time
+from pmdflow.reward.function import batched
 from pmdflow.reward.rubric import InvalidCompletion
 
 print("printing at import is harmless")
@@ -47,6 +48,23 @@ def obey(*, completion, prompt, metadata):
     if completion == "none":
         return None
     return float(completion)
+
+async def obey_together(*, completion):
+    """One hung call among many."""
+    if completion == "wait":
+        await asyncio.sleep(3600)
+    await asyncio.sleep(0.05)
+    return obey(completion=completion, prompt="?", metadata={})
+
+@batched(size=8)
+def obey_in_batches(*, completion):
+    return [obey(completion=text, prompt="?", metadata={}) for text in completion]
+
+def tell(**inputs):
+    """Writes down what it was given."""
+    with open(inputs["metadata"]["told"], "a") as file:
+        file.write(json.dumps(inputs) + "\\n")
+    return 1.0
 '''
 """A module of reward functions."""
 
