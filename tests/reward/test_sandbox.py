@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,14 +15,12 @@ from pmdflow.reward.code import Case, run_cases
 from pmdflow.reward.confinement import UNCONFINED, Confinement, confinements
 from pmdflow.reward.sandbox import Sandbox, SandboxFailed, find_sandbox
 from tests.reward.hostile_programs import ASSERTING, PRELUDE, PROGRAMS
+from tests.support.reward import needs_sandbox, programs_below
 
 CONTENT = "pmdflow-secret-content"
 MEMORY = 512 << 20
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or (shutil.which("bwrap") is None and "CI" not in os.environ),
-    reason="programs are confined by bubblewrap, which is not installed",
-)
+pytestmark = needs_sandbox
 
 
 def ways() -> list[Confinement]:
@@ -68,8 +64,7 @@ def check(source: str, case: Case, expected: set[str], world: dict[str, str], sa
 
 def left_behind(way: Confinement) -> list[psutil.Process]:
     """Processes that a sandbox did not take with it."""
-    children = psutil.Process().children(recursive=True)
-    found = [process for process in children if "main.py" in process.cmdline()]
+    found = programs_below(psutil.Process())
     if way.user:
         found += [process for process in psutil.process_iter(["uids"]) if process.info["uids"].real == way.user]
     return psutil.wait_procs(found, timeout=5)[1]

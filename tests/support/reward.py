@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
+
+import psutil
+import pytest
 
 from pmdflow.config.schema import RewardConfig
 from pmdflow.reward.item import ScoreItem
@@ -69,6 +76,12 @@ def tell(**inputs):
 """A module of reward functions."""
 
 
+needs_sandbox = pytest.mark.skipif(
+    sys.platform != "linux" or (shutil.which("bwrap") is None and "CI" not in os.environ),
+    reason="programs are confined by bubblewrap, which is not installed",
+)
+
+
 def make_config(*names: str, **settings: Any) -> RewardConfig:
     """The reward section with these functions, each of weight 1; a time limit of 1 s."""
     entries = [{"function": name, "weight": 1.0} for name in names or ("graders:obey",)]
@@ -78,6 +91,15 @@ def make_config(*names: str, **settings: Any) -> RewardConfig:
 def items(*completions: str, **metadata: Any) -> list[ScoreItem]:
     """One item a completion."""
     return [ScoreItem(completion=completion, prompt="?", metadata=metadata) for completion in completions]
+
+
+def programs_below(parent: psutil.Process) -> list[psutil.Process]:
+    """Processes of a code reward's program, among the descendants of a process."""
+    found = []
+    for process in parent.children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ends, or begins, at this moment
+            found += [process] if "main.py" in process.cmdline() else []
+    return found
 
 
 def save_tokenizer(folder: Path, *specials: str) -> str:
