@@ -187,7 +187,8 @@ impl Log {
         Ok(written)
     }
 
-    /// The same, but an idle log stays idle: the caller calls `sync_through` or `wake` next, also after an error of its own.
+    /// The same, but an idle log stays idle: the caller calls `sync_through` or `wake` next, also after an error of its
+    /// own.
     ///
     /// # Errors
     /// As `append`.
@@ -290,8 +291,8 @@ impl Log {
         self.0.shared.watermark.wait(lsn, timeout)
     }
 
-    /// Deletes the sealed files numbered below `file` and below the snapshot's position, oldest first; returns how many.
-    /// The caller keeps every file that holds live data; what was read stays readable.
+    /// Deletes the sealed files numbered below `file` and below the snapshot's position, oldest first; returns how
+    /// many. The caller keeps every file that holds live data; what was read stays readable.
     ///
     /// # Errors
     /// As `append`.

@@ -69,7 +69,8 @@ pub struct TrajectoryView {
 }
 
 impl Shared {
-    /// Leases up to `max_leases` trajectories to a worker at `version`; waits for the first one, then there is none.
+    /// Leases up to `max_leases` trajectories to a worker at `version`; waits for the first one, and gives none after
+    /// `timeout_s`.
     ///
     /// # Errors
     /// Those of `Store::lease` and of the log, or `Closed`.
@@ -86,7 +87,8 @@ impl Shared {
         granted.into_iter().flat_map(|(_, granted)| granted).map(read).collect()
     }
 
-    /// Hands out up to `max_items` complete trajectories without a verdict for `ttl`; waits for the first one.
+    /// Hands out up to `max_items` complete trajectories without a verdict for `ttl`; waits for the first one, and gives
+    /// none after `timeout_s`.
     ///
     /// # Errors
     /// Those of the log, or `Closed`.
