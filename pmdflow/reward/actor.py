@@ -92,7 +92,7 @@ class RewardActor:
         `messages`.
         """
         failures, self._failures = self._failures, []
-        what = f"{len(failures)} scorings failed; the first: {failures[0]}" if failures else ""
+        what = f"failed scorings: {len(failures)}; the first: {failures[0]}" if failures else ""
         events = [Event(kind="scoring_failed", message=what)] if failures else []
         return ActorReport(spans=self._spans.drain(), events=events)
 
