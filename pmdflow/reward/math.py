@@ -30,6 +30,7 @@ MEMORY_BYTES = 1 << 30
 MAX_CHARS = 2000
 """A longer answer in a box is refused; without a box, so much of the text's end is read."""
 
+_INTEGER = re.compile(r"-?\d{1,18}")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\w+))")
 _BETWEEN_BOXES = re.compile(r"[\s$,;]*(?:and|or)?[\s$,;]*")
 _FONT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*(?=\{)|[{}$*\s]")
@@ -62,6 +63,8 @@ def score(*, completion: str, metadata: Mapping[str, Any], timeout_s: float) -> 
     answer, is_boxed = final_answer(completion)
     if answer == reference:
         return 1.0
+    if _INTEGER.fullmatch(reference) and _INTEGER.fullmatch(answer):
+        return float(int(answer) == int(reference))
     choice = _CHOICE.fullmatch(_FONT.sub("", reference))
     if choice:
         chosen = _CHOSEN[is_boxed].match(_FONT.sub("" if is_boxed else " ", answer))
