@@ -95,17 +95,7 @@ class Sandbox:
             if self.confinement == UNCONFINED:
                 directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="pmdflow-unconfined-"))
             with open(writer, "wb", buffering=0):
-                entry = [PYTHON, "-I", "-S", "-c", self._entry, str(writer), str(self.confinement.user)]
-                process = subprocess.Popen(
-                    [*self.confinement.argv, *entry],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    pass_fds=(writer,),
-                    cwd=directory,
-                    bufsize=0,
-                    start_new_session=True,
-                )
+                process = self._start(writer, directory)
             ended = attend(
                 process,
                 b"%010d" % len(job) + job + stdin,
@@ -116,6 +106,19 @@ class Sandbox:
                 said = ended.stderr.decode(errors="replace").strip() or ended.how
                 raise SandboxFailed(f"a sandbox by {self.confinement.name} did not come to run the program: {said}")
         return ended
+
+    def _start(self, writer: int, directory: str | None) -> subprocess.Popen[bytes]:
+        entry = [PYTHON, "-I", "-S", "-c", self._entry, str(writer), str(self.confinement.user)]
+        return subprocess.Popen(
+            [*self.confinement.argv, *entry],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=(writer,),
+            cwd=directory,
+            bufsize=0,
+            start_new_session=True,
+        )
 
 
 @lru_cache(maxsize=1)
