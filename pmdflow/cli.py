@@ -15,6 +15,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # drawing boxes takes as long as everything else of `--help`
 )
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, for example runs/quickstart.")]
@@ -32,11 +33,12 @@ def up(
     ] = False,
 ) -> None:
     """Train; on a run directory that exists already, resume."""
-    from pmdflow.config.installed import require_engine
+    from pmdflow.config.installed import require_engine, require_imports
     from pmdflow.config.load import load
 
     loaded = load(config, overrides or ())
     require_engine(loaded.config.rollout)
+    require_imports(loaded)
     if dry_run:
         from pmdflow.config.plan import render_dry_run
 
@@ -94,7 +96,7 @@ def replay(
 
 
 @app.command("eval")
-def evaluate(
+def eval_(
     checkpoint: Annotated[
         Path,
         typer.Argument(metavar="CHECKPOINT", help="Run, RUN/checkpoints/iteration-N, or Hugging Face folder."),
@@ -122,20 +124,10 @@ def evaluate(
     from pmdflow.evaluate.command import EvalOptions, evaluate_checkpoint
 
     options = EvalOptions(
-        samples=samples,
-        ks=k or (),
-        prompts=prompts,
-        temperature=temperature,
-        top_p=top_p,
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        stop=stop or (),
-        reward=reward or (),
-        pass_reward=pass_reward,
-        engine=engine,
-        seed=seed,
+        samples=samples, ks=k or (), prompts=prompts, temperature=temperature, top_p=top_p, max_tokens=max_tokens,
+        min_tokens=min_tokens, stop=stop or (), reward=reward or (), pass_reward=pass_reward, engine=engine, seed=seed,
         out=out,
-    )
+    )  # fmt: skip
     raise typer.Exit(evaluate_checkpoint(checkpoint, task, options))
 
 

@@ -9,12 +9,24 @@ class PmdflowError(Exception):
     """Root of every error that pmdflow raises on purpose.
 
     Example:
-        >>> LaunchError("runs is not writable").report()
-        'error: runs is not writable'
+        >>> print(LaunchError("runs is not writable", hint="choose another run.dir").report())
+        error: runs is not writable
+        <BLANKLINE>
+        hint: choose another run.dir
     """
 
     exit_code: ClassVar[int] = 1
     """Exit code of the command line when this error ends it."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        """Say what happened, with the value and the limit; `hint` is the remedy."""
+        super().__init__(message)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        """The message, and after a blank line the hint: whoever quotes the error quotes both."""
+        message = super().__str__()
+        return message if self.hint is None else f"{message}\n\nhint: {self.hint}"
 
     def report(self) -> str:
         """Say the error as the command line prints it."""
@@ -22,7 +34,7 @@ class PmdflowError(Exception):
 
 
 class LaunchError(PmdflowError):
-    """The run could not start; the message names the place and the remedy."""
+    """The run could not start; the message names the place, the hint the remedy."""
 
 
 class PromptTooLong(PmdflowError, ValueError):

@@ -19,9 +19,12 @@ import pmdflow.run
 from pmdflow.cli import app, main
 from pmdflow.config.load import Loaded
 from pmdflow.errors import LaunchError
+from tests.support.fixture_run import FixtureRun
 from tests.support.paths import ROOT
 
 QUICKSTART = "configs/quickstart.yaml"
+QUICK_REWARD = "reward.functions.0.function=math:sqrt"
+"""Imported at once, where nothing is scored."""
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -65,9 +68,53 @@ def test_configuration_errors_exit_with_2_and_are_all_on_stderr() -> None:
     assert done.stderr.endswith("3 errors; nothing was started\n")
 
 
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_an_import_path_that_leads_to_nothing_exits_with_2_before_anything_starts(
+    dry: list[str], tmp_path: Path
+) -> None:
+    wrong = "reward.functions.0.function=pmdflow.reward.reasoning_gim:score"
+    done = run("up", QUICKSTART, f"run.dir={tmp_path}", wrong, *dry)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"override `{wrong}`: error: `reward.functions.0.function`: there is no module" in done.stderr
+    assert "hint: did you mean `pmdflow.reward.reasoning_gym`?" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_usage_errors_exit_with_2() -> None:
     assert run("up").returncode == 2
     assert run("fly").returncode == 2
+
+
+@pytest.mark.parametrize("command", [["--help"], ["status", "RUN"], ["down", "RUN"]], ids=lambda words: words[0])
+def test_commands_that_only_look_load_nothing_heavy(command: list[str], tmp_path: Path) -> None:
+    run = FixtureRun(tmp_path / "run")
+    run.iterate(2, archive=False)
+    (run.run_dir / "run.lock").touch()
+    script = (
+        "import sys\n"
+        "from pmdflow.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as ended:\n"
+        "    print(ended.code, *{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)\n"
+    )
+    words = [word.replace("RUN", str(run.run_dir)) for word in command]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    code, *loaded = done.stderr.splitlines()[-1].split()
+    assert code == ("1" if command[0] == "down" else "0")  # it is not running
+    assert "typer" in loaded
+    heavy = {"numpy", "ray", "reasoning_gym", "safetensors", "tokenizers", "torch", "transformers", "vllm", "zarr"}
+    assert not heavy & set(loaded)
+
+
+def test_evaluation_loads_no_ray() -> None:
+    script = "import sys, pmdflow.evaluate.command; print('ray' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == "False\n"
 
 
 def test_help_names_every_command() -> None:
@@ -84,7 +131,7 @@ def test_a_named_error_is_one_line_and_exits_with_1(
 
     install(monkeypatch, pmdflow.run, "launch", up=refuse)
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["pmdflow", "up", QUICKSTART, "model.path=elsewhere"])
+    monkeypatch.setattr(sys, "argv", ["pmdflow", "up", QUICKSTART, "model.path=elsewhere", QUICK_REWARD])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 1
@@ -113,7 +160,7 @@ def test_the_exit_code_is_that_of_the_command(monkeypatch: pytest.MonkeyPatch, c
     install(monkeypatch, pmdflow.run, "launch", up=answer)
     install(monkeypatch, pmdflow.run, "status", down=answer, status=answer)
     runner = CliRunner()
-    assert runner.invoke(app, ["up", str(ROOT / QUICKSTART), "run.seed=9"]).exit_code == code
+    assert runner.invoke(app, ["up", str(ROOT / QUICKSTART), "run.seed=9", QUICK_REWARD]).exit_code == code
     assert runner.invoke(app, ["down", "runs/a"]).exit_code == code
     assert runner.invoke(app, ["status", "runs/a"]).exit_code == code
     assert seen[0].config.run.seed == 9

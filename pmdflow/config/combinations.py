@@ -1,4 +1,4 @@
-"""Settings of the learner, of sampling and of the reward that contradict each other."""
+"""Settings that are right one by one and contradict each other: every refusal that needs more than one key."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pmdflow.config.schema import DataConfig, EvalConfig, LearnerConfig, RewardConfig, RolloutConfig
+    from pmdflow.config.schema import Config, DataConfig, EvalConfig, LearnerConfig, RewardConfig, RolloutConfig
 
 CLIPPED = ("token_pmd", "ctpo", "grpo", "gspo")
 """Algorithms with a clipping band."""
@@ -16,10 +16,90 @@ PARTITION = ("pmd_partition", "boltzmann_pmd")
 """Algorithms with the log-partition baseline."""
 ALGORITHM_NAMES = ("pmd_mean", *PARTITION, "weighted_sft", *CLIPPED)
 """What `learner.algorithm` may be, besides an import path."""
+BYTES_PER_TOKEN = 8
+"""Bytes of one generated token in the store: an int32 id and a float32 log-prob."""
 
 
-def learner_problems(learner: LearnerConfig) -> Iterator[str]:
-    """Each as `key ...: why; remedy`."""
+def combination_problems(config: Config) -> Iterator[str]:
+    """Everything that contradicts itself in a configuration whose keys are right one by one.
+
+    Each is one line `key ...: why; remedy`; the first key of it that the file names is where the error is shown.
+    """
+    yield from _staleness_problems(config)
+    yield from _group_problems(config)
+    yield from _room_problems(config)
+    yield from _learner_problems(config.learner)
+    yield from _sampling_problems(config.rollout, config.reward)
+    yield from _evaluation_problems(config.eval, config.data, config.rollout)
+
+
+def _staleness_problems(config: Config) -> Iterator[str]:
+    scheduler, rollout = config.scheduler, config.rollout
+    if scheduler.max_staleness is not None and scheduler.max_staleness < scheduler.lookahead:
+        yield (
+            f"scheduler.max_staleness ({scheduler.max_staleness}) is below scheduler.lookahead "
+            f"({scheduler.lookahead}): tokens would be masked that the lookahead allows; raise max_staleness"
+        )
+    if rollout.tokens_per_segment is not None and scheduler.max_staleness == 0:
+        yield (
+            "scheduler.max_staleness is 0 while rollout.tokens_per_segment is set: every continued trajectory "
+            "would lose its gradient; set max_staleness to null (Kimi k1.5) or to 1 or more"
+        )
+    if rollout.tokens_per_segment is not None and rollout.on_new_weights == "finish":
+        yield (
+            "rollout.on_new_weights is finish while rollout.tokens_per_segment is set: a trajectory cannot both "
+            "stay on one version and be continued under the next; choose keep_kv or reprefill"
+        )
+
+
+def _group_problems(config: Config) -> Iterator[str]:
+    scheduler, data = config.scheduler, config.data
+    if config.learner.steps_per_iteration > scheduler.groups_per_iteration:
+        yield (
+            f"learner.steps_per_iteration ({config.learner.steps_per_iteration}) is above "
+            f"scheduler.groups_per_iteration ({scheduler.groups_per_iteration}): a group is never split; "
+            "lower steps_per_iteration"
+        )
+    if scheduler.min_group_size > data.group_size:
+        yield (
+            f"scheduler.min_group_size ({scheduler.min_group_size}) is above data.group_size "
+            f"({data.group_size}): no group could ever be trained; lower min_group_size"
+        )
+    straggler = scheduler.straggler
+    if straggler is not None and not scheduler.min_group_size <= straggler.members < data.group_size:
+        yield (
+            f"scheduler.straggler.members ({straggler.members}) is not from scheduler.min_group_size "
+            f"({scheduler.min_group_size}) up to below data.group_size ({data.group_size}): the group would be too "
+            "small, or nobody late; change it, or set straggler to null"
+        )
+
+
+def _room_problems(config: Config) -> Iterator[str]:
+    data, store = config.data, config.store
+    if config.rollout.lease_ttl_s <= config.rollout.flush_interval_s:
+        yield (
+            f"rollout.lease_ttl_s ({config.rollout.lease_ttl_s}) is not above rollout.flush_interval_s "
+            f"({config.rollout.flush_interval_s}): healthy workers would lose their leases; raise lease_ttl_s"
+        )
+    if data.max_tokens >= config.learner.tokens_per_microbatch:
+        yield (
+            f"learner.tokens_per_microbatch ({config.learner.tokens_per_microbatch}) has no room for a trajectory of "
+            f"data.max_tokens ({data.max_tokens}) and its prompt; raise tokens_per_microbatch"
+        )
+    if config.learner.ranks % config.learner.replicas:
+        yield (
+            f"learner.ranks ({config.learner.ranks}) is not a multiple of learner.replicas "
+            f"({config.learner.replicas}): each replica is sharded over equally many ranks; change one of them"
+        )
+    group_bytes = data.group_size * data.max_tokens * BYTES_PER_TOKEN
+    if group_bytes > store.limit_bytes:
+        yield (
+            f"store.max_bytes ({store.max_bytes}) has no room for one group of data.group_size x data.max_tokens "
+            f"tokens ({group_bytes} bytes): nothing could be admitted; raise max_bytes"
+        )
+
+
+def _learner_problems(learner: LearnerConfig) -> Iterator[str]:
     yield from _algorithm_problems(learner)
     low, high = learner.keep_groups_above, learner.keep_groups_below
     if low is not None and high is not None and low >= high:
@@ -73,8 +153,7 @@ def _algorithm_problems(learner: LearnerConfig) -> Iterator[str]:
         )
 
 
-def sampling_problems(rollout: RolloutConfig, reward: RewardConfig) -> Iterator[str]:
-    """Each as `key ...: why; remedy`."""
+def _sampling_problems(rollout: RolloutConfig, reward: RewardConfig) -> Iterator[str]:
     if (rollout.final_temperature is None) != (rollout.temperature_iterations is None):
         yield (
             "rollout.final_temperature and rollout.temperature_iterations make one schedule, and one of them is null; "
@@ -103,8 +182,7 @@ def sampling_problems(rollout: RolloutConfig, reward: RewardConfig) -> Iterator[
         )
 
 
-def evaluation_problems(evaluation: EvalConfig, data: DataConfig, rollout: RolloutConfig) -> Iterator[str]:
-    """Each as `key ...: why; remedy`."""
+def _evaluation_problems(evaluation: EvalConfig, data: DataConfig, rollout: RolloutConfig) -> Iterator[str]:
     if evaluation.min_tokens > data.max_tokens:
         yield (
             f"eval.min_tokens ({evaluation.min_tokens}) is above data.max_tokens ({data.max_tokens}): no answer could "

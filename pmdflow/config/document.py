@@ -53,16 +53,6 @@ class Document:
         """Return where the value at `path` stands, or the nearest one above it."""
         return self._nearest(self.values, path)
 
-    def rename(self, old: KeyPath, new: KeyPath) -> None:
-        """Give the setting at `old`, where there is one, another name in the same section."""
-        section = self.data
-        for key in old[:-1]:
-            section = section.get(key) if isinstance(section, dict) else None
-        if isinstance(section, dict) and old[-1] in section:
-            section[new[-1]] = section.pop(old[-1])
-            for places in (self.keys, self.values):
-                places[new] = places.pop(old)
-
     def override(self, text: str) -> ConfigIssue | None:
         """Lay `KEY=VALUE` over the data, VALUE parsed as YAML; return what is wrong with it, if anything."""
         place = Place(source=text, is_override=True)
@@ -76,6 +66,12 @@ class Document:
         except yaml.YAMLError as error:
             return ConfigIssue(message=f"the value is not YAML: {_problem(error)}", place=place)
         return self._assign(parts, value, place)
+
+    def move_places(self, old: KeyPath, new: KeyPath) -> None:
+        """Note that what was written at `old` is now the value of `new`."""
+        for places in (self.keys, self.values):
+            for path in [path for path in places if path[: len(old)] == old]:
+                places[new + path[len(old) :]] = places.pop(path)
 
     def _assign(self, parts: list[str], value: Any, place: Place) -> ConfigIssue | None:
         if self.data is None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from pmdflow.config.recorded import RENAMED
 from pmdflow.config.schema import Config
 from pmdflow.errors import PmdflowError
 
@@ -98,7 +99,8 @@ class ConfigError(PmdflowError):
 
     def __init__(self, issues: Sequence[ConfigIssue]) -> None:
         self.issues = tuple(sorted(issues, key=lambda issue: (issue.place.is_override, issue.place.line)))
-        super().__init__(self.issues)
+        super().__init__(f"{len(issues)} mistakes in a configuration")
+        self.args = (self.issues,)  # what a copy in another process is made from
 
     def __str__(self) -> str:
         """Render all issues, a blank line between two."""
@@ -198,6 +200,8 @@ def _explain_key(kind: str, path: KeyPath) -> tuple[str, str | None]:
         return f"`{dotted(path)}` is missing", f"add `{key}:` {meaning}"
     if kind == "invalid_key":
         return f"keys must be strings, got {describe_value(key)}", "put it in quotes"
+    if dotted(path) in RENAMED:
+        return f"unknown key `{dotted(path)}`", f"it is called `{RENAMED[dotted(path)]}` now"
     hint = did_you_mean(key, list(fields))
     owners = [name for name in Config.model_fields if name != path[0] and key in fields_at((name,))]
     if hint is None and owners:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,8 @@ from pydantic import ValidationError
 
 from pmdflow.config.document import Document, parse
 from pmdflow.config.errors import ConfigError, ConfigIssue, KeyPath, Place, did_you_mean, dotted, explain
+from pmdflow.config.recorded import rename_keys
 from pmdflow.config.schema import Config
-
-RENAMED_KEYS: dict[KeyPath, KeyPath] = {("store", "commit_interval_s"): ("store", "sync_interval_s")}
-"""What earlier versions called a key in the `config.yaml` of their runs, and its name now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,14 +26,15 @@ class Loaded:
     """The file it was read from."""
     overrides: tuple[str, ...] = ()
     """What was laid over it, as `KEY=VALUE`."""
+    place: Callable[[KeyPath], Place]
+    """Where the value of a key is written, or the nearest one above it."""
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Loaded:
     """Read and check a configuration file.
 
     A relative `model.path`, `learner.ptx_data` or `.jsonl` path in `data.task` is looked for in the current directory
-    first, then beside the configuration file; if it is in neither, it is left as written. A recorded run's file may
-    call keys by the names that they had then.
+    first, then beside the configuration file; if it is in neither, it is left as written.
 
     Args:
         path: The YAML file.
@@ -50,10 +49,23 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Loaded:
         'override'
     """
     path = Path(path)
+    return _check(parse(_read(path), name=str(path)), path, overrides)
+
+
+def load_run(run_dir: Path | str, overrides: Sequence[str] = ()) -> Loaded:
+    """Read the configuration that a run directory holds; keys that were called otherwise then have today's names.
+
+    Raises:
+        ConfigError: as in `load`.
+    """
+    path = Path(run_dir) / "config.yaml"
     document = parse(_read(path), name=str(path))
-    if (path.parent / "meta.json").is_file():
-        for old, new in RENAMED_KEYS.items():
-            document.rename(old, new)
+    for old, new in rename_keys(document.data).items():
+        document.move_places(tuple(old.split(".")), tuple(new.split(".")))
+    return _check(document, path, overrides)
+
+
+def _check(document: Document, path: Path, overrides: Sequence[str]) -> Loaded:
     issues = [*document.duplicates, *filter(None, map(document.override, overrides))]
     _find_paths(document.data, beside=path.parent)
     try:
@@ -67,7 +79,13 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Loaded:
         )
     if issues:
         raise ConfigError(issues)
-    return Loaded(config=config, origins=_origins(config, document), path=path, overrides=tuple(overrides))
+    return Loaded(
+        config=config,
+        origins=_origins(config, document),
+        path=path,
+        overrides=tuple(overrides),
+        place=document.place_of_value,
+    )
 
 
 def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pmdflow.config.combinations import PARTITION
+from pmdflow.config.combinations import BYTES_PER_TOKEN, PARTITION
 from pmdflow.config.errors import dotted
 from pmdflow.config.load import Loaded, leaves
 from pmdflow.config.model_size import ModelSize, measure_model
-from pmdflow.config.schema import BYTES_PER_TOKEN, DEFAULT_SLOTS, Config
+from pmdflow.config.schema import DEFAULT_SLOTS, Config
 from pmdflow.config.window import active_groups
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}

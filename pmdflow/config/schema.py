@@ -6,20 +6,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pmdflow.config.combinations import evaluation_problems, learner_problems, sampling_problems
+from pmdflow.config.combinations import combination_problems
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-BYTES_PER_TOKEN = 8
-"""Bytes of one generated token in the store: an int32 id and a float32 log-prob."""
 DEFAULT_SLOTS = 64
 """Sequences of an engine whose cache does not decide."""
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -385,80 +382,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _refuse_impossible(self) -> Config:
-        problems = [
-            *_staleness_problems(self),
-            *_size_problems(self),
-            *learner_problems(self.learner),
-            *sampling_problems(self.rollout, self.reward),
-            *evaluation_problems(self.eval, self.data, self.rollout),
-        ]
-        if problems:
+        if problems := list(combination_problems(self)):
             raise ValueError("\n".join(problems))
         return self
-
-
-def _staleness_problems(config: Config) -> Iterator[str]:
-    """Combinations of versions and segments that cannot work, each as `key ...: why; remedy`."""
-    scheduler, rollout = config.scheduler, config.rollout
-    if scheduler.max_staleness is not None and scheduler.max_staleness < scheduler.lookahead:
-        yield (
-            f"scheduler.max_staleness ({scheduler.max_staleness}) is below scheduler.lookahead "
-            f"({scheduler.lookahead}): tokens would be masked that the lookahead allows; raise max_staleness"
-        )
-    if rollout.tokens_per_segment is not None and scheduler.max_staleness == 0:
-        yield (
-            "scheduler.max_staleness is 0 while rollout.tokens_per_segment is set: every continued trajectory "
-            "would lose its gradient; set max_staleness to null (Kimi k1.5) or to 1 or more"
-        )
-    if rollout.tokens_per_segment is not None and rollout.on_new_weights == "finish":
-        yield (
-            "rollout.on_new_weights is finish while rollout.tokens_per_segment is set: a trajectory cannot both "
-            "stay on one version and be continued under the next; choose keep_kv or reprefill"
-        )
-
-
-def _size_problems(config: Config) -> Iterator[str]:
-    """Sizes and times that contradict each other, each as `key ...: why; remedy`."""
-    scheduler, data, store = config.scheduler, config.data, config.store
-    if config.learner.steps_per_iteration > scheduler.groups_per_iteration:
-        yield (
-            f"learner.steps_per_iteration ({config.learner.steps_per_iteration}) is above "
-            f"scheduler.groups_per_iteration ({scheduler.groups_per_iteration}): a group is never split; "
-            "lower steps_per_iteration"
-        )
-    if scheduler.min_group_size > data.group_size:
-        yield (
-            f"scheduler.min_group_size ({scheduler.min_group_size}) is above data.group_size "
-            f"({data.group_size}): no group could ever be trained; lower min_group_size"
-        )
-    straggler = scheduler.straggler
-    if straggler is not None and not scheduler.min_group_size <= straggler.members < data.group_size:
-        yield (
-            f"scheduler.straggler.members ({straggler.members}) is not from scheduler.min_group_size "
-            f"({scheduler.min_group_size}) up to below data.group_size ({data.group_size}): the group would be too "
-            "small, or nobody late; change it, or set straggler to null"
-        )
-    if config.rollout.lease_ttl_s <= config.rollout.flush_interval_s:
-        yield (
-            f"rollout.lease_ttl_s ({config.rollout.lease_ttl_s}) is not above rollout.flush_interval_s "
-            f"({config.rollout.flush_interval_s}): healthy workers would lose their leases; raise lease_ttl_s"
-        )
-    if data.max_tokens >= config.learner.tokens_per_microbatch:
-        yield (
-            f"learner.tokens_per_microbatch ({config.learner.tokens_per_microbatch}) has no room for a trajectory of "
-            f"data.max_tokens ({data.max_tokens}) and its prompt; raise tokens_per_microbatch"
-        )
-    if config.learner.ranks % config.learner.replicas:
-        yield (
-            f"learner.ranks ({config.learner.ranks}) is not a multiple of learner.replicas "
-            f"({config.learner.replicas}): each replica is sharded over equally many ranks; change one of them"
-        )
-    group_bytes = data.group_size * data.max_tokens * BYTES_PER_TOKEN
-    if group_bytes > store.limit_bytes:
-        yield (
-            f"store.max_bytes ({store.max_bytes}) has no room for one group of data.group_size x data.max_tokens "
-            f"tokens ({group_bytes} bytes): nothing could be admitted; raise max_bytes"
-        )
 
 
 if __name__ == "__main__":

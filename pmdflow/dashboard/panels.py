@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pmdflow.dashboard.queries import RunView, column
-from pmdflow.metrics.intervals import is_bubble
+from pmdflow.metrics.spans import is_bubble
 
 Figure = dict[str, Any]
 
@@ -19,11 +20,13 @@ TIMELINE_WINDOW_S = 120.0
 _MOST_POINTS = 700
 _FEW_ITERATIONS = 12
 _GRID = "rgba(128,128,128,0.18)"
-_SPAN_COLOURS = {
-    "generate": GREEN, "prefill": SKY, "apply_weights": PURPLE, "flush": YELLOW, "step": BLUE, "reference": SKY,
-    "publish": PURPLE, "checkpoint": YELLOW, "score": GREEN, "archive": GREY, "wait_claim": VERMILION,
-    "wait_lease": ORANGE, "wait_grant": YELLOW, "wait_weights": PURPLE,
+SPAN_COLOURS: Mapping[str, str] = {
+    "generate": GREEN, "apply_weights": PURPLE, "step": BLUE, "reference": SKY, "publish": PURPLE,
+    "checkpoint": YELLOW, "score": GREEN, "start": GREY, "archive": GREY, "wait_lease": ORANGE, "wait_grant": YELLOW,
+    "wait_environment": VERMILION, "wait_claim": VERMILION, "wait_controller": ORANGE, "wait_unscored": ORANGE,
+    "wait_groups": ORANGE,
 }  # fmt: skip
+"""Colour of every span, in the order of the legend."""
 _OTHER_COLOURS = (SKY, GREEN, PURPLE, BLUE, ORANGE, GREY)
 _AGE_COLOURS = (BLUE, SKY, GREEN, YELLOW, ORANGE, VERMILION, PURPLE)
 
@@ -142,7 +145,7 @@ def timeline(spans: Sequence[Mapping[str, Any]], origin: float, window_s: float 
     for span in _merged(recent, gap_s=window_s / 1000):
         bars[span[1]].append((span[0], max(span[2], start), span[3]))
     actors = sorted({span["actor"] for span in recent}, key=_lane)
-    data = [_bars(name, bars[name], origin, index) for index, name in enumerate(sorted(bars, key=_work_first))]
+    data = [_bars(name, bars[name], origin) for name in sorted(bars, key=_work_first)]
     layout = _layout(_axis("seconds since the start"), "") | {
         "barmode": "overlay", "bargap": 0.25, "hovermode": "closest",
         "xaxis": _axis("seconds since the start", range=[start - origin, max(end - origin, start - origin + 1)]),
@@ -171,11 +174,9 @@ def _merged(spans: Sequence[Mapping[str, Any]], *, gap_s: float) -> list[tuple[s
     return merged
 
 
-def _bars(name: str, spans: Sequence[tuple[str, float, float]], origin: float, index: int) -> Figure:
+def _bars(name: str, spans: Sequence[tuple[str, float, float]], origin: float) -> Figure:
     bubble = is_bubble(name)
-    marker: Figure = {
-        "color": _SPAN_COLOURS.get(name, _OTHER_COLOURS[index % len(_OTHER_COLOURS)]), "line": {"width": 0},
-    }  # fmt: skip
+    marker: Figure = {"color": _colour(name), "line": {"width": 0}}
     if bubble:
         marker["pattern"] = {"shape": "/", "size": 5, "solidity": 0.35, "fillmode": "overlay"}
     return {
@@ -188,13 +189,18 @@ def _bars(name: str, spans: Sequence[tuple[str, float, float]], origin: float, i
     }  # fmt: skip
 
 
+def _colour(name: str) -> str:
+    """That of the name; of one that another version gave, a colour that follows from the name alone."""
+    return SPAN_COLOURS.get(name) or _OTHER_COLOURS[zlib.crc32(name.encode()) % len(_OTHER_COLOURS)]
+
+
 def _lane(actor: str) -> tuple[int, str]:
     roles = ("rollout", "reward", "store", "controller", "learner")
     return next((i for i, role in enumerate(roles) if actor.startswith(role)), len(roles)), actor
 
 
 def _work_first(name: str) -> tuple[bool, int, str]:
-    order = list(_SPAN_COLOURS)
+    order = list(SPAN_COLOURS)
     return is_bubble(name), order.index(name) if name in order else len(order), name
 
 

@@ -45,8 +45,8 @@ class DashboardProcess:
                 probe.bind(("127.0.0.1", port))
             except OSError as error:
                 raise LaunchError(
-                    f"dashboard.port: port {port} is taken ({error.strerror}); choose another, 0 for any free one, "
-                    "or null for no dashboard"
+                    f"dashboard.port: port {port} is taken ({error.strerror})",
+                    hint="choose another, 0 for any free one, or null for no dashboard",
                 ) from error
             port = probe.getsockname()[1]
         command = [sys.executable, "-m", "pmdflow.cli", "dashboard", str(run), "--port", str(port)]

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pmdflow.config.recorded import recorded_settings
 from pmdflow.metrics.history import History, Record
-from pmdflow.metrics.intervals import clip, covered_s, is_bubble, union
-from pmdflow.metrics.summary import (
-    OUTSIDE_SUM,
-    busy_share,
-    duration,
-    latest_ledger,
-    ledger_gap,
-    ledger_places,
-    read_config,
-)
+from pmdflow.metrics.intervals import busy_share, clip, covered_s, longest_wait, union
+from pmdflow.metrics.ledger import OUTSIDE_SUM, latest_ledger, ledger_gap, ledger_places
+from pmdflow.metrics.text import duration, number, percent
 
 DIAGNOSIS_WINDOW_S = 600.0
 SILENT_AFTER_S = 30.0
@@ -51,7 +44,7 @@ class RunView:
     def __init__(self, run_dir: Path, *, clock: Callable[[], float] = time.time) -> None:
         """Read nothing yet."""
         self.run_dir = run_dir
-        self.config = read_config(run_dir)
+        self.config = recorded_settings(run_dir)
         self.history = History(run_dir, max_spans=_MAX_SPANS)
         self.lock = threading.RLock()
         """Hold it while reading `history`."""
@@ -63,7 +56,7 @@ class RunView:
         """Read what the files have gained and return the revision."""
         with self.lock:
             if self.history.update():
-                self.config = self.config or read_config(self.run_dir)
+                self.config = self.config or recorded_settings(self.run_dir)
                 self.revision += 1
             return self.revision
 
@@ -118,19 +111,19 @@ class RunView:
             last = iterations[-1] if iterations else {}
             sample = self.history.samples[-1] if self.history.samples else {}
             total = self.setting("run", "iterations")
-            held_out = _number(evals[-1].get("eval/reward_mean"), 3) if evals else "-"
+            held_out = number(evals[-1].get("eval/reward_mean"), 3) if evals else "-"
             rate = sample.get("rollout/tokens_per_s", last.get("rollout/tokens_per_s"))
             return [
                 ("iteration", f"{last.get('iteration', 0)} / {total if total is not None else '?'}"),
-                ("policy version", _number(sample.get("scheduler/version", last.get("version")), 0)),
-                ("train reward", _number(last.get("reward/mean"), 3)),
+                ("policy version", number(sample.get("scheduler/version", last.get("version")), 0)),
+                ("train reward", number(last.get("reward/mean"), 3)),
                 ("held-out reward", held_out),
-                ("length, tokens", _number(last.get("trajectory/length_mean"), 1)),
-                ("tokens/s", _number(rate, 0)),
-                ("rollout busy", _percent(last.get("rollout/busy_share"))),
-                ("2+ versions", _percent(last.get("trajectory/multi_version_share"))),
-                ("masked tokens", _percent(last.get("staleness/masked_share"))),
-                ("groups ready", _number(sample.get("store/groups_ready"), 0)),
+                ("length, tokens", number(last.get("trajectory/length_mean"), 1)),
+                ("tokens/s", number(rate, 0)),
+                ("rollout busy", percent(last.get("rollout/busy_share"))),
+                ("2+ versions", percent(last.get("trajectory/multi_version_share"))),
+                ("masked tokens", percent(last.get("staleness/masked_share"))),
+                ("groups ready", number(sample.get("store/groups_ready"), 0)),
             ]
 
     def ledger(self) -> dict[str, Any]:
@@ -138,7 +131,7 @@ class RunView:
         with self.lock:
             ledger = latest_ledger(self.history)
         generated = ledger.get("generated", 0)
-        rows = [(key, n, _percent(n / generated if generated else None)) for key, n in ledger_places(ledger).items()]
+        rows = [(key, n, percent(n / generated if generated else None)) for key, n in ledger_places(ledger).items()]
         outside = {key: ledger[key] for key in OUTSIDE_SUM if key in ledger}
         return {"rows": rows, "generated": generated, "gap": ledger_gap(ledger), "outside": outside}
 
@@ -157,7 +150,7 @@ class RunView:
         if iterations:
             text += f" in {duration(sum(record.get('time/iteration_s') or 0.0 for record in iterations))}"
         if evals:
-            first, last = (_number(record.get("eval/reward_mean"), 3) for record in (evals[0], evals[-1]))
+            first, last = (number(record.get("eval/reward_mean"), 3) for record in (evals[0], evals[-1]))
             text += f", held-out reward {first} -> {last}"
         return text
 
@@ -167,41 +160,29 @@ class RunView:
         spans = [span for span in self.history.spans if span["end"] > start]
         deaths = [e for e in self.history.events if e.get("kind") == "actor_died" and e["time"] > now - _RECENT_DEATH_S]
         lead = f"{deaths[-1].get('message', 'an actor died')}; " if deaths else ""
-        waits = [s for s in spans if s["name"] == "wait_claim"]
-        learner = covered_s(union(clip(waits, start, now))) / window_s
+        learner = _learner_wait_s(spans, start, now) / window_s
         rollout = busy_share(spans, "rollout", start, now)
         last = f"of the last {duration(window_s)}"
         if rollout is None:
             return f"{lead}starting: no rollout actor has reported yet"
         if learner > _NOTABLE_SHARE and learner >= 1 - rollout:
-            return f"{lead}rollout-bound: the learner waited {_percent(learner)} {last} for complete groups"
+            return f"{lead}rollout-bound: the learner waited {percent(learner)} {last} for complete groups"
         if 1 - rollout > _NOTABLE_SHARE:
             cause = longest_wait(spans, "rollout", start, now)
             why = f", mostly {cause.removeprefix('wait_')}" if cause else ""
-            return f"{lead}learner-bound: rollout actors were idle {_percent(1 - rollout)} {last}{why}"
-        return f"{lead}balanced: rollout busy {_percent(rollout)}, the learner waited {_percent(learner)} {last}"
+            return f"{lead}learner-bound: rollout actors were idle {percent(1 - rollout)} {last}{why}"
+        return f"{lead}balanced: rollout busy {percent(rollout)}, the learner waited {percent(learner)} {last}"
+
+
+def _learner_wait_s(spans: Iterable[Record], start: float, end: float) -> float:
+    """Seconds in which a learner rank waited for its claim; older runs give a wait of the controller that name too."""
+    waits = [s for s in spans if s["name"] == "wait_claim" and str(s["actor"]).startswith("learner")]
+    return covered_s(union(clip(waits, start, end)))
 
 
 _LIFECYCLE = frozenset({"start", "resume", "drain", "stop", "finish"})
 
 
-def longest_wait(spans: Iterable[Mapping[str, Any]], actor_prefix: str, start: float, end: float) -> str | None:
-    """Name of the bubble in which actors of the prefix spent most time."""
-    total: defaultdict[str, float] = defaultdict(float)
-    for span in spans:
-        if is_bubble(span["name"]) and str(span["actor"]).startswith(actor_prefix):
-            total[span["name"]] += max(0.0, min(span["end"], end) - max(span["start"], start))
-    return max(total, key=lambda name: total[name]) if total else None
-
-
 def column(records: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
     """One value of each record, None where it is missing."""
     return [record.get(key) for record in records]
-
-
-def _number(value: Any, digits: int) -> str:
-    return f"{value:,.{digits}f}" if isinstance(value, int | float) else "-"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.0f} %"

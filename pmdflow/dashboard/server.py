@@ -52,7 +52,8 @@ def serve(run: Path, port: int) -> None:
             listener.bind((HOST, port))
         except OSError as error:
             raise LaunchError(
-                f"port {port} of {HOST} is taken ({error.strerror}); choose another with --port, or 0 for any free one"
+                f"port {port} of {HOST} is taken ({error.strerror})",
+                hint="choose another with --port, or 0 for any free one",
             ) from error
         listener.listen()  # from here on a browser that is too early waits instead of failing
         sys.stdout.write(f"dashboard: http://{HOST}:{listener.getsockname()[1]}\n")

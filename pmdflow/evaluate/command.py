@@ -1,14 +1,13 @@
-"""What `pmdflow eval` evaluates: from a path and a task to an engine with the weights, prompts and a rubric."""
+"""`pmdflow eval`: one checkpoint on one task; what it takes, the settings that follow, and the order of the work."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,38 +16,23 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from pmdflow.config.installed import require_engine
-from pmdflow.config.load import load
+from pmdflow.config.load import load, load_run
 from pmdflow.config.schema import Config
 from pmdflow.data.gym import GYM_PREFIX
 from pmdflow.data.jsonl import read_prompts
 from pmdflow.data.prompts import make_prompts
 from pmdflow.data.tokenizer import load_tokenizer, make_tokenize
 from pmdflow.errors import LaunchError
-from pmdflow.evaluate.task import evaluate, print_table, summarize, write_results
-from pmdflow.learner.checkpoint.manifest import manifest_at, newest_manifest
+from pmdflow.evaluate.checkpoint import Checkpoint, find_checkpoint, is_run, make_engine_of
+from pmdflow.evaluate.results import print_table, summarize, write_results
+from pmdflow.evaluate.task import Sample, generate_and_score
 from pmdflow.reward.runner import RewardRunner
-from pmdflow.rollout.engine import RolloutEngine
 from pmdflow.rollout.leasing import LeaseTaker
 from pmdflow.types import Prompt
 
 DEFAULT_MAX_TOKENS = 1024
 """Where neither the command line nor a configuration says how long an answer may be."""
 GYM_REWARD = "pmdflow.reward.reasoning_gym:score"
-_CHECKPOINT = re.compile(r"iteration-(\d{6,})(\.json)?")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """Weights to evaluate."""
-
-    model: str
-    """Folder in Hugging Face format, for the architecture and the tokenizer."""
-    directory: Path | None
-    """Files of a run's checkpoint, whose weights replace the folder's; None for the folder's own."""
-    version: int
-    name: str
-    run: Config | None
-    """The configuration of its run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,22 +68,9 @@ def evaluate_checkpoint(path: Path, task: str, options: EvalOptions) -> int:
     ks = _ks(options)
     try:
         prompts = _prompts(config, task, options)
-        tokenizer = load_tokenizer(config.model.path)
-        engine = _engine(checkpoint, config, seed=options.seed)
-        with contextlib.closing(engine), RewardRunner(config.reward) as runner:
-            started = time.monotonic()
-            results = evaluate(
-                engine=engine,
-                taker=LeaseTaker(config),
-                tokenizer=tokenizer,
-                runner=runner,
-                prompts=prompts,
-                samples=options.samples,
-                max_tokens=config.data.max_tokens,
-            )
+        results, seconds = _samples(checkpoint, config, prompts, options)
     except ValueError as error:
         raise LaunchError(str(error)) from error
-    seconds = time.monotonic() - started
     summary: dict[str, Any] = {
         "checkpoint": checkpoint.name,
         "version": checkpoint.version,
@@ -119,31 +90,6 @@ def evaluate_checkpoint(path: Path, task: str, options: EvalOptions) -> int:
     return 0
 
 
-def find_checkpoint(path: Path) -> Checkpoint:
-    """A run directory's newest checkpoint, one of its checkpoints, or a Hugging Face folder.
-
-    Raises:
-        LaunchError: it is none of these, or the run has no checkpoint yet.
-    """
-    path = path.absolute()
-    match = _CHECKPOINT.fullmatch(path.name)
-    run = path.parent.parent if match else path
-    if (run / "config.yaml").is_file() and (run / "run.lock").is_file():
-        config = load(run / "config.yaml").config
-        root = run / "checkpoints"
-        manifest = manifest_at(root, int(match[1])) if match else newest_manifest(root)
-        if manifest is None:
-            raise LaunchError(f"{run} has no whole checkpoint yet; wait for one, or evaluate {config.model.path}")
-        name = f"{run.name}-iteration-{manifest.iteration}"
-        return Checkpoint(
-            model=config.model.path, directory=manifest.directory, version=manifest.version, name=name, run=config
-        )
-    if (path / "config.json").is_file():
-        return Checkpoint(model=str(path), directory=None, version=0, name=path.name, run=None)
-    what = "holds neither a run (config.yaml) nor a model (config.json)" if path.is_dir() else "is no directory"
-    raise LaunchError(f"{path} {what}; give a run directory, RUN/checkpoints/iteration-NNNNNN or a Hugging Face folder")
-
-
 def eval_config(checkpoint: Checkpoint, task: str, options: EvalOptions) -> Config:
     """The settings of the evaluation: those of the task's configuration file or of the run, and the options over them.
 
@@ -151,12 +97,15 @@ def eval_config(checkpoint: Checkpoint, task: str, options: EvalOptions) -> Conf
         LaunchError: the task is unknown, no reward function is known for it, or the settings contradict each other.
     """
     if task.endswith((".yaml", ".yml")):
-        values = load(Path(task)).config.model_dump()
+        file = Path(task)
+        of_run = file.name == "config.yaml" and is_run(file.parent)
+        values = (load_run(file.parent) if of_run else load(file)).config.model_dump()
     elif task.startswith(GYM_PREFIX) or task.endswith(".jsonl"):
         values = _values_for(checkpoint, task, options)
     else:
         raise LaunchError(
-            f"the task is {task!r}; give a .jsonl file with a prompt a line, {GYM_PREFIX}NAME, or a configuration .yaml"
+            f"the task is {task!r}, which is neither a file of prompts nor a configuration",
+            hint=f"give a .jsonl file with a prompt a line, {GYM_PREFIX}NAME, or a configuration .yaml",
         )
     values["model"]["path"] = checkpoint.model
     values["run"]["name"] = f"eval-{uuid.uuid4().hex}"  # begins the keys of environments: no two evaluations share them
@@ -182,7 +131,7 @@ def _values_for(checkpoint: Checkpoint, task: str, options: EvalOptions) -> dict
     run = checkpoint.run
     same = run is not None and run.data.task == task
     if not (options.reward or same or task.startswith(GYM_PREFIX)):
-        raise LaunchError(f"{task} does not say how an answer is judged; name a function with --reward MODULE:NAME")
+        raise LaunchError(f"{task} does not say how an answer is judged", hint="name a function: --reward MODULE:NAME")
     values: dict[str, Any] = {} if run is None else run.model_dump()
     max_tokens = DEFAULT_MAX_TOKENS if run is None else run.data.max_tokens
     reward = {"functions": [{"function": GYM_REWARD}]}
@@ -205,31 +154,30 @@ def _prompts(config: Config, task: str, options: EvalOptions) -> list[Prompt]:
     return read_prompts(Path(task), tokenize)[: options.prompts]
 
 
-def _engine(checkpoint: Checkpoint, config: Config, *, seed: int) -> RolloutEngine:
-    """The engine, with the checkpoint's weights."""
-    from pmdflow.rollout.engines.make import make_engine
-
-    engine = make_engine(config, seed=seed)
-    if checkpoint.directory is not None and checkpoint.run is not None:
-        from pmdflow.learner.checkpoint.weights import checkpoint_weights
-
-        weights = checkpoint_weights(
-            checkpoint.directory, lora=checkpoint.run.learner.lora, tied=_is_tied(checkpoint.model)
+def _samples(
+    checkpoint: Checkpoint, config: Config, prompts: Sequence[Prompt], options: EvalOptions
+) -> tuple[list[list[Sample]], float]:
+    """The scored attempts at each prompt, and the seconds that they took once everything had started."""
+    tokenizer = load_tokenizer(config.model.path)
+    engine = make_engine_of(checkpoint, config, seed=options.seed)
+    with contextlib.closing(engine), RewardRunner(config.reward) as runner:
+        started = time.monotonic()
+        results = generate_and_score(
+            engine=engine,
+            taker=LeaseTaker(config),
+            tokenizer=tokenizer,
+            runner=runner,
+            prompts=prompts,
+            samples=options.samples,
+            max_tokens=config.data.max_tokens,
         )
-        staged = engine.stage(weights)
-        engine.pause()
-        engine.load_weights(checkpoint.version, staged, on_new_weights="reprefill")
-        engine.resume()
-    return engine
-
-
-def _is_tied(model: str) -> bool:
-    values: Mapping[str, Any] = json.loads((Path(model) / "config.json").read_text())
-    return bool(values.get("tie_word_embeddings", True))
+        return results, time.monotonic() - started
 
 
 def _ks(options: EvalOptions) -> list[int]:
     ks = sorted(set(options.ks)) or [1 << power for power in range(options.samples.bit_length())]
     if any(not 1 <= k <= options.samples for k in ks):
-        raise LaunchError(f"--k {ks}: pass@k needs 1 <= k <= --samples ({options.samples}); raise --samples")
+        raise LaunchError(
+            f"--k {ks}: pass@k needs 1 <= k <= --samples ({options.samples})", hint="raise --samples, or lower --k"
+        )
     return ks

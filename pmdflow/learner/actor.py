@@ -12,6 +12,7 @@ import ray
 from pmdflow.config.schema import Config
 from pmdflow.learner.fsdp import free_address
 from pmdflow.learner.learner import Learner, TrainResult
+from pmdflow.metrics.spans import Wait
 from pmdflow.types import TrainBatch
 from pmdflow.weights.make import make_transport
 from pmdflow.weights.transport import WeightsHandle
@@ -47,7 +48,7 @@ class LearnerActor(Learner):
             super().save(directory)
 
     @contextmanager
-    def _busy(self, wait: str) -> Iterator[None]:
+    def _busy(self, wait: Wait) -> Iterator[None]:
         """Give the time since the last call the name `wait`: every second of a rank has one."""
         self._spans.add(wait, self._idle_since, time.time())
         try:

@@ -111,7 +111,7 @@ class History:
 
 def iterations(run_dir: Path) -> dict[int, Record]:
     """The iteration records of a run's surviving history, by iteration."""
-    history = History(run_dir)
+    history = History(run_dir, max_spans=0)
     history.update()
     return history.iterations
 

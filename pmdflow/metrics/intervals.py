@@ -1,59 +1,91 @@
-"""Arithmetic on spans: unions, overlaps, and to whom each second belongs."""
+"""Arithmetic on spans: unions, overlaps, shares, and to whom each second belongs."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
-import numpy as np
-
-from pmdflow.types import Float64
+from pmdflow.metrics.spans import is_bubble
 
 Span = Mapping[str, Any]
+Interval = tuple[float, float]
+"""(start, end) in seconds."""
 UNRECORDED = "unrecorded"
 
 
-def union(intervals: Iterable[tuple[float, float]]) -> Float64:
-    """Merge intervals of any order into disjoint ascending ones, shape [M, 2]."""
-    pairs = np.array([pair for pair in intervals if pair[1] > pair[0]], dtype=np.float64).reshape(-1, 2)
-    if not len(pairs):
-        return pairs
-    pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
-    reach = np.maximum.accumulate(pairs[:, 1])
-    opens = np.concatenate(([True], pairs[1:, 0] > reach[:-1]))
-    closes = np.append(np.flatnonzero(opens)[1:] - 1, len(pairs) - 1)
-    return np.column_stack((pairs[opens, 0], reach[closes]))
+def union(intervals: Iterable[Interval]) -> list[Interval]:
+    """Merge intervals of any order into disjoint ascending ones."""
+    merged: list[Interval] = []
+    for start, end in sorted(intervals):
+        if start >= end:
+            continue
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
 
 
-def clip(spans: Iterable[Span], start: float, end: float) -> list[tuple[float, float]]:
-    """The parts of `spans` inside `start` to `end`, as (start, end) pairs."""
+def clip(spans: Iterable[Span], start: float, end: float) -> list[Interval]:
+    """The parts of `spans` inside `start` to `end`."""
     return [(max(span["start"], start), min(span["end"], end)) for span in spans]
 
 
-def covered_s(intervals: Float64) -> float:
-    """Seconds of disjoint intervals [M, 2]."""
-    return float(np.sum(intervals[:, 1] - intervals[:, 0]))
+def covered_s(intervals: Iterable[Interval]) -> float:
+    """Seconds of disjoint intervals."""
+    return sum(end - start for start, end in intervals)
 
 
-def overlap_s(first: Float64, second: Float64) -> float:
+def overlap_s(first: Sequence[Interval], second: Sequence[Interval]) -> float:
     """Seconds that two sets of disjoint ascending intervals have in common."""
     total, i, j = 0.0, 0, 0
     while i < len(first) and j < len(second):
-        low, high = max(first[i, 0], second[j, 0]), min(first[i, 1], second[j, 1])
+        low, high = max(first[i][0], second[j][0]), min(first[i][1], second[j][1])
         total += max(0.0, high - low)
-        if first[i, 1] < second[j, 1]:
+        if first[i][1] < second[j][1]:
             i += 1
         else:
             j += 1
-    return float(total)
+    return total
 
 
-def is_bubble(name: str) -> bool:
-    """Whether spans of this name are waiting."""
-    return name.startswith("wait_")
+def busy_share(spans: Iterable[Span], actor_prefix: str, start: float, end: float) -> float | None:
+    """Share of `start` to `end` that spans other than bubbles cover, averaged over the actors of the prefix.
+
+    None without such an actor or without time.
+    """
+    working: defaultdict[str, list[Span]] = defaultdict(list)
+    for span in spans:
+        if str(span["actor"]).startswith(actor_prefix):
+            working[span["actor"]].extend([] if is_bubble(span["name"]) else [span])
+    if not working or end <= start:
+        return None
+    return fmean(covered_s(union(clip(own, start, end))) for own in working.values()) / (end - start)
+
+
+def overlap_share(spans: Iterable[Span]) -> float | None:
+    """Share of the time in learner steps during which some rollout actor was generating."""
+    steps, generating = [], []
+    for span in spans:
+        if span["name"] == "step" and str(span["actor"]).startswith("learner"):
+            steps.append((span["start"], span["end"]))
+        elif span["name"] == "generate":
+            generating.append((span["start"], span["end"]))
+    training = union(steps)
+    return overlap_s(training, union(generating)) / covered_s(training) if training else None
+
+
+def longest_wait(spans: Iterable[Span], actor_prefix: str, start: float, end: float) -> str | None:
+    """Name of the bubble in which actors of the prefix spent most of `start` to `end`; None without one."""
+    total: defaultdict[str, float] = defaultdict(float)
+    for span in spans:
+        if is_bubble(span["name"]) and str(span["actor"]).startswith(actor_prefix):
+            total[span["name"]] += max(0.0, min(span["end"], end) - max(span["start"], start))
+    return max(total, key=lambda name: total[name]) if total else None
 
 
 def seconds_by_name(spans: Iterable[Span], start: float, end: float) -> dict[str, float]:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pmdflow.config.schema import Config
+from pmdflow.metrics.text import number, percent
 
 _REFRESH_PER_S = 4.0
 _COLUMNS = (
@@ -91,14 +92,14 @@ class LiveView:
         last = self._last
         return [
             f"{last.get('iteration', 0)}/{self._iterations}",
-            _number(last.get("reward/mean"), 3),
-            _number(last.get("eval/reward_mean"), 3),
-            _number(last.get("trajectory/length_mean"), 1),
-            f"{_number(last.get('staleness/mean'), 1)}/{self._limit}",
-            _number(last.get("rollout/tokens_per_s"), 0),
-            _percent(last.get("rollout/busy_share")),
-            _percent(_wait_share(last)),
-            _number(last.get("time/iteration_s"), 1),
+            number(last.get("reward/mean"), 3),
+            number(last.get("eval/reward_mean"), 3),
+            number(last.get("trajectory/length_mean"), 1),
+            f"{number(last.get('staleness/mean'), 1)}/{self._limit}",
+            number(last.get("rollout/tokens_per_s"), 0),
+            percent(last.get("rollout/busy_share")),
+            percent(_wait_share(last)),
+            number(last.get("time/iteration_s"), 1),
         ]
 
     def _render(self) -> RenderableType:
@@ -112,16 +113,16 @@ class LiveView:
         rate = sample.get("rollout/tokens_per_s") or last.get("rollout/tokens_per_s")
         facts = Table.grid(padding=(0, 3))
         facts.add_row(
-            f"version {_number(sample.get('scheduler/version'), 0)}",
-            f"groups ready {_number(sample.get('store/groups_ready'), 0)}",
+            f"version {number(sample.get('scheduler/version'), 0)}",
+            f"groups ready {number(sample.get('store/groups_ready'), 0)}",
             f"trajectories in flight {flying}",
-            f"tokens/s {_number(rate, 0)}",
+            f"tokens/s {number(rate, 0)}",
         )
         facts.add_row(
-            f"reward {_number(last.get('reward/mean'), 3)} (held-out {_number(last.get('eval/reward_mean'), 3)})",
-            f"length {_number(last.get('trajectory/length_mean'), 1)}",
-            f"staleness {_number(last.get('staleness/mean'), 1)}, limit {self._limit}",
-            f"rollout busy {_percent(last.get('rollout/busy_share'))}, learner waits {_percent(_wait_share(last))}",
+            f"reward {number(last.get('reward/mean'), 3)} (held-out {number(last.get('eval/reward_mean'), 3)})",
+            f"length {number(last.get('trajectory/length_mean'), 1)}",
+            f"staleness {number(last.get('staleness/mean'), 1)}, limit {self._limit}",
+            f"rollout busy {percent(last.get('rollout/busy_share'))}, learner waits {percent(_wait_share(last))}",
         )
         title = Text(self._title, style="bold", no_wrap=True, overflow="ellipsis")
         return Group(title, bars, facts, Text(self._event, style="dim", no_wrap=True, overflow="ellipsis"))
@@ -135,11 +136,3 @@ def _wait_share(values: Mapping[str, Any]) -> float | None:
     """Share of the iteration that the learner waited for its claim."""
     waited, whole = values.get("time/claim_wait_s"), values.get("time/iteration_s")
     return waited / whole if waited is not None and whole else None
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.0f}%"

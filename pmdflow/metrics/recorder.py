@@ -139,6 +139,7 @@ def _plain(value: Any) -> Any:
 
 def _write_error(path: Path, error: OSError) -> PmdflowError:
     return PmdflowError(
-        f"cannot write {path}: {error.strerror}; make the run directory writable with free space on its disk, "
-        "then start the same `pmdflow up` again: it resumes"
+        f"cannot write {path}: {error.strerror}",
+        hint="make the run directory writable with free space on its disk, then start the same `pmdflow up` again: "
+        "it resumes",
     )

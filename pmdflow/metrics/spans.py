@@ -7,7 +7,27 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
+
+Work = Literal[
+    "generate", "apply_weights", "reference", "step", "publish", "checkpoint", "start", "score", "archive",
+]  # fmt: skip
+"""What an actor does in a span: a rollout actor generates and applies weights; a learner recomputes reference
+log-probs, takes steps, publishes and writes checkpoints; the reward actor starts its subprocesses and scores; the store
+archives."""
+Wait = Literal[
+    "wait_lease", "wait_grant", "wait_environment", "wait_claim", "wait_controller", "wait_unscored", "wait_groups",
+]  # fmt: skip
+"""What an actor waits for in a bubble: a rollout actor for a lease, for more tokens under those it has, or for an
+environment; a learner for its claim, or for the controller while it holds one; the reward actor for unscored
+trajectories; the controller for ready groups. Each begins with `wait_`, and no work does."""
+SpanName = Work | Wait
+"""Every name that an actor gives a span. Runs made before `wait_groups` call the controller's wait `wait_claim` too."""
+
+
+def is_bubble(name: str) -> bool:
+    """Whether spans of this name are waiting, also of names that older versions gave."""
+    return name.startswith("wait_")
 
 
 class SpanBuffer:
@@ -43,7 +63,7 @@ class SpanBuffer:
         return self._dropped
 
     @contextmanager
-    def span(self, name: str, **attrs: Any) -> Iterator[dict[str, Any]]:
+    def span(self, name: SpanName, **attrs: Any) -> Iterator[dict[str, Any]]:
         """Record the body's time; what the body puts into the yielded dictionary becomes attributes."""
         start = self._clock()
         try:
@@ -51,8 +71,8 @@ class SpanBuffer:
         finally:
             self.add(name, start, self._clock(), **attrs)
 
-    def add(self, name: str, start: float, end: float, **attrs: Any) -> None:
-        """Record a span of unix seconds `start` to `end`; names that begin with `wait_` are bubbles."""
+    def add(self, name: SpanName, start: float, end: float, **attrs: Any) -> None:
+        """Record a span of unix seconds `start` to `end`."""
         span = {"actor": self.actor, "name": name, "start": start, "end": max(start, end), "attrs": attrs}
         with self._lock:
             if len(self._spans) == self._spans.maxlen:

@@ -14,7 +14,7 @@ import ray
 from pmdflow.config.schema import Config
 from pmdflow.errors import EngineDied, WaitTimeout
 from pmdflow.metrics.report import ActorReport, Event
-from pmdflow.metrics.spans import SpanBuffer
+from pmdflow.metrics.spans import SpanBuffer, Wait
 from pmdflow.rollout.engine import Output
 from pmdflow.rollout.engines.make import make_engine
 from pmdflow.rollout.held import HeldTrajectory
@@ -177,7 +177,7 @@ class RolloutActor:
         if self._append_ref is None and len(self._running) > len(calls):
             self._flush()
         refs = [ref for ref in (self._lease_ref, self._append_ref) if ref is not None]
-        name = "wait_environment" if calls else "wait_grant" if self._running else "wait_lease"
+        name: Wait = "wait_environment" if calls else "wait_grant" if self._running else "wait_lease"
         with self._spans.span(name):
             if calls:
                 wait([call for call in calls if call is not None], timeout=CALL_WAIT_S, return_when=FIRST_COMPLETED)

@@ -14,7 +14,7 @@ from pmdflow.data.prompts import PromptSource
 from pmdflow.errors import LearnerDied, PmdflowError, WaitTimeout
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.learner.learner import TrainResult
-from pmdflow.metrics.summary import batch_metrics
+from pmdflow.metrics.claim import claim_metrics
 from pmdflow.run.checkpoints import Checkpoints
 from pmdflow.run.held_out import HeldOut
 from pmdflow.run.learner_group import LearnerGroup
@@ -173,7 +173,8 @@ class Controller:
         if admitted == 0 and counts.groups_untrained == 0:
             raise PmdflowError(
                 "the store admits no group although none is waiting: store.max_bytes "
-                f"({self._config.store.max_bytes}) is filled by groups that no checkpoint covers yet; raise it"
+                f"({self._config.store.max_bytes}) is filled by groups that no checkpoint covers yet",
+                hint="raise store.max_bytes",
             )
         return admitted
 
@@ -185,7 +186,7 @@ class Controller:
             asked = call(self._store, StoreActor.claim, iteration, self.version, CLAIM_WAIT_S)
             answer = self._supervisor.get(asked, what="claiming the iteration's groups")
             if answer.status == "claimed":
-                self._telemetry.waited("wait_claim", start)
+                self._telemetry.waited("wait_groups", start)
                 return True
             counts = self._counts()
             self._unblock(answer, counts)
@@ -256,7 +257,7 @@ class Controller:
                 **store_values(counts, ledger),
                 "iteration": self.iteration,
                 "version": self.version,
-                **batch_metrics(batch),
+                **claim_metrics(batch),
                 **metrics,
                 "scheduler/tokens_budget": spent.tokens_budget,
                 "scheduler/tokens_spent": spent.tokens_spent,

@@ -14,8 +14,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
-import yaml
-
 from pmdflow import durable
 from pmdflow.errors import LaunchError
 
@@ -56,18 +54,22 @@ class RunDirectory:
             (path / "logs").mkdir(parents=True, exist_ok=True)
             lock = open(path / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115 (held for the life of the run)
         except OSError as error:
-            raise LaunchError(f"run.dir: cannot write {path}: {error.strerror}; choose another run.dir") from error
+            raise LaunchError(
+                f"run.dir: cannot write {path}: {error.strerror}", hint="choose another run.dir"
+            ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             lock.seek(0)
             raise LaunchError(
-                f"{path} is in use by process {lock.read().strip()}; stop it with `pmdflow down {path}` or choose "
-                "another run.name"
+                f"{path} is in use by process {lock.read().strip()}",
+                hint=f"stop it with `pmdflow down {path}`, or choose another run.name",
             ) from error
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
+        import yaml  # only here, like `load_run` below: `down` waits for what this module imports
+
         run = cls(path, lock)
         run._check_same_run(config)
         durable.write(path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -122,10 +124,11 @@ class RunDirectory:
         self._lock.close()
 
     def _check_same_run(self, config: Config) -> None:
-        written = self.path / "config.yaml"
-        if not written.is_file() or not (self.path / "store").is_dir():
+        if not (self.path / "config.yaml").is_file() or not (self.path / "store").is_dir():
             return
-        before, now = yaml.safe_load(written.read_text()), config.model_dump(mode="json")
+        from pmdflow.config.load import load_run
+
+        before, now = load_run(self.path).config.model_dump(mode="json"), config.model_dump(mode="json")
         for keys in FIXED_KEYS:
             old, new = before, now
             for key in keys:
@@ -133,8 +136,8 @@ class RunDirectory:
             if old != new:
                 name = ".".join(keys)
                 raise LaunchError(
-                    f"{name} is {new!r}, but {self.path} was begun with {old!r}; resume with that value or choose "
-                    "another run.name"
+                    f"{name} is {new!r}, but {self.path} was begun with {old!r}",
+                    hint="resume with that value, or choose another run.name",
                 )
 
 

@@ -55,8 +55,8 @@ def up(loaded: Loaded) -> int:
                 raise PmdflowError(str(error.cause)) from error
             except OSError as error:
                 raise PmdflowError(
-                    f"{error.filename or run.path}: {error.strerror}; mend that, and "
-                    f"`{run.resume_command(loaded)}` continues from what is stored"
+                    f"{error.filename or run.path}: {error.strerror}",
+                    hint=f"mend that, and `{run.resume_command(loaded)}` continues from what is stored",
                 ) from error
             finally:
                 ray.shutdown()

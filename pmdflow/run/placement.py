@@ -79,7 +79,9 @@ def gpu_shares(gpus: int, *, actors: int, ranks: int, tensor_parallel: int = 1) 
         LaunchError: there are GPUs, but fewer than ranks.
     """
     if 0 < gpus < ranks:
-        raise LaunchError(f"learner.ranks is {ranks}, but Ray has {gpus} GPUs and each rank needs its own: lower it")
+        raise LaunchError(
+            f"learner.ranks is {ranks}, but Ray has {gpus} GPUs and each rank needs its own", hint="lower learner.ranks"
+        )
     if gpus > 0 and tensor_parallel > 1:
         return float(tensor_parallel), 1.0
     if gpus == 0 or gpus >= actors + ranks:
@@ -108,7 +110,8 @@ def _reserve(bundles: list[dict[str, float]], strategy: str, what: str, remedy: 
     if not group.wait(PLACEMENT_TIMEOUT_S):
         raise LaunchError(
             f"Ray found no place for {what} with {bundles[0]} each in {PLACEMENT_TIMEOUT_S} s; "
-            f"free: {ray.available_resources()}: {remedy}"
+            f"free: {ray.available_resources()}",
+            hint=remedy,
         )
     return group
 

@@ -7,7 +7,6 @@ import signal
 import sys
 from pathlib import Path
 
-from pmdflow.metrics.summary import render_summary
 from pmdflow.run.directory import RunDirectory
 
 
@@ -24,6 +23,8 @@ def down(run: Path) -> int:
 
 def status(run: Path) -> int:
     """Print whether a run is going on, and its newest numbers."""
+    from pmdflow.metrics.summary import render_summary  # `down` does not wait for it
+
     pid = RunDirectory.owner(run)
     sys.stdout.write(f"{run}: {'not running' if pid is None else f'running, process {pid}'}\n")
     sys.stdout.write(render_summary(run) + "\n")

@@ -224,7 +224,10 @@ class Supervisor:
         process = loop.process
         loop.quick_deaths += 0 if process.answered else 1
         if loop.quick_deaths >= MAX_QUICK_DEATHS:
-            raise ActorDied(f"{loop.name} died {loop.quick_deaths} times before it was ready ({why}); see its log")
+            raise ActorDied(
+                f"{loop.name} died {loop.quick_deaths} times before it was ready ({why})",
+                hint="see its log in the run directory",
+            )
         self.telemetry.event("actor_died", f"{loop.name}: {why}; starting another", actor=loop.name)
         ray.kill(process.actor)
         if loop.takes_weights:

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pmdflow.metrics.intervals import is_bubble
 from pmdflow.metrics.live import LiveView
 from pmdflow.metrics.recorder import Recorder
 from pmdflow.metrics.report import ActorReport
+from pmdflow.metrics.spans import Wait, is_bubble
 from pmdflow.types import Counts
 
 
@@ -75,9 +75,9 @@ class Telemetry:
         interval, self._interval = self._interval, Interval()
         return interval
 
-    def waited(self, name: str, start: float) -> None:
+    def waited(self, name: Wait, start: float) -> None:
         """Record that the controller waited from unix second `start` until now."""
-        span = {"actor": "controller", "name": name, "start": start, "end": time.time(), "attrs": {}}
+        span: dict[str, object] = {"actor": "controller", "name": name, "start": start, "end": time.time(), "attrs": {}}
         self._recorder.spans([span])
 
     def event(self, kind: str, message: str, **attrs: object) -> None:

@@ -15,9 +15,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from pmdflow.cli import app
+from pmdflow.config.recorded import RENAMED
 from pmdflow.errors import LaunchError
-from pmdflow.evaluate.command import EvalOptions, eval_config, evaluate_checkpoint, find_checkpoint
-from pmdflow.evaluate.task import Sample, pass_at_k, summarize
+from pmdflow.evaluate.checkpoint import find_checkpoint
+from pmdflow.evaluate.command import EvalOptions, eval_config, evaluate_checkpoint
+from pmdflow.evaluate.results import pass_at_k, summarize
+from pmdflow.evaluate.task import Sample
 from pmdflow.metrics.confidence import bootstrap_mean, wilson
 from tests.support.paths import ROOT
 
@@ -115,6 +118,15 @@ def test_wrong_paths_and_tasks_are_named(checkpoint: str, task: str, message: st
     (tmp_path / "empty").mkdir()
     with pytest.raises(LaunchError, match=message):
         evaluate_checkpoint(tmp_path / checkpoint, task, EvalOptions(out=tmp_path / "out", prompts=2))
+
+
+def test_the_configuration_of_an_older_run_is_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RENAMED, "data.most_tokens", "data.max_tokens")
+    text = Path(TASK).read_text().replace("max_tokens: 448", "most_tokens: 448")
+    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "run.lock").touch()
+    config = eval_config(find_checkpoint(MODEL), str(tmp_path / "config.yaml"), EvalOptions())
+    assert config.data.max_tokens == 448
 
 
 def test_wrong_k_and_length_are_named() -> None:

@@ -17,7 +17,7 @@ from pmdflow.data.tokenizer import load_tokenizer
 from pmdflow.environments.calculator import Calculator
 from pmdflow.evaluate.command import EvalOptions, evaluate_checkpoint
 from pmdflow.learner.checkpoint.weights import checkpoint_weights
-from pmdflow.metrics.summary import OUTSIDE_SUM
+from pmdflow.metrics.ledger import OUTSIDE_SUM
 from pmdflow.rollout.turns import split_turns
 from pmdflow.store.archive import parts, read_part
 from pmdflow.types import Mask, TrainBatch

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from pmdflow.metrics.summary import OUTSIDE_SUM
+from pmdflow.metrics.ledger import OUTSIDE_SUM
 from pmdflow.store.archive import parts, read_part
 from pmdflow.types import Mask, Stop, TrainBatch
 from tests.support.runs import Up, small_config

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import zarr
 
-from pmdflow.metrics.summary import OUTSIDE_SUM
+from pmdflow.metrics.ledger import OUTSIDE_SUM
 from pmdflow.store.archive import parts, read_part
 from pmdflow.types import Mask
 from tests.support.runs import Up, pmdflow, small_config
@@ -106,10 +106,10 @@ def test_replay_with_another_tau_changes_the_losses(finished: Up) -> None:
 
 
 def test_two_ranks_give_the_losses_of_one(finished: Up) -> None:
-    from pmdflow.config.load import load
-    from pmdflow.replay.command import replay_claims
+    from pmdflow.config.load import load_run
+    from pmdflow.replay.claims import replay_claims
 
-    config = load(finished.run / "config.yaml", ["learner.ranks=2"]).config
+    config = load_run(finished.run, ["learner.ranks=2"]).config
     for result in replay_claims(finished.run, config, start=0):
         assert result.losses == pytest.approx(list(result.recorded), rel=1e-4, abs=1e-6)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pmdflow.config.load import load
+from pmdflow.config.load import load_run
 from pmdflow.errors import PmdflowError
-from pmdflow.replay.command import replay_claims
+from pmdflow.replay.claims import replay_claims
 from pmdflow.store.archive import parts, read_part
 from tests.support.paths import ROOT
 
@@ -29,7 +29,7 @@ def recorded(tmp_path: Path) -> Path:
 
 def test_the_losses_are_those_of_the_recording(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    config = load(recorded / "config.yaml", []).config
+    config = load_run(recorded).config
     refusal = ""
     try:
         results = list(replay_claims(recorded, config, start=0, verify=True))

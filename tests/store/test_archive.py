@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pmdflow.errors import PmdflowError
 from pmdflow.store import archive
+from pmdflow.store.archive.writing import CHUNK_ROWS
 from pmdflow.types import TrainBatch
 from tests.support.fixture_run import make_batch
 
@@ -66,12 +67,12 @@ def test_no_trajectory_and_no_component_round_trip(tmp_path: Path) -> None:
 
 def test_large_columns_are_sharded(tmp_path: Path) -> None:
     batch = make_batch(3, groups=8, size=8, length=2000)
-    assert len(batch.tokens) > archive.CHUNK_ROWS
+    assert len(batch.tokens) > CHUNK_ROWS
     path = archive.write_part(tmp_path, batch, attrs={})
     tokens = zarr.open_group(str(path), mode="r")["token/id"]
     assert isinstance(tokens, zarr.Array)
-    assert tokens.chunks == (archive.CHUNK_ROWS,) and tokens.nchunks > 1
-    assert tokens.shards is not None and tokens.shards[0] < len(batch.tokens) + archive.CHUNK_ROWS
+    assert tokens.chunks == (CHUNK_ROWS,) and tokens.nchunks > 1
+    assert tokens.shards is not None and tokens.shards[0] < len(batch.tokens) + CHUNK_ROWS
     assert_equal(archive.read_part(path), batch)
 
 
@@ -102,6 +103,21 @@ def test_repeating_keeps_the_part_and_one_catalog_row(tmp_path: Path) -> None:
     archive.write_part(tmp_path, make_batch(1), attrs={})
     assert (path / "zarr.json").stat().st_ino == before.st_ino
     assert len((tmp_path / "archive" / "catalog.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_part_says_which_claim_it_holds(tmp_path: Path) -> None:
+    batch = make_batch(1)
+    assert not archive.is_archived(tmp_path, 1, claim_lsn=40)
+    path = archive.write_part(tmp_path, batch, attrs={})  # as runs before LSNs were recorded
+    assert not archive.is_archived(tmp_path, 1, claim_lsn=40)
+    archive.write_part(tmp_path, batch, attrs={}, claim_lsn=40)
+    assert archive.is_archived(tmp_path, 1, claim_lsn=40) and not archive.is_archived(tmp_path, 1, claim_lsn=41)
+    written = (path / "zarr.json").stat().st_ino
+    archive.write_part(tmp_path, batch, attrs={}, claim_lsn=40)
+    assert (path / "zarr.json").stat().st_ino == written
+    archive.write_part(tmp_path, batch, attrs={}, claim_lsn=77)  # claimed anew after a resume
+    assert archive.is_archived(tmp_path, 1, claim_lsn=77) and not archive.is_archived(tmp_path, 1, claim_lsn=40)
+    assert_equal(archive.read_part(path), batch)
 
 
 def test_a_claim_trained_again_replaces_the_superseded_part(tmp_path: Path) -> None:

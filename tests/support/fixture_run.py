@@ -10,15 +10,20 @@ from typing import Any
 import numpy as np
 import yaml
 
+from pmdflow.metrics.claim import claim_metrics
 from pmdflow.metrics.recorder import Recorder
-from pmdflow.metrics.spans import SpanBuffer
-from pmdflow.metrics.summary import batch_metrics
+from pmdflow.metrics.spans import SpanBuffer, SpanName
 from pmdflow.store.archive import write_part
 from pmdflow.types import Mask, Stop, TrainBatch
 
 MAX_STALENESS = 3
 BUDGET = 8192
 _WORDS = [*"0123456789", "+", "-", "=", " ", "\n", "<b>", "so", "then", "answer", "\u00e4"]
+
+
+def span(name: str, start: float, end: float, actor: str = "rollout-0") -> dict[str, Any]:
+    """A line of `spans.jsonl`."""
+    return {"actor": actor, "name": name, "start": start, "end": end, "attrs": {}}
 
 
 def make_batch(
@@ -143,7 +148,10 @@ class FixtureRun:
             self.recorder.metric("sample", {**values, **self.ledger()})
         for actor in ("rollout-0", "rollout-1"):
             buffer, at = SpanBuffer(actor), begin
-            for name, share in (("apply_weights", 0.03), ("prefill", 0.07), ("generate", 0.84), ("wait_lease", 0.06)):
+            shares: tuple[tuple[SpanName, float], ...] = (
+                ("apply_weights", 0.1), ("generate", 0.84), ("wait_lease", 0.06),
+            )  # fmt: skip
+            for name, share in shares:
                 buffer.add(name, at, at + 4 * share, version=version)
                 at += 4 * share
             self.recorder.spans(buffer.drain())
@@ -156,6 +164,9 @@ class FixtureRun:
         reward = SpanBuffer("reward")
         reward.add("score", begin + 0.5, begin + 0.9, trajectories=12)
         self.recorder.spans(reward.drain())
+        controller = SpanBuffer("controller")
+        controller.add("wait_groups", begin, begin + 2.0)
+        self.recorder.spans(controller.drain())
 
     def _iteration_values(self, batch: TrainBatch, begin: float) -> Mapping[str, Any]:
         generated = int(np.sum((batch.mask & Mask.GENERATED) != 0))
@@ -167,4 +178,4 @@ class FixtureRun:
         budget = {"scheduler/tokens_budget": BUDGET, "scheduler/tokens_spent": int(BUDGET * self.rng.uniform(0.7, 1))}
         learner = {"learner/loss": float("nan"), "learner/grad_norm": np.float32(0.7)}
         identity = {"iteration": batch.iteration, "version": batch.version}
-        return {**identity, **batch_metrics(batch), **times, **rollout, **budget, **learner, **self.ledger()}
+        return {**identity, **claim_metrics(batch), **times, **rollout, **budget, **learner, **self.ledger()}

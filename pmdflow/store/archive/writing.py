@@ -1,157 +1,65 @@
-"""Trained claims as immutable zarr v3 parts in the run directory: flat values and run lengths, a table a level.
-
-`archive/part-000012.zarr` is the claim of iteration 12, written aside, synced and renamed, so a part that has its
-final name is whole. Any zarr or xarray reads it without pmdflow.
-"""
+"""A claim written as one archive part: aside, synced, renamed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import zarr
 from zarr.codecs import ZstdCodec
 
 from pmdflow import durable
 from pmdflow.errors import PmdflowError
+from pmdflow.store.archive.parts import append_to_catalog, part_path
+from pmdflow.store.archive.reading import FORMAT, Table, read_attrs
 from pmdflow.types import Int64, TrainBatch
 
-FORMAT = "pmdflow-rollouts/1"
 CHUNK_ROWS = 1 << 16
 SHARD_ROWS = 1 << 22
 
-_NAME = re.compile(r"part-(\d{6,})\.zarr")
 _ZSTD_LEVEL = 3
 
-Table = dict[str, npt.NDArray[Any]]
 
-
-def part_path(run_dir: str | Path, iteration: int) -> Path:
-    """Where the claim of `iteration` is archived."""
-    return Path(run_dir) / "archive" / f"part-{iteration:06d}.zarr"
-
-
-def parts(run_dir: str | Path) -> list[Path]:
-    """The complete parts of a run, by iteration; leftovers of a crash are not among them."""
-    directory = Path(run_dir) / "archive"
-    if not directory.is_dir():
-        return []
-    return sorted((p for p in directory.iterdir() if _NAME.fullmatch(p.name)), key=part_iteration)
-
-
-def part_iteration(path: Path) -> int:
-    """The iteration whose claim a part holds, from its name."""
-    match = _NAME.fullmatch(path.name)
-    if match is None:
-        raise ValueError(f"{path} is not named like an archive part: expected part-NNNNNN.zarr")
-    return int(match[1])
-
-
-def write_part(run_dir: str | Path, batch: TrainBatch, *, attrs: Mapping[str, Any]) -> Path:
+def write_part(
+    run_dir: str | Path, batch: TrainBatch, *, attrs: Mapping[str, Any], claim_lsn: int | None = None
+) -> Path:
     """Archive one claim durably; repeating it is harmless.
 
-    A complete part of the same content is kept. One of other content is replaced: after a resume from an older
-    checkpoint the iteration was trained again, and only the surviving claim counts.
+    A complete part of the same claim is kept. One of another is replaced: after a resume from an older checkpoint the
+    iteration was trained again, and only the surviving claim counts.
 
     Args:
         run_dir: The run directory.
         batch: The claim as it was trained.
-        attrs: Further attributes, such as model, tokenizer hash and LSN range; JSON types.
+        attrs: Further attributes, such as model and tokenizer hash; JSON types.
+        claim_lsn: LSN of the claim's record in the store, by which `is_archived` knows the part; None if unknown.
 
     Raises:
-        PmdflowError: the part cannot be written; names it and the remedy.
+        PmdflowError: the part cannot be written; names it.
     """
     path = part_path(run_dir, batch.iteration)
     aside = path.with_name(path.name + ".tmp")
-    digest = _digest(batch)
+    identity: dict[str, Any] = {"digest": _digest(batch)} | ({} if claim_lsn is None else {"claim_lsn": claim_lsn})
     try:
-        if not (path.is_dir() and read_attrs(path).get("digest") == digest):
+        if not (path.is_dir() and identity.items() <= read_attrs(path).items()):
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(aside, ignore_errors=True)
-            _write_tables(aside, batch, {**attrs, "digest": digest})
+            _write_tables(aside, batch, {**attrs, **identity})
             durable.sync_tree(aside)
             _replace(aside, path)
-        _catalog_append(path, batch, digest)
+        append_to_catalog(path, batch, identity["digest"])
     except OSError as error:
         raise PmdflowError(
-            f"cannot archive iteration {batch.iteration} at {path}: {error.strerror or error}; free space on the "
-            "disk of the run directory, then start the same `pmdflow up` again: it resumes and repeats the part"
+            f"cannot archive iteration {batch.iteration} at {path}: {error.strerror or error}",
+            hint="free space on the disk of the run directory, then start the same `pmdflow up` again: it resumes and "
+            "repeats the part",
         ) from error
     return path
-
-
-def read_part(path: str | Path) -> TrainBatch:
-    """Read a part back, equal bit for bit to the batch that was written.
-
-    Raises:
-        PmdflowError: not a part, or of a format this version does not know.
-    """
-    attrs = read_attrs(path)
-    token, segment = read_table(path, "token"), read_table(path, "segment")
-    trajectory, group = read_table(path, "trajectory"), read_table(path, "group")
-    lengths = segment["length"]
-    prompts = np.repeat(np.array([str(prompt) for prompt in group["prompt_id"]], dtype=object), group["size"])
-    components = trajectory.get("components", np.empty((len(prompts), 0)))
-    return TrainBatch(
-        iteration=int(attrs["iteration"]),
-        version=int(attrs["version"]),
-        tokens=token["id"],
-        logprobs=token["logprob"],
-        versions=np.repeat(segment["policy_version"], lengths),
-        temperatures=np.repeat(segment["temperature"], lengths),
-        mask=token["mask"],
-        cu_seqlens=trajectory["token_offset"],
-        prompt_lengths=trajectory["prompt_length"],
-        groups=trajectory["group"],
-        trajectories=trajectory["id"],
-        rewards=trajectory["reward"],
-        components={name: np.ascontiguousarray(components[:, i]) for i, name in enumerate(attrs["components"])},
-        stops=trajectory["stop"],
-        prompt_ids=tuple(prompts.tolist()),
-    )
-
-
-def open_part(path: str | Path) -> zarr.Group:
-    """Open a part for reading single arrays.
-
-    Raises:
-        PmdflowError: as in `read_part`.
-    """
-    try:
-        root = zarr.open_group(str(path), mode="r", zarr_format=3, use_consolidated=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise PmdflowError(f"{path} is not a readable archive part: {error}") from error
-    if root.attrs.get("format") != FORMAT:
-        raise PmdflowError(
-            f"{path} has the format {root.attrs.get('format')!r}; this version reads {FORMAT!r}: use the pmdflow "
-            "that wrote it"
-        )
-    return root
-
-
-def read_attrs(path: str | Path) -> dict[str, Any]:
-    """The attributes of a part: format, model, iteration, version and what `write_part` was given."""
-    return dict(open_part(path).attrs)
-
-
-def read_table(path: str | Path, name: str, columns: Sequence[str] | None = None) -> Table:
-    """Read whole columns of the table `token`, `segment`, `trajectory` or `group` (None: all of them)."""
-    table = cast(zarr.Group, open_part(path)[name])
-    wanted = sorted(table.array_keys()) if columns is None else columns
-    return {column: np.asarray(cast(Any, table[column])[...]) for column in wanted}
-
-
-def catalog(run_dir: str | Path) -> list[dict[str, Any]]:
-    """One row for each complete part, by iteration; rows that the catalog file lacks are made from their parts."""
-    rows = {row["part"]: row for row in _catalog_rows(Path(run_dir))}
-    return [rows.get(path.name) or _row(path, read_part(path), read_attrs(path)["digest"]) for path in parts(run_dir)]
 
 
 def _write_tables(path: Path, batch: TrainBatch, attrs: Mapping[str, Any]) -> None:
@@ -283,38 +191,3 @@ def _replace(aside: Path, path: Path) -> None:
         path.rename(superseded)
     durable.rename(aside, path)
     shutil.rmtree(superseded, ignore_errors=True)
-
-
-def _row(path: Path, batch: TrainBatch, digest: str) -> dict[str, Any]:
-    return {
-        "part": path.name,
-        "iteration": batch.iteration,
-        "version": batch.version,
-        "groups": len(np.unique(batch.groups)),
-        "trajectories": len(batch.rewards),
-        "tokens": len(batch.tokens),
-        "reward_mean": float(np.mean(batch.rewards)) if len(batch.rewards) else None,
-        "digest": digest,
-    }
-
-
-def _catalog_append(path: Path, batch: TrainBatch, digest: str) -> None:
-    run_dir = path.parent.parent
-    file = path.parent / "catalog.jsonl"
-    if any(row["part"] == path.name and row["digest"] == digest for row in _catalog_rows(run_dir)):
-        return
-    text = file.read_bytes() if file.exists() else b""
-    lead = b"" if not text or text.endswith(b"\n") else b"\n"  # a torn line stays a line of its own, and is skipped
-    with open(file, "ab") as catalog_file:
-        catalog_file.write(lead + json.dumps(_row(path, batch, digest)).encode() + b"\n")
-
-
-def _catalog_rows(run_dir: Path) -> Iterator[dict[str, Any]]:
-    file = run_dir / "archive" / "catalog.jsonl"
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and {"part", "digest"} <= row.keys():
-            yield row

@@ -1,0 +1,72 @@
+"""Settings that contradict each other are refused, each with its remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.config import edit, refuse
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "remedy"),
+    [
+        (["scheduler.lookahead=2", "scheduler.max_staleness=1"], "scheduler.max_staleness", "raise max_staleness"),
+        (
+            ["rollout.tokens_per_segment=8", "scheduler.max_staleness=0", "scheduler.lookahead=0"],
+            "scheduler.max_staleness",
+            "set max_staleness to null",
+        ),
+        (
+            ["rollout.tokens_per_segment=8", "rollout.on_new_weights=finish"],
+            "rollout.on_new_weights",
+            "choose keep_kv or reprefill",
+        ),
+        (["learner.steps_per_iteration=5"], "learner.steps_per_iteration", "lower steps_per_iteration"),
+        (["data.group_size=1"], "scheduler.min_group_size", "lower min_group_size"),
+        (["scheduler.straggler={members: 8, wait_s: 1}"], "scheduler.straggler.members", "set straggler to null"),
+        (["scheduler.straggler={members: 1, wait_s: 1}"], "scheduler.straggler.members", "change it"),
+        (["rollout.lease_ttl_s=0.1"], "rollout.lease_ttl_s", "raise lease_ttl_s"),
+        (["store.max_bytes=1KiB"], "store.max_bytes", "raise max_bytes"),
+        (["learner.algorithm=pmd_men"], "learner.algorithm", "did you mean pmd_mean"),
+        (["learner.clip_low=0.2"], "learner.clip_low", "use one of token_pmd"),
+        (["learner.algorithm=grpo", "learner.clip_low=1.5"], "learner.clip_low", "lower it"),
+        (["learner.partition_floor=1.0e-8"], "learner.partition_floor", "use one of pmd_partition"),
+        (["learner.keep_groups_above=1.0", "learner.keep_groups_below=0.0"], "learner.keep_groups_above", "widen"),
+        (["learner.veto=true", "learner.anchor=behavior"], "learner.veto", "set anchor to reference"),
+        (
+            ["learner.importance_weights=token", "learner.algorithm=ctpo"],
+            "learner.importance_weights",
+            "set importance_weights to none",
+        ),
+        (["rollout.final_temperature=0.8"], "rollout.final_temperature", "set both"),
+        (["reward.length_warmup_iterations=5"], "reward.length_warmup_iterations", "set length_weight"),
+        (["eval.min_tokens=99999"], "eval.min_tokens", "lower min_tokens"),
+        (["reward.repetition_penalty=0.5"], "reward.repetition_penalty", "set repetition"),
+        (["reward.invalid=-2e6"], "reward.invalid", "lower it"),
+        (["reward.cut_reward=3", "reward.max_abs=2"], "reward.cut_reward", "lower it"),
+        (["eval.stop_repetition=true"], "eval.stop_repetition", "set repetition"),
+    ],
+)
+def test_impossible_combinations_are_refused_with_a_remedy(
+    cluster_yaml: Path, overrides: list[str], key: str, remedy: str
+) -> None:
+    (issue,) = refuse(cluster_yaml, *overrides)
+    assert issue.message.startswith(key)
+    assert remedy in str(issue.hint)
+    assert issue.place.is_override
+
+
+def test_all_impossible_combinations_come_at_once_at_the_keys_they_name(cluster_yaml: Path) -> None:
+    edit(cluster_yaml, ("groups_per_iteration: 4", "groups_per_iteration: 2\n  lookahead: 6"))
+    issues = refuse(cluster_yaml)
+    assert [(issue.place.line, issue.message.split()[0]) for issue in issues] == [
+        (13, "learner.steps_per_iteration"),
+        (14, "scheduler.max_staleness"),
+    ]
+
+
+def test_options_of_vllm_are_refused_for_other_engines(cluster_yaml: Path) -> None:
+    issues = refuse(cluster_yaml, "rollout.speculation=ngram", "rollout.tensor_parallel=2")
+    assert {issue.message.split(" ")[0] for issue in issues} == {"rollout.speculation", "rollout.tensor_parallel"}

@@ -1,0 +1,77 @@
+"""What a configuration means before anything starts: derived numbers, notes, the dry run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pmdflow.config.load import Loaded, load
+from pmdflow.config.model_size import ModelSize, measure_model
+from pmdflow.config.plan import Plan, make_plan, render_dry_run
+from tests.support.paths import CONFIGS
+
+
+def plan(loaded: Loaded, model: ModelSize | None = None) -> Plan:
+    return make_plan(loaded.config, model=model)
+
+
+def test_derived_numbers(cluster_yaml: Path) -> None:
+    loaded = load(
+        cluster_yaml,
+        [
+            "rollout.tokens_per_segment=20",
+            "learner.checkpoint_every=2",
+            "learner.keep_checkpoints=3",
+            "learner.ranks=2",
+        ],
+    )
+    result = plan(loaded, ModelSize(num_parameters=1000, kv_numbers_per_token=10, vocab_size=5))
+    assert result.active_groups == 8  # 4 groups, lookahead 1
+    assert result.active_trajectories == 64
+    assert result.trajectories_per_iteration == 32
+    assert result.tokens_per_trajectory == 1000 / 32
+    assert result.versions_per_trajectory == 4  # 64 tokens in segments of 20
+    assert result.optimizer_steps == 12
+    assert result.store_bytes == (64 + 6 * 32) * 64 * 8
+    memory = {actor.role: (actor.count, actor.memory_bytes) for actor in result.actors}
+    assert memory["rollout"] == (1, 4 * (1000 + 64 * 64 * 10))
+    assert memory["learner"] == (2, 1000 * 16 // 2 + 8192 * 5 * 12)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["learner.steps_per_iteration=1"], "learner.tau has no effect"),
+        (["rollout.tokens_per_segment=8"], "raise scheduler.max_staleness (4)"),
+        (["rollout.tokens_per_segment=64"], "rollout.tokens_per_segment has no effect"),
+        (["rollout.engine=simulated"], "tokens are random"),
+        (["learner.algorithm=pmd_partition", "learner.tau=0.05"], "is small for pmd_partition"),
+        (["store.max_bytes=10KiB"], "store.max_bytes (10KiB) is below"),
+    ],
+)
+def test_notes_point_at_what_is_probably_not_meant(cluster_yaml: Path, overrides: list[str], words: str) -> None:
+    (note,) = plan(load(cluster_yaml, overrides)).notes
+    assert words in note
+
+
+def test_the_size_of_the_shipped_model_is_read_from_its_headers() -> None:
+    size = measure_model(CONFIGS / "tiny-arithmetic")
+    assert size is not None
+    assert size.num_parameters * 4 == pytest.approx(
+        (CONFIGS / "tiny-arithmetic/model.safetensors").stat().st_size, rel=0.01
+    )
+    assert measure_model(CONFIGS) is None
+
+
+def test_the_dry_run_shows_origins_placement_and_derived_numbers(cluster_yaml: Path) -> None:
+    report = render_dry_run(load(cluster_yaml, ["rollout.actors=3"]))
+    rows = {line.split()[0]: line.split()[1:] for line in report.splitlines() if line.startswith("  ")}
+    assert rows["run.iterations"] == ["3", "cluster.yaml:3"]
+    assert rows["rollout.actors"] == ["3", "override"]
+    assert rows["scheduler.max_staleness"] == ["4", "default"]
+    assert rows["rollout.tokens_per_segment"] == ["null", "default"]
+    assert rows["rollout"][:2] == ["3", "1"]
+    assert "active groups              8 (64 trajectories)" in report
+    assert "unknown: no model found in nowhere" in report
+    assert report.endswith("dry run of cluster.yaml: nothing was started")

@@ -1,0 +1,38 @@
+"""The summary of a run, from its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pmdflow.metrics.ledger import ledger_gap
+from pmdflow.metrics.summary import render_summary
+from tests.support.fixture_run import MAX_STALENESS, FixtureRun
+
+
+def test_the_summary_states_learning_ledger_staleness_and_time(tmp_path: Path) -> None:
+    run = FixtureRun(tmp_path)
+    run.iterate(10, archive=False)
+    text = render_summary(tmp_path)
+    assert "held-out reward   0.400 (v0) -> 0.757 (v10), 128 prompts" in text
+    assert "(iteration 1 -> 10)" in text and "10 in 40 s" in text
+    assert "sums match" in text
+    assert f"(limit: {MAX_STALENESS})" in text and " 0 tokens over the limit" in text
+    assert "rollout busy after start-up            93.9%" in text
+    assert "wait_claim 39.4%" in text and "wait_lease" in text
+    assert "generation during learner steps        100.0% of step time" in text
+
+
+def test_the_summary_counts_what_is_wrong(tmp_path: Path) -> None:
+    run = FixtureRun(tmp_path)
+    run.iterate(1, archive=False)
+    run.recorder.metric(
+        "iteration", {"iteration": 2, "staleness/tokens": {"0": 5, "9": 3}, "ledger/generated": 10, "ledger/trained": 7}
+    )
+    text = render_summary(tmp_path)
+    assert "3 tokens over the limit" in text
+    assert "SUM DIFFERS by 3" in text
+    assert ledger_gap({"generated": 10, "trained": 10, "prompt": 4}) == 0
+
+
+def test_a_run_without_an_iteration_has_a_summary(tmp_path: Path) -> None:
+    assert "no iteration was finished" in render_summary(tmp_path)
