@@ -206,8 +206,9 @@ class RewardRunner:
         self._failures.append(scored.message)
         if len(self._failures) >= self._config.max_failures_in_a_row:
             raise PmdflowError(
-                f"{len(self._failures)} scorings in a row failed (reward.max_failures_in_a_row), so nothing could be "
-                f"trained; the first: {self._failures[0]}; the last: {self._failures[-1]}; mend reward.functions"
+                f"{len(self._failures)} scorings in a row failed (reward.max_failures_in_a_row); the first: "
+                f"{self._failures[0]}; the last: {self._failures[-1]}",
+                hint="mend what reward.functions names; scores that are stored stay",
             )
 
     def _replace(self, worker: RewardProcess, failure: str) -> RewardProcess:

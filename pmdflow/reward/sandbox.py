@@ -144,8 +144,7 @@ def find_sandbox() -> Sandbox:
         said = probe.stderr.decode(errors="replace").strip().rpartition("\n")[2] or probe.how
         reasons.append(f"{confinement.name}: {said}")
     raise SandboxFailed(
-        "programs cannot be confined on this machine: "
-        + ("; ".join(reasons) or "neither bwrap nor unshare is installed")
-        + ". Install bubblewrap and allow user namespaces, or run as root; only where every program is trusted, set "
-        "args: {sandbox: none} of the reward function"
+        f"programs cannot be confined here: {'; '.join(reasons) or 'neither bwrap nor unshare is installed'}",
+        hint="install bubblewrap and allow user namespaces, or run as root; only where every program is trusted, set "
+        "args: {sandbox: none} of the reward function",
     )

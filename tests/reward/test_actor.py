@@ -136,6 +136,8 @@ def test_an_actor_says_why_it_cannot_score(cluster: Cluster, tmp_path: Path) -> 
     config = make_config(tmp_path, max_failures_in_a_row=3)
     generate(store, config, ["raise", "none", "raise"], {})
     _, loop = make_loops(config, tmp_path, store, [{}])
-    with pytest.raises(PmdflowError, match=r"3 scorings in a row failed .*the first: graders.obey: .*mend reward"):
+    with pytest.raises(
+        PmdflowError, match=r"3 scorings in a row failed (?s:.*)the first: graders.obey: (?s:.*)mend what reward"
+    ):
         ray.get(loop.start(None, "")[1], timeout=120)
     ray.get(call(store, StoreActor.close), timeout=20)

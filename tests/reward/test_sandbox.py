@@ -123,7 +123,7 @@ def test_what_does_not_start_or_does_not_hold_is_not_trusted(monkeypatch: pytest
         broken.run(["/bin/true"], files={})
     open_ways = [broken.confinement, UNCONFINED]
     monkeypatch.setattr(sandbox_module, "confinements", lambda disk_bytes: open_ways)
-    with pytest.raises(SandboxFailed, match=r"no room; none: .* processes of the machine.*sandbox: none"):
+    with pytest.raises(SandboxFailed, match=r"(?s)no room; none: .* processes of the machine.*sandbox: none"):
         find_sandbox.__wrapped__()
 
 
