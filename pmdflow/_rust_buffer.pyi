@@ -157,11 +157,10 @@ class TrajectoryStore:
         """Record the outcome of scoring attempt `attempt`. `max_attempts` infra failures make the member `failed`.
 
         A group whose living members are all scored is ready; with fewer than `min_group_size` it is evicted with
-        the reason `min_group_size`. Scores of late members are ignored (see `straggler`). What was handed out twice may
-        be answered twice: the first answer to an attempt stands.
+        the reason `min_group_size`. Scores of late members are ignored (see `straggler`).
 
         Raises:
-            Conflict: not complete, non-finite reward, or an attempt that was never handed out.
+            Conflict: not complete, non-finite reward, or another outcome for an attempt already recorded.
         """
     def publish(self, version: int, iteration: int | None, left_out: dict[str, list[int]]) -> None:
         """Make `version` the newest; `iteration`'s claim is trained (None for initial weights or after a resume).

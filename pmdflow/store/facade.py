@@ -165,12 +165,12 @@ class TrajectoryStore(StoreView):
         wait: bool = True,
         now_s: float | None = None,
     ) -> None:
-        """Record the outcome of scoring attempt `attempt`, if it is the first; of a late member it is ignored.
+        """Record the outcome of scoring attempt `attempt`; of a late member it is ignored.
 
         Without `wait` it answers before that is durable.
 
         Raises:
-            Conflict: not complete, a reward that is not finite, or an attempt that was never handed out.
+            Conflict: not complete, a reward that is not finite, or another outcome for an attempt already recorded.
         """
         self._native.score(trajectory, attempt, outcome, reward, dict(components or {}), wait, now_s)
 

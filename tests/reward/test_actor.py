@@ -128,6 +128,26 @@ def test_actors_on_two_nodes_score_what_the_store_hands_them(cluster: Cluster, t
     }  # fmt: skip
 
 
+def test_of_two_answers_to_one_attempt_the_first_stands(cluster: Cluster, tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    store = start_store(config, tmp_path, archive_attrs={})
+    generate(store, config, ["a", "b"], {})
+    handed = [item for _ in range(2) for item in ray.get(call(store, StoreActor.unscored, 2, 0.0, 10.0))]
+    first, second = handed[:2]
+    assert [(item.trajectory, item.attempt) for item in handed[2:]] == [(first.trajectory, 0), (second.trajectory, 0)]
+    answers = [
+        (first.trajectory, 0, "scored", 1.0, {}), (second.trajectory, 0, "infra_failure", 0.0, {}),
+        (first.trajectory, 0, "scored", 2.0, {}), (second.trajectory, 0, "scored", 2.0, {}),
+    ]  # fmt: skip
+    for answer in answers:
+        ray.get(call(store, StoreActor.score, [answer]))
+    (again,) = ray.get(call(store, StoreActor.unscored, 2, 60.0, 10.0))
+    assert (again.trajectory, again.attempt) == (second.trajectory, 1)
+    ray.get(call(store, StoreActor.score, [(again.trajectory, 1, "scored", 3.0, {}), answers[3]]))
+    assert results(store) == [1.0, 3.0]
+    ray.get(call(store, StoreActor.close), timeout=20)
+
+
 def test_an_actor_says_why_it_cannot_score(cluster: Cluster, tmp_path: Path) -> None:
     store = start_store(make_config(tmp_path), tmp_path, archive_attrs={})
     _, loop = make_loops(make_config(tmp_path, "graders:obay"), tmp_path, store, [{}])

@@ -21,10 +21,8 @@ impl Store {
 
     /// Records the outcome of scoring attempt `attempt`; of a member that came too late, it is ignored.
     ///
-    /// What was handed out again after its time may be answered twice, with two outcomes: the first one stands.
-    ///
     /// # Errors
-    /// `Conflict`: not complete, a reward that is not finite, or an attempt that was never handed out.
+    /// `Conflict`: not complete, a reward that is not finite, or another outcome for an attempt already recorded.
     pub fn score(
         &mut self, id: u64, attempt: u32, outcome: Outcome, reward: f64, components: BTreeMap<String, f64>, now: Micros,
     ) -> Result<()> {
@@ -44,14 +42,20 @@ impl Store {
         if trajectory.is_partial() {
             return conflict(format!("trajectory {id} is not complete and cannot be scored"));
         }
-        if attempt > trajectory.attempts {
+        let repeats = if attempt < trajectory.attempts {
+            outcome == Outcome::InfraFailure
+        } else {
+            matches!(&trajectory.verdict, Verdict::Scored { outcome: o, reward: r, components: c }
+                if (*o, *r) == (outcome, reward) && self.state.components(c) == components)
+        };
+        if repeats {
+            return Ok(());
+        }
+        if attempt != trajectory.attempts || trajectory.verdict != Verdict::Pending {
             return conflict(format!(
-                "trajectory {id}: attempt {attempt} was never handed out (next attempt: {})",
+                "trajectory {id}: attempt {attempt} differs from what is recorded (next attempt: {})",
                 trajectory.attempts
             ));
-        }
-        if attempt < trajectory.attempts || trajectory.verdict != Verdict::Pending {
-            return Ok(());
         }
         let failed = outcome == Outcome::InfraFailure && attempt + 1 >= self.settings.max_attempts;
         let (id_of_group, group) = (trajectory.group, self.state.group(trajectory.group)?);
