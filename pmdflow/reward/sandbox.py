@@ -116,6 +116,7 @@ class Sandbox:
             stderr=subprocess.PIPE,
             pass_fds=(writer,),
             cwd=directory,
+            env={"PATH": os.environ.get("PATH", os.defpath)},  # some of it is seen inside, as that of the first process
             bufsize=0,
             start_new_session=True,
         )

@@ -25,10 +25,10 @@ RESOURCES = {
 
 _CLONE_NEWUSER = 0x10000000  # linux/sched.h
 _CALLS = {
-    "x86_64": (0xC000003E, 56, 435, 272),
-    "aarch64": (0xC00000B7, 220, 435, 97),
+    "x86_64": (0xC000003E, 56, 435, 272, 101),
+    "aarch64": (0xC00000B7, 220, 435, 97, 117),
 }
-"""AUDIT_ARCH, and the numbers of clone, clone3 and unshare, by machine."""
+"""AUDIT_ARCH, and the numbers of clone, clone3, unshare and ptrace, by machine."""
 
 
 def main() -> None:
@@ -49,14 +49,14 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu_s"], limits["cpu_s"] + 1))  # a signal, then the kill
     for name, kind in RESOURCES.items():
         resource.setrlimit(kind, (limits[name], limits[name]))
-    _forbid_namespaces(*_CALLS[os.uname().machine])
+    _forbid_calls(*_CALLS[os.uname().machine])
     os.set_inheritable(holds, False)
     os.write(holds, b"1")
     os.execve(job["argv"][0], job["argv"], {"HOME": os.getcwd(), "PATH": "/usr/bin:/bin"})  # noqa: S606
 
 
-def _forbid_namespaces(architecture: int, clone: int, clone3: int, unshare: int) -> None:
-    """Have the kernel refuse user namespaces, in which a program would have rights that it lost outside.
+def _forbid_calls(architecture: int, clone: int, clone3: int, unshare: int, ptrace: int) -> None:
+    """Have the kernel refuse to trace, and user namespaces, in which a program would have rights that it lost outside.
 
     A filter of system calls (seccomp) in the kernel's packet-filter code. The flags of clone3 lie in memory, where a
     filter cannot look; as if it were not there, the C library falls back to clone.
@@ -68,6 +68,7 @@ def _forbid_namespaces(architecture: int, clone: int, clone3: int, unshare: int)
         (load, 0, 0, 0), (any_bit, 0, 1, 0x40000000), (end, 0, 0, kill),  # the x32 numbers of the same calls
         (equal, 0, 1, clone3), (end, 0, 0, refuse | errno.ENOSYS),
         (equal, 0, 1, unshare), (end, 0, 0, refuse | errno.EPERM),
+        (equal, 0, 1, ptrace), (end, 0, 0, refuse | errno.EPERM),
         (equal, 1, 0, clone), (end, 0, 0, allow),
         (load, 0, 0, 16), (any_bit, 0, 1, _CLONE_NEWUSER), (end, 0, 0, refuse | errno.EPERM), (end, 0, 0, allow),
     ]  # fmt: skip

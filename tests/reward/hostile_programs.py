@@ -103,7 +103,7 @@ PROGRAMS: dict[str, tuple[str, set[str]]] = {
         ),
         {"wrong"},
     ),
-    "a signal to the parent": ("attempt('kill', lambda: os.kill(os.getppid(), signal.SIGKILL))", {"wrong", "crashed"}),
+    "a signal to the parent": ("os.kill(os.getppid(), signal.SIGKILL)", {"wrong", "crashed"}),
     "a signal to everybody": ("os.kill(-1, signal.SIGKILL)", {"wrong", "crashed"}),
     "signals to each number": (
         (
@@ -189,7 +189,7 @@ PROGRAMS: dict[str, tuple[str, set[str]]] = {
     "a crash of the interpreter": ("ctypes.string_at(0)", {"crashed"}),
     "endless recursion": ("sys.setrecursionlimit(10**9)\ndef f(): f()\nf()", {"crashed", "timeout"}),
     "an abort": ("os.abort()", {"crashed"}),
-    "not a program": ("\0\0\0", {"crashed"}),
+    "not a program": ("def (\0", {"crashed"}),
 }
 
 ASSERTING: dict[str, tuple[str, set[str]]] = {

@@ -95,7 +95,10 @@ def test_right_wrong_hostile_and_broken_are_told_apart() -> None:
 
 @needs_sandbox
 @pytest.mark.timeout(180)
-def test_a_program_dies_with_the_subprocess_that_runs_it() -> None:
+def test_a_program_dies_with_the_subprocess_that_runs_it_and_sees_nothing_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PMDFLOW_TEST_SECRET", "secret")
     entry = {"function": "pmdflow.reward.code:score", "args": {"time_limit_s": 60}}
     config = RewardConfig.model_validate({"functions": [entry], "timeout_s": 600.0})
     with RewardRunner(config) as runner:
@@ -108,6 +111,8 @@ def test_a_program_dies_with_the_subprocess_that_runs_it() -> None:
             assert time.monotonic() < deadline, "the program did not start"
             time.sleep(0.05)
         everything = worker.children(recursive=True)
+        assert "PMDFLOW_TEST_SECRET" in worker.environ()
+        assert not any("PMDFLOW_TEST_SECRET" in process.environ() for process in everything)
     assert inside
     assert psutil.wait_procs(everything, timeout=20)[1] == []
     assert isinstance(future.exception(timeout=10), PmdflowError)
