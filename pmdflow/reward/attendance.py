@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, Literal, Self
 
+START_S = 30.0
+"""What may pass before a process says that it begins: a busy machine is not its fault."""
 END_S = 2.0
 """What a killed process, and all that it started, may take to end."""
 _CHUNK = 1 << 16
@@ -27,18 +29,25 @@ class Ended:
     """Exit code or signal number; SIGKILL's where it was killed for a limit."""
     stdout: bytes
     stderr: bytes
-    wall_s: float
+    wall_s: float | None
+    """Since it said that it begins; None if it never did."""
 
 
-def attend(process: subprocess.Popen[bytes], stdin: bytes, *, wall_s: float, output_bytes: int) -> Ended:
-    """Wait for the end of a process that leads a session, or make it after `wall_s` or `output_bytes` of a stream.
+def attend(process: subprocess.Popen[bytes], stdin: bytes, *, begins: int, wall_s: float, output_bytes: int) -> Ended:
+    """Wait for the end of a process that leads a session, or make it at a limit.
 
     A wrapper such as a shell reports the signal of its child as 128 + its number.
+
+    Args:
+        process: With pipes as its standard streams.
+        stdin: What it reads.
+        begins: A file descriptor; the process writes a byte to its other end when it begins, and closes it.
+        wall_s: What it may take from then on; it has `START_S` to begin.
+        output_bytes: Most of standard output, and of standard error.
     """
-    started = time.monotonic()
-    with _Pipes(process, stdin, output_bytes) as pipes:
-        limit = pipes.serve(started + wall_s)
-        took_s = time.monotonic() - started
+    with _Pipes(process, stdin, begins, output_bytes) as pipes:
+        limit = pipes.serve(wall_s)
+        took_s = None if pipes.began is None else time.monotonic() - pipes.began
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # and what it left behind; not reaped, so the id is still its own
         code = process.wait(timeout=END_S)
@@ -60,11 +69,13 @@ def attend(process: subprocess.Popen[bytes], stdin: bytes, *, wall_s: float, out
 class _Pipes:
     """The standard streams of a process, none of which can block or outgrow its limit."""
 
-    def __init__(self, process: subprocess.Popen[bytes], stdin: bytes, limit: int) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], stdin: bytes, begins: int, limit: int) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
         self.said = {"stdout": bytearray(), "stderr": bytearray()}
+        self.began: float | None = None
+        """When the process began, monotonic seconds."""
         self._stdin, self._limit = memoryview(stdin), limit
         self._files: list[IO[bytes]] = [process.stdin, process.stdout, process.stderr]
         for file in self._files:
@@ -72,6 +83,7 @@ class _Pipes:
         self._end = os.pidfd_open(process.pid)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._end, selectors.EVENT_READ, "end")
+        self._selector.register(begins, selectors.EVENT_READ, "begins")
         self._selector.register(process.stdin, selectors.EVENT_WRITE, "stdin")
         self._selector.register(process.stdout, selectors.EVENT_READ, "stdout")
         self._selector.register(process.stderr, selectors.EVENT_READ, "stderr")
@@ -88,16 +100,21 @@ class _Pipes:
             with contextlib.suppress(BrokenPipeError):
                 file.close()
 
-    def serve(self, deadline: float) -> Literal["", "timeout", "output"]:
+    def serve(self, wall_s: float) -> Literal["", "timeout", "output"]:
         """Until the process ends ("") or a limit is reached."""
+        deadline = time.monotonic() + START_S
         while (left_s := deadline - time.monotonic()) > 0:
-            ready = self._selector.select(left_s)
-            for key, _ in ready:
-                if key.data == "stdin":
-                    self._write(key)
-                elif key.data != "end" and self._read(key):
-                    return "output"
-            if any(key.data == "end" for key, _ in ready):
+            ready = {key.data: key for key, _ in self._selector.select(left_s)}
+            if "begins" in ready:
+                self._selector.unregister(ready["begins"].fileobj)
+                if os.read(ready["begins"].fd, 1):
+                    self.began = time.monotonic()
+                    deadline = self.began + wall_s
+            if "stdin" in ready:
+                self._write(ready["stdin"])
+            if any(self._read(ready[name]) for name in self.said if name in ready):
+                return "output"
+            if "end" in ready:
                 return ""
         return "timeout"
 

@@ -169,7 +169,7 @@ def run_cases(
         sign = secrets.token_hex(16)
         limits = Limits(wall_s=left_s, cpu_s=max(round(time_limit_s), 1), memory_bytes=memory_bytes)
         ended = _run(program, case, sign, sandbox, limits)
-        if _was_cut(ended) and ended.wall_s < min(time_limit_s, wall_s / 2):
+        if _was_cut(ended) and (ended.wall_s or 0.0) < min(time_limit_s, wall_s / 2):
             raise too_many
         kind = _judge(ended, case, sign)
         if kind != "passed":

@@ -53,16 +53,16 @@ async def score(
 ) -> float:
     """The judge's score as a share of `max_score`, from 0 to 1.
 
-    Up to 64 requests of each subprocess are under way at once. What the client calls transient (no connection, 408,
-    409, 429, 500 and above) is tried again until the time is over, as late as the endpoint asks for. What was judged
-    once is not judged again by the same subprocess: in memory, since the store keeps every score durably already.
+    Up to 64 requests of each subprocess are under way at once. What passes (no connection, 408, 409, 429, 500 and above)
+    is tried again until the time is over, as late as the endpoint asks for. Each subprocess remembers what it judged: in
+    memory, since the store keeps every score durably already.
 
     Args:
-        prompt: Text of the task.
+        prompt: Like `completion` and the keys of `metadata`, what may stand in the template.
         completion: Generated text.
-        metadata: Its keys may stand in the template.
+        metadata: That of the prompt.
         timeout_s: `reward.timeout_s`; 60 and more suit a judge.
-        model: Name of the model.
+        model: Name of the judge.
         base_url: Address of the endpoint, such as `http://judge:8000/v1`; None is OpenAI's, or `OPENAI_BASE_URL`.
         template: Text with `{prompt}`, `{completion}` and keys of the metadata; it must ask for a last line `score: N`.
         max_score: Best score that the template speaks of.
@@ -76,12 +76,10 @@ async def score(
     fields = {**metadata, "prompt": prompt, "completion": completion}
     content = _FIELD.sub(lambda field: str(fields.get(field[1], field[0])), template)
     body = {**(request or {}), "model": model, "messages": [{"role": "user", "content": content}]}
-    loop = asyncio.get_running_loop()
-    bench = _benches.setdefault(loop, _Bench())
     question = _Question(
         body=body, base_url=base_url, api_key_env=api_key_env, limit_s=TIME_SHARE * timeout_s, max_score=max_score
     )
-    return await bench.score(question)
+    return await _benches.setdefault(asyncio.get_running_loop(), _Bench()).score(question)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pmdflow.errors import PmdflowError
-from pmdflow.reward.attendance import END_S, Ended, attend
+from pmdflow.reward.attendance import Ended, attend
 from pmdflow.reward.confinement import PYTHON, UNCONFINED, Confinement, confinements
 
 _ENTRY = Path(__file__).with_name("sandbox_entry.py")
@@ -90,7 +89,7 @@ class Sandbox:
         limits = limits or Limits()
         job = json.dumps({"argv": list(argv), "files": dict(files), "limits": asdict(limits)}).encode()
         reader, writer = os.pipe()
-        with open(reader, "rb", buffering=0) as holds, contextlib.ExitStack() as stack:
+        with open(reader, "rb", buffering=0) as begins, contextlib.ExitStack() as stack:
             directory = None
             if self.confinement == UNCONFINED:
                 directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="pmdflow-unconfined-"))
@@ -99,12 +98,13 @@ class Sandbox:
             ended = attend(
                 process,
                 b"%010d" % len(job) + job + stdin,
+                begins=begins.fileno(),
                 wall_s=limits.wall_s,
                 output_bytes=limits.output_bytes,
             )
-            if not select.select([holds], [], [], END_S)[0] or not holds.read(1):
-                said = ended.stderr.decode(errors="replace").strip() or ended.how
-                raise SandboxFailed(f"a sandbox by {self.confinement.name} did not come to run the program: {said}")
+        if ended.wall_s is None:
+            said = ended.stderr.decode(errors="replace").strip() or ended.how
+            raise SandboxFailed(f"a sandbox by {self.confinement.name} did not come to run the program: {said}")
         return ended
 
     def _start(self, writer: int, directory: str | None) -> subprocess.Popen[bytes]:
