@@ -32,7 +32,7 @@ TIME_SHARE = 0.9
 MAX_RETRIES = 100
 """More than fit into any time limit: the client waits 0.5 s and more, twice as long each time, up to 8 s."""
 CACHED = 4096
-"""Scores that each subprocess remembers."""
+"""Scores that each subprocess remembers, in memory alone: the store keeps every score of a run durably."""
 
 _SCORE = re.compile(r"score\W{0,5}?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 _FIELD = re.compile(r"\{(\w+)\}")
@@ -53,32 +53,30 @@ async def score(
 ) -> float:
     """The judge's score as a share of `max_score`, from 0 to 1.
 
-    Up to 64 requests of each subprocess are under way at once. What passes (no connection, 408, 409, 429, 500 and above)
-    is tried again until the time is over, as late as the endpoint asks for. Each subprocess remembers what it judged: in
-    memory, since the store keeps every score durably already.
+    Up to 64 requests of a subprocess are under way at once. What passes (no connection, 408, 409, 429, 500 and above)
+    is tried again until the time is over, as late as the endpoint asks for. What was judged is remembered.
 
     Args:
-        prompt: Like `completion` and the keys of `metadata`, what may stand in the template.
+        prompt: Like `completion` and the keys of `metadata`, it may stand in the template.
         completion: Generated text.
-        metadata: That of the prompt.
+        metadata: The prompt's.
         timeout_s: `reward.timeout_s`; 60 and more suit a judge.
         model: Name of the judge.
-        base_url: Address of the endpoint, such as `http://judge:8000/v1`; None is OpenAI's, or `OPENAI_BASE_URL`.
-        template: Text with `{prompt}`, `{completion}` and keys of the metadata; it must ask for a last line `score: N`.
-        max_score: Best score that the template speaks of.
-        api_key_env: Environment variable with the key, on each node with a reward actor; local endpoints need none.
-        request: Further parameters of the request, such as `{temperature: 0}`.
+        base_url: Address such as `http://judge:8000/v1`; None is OpenAI's, or `OPENAI_BASE_URL`.
+        template: Text with `{prompt}` and the like; it must ask for a last line `score: N`.
+        max_score: Best score that it speaks of.
+        api_key_env: Environment variable with the key, on each node; local endpoints need none.
+        request: Further parameters, such as `{temperature: 0}`.
 
     Raises:
         RuntimeError: the endpoint refused, or its reply has no score from 0 to `max_score`.
         TimeoutError: it did not answer in time, retries included.
     """
     fields = {**metadata, "prompt": prompt, "completion": completion}
-    content = _FIELD.sub(lambda field: str(fields.get(field[1], field[0])), template)
-    body = {**(request or {}), "model": model, "messages": [{"role": "user", "content": content}]}
-    question = _Question(
-        body=body, base_url=base_url, api_key_env=api_key_env, limit_s=TIME_SHARE * timeout_s, max_score=max_score
-    )
+    message = {"role": "user", "content": _FIELD.sub(lambda field: str(fields.get(field[1], field[0])), template)}
+    body = {**(request or {}), "model": model, "messages": [message]}
+    limit_s = TIME_SHARE * timeout_s
+    question = _Question(body=body, base_url=base_url, api_key_env=api_key_env, limit_s=limit_s, max_score=max_score)
     return await _benches.setdefault(asyncio.get_running_loop(), _Bench()).score(question)
 
 
