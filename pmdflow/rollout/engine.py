@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -97,27 +97,3 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """End its processes, if it has any; nothing is called afterwards."""
-
-
-def check_joins(request: Request, held: Collection[int], num_slots: int) -> None:
-    """Refuse a sequence that an engine with `held` ones cannot hold.
-
-    Raises:
-        ValueError: No free slot, or the id is held already.
-    """
-    if len(held) == num_slots:
-        raise ValueError(f"sequence {request.id}: all {num_slots} slots are held; abort one or wait for a stop")
-    if request.id in held:
-        raise ValueError(f"sequence {request.id} is held already; abort it first")
-
-
-def check_extends(id: int, limit: int, held: Collection[int]) -> None:
-    """Refuse a limit that means nothing.
-
-    Raises:
-        ValueError: The sequence is not held, or the limit is negative.
-    """
-    if id not in held:
-        raise ValueError(f"sequence {id} is not held: it has stopped, was aborted or was never added")
-    if limit < 0:
-        raise ValueError(f"sequence {id}: limit {limit} is below 0")

@@ -1,9 +1,11 @@
-"""What a rollout actor knows of a trajectory that it holds a lease for."""
+"""What a rollout actor knows of a trajectory that it holds a lease for, and the phases that it goes through."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,13 +16,25 @@ from pmdflow.rollout.stop_text import StopText
 from pmdflow.rollout.turns import Reply, Session
 from pmdflow.types import Lease, Segment, StopReason
 
-Phase = Literal["waiting", "generating", "ended", "calling", "answered"]
-"""Where a turn stands: before or in the engine; ended, not durable; with the environment; answered, not sent."""
+Phase = Literal["waiting", "generating", "ended", "calling", "answered", "over", "closed"]
 
 
 @dataclass(slots=True)
 class HeldTrajectory:
-    """A leased trajectory. The engine holds it only while it generates."""
+    """A leased trajectory, in one phase at a time; nothing but its own methods writes the phase.
+
+    | phase      | what is so                                   | left by                                      |
+    |------------|----------------------------------------------|----------------------------------------------|
+    | waiting    | it may join the engine                       | `begin` -> generating                        |
+    | generating | the engine holds it                          | `take` -> ended, over                        |
+    | ended      | its turn is whole, perhaps not durable yet   | `resume`, once it is -> calling              |
+    | calling    | its environment has the turn                 | `poll` -> answered, waiting (no words), over |
+    | answered   | the answer is not durable yet                | `resume`, once it is -> waiting              |
+    | over       | it generates no more; its end is unsent      | `segment` -> closed                          |
+    | closed     | its end is sent                              | nothing: the lease ends once that is durable |
+
+    It begins as waiting, or by `open` as calling. `resume` without a budget, `end_repetition` and `abort` lead to over.
+    """
 
     lease: Lease
     control: SamplingControl
@@ -34,19 +48,28 @@ class HeldTrajectory:
     """Watches for loops; None if they are let go on."""
     session: Session | None = None
     """Its environment; None if it is a single answer."""
-    phase: Phase = "waiting"
-    turn_start: int = 0
+    phase: Phase = field(default="waiting", init=False)
+    """Where it stands, by the table above."""
+    stop: StopReason | None = field(default=None, init=False)
+    """Why it is over; None before."""
+    turn_start: int = field(default=0, init=False)
     """Where the present turn begins in `context`."""
-    offset: int = 0
+    offset: int = field(init=False)
     """Tokens after the prompt already sent to the store."""
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list, init=False)
     """Generated and not yet sent."""
-    logprobs: list[float] = field(default_factory=list)
-    observed: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list, init=False)
+    """Of `tokens`."""
+    observed: list[int] = field(default_factory=list, init=False)
     """The environment's answer, not yet sent."""
-    stop: StopReason | None = None
-    closed: bool = False
-    """Its end has been sent."""
+
+    def __post_init__(self) -> None:
+        self.offset = len(self.context)
+
+    @property
+    def id(self) -> int:
+        """Of the trajectory, in the store and in the engine."""
+        return self.lease.trajectory
 
     @property
     def room(self) -> int:
@@ -54,21 +77,43 @@ class HeldTrajectory:
         return self.control.max_tokens - len(self.context)
 
     @property
+    def min_tokens(self) -> int:
+        """Tokens from now on before which it cannot end."""
+        return max(self.control.min_tokens - len(self.context), 0)
+
+    @property
     def urgent(self) -> bool:
         """The environment, or the trajectory's next turn, waits for what is unsent."""
-        return self.stop is None and (self.phase == "answered" or (self.phase == "ended" and bool(self.tokens)))
+        return self.phase == "answered" or (self.phase == "ended" and bool(self.tokens))
+
+    @property
+    def call(self) -> Future[Any] | None:
+        """The call of the environment that goes on."""
+        return self.session.call if self.session is not None and self.phase == "calling" else None
+
+    def open(self, session: Session, *, unanswered: int, whole: bool) -> None:
+        """Begin with an environment, whose record is replayed.
+
+        Args:
+            session: The environment, not called yet.
+            unanswered: Tokens at the end of `context` that it has not answered.
+            whole: They are a turn that has ended, which it answers now.
+        """
+        self.session = session
+        self.turn_start = len(self.context) - unanswered
+        self._call(self.context[self.turn_start :] if whole else None)
 
     def begin(self) -> Request:
         """What the engine is asked to generate, from now on."""
         self.phase = "generating"
         return Request(
-            id=self.lease.trajectory,
+            id=self.id,
             tokens=np.concatenate([self.lease.prompt, np.asarray(self.context, np.int32)]),
             limit=self.limit,
             remaining=self.room,
             temperature=self.control.temperature,
             top_p=self.control.top_p,
-            min_tokens=max(self.control.min_tokens - len(self.context), 0),
+            min_tokens=self.min_tokens,
             stop_token_ids=self.control.stop_token_ids,
         )
 
@@ -86,22 +131,43 @@ class HeldTrajectory:
         stop = output.stop if end is None else "stop"
         if stop == "stop" and self.session is not None and self.room > 0:
             self.phase = "ended"
-        else:
-            self.stop = stop
+        elif stop is not None:
+            self._end(stop)
         return count
 
-    def answer(self, reply: Reply) -> None:
-        """Take the environment's answer; one that is too long for the trajectory is cut and ends it."""
-        observed = list(reply.tokens[: self.room])
-        self.context += observed
-        self.observed = observed
-        if observed:
+    def poll(self) -> Reply | None:
+        """Take the environment's answer if it is there; one too long for the trajectory is cut and ends it."""
+        reply = self.session.poll() if self.session is not None and self.phase == "calling" else None
+        if reply is None:
+            return None
+        self.observed = list(reply.tokens[: self.room])
+        self.context += self.observed
+        if self.observed:
             self.turn_start = len(self.context)
+        self.phase = "answered" if self.observed else "waiting"
         if reply.done:
-            self.stop = "stop"
+            self._end("stop")
         elif self.room == 0:
-            self.stop = "length"
-        self.phase = "answered" if observed or self.stop is not None else "waiting"
+            self._end("length")
+        return reply
+
+    def resume(self, *, grant: int) -> None:
+        """Go on after a send that is durable: generate within the new grant, or hand an ended turn to its environment.
+
+        Args:
+            grant: Tokens that may be generated beyond those that were sent.
+        """
+        if self.stop is not None:
+            return
+        self.limit = max(grant - len(self.tokens), 0)
+        if self.phase == "ended" and not self.tokens:
+            self._call(self.context[self.turn_start :])
+        elif self.phase == "answered" and not self.observed:
+            self.phase = "waiting"
+            if self.stop_text is not None:
+                self.stop_text.restart(ignored=self.min_tokens)
+        if self.phase in ("waiting", "generating") and self.limit == 0 and not self.tokens:
+            self._end("budget")
 
     def end_repetition(self) -> bool:
         """Whether the unsent tokens make it repetitive; it then ends at the token with which it became so."""
@@ -112,15 +178,20 @@ class HeldTrajectory:
             return False
         del self.context[len(self.context) - len(self.tokens) + end + 1 :]
         del self.tokens[end + 1 :], self.logprobs[end + 1 :]
-        self.stop = "repetition"
+        self._end("repetition")
         return True
+
+    def abort(self) -> None:
+        """Give the lease back with the next segment; what is over stays as it ended."""
+        if self.stop is None:
+            self._end("abort")
 
     def segment(self, *, version: int, next_version: int) -> Segment:
         """Everything unsent, of which nothing is unsent afterwards: either generated or observed; never both."""
         assert not (self.tokens and self.observed)
         tokens, observed = self.observed or self.tokens, bool(self.observed)
         segment = Segment(
-            trajectory=self.lease.trajectory,
+            trajectory=self.id,
             epoch=self.lease.epoch,
             offset=self.offset,
             version=version,
@@ -132,6 +203,15 @@ class HeldTrajectory:
             observed=observed,
         )
         self.offset += len(tokens)
-        self.closed = self.stop is not None
         self.tokens, self.logprobs, self.observed = [], [], []
+        if self.phase == "over":
+            self.phase = "closed"
         return segment
+
+    def _call(self, action: Sequence[int] | None) -> None:
+        assert self.session is not None
+        self.phase = "calling"
+        self.session.start(None if action is None else tuple(action))
+
+    def _end(self, stop: StopReason) -> None:
+        self.phase, self.stop = "over", stop

@@ -43,23 +43,18 @@ class LeaseTaker:
             control=control_for(lease.metadata, self._defaults(lease, version)),
             limit=limit,
             context=lease.prefix.tolist(),
-            offset=len(lease.prefix),
             repetition=self._repetition(lease),
         )
         if self._config.environment is not None:
             self._open(held)
-        self.watch(held)
-        return held
-
-    def watch(self, held: HeldTrajectory) -> None:
-        """Watch the present turn for stop strings."""
         if held.control.stop:
             held.stop_text = StopText(
                 self._tokenizer,
                 held.control.stop,
                 history=held.context[held.turn_start :],
-                ignored=max(held.control.min_tokens - len(held.context), 0),
+                ignored=held.min_tokens,
             )
+        return held
 
     def _defaults(self, lease: Lease, version: int) -> SamplingControl:
         """How a prompt without overrides is sampled; a lease keeps the temperature that it began with."""
@@ -91,19 +86,22 @@ class LeaseTaker:
         lease = held.lease
         said, turns = split_turns(lease.prefix, lease.prefix_observed)
         action = turns.pop().action if turns and not turns[-1].observed else ()
-        held.turn_start = len(held.context) - len(action)
-        held.session = Session(
+        session = Session(
             make=self._environment,
             tokenizer=self._tokenizer,
             config=self._config.environment,
             key=f"{self._config.run.name}/{lease.trajectory}",
-            prompt=str(self._tokenizer.decode(lease.prompt.tolist(), skip_special_tokens=True)),
+            prompt=self._text(lease),
             metadata=lease.metadata,
             said=said if len(lease.prefix) else None,
             turns=turns,
         )
-        held.phase = "calling"
-        held.session.start(action if self._has_ended(action, held.control) else None)
+        held.open(session, unanswered=len(action), whole=self._has_ended(action, held.control))
+
+    def _text(self, lease: Lease) -> str:
+        if lease.text is not None:
+            return lease.text
+        return str(self._tokenizer.decode(lease.prompt.tolist(), skip_special_tokens=True))
 
     def _has_ended(self, action: tuple[int, ...], control: SamplingControl) -> bool:
         """Whether a turn is whole: its worker vanished before the environment's answer was durable."""

@@ -47,12 +47,16 @@ class StopText:
         self._tokenizer = backend
         self._stop = tuple(stop)
         self._kept = max(len(text) for text in stop) - 1
-        self._stream = DecodeStream(skip_special_tokens=False)
-        self._tail = ""
-        self._ignored = ignored
+        self.restart(ignored=ignored)
         # A token has a byte or more, a character at most 4: what lies further back is in no string that can end now.
         for token in history[-4 * (self._kept + 1) :]:
             self._feed(token)
+
+    def restart(self, *, ignored: int = 0) -> None:
+        """Watch a new text from its beginning; `ignored` as when made."""
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._tail = ""
+        self._ignored = ignored
 
     def find(self, tokens: Sequence[int]) -> int | None:
         """Index in `tokens` of the one that completes a stop string, or None; nothing behind it is read."""

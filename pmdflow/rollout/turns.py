@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pmdflow.environments.protocol import Environment, Observation
@@ -78,10 +78,11 @@ class Session:
     """What `reset` said; None if it was never called."""
     turns: list[Turn]
     """Answered ones."""
-    environment: Environment | None = None
-    _call: Future[tuple[Environment | None, Reply]] | None = None
-    _action: tuple[int, ...] | None = None
-    _deadline: float = 0.0
+    environment: Environment | None = field(default=None, init=False)
+    """None until the first call, and after a late one."""
+    _call: Future[tuple[Environment | None, Reply]] | None = field(default=None, init=False)
+    _action: tuple[int, ...] | None = field(default=None, init=False)
+    _deadline: float = field(default=0.0, init=False)
 
     @property
     def call(self) -> Future[tuple[Environment | None, Reply]] | None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pmdflow.config.schema import Config
-from tests.rollout.engines.test_transformers import prompt, tiny_model
+from tests.support.engine import prompt, tiny_model
 from tests.support.rollout_alone import rollout_alone
 from tests.support.runs import small_config
 

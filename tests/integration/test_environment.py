@@ -1,4 +1,4 @@
-"""A run whose trajectories talk to a calculator, with turns cut by budgets and a worker killed."""
+"""A run that talks to a calculator which often does not begin, with turns cut by budgets and a worker killed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from pmdflow.metrics.ledger import OUTSIDE_SUM
 from pmdflow.rollout.turns import split_turns
 from pmdflow.store.archive import parts, read_part
 from pmdflow.types import Mask, TrainBatch
-from tests.support.runs import ROOT, Up, small_config
+from tests.support.environments import fails_to_begin
+from tests.support.runs import ROOT, Up, read_lines, small_config
 
 MODEL = str(ROOT / "configs" / "tiny-calculator")
 DEADLINE_S = 400.0
@@ -41,7 +42,7 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         rollout__tokens_per_segment=6, rollout__engine=request.param, scheduler__max_staleness=None,
     )  # fmt: skip
     config["data"]["args"] = {"min_terms": 2, "max_terms": 4, "min_digits": 2, "max_digits": 3}
-    config["environment"] = {"factory": "pmdflow.environments.calculator:Calculator"}
+    config["environment"] = {"factory": "tests.support.environments:SometimesBegins"}
     up = Up(directory, config)
     up.wait_for(lambda: len(up.iterations()) >= 2, "the second iteration", DEADLINE_S)
     up.actor("ray::RolloutActor").send_signal(signal.SIGKILL)
@@ -83,9 +84,20 @@ def test_the_ledger_is_exact_and_counts_observed_tokens_apart(finished: Up, batc
     assert outside["observed"] >= archived > 0
 
 
-def test_nothing_failed(finished: Up) -> None:
-    assert not [event for event in finished.events() if event["kind"] == "environment_failed"]
+def test_nothing_failed_but_environments_that_did_not_begin(finished: Up, batches: list[TrainBatch]) -> None:
+    failed = [event["message"] for event in finished.events() if event["kind"] == "environment_failed"]
+    assert failed and all("the trajectory ends: ConnectionError: no server" in message for message in failed)
     assert Path(finished.run / "events.jsonl").read_text().count("actor_died") == 1
+    empty = 0
+    for batch in batches:
+        lengths = np.diff(batch.cu_seqlens) - batch.prompt_lengths
+        for id, length, reward in zip(batch.trajectories, lengths, batch.rewards, strict=True):
+            assert (length == 0) == fails_to_begin(f"small/{id}/0")
+            assert length or reward == 0
+            empty += length == 0
+    assert empty > 0
+    rounds = [record for record in read_lines(finished.run / "metrics.jsonl") if record["kind"] == "eval"]
+    assert [record["eval/round"] for record in rounds] == [0, 2, 4, 6]
 
 
 def test_the_newest_checkpoint_of_the_run_is_evaluated(finished: Up, tmp_path: Path) -> None:

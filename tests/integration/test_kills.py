@@ -8,28 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pmdflow.store import TrajectoryStore
-from pmdflow.store.archive import parts, read_part
-from tests.integration.test_run import assert_prompts_once, ledger_of
-from tests.support.runs import Up, small_config
+from pmdflow.store.archive import parts
+from tests.support.runs import Up, assert_exact, small_config
 
 pytestmark = pytest.mark.timeout(400)
-
-
-def assert_exact(up: Up) -> None:
-    """The ledger's sums match, and every admitted prompt is either archived once or still in the store."""
-    ledger = ledger_of(up.iterations()[-1])
-    assert ledger.pop("generated") == sum(ledger.values())
-    assert_prompts_once(up.run)
-    store = TrajectoryStore(up.run / "store", groups_per_iteration=4, lookahead=1, max_staleness=None)
-    waiting = {f"chain_sum-{group['cursor']}" for group in store.groups() if group["iteration"] is None}
-    cursors = store.counts().next_cursor
-    evicted = sum(count for place, count in store.ledger().items() if place.startswith("evicted_"))
-    store.close()
-    trained = {name for path in parts(up.run) for name in read_part(path).prompt_ids}
-    assert not waiting & trained
-    assert evicted == 0  # the runs are unbounded in staleness
-    assert waiting | trained == {f"chain_sum-{cursor}" for cursor in range(cursors)}
 
 
 def test_killed_actors_are_replaced_and_the_run_goes_on(tmp_path: Path) -> None:

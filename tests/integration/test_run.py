@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import zarr
 
-from pmdflow.metrics.ledger import OUTSIDE_SUM
 from pmdflow.store.archive import parts, read_part
 from pmdflow.types import Mask
-from tests.support.runs import Up, pmdflow, small_config
+from tests.support.runs import Up, assert_prompts_once, ledger_of, pmdflow, small_config
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -23,13 +22,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Up:
     up = Up(directory, small_config(directory))
     assert up.wait() == 0, up.output
     return up
-
-
-def ledger_of(record: dict[str, float]) -> dict[str, float]:
-    ledger = {key.removeprefix("ledger/"): value for key, value in record.items() if key.startswith("ledger/")}
-    for outside in OUTSIDE_SUM:
-        ledger.pop(outside)
-    return ledger
 
 
 def test_every_iteration_is_trained_once_and_published(finished: Up) -> None:
@@ -119,14 +111,3 @@ def test_raising_the_iterations_continues_a_finished_run(finished: Up, tmp_path:
     assert done.returncode == 0, done.stdout + done.stderr
     assert finished.iterations()[-1]["iteration"] == 5
     assert_prompts_once(finished.run)
-
-
-def assert_prompts_once(run: Path) -> None:
-    """Every admitted cursor below the last trained one was trained in exactly one group."""
-    seen: dict[str, int] = {}
-    for path in parts(run):
-        batch = read_part(path)
-        for prompt in {(int(group), name) for group, name in zip(batch.groups, batch.prompt_ids, strict=True)}:
-            seen[prompt[1]] = seen.get(prompt[1], 0) + 1
-    assert seen
-    assert set(seen.values()) == {1}

@@ -20,7 +20,7 @@ from pmdflow.config.schema import Config
 from pmdflow.errors import EngineDied
 from pmdflow.store import TrajectoryStore
 from pmdflow.weights.filesystem import FilesystemTransport
-from tests.rollout.engines.test_transformers import full_logprobs, prompt, tiny_model
+from tests.support.engine import full_logprobs, prompt, tiny_model
 from tests.support.rollout_alone import rollout_alone
 from tests.support.runs import small_config
 

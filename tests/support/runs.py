@@ -15,6 +15,9 @@ from typing import Any
 import psutil
 import yaml
 
+from pmdflow.metrics.ledger import OUTSIDE_SUM
+from pmdflow.store import TrajectoryStore
+from pmdflow.store.archive import parts, read_part
 from tests.support.paths import ROOT
 
 MODEL = ROOT / "configs" / "tiny-arithmetic"
@@ -135,6 +138,41 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text().split("\n")[:-1]
     return [json.loads(line) for line in lines]
+
+
+def ledger_of(record: dict[str, float]) -> dict[str, float]:
+    """The places of the ledger in an iteration record, and their sum `generated`."""
+    ledger = {key.removeprefix("ledger/"): value for key, value in record.items() if key.startswith("ledger/")}
+    for outside in OUTSIDE_SUM:
+        ledger.pop(outside)
+    return ledger
+
+
+def assert_prompts_once(run: Path) -> None:
+    """Every admitted cursor below the last trained one was trained in exactly one group."""
+    seen: dict[str, int] = {}
+    for path in parts(run):
+        batch = read_part(path)
+        for prompt in {(int(group), name) for group, name in zip(batch.groups, batch.prompt_ids, strict=True)}:
+            seen[prompt[1]] = seen.get(prompt[1], 0) + 1
+    assert seen
+    assert set(seen.values()) == {1}
+
+
+def assert_exact(up: Up) -> None:
+    """The ledger's sums match, and every admitted prompt is either archived once or still in the store."""
+    ledger = ledger_of(up.iterations()[-1])
+    assert ledger.pop("generated") == sum(ledger.values())
+    assert_prompts_once(up.run)
+    store = TrajectoryStore(up.run / "store", groups_per_iteration=4, lookahead=1, max_staleness=None)
+    waiting = {f"chain_sum-{group['cursor']}" for group in store.groups() if group["iteration"] is None}
+    cursors = store.counts().next_cursor
+    evicted = sum(count for place, count in store.ledger().items() if place.startswith("evicted_"))
+    store.close()
+    trained = {name for path in parts(up.run) for name in read_part(path).prompt_ids}
+    assert not waiting & trained
+    assert evicted == 0  # the runs are unbounded in staleness
+    assert waiting | trained == {f"chain_sum-{cursor}" for cursor in range(cursors)}
 
 
 def pmdflow(*arguments: str, timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:

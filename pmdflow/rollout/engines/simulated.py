@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
+from pmdflow.rollout.checks import check_extends, check_joins
 from pmdflow.rollout.engine import OnNewWeights, Output, Request
 
 if TYPE_CHECKING:
@@ -80,12 +81,7 @@ class SimulatedEngine:
         Raises:
             ValueError: No free slot, or the id is held already.
         """
-        if len(self._sequences) == self.num_slots:
-            raise ValueError(
-                f"sequence {request.id}: all {self.num_slots} slots are held; abort one or wait for a stop"
-            )
-        if request.id in self._sequences:
-            raise ValueError(f"sequence {request.id} is held already; abort it first")
+        check_joins(request, self._sequences, self.num_slots)
         rng = np.random.default_rng([self._seed, request.id, len(request.tokens)])
         drawn = max(1, round(rng.lognormal(self._log_median, self._sigma)))
         length = min(drawn, request.remaining)
@@ -105,10 +101,9 @@ class SimulatedEngine:
         """Let sequence `id` generate `limit` tokens from where it stands; 0 pauses it.
 
         Raises:
-            ValueError: The sequence is not held.
+            ValueError: The sequence is not held, or the limit is negative.
         """
-        if id not in self._sequences:
-            raise ValueError(f"sequence {id} is not held: it has stopped, was aborted or was never added")
+        check_extends(id, limit, self._sequences)
         self._sequences[id].limit = limit
 
     def abort(self, id: int) -> None:

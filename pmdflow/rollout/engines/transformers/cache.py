@@ -50,16 +50,20 @@ def slot_attention(
         return output, weights
     folded = query.reshape(batch, key.shape[1], -1, head_dim)
     parts = [
-        torch.nn.functional.scaled_dot_product_attention(
-            folded[first:end],
-            key[first:end, :, :length],
-            value[first:end, :, :length],
-            attn_mask=attention_mask[first:end, :, :, :length],
-            scale=kwargs.get("scaling"),
-        )
+        _attend(folded, key, value, attention_mask, slice(first, end), length, scale=kwargs.get("scaling"))
         for first, end, length in slot_groups
     ]
     return torch.cat(parts).reshape(batch, 1, num_heads, -1), None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rows: slice, length: int, *, scale: float | None
+) -> Tensor:
+    """Attention of some rows over their first `length` positions."""
+    shown = key[rows, :, :length], value[rows, :, :length]
+    return torch.nn.functional.scaled_dot_product_attention(
+        query[rows], *shown, attn_mask=mask[rows, :, :, :length], scale=scale
+    )
 
 
 AttentionInterface.register(ATTENTION, slot_attention)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pmdflow.errors import PmdflowError
-from pmdflow.rollout.engine import OnNewWeights, Output, Request, check_extends, check_joins
-from pmdflow.rollout.engines.transformers.cache import ATTENTION, SlotCache
+from pmdflow.data.tokenizer import end_ids
+from pmdflow.rollout.checks import check_extends, check_joins, check_logprobs, check_request
+from pmdflow.rollout.engine import OnNewWeights, Output, Request
+from pmdflow.rollout.engines.transformers.batch import DecodeBatch
+from pmdflow.rollout.engines.transformers.model import CachedModel
 from pmdflow.rollout.engines.transformers.sampling import sample
-from pmdflow.rollout.engines.transformers.slots import DecodeBatch, HeldSequence, SlotGroup, plan_slots
-from pmdflow.weights.lora import AdapterMerger
+from pmdflow.rollout.engines.transformers.slots import HeldSequence, plan_slots
 
 _PREFILL_TOKENS = 4096
 """Padded tokens prefilled between two decode steps: bounds how long a newcomer stalls the others, and the mask."""
@@ -47,7 +46,7 @@ class TransformersEngine:
         """Load the model.
 
         Args:
-            model_path: Hugging Face folder or name.
+            model_path: Hugging Face folder. Of its generation settings only the end-of-sequence ids are used.
             dtype: Type of weights, cache and computation; log-probs are float32.
             num_slots: Sequences held at a time.
             threads: CPU threads of this process.
@@ -58,19 +57,11 @@ class TransformersEngine:
             ValueError: A layer without full attention, or no end-of-sequence token.
         """
         torch.set_num_threads(threads)
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=getattr(torch, dtype), attn_implementation=ATTENTION
-        )
-        _require_full_attention(model.config, model_path)
-        self._model = model.to(self._device).eval().requires_grad_(False)
-        self._eos = _eos_ids(model, model_path)
-        self._max_length: int | None = getattr(model.config, "max_position_embeddings", None)
-        self._vocab_size = int(model.get_output_embeddings().weight.shape[0])
-        self._generator = torch.Generator(self._device).manual_seed(seed)
-        self._cache = SlotCache(num_slots)
-        self._adapters = AdapterMerger()
-        self._range = torch.arange(0, device=self._device)
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        ends = end_ids(model_path)
+        self._model = CachedModel(path=model_path, dtype=dtype, num_slots=num_slots, device=place)
+        self._ends = frozenset(id for id in ends if id < self._model.vocab_size)
+        self._generator = torch.Generator(place).manual_seed(seed)
         self._sequences: dict[int, HeldSequence] = {}
         self._slots: list[HeldSequence | None] = [None] * num_slots
         self._batch: DecodeBatch | None = None
@@ -85,7 +76,7 @@ class TransformersEngine:
             ValueError: No free slot, the id is held already, or the request cannot be generated.
         """
         check_joins(request, self._sequences, self.num_slots)
-        self._check(request)
+        check_request(request, vocab_size=self._model.vocab_size, max_length=self._model.max_length)
         slot = self._slots.index(None)
         sequence = HeldSequence(
             id=request.id,
@@ -96,7 +87,7 @@ class TransformersEngine:
             top_p=request.top_p,
             slot=slot,
             min_tokens=request.min_tokens,
-            stops=self._eos.union(request.stop_token_ids),
+            stops=self._ends.union(request.stop_token_ids),
         )
         self._slots[slot] = self._sequences[request.id] = sequence
         self._batch = None
@@ -144,10 +135,7 @@ class TransformersEngine:
         if not batch.sequences:
             return []
         tokens, logprobs = self._decode(batch)
-        if not math.isfinite(sum(logprobs)):
-            raise PmdflowError(
-                f"log-probs under policy version {self.version} are not finite: the weights have diverged"
-            )
+        check_logprobs(logprobs, self.version)
         return self._advance(batch.sequences, tokens, logprobs)
 
     def stage(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -166,57 +154,20 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def load_weights(self, version: int, staged: Mapping[str, Tensor], *, on_new_weights: OnNewWeights) -> None:
-        """Copy `staged` weights, by the names of the model's state dict, into the model; of tied names one suffices.
+        """Copy `staged` weights into the model, as `CachedModel.load` says.
 
-        Adapters are merged into the weights that the engine was made with.
-
-        Args:
-            version: Policy version of the weights.
-            staged: Tensors of the model's shapes, or adapters as the learner publishes them; any type and device.
-            on_new_weights: `reprefill` recomputes every cached prefix before it returns; otherwise caches stay.
+        `reprefill` recomputes every cached prefix before it returns; otherwise caches stay.
 
         Raises:
             ValueError: Names or shapes do not fit the model; nothing was changed.
         """
-        state: dict[str, Tensor] = self._model.state_dict(keep_vars=True)
-        weights = self._adapters.merge(staged, state)
-        given = {id(state[name]) for name in weights if name in state}
-        missing = sorted(name for name, tensor in state.items() if id(tensor) not in given)
-        unexpected = sorted(weights.keys() - state.keys())
-        shapes = sorted(name for name in weights.keys() & state.keys() if weights[name].shape != state[name].shape)
-        if missing or unexpected or shapes:
-            raise ValueError(
-                f"weights of policy version {version} do not fit {type(self._model).__name__}: "
-                f"missing {missing}, unexpected {unexpected}, of another shape {shapes}; publish its state dict"
-            )
-        for name, tensor in weights.items():
-            state[name].copy_(tensor)
+        self._model.load(version, staged)
         self.version = version
         if on_new_weights == "reprefill":
             cached = [sequence for sequence in self._sequences.values() if sequence.cached]
             for sequence in cached:
                 sequence.cached = 0
             self._prefill(cached, bounded=False)
-
-    def _check(self, request: Request) -> None:
-        if len(request.tokens) == 0:
-            raise ValueError(f"sequence {request.id} has no token; a prompt needs at least one")
-        if request.limit < 0 or request.remaining < 1 or request.temperature < 0 or not 0 < request.top_p <= 1:
-            raise ValueError(
-                f"sequence {request.id}: limit {request.limit} must be >= 0, remaining {request.remaining} >= 1, "
-                f"temperature {request.temperature} >= 0 and top_p {request.top_p} in (0, 1]"
-            )
-        outside = [token for token in request.stop_token_ids if not 0 <= token < self._vocab_size]
-        if outside:
-            raise ValueError(
-                f"sequence {request.id}: stop_token_ids {outside} are not among the model's {self._vocab_size} tokens"
-            )
-        length = len(request.tokens) + request.remaining
-        if self._max_length is not None and length > self._max_length:
-            raise ValueError(
-                f"sequence {request.id} may reach {length} tokens, the model has {self._max_length} positions; "
-                "lower data.max_tokens"
-            )
 
     def _prefill(self, sequences: Iterable[HeldSequence], *, bounded: bool) -> None:
         """Cache what is pending, oldest first; `bounded` stops at the bound once one sequence can decode."""
@@ -234,21 +185,9 @@ class TransformersEngine:
             waiting = [sequence for sequence in waiting if sequence.pending]
 
     def _prefill_group(self, group: list[HeldSequence], width: int) -> None:
-        """Cache up to `width` pending tokens of each; shorter ones are padded on the right, where nothing looks."""
+        """Cache up to `width` pending tokens of each."""
         chunks = [s.tokens[s.cached : s.cached + min(s.pending, width)] for s in group]
-        ids = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self._device)
-        starts = torch.tensor([s.cached for s in group], device=self._device)
-        positions = starts[:, None] + self._positions(width)
-        length = width + max(s.cached for s in group)
-        rows = torch.tensor([s.slot for s in group], device=self._device)
-        self._cache.aim(rows=rows, positions=positions, length=length, read="new" if length == width else "rows")
-        self._model.base_model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=self._mask(positions, length),
-            past_key_values=self._cache,
-            use_cache=True,
-        )
+        self._model.prefill(chunks, slots=[s.slot for s in group], starts=[s.cached for s in group])
         for sequence, chunk in zip(group, chunks, strict=True):
             sequence.cached += len(chunk)
             self.prefill_tokens += len(chunk)
@@ -258,7 +197,8 @@ class TransformersEngine:
         held = self._sequences.values()
         plan = plan_slots([s for s in held if s.ready], [s for s in held if not s.ready], num_slots=self.num_slots)
         self._move(plan.slots)
-        return self._make_batch(sorted((s for s in held if s.ready), key=lambda s: s.slot), plan.groups)
+        decoding = sorted((s for s in held if s.ready), key=lambda s: s.slot)
+        return DecodeBatch.of(decoding, plan.groups, device=self._model.device)
 
     def _move(self, targets: Mapping[int, int]) -> None:
         """Give every held sequence the slot in `targets`, by id."""
@@ -271,56 +211,20 @@ class TransformersEngine:
         copies = [(source, target, s.cached) for source, target, s in moved if s.cached]
         if copies:
             sources, rows, lengths = zip(*copies, strict=True)
-            self._cache.move(sources=sources, targets=rows, length=max(lengths))
-
-    def _make_batch(self, sequences: list[HeldSequence], groups: list[SlotGroup]) -> DecodeBatch:
-        def tensor(values: Iterable[float], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(list(values), dtype=dtype, device=self._device)
-
-        greedy = [s.temperature == 0 for s in sequences]
-        return DecodeBatch(
-            sequences=sequences,
-            tokens=tensor((s.tokens[-1] for s in sequences), torch.int64),
-            positions=tensor((s.cached for s in sequences), torch.int64),
-            slots=torch.arange(len(sequences), device=self._device),
-            temperatures=tensor((s.temperature or 1.0 for s in sequences), torch.float32),
-            greedy=tensor(greedy, torch.bool) if any(greedy) else None,
-            top_p=tensor((s.top_p for s in sequences), torch.float32) if any(s.top_p < 1 for s in sequences) else None,
-            excluded=self._excluded(sequences),
-            groups=groups,
-        )
-
-    def _excluded(self, sequences: list[HeldSequence]) -> Tensor | None:
-        """Row and stop id of every sequence that must not end yet, [2, E]."""
-        pairs = [(row, token) for row, s in enumerate(sequences) if s.min_tokens > 0 for token in s.stops]
-        return torch.tensor(pairs, device=self._device).T if pairs else None
+            self._model.move(sources=sources, targets=rows, length=max(lengths))
 
     def _decode(self, batch: DecodeBatch) -> tuple[list[int], list[float]]:
         """Feed each sequence's last token and sample the next; `batch` is moved on by one position."""
-        positions = batch.positions[:, None]
-        # CUDA kernels want aligned mask rows.
-        groups = [(first, end, -(-length // 8) * 8) for first, end, length in batch.groups]
-        length = groups[0][2]
-        self._cache.aim(rows=batch.slots, positions=positions, length=length, read="first")
-        logits = self._model(
-            input_ids=batch.tokens[:, None],
-            position_ids=positions,
-            attention_mask=self._mask(positions, length),
-            past_key_values=self._cache,
-            use_cache=True,
-            slot_groups=groups,
-        ).logits[:, -1]
-        batch.tokens, logprobs = sample(
-            logits,
+        tokens, logprobs = sample(
+            self._model.decode(batch),
             temperatures=batch.temperatures,
             greedy=batch.greedy,
             top_p=batch.top_p,
             excluded=batch.excluded,
             generator=self._generator,
         )
-        batch.positions = batch.positions + 1
-        batch.groups = [(first, end, length + 1) for first, end, length in batch.groups]
-        return batch.tokens.tolist(), logprobs.tolist()
+        batch.advance(tokens)
+        return tokens.tolist(), logprobs.tolist()
 
     def _advance(self, sequences: list[HeldSequence], tokens: list[int], logprobs: list[float]) -> list[Output]:
         outputs = []
@@ -341,33 +245,3 @@ class TransformersEngine:
                 self._batch = None
             outputs.append(Output(id=sequence.id, tokens=(token,), logprobs=(logprob,), stop=stop))
         return outputs
-
-    def _mask(self, positions: Tensor, length: int) -> Tensor:
-        """Additive causal mask [B, 1, Q, length] of queries at `positions` [B, Q]."""
-        hidden = self._positions(length) > positions[:, None, :, None]
-        mask = torch.zeros(hidden.shape, dtype=self._model.dtype, device=self._device)
-        return mask.masked_fill_(hidden, -math.inf)
-
-    def _positions(self, length: int) -> Tensor:
-        if length > len(self._range):
-            self._range = torch.arange(2 * length, device=self._device)
-        return self._range[:length]
-
-
-def _require_full_attention(config: Any, model_path: str) -> None:
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if kinds or getattr(config, "sliding_window", None) is not None:
-        raise ValueError(
-            f"{model_path} has layers without full attention ({', '.join(sorted(kinds)) or 'sliding window'}): "
-            "the transformers engine cannot cache them; choose another model"
-        )
-
-
-def _eos_ids(model: Any, model_path: str) -> frozenset[int]:
-    """End-of-sequence ids of the generation config; of the tokenizer where that has none."""
-    ids = model.generation_config.eos_token_id
-    if ids is None:
-        ids = AutoTokenizer.from_pretrained(model_path).eos_token_id
-    if ids is None:
-        raise ValueError(f"{model_path} names no eos_token_id; set it in generation_config.json")
-    return frozenset([ids] if isinstance(ids, int) else ids)

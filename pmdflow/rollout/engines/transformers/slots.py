@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 SlotGroup = tuple[int, int, int]
 """First slot, last slot + 1 and the length of the longest sequence in between."""
 
@@ -40,27 +38,6 @@ class HeldSequence:
     def ready(self) -> bool:
         """It takes part in the next decode step."""
         return self.limit > 0 and self.pending == 0
-
-
-@dataclass(slots=True)
-class DecodeBatch:
-    """The sequences that decode together; batch row i is slot i. Tensors are [B] unless said."""
-
-    sequences: list[HeldSequence]
-    tokens: Tensor
-    """Last token of each, the input of the next step."""
-    positions: Tensor
-    slots: Tensor
-    temperatures: Tensor
-    """1 where greedy."""
-    greedy: Tensor | None
-    """None if no row is greedy."""
-    top_p: Tensor | None
-    """None if it is 1 everywhere."""
-    excluded: Tensor | None
-    """Row and id of each token that must not be drawn [2, E]; None if there is none."""
-    groups: list[SlotGroup]
-    """Rows of similar length, longest first; they cover the batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

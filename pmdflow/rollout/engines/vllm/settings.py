@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 from vllm import AsyncEngineArgs
 from vllm.config import WeightTransferConfig
 from vllm.platforms import current_platform
@@ -97,20 +97,6 @@ def make_engine_args(settings: VllmSettings, *, seed: int) -> AsyncEngineArgs:
         worker_extension_cls="pmdflow.rollout.engines.vllm.worker.WorkerExtension",
         **device,
     )
-
-
-def eos_ids(model_config: Any, model_path: str) -> list[int]:
-    """End-of-sequence ids of the generation config; of the tokenizer where that has none.
-
-    Raises:
-        ValueError: there is none.
-    """
-    ids = model_config.try_get_generation_config().get("eos_token_id")
-    if ids is None:
-        ids = AutoTokenizer.from_pretrained(model_path).eos_token_id
-    if ids is None:
-        raise ValueError(f"{model_path} names no eos_token_id; set it in generation_config.json")
-    return [ids] if isinstance(ids, int) else list(ids)
 
 
 def _max_length(settings: VllmSettings) -> int:

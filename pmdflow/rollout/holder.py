@@ -1,0 +1,135 @@
+"""The trajectories that one engine generates for, from lease to end, whoever stores their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, wait
+
+from pmdflow.rollout.engine import Output, RolloutEngine
+from pmdflow.rollout.held import HeldTrajectory
+from pmdflow.rollout.leasing import LeaseTaker
+from pmdflow.rollout.turns import Reply
+from pmdflow.types import Grant, Lease, Segment
+
+CALL_WAIT_S = 0.02
+"""How long a caller without anything to decode waits for environments at a time."""
+
+
+class Holder:
+    """Moves held trajectories between leases, engine, environments and segments; all calls come from one thread.
+
+    The engine holds exactly the trajectories that are generating. What is generated leaves in `segments`; it goes on
+    when `resume` brings the answers to them, so that nothing is built on tokens that are not durable.
+
+    Example:
+        >>> holder = Holder(engine, LeaseTaker(config))
+        >>> for lease in store.lease("rollout-0/1", engine.version, engine.num_slots, 0.0):
+        ...     holder.join(lease, grant=lease.grant)
+        >>> while len(holder):
+        ...     holder.fill_slots()
+        ...     holder.step()
+        ...     holder.take_answers()
+        ...     holder.resume(store.append(holder.segments(next_version=engine.version))[1])
+    """
+
+    def __init__(self, engine: RolloutEngine, taker: LeaseTaker) -> None:
+        """Hold nothing yet."""
+        self._engine = engine
+        self._taker = taker
+        self._held: dict[int, HeldTrajectory] = {}
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __contains__(self, id: object) -> bool:
+        return id in self._held
+
+    @property
+    def num_open(self) -> int:
+        """Trajectories that may still generate: those that are over wait only for their last append."""
+        return sum(held.stop is None for held in self._held.values())
+
+    @property
+    def num_calling(self) -> int:
+        """Trajectories that wait for their environment."""
+        return sum(held.phase == "calling" for held in self._held.values())
+
+    @property
+    def urgent(self) -> bool:
+        """Some environment, or some next turn, waits for what is unsent."""
+        return any(held.urgent for held in self._held.values())
+
+    def join(self, lease: Lease, *, grant: int) -> None:
+        """Hold a leased trajectory, of which `grant` tokens may be generated; an older lease of it is forgotten."""
+        if lease.trajectory in self:
+            self._drop(lease.trajectory)
+        self._held[lease.trajectory] = self._taker.take(lease, limit=grant, version=self._engine.version)
+
+    def fill_slots(self) -> None:
+        """Give the engine what waits for it, oldest lease first."""
+        free = self._engine.num_slots - sum(held.phase == "generating" for held in self._held.values())
+        for held in [held for held in self._held.values() if held.phase == "waiting" and held.limit > 0][:free]:
+            self._engine.add(held.begin())
+
+    def step(self) -> int:
+        """One step of the engine; how many tokens are kept."""
+        return self.take(self._engine.step())
+
+    def take(self, outputs: Iterable[Output]) -> int:
+        """Take what the engine gave out; how many tokens are kept."""
+        kept = 0
+        for output in outputs:
+            held = self._held[output.id]
+            kept += held.take(output)
+            if held.phase != "generating":
+                self._engine.abort(output.id)
+        return kept
+
+    def take_answers(self) -> dict[int, Reply]:
+        """What environments have answered, by trajectory; those go on once that is durable."""
+        answers = {held.id: held.poll() for held in self._held.values()}
+        return {id: reply for id, reply in answers.items() if reply is not None}
+
+    def wait_answer(self) -> None:
+        """Wait a little for the next answer of an environment."""
+        calls = [held.call for held in self._held.values()]
+        wait([call for call in calls if call is not None], timeout=CALL_WAIT_S, return_when=FIRST_COMPLETED)
+
+    def segments(self, *, next_version: int) -> list[Segment]:
+        """A segment of each trajectory, with everything unsent and, if it is over, its end.
+
+        An empty one renews the lease. `next_version` is the version that further tokens will be generated under.
+        """
+        for held in self._held.values():
+            if held.end_repetition():
+                self._engine.abort(held.id)
+        version = self._engine.version
+        return [held.segment(version=version, next_version=next_version) for held in self._held.values()]
+
+    def resume(self, grants: Iterable[Grant]) -> list[HeldTrajectory]:
+        """Go on with what the store answered to the last segments.
+
+        Returns:
+            The trajectories that are let go: ended, given back or fenced.
+        """
+        gone = []
+        for grant in grants:
+            held = self._held[grant.trajectory]
+            if grant.stale or held.phase == "closed":
+                gone.append(self._drop(grant.trajectory))
+                continue
+            held.resume(grant=grant.tokens)
+            if held.phase == "generating":
+                self._engine.extend(held.id, held.limit)
+            elif held.phase == "over":
+                self._engine.abort(held.id)
+        return gone
+
+    def abort(self) -> None:
+        """Give every lease back with the next segments."""
+        for held in self._held.values():
+            held.abort()
+
+    def _drop(self, id: int) -> HeldTrajectory:
+        self._engine.abort(id)
+        return self._held.pop(id)

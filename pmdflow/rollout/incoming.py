@@ -1,0 +1,80 @@
+"""New weights on their way from the thread that fetches them to the thread that generates."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from pmdflow.errors import WaitTimeout
+
+
+class IncomingWeights:
+    """Holds the newest version that is staged and not in use; an older one that nobody took is forgotten.
+
+    Example:
+        >>> incoming = IncomingWeights()
+        >>> incoming.offer(3, "staged")
+        >>> incoming.take()
+        (3, 'staged')
+        >>> incoming.mark_applied(3)
+        >>> incoming.await_applied(3, timeout_s=0.0)
+        True
+    """
+
+    def __init__(self) -> None:
+        """Nothing is offered; version 0, that of the model folder, is in use."""
+        self._changed = threading.Condition()
+        self._staged: tuple[int, Any] | None = None
+        self._newest = 0
+        self._applied = 0
+        self._closed = False
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a version can be taken."""
+        return self._staged is not None
+
+    def offer(self, version: int, staged: Any) -> None:
+        """Let the generating thread take a version, unless a newer one was offered before."""
+        with self._changed:
+            if version > self._newest:
+                self._staged, self._newest = (version, staged), version
+                self._changed.notify_all()
+
+    def take(self) -> tuple[int, Any] | None:
+        """The newest version and its weights as the engine staged them; None if there is none."""
+        with self._changed:
+            taken, self._staged = self._staged, None
+        return taken
+
+    def mark_applied(self, version: int) -> None:
+        """The engine generates with `version` from now on."""
+        with self._changed:
+            self._applied = version
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nothing is taken any more: let everybody who waits return."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def await_applied(self, version: int, *, timeout_s: float) -> bool:
+        """Wait until an offered version is in use.
+
+        Returns:
+            False if a newer version was offered, or this object closed, before this one was used.
+
+        Raises:
+            WaitTimeout: none of that came about within `timeout_s`.
+        """
+
+        def is_decided() -> bool:
+            return self._closed or self._applied >= version or self._newest > version
+
+        with self._changed:
+            if not self._changed.wait_for(is_decided, timeout=timeout_s):
+                raise WaitTimeout(
+                    f"policy version {version} was not in use after {timeout_s:g} s; the engine has {self._applied}"
+                )
+            return self._applied == version
