@@ -40,9 +40,9 @@ def up(
     require_engine(loaded.config.rollout)
     require_imports(loaded)
     if dry_run:
-        from pmdflow.config.plan import render_dry_run
+        from pmdflow.run.inputs import dry_run as plan
 
-        typer.echo(render_dry_run(loaded))
+        typer.echo(plan(loaded))
         return
     from pmdflow.run.launch import up as train
 
@@ -102,7 +102,8 @@ def eval_(
         typer.Argument(metavar="CHECKPOINT", help="Run, RUN/checkpoints/iteration-N, or Hugging Face folder."),
     ],
     task: Annotated[
-        str, typer.Argument(metavar="TASK", help="A .jsonl file, reasoning_gym/NAME, or a configuration .yaml.")
+        str,
+        typer.Argument(metavar="TASK", help="A .jsonl or .parquet file, reasoning_gym/NAME, or a configuration .yaml."),
     ],
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Attempts at each prompt.")] = 4,
     k: Annotated[list[int] | None, typer.Option("--k", help="k of pass@k; default: powers of two.")] = None,

@@ -7,8 +7,11 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from pmdflow.config.source_problems import source_problems
+
 if TYPE_CHECKING:
-    from pmdflow.config.schema import Config, DataConfig, EvalConfig, LearnerConfig, RewardConfig, RolloutConfig
+    from pmdflow.config.schema import Config, EvalConfig, LearnerConfig, RewardConfig, RolloutConfig
+    from pmdflow.config.sources import DataConfig
 
 CLIPPED = ("token_pmd", "ctpo", "grpo", "gspo")
 """Algorithms with a clipping band."""
@@ -31,6 +34,7 @@ def combination_problems(config: Config) -> Iterator[str]:
     yield from _learner_problems(config.learner)
     yield from _sampling_problems(config.rollout, config.reward)
     yield from _evaluation_problems(config.eval, config.data, config.rollout)
+    yield from source_problems(config.data, config.eval)
 
 
 def _staleness_problems(config: Config) -> Iterator[str]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from pmdflow.config.recorded import RENAMED
 from pmdflow.config.schema import Config
+from pmdflow.config.sources import MIXTURE, ONE_SOURCE
 from pmdflow.errors import PmdflowError
 
 KeyPath = tuple[str | int, ...]
@@ -140,11 +141,14 @@ def did_you_mean(word: object, candidates: Sequence[str]) -> str | None:
 def fields_at(path: KeyPath) -> Mapping[str, FieldInfo]:
     """Return the keys allowed at `path`, {} where anything goes or nothing does."""
     model: type[BaseModel] | None = Config
+    is_name = False
     for part in path:
-        if isinstance(part, int):
+        if isinstance(part, int) or is_name:
+            is_name = False
             continue
         field = model.model_fields.get(part) if model else None
         model = _model_in(field.annotation) if field else None
+        is_name = field is not None and get_origin(field.annotation) is dict
     return model.model_fields if model else {}
 
 
@@ -163,7 +167,7 @@ def explain(
         place_of_value: The same for its value.
         is_written: Whether a path was written at all, rather than left at its default.
     """
-    details = error.errors()
+    details = [detail | {"loc": _keys(detail["loc"])} for detail in error.errors()]
     misspelt = {_meant(detail["loc"]) for detail in details if detail["type"] == "extra_forbidden"}
     for detail in details:
         path = detail["loc"]
@@ -176,6 +180,11 @@ def explain(
             yield ConfigIssue(message=message, place=place_of_key(path), hint=hint)
         else:
             yield ConfigIssue(message=_explain_value(detail), place=place_of_value(path), hint=_value_hint(detail))
+
+
+def _keys(path: KeyPath) -> KeyPath:
+    """The path without what pydantic adds to say which form of a value it tried."""
+    return tuple(part for part in path if part not in (ONE_SOURCE, MIXTURE))
 
 
 def _explain_combination(

@@ -19,6 +19,7 @@ from pmdflow.errors import LaunchError
 if TYPE_CHECKING:
     from pmdflow.config.load import Loaded
     from pmdflow.config.schema import Config, RolloutConfig
+    from pmdflow.config.sources import RewardFunctionConfig
 
 IMPORT_TIMEOUT_S = 60.0
 """All modules that a configuration names are imported within this time."""
@@ -84,8 +85,16 @@ def require_imports(loaded: Loaded) -> None:
 
 def _import_paths(config: Config) -> Iterator[tuple[KeyPath, str, bool]]:
     """Every setting that is an import path: its key, its value, and whether what it names is called."""
-    for index, function in enumerate(config.reward.functions):
-        yield ("reward", "functions", index, "function"), function.function, True
+    lists: list[tuple[KeyPath, Sequence[RewardFunctionConfig] | None]] = [
+        (("reward", "functions"), config.reward.functions),
+        (("data", "reward"), config.data.reward),
+        *((("eval", "sets", name, "reward"), given.reward) for name, given in config.eval.sets.items()),
+    ]
+    if not isinstance(config.data.task, str):
+        lists += [(("data", "task", index, "reward"), given.reward) for index, given in enumerate(config.data.task)]
+    for key, functions in lists:
+        for index, function in enumerate(functions or ()):
+            yield (*key, index, "function"), function.function, True
     if config.environment is not None:
         yield ("environment", "factory"), config.environment.factory, True
     if ":" in config.learner.algorithm:

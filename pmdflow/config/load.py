@@ -13,6 +13,7 @@ from pmdflow.config.document import Document, parse
 from pmdflow.config.errors import ConfigError, ConfigIssue, KeyPath, Place, did_you_mean, dotted, explain
 from pmdflow.config.recorded import rename_keys
 from pmdflow.config.schema import Config
+from pmdflow.config.sources import FILE_SUFFIXES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +34,8 @@ class Loaded:
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Loaded:
     """Read and check a configuration file.
 
-    A relative `model.path`, `learner.ptx_data` or `.jsonl` path in `data.task` is looked for in the current directory
-    first, then beside the configuration file; if it is in neither, it is left as written.
+    A relative `model.path`, `learner.ptx_data` or file in `data.task` and `eval.sets` is looked for in the current
+    directory first, then beside the configuration file; if it is in neither, it is left as written.
 
     Args:
         path: The YAML file.
@@ -114,13 +115,27 @@ def _read(path: Path) -> str:
 
 
 def _find_paths(data: Any, *, beside: Path) -> None:
-    for section, key, suffix in (("model", "path", ""), ("data", "task", ".jsonl"), ("learner", "ptx_data", ".jsonl")):
-        settings = data.get(section) if isinstance(data, dict) else None
-        written = settings.get(key) if isinstance(settings, dict) else None
-        if isinstance(settings, dict) and isinstance(written, str) and written.endswith(suffix):
-            candidate = beside / written
-            if not Path(written).exists() and candidate.exists():
-                settings[key] = str(candidate)
+    for settings, key in _path_settings(data):
+        written = settings.get(key)
+        if isinstance(written, str) and (key == "path" or written.endswith(FILE_SUFFIXES)):
+            found = Path(written).expanduser()
+            if not found.exists() and (beside / found).exists():
+                found = beside / found
+            if found.exists():
+                settings[key] = str(found)
+
+
+def _path_settings(data: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """Mappings in which a key may name a file or folder, as far as the file's shape can be made out."""
+    sections = data if isinstance(data, dict) else {}
+    model, source, evaluation, learner = (sections.get(name) for name in ("model", "data", "eval", "learner"))
+    mixture = source.get("task") if isinstance(source, dict) else None
+    sets = evaluation.get("sets") if isinstance(evaluation, dict) else None
+    tasks = [source, *(mixture if isinstance(mixture, list) else ())]
+    tasks += sets.values() if isinstance(sets, dict) else ()
+    for settings, key in ((model, "path"), (learner, "ptx_data"), *((task, "task") for task in tasks)):
+        if isinstance(settings, dict):
+            yield settings, key
 
 
 def _origins(config: Config, document: Document) -> dict[str, str]:

@@ -88,8 +88,14 @@ def make_plan(config: Config, *, model: ModelSize | None) -> Plan:
     )
 
 
-def render_dry_run(loaded: Loaded) -> str:
-    """Say what `up` would do: each setting with its origin, the actors, the derived numbers; starts nothing."""
+def render_dry_run(loaded: Loaded, *, data: Sequence[tuple[str, str]] = (), notes: Sequence[str] = ()) -> str:
+    """Say what `up` would do: each setting with its origin, the actors, the derived numbers; starts nothing.
+
+    Args:
+        loaded: The configuration.
+        data: Name and numbers of every source of prompts.
+        notes: What else is worth saying.
+    """
     config = loaded.config
     model = measure_model(config.model.path)
     plan = make_plan(config, model=model)
@@ -113,7 +119,8 @@ def render_dry_run(loaded: Loaded) -> str:
         ("configuration", [*_table(settings)]),
         ("placement", [*_table(placement), total]),
         ("derived", [*_table(_numbers(plan, model, config.model.path))]),
-        ("notes", list(plan.notes)),
+        ("data", [*_table(data)] if data else []),
+        ("notes", [*plan.notes, *notes]),
     ]
     body = "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections if lines)
     return f"{body}\n\ndry run of {loaded.path}: nothing was started"

@@ -8,24 +8,15 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from pmdflow.config.combinations import combination_problems
-
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+from pmdflow.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from pmdflow.config.sources import EVAL_PREFIX, NAME, DataConfig, EvalSetConfig, RewardFunctionConfig
 
 DEFAULT_SLOTS = 64
 """Sequences of an engine whose cache does not decide."""
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-
-
-class Section(BaseModel):
-    """Settings shared by all sections."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class RunConfig(Section):
@@ -52,31 +43,20 @@ class ModelConfig(Section):
     """The language model."""
 
     path: str
-    """Folder in Hugging Face format with weights and tokenizer; looked for here first, then beside this file."""
+    """Folder in Hugging Face format with weights and tokenizer, looked for here first, then beside this file; or a
+    model of the Hub, `org/name` or `org/name@revision`, downloaded once into the cache of `HF_HOME` (which every
+    machine of a cluster must see). A LoRA adapter is merged with its base model into the run directory."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of rollout and learner; master weights are float32."""
-
-
-class DataConfig(Section):
-    """Prompts."""
-
-    task: str = Field(pattern=r"^reasoning_gym/\w+$|\.jsonl$")
-    """`reasoning_gym/NAME`, or a `.jsonl` file (found as `model.path` is) with `prompt` and metadata on each line."""
-    args: dict[str, Any] = {}
-    """Arguments of the reasoning-gym data set."""
-    group_size: int = Field(default=8, ge=1, le=65_536)
-    """Trajectories for each prompt (k)."""
-    max_tokens: PositiveInt
-    """Most generated tokens of one trajectory, over all its segments."""
-    max_prompt_tokens: PositiveInt = 4096
-    """Longest prompt; a `vllm` engine is started for sequences of it and `max_tokens` together."""
 
 
 class EvalConfig(Section):
     """Evaluation on held-out prompts, outside ledger and budget."""
 
     prompts: NonNegativeInt = 128
-    """Held-out prompts, never trained on; 0 turns evaluation off."""
+    """Held-out prompts, never trained on, of each source of a mixture by its weight; 0 holds none out."""
+    sets: dict[Annotated[str, Field(pattern=NAME)], EvalSetConfig] = {}
+    """Other evaluation sets by name, each with its own reward."""
     every: PositiveInt = 5
     """Iterations between evaluations; the initial and the final policy are always evaluated."""
     temperature: NonNegativeFloat = 1.0
@@ -88,19 +68,6 @@ class EvalConfig(Section):
     log-probs stand for."""
     stop_repetition: bool = False
     """End held-out answers by `rollout.repetition` too."""
-
-
-class RewardFunctionConfig(Section):
-    """One weighted reward function."""
-
-    function: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-    """Import path `package.module:name`. Its parameters name what it gets: `completion`, `raw_completion`, `token_ids`,
-    `stop`, `prompt`, `messages`, `metadata`, `timeout_s`. Shipped are `pmdflow.reward.math:score`, `.code:score`,
-    `.tool_call:score`, `.judge:score` and `.reasoning_gym:score`."""
-    args: dict[str, Any] = {}
-    """Its other arguments, such as the model of a judge."""
-    weight: float = Field(default=1.0, allow_inf_nan=False)
-    """Factor of its value in the reward."""
 
 
 class RewardConfig(Section):
@@ -379,6 +346,12 @@ class Config(Section):
     store: StoreConfig = StoreConfig()
     weights: WeightsConfig = WeightsConfig()
     dashboard: DashboardConfig = DashboardConfig()
+
+    def reward_functions(self, source: str | None) -> list[RewardFunctionConfig]:
+        """What judges answers to prompts whose metadata names this source: its own functions, or all sources'."""
+        own = {f"{EVAL_PREFIX}{name}": given.reward for name, given in self.eval.sets.items()}
+        own |= {given.label: given.reward for given in self.data.sources}
+        return own.get(source or self.data.sources[0].label) or self.reward.functions
 
     @model_validator(mode="after")
     def _refuse_impossible(self) -> Config:

@@ -37,7 +37,7 @@ def figures(view: RunView) -> dict[str, Figure]:
         iterations, evals, samples = view.iterations(), view.evals(), thin(view.history.samples)
         origin, limit = view.origin(), view.setting("scheduler", "max_staleness")
         return {
-            "reward": reward(iterations, evals),
+            "reward": reward(iterations, evals, view.eval_sets()),
             "length": length(iterations),
             "staleness": staleness(iterations, limit),
             "budget": budget(iterations),
@@ -47,8 +47,12 @@ def figures(view: RunView) -> dict[str, Figure]:
         }
 
 
-def reward(iterations: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]]) -> Figure:
-    """Mean reward of each claim, and of held-out prompts at the iteration after which they were evaluated."""
+def reward(
+    iterations: Sequence[Mapping[str, Any]],
+    evals: Sequence[Mapping[str, Any]],
+    sets: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> Figure:
+    """Mean reward of each claim, and of held-out prompts and evaluation sets at the iteration of their round."""
     x = column(iterations, "iteration")
     data = [
         _line("train mean", x, column(iterations, "reward/mean"), BLUE),
@@ -59,6 +63,9 @@ def reward(iterations: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str,
             "line": {"color": VERMILION, "width": 1.5, "dash": "dot"},
         },
     ]
+    for index, (name, rounds) in enumerate(sorted(sets.items())):
+        x, y = column(rounds, "eval/round"), column(rounds, f"eval/{name}/reward_mean")
+        data.append({**_line(name, x, y, _OTHER_COLOURS[index % len(_OTHER_COLOURS)]), "mode": "lines+markers"})
     return {"data": data, "layout": _layout(_by_iteration(iterations), "reward")}
 
 

@@ -78,6 +78,10 @@ class RunView:
         """Held-out evaluations, ascending by round."""
         return [self.history.evals[number] for number in sorted(self.history.evals)]
 
+    def eval_sets(self) -> dict[str, list[Record]]:
+        """Evaluations on each of `eval.sets`, ascending by round."""
+        return {name: [rounds[number] for number in sorted(rounds)] for name, rounds in self.history.eval_sets.items()}
+
     def origin(self) -> float:
         """Unix time that charts count seconds from."""
         return self.history.first_time or 0.0

@@ -1,24 +1,29 @@
-"""Reasoning-gym: its data sets, their prompts by cursor, and the plain form in which entries pass through the store."""
+"""Reasoning-gym: its data sets, and their prompts by cursor."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from itertools import islice
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from pmdflow.config.sources import GYM_PREFIX
+from pmdflow.data.messages import prompt_key
+from pmdflow.data.plain import pack as pack
+from pmdflow.data.plain import unpack as unpack
+from pmdflow.data.stamp import Stamp
 from pmdflow.data.tokenizer import Tokenize
+from pmdflow.errors import PromptTooLong
 from pmdflow.types import Prompt
 
 if TYPE_CHECKING:
     from reasoning_gym.composite import DatasetSpec
     from reasoning_gym.dataset import ProceduralDataset
 
-GYM_PREFIX = "reasoning_gym/"
 CHUNK = 1024
 """Entries of one reasoning-gym data set object before it is seeded anew; `data.args.size` replaces it.
 
@@ -31,15 +36,11 @@ HELD_OUT_START = 1 << 31
 """First index of the held-out stream, behind every training candidate."""
 
 
-_TUPLE, _INT, _ITEMS = "__tuple__", "__int__", "__items__"
-_INT64 = 1 << 63
-
-
 class GymPrompts:
     """Prompts of one reasoning-gym data set.
 
     Entry `index` of the stream depends on `seed` and `index` alone. Training tries index = cursor,
-    cursor + RETRY_STRIDE, ... and takes the first whose text is not held out; held-out entries start at
+    cursor + RETRY_STRIDE, ... and takes the first that is neither held out nor too long; held-out entries start at
     HELD_OUT_START, repeated texts left out. A few data sets (isomorphic_strings, knight_swap,
     polynomial_multiplication, ransom_note, word_ladder, codeio in reasoning-gym 0.1.25) iterate over sets of strings
     and repeat in another process only with a fixed PYTHONHASHSEED.
@@ -51,44 +52,88 @@ class GymPrompts:
         'gcd-3'
     """
 
-    def __init__(self, *, name: str, args: Mapping[str, Any], seed: int, num_held_out: int, tokenize: Tokenize) -> None:
-        """Check name and arguments, and draw the held-out prompts; see `make_prompts` for what it raises."""
+    def __init__(
+        self,
+        *,
+        name: str,
+        args: Mapping[str, Any],
+        seed: int,
+        num_held_out: int,
+        tokenize: Tokenize,
+        label: str | None = None,
+        stamp: Stamp | None = None,
+        on_skip: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        """Check name and arguments, and draw the held-out prompts; see `make_prompts` for what it raises.
+
+        Args:
+            name: The data set's.
+            args: Its arguments.
+            seed: Of the stream.
+            num_held_out: Prompts that are held out.
+            tokenize: From a text to token ids.
+            label: Before the number in prompt ids; None is `name`.
+            stamp: Added to the metadata of every prompt.
+            on_skip: Told of every prompt that is too long.
+        """
+        self.name = label or name
         self._name, self._args, self._tokenize = name, args, tokenize
+        self._stamp, self._on_skip = stamp or Stamp(), on_skip
         self._chunk = int(args.get("size", CHUNK))
         digest = hashlib.sha256(f"pmdflow-prompts-{seed}".encode()).digest()
         # Data sets seed entry i with seed + i and NumPy takes 32 bits: 30 bits of base leave room for both streams.
         self._base = int.from_bytes(digest[:8], "little") >> 34
         self._dataset = lru_cache(maxsize=4)(self._make_dataset)
         self._held_out = self._draw_held_out(num_held_out)
+        self.num_held_out, self.held_out_keys = num_held_out, frozenset(self._held_out)
+        self._excluded = set(self._held_out)
+
+    def exclude(self, keys: Iterable[int]) -> None:
+        """Never train on prompts with these keys."""
+        self._excluded.update(keys)
 
     def prompt(self, cursor: int) -> Prompt:
         """See `PromptSource`.
 
         Raises:
-            ValueError: every candidate is held out: the task has too few different prompts.
+            ValueError: no candidate will do: the task has too few different prompts, or only long ones.
         """
         assert 0 <= cursor < HELD_OUT_START, cursor
         for attempt in range(MAX_RETRIES):
             index = cursor + attempt * RETRY_STRIDE
             entry = self._entry(index)
-            if entry["question"] not in self._held_out:
-                return self._prompt(f"{self._name}-{index}", entry)
+            if prompt_key(entry["question"]) in self._excluded:
+                continue
+            if self._fits(f"{self.name}-{index}", entry["question"]):
+                return self._prompt(f"{self.name}-{index}", entry)
         raise ValueError(
-            f"data.task {GYM_PREFIX}{self._name}: {MAX_RETRIES} prompts in a row are among the {len(self._held_out)} "
-            "held out; lower eval.prompts or widen data.args"
+            f"data.task {GYM_PREFIX}{self._name}: {MAX_RETRIES} prompts in a row are too long or among the "
+            f"{len(self._excluded)} held out; lower eval.prompts, raise data.max_prompt_tokens or widen data.args"
         )
 
     def held_out(self, n: int) -> list[Prompt]:
         """See `PromptSource`."""
         assert 0 <= n <= len(self._held_out), (n, len(self._held_out))
         indexes = islice(self._held_out.values(), n)
-        return [self._prompt(f"{self._name}-heldout-{i - HELD_OUT_START}", self._entry(i)) for i in indexes]
+        return [self._prompt(f"{self.name}-heldout-{i - HELD_OUT_START}", self._entry(i)) for i in indexes]
 
-    def _draw_held_out(self, n: int) -> dict[str, int]:
-        """Index of each held-out text."""
-        found: dict[str, int] = {}
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Nothing but what the configuration says of it."""
+        return {}
+
+    @property
+    def summary(self) -> str:
+        """How many prompts there are of which kind."""
+        return f"endless, {len(self._held_out):,} prompts held out"
+
+    def _draw_held_out(self, n: int) -> dict[int, int]:
+        """Index of each held-out prompt by its key."""
+        found: dict[int, int] = {}
         for index in range(HELD_OUT_START, HELD_OUT_START + max(MAX_RETRIES * n, 1)):
-            found.setdefault(self._entry(index)["question"], index)
+            question = self._entry(index)["question"]
+            if self._fits(f"{self.name}-heldout-{index - HELD_OUT_START}", question):
+                found.setdefault(prompt_key(question), index)
             if len(found) >= n:
                 break
         if len(found) < n:
@@ -97,6 +142,14 @@ class GymPrompts:
                 "different prompts; lower eval.prompts or widen data.args"
             )
         return dict(islice(found.items(), n))
+
+    def _fits(self, id: str, question: str) -> bool:
+        try:
+            self._tokenize(question)
+        except PromptTooLong as error:
+            self._on_skip(f"{id} is skipped: {error}")
+            return False
+        return True
 
     def _entry(self, index: int) -> dict[str, Any]:
         position = index % self._chunk
@@ -116,7 +169,7 @@ class GymPrompts:
             id=id,
             text=entry["question"],
             tokens=self._tokenize(entry["question"]),
-            metadata={**metadata, "metadata": pack(entry["metadata"])},
+            metadata=self._stamp.on({**metadata, "metadata": pack(entry["metadata"])}),
         )
 
 
@@ -135,52 +188,6 @@ def make_dataset(*, name: str, args: Mapping[str, Any], seed: int) -> Procedural
         return gym.create_dataset(name, seed=seed, **arguments)
     except (AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"data.args {dict(args)} of reasoning_gym/{name}: {error}") from error
-
-
-def pack(value: Any) -> Any:
-    """Turn an entry's value into plain types (str keys, lists, 64-bit integers) without losing what `unpack` needs.
-
-    Some verifiers compare tuples or look up integer keys, which msgpack would turn into other things.
-
-    Raises:
-        ValueError: a type that has no plain form.
-    """
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, float):
-        return float(value)
-    if isinstance(value, str):
-        return str(value)  # drops numpy.str_ and string enums
-    if isinstance(value, int):
-        return int(value) if -_INT64 <= value < _INT64 else {_INT: str(value)}
-    if isinstance(value, list):
-        return [pack(item) for item in value]
-    if isinstance(value, tuple):
-        return {_TUPLE: [pack(item) for item in value]}
-    if isinstance(value, dict):
-        if all(type(key) is str for key in value):
-            return {key: pack(item) for key, item in value.items()}
-        return {_ITEMS: [[pack(key), pack(item)] for key, item in value.items()]}
-    if hasattr(value, "tolist"):  # NumPy arrays and scalars
-        return pack(value.tolist())
-    raise ValueError(f"a {type(value).__name__} cannot be stored as prompt metadata: {value!r:.80}")
-
-
-def unpack(value: Any) -> Any:
-    """Undo `pack`."""
-    if isinstance(value, list | tuple):
-        return [unpack(item) for item in value]
-    if not isinstance(value, Mapping):
-        return value
-    if len(value) == 1:
-        (tag, inner), *_ = value.items()
-        if tag == _TUPLE:
-            return tuple(unpack(item) for item in inner)
-        if tag == _INT:
-            return int(inner)
-        if tag == _ITEMS:
-            return {unpack(key): unpack(item) for key, item in inner}
-    return {key: unpack(item) for key, item in value.items()}
 
 
 def _reasoning_gym() -> ModuleType:

@@ -18,9 +18,8 @@ from rich.console import Console
 from pmdflow.config.installed import require_engine
 from pmdflow.config.load import load, load_run
 from pmdflow.config.schema import Config
-from pmdflow.data.gym import GYM_PREFIX
-from pmdflow.data.jsonl import read_prompts
-from pmdflow.data.prompts import make_prompts
+from pmdflow.config.sources import FILE_SUFFIXES, GYM_PREFIX
+from pmdflow.data.prompts import make_prompts, read_prompts
 from pmdflow.data.tokenizer import load_tokenizer, make_tokenize
 from pmdflow.errors import LaunchError
 from pmdflow.evaluate.checkpoint import Checkpoint, find_checkpoint, is_run, make_engine_of
@@ -100,12 +99,12 @@ def eval_config(checkpoint: Checkpoint, task: str, options: EvalOptions) -> Conf
         file = Path(task)
         of_run = file.name == "config.yaml" and is_run(file.parent)
         values = (load_run(file.parent) if of_run else load(file)).config.model_dump()
-    elif task.startswith(GYM_PREFIX) or task.endswith(".jsonl"):
+    elif task.startswith(GYM_PREFIX) or task.endswith(FILE_SUFFIXES):
         values = _values_for(checkpoint, task, options)
     else:
         raise LaunchError(
             f"the task is {task!r}, which is neither a file of prompts nor a configuration",
-            hint=f"give a .jsonl file with a prompt a line, {GYM_PREFIX}NAME, or a configuration .yaml",
+            hint=f"give a .jsonl or .parquet file with a prompt a row, {GYM_PREFIX}NAME, or a configuration .yaml",
         )
     values["model"]["path"] = checkpoint.model
     values["run"]["name"] = f"eval-{uuid.uuid4().hex}"  # begins the keys of environments: no two evaluations share them
@@ -147,8 +146,8 @@ def _values_for(checkpoint: Checkpoint, task: str, options: EvalOptions) -> dict
 
 
 def _prompts(config: Config, task: str, options: EvalOptions) -> list[Prompt]:
-    """All lines of a `.jsonl` file; the held-out prompts of anything else."""
-    if not task.endswith(".jsonl"):
+    """All rows of a file; the held-out prompts of anything else."""
+    if not task.endswith(FILE_SUFFIXES):
         return make_prompts(config).held_out(config.eval.prompts)
     tokenize = make_tokenize(config.model.path, max_tokens=config.data.max_prompt_tokens)
     return read_prompts(Path(task), tokenize)[: options.prompts]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import deque
+from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,9 @@ class History:
         """Read nothing yet; `max_spans` keeps only the newest spans (None: all)."""
         self.iterations: dict[int, Record] = {}
         self.evals: dict[int, Record] = {}
+        """Rounds on the held-out prompts of `data`, by iteration."""
+        self.eval_sets: dict[str, dict[int, Record]] = defaultdict(dict)
+        """Those on each of `eval.sets`."""
         self.samples: list[Record] = []
         """Evenly thinned beyond some thousands."""
         self.events: deque[Record] = deque(maxlen=_MOST_EVENTS)
@@ -91,10 +94,12 @@ class History:
                 number = record["iteration"]
                 for later in [i for i in self.iterations if i >= number]:
                     del self.iterations[later]
-                    self.evals.pop(later, None)
+                    for evals in (self.evals, *self.eval_sets.values()):
+                        evals.pop(later, None)
                 self.iterations[number] = record
             case "eval" if isinstance(record.get("eval/round"), int):
-                self.evals[record["eval/round"]] = record
+                evals = self.evals if "eval/set" not in record else self.eval_sets[record["eval/set"]]
+                evals[record["eval/round"]] = record
             case "sample":
                 self.samples.append(record)
                 if len(self.samples) >= 2 * _MOST_SAMPLES:

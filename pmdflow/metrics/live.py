@@ -77,7 +77,8 @@ class LiveView:
 
     def evaluation(self, values: Mapping[str, Any]) -> None:
         """Take an `eval` record; it is in the next line."""
-        self._last["eval/reward_mean"] = values.get("eval/reward_mean")
+        if "eval/set" not in values:
+            self._last["eval/reward_mean"] = values.get("eval/reward_mean")
 
     def event(self, kind: str, message: str) -> None:
         """Take an event; the block shows the newest, without a terminal each is a line."""

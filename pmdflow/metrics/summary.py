@@ -48,20 +48,27 @@ def _learning_lines(history: History, iterations: Sequence[Record]) -> list[str]
     reward = [number(record.get("reward/mean"), 3) for record in (first, last)]
     length = [number(record.get("trajectory/length_mean"), 1) for record in (first, last)]
     return [
-        *_held_out_lines(history.evals),
+        *_held_out_lines("held-out reward", "eval/", history.evals),
+        *(
+            line
+            for name, rounds in history.eval_sets.items()
+            for line in _held_out_lines(name, f"eval/{name}/", rounds)
+        ),
         f"  train reward      {reward[0]} -> {reward[1]} ({numbers})",
         f"  response length   {length[0]} -> {length[1]} tokens",
         f"  iterations        {len(iterations)} in {duration(seconds)}{rate}",
     ]
 
 
-def _held_out_lines(evals: Mapping[int, Record]) -> list[str]:
+def _held_out_lines(title: str, key: str, evals: Mapping[int, Record]) -> list[str]:
     if not evals:
         return []
     early, late = evals[min(evals)], evals[max(evals)]
-    first = f"{number(early.get('eval/reward_mean'), 3)} (v{early.get('eval/first_version')})"
-    last = f"{number(late.get('eval/reward_mean'), 3)} (v{late.get('eval/last_version')})"
-    return [f"  held-out reward   {first} -> {last}, {late.get('eval/prompts')} prompts"]
+    first, last = (
+        f"{number(record.get(f'{key}reward_mean'), 3)} (v{record.get(f'{key}first_version')})"
+        for record in (early, late)
+    )
+    return [f"  {title:<16}  {first} -> {last}, {late.get(f'{key}prompts')} prompts"]
 
 
 def _ledger_lines(ledger: Mapping[str, int]) -> list[str]:

@@ -10,7 +10,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from pmdflow.config.schema import Config
-from pmdflow.data.prompts import PromptSource
+from pmdflow.data.mixture import MixedPrompts
 from pmdflow.errors import LearnerDied, PmdflowError, WaitTimeout
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.learner.learner import TrainResult
@@ -44,7 +44,7 @@ class Controller:
         config: Config,
         run_dir: Path,
         supervisor: Supervisor,
-        prompts: PromptSource,
+        prompts: MixedPrompts,
         start_learners: Callable[[], list[ActorHandle[LearnerActor]]],
     ) -> None:
         """Wire the parts; `start_learners` creates one actor a rank."""

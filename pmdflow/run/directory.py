@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from pmdflow.config.load import Loaded
     from pmdflow.config.schema import Config
 
-FIXED_KEYS = (("model", "path"), ("data",), ("run", "seed"))
-"""What a resumed run may not change: stored trajectories were made with it."""
+FIXED_KEYS = (("run", "seed"), ("model",), ("data",))
+"""What a resumed run may not change: stored trajectories were made with it. Model and data are compared by content
+where the run recorded it (`check_inputs`).
+"""
 
 
 class RunDirectory:
@@ -37,19 +39,16 @@ class RunDirectory:
         """Use `prepare` instead."""
         self.path = path
         self._lock = lock
+        self._inputs: dict[str, Any] = {}
 
     @classmethod
     def prepare(cls, config: Config) -> RunDirectory:
         """Create or reopen the directory, lock it and write the resolved configuration.
 
         Raises:
-            LaunchError: it is not writable, is in use, or holds a run of another model, data or seed; or the model
-                folder is missing.
+            LaunchError: it is not writable, is in use, or holds a run of another seed.
         """
-        model = Path(config.model.path)
-        if not (model / "config.json").is_file():
-            raise LaunchError(f"model.path: {model} is no Hugging Face model folder (it has no config.json)")
-        path = Path(config.run.dir).absolute() / config.run.name
+        path = cls.path_of(config)
         try:
             (path / "logs").mkdir(parents=True, exist_ok=True)
             lock = open(path / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115 (held for the life of the run)
@@ -74,6 +73,45 @@ class RunDirectory:
         run._check_same_run(config)
         durable.write(path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         return run
+
+    @staticmethod
+    def path_of(config: Config) -> Path:
+        """Where the run of a configuration is."""
+        return Path(config.run.dir).absolute() / config.run.name
+
+    @staticmethod
+    def recorded_inputs(path: Path) -> dict[str, Any]:
+        """What a run was begun with, as `check_inputs` was told; empty if there is no run, or an older one."""
+        try:
+            meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        inputs: dict[str, Any] = meta.get("inputs", {})
+        return inputs
+
+    def check_inputs(self, inputs: dict[str, Any]) -> None:
+        """Refuse another model or other data than the run was begun with; else remember them for meta.json.
+
+        Args:
+            inputs: Plain values: `pins`, which may differ, and whatever may not.
+
+        Raises:
+            LaunchError: says what differs.
+        """
+        from pmdflow.config.errors import dotted
+        from pmdflow.config.load import leaves
+
+        before = self.recorded_inputs(self.path)
+        if before and (self.path / "store").is_dir():
+            old, new = (dict(leaves({**values, "pins": {}})) for values in (before, inputs))
+            changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+            if changed:
+                said = [f"{dotted(key)} was {old.get(key)!r:.80} and is {new.get(key)!r:.80}" for key in changed]
+                raise LaunchError(
+                    f"{self.path} was begun with other inputs: {', '.join(said)}",
+                    hint="resume with those, or choose another run.name",
+                )
+        self._inputs = inputs
 
     @staticmethod
     def owner(path: Path) -> int | None:
@@ -110,6 +148,7 @@ class RunDirectory:
                 path.name: _digest(path) for path in sorted(Path(config.model.path).glob("*.safetensors"))
             },
             "learner": {"ranks": config.learner.ranks, **device},
+            "inputs": self._inputs,
         }
         durable.write(self.path / "meta.json", json.dumps(meta, indent=2) + "\n")
 
@@ -128,8 +167,8 @@ class RunDirectory:
             return
         from pmdflow.config.load import load_run
 
-        before, now = load_run(self.path).config.model_dump(mode="json"), config.model_dump(mode="json")
-        for keys in FIXED_KEYS:
+        before, now = _comparable(load_run(self.path).config), _comparable(config)
+        for keys in FIXED_KEYS[:1] if self.recorded_inputs(self.path) else FIXED_KEYS:
             old, new = before, now
             for key in keys:
                 old, new = old[key], new[key]
@@ -139,6 +178,16 @@ class RunDirectory:
                     f"{name} is {new!r}, but {self.path} was begun with {old!r}",
                     hint="resume with that value, or choose another run.name",
                 )
+
+
+def _comparable(config: Config) -> dict[str, Any]:
+    """What `FIXED_KEYS` names, without what may change, paths absolute."""
+    from pmdflow.config.sources import FILE_SUFFIXES
+
+    data = config.data.model_dump(mode="json", exclude={"max_prompt_tokens"})
+    if isinstance(data["task"], str) and data["task"].endswith(FILE_SUFFIXES):
+        data["task"] = str(Path(data["task"]).absolute())
+    return {"run": {"seed": config.run.seed}, "model": str(Path(config.model.path).absolute()), "data": data}
 
 
 def log_path(run: Path, actor: str) -> str:

@@ -13,10 +13,9 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
 from pmdflow.config.load import Loaded
-from pmdflow.config.schema import Config
 from pmdflow.dashboard.process import DashboardProcess
-from pmdflow.data.prompts import PromptSource, make_prompts
-from pmdflow.errors import LaunchError, PmdflowError
+from pmdflow.data.inputs import Inputs
+from pmdflow.errors import PmdflowError
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.metrics.live import LiveView
 from pmdflow.metrics.recorder import Recorder
@@ -24,6 +23,7 @@ from pmdflow.metrics.summary import render_summary
 from pmdflow.run.actors import make_loops, start_learners, start_ray, start_store
 from pmdflow.run.controller import Controller
 from pmdflow.run.directory import RunDirectory
+from pmdflow.run.inputs import merge, open_inputs, open_prompts
 from pmdflow.run.placement import place_learners, place_rollouts
 from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Supervisor
 from pmdflow.run.telemetry import Telemetry
@@ -40,13 +40,17 @@ def up(loaded: Loaded) -> int:
     Raises:
         LaunchError: something that the run needs is missing or taken; nothing was started.
     """
-    config = loaded.config
-    with RunDirectory.prepare(config) as run, DashboardProcess.start(run.path, config.dashboard.port) as dashboard:
-        with LiveView(config=config, dashboard_url=dashboard.url) as live:
+    pins = RunDirectory.recorded_inputs(RunDirectory.path_of(loaded.config)).get("pins")
+    inputs = open_inputs(loaded.config, pins=pins)
+    with (
+        RunDirectory.prepare(inputs.config) as run,
+        DashboardProcess.start(run.path, loaded.config.dashboard.port) as dashboard,
+    ):
+        with LiveView(config=inputs.config, dashboard_url=dashboard.url) as live:
             recorder = Recorder(run.path)
             recorder.event("start", f"pmdflow up, process {os.getpid()}")
             try:
-                finished = _train(config, run, recorder, live)
+                finished = _train(inputs, run, recorder, live)
             except KeyboardInterrupt:
                 recorder.event("stop", "stopped at once")
                 sys.stderr.write(f"stopped at once; `{run.resume_command(loaded)}` continues from what is stored\n")
@@ -67,8 +71,12 @@ def up(loaded: Loaded) -> int:
     return 0
 
 
-def _train(config: Config, run: RunDirectory, recorder: Recorder, live: LiveView) -> bool:
+def _train(inputs: Inputs, run: RunDirectory, recorder: Recorder, live: LiveView) -> bool:
     """Run the controller; True if every iteration was done."""
+    config = inputs.config
+    merge(inputs)
+    prompts = open_prompts(config, on_skip=partial(recorder.event, "prompts_skipped"))
+    run.check_inputs(inputs.identity(prompts))
     start_ray(config)
     places = place_learners(config)  # before the rollout actors: these share what is left
     rollout_places = place_rollouts(config)
@@ -89,7 +97,7 @@ def _train(config: Config, run: RunDirectory, recorder: Recorder, live: LiveView
             config=config,
             run_dir=run.path,
             supervisor=supervisor,
-            prompts=_prompts(config),  # while the actors start
+            prompts=prompts,
             start_learners=start,
         )
         controller.run()
@@ -98,13 +106,6 @@ def _train(config: Config, run: RunDirectory, recorder: Recorder, live: LiveView
         return controller.iteration >= config.run.iterations
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def _prompts(config: Config) -> PromptSource:
-    try:
-        return make_prompts(config)
-    except ValueError as error:
-        raise LaunchError(str(error)) from error
 
 
 def _interrupt(supervisor: Supervisor, signum: int, frame: types.FrameType | None) -> None:

@@ -12,59 +12,18 @@ import msgpack
 import numpy as np
 import pytest
 
-from pmdflow.config.schema import Config
 from pmdflow.data.prompts import make_prompts
 from pmdflow.data.tokenizer import make_tokenize
 from pmdflow.errors import PromptTooLong
-from pmdflow.types import Prompt
+from tests.support.data import CHAT_TEMPLATE, make_config, same, save_tokenizer, write_jsonl
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 TINY = {"min_terms": 2, "max_terms": 2, "max_digits": 1}
 """One digit plus or minus one digit: 200 texts."""
-
-
-def save_tokenizer(folder: Path, *, chat_template: str | None = None) -> str:
-    """A byte-level tokenizer in a Hugging Face folder, made without a network."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-    if chat_template:
-        fast.chat_template = chat_template
-    fast.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tokenizer(tmp_path_factory.mktemp("model"))
-
-
-def make_config(
-    model: str, task: str, *, held_out: int = 8, seed: int = 0, args: dict[str, Any] | None = None
-) -> Config:
-    return Config.model_validate(
-        {
-            "run": {"name": "test", "iterations": 1, "seed": seed},
-            "model": {"path": model},
-            "data": {"task": task, "args": args or {}, "max_tokens": 16},
-            "eval": {"prompts": held_out},
-            "reward": {"functions": [{"function": "pmdflow.reward.reasoning_gym:score"}]},
-            "scheduler": {"groups_per_iteration": 4, "tokens_per_iteration": 100},
-        }
-    )
-
-
-def same(a: Prompt, b: Prompt) -> bool:
-    return (a.id, a.text, a.metadata) == (b.id, b.text, b.metadata) and np.array_equal(a.tokens, b.tokens)
 
 
 def test_tokens_are_the_text_and_a_newline_without_a_chat_template(model: str) -> None:
@@ -92,6 +51,17 @@ def test_missing_model_folder_is_named(tmp_path: Path) -> None:
         make_prompts(make_config(str(tmp_path / "nowhere"), "reasoning_gym/gcd"))
     with pytest.raises(ValueError, match="tokenizer"):
         make_prompts(make_config(str(tmp_path), "reasoning_gym/gcd"))
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused_without_a_question(tmp_path: Path) -> None:
+    """`stdin` is a terminal to nobody here; a question would wait for it and fail with EOFError."""
+    model = save_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    own = {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}, "tokenizer_class": "OwnTokenizer"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    (tmp_path / "own.py").write_text("raise SystemExit('this code was run')")
+    with pytest.raises(ValueError, match="its tokenizer brings code of its own, which is never run"):
+        make_tokenize(model)
 
 
 def test_importing_data_is_light() -> None:
@@ -175,11 +145,6 @@ def test_metadata_survives_msgpack_and_names_the_source_data_set(model: str) -> 
 def test_bad_tasks_are_refused(model: str, task: str, args: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_prompts(make_config(model, task, args=args))
-
-
-def write_jsonl(path: Path, rows: list[Any]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def test_jsonl_epochs_are_permutations_without_the_held_out_lines(model: str, tmp_path: Path) -> None:

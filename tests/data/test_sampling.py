@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from pmdflow.data import JsonlPrompts
+from pmdflow.data import TablePrompts
 from pmdflow.data.sampling import SamplingControl, check_overrides, control_for
+from pmdflow.data.table import open_rows
+from pmdflow.data.tokenizer import make_tokenize
 from pmdflow.rollout.engine import Request
 from pmdflow.rollout.engines.transformers.engine import TransformersEngine
 from pmdflow.rollout.engines.transformers.sampling import sample
@@ -113,10 +115,10 @@ def test_training_refuses_what_changes_the_support(sampling: dict[str, Any], tmp
     row = json.dumps({"prompt": "1 + 1", "sampling": sampling})
     path = tmp_path / "task.jsonl"
     path.write_text(f'{{"prompt": "2 + 2"}}\n{row}\n')
-    make = {"path": path, "seed": 0, "tokenize": lambda text: np.array([1], np.int32)}
+    make = {"rows": open_rows([path]), "name": "task", "tokenize": make_tokenize(MODEL)}
     with pytest.raises(ValueError, match=rf"task.jsonl:2: sampling.{next(iter(sampling))} .*evaluation only"):
-        JsonlPrompts(**make, num_held_out=0)
-    assert JsonlPrompts(**make, num_held_out=1).held_out(1)[0].metadata["sampling"] == sampling
+        TablePrompts(**make, num_held_out=0)
+    assert TablePrompts(**make, num_held_out=1).held_out(1)[0].metadata["sampling"] == sampling
 
 
 def test_excluded_tokens_are_not_drawn_and_log_probs_stay_whole() -> None:

@@ -110,7 +110,7 @@ def test_a_task_file_with_overrides_of_its_own(tmp_path: Path) -> None:
         ("nowhere", TASK, "is no directory"),
         ("empty", TASK, "holds neither a run"),
         (str(MODEL), "reasoning_gym/chain_sums", "chain_sum"),
-        (str(MODEL), "task.txt", "give a .jsonl file"),
+        (str(MODEL), "task.txt", "give a .jsonl or .parquet file"),
         (str(MODEL), "missing.jsonl", "--reward MODULE:NAME"),
     ],
 )

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from pmdflow.run.held_out import summarize_round
+import numpy as np
+
+from pmdflow.config.sources import EvalSetConfig
+from pmdflow.run.held_out import EvaluationSet, summarize_round
 from pmdflow.store.answers import EvalResult
-from pmdflow.types import Stop
+from pmdflow.types import Prompt, Stop
+
+PROMPT = Prompt(id="p", text="", tokens=np.array([1], np.int32))
+HELD_OUT = EvaluationSet(name="", prompts=[PROMPT, PROMPT, PROMPT], settings=None)
 
 
-def result(*, reward: float | None, length: int, versions: tuple[int | None, int | None]) -> EvalResult:
+def result(
+    *, reward: float | None, length: int, versions: tuple[int | None, int | None], request: str = "eval-0"
+) -> EvalResult:
     first, last = versions
     return EvalResult(
-        request_id="eval-0",
+        request_id=request,
         prompt_id="p",
         reward=reward,
         length=length,
@@ -24,7 +32,7 @@ def test_an_empty_trajectory_has_no_version_and_a_failed_one_no_reward() -> None
     empty = result(reward=0.0, length=0, versions=(None, None))
     failed = result(reward=None, length=4, versions=(1, 2))
     whole = result(reward=1.0, length=8, versions=(3, 3))
-    assert summarize_round([empty, failed, whole]) == {
+    assert summarize_round([empty, failed, whole], HELD_OUT) == {
         "eval/reward_mean": 0.5,
         "eval/prompts": 3,
         "eval/length_mean": 4.0,
@@ -34,5 +42,29 @@ def test_an_empty_trajectory_has_no_version_and_a_failed_one_no_reward() -> None
 
 
 def test_a_round_in_which_nothing_was_said_or_scored_has_none_instead_of_an_error() -> None:
-    values = summarize_round([result(reward=None, length=0, versions=(None, None))])
+    values = summarize_round([result(reward=None, length=0, versions=(None, None))], HELD_OUT)
     assert values["eval/reward_mean"] is values["eval/first_version"] is values["eval/last_version"] is None
+
+
+def test_a_named_set_has_the_mean_over_prompts_and_pass_at_k_under_its_own_keys() -> None:
+    settings = EvalSetConfig(task="hard.jsonl", samples=2, k=[1, 2], pass_reward=0.5)
+    hard = EvaluationSet(name="hard", prompts=[PROMPT, PROMPT], settings=settings)
+    prefix = hard.request_prefix(5)
+    answers = [(0, 1.0), (0, 0.0), (1, 0.0), (1, None)]
+    results = [
+        result(reward=reward, length=2, versions=(5, 5), request=f"{prefix}{number}") for number, reward in answers
+    ]
+    values = summarize_round(results, hard)
+    assert values["eval/set"] == "hard"
+    assert values["eval/hard/reward_mean"] == 0.25
+    assert values["eval/hard/pass_at_1"] == 0.25
+    assert values["eval/hard/pass_at_2"] == 1.0
+    assert values["eval/hard/prompts"] == 2
+
+
+def test_no_round_finds_the_answers_of_another() -> None:
+    names = ["", "a", "a-1", "a.b", "0"]
+    sets = [EvaluationSet(name=name, prompts=[PROMPT], settings=None) for name in names]
+    prefixes = [given.request_prefix(iteration) for given in sets for iteration in (0, 1, 10, 1000000)]
+    for prefix in prefixes:
+        assert [other for other in prefixes if f"{other}7".startswith(prefix)] == [prefix]

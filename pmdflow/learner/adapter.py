@@ -1,0 +1,49 @@
+"""A LoRA adapter's folder as a model: merged with its base once, in a folder like any other."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def merge_adapter(adapter: Path, *, base: Path, out: Path) -> None:
+    """Write the base model with the adapter's update as a Hugging Face folder; nothing is there until it is whole.
+
+    The update is added in the base's own type, as every program that merges does: the merged model is the policy that
+    training begins with, in engine and learner alike.
+
+    Args:
+        adapter: Folder in PEFT's format.
+        base: Folder of the model that it was trained on.
+        out: Where the merged model goes; its parent exists.
+
+    Raises:
+        ValueError: PEFT is not installed or cannot read the adapter, or the base has no place for some of it.
+    """
+    if find_spec("peft") is None:
+        raise ValueError(f"model.path is {str(adapter)!r}, an adapter, which needs PEFT: run `uv sync --extra lora`")
+    from peft import PeftConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True)
+    try:
+        adapted: Any = get_peft_model(model, PeftConfig.from_pretrained(str(adapter)))
+        loaded = adapted.load_adapter(str(adapter), "default")
+        merged: Any = adapted.merge_and_unload(safe_merge=True)
+    except Exception as error:  # PEFT raises whatever its parts do
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"model.path is {str(adapter)!r}: it cannot be merged with {base}: {message}") from error
+    if wrong := sorted({*loaded.missing_keys, *loaded.unexpected_keys}):
+        raise ValueError(
+            f"model.path is {str(adapter)!r}: {len(wrong)} of its weights do not fit {base}, such as {wrong[0]}; give "
+            "the adapter its own base model (base_model_name_or_path of adapter_config.json)"
+        )
+    aside = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    merged.save_pretrained(aside)
+    own = (adapter / "tokenizer_config.json").is_file()
+    AutoTokenizer.from_pretrained(adapter if own else base, local_files_only=True).save_pretrained(aside)
+    aside.rename(out)

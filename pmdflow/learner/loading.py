@@ -1,0 +1,113 @@
+"""Whether a model folder's weights are those of its architecture: asked of transformers' own loader, without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from logging import CRITICAL
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+NAMES_SHOWN = 4
+
+
+def check_loading(folder: Path) -> None:
+    """Refuse weights of which a key is missing, left over or of another shape: loading would make up the missing ones.
+
+    The folder is loaded onto the meta device, so what the loader renames, ties, fuses or splits is as it will be.
+
+    Raises:
+        ValueError: names the keys, or says why there is no such model.
+    """
+    with _quiet():
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            problems = list(_class_problems(config))
+            problems = problems or list(_key_problems(_load(folder)))
+        except Exception as error:  # reading a configuration and building its class can fail in any way
+            problems = [_refusal(error)]
+    if problems:
+        raise ValueError("\n".join(f"model.path is {str(folder)!r}: {problem}" for problem in problems))
+
+
+def _load(folder: Path) -> dict[str, Any]:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        device_map="meta",
+        dtype="auto",
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
+    return dict(loaded[1])
+
+
+def _class_problems(config: Any) -> Iterator[str]:
+    made = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if made is None:
+        yield f"a {config.model_type} is no causal language model of the installed transformers; choose another model"
+        return
+    known = {made} if isinstance(made, str) else set(made)
+    named = set(config.architectures or known)
+    if not named & known:
+        yield (
+            f"its architecture is {', '.join(sorted(named))}, not {' or '.join(sorted(known))}: it does not predict "
+            "the next token; choose a causal language model"
+        )
+
+
+def _key_problems(info: dict[str, Any]) -> Iterator[str]:
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    prefix = _prefix(missing, unexpected)
+    if prefix:
+        yield f"the names of its weights begin with {prefix!r}, which the model's do not; rename them"
+        return
+    if missing:
+        yield f"its weights lack {_names(missing)}, which would be made up; fetch the whole model"
+    if unexpected:
+        yield f"its weights hold {_names(unexpected)}, which the model has no place for; give its own config.json"
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        shapes = [f"{name} {tuple(found)} for {tuple(wanted)}" for name, found, wanted in mismatched]
+        yield f"its weights have other shapes than the model: {_names(shapes)}; give its own config.json"
+    yield from info.get("error_msgs") or ()
+
+
+def _prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """What every key that is left over has before a missing one's name; empty if that is not what is wrong."""
+    if not missing or not unexpected:
+        return ""
+    ends = [name for name in missing if unexpected[0].endswith(f".{name}")]
+    prefix = unexpected[0].removesuffix(max(ends, key=len)) if ends else ""
+    return prefix if prefix and all(name.startswith(prefix) for name in unexpected) else ""
+
+
+def _names(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:NAMES_SHOWN])
+    return shown + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
+
+
+def _refusal(error: Exception) -> str:
+    message = " ".join(line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()[:2])
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which is never run; choose a model that transformers knows by itself"
+    return f"transformers cannot load it: {message}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the loader's own report and progress bar."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

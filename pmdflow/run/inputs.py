@@ -1,0 +1,94 @@
+"""What a run is made from, found and judged before anything starts: the model's folder, the prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from pmdflow.config.load import Loaded
+from pmdflow.config.plan import render_dry_run
+from pmdflow.config.schema import Config
+from pmdflow.data.inputs import Inputs, resolve_inputs
+from pmdflow.data.mixture import MixedPrompts
+from pmdflow.data.prompts import make_prompts
+from pmdflow.errors import LaunchError
+from pmdflow.run.directory import RunDirectory
+
+MERGED = "model"
+"""Folder of a run directory for an adapter that is merged with its base model."""
+
+
+def open_inputs(config: Config, *, pins: Mapping[str, str] | None = None, weights: bool = True) -> Inputs:
+    """Find the model and the data sets, download what is not there, and refuse a model that cannot be trained.
+
+    Args:
+        config: As written.
+        pins: Commits that the run was begun with.
+        weights: Also download the weights of a Hub model.
+
+    Raises:
+        LaunchError: something is missing, not whole, or cannot be trained.
+    """
+    try:
+        inputs = resolve_inputs(config, merged=RunDirectory.path_of(config) / MERGED, pins=pins, weights=weights)
+        if inputs.has_weights:
+            from pmdflow.learner.loading import check_loading  # torch takes seconds; the files have been judged by now
+
+            check_loading(inputs.base)
+    except ValueError as error:
+        raise _refusal(error) from error
+    return inputs
+
+
+def merge(inputs: Inputs) -> None:
+    """Merge an adapter with its base model, once; needs the run directory.
+
+    Raises:
+        LaunchError: the adapter does not fit its base model.
+    """
+    out = Path(inputs.config.model.path)
+    if inputs.adapter is None or out.is_dir():
+        return
+    from pmdflow.learner.adapter import merge_adapter
+
+    try:
+        merge_adapter(inputs.adapter, base=inputs.base, out=out)
+    except ValueError as error:
+        raise _refusal(error) from error
+
+
+def open_prompts(config: Config, *, on_skip: Callable[[str], None]) -> MixedPrompts:
+    """Read and check the data.
+
+    Raises:
+        LaunchError: names the row, the file or the setting.
+    """
+    try:
+        return make_prompts(config, on_skip=on_skip)
+    except ValueError as error:
+        raise _refusal(error) from error
+
+
+def dry_run(loaded: Loaded) -> str:
+    """What `up --dry-run` prints; reads model and data as `up` does, but downloads no weights and starts nothing.
+
+    Raises:
+        LaunchError: as `up` would.
+    """
+    pins = RunDirectory.recorded_inputs(RunDirectory.path_of(loaded.config)).get("pins")
+    inputs = open_inputs(loaded.config, pins=pins, weights=False)
+    config = inputs.config.model_copy(
+        update={"model": inputs.config.model.model_copy(update={"path": str(inputs.base)})}
+    )
+    notes: list[str] = []
+    prompts = open_prompts(config, on_skip=notes.append)
+    if not inputs.has_weights:
+        notes.append(f"the weights of {loaded.config.model.path} are downloaded by `up`")
+    return render_dry_run(replace(loaded, config=config), data=prompts.summary, notes=notes)
+
+
+def _refusal(error: ValueError) -> LaunchError:
+    """The remedy of a single reason follows its last semicolon; several reasons have one each."""
+    text, _, remedy = str(error).rpartition("; ")
+    return LaunchError(text, hint=remedy) if text and "\n" not in str(error) else LaunchError(str(error))

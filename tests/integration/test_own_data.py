@@ -1,0 +1,108 @@
+"""A run on one's own model and data: by Hub id and from parquet, killed whole, the network gone, begun again."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pyarrow
+import pytest
+import yaml
+from pyarrow import parquet
+
+from pmdflow.config.load import load
+from pmdflow.data.prompts import make_prompts
+from pmdflow.store import TrajectoryStore
+from pmdflow.store.archive import parts, read_part
+from tests.support.data import write_jsonl, write_parquet
+from tests.support.hub import Hub
+from tests.support.paths import TINY
+from tests.support.runs import Up, pmdflow, small_config
+
+DEADLINE_S = 300.0
+"""Beyond the usual: it starts twice, and the second time it reads everything again."""
+REWARD = """
+def score(*, completion, prompt, metadata):
+    return float(completion.strip().startswith(metadata["answer"]))
+"""
+
+
+def sums(name: str, n: int) -> list[dict[str, str]]:
+    return [{"question": f"{name} {i} + 1 =", "answer": str(i + 1)} for i in range(n)]
+
+
+@pytest.mark.timeout(900)
+def test_a_mixture_resumed_after_kill_9_without_a_network_repeats_no_prompt_and_skips_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_reward.py").write_text(REWARD)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    files = {path.name: path.read_bytes() for path in TINY.iterdir()}
+    parquet.write_table(pyarrow.Table.from_pylist(sums("hub", 9)), tmp_path / "hub.parquet")
+    columns = {"prompt": "question"}
+    config = small_config(tmp_path, run__iterations=6, eval__prompts=4, scheduler__max_staleness=None)
+    config["reward"] = {"functions": [{"function": "own_reward:score"}]}
+    config["model"] = {"path": "org/tiny"}
+    local = write_parquet(tmp_path / "own.parquet", sums("own", 8), row_group_size=3)
+    config["data"] = {
+        "task": [{"task": local, "columns": columns, "weight": 2}, {"task": "hf:org/sums", "columns": columns}],
+        "group_size": 4,
+        "max_tokens": 60,
+    }
+    with Hub(tmp_path / "home") as hub:
+        for name, value in hub.environment.items():
+            monkeypatch.setenv(name, value)
+        hub.push("org/tiny", files)
+        data = {"README.md": b"# sums", "data/train-0.parquet": (tmp_path / "hub.parquet").read_bytes()}
+        hub.push("org/sums", data, kind="datasets")
+        up = Up(tmp_path, config)
+        up.wait_for(lambda: len(up.iterations()) >= 3, "the third iteration", DEADLINE_S)
+        up.kill_everything()
+        hub.push("org/tiny", {**files, "generation_config.json": b"{}"})  # a resumed run stays on what it began with
+
+    again = Up(tmp_path, config)
+    assert again.wait(DEADLINE_S) == 0, again.output
+    assert [int(path.name[5:11]) for path in parts(again.run)] == [1, 2, 3, 4, 5, 6]
+    assert_each_cursor_once(again.run)
+
+
+def assert_each_cursor_once(run: Path) -> None:
+    """What was trained and what waits are the prompts of the first cursors, each once for each time it was drawn."""
+    prompts = make_prompts(load(run / "config.yaml").config)
+    store = TrajectoryStore(run / "store", groups_per_iteration=4, lookahead=1, max_staleness=None)
+    waiting = [group for group in store.groups() if group["iteration"] is None and group["kind"] == "train"]
+    cursors = store.counts().next_cursor
+    store.close()
+    trained = Counter(name for path in parts(run) for name in read_part(path).prompt_ids)
+    assert all(count % 4 == 0 for count in trained.values())
+    found = Counter({name: count // 4 for name, count in trained.items()})
+    found.update(group["prompt_id"] for group in waiting)
+    assert found == Counter(prompts.prompt(cursor).id for cursor in range(cursors))
+    assert cursors > 20
+    assert max(found.values()) > 1  # the sources have been gone through
+
+
+@pytest.mark.timeout(300)
+def test_a_dry_run_judges_model_and_data_and_downloads_no_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(tmp_path)
+    config["model"] = {"path": "org/tiny"}
+    rows = [{"prompt": f"{i} + 1 =" + "x" * (400 if i == 7 else 0)} for i in range(10)]
+    config["data"] = {"task": write_jsonl(tmp_path / "own.jsonl", rows), "max_tokens": 120, "group_size": 4}
+    config["data"] |= {"max_prompt_tokens": 300, "skip_long_prompts": True}
+    config["eval"]["prompts"] = 2
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(config))
+    with Hub(tmp_path / "home") as hub:
+        for name, value in hub.environment.items():
+            monkeypatch.setenv(name, value)
+        hub.push("org/tiny", TINY)
+        done = pmdflow("up", str(file), "--dry-run")
+        assert done.returncode == 0, done.stderr
+        assert hub.asked("model.safetensors") == []
+    assert "own  10 prompts, 7 to train on, 2 held out" in done.stdout
+    assert "1 of 10 prompts are longer than data.max_prompt_tokens; the longest" in done.stdout
+    assert "the weights of org/tiny are downloaded by `up`" in done.stdout
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,82 @@
+"""A LoRA adapter's folder becomes a model folder that computes what PEFT computes; one that does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pmdflow.data.inputs import resolve_inputs
+from pmdflow.learner.adapter import merge_adapter
+from pmdflow.learner.loading import check_loading
+from tests.support.data import make_config
+from tests.support.paths import TINY
+
+IDS = torch.tensor([[5, 9, 12, 40]])
+
+
+def save_adapter(folder: Path, base: Path | str = TINY, **settings: Any) -> Path:
+    """A rank-4 adapter with random weights."""
+    torch.manual_seed(1)
+    model: Any = AutoModelForCausalLM.from_pretrained(TINY)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], **settings))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(folder)
+    written = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**written, "base_model_name_or_path": str(base)}))
+    return folder
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(IDS).logits
+    return found
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_a_merged_folder_computes_what_peft_does(tmp_path: Path, settings: dict[str, Any]) -> None:
+    adapter = save_adapter(tmp_path / "adapter", **settings)
+    expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY), str(adapter)))
+    merge_adapter(adapter, base=TINY, out=tmp_path / "model")
+    check_loading(tmp_path / "model")
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
+    assert (
+        (found - expected).abs().max() < 1e-3 < (found - logits(AutoModelForCausalLM.from_pretrained(TINY))).abs().max()
+    )
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "model").get_vocab() == AutoTokenizer.from_pretrained(TINY).get_vocab()
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "model"]
+
+
+def test_the_base_model_is_found_as_the_adapter_names_it(tmp_path: Path) -> None:
+    adapter, merged = save_adapter(tmp_path / "adapter"), tmp_path / "run" / "model"
+    inputs = resolve_inputs(make_config(str(adapter), "reasoning_gym/gcd"), merged=merged)
+    assert (inputs.adapter, inputs.base, inputs.config.model.path) == (adapter, TINY, str(merged))
+    assert set(inputs.model) == {"adapter", "base"}
+    save_adapter(adapter, base="no/such-folder-here")
+    with pytest.raises(ValueError, match=r"model\.path is 'no/such-folder-here'"):
+        resolve_inputs(make_config(str(adapter), "reasoning_gym/gcd"), merged=merged)
+
+
+def test_an_adapter_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
+    adapter, out = save_adapter(tmp_path / "adapter"), tmp_path / "model"
+    path = adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file({name.replace("layers.3", "layers.7"): tensor for name, tensor in weights.items()}, path)
+    with pytest.raises(ValueError, match=rf"model\.path is '{adapter}': \d+ of its weights do not fit {TINY}"):
+        merge_adapter(adapter, base=TINY, out=out)
+    save_file(
+        {name: tensor[..., :2].contiguous() if "lora_A" in name else tensor for name, tensor in weights.items()}, path
+    )
+    with pytest.raises(ValueError, match=f"it cannot be merged with {TINY}"):
+        merge_adapter(adapter, base=TINY, out=out)
+    assert not out.exists()
