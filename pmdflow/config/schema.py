@@ -347,11 +347,16 @@ class Config(Section):
     weights: WeightsConfig = WeightsConfig()
     dashboard: DashboardConfig = DashboardConfig()
 
-    def reward_functions(self, source: str | None) -> list[RewardFunctionConfig]:
-        """What judges answers to prompts whose metadata names this source: its own functions, or all sources'."""
-        own = {f"{EVAL_PREFIX}{name}": given.reward for name, given in self.eval.sets.items()}
-        own |= {given.label: given.reward for given in self.data.sources}
-        return own.get(source or self.data.sources[0].label) or self.reward.functions
+    @property
+    def own_rewards(self) -> dict[str, list[RewardFunctionConfig]]:
+        """Reward functions of sources and evaluation sets that have their own, by the source that a prompt names.
+
+        Prompts of a single source name none: "".
+        """
+        given = {f"{EVAL_PREFIX}{name}": given.reward for name, given in self.eval.sets.items()}
+        sources = self.data.sources
+        given |= {source.label: source.reward for source in sources} if len(sources) > 1 else {"": sources[0].reward}
+        return {name: functions for name, functions in given.items() if functions is not None}
 
     @model_validator(mode="after")
     def _refuse_impossible(self) -> Config:

@@ -74,7 +74,7 @@ class RewardActor:
         """
         tokenizer = load_tokenizer(self._config.model.path)
         with self._spans.span("start"):
-            runner = RewardRunner(self._config.reward)
+            runner = RewardRunner(self._config.reward, self._config.own_rewards)
         with runner:
             while not self._stopping.is_set():
                 self._fetch(runner, tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -10,7 +11,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -21,6 +22,7 @@ from pmdflow.reward.rubric import Scored
 
 if TYPE_CHECKING:
     from pmdflow.config.schema import RewardConfig
+    from pmdflow.config.sources import RewardFunctionConfig
 
 TRANSFER_TIMEOUT_S = 10
 """Limit of one message over a socket; only a stopped process is that slow."""
@@ -47,7 +49,9 @@ class RewardProcess:
     Its own session lets a kill reach what its reward functions started.
     """
 
-    def __init__(self, config: RewardConfig, *, start_timeout_s: float) -> None:
+    def __init__(
+        self, config: RewardConfig, own: Mapping[str, Sequence[RewardFunctionConfig]], *, start_timeout_s: float
+    ) -> None:
         """Start it; it is ready once it has said so."""
         self._timeout_s = config.timeout_s
         ours, theirs = socket.socketpair()
@@ -72,7 +76,8 @@ class RewardProcess:
         self._num_sent = 0
         self.deadline: float | None = time.monotonic() + start_timeout_s
         """When the start, or the next answer, has taken too long; monotonic seconds."""
-        self._send(config.model_dump_json())
+        functions = {name: [entry.model_dump(mode="json") for entry in entries] for name, entries in own.items()}
+        self._send([config.model_dump_json(), json.dumps(functions)])
 
     @property
     def pid(self) -> int:

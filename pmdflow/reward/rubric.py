@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pmdflow.config.sources import SOURCE_KEY
 from pmdflow.reward.function import RewardFunction, bind, load_function
 
 if TYPE_CHECKING:
     from pmdflow.config.schema import RewardConfig
+    from pmdflow.config.sources import RewardFunctionConfig
     from pmdflow.types import Outcome
 
 
@@ -102,6 +104,39 @@ class Rubric:
     @property
     def _beyond(self) -> str:
         return f"beyond reward.max_abs ({self._max_abs:g}): scale it, or raise the bound"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rubrics:
+    """The rubric of every source of prompts."""
+
+    default: Rubric
+    own: Mapping[str, Rubric]
+    """Of the sources that have their own, by name; "" is what prompts of a single source are of."""
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        """What the functions of any ask for."""
+        return frozenset().union(*(rubric.inputs for rubric in (self.default, *self.own.values())))
+
+    @property
+    def is_concurrent(self) -> bool:
+        """Whether completions are judged many at once: if one rubric does so, all do."""
+        return any(rubric.is_concurrent for rubric in (self.default, *self.own.values()))
+
+    def of(self, metadata: Mapping[str, Any]) -> Rubric:
+        """The rubric of a prompt."""
+        return self.own.get(metadata.get(SOURCE_KEY, ""), self.default)
+
+
+def load_rubrics(config: RewardConfig, own: Mapping[str, Sequence[RewardFunctionConfig]]) -> Rubrics:
+    """Import the functions of the `reward` section and of the sources that have their own.
+
+    Raises:
+        ValueError: as `load_rubric`.
+    """
+    rubrics = {name: load_rubric(config.model_copy(update={"functions": given})) for name, given in own.items()}
+    return Rubrics(default=load_rubric(config), own=rubrics)
 
 
 def load_rubric(config: RewardConfig) -> Rubric:

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from multiprocessing.connection import wait as wait_readable
 from types import TracebackType
@@ -19,6 +19,7 @@ from pmdflow.reward.rubric import Scored, infra_failure
 
 if TYPE_CHECKING:
     from pmdflow.config.schema import RewardConfig
+    from pmdflow.config.sources import RewardFunctionConfig
 
 START_TIMEOUT_S = 120.0
 """Limit of one subprocess's start: interpreter, imports of the rubric."""
@@ -45,14 +46,26 @@ class RewardRunner:
         ...     runner.map([ScoreItem(completion="answer: 3", prompt="1 + 2", metadata=metadata)])
     """
 
-    def __init__(self, config: RewardConfig, *, start_timeout_s: float = START_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        config: RewardConfig,
+        own: Mapping[str, Sequence[RewardFunctionConfig]] | None = None,
+        *,
+        start_timeout_s: float = START_TIMEOUT_S,
+    ) -> None:
         """Start the subprocesses and wait until each has imported the rubric.
+
+        Args:
+            config: The `reward` section.
+            own: Functions of sources that have their own: `Config.own_rewards`.
+            start_timeout_s: Limit of one subprocess's start.
 
         Raises:
             ValueError: the rubric cannot be imported; names the function and the cause.
             PmdflowError: a subprocess crashed or hung while it imported the rubric.
         """
         self._config = config
+        self._own = own or {}
         self._start_timeout_s = start_timeout_s
         self._jobs: deque[Job] = deque()
         self._lock = threading.Lock()
@@ -227,7 +240,7 @@ class RewardRunner:
         return self._start()
 
     def _start(self) -> RewardProcess:
-        return RewardProcess(self._config, start_timeout_s=self._start_timeout_s)
+        return RewardProcess(self._config, self._own, start_timeout_s=self._start_timeout_s)
 
     def _count_failed_start(self, failure: str) -> None:
         self._failed_starts += 1

@@ -1,9 +1,10 @@
 """A reward subprocess: imports the rubric once, then scores what its parent sends.
 
 Started by `pmdflow.reward.process` as `python -m pmdflow.reward.worker FD PARENT_PID`. Over the socket FD, in msgpack:
-the parent sends the reward section as JSON, then batches of [number, encoded item]; this side answers once why the
-rubric cannot be imported ("" if it can), what it asks for and whether it is concurrent; then [number, outcome, reward,
-components, message] an item. A rubric of plain functions scores one item at a time, in the order of arrival.
+the parent sends the reward section and the sources' own functions as JSON, then batches of [number, encoded item];
+this side answers once why a rubric cannot be imported ("" if all can), what they ask for and whether they are
+concurrent; then [number, outcome, reward, components, message] an item. Rubrics of plain functions score one item at a
+time, in the order of arrival.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import signal
 import sys
 from multiprocessing.connection import Connection
 
+from pydantic import TypeAdapter
+
 from pmdflow.config.schema import RewardConfig
+from pmdflow.config.sources import RewardFunctionConfig
 from pmdflow.reward.item import decode, decode_inputs, encode
-from pmdflow.reward.rubric import Rubric, Scored, infra_failure, load_rubric
+from pmdflow.reward.rubric import Rubrics, Scored, infra_failure, load_rubrics
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -27,39 +31,42 @@ def main() -> None:
     connection, parent = Connection(int(sys.argv[1])), int(sys.argv[2])
     _die_with(parent)
     os.dup2(2, 1)  # what reward functions print goes to the actor's log
-    config = RewardConfig.model_validate_json(decode(connection.recv_bytes()))
+    reward, own = decode(connection.recv_bytes())
+    config = RewardConfig.model_validate_json(reward)
     try:
-        rubric = load_rubric(config)
+        rubrics = load_rubrics(config, TypeAdapter(dict[str, list[RewardFunctionConfig]]).validate_json(own))
     except ValueError as error:
         connection.send_bytes(encode([str(error), [], False]))
         return
-    connection.send_bytes(encode(["", sorted(rubric.inputs), rubric.is_concurrent]))
+    connection.send_bytes(encode(["", sorted(rubrics.inputs), rubrics.is_concurrent]))
     try:
-        if rubric.is_concurrent:
-            asyncio.run(_score_together(connection, rubric, config.timeout_s))
+        if rubrics.is_concurrent:
+            asyncio.run(_score_together(connection, rubrics, config.timeout_s))
         else:
-            _score_in_turn(connection, rubric, config.timeout_s)
+            _score_in_turn(connection, rubrics, config.timeout_s)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
 
-def _score_in_turn(connection: Connection, rubric: Rubric, timeout_s: float) -> None:
+def _score_in_turn(connection: Connection, rubrics: Rubrics, timeout_s: float) -> None:
     """Score one item at a time; the parent kills this process when one takes too long."""
     while True:
         for number, item in decode(connection.recv_bytes()):
-            _answer(connection, number, rubric(**decode_inputs(item), timeout_s=timeout_s))
+            inputs = decode_inputs(item)
+            _answer(connection, number, rubrics.of(inputs["metadata"])(**inputs, timeout_s=timeout_s))
 
 
-async def _score_together(connection: Connection, rubric: Rubric, timeout_s: float) -> None:
+async def _score_together(connection: Connection, rubrics: Rubrics, timeout_s: float) -> None:
     """Score every item from its arrival on, until the parent closes its end."""
     loop = asyncio.get_running_loop()
     closed: asyncio.Future[None] = loop.create_future()
     running: set[asyncio.Task[None]] = set()
 
     async def score(number: int, item: bytes) -> None:
+        inputs = {**decode_inputs(item), "timeout_s": timeout_s}
         try:
             async with asyncio.timeout(timeout_s):
-                scored = await rubric.score({**decode_inputs(item), "timeout_s": timeout_s})
+                scored = await rubrics.of(inputs["metadata"]).score(inputs)
         except TimeoutError:
             scored = infra_failure(f"timed out after {timeout_s:g} s")
         _answer(connection, number, scored)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from pmdflow.config.sources import RewardFunctionConfig
 from pmdflow.errors import PmdflowError
+from pmdflow.reward.item import ScoreItem
 from pmdflow.reward.runner import RewardRunner
 from tests.support.reward import items, make_config
 
@@ -23,6 +25,18 @@ def test_results_come_in_order() -> None:
         assert runner.map([]) == []
         kinds = runner.map(items("1", "invalid", "nan", "raise", "\ud800"))
         assert [result.outcome for result in kinds] == ["scored", "invalid", *["infra_failure"] * 3]
+
+
+@pytest.mark.usefixtures("functions")
+@pytest.mark.parametrize("default", ["graders:obey", "graders:obey_together"])
+def test_a_source_is_judged_by_its_own_functions(default: str) -> None:
+    own = {"words": [RewardFunctionConfig(function="graders:length", weight=2.0)]}
+    with RewardRunner(make_config(default), own) as runner:
+        sources = [{"prompt_source": "words"}, {"prompt_source": "numbers"}, {}]
+        made = [ScoreItem(completion="12345", prompt="?", metadata=metadata) for metadata in sources]
+        scored = runner.map(made)
+    assert [result.reward for result in scored] == [10.0, 12345.0, 12345.0]
+    assert list(scored[0].components) == ["graders.length"]
 
 
 @pytest.mark.usefixtures("functions")
