@@ -41,6 +41,7 @@ BINDING = [
     ),
     (OBJECTIVE, "veto", lambda old_logprobs, behavior_logprobs, mask: None),
     (LENGTH, "length_reward", lambda lengths, correct, groups: None),
+    ("pmdflow.reward.tool_call", "tool_call_score", lambda expected, calls, *, high=3.0, low=-3.0: None),
 ]  # fmt: skip
 
 

@@ -178,6 +178,10 @@ def _sampling_problems(rollout: RolloutConfig, reward: RewardConfig) -> Iterator
             f"reward.length_warmup_iterations is {reward.length_warmup_iterations} while reward.length_weight is 0: "
             "there is nothing to warm up; set length_weight"
         )
+    for name in ("invalid", "cut_reward", "repetition_penalty"):
+        value = getattr(reward, name)
+        if value is not None and abs(value) > reward.max_abs:
+            yield f"reward.{name} ({value:g}) is beyond reward.max_abs ({reward.max_abs:g}); lower it"
     if reward.repetition_penalty and rollout.repetition is None:
         yield (
             f"reward.repetition_penalty is {reward.repetition_penalty} while rollout.repetition is null: no "

@@ -146,7 +146,7 @@ def _actors(config: Config, model: ModelSize | None) -> Iterator[ActorPlan]:
     engine_bytes = _engine_bytes(config, model)
     rank_bytes = _rank_bytes(config, model)
     yield ActorPlan(role="store", count=1, cpus=0, gpus=0, memory_bytes=0)
-    yield ActorPlan(role=f"reward, {reward.workers} subprocesses", count=1, cpus=0, gpus=0, memory_bytes=0)
+    yield ActorPlan(role=f"reward, {reward.workers} subprocesses", count=reward.actors, cpus=0, gpus=0, memory_bytes=0)
     yield ActorPlan(
         role="rollout",
         count=rollout.actors,

@@ -76,12 +76,18 @@ class RewardConfig(Section):
 
     functions: Annotated[list[RewardFunctionConfig], Field(min_length=1)]
     """The rubric."""
+    actors: PositiveInt = 1
+    """Reward actors, spread over the nodes of the cluster."""
     workers: PositiveInt = 1
-    """Subprocesses."""
+    """Subprocesses of each actor. One scores a trajectory at a time, or many if a function is a coroutine."""
     timeout_s: PositiveFloat = 10.0
     """Wall-clock limit of one trajectory; beyond it the subprocess is killed and the attempt is an infra failure."""
     max_attempts: PositiveInt = 3
     """Infra failures after which a trajectory is `failed`: outside the baseline and out of k."""
+    max_failures_in_a_row: PositiveInt = 100
+    """Infra failures without any other outcome between them, after which the run ends with the first one's message."""
+    max_abs: PositiveFloat = 1.0e6
+    """Largest size of a function's value and of the weighted sum; what is beyond it is an infra failure."""
     invalid: float = Field(default=0.0, allow_inf_nan=False)
     """Reward of a completion that its function calls invalid."""
     length_weight: NonNegativeFloat = 0.0
@@ -343,11 +349,16 @@ class Config(Section):
     metrics: MetricsConfig = MetricsConfig()
     dashboard: DashboardConfig = DashboardConfig()
 
-    def reward_functions(self, source: str | None) -> list[RewardFunctionConfig]:
-        """What judges answers to prompts whose metadata names this source: its own functions, or all sources'."""
-        own = {f"{EVAL_PREFIX}{name}": given.reward for name, given in self.eval.sets.items()}
-        own |= {given.label: given.reward for given in self.data.sources}
-        return own.get(source or self.data.sources[0].label) or self.reward.functions
+    @property
+    def own_rewards(self) -> dict[str, list[RewardFunctionConfig]]:
+        """Reward functions of sources and evaluation sets that have their own, by the source that a prompt names.
+
+        Prompts of a single source name none: "".
+        """
+        given = {f"{EVAL_PREFIX}{name}": given.reward for name, given in self.eval.sets.items()}
+        sources = self.data.sources
+        given |= {source.label: source.reward for source in sources} if len(sources) > 1 else {"": sources[0].reward}
+        return {name: functions for name, functions in given.items() if functions is not None}
 
     @model_validator(mode="after")
     def _refuse_impossible(self) -> Config:

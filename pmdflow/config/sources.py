@@ -27,7 +27,11 @@ class RewardFunctionConfig(Section):
     """One weighted reward function."""
 
     function: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-    """Import path `package.module:name` of `f(*, completion: str, prompt: str, metadata: Mapping) -> float`."""
+    """Import path `package.module:name`. Its parameters name what it gets: `completion`, `raw_completion`, `token_ids`,
+    `stop`, `prompt`, `messages`, `metadata`, `timeout_s`. Shipped are `pmdflow.reward.math:score`, `.code:score`,
+    `.tool_call:score`, `.judge:score` and `.reasoning_gym:score`."""
+    args: dict[str, Any] = {}
+    """Its other arguments, such as the model of a judge."""
     weight: float = Field(default=1.0, allow_inf_nan=False)
     """Factor of its value in the reward."""
 

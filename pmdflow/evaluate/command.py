@@ -159,7 +159,7 @@ def _samples(
     """The scored attempts at each prompt, and the seconds that they took once everything had started."""
     tokenizer = load_tokenizer(config.model.path)
     engine = make_engine_of(checkpoint, config, seed=options.seed)
-    with contextlib.closing(engine), RewardRunner(config.reward) as runner:
+    with contextlib.closing(engine), RewardRunner(config.reward, config.own_rewards) as runner:
         started = time.monotonic()
         results = generate_and_score(
             engine=engine,

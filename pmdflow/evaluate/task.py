@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pmdflow.errors import WaitTimeout
+from pmdflow.reward.item import ScoreItem
 from pmdflow.reward.rubric import Scored
-from pmdflow.reward.runner import RewardRunner, ScoreItem
+from pmdflow.reward.runner import RewardRunner
 from pmdflow.rollout.attempts import generate_attempts
 from pmdflow.rollout.engine import RolloutEngine
 from pmdflow.rollout.leasing import LeaseTaker
@@ -61,16 +62,23 @@ def generate_and_score(
     scores: list[tuple[Sample, Future[Scored]]] = []
     for index, held, problems in generate_attempts(engine, taker, prompts, samples=samples, max_tokens=max_tokens):
         observed = sum(len(turn.observed) for turn in held.session.turns) if held.session is not None else 0
-        text = tokenizer.decode(held.context, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        prompt = prompts[index]
+        item = ScoreItem.of_tokens(
+            held.context,
+            tokenizer=tokenizer,
+            inputs=runner.inputs,
+            prompt=prompt.text,
+            stop=str(held.stop),
+            metadata=prompt.metadata,
+        )
         sample = Sample(
-            completion=str(text),
+            completion=item.completion,
             tokens=len(held.context) - observed,
             observed=observed,
             stop=str(held.stop),
             problems=problems,
         )
         done[index].append(sample)
-        item = ScoreItem(completion=sample.completion, prompt=prompts[index].text, metadata=prompts[index].metadata)
         scores.append((sample, runner.submit(item)))
     for sample, future in scores:
         _score(sample, future)

@@ -5,26 +5,30 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
+from ray import ObjectRef
 
 from pmdflow.config.schema import Config
 from pmdflow.data.tokenizer import load_tokenizer
 from pmdflow.errors import WaitTimeout
-from pmdflow.metrics.report import ActorReport
+from pmdflow.metrics.report import ActorReport, Event
 from pmdflow.metrics.spans import SpanBuffer
+from pmdflow.reward.item import ScoreItem, decode_text
+from pmdflow.reward.process import BATCH
 from pmdflow.reward.rubric import Scored
-from pmdflow.reward.runner import RewardRunner, ScoreItem
+from pmdflow.reward.runner import RewardRunner
+from pmdflow.store.actor import StoreActor
+from pmdflow.store.client import StoreHandle, call
 from pmdflow.types import Unscored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_IN_FLIGHT = 256
-"""Trajectories held at a time."""
+HELD_IN_TURN = 2
+"""Trajectories held for each subprocess that scores one at a time: the other waits at most `reward.timeout_s`."""
 FETCH_WAIT_S = 1.0
 """How long a request for trajectories stays parked in the store while nothing is in flight."""
 RESULT_WAIT_S = 0.25
@@ -32,22 +36,28 @@ RESULT_WAIT_S = 0.25
 STORE_TIMEOUT_S = 120.0
 """A call unanswered for this long ends the actor: it outlasts a restart of the store actor."""
 TTL_MARGIN_S = 5.0
-"""Beyond `reward.timeout_s`, when the store hands a trajectory out again; known ones are then ignored."""
+"""Beyond the time-outs of those held, when the store hands a trajectory out again; known ones are then ignored."""
 NUM_MESSAGES = 3
 """Messages kept of the failures of one span."""
 
+Answer = TypeVar("Answer")
 _Key = tuple[int, int]
 """Trajectory and attempt."""
 
 
 class RewardActor:
-    """Scores complete trajectories in killable subprocesses. It owns nothing: what it loses is handed out again."""
+    """Scores complete trajectories in killable subprocesses. It owns nothing: what it loses is handed out again.
 
-    def __init__(self, *, config: Config, store: Any) -> None:
-        """Start nothing yet; `store` is the handle of the store actor."""
+    Where there are several, each scores what the store hands it; of two answers to one attempt the first one counts.
+    """
+
+    def __init__(self, *, config: Config, index: int, store: StoreHandle) -> None:
+        """Start nothing yet; `index` numbers the reward actors."""
         self._config = config
         self._store = store
-        self._spans = SpanBuffer("reward")
+        self._spans = SpanBuffer(f"reward-{index}")
+        self._failures: list[str] = []
+        """Messages of infra failures since the last report."""
         self._in_flight: dict[_Key, Future[Scored]] = {}
         self._stopping = threading.Event()
 
@@ -60,11 +70,11 @@ class RewardActor:
 
         Raises:
             ValueError: the rubric or the tokenizer cannot be loaded.
-            PmdflowError: reward subprocesses do not start, or the store does not answer.
+            PmdflowError: reward subprocesses do not start, only failures come of them, or the store does not answer.
         """
         tokenizer = load_tokenizer(self._config.model.path)
         with self._spans.span("start"):
-            runner = RewardRunner(self._config.reward)
+            runner = RewardRunner(self._config.reward, self._config.own_rewards)
         with runner:
             while not self._stopping.is_set():
                 self._fetch(runner, tokenizer)
@@ -76,31 +86,32 @@ class RewardActor:
         self._stopping.set()
 
     def drain(self) -> ActorReport:
-        """Spans since the last call: `start`, `wait_unscored` and `score`.
+        """What happened since the last call: spans `start`, `wait_unscored` and `score`, and one event of failures.
 
         `score` has the attributes `scored`, `invalid` and `infra_failure` (counts) and, after infra failures,
         `messages`.
         """
-        return ActorReport(spans=self._spans.drain())
+        failures, self._failures = self._failures, []
+        what = f"failed scorings: {len(failures)}; the first: {failures[0]}" if failures else ""
+        events = [Event(kind="scoring_failed", message=what)] if failures else []
+        return ActorReport(spans=self._spans.drain(), events=events)
 
     def _fetch(self, runner: RewardRunner, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take as many trajectories as there is room for; waits for the first one only if nothing is in flight."""
-        room = MAX_IN_FLIGHT - len(self._in_flight)
-        if not room:
+        each = BATCH if runner.is_concurrent else HELD_IN_TURN
+        room = each * self._config.reward.workers - len(self._in_flight)
+        if room <= 0:
             return
         start = time.time()
-        ttl_s = self._config.reward.timeout_s + TTL_MARGIN_S
+        ttl_s = HELD_IN_TURN * self._config.reward.timeout_s + TTL_MARGIN_S
         wait_s = 0.0 if self._in_flight else FETCH_WAIT_S
-        items: list[Unscored] = self._call("unscored", room, ttl_s, wait_s) or []
+        items = self._answer(call(self._store, StoreActor.unscored, room, ttl_s, wait_s)) or []
         if not self._in_flight:
             self._spans.add("wait_unscored", start, time.time())
-        fresh = [item for item in items if (item.trajectory, item.attempt) not in self._in_flight]
-        if not fresh:  # batch_decode makes [""] of []
-            return
-        texts = _decode(tokenizer, [ids for item in fresh for ids in (item.tokens, item.prompt)])
-        for item, completion, prompt in zip(fresh, texts[::2], texts[1::2], strict=True):
-            work = ScoreItem(completion=completion, prompt=prompt, metadata=item.metadata)
-            self._in_flight[item.trajectory, item.attempt] = runner.submit(work)
+        for item in items:
+            key = (item.trajectory, item.attempt)
+            if key not in self._in_flight:
+                self._in_flight[key] = runner.submit(_score_item(item, tokenizer, runner))
 
     def _write(self) -> None:
         """Wait a little for results, and write those that are there."""
@@ -108,32 +119,34 @@ class RewardActor:
         wait(self._in_flight.values(), timeout=RESULT_WAIT_S)
         done = {key: future.result() for key, future in self._in_flight.items() if future.done()}
         if done:
-            self._call(
-                "score",
-                [(*key, scored.outcome, scored.reward, dict(scored.components)) for key, scored in done.items()],
-            )
+            scores = [(*key, scored.outcome, scored.reward, dict(scored.components)) for key, scored in done.items()]
+            self._answer(call(self._store, StoreActor.score, scores))
         for key in done:
             del self._in_flight[key]
         failures = [scored.message for scored in done.values() if scored.outcome == "infra_failure"]
+        self._failures += failures
         attrs: dict[str, Any] = dict(Counter(scored.outcome for scored in done.values()))
         if failures:
             attrs["messages"] = failures[-NUM_MESSAGES:]
         self._spans.add("score", start, time.time(), **attrs)
 
-    def _call(self, method: str, *args: Any) -> Any:
+    def _answer(self, ref: ObjectRef[Answer]) -> Answer | None:
         """The answer of the store actor; None if `stop` came first."""
-        ref = getattr(self._store, method).remote(*args)
         deadline = time.monotonic() + STORE_TIMEOUT_S
         while not ray.wait([ref], timeout=FETCH_WAIT_S)[0]:
             if self._stopping.is_set():
                 return None
             if time.monotonic() > deadline:
-                raise WaitTimeout(f"the store actor did not answer {method} within {STORE_TIMEOUT_S:g} s")
+                raise WaitTimeout(f"the store actor did not answer the reward actor within {STORE_TIMEOUT_S:g} s")
         return ray.get(ref, timeout=STORE_TIMEOUT_S)
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Any]) -> list[str]:
-    """Texts without special tokens, spaces as they were generated."""
-    rows = [row.tolist() for row in ids]
-    texts: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return texts
+def _score_item(item: Unscored, tokenizer: PreTrainedTokenizerBase, runner: RewardRunner) -> ScoreItem:
+    return ScoreItem.of_tokens(
+        item.tokens.tolist(),
+        tokenizer=tokenizer,
+        inputs=runner.inputs,
+        prompt=item.text if item.text is not None else decode_text(tokenizer, item.prompt.tolist()),
+        stop=item.stop.name.lower(),
+        metadata=item.metadata,
+    )

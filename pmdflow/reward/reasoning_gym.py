@@ -6,13 +6,12 @@ import json
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from reasoning_gym.dataset import ProceduralDataset  # it loads slowly: while a subprocess starts, not in its first item
 
 from pmdflow.data.gym import make_dataset, unpack
 from pmdflow.reward.rubric import InvalidCompletion
-
-if TYPE_CHECKING:
-    from reasoning_gym.dataset import ProceduralDataset
 
 MARKER = re.compile("answer:", re.IGNORECASE)
 """What precedes the final answer in a completion."""

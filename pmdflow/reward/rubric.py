@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import math
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat, cast
+from typing import TYPE_CHECKING, Any
+
+from pmdflow.config.sources import SOURCE_KEY
+from pmdflow.reward.function import RewardFunction, bind, load_function
 
 if TYPE_CHECKING:
     from pmdflow.config.schema import RewardConfig
+    from pmdflow.config.sources import RewardFunctionConfig
     from pmdflow.types import Outcome
-
-
-class RewardFunction(Protocol):
-    """Judges one completion."""
-
-    def __call__(self, *, completion: str, prompt: str, metadata: Mapping[str, Any]) -> float:
-        """Return a finite number, or raise `InvalidCompletion` where the completion cannot be judged at all."""
 
 
 class InvalidCompletion(Exception):
@@ -47,37 +42,101 @@ class Rubric:
     """Weighted reward functions, called one after the other.
 
     Example:
-        >>> def shout(*, completion, prompt, metadata):
+        >>> def shout(*, completion):
         ...     return float(completion.isupper())
-        >>> Rubric(functions={"shout": (shout, 2.0)}, invalid=0.0)(completion="YES", prompt="?", metadata={}).reward
+        >>> Rubric(functions=[bind(shout, name="shout", weight=2.0)], invalid=0.0, max_abs=1e6)(completion="YES").reward
         2.0
     """
 
-    def __init__(self, *, functions: Mapping[str, tuple[RewardFunction, float]], invalid: float) -> None:
-        """Make a rubric of `functions`, {component name: (function, weight)}; `invalid` is an invalid one's reward."""
-        self._functions = dict(functions)
+    def __init__(self, *, functions: Sequence[RewardFunction], invalid: float, max_abs: float) -> None:
+        """Make a rubric; `invalid` is the reward of an invalid completion, `max_abs` bounds every other."""
+        self._functions = tuple(functions)
         self._invalid = invalid
+        self._max_abs = max_abs
 
     @property
     def names(self) -> tuple[str, ...]:
         """Component names."""
-        return tuple(self._functions)
+        return tuple(function.name for function in self._functions)
 
-    def __call__(self, *, completion: str, prompt: str, metadata: Mapping[str, Any]) -> Scored:
+    @property
+    def inputs(self) -> frozenset[str]:
+        """What its functions ask for: keys of `pmdflow.reward.function.INPUTS`."""
+        return frozenset(name for function in self._functions for name in function.inputs)
+
+    @property
+    def is_concurrent(self) -> bool:
+        """Whether it judges many completions at once in one event loop."""
+        return any(function.is_concurrent for function in self._functions)
+
+    def __call__(self, **inputs: Any) -> Scored:
+        """Score one completion, outside an event loop; as `score`."""
+        scoring = self.score(inputs)
+        if self.is_concurrent:
+            return asyncio.run(scoring)
+        try:
+            scoring.send(None)  # without a loop, so that plain functions may have loops of their own
+        except StopIteration as end:
+            scored: Scored = end.value
+            return scored
+        raise AssertionError("plain functions never wait")
+
+    async def score(self, inputs: Mapping[str, Any]) -> Scored:
         """Score one completion; never raises for what a function does, and never turns a failure into a number."""
         components: dict[str, float] = {}
-        for name, (function, _) in self._functions.items():
+        for function in self._functions:
             try:
-                components[name] = _finite(function(completion=completion, prompt=prompt, metadata=metadata))
+                value = await function.value(inputs)
             except InvalidCompletion as error:
-                zeros = dict.fromkeys(self._functions, 0.0)
-                return Scored(outcome="invalid", reward=self._invalid, components=zeros, message=f"{name}: {error}")
+                zeros = dict.fromkeys(self.names, 0.0)
+                message = f"{function.name}: {error}"
+                return Scored(outcome="invalid", reward=self._invalid, components=zeros, message=message)
             except Exception as error:
-                return infra_failure(f"{name}: {type(error).__name__}: {error}")
-        reward = sum(weight * components[name] for name, (_, weight) in self._functions.items())
-        if not math.isfinite(reward):
-            return infra_failure(f"the weighted sum of {components} is {reward}")
+                return infra_failure(f"{function.name}: {type(error).__name__}: {error}")
+            if abs(value) > self._max_abs:
+                return infra_failure(f"{function.name}: returned {value:g}, {self._beyond}")
+            components[function.name] = value
+        reward = sum(function.weight * components[function.name] for function in self._functions)
+        if not abs(reward) <= self._max_abs:  # NaN as well
+            return infra_failure(f"the weighted sum of {components} is {reward:g}, {self._beyond}")
         return Scored(outcome="scored", reward=reward, components=components)
+
+    @property
+    def _beyond(self) -> str:
+        return f"beyond reward.max_abs ({self._max_abs:g}): scale it, or raise the bound"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rubrics:
+    """The rubric of every source of prompts."""
+
+    default: Rubric
+    own: Mapping[str, Rubric]
+    """Of the sources that have their own, by name; "" is what prompts of a single source are of."""
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        """What the functions of any ask for."""
+        return frozenset().union(*(rubric.inputs for rubric in (self.default, *self.own.values())))
+
+    @property
+    def is_concurrent(self) -> bool:
+        """Whether completions are judged many at once: if one rubric does so, all do."""
+        return any(rubric.is_concurrent for rubric in (self.default, *self.own.values()))
+
+    def of(self, metadata: Mapping[str, Any]) -> Rubric:
+        """The rubric of a prompt."""
+        return self.own.get(metadata.get(SOURCE_KEY, ""), self.default)
+
+
+def load_rubrics(config: RewardConfig, own: Mapping[str, Sequence[RewardFunctionConfig]]) -> Rubrics:
+    """Import the functions of the `reward` section and of the sources that have their own.
+
+    Raises:
+        ValueError: as `load_rubric`.
+    """
+    rubrics = {name: load_rubric(config.model_copy(update={"functions": given})) for name, given in own.items()}
+    return Rubrics(default=load_rubric(config), own=rubrics)
 
 
 def load_rubric(config: RewardConfig) -> Rubric:
@@ -86,15 +145,16 @@ def load_rubric(config: RewardConfig) -> Rubric:
     A component is named `module.function` (last part of the module), or by its whole path where that is ambiguous.
 
     Raises:
-        ValueError: a function cannot be imported, is not callable or is listed twice; names its path and the cause.
+        ValueError: a function cannot be imported or called, or is listed twice; names its path and the cause.
     """
-    paths = [entry.function for entry in config.functions]
-    names = _component_names(paths)
-    functions = {
-        name: (_load(index, entry.function), entry.weight)
-        for index, (name, entry) in enumerate(zip(names, config.functions, strict=True))
-    }
-    return Rubric(functions=functions, invalid=config.invalid)
+    names = _component_names([entry.function for entry in config.functions])
+    functions = []
+    for index, (name, entry) in enumerate(zip(names, config.functions, strict=True)):
+        try:
+            functions.append(bind(load_function(entry.function), name=name, weight=entry.weight, args=entry.args))
+        except ValueError as error:
+            raise ValueError(f"reward.functions[{index}].function {entry.function!r}: {error}") from error
+    return Rubric(functions=functions, invalid=config.invalid, max_abs=config.max_abs)
 
 
 def _component_names(paths: Sequence[str]) -> list[str]:
@@ -105,29 +165,3 @@ def _component_names(paths: Sequence[str]) -> list[str]:
             )
     short = [path.replace(":", ".").rsplit(".", 2)[-2:] for path in paths]
     return [".".join(name) if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
-
-
-def _load(index: int, path: str) -> RewardFunction:
-    where = f"reward.functions[{index}].function {path!r}"
-    module_name, _, name = path.partition(":")  # the configuration's schema sees to the form
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise ValueError(f"{where}: cannot import {module_name}: {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
-    if function is None:
-        near = difflib.get_close_matches(name, vars(module), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{where}: module {module_name} has no {name!r}{hint}")
-    if not callable(function):
-        raise ValueError(f"{where} is a {type(function).__name__}, not a function")
-    return cast(RewardFunction, function)
-
-
-def _finite(value: object) -> float:
-    if isinstance(value, str) or not isinstance(value, SupportsFloat):
-        raise TypeError(f"returned {value!r}, not a number")
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"returned {number}, not a finite number")
-    return number

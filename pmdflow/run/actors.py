@@ -20,7 +20,7 @@ from pmdflow.learner.actor import LearnerActor
 from pmdflow.reward.actor import RewardActor
 from pmdflow.rollout.actor import RolloutActor
 from pmdflow.run.directory import log_path
-from pmdflow.run.placement import ActorOptions
+from pmdflow.run.placement import ActorOptions, place_rewards
 from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Loop, LoopHandle
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.client import StoreHandle, call
@@ -117,18 +117,19 @@ def start_learners(
 
 
 def make_loops(config: Config, run_dir: Path, store: StoreHandle, places: Sequence[ActorOptions]) -> list[Loop]:
-    """The replaceable actors: a rollout actor in each place, and the reward actor."""
+    """The replaceable actors: a rollout actor in each place, and reward actors over the nodes."""
+    reward_places = place_rewards(config)
 
     def rollout(index: int, weights: WeightsHandle | None, worker: str) -> tuple[LoopHandle, ObjectRef[object]]:
         actor = start_rollout(config, run_dir, store, places[index], index=index)
         return actor, call(actor, RolloutActor.run, weights, worker)
 
-    def reward(weights: WeightsHandle | None, worker: str) -> tuple[LoopHandle, ObjectRef[object]]:
+    def reward(index: int, weights: WeightsHandle | None, worker: str) -> tuple[LoopHandle, ObjectRef[object]]:
         actor = make_actor(
             RewardActor,
-            log=log_path(run_dir, "reward"),
-            options={"max_concurrency": 4},
-            arguments={"config": config, "store": store},
+            log=log_path(run_dir, f"reward-{index}"),
+            options={"max_concurrency": 4, **reward_places[index]},
+            arguments={"config": config, "index": index, "store": store},
         )
         return actor, call(actor, RewardActor.run)
 
@@ -137,13 +138,17 @@ def make_loops(config: Config, run_dir: Path, store: StoreHandle, places: Sequen
         Loop(name=f"rollout-{index}", start=partial(rollout, index), takes_weights=True, hang_timeout_s=hang_s)
         for index in range(config.rollout.actors)
     ]
-    return [*rollouts, Loop(name="reward", start=reward, takes_weights=False, hang_timeout_s=hang_s)]
+    rewards = [
+        Loop(name=f"reward-{index}", start=partial(reward, index), takes_weights=False, hang_timeout_s=hang_s)
+        for index in range(config.reward.actors)
+    ]
+    return [*rollouts, *rewards]
 
 
 def _store_threads(config: Config) -> ActorOptions:
     """A waiting call holds a thread of its group: rollout actors wait for leases, everybody else must not."""
     actors = config.rollout.actors
-    groups = {"lease": actors + 1, "append": actors + 1, "score": 2, "claim": 2, "archive": 1}
+    groups = {"lease": actors + 1, "append": actors + 1, "score": config.reward.actors + 1, "claim": 2, "archive": 1}
     return {"concurrency_groups": groups, "max_concurrency": 4}
 
 

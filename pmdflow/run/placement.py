@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from pmdflow.config.schema import Config
 from pmdflow.errors import LaunchError
@@ -58,6 +58,15 @@ def place_rollouts(config: Config) -> list[ActorOptions]:
         group = _reserve([_bundle(cpus, gpus)], "STRICT_PACK", what, remedy)
         places.append(_options(cpus, gpus, group, 0))
     return places
+
+
+def place_rewards(config: Config) -> list[ActorOptions]:
+    """The options of each reward actor's Ray actor: one node after the other, since they reserve nothing there."""
+    nodes = sorted(str(node["NodeID"]) for node in ray.nodes() if node["Alive"])
+    return [
+        {"scheduling_strategy": NodeAffinitySchedulingStrategy(nodes[index % len(nodes)], soft=True)}
+        for index in range(config.reward.actors)
+    ]
 
 
 def gpu_shares(gpus: int, *, actors: int, ranks: int, tensor_parallel: int = 1) -> tuple[float, float]:

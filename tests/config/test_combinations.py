@@ -44,6 +44,8 @@ from tests.support.config import edit, refuse
         (["reward.length_warmup_iterations=5"], "reward.length_warmup_iterations", "set length_weight"),
         (["eval.min_tokens=99999"], "eval.min_tokens", "lower min_tokens"),
         (["reward.repetition_penalty=0.5"], "reward.repetition_penalty", "set repetition"),
+        (["reward.invalid=-2e6"], "reward.invalid", "lower it"),
+        (["reward.cut_reward=3", "reward.max_abs=2"], "reward.cut_reward", "lower it"),
         (["eval.stop_repetition=true"], "eval.stop_repetition", "set repetition"),
     ],
 )

@@ -33,8 +33,6 @@ def test_shipped_examples_are_valid(name: str) -> None:
 def test_what_shipped_examples_name_can_be_imported() -> None:
     different = {}
     for name in EXAMPLES:
-        if name == "cluster":  # pmdflow.reward.math is being written
-            continue
         loaded = example(name)
         reward = tuple(function.function for function in loaded.config.reward.functions)
         different[reward, loaded.config.environment is None, loaded.config.learner.algorithm] = loaded

@@ -121,8 +121,7 @@ def test_evaluation_sets_have_their_own_sampling_and_are_never_trained_on(model:
     asked = {prompt_key(f"what is {i}?") for i in range(3)}
     asked |= {prompt_key(prompt.text) for prompt in prompts.evaluation_set("sums")}
     assert asked.isdisjoint(prompt_key(prompts.prompt(cursor).text) for cursor in range(BLOCK))
-    assert config.reward_functions("eval/few")[0].weight == 2.0
-    assert config.reward_functions("texts") == config.reward_functions(None) == config.reward.functions
+    assert {name: functions[0].weight for name, functions in config.own_rewards.items()} == {"eval/few": 2.0}
     assert {name for name, _ in prompts.summary} == {"texts", "chats", "sums", "eval/few", "eval/sums"}
     few["sampling"] = {"temprature": 1.0}
     with pytest.raises(ValueError, match=r"eval\.sets\.few: sampling\.temprature"):
