@@ -47,7 +47,7 @@ use self::{
 };
 pub use self::{
     disk::Disk,
-    format::{Arrays, Entry},
+    format::{Arrays, Entry, FORMAT},
     memory::Memory,
     reader::{Frame, Part},
     recovery::Replay,
