@@ -33,7 +33,9 @@ impl From<Failure> for PyErr {
             Failure::Conflict(_) => Conflict::new_err(text),
             Failure::Corrupt { .. } | Failure::Version { .. } | Failure::Poisoned { .. } => CorruptLog::new_err(text),
             Failure::Locked { .. } => StoreLocked::new_err(text),
-            Failure::Io { .. } | Failure::ReadOnly { .. } | Failure::Closed => StoreError::new_err(text),
+            Failure::Io { .. } | Failure::Network { .. } | Failure::ReadOnly { .. } | Failure::Closed => {
+                StoreError::new_err(text)
+            }
         }
     }
 }
