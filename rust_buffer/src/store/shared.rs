@@ -133,7 +133,7 @@ impl Shared {
                 return Ok(None);
             }
             let until = guarded.store.next_deadline().map_or(deadline, |next| next.clamp(now + 1, deadline));
-            let pause = Duration::from_micros(u64::try_from(until - now).unwrap_or(0));
+            let pause = Duration::from_micros(u64::try_from(until.saturating_sub(now)).unwrap_or(0));
             let woken = self.changed.wait_timeout(guarded, pause);
             guarded = woken.map_err(|_| StoreError::Poisoned { detail: "a call panicked".to_owned() })?.0;
             if guarded.closed {
