@@ -1,7 +1,8 @@
 """The trajectory store: the life of a trajectory on an append-only, CRC-framed log.
 
 Every method that changes state carries an id or offset made by the caller and answers a repeat with the
-first answer. Blocking methods release the GIL, wait on a condition variable and take `timeout_s`.
+first answer. Blocking methods release the GIL, wait on a condition variable and take `timeout_s`; in the main
+thread a signal whose handler raises ends them within about 0.1 s.
 `now_s` is the clock: None reads the monotonic clock; a simulator passes its own.
 Arrays cross as little-endian bytes; `pmdflow.store` gives them their NumPy types.
 """
@@ -295,6 +296,8 @@ class TrajectoryStore:
     def versions_spent(self) -> dict[int, int]:
         """Durable training tokens by policy version, for the versions that still have a quota."""
     def wait_durable(self, lsn: int | None, timeout_s: float) -> bool:
-        """Wait until every record up to `lsn` (None: the newest) is on disk; False when it is not in time."""
+        """Wait until records up to `lsn` (None: the newest) are as durable as promised; False when that is late."""
+    def sync(self) -> int:
+        """Bring every record so far to the disk, also with durability `os`; returns the newest one's LSN."""
     def close(self) -> None:
         """Sync, wake every waiter with StoreError and release the lock. Safe to repeat."""

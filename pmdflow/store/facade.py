@@ -233,6 +233,10 @@ class TrajectoryStore(StoreView):
         """Groups that became ready without late members since the last call."""
         return [LateMembers(**row) for row in self._native.take_late()]
 
+    def sync(self) -> int:
+        """Bring every record so far to the disk, whatever `durability` is; returns the newest one's log position."""
+        return self._native.sync()
+
     def wait_durable(self, lsn: int | None, timeout_s: float) -> bool:
         """Wait until every record up to `lsn` (None: the newest one) is on disk; False when it is not in time."""
         return self._native.wait_durable(lsn, timeout_s)

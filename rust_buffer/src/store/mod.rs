@@ -95,6 +95,8 @@ pub struct Store {
 pub(crate) struct Signature {
     ready: usize,
     unscored: usize,
+    unscored_train: u64,
+    taken_back: Option<Micros>,
     idle: usize,
     leased: u64,
     eval_pending: u64,
@@ -185,6 +187,8 @@ impl Store {
         Signature {
             ready: self.index.ready.len(),
             unscored: self.index.num_unscored(),
+            unscored_train: self.index.unscored_train,
+            taken_back: self.index.next_deadline(),
             idle: self.index.num_idle(),
             leased: self.index.leased,
             eval_pending: self.index.eval_pending,
