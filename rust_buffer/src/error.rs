@@ -63,6 +63,9 @@ pub enum StoreError {
     /// A change was asked of a reader.
     #[error("{} is open for reading only; open it without `read` to change it", path.display())]
     ReadOnly { path: PathBuf },
+    /// A signal came in during a wait.
+    #[error("the wait was interrupted by a signal")]
+    Interrupted,
     /// The store or its log is closed.
     #[error("the store is closed; open it again")]
     Closed,

@@ -1,10 +1,11 @@
 //! The store: each operation is checked against the state, logged as a record, and applied.
 //!
-//! This file holds opening and the path of every record; `admission`, `rollout` and `scoring` hold what a trajectory
-//! goes through, `claims` the learner's side, `counts`, `query` and `reads` what is only looked at. Nothing here blocks:
+//! This file holds opening and the path of every record; `admission`, `rollout`, `append` and `scoring` hold what a
+//! trajectory goes through, `claims` the learner's side, `counts`, `query` and `reads` what is only looked at. Nothing here blocks:
 //! waits are in `shared`.
 
 pub mod admission;
+pub mod append;
 pub mod arrays;
 pub mod check;
 pub mod claim_view;
@@ -15,6 +16,7 @@ pub mod late;
 pub mod lease;
 pub mod query;
 pub mod reads;
+mod repeats;
 pub mod rollout;
 mod scoring;
 pub mod shared;
@@ -86,6 +88,8 @@ pub struct Store {
     pub(crate) late_reports: VecDeque<LateReport>,
     pub(crate) snapshots: Snapshots,
     quota_changes: u64,
+    /// Second, differing outcomes of scoring attempts since the store was opened.
+    pub(crate) scores_ignored: u64,
 }
 
 /// What waits look at.
@@ -93,6 +97,8 @@ pub struct Store {
 pub(crate) struct Signature {
     ready: usize,
     unscored: usize,
+    unscored_train: u64,
+    taken_back: Option<Micros>,
     idle: usize,
     leased: u64,
     eval_pending: u64,
@@ -148,7 +154,18 @@ impl Store {
         let index = Index::of(&state)?;
         let (leases, snapshots) = (Leases::default(), Snapshots::new(settings.file_bytes));
         let late_reports = VecDeque::new();
-        Ok(Self { log, settings, state, index, leases, overdue: None, late_reports, snapshots, quota_changes: 0 })
+        Ok(Self {
+            log,
+            settings,
+            state,
+            index,
+            leases,
+            overdue: None,
+            late_reports,
+            snapshots,
+            quota_changes: 0,
+            scores_ignored: 0,
+        })
     }
 
     /// The durable state.
@@ -172,6 +189,8 @@ impl Store {
         Signature {
             ready: self.index.ready.len(),
             unscored: self.index.num_unscored(),
+            unscored_train: self.index.unscored_train,
+            taken_back: self.index.next_deadline(),
             idle: self.index.num_idle(),
             leased: self.index.leased,
             eval_pending: self.index.eval_pending,
