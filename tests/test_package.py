@@ -1,9 +1,12 @@
-"""What the package says about itself: its licence, in every manifest and in what is installed."""
+"""What the package says about itself: its licence, in every manifest and in what is installed, and what it needs."""
 
 from __future__ import annotations
 
+import ast
+import re
+import sys
 import tomllib
-from importlib.metadata import metadata
+from importlib.metadata import distributions, metadata, packages_distributions
 from typing import Any
 
 import pytest
@@ -35,3 +38,29 @@ def test_what_is_installed_names_it_too() -> None:
     installed = metadata("pmdflow")
     assert installed["License-Expression"] == "Apache-2.0"
     assert installed.get_all("License-File") == ["LICENSE"]
+
+
+def test_every_import_comes_with_a_dependency_or_an_extra() -> None:
+    project = manifest("pyproject.toml")
+    wanted = project["dependencies"] + [name for extra in project["optional-dependencies"].values() for name in extra]
+    declared = {_plain(name) for name in wanted}
+    installed = {_plain(found.name): found for found in distributions()}
+    carried = {_plain(need) for name in declared & installed.keys() for need in installed[name].requires or ()}
+    owners = packages_distributions()
+    missing = {}
+    for path in (ROOT / "pmdflow").rglob("*.py"):
+        for module in _imports(ast.parse(path.read_text())) - {"pmdflow", *sys.stdlib_module_names}:
+            found = {_plain(name) for name in owners.get(module, [])}
+            if found and not found & (declared | carried):
+                missing[module] = path.name
+    assert missing == {}
+
+
+def _plain(requirement: str) -> str:
+    return re.split(r"[\[(=<>~!;, ]", requirement)[0].lower().replace("_", "-")
+
+
+def _imports(tree: ast.AST) -> set[str]:
+    found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    found |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
+    return {name.partition(".")[0] for name in found}
