@@ -31,6 +31,9 @@ class RunConfig(Section):
     """Iterations to train; raising it and running `up` again continues a finished run."""
     seed: int = 0
     """Seed of prompts, sampling and everything else."""
+    drain_s: PositiveFloat = 25.0
+    """Time that the drain may take which SIGTERM or SIGHUP asks for (SLURM and Kubernetes kill 30 s after SIGTERM);
+    then the run stops at once. Ctrl-C and `pmdflow down` set no deadline."""
 
 
 class ClusterConfig(Section):
