@@ -64,12 +64,13 @@ def up(
     ] = False,
 ) -> None:
     """Train; on a run directory that exists already, resume."""
-    from pmdflow.config.installed import require_engine, require_imports
+    from pmdflow.config.installed import require_engine, require_imports, require_variables
     from pmdflow.config.load import load
 
     loaded = load(config, overrides or ())
     require_engine(loaded.config.rollout)
     require_imports(loaded)
+    require_variables(loaded)
     if dry_run:
         from pmdflow.run.inputs import dry_run as plan
 

@@ -181,7 +181,7 @@ class EnvironmentConfig(Section):
     """Import path `package.module:name` of what makes an `Environment`, one for each trajectory. A turn of the model
     ends with an end of sequence or with one of `rollout.stop` and `rollout.stop_token_ids`."""
     args: dict[str, Any] = {}
-    """Arguments of the factory."""
+    """Arguments of the factory; `${NAME}` is a variable of the environment, which is shown by its name everywhere."""
     timeout_s: PositiveFloat = 10.0
     """Wall-clock limit of one call; meanwhile other trajectories go on."""
     failure: str = Field(default=" error\n", min_length=1)
