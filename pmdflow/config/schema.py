@@ -266,6 +266,11 @@ class LearnerConfig(Section):
     """Weight decay of AdamW."""
     warmup_steps: NonNegativeInt = 0
     """Steps of linear learning-rate warm-up."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the learning rate does after its warm-up: stay, or fall to a tenth of `lr` until `lr_decay_steps`."""
+    lr_decay_steps: PositiveInt | None = None
+    """Optimizer steps of the whole run, warm-up included, after which `linear` and `cosine` have reached their end. It
+    does not follow from `run.iterations`, which may be raised: replay would then find other rates than the run had."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
     reset_optimizer: bool = False
@@ -300,6 +305,14 @@ class LearnerConfig(Section):
     """Newest checkpoints that are kept."""
     threads: PositiveInt = 1
     """CPU threads of one rank."""
+
+
+class ArchiveConfig(Section):
+    """Trained claims, kept for `replay` and the pages."""
+
+    keep: PositiveInt | None = None
+    """Newest parts that are kept, one an iteration; null keeps all. What the store still holds, and what `replay`
+    needs from a kept checkpoint on, is never deleted, so there may be more."""
 
 
 class StoreConfig(Section):
@@ -348,6 +361,7 @@ class Config(Section):
     scheduler: SchedulerConfig
     learner: LearnerConfig = LearnerConfig()
     store: StoreConfig = StoreConfig()
+    archive: ArchiveConfig = ArchiveConfig()
     weights: WeightsConfig = WeightsConfig()
     metrics: MetricsConfig = MetricsConfig()
     dashboard: DashboardConfig = DashboardConfig()

@@ -7,10 +7,13 @@ import pty
 import signal
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from pmdflow.learner.checkpoint.manifest import oldest_manifest
+from pmdflow.store.archive import part_iteration, parts
 from tests.support.runs import Up, small_config
 
 pytestmark = pytest.mark.timeout(400)
@@ -23,7 +26,9 @@ def test_sigterm_drains_and_a_closing_terminal_drains_what_is_resumed(
 ) -> None:
     for name, value in BARE.items():
         monkeypatch.setenv(name, value)
-    config = small_config(tmp_path, run__iterations=50, run__drain_s=100.0)
+    config = small_config(tmp_path, run__iterations=50, run__drain_s=100.0, learner__lr_schedule="linear")
+    config["learner"]["lr_decay_steps"] = 20
+    config["archive"] = {"keep": 1}
     up = Up(tmp_path, config)
     up.wait_for(lambda: up.reached(1), "the first iteration")
     os.kill(up.process.pid, signal.SIGTERM)
@@ -42,6 +47,18 @@ def test_sigterm_drains_and_a_closing_terminal_drains_what_is_resumed(
     assert b"budget" in shown
     assert again.events()[-1]["kind"] == "drain"
     assert again.iterations()[-1]["iteration"] < 50
+    _assert_old_parts_are_gone(again)
+    rates = [record["learner/lr"] for record in again.iterations()]
+    assert all(later < earlier for earlier, later in pairwise(rates)), rates
+
+
+def _assert_old_parts_are_gone(up: Up) -> None:
+    """The newest part, and those that a kept checkpoint is replayed with."""
+    oldest = oldest_manifest(up.run / "checkpoints")
+    assert oldest is not None and oldest.iteration >= 1
+    newest = up.iterations()[-1]["iteration"]
+    wanted = {newest, *range(oldest.iteration + 1, newest + 1)}
+    assert {part_iteration(path) for path in parts(up.run)} == wanted
 
 
 def _read_until(reached: Callable[[], bool], master: int, up: Up) -> bytes:
