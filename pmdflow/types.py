@@ -144,7 +144,7 @@ class Quota:
     groups: int
     """Most groups that may be admitted and not yet trained, partial ones counted."""
     tokens: int
-    """Most tokens that may be generated under `version`."""
+    """Most tokens that are granted under `version`; what workers append beyond their grants is taken and counted."""
     tokens_per_segment: int | None
     """Most tokens that one trajectory may generate under `version`; None is unlimited."""
 
@@ -172,6 +172,8 @@ class Counts:
     trajectories_unscored: int
     trajectories_late: int
     """Evicted since the store began because their groups did not wait for them (the straggler rule)."""
+    scores_ignored: int
+    """Second, differing outcomes of scoring attempts since the store was opened: the first ones stand."""
     eval_pending: int
     """Evaluation trajectories that are not scored yet."""
     tokens_budget: int
@@ -224,7 +226,7 @@ class TrainBatch:
     rewards: Float64
     """[N]"""
     components: Mapping[str, Float64]
-    """Reward components by name, each [N]."""
+    """Reward components by name, each [N]; NaN where a member has none of that name."""
     stops: UInt8
     """`Stop` of each trajectory [N]."""
     prompt_ids: tuple[str, ...]

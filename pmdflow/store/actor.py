@@ -62,8 +62,6 @@ class StoreActor:
         self._steps_per_iteration = steps_per_iteration
         self._archived: set[int] = set()
         """Iterations whose claims this process has archived: they need not be read again until they are undone."""
-        self._awaited: set[tuple[int, int]] = set()
-        """Trajectory and attempt of what was handed out to be scored and is not answered."""
         self._spans = SpanBuffer("store")
         deadline = time.monotonic() + LOCK_TIMEOUT_S
         while True:
@@ -92,21 +90,16 @@ class StoreActor:
     @_in_group("score")
     def unscored(self, max_items: int, ttl_s: float, timeout_s: float) -> list[Unscored]:
         """Complete trajectories that await their reward; waits for the first one."""
-        items = self._store.unscored(max_items, ttl_s, timeout_s)
-        self._awaited |= {(item.trajectory, item.attempt) for item in items}
-        return items
+        return self._store.unscored(max_items, ttl_s, timeout_s)
 
     @_in_group("score")
     def score(self, scores: Sequence[tuple[int, int, Outcome, float, dict[str, float]]]) -> None:
         """Record (trajectory, attempt, outcome, reward, components) of several trajectories.
 
-        What is handed out again after its time may be answered by two actors, with two outcomes: the first one stands.
+        What is handed out again after its time may be answered by two actors, with two outcomes: the store keeps the
+        first one.
         """
         for trajectory, attempt, outcome, reward, components in scores:
-            try:
-                self._awaited.remove((trajectory, attempt))
-            except KeyError:  # answered, or handed out by a store actor that has died: then it is handed out again
-                continue
             self._store.score(trajectory, attempt, outcome, reward, components, wait=False)
         self.sync()
 

@@ -8,7 +8,8 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from pmdflow.learner.attention import Packed, packed_attention
-from pmdflow.learner.learner import Learner, TrainResult
+from pmdflow.learner.learner import Learner
+from pmdflow.learner.result import TrainResult
 from tests.support.learner import (
     ROUNDINGS,
     U_SIZE,

@@ -11,7 +11,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from pmdflow.config.schema import Config
-from pmdflow.learner.learner import TrainResult
+from pmdflow.learner.result import TrainResult
 from pmdflow.types import Mask, TrainBatch
 from tests.support.numeric import assert_close
 

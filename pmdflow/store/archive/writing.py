@@ -47,7 +47,7 @@ def write_part(
     identity: dict[str, Any] = {"digest": _digest(batch)} | ({} if claim_lsn is None else {"claim_lsn": claim_lsn})
     try:
         if not (path.is_dir() and _holds(read_attrs(path), identity, _plan_attrs(batch))):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            durable.make_directories(path.parent)
             shutil.rmtree(aside, ignore_errors=True)
             _write_tables(aside, batch, {**attrs, **identity})
             durable.sync_tree(aside)
