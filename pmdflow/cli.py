@@ -18,7 +18,38 @@ app = typer.Typer(
     rich_markup_mode=None,  # drawing boxes takes as long as everything else of `--help`
 )
 
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"pmdflow {version('pmdflow')}")
+        raise typer.Exit
+
+
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, for example runs/quickstart.")]
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Asynchronous RL post-training of language models by online policy mirror descent."""
+
+
+@app.command()
+def init(
+    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder to write to.")] = Path(),
+    template: Annotated[
+        Literal["quickstart", "math", "tool", "gpu", "cluster", "k15"], typer.Option(help="What to begin with.")
+    ] = "quickstart",
+) -> None:
+    """Write a configuration to begin with, and what it needs."""
+    from pmdflow.init.command import init as write
+
+    raise typer.Exit(write(directory, template))
 
 
 @app.command()
@@ -33,12 +64,13 @@ def up(
     ] = False,
 ) -> None:
     """Train; on a run directory that exists already, resume."""
-    from pmdflow.config.installed import require_engine, require_imports
+    from pmdflow.config.installed import require_engine, require_imports, require_variables
     from pmdflow.config.load import load
 
     loaded = load(config, overrides or ())
     require_engine(loaded.config.rollout)
     require_imports(loaded)
+    require_variables(loaded)
     if dry_run:
         from pmdflow.run.inputs import dry_run as plan
 
