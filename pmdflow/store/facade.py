@@ -198,6 +198,8 @@ class TrajectoryStore(StoreView):
     def claim(self, iteration: int, version: int, timeout_s: float, *, now_s: float | None = None) -> ClaimAnswer:
         """Claim `iteration`'s groups for a learner at `version`, waiting until they are ready or rollout is closed.
 
+        Undone claims come first, the oldest one each time: the same groups, order, version and masks as before.
+
         Raises:
             Conflict: another claim is untrained, the iteration is not above every earlier one, the version was never
                 published, or a repeat names another.
@@ -209,12 +211,12 @@ class TrajectoryStore(StoreView):
         """A durable checkpoint covers every claim up to `iteration`.
 
         Raises:
-            Conflict: one of them is not trained.
+            Conflict: one of them is not trained, or the store has no claim of `iteration`: a checkpoint is newer.
         """
         self._native.commit(iteration)
 
     def uncommit(self, iteration: int) -> list[int]:
-        """Undo every claim after `iteration`: their groups are ready again. Returns the undone iterations.
+        """Undo every claim after `iteration`, to be made again as they were. Returns the undone iterations.
 
         Raises:
             Conflict: one of them is evicted.
@@ -224,6 +226,16 @@ class TrajectoryStore(StoreView):
     def evict(self, iteration: int) -> int:
         """Drop the groups of every committed claim up to `iteration`, and log files without live groups."""
         return self._native.evict(iteration)
+
+    def discard(self, group: int, reason: str) -> bool:
+        """Drop a group that no claim has, for good; what its workers append is stale. False when it is gone already.
+
+        An undone claim is made again without it.
+
+        Raises:
+            Conflict: there never was such a group, a claim has it, or the reason is empty.
+        """
+        return self._native.discard(group, reason)
 
     def drop_eval(self, prefix: str) -> int:
         """Evict the evaluation groups whose request ids start with `prefix`; returns how many."""

@@ -37,7 +37,9 @@ def claimed_store(path: Path, model: str) -> TrajectoryStore:
     store.set_quota(Quota(version=0, groups=2, tokens=1000, tokens_per_segment=None))
     for number in range(2):
         store.admit(f"train-{number}", PROMPT, cursor=number, group_size=GROUP_SIZE, max_tokens=20)
-    for lease in store.lease("worker", 0, 6, 0.0):
+    leases = store.lease("worker", 0, 6, 0.0)
+    store.publish(1)
+    for lease in leases:
         tokens = np.arange(5 + lease.trajectory, dtype=np.int32) + 10 * lease.trajectory + 8
         with torch.no_grad():
             whole = torch.from_numpy(np.concatenate([PROMPT.tokens, tokens]).astype(np.int64))
@@ -50,7 +52,6 @@ def claimed_store(path: Path, model: str) -> TrajectoryStore:
                 trajectory=lease.trajectory, epoch=lease.epoch, offset=part.start, version=version, temperature=1.0,
                 tokens=tokens[part], logprobs=logprobs[part], next_version=1, stop=stop,
             )])  # fmt: skip
-    store.publish(1)
     for item in store.unscored(6, 60.0, 0.0):
         store.score(item.trajectory, 0, "scored", REWARDS[item.trajectory])
     assert store.claim(1, 1, 0.0).status == "claimed"

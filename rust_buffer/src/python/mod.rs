@@ -203,6 +203,11 @@ impl TrajectoryStore {
         Ok(py.detach(|| self.shared.remove_dead_files()).map(|()| groups)?)
     }
 
+    fn discard(&self, py: Python<'_>, group: u64, reason: &str) -> PyResult<bool> {
+        let discarded = self.change(py, true, |store| store.discard(group, reason))?;
+        Ok(py.detach(|| self.shared.remove_dead_files()).map(|()| discarded)?)
+    }
+
     fn eval_results<'py>(&self, py: Python<'py>, prefix: &str, timeout_s: f64) -> PyResult<Option<Vec<Row<'py>>>> {
         let (timeout_s, clock) = (seconds("timeout_s", timeout_s)?, self.waiting(py, None)?);
         let results = py.detach(|| self.shared.wait(timeout_s, clock, |store, _| store.eval_results(prefix)))?;

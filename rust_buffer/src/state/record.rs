@@ -30,12 +30,14 @@ pub enum SegmentLoss {
 }
 
 /// Why groups are dropped before they were trained.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Reason {
     /// No token to train.
     OverAge,
     /// The caller dropped an evaluation.
     Eval,
+    /// Somebody wanted it gone, for the reason told.
+    Discarded(String),
 }
 
 /// Trajectories of a claim that the learner left out of the gradient.
@@ -112,6 +114,9 @@ pub struct Claimed {
     pub segment_loss: SegmentLoss,
     /// Groups in claim order.
     pub groups: Vec<u64>,
+    /// Version that the caller named, where an undone claim is made again as it was recorded.
+    #[serde(default)]
+    pub asked: Option<Version>,
 }
 
 /// One durable change.

@@ -11,6 +11,7 @@ pub mod check;
 pub mod claim_view;
 pub mod claims;
 pub mod counts;
+mod discard;
 pub mod index;
 pub mod late;
 pub mod lease;
