@@ -185,6 +185,20 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimPlan:
+    """Which optimizer step trains each group of a claim. It is recorded with the claim: no later rule re-derives it."""
+
+    steps: Int32
+    """0-based step of each group, in claim order [G]."""
+    num_steps: int
+    """Steps of the iteration; one without a group is skipped."""
+    rule: str
+    """Name of the rule that dealt the groups."""
+    seed: int | None
+    """Of the rule's random numbers; None if it draws none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainBatch:
     """One claim, packed: prompt and generated tokens, trajectory after trajectory, groups contiguous in claim order."""
 
@@ -217,3 +231,5 @@ class TrainBatch:
     """`Stop` of each trajectory [N]."""
     prompt_ids: tuple[str, ...]
     """Prompt id of each trajectory [N]."""
+    plan: ClaimPlan | None = None
+    """None: recorded before plans were, or made up; then the learner deals the groups in claim order."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import ray
 
 from pmdflow._rust_buffer import Conflict, StoreFull, StoreLocked
@@ -16,6 +18,7 @@ from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.store.answers import ClaimAnswer, EvalResult, LateMembers
 from pmdflow.store.archive import write_part
 from pmdflow.store.facade import TrajectoryStore
+from pmdflow.store.plan import in_claim_order
 from pmdflow.store.settings import StoreSettings
 from pmdflow.types import Counts, Grant, Lease, Outcome, Prompt, Quota, TrainBatch, Unscored
 
@@ -44,10 +47,19 @@ class StoreActor:
     Waits for nothing but its callers; a waiting caller is woken by the state change that it waits for.
     """
 
-    def __init__(self, *, directory: str, run_dir: str, settings: StoreSettings, archive_attrs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        *,
+        directory: str,
+        run_dir: str,
+        settings: StoreSettings,
+        archive_attrs: dict[str, Any],
+        steps_per_iteration: int,
+    ) -> None:
         """Open the store in `directory`; `settings` are the keyword arguments of `TrajectoryStore`."""
         self._run_dir = Path(run_dir)
         self._archive_attrs = archive_attrs
+        self._steps_per_iteration = steps_per_iteration
         self._archived: set[int] = set()
         """Iterations whose claims this process has archived: they need not be read again until they are undone."""
         self._spans = SpanBuffer("store")
@@ -98,8 +110,10 @@ class StoreActor:
 
     @_in_group("claim")
     def read_claim(self, iteration: int) -> TrainBatch:
-        """The claimed groups as packed arrays."""
-        return self._store.read_claim(iteration)
+        """The claimed groups as packed arrays, and the plan that deals them to optimizer steps."""
+        batch = self._store.read_claim(iteration)
+        plan = in_claim_order(len(np.unique(batch.groups)), self._steps_per_iteration)
+        return replace(batch, plan=plan)
 
     def admit(
         self,
@@ -151,7 +165,7 @@ class StoreActor:
             if iteration in self._archived:
                 continue
             with self._spans.span("archive", iteration=iteration):
-                write_part(self._run_dir, self._store.read_claim(iteration), attrs=self._archive_attrs)
+                write_part(self._run_dir, self.read_claim(iteration), attrs=self._archive_attrs)
             self._archived.add(iteration)
         self._store.evict(evict_through)
 

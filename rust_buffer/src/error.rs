@@ -16,6 +16,12 @@ pub enum StoreError {
     /// Another writer holds the directory.
     #[error("{} is open in another writer; close that one or choose another directory", path.display())]
     Locked { path: PathBuf },
+    /// The directory is not on a disk of this machine.
+    #[error(
+        "{} lies on {name}, a network file system, on which locks, maps and syncs of a log are not proven; \
+         keep the store in a directory on a disk of this machine", path.display()
+    )]
+    Network { path: PathBuf, name: &'static str },
     /// Bytes that were written whole are not the ones read.
     #[error("{} is damaged at byte {offset}: {detail}; restore the file from a copy", path.display())]
     Corrupt {

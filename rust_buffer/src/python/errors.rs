@@ -38,7 +38,9 @@ impl From<Failure> for PyErr {
             Failure::Corrupt { .. } | Failure::Version { .. } | Failure::Poisoned { .. } => CorruptLog::new_err(text),
             Failure::Locked { .. } => StoreLocked::new_err(text),
             Failure::Interrupted => raised().unwrap_or_else(|| PyKeyboardInterrupt::new_err(text)),
-            Failure::Io { .. } | Failure::ReadOnly { .. } | Failure::Closed => StoreError::new_err(text),
+            Failure::Io { .. } | Failure::Network { .. } | Failure::ReadOnly { .. } | Failure::Closed => {
+                StoreError::new_err(text)
+            }
         }
     }
 }

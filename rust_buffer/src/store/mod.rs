@@ -22,6 +22,8 @@ pub mod rollout;
 mod scoring;
 pub mod shared;
 mod snapshot;
+#[cfg(test)]
+mod tests;
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
@@ -212,14 +214,20 @@ impl Store {
     pub(crate) fn record(&mut self, record: &Record, arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
         let header = wire::encode(record)?;
         let (lsn, location) = self.log.write(record.kind(), &header, arrays)?;
-        let taken = self.index.take_out(&self.state, &self.leases, record)?;
-        self.state.apply(record, &Placed { location, lsn, arrays: arrays.places(header.len()) })?;
-        self.leases.end_complete(record);
-        self.index.put_back(&self.state, &self.leases, taken)?;
+        let placed = Placed { location, lsn, arrays: arrays.places(header.len()) };
+        // The log has it already: whatever came after it would be decided on another state than replay has.
+        self.apply(record, &placed).map_err(|error| self.log.poison(error))?;
         if self.snapshots.is_due(location.len) {
             self.snapshots.take(&self.state, &self.log);
         }
         Ok((lsn, location))
+    }
+
+    fn apply(&mut self, record: &Record, placed: &Placed) -> Result<()> {
+        let taken = self.index.take_out(&self.state, &self.leases, record)?;
+        self.state.apply(record, placed)?;
+        self.leases.end_complete(record);
+        self.index.put_back(&self.state, &self.leases, taken)
     }
 
     /// First log file that a live group needs. Runs lie after their group's admission, and groups are admitted in the

@@ -81,6 +81,7 @@ impl Shared {
     }
 
     fn lock(&self) -> Result<MutexGuard<'_, Guarded>> {
+        self.log.begin()?;
         let guarded = self.guarded.lock().map_err(|_| StoreError::Poisoned { detail: "a call panicked".to_owned() })?;
         if guarded.closed { Err(StoreError::Closed) } else { Ok(guarded) }
     }
@@ -228,6 +229,9 @@ impl Shared {
     /// # Errors
     /// A failed sync.
     pub fn close(&self) -> Result<()> {
+        if self.log.begin().is_err() {
+            return Ok(());
+        }
         let mut guarded = self.guarded.lock().unwrap_or_else(PoisonError::into_inner);
         if std::mem::replace(&mut guarded.closed, true) {
             return Ok(());
