@@ -182,10 +182,9 @@ impl TrajectoryStore {
     ) -> PyResult<Row<'py>> {
         let mut buffers = Buffers::new([tokens, logprobs, versions, temperatures, mask])?;
         let (version, packed) = py.detach(|| {
-            let view = self.shared.query(|store| ClaimView::new(store.state(), iteration))?;
             let [tokens, logprobs, versions, temperatures, mask] = buffers.slices();
             let mut columns = Columns { tokens, logprobs, versions, temperatures, mask };
-            view.pack(self.shared.log(), &mut columns, check).map(|rows| (view.version(), rows))
+            self.shared.read_claim(iteration, &mut columns, check)
         })?;
         rows::batch(py, iteration, version, &packed)
     }

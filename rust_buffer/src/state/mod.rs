@@ -2,6 +2,7 @@
 //! and the records after that are what recovery reads.
 
 pub mod apply;
+pub mod codec;
 pub mod group;
 pub mod ledger;
 pub mod mask;

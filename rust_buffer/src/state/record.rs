@@ -40,6 +40,30 @@ pub enum Reason {
     Discarded(String),
 }
 
+impl Reason {
+    /// Name in the log.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::OverAge => "over_age",
+            Self::Eval => "eval",
+            Self::Discarded(_) => "discarded",
+        }
+    }
+
+    /// The one of this name.
+    ///
+    /// # Errors
+    /// The name is unknown.
+    pub fn named(name: &str, detail: Option<String>) -> std::result::Result<Self, String> {
+        match name {
+            "over_age" => Ok(Self::OverAge),
+            "eval" => Ok(Self::Eval),
+            "discarded" => Ok(Self::Discarded(detail.unwrap_or_default())),
+            other => Err(format!("groups are evicted for the unknown reason {other:?}")),
+        }
+    }
+}
+
 /// Trajectories of a claim that the learner left out of the gradient.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "fields that say themselves")]
@@ -54,6 +78,7 @@ pub struct LeftOut {
 pub struct Admit {
     /// Id made by the caller.
     pub request_id: String,
+    #[serde(default)]
     pub cursor: Option<u64>,
     pub kind: Kind,
     pub prompt_id: String,
@@ -64,6 +89,7 @@ pub struct Admit {
     /// Generated tokens that each member may reach.
     pub max_tokens: u32,
     /// Higher ones are started first.
+    #[serde(default)]
     pub priority: i32,
 }
 
@@ -119,8 +145,8 @@ pub struct Claimed {
     pub asked: Option<Version>,
 }
 
-/// One durable change.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// One durable change; `codec` has its bytes.
+#[derive(Debug, Clone, PartialEq)]
 pub enum Record {
     /// Sets the quota of a version.
     Quota(Version, Quota),

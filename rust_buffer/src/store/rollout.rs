@@ -99,13 +99,13 @@ impl Store {
 
     /// The trajectory that a worker at `version` would be leased next.
     fn next_leasable(&self, version: Version) -> Option<u64> {
-        self.index.next_eval(&self.state, version).or_else(|| self.next_trainable(version))
+        self.index.next_eval(version).or_else(|| self.next_trainable(version))
     }
 
     /// The training trajectory that a worker at `version` would be leased next.
     pub(crate) fn next_trainable(&self, version: Version) -> Option<u64> {
         let open = self.may_train(version) && self.budget_left(version) > 0;
-        if open { self.index.next_train(&self.state, version) } else { None }
+        if open { self.index.next_train(version) } else { None }
     }
 
     fn hold(&mut self, id: u64, worker: &str, version: Version, deadline: Micros) -> Result<u32> {
