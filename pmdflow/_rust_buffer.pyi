@@ -124,6 +124,14 @@ class TrajectoryStore:
         while a claim is untrained or `version` is not the newest. Keys of an answer: the fields of
         `pmdflow.types.Lease`.
         """
+    def lease_group(self, worker: str, group: int) -> list[dict[str, Any]]:
+        """Lease the members of a group that can still grow and that nobody holds, outside every order and budget.
+
+        For a caller that has generated them already: the grant is all that `max_tokens` leaves. Keys as of `lease`.
+
+        Raises:
+            Conflict: there is no such group.
+        """
     def fence(self, worker: str) -> int:
         """End every lease of a worker that is dead or given up, and lease nothing to it again; returns how many.
 

@@ -235,3 +235,19 @@ fn workers_that_lag_are_given_the_oldest_that_they_may_extend() {
     assert_eq!(extends(&mut store, 1), Some(1));
     store.check().unwrap();
 }
+
+#[test]
+fn a_group_that_was_generated_elsewhere_is_leased_whole_and_outside_the_budget() {
+    let mut store = open();
+    store.set_quota(0, Quota { groups: 64, tokens: 0, tokens_per_segment: Some(1) }).unwrap();
+    let group = admit(&mut store, &admission(0, 2)).unwrap();
+    assert!(store.lease("worker", 0, 2, 0).unwrap().is_empty(), "there is no budget");
+    let leases = store.lease_group("writer", group, 0).unwrap();
+    assert_eq!(leases.iter().map(|lease| lease.grant).collect::<Vec<_>>(), [8, 8]);
+    assert!(store.lease_group("writer", group, 0).unwrap().is_empty(), "they are held");
+    store.check().unwrap();
+    append(&mut store, &leases[0], Some("stop"));
+    store.check().unwrap();
+    assert!(store.ledger().contains(&("overdraft", 0)));
+    conflicts(store.lease_group("writer", 7, 0));
+}

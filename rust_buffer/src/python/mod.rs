@@ -116,6 +116,11 @@ impl TrajectoryStore {
         leases.iter().map(|lease| rows::lease(py, lease)).collect()
     }
 
+    fn lease_group<'py>(&self, py: Python<'py>, worker: &str, group: u64) -> PyResult<Vec<Row<'py>>> {
+        let leases = py.detach(|| self.shared.lease_group(worker, group, self.shared.clock(None)))?;
+        leases.iter().map(|lease| rows::lease(py, lease)).collect()
+    }
+
     fn fence(&self, py: Python<'_>, worker: &str) -> PyResult<usize> {
         self.change(py, false, |store| store.fence(worker))
     }

@@ -81,8 +81,21 @@ impl Shared {
     ) -> Result<Vec<LeaseView>> {
         let granted =
             self.wait(timeout_s, clock, |store, now| store.lease(worker, version, max_leases, now).map(some))?;
+        self.read_leases(granted.into_iter().flat_map(|(_, granted)| granted))
+    }
+
+    /// Leases the members of a group that can still grow, whatever the order and the budgets say.
+    ///
+    /// # Errors
+    /// Those of `Store::lease_group` and of the log, or `Closed`.
+    pub fn lease_group(&self, worker: &str, group: u64, clock: Clock) -> Result<Vec<LeaseView>> {
+        let (_, granted) = self.change(true, |store| store.lease_group(worker, group, clock.base()))?;
+        self.read_leases(granted)
+    }
+
+    fn read_leases(&self, granted: impl IntoIterator<Item = Granted>) -> Result<Vec<LeaseView>> {
         let mut leases = Vec::new();
-        for granted in granted.into_iter().flat_map(|(_, granted)| granted) {
+        for granted in granted {
             let read = read_prompt(self.log(), granted.prompt)
                 .and_then(|prompt| Ok((prompt, read_runs(self.log(), &granted.runs)?)));
             if let Some((prompt, prefix)) = self.unless_gone(granted.trajectory, read)? {
