@@ -109,6 +109,23 @@ def test_commands_that_only_look_load_nothing_heavy(command: list[str], tmp_path
     assert not heavy & set(loaded)
 
 
+def test_the_driver_needs_torch_neither_for_its_actors_nor_for_a_general_tokenizer() -> None:
+    script = (
+        "import sys, pmdflow.run.launch, pmdflow.replay.command\n"
+        "from pmdflow.data.tokenizer import load_tokenizer\n"
+        "print('torch' in sys.modules)\n"
+        "general = load_tokenizer('configs/tiny-calculator')\n"
+        "print('torch' in sys.modules)\n"
+        "from transformers import AutoTokenizer\n"
+        "auto = AutoTokenizer.from_pretrained('configs/tiny-calculator')\n"
+        "print(type(auto) is type(general) and auto.get_vocab() == general.get_vocab())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.split() == ["False", "False", "True"]
+
+
 def test_evaluation_loads_no_ray() -> None:
     script = "import sys, pmdflow.evaluate.command; print('ray' in sys.modules)"
     done = subprocess.run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -20,6 +19,7 @@ from pmdflow.learner.checkpoint.files import AsyncSaver, load_training, training
 from pmdflow.learner.flops import Speed
 from pmdflow.learner.fsdp import build_policy, free_address, full_state_dict, join_ranks, learner_device
 from pmdflow.learner.policy import Policy
+from pmdflow.learner.result import TrainResult
 from pmdflow.learner.schedule import learning_rate
 from pmdflow.learner.selection import Weighed, groups_left_out, importance_metrics, veto_sequences, weigh
 from pmdflow.learner.steps import Sums, Supervised, Tensors, all_sum, mismatch_sums, reference_pass, take_step
@@ -28,20 +28,6 @@ from pmdflow.metrics.report import ActorReport
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.reward.total import total_rewards
 from pmdflow.types import Float64, Mask, TrainBatch
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainResult:
-    """What one iteration did; equal on all ranks."""
-
-    metrics: dict[str, Any]
-    """The `learner/*` and `reward/*` metrics that repeat bit for bit."""
-    speed: dict[str, Any]
-    """Those that depend on the clock."""
-    left_out: dict[str, list[int]]
-    """Ids of the trajectories that the learner itself left out of the claim, by reason: `filter` or `veto`."""
-    advantages: Float64
-    """One value a trajectory [N], as the algorithm gave it to the loss."""
 
 
 class Learner:

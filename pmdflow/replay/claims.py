@@ -16,7 +16,7 @@ from pmdflow.config.schema import Config
 from pmdflow.errors import PmdflowError
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.learner.checkpoint.manifest import manifest_at
-from pmdflow.learner.learner import TrainResult
+from pmdflow.learner.result import TrainResult
 from pmdflow.metrics.history import iterations
 from pmdflow.run.actors import start_learners, start_ray
 from pmdflow.run.placement import place_learners

@@ -13,7 +13,7 @@ from pmdflow.config.schema import Config
 from pmdflow.data.mixture import MixedPrompts
 from pmdflow.errors import LearnerDied, PmdflowError, WaitTimeout
 from pmdflow.learner.actor import LearnerActor
-from pmdflow.learner.learner import TrainResult
+from pmdflow.learner.result import TrainResult
 from pmdflow.metrics.claim import claim_metrics
 from pmdflow.run.checkpoints import Checkpoints
 from pmdflow.run.held_out import HeldOut

@@ -21,7 +21,8 @@ from transformers import MistralConfig, MistralForCausalLM
 from pmdflow.errors import PmdflowError
 from pmdflow.learner import token_scores
 from pmdflow.learner.attention import Packed, packed_attention
-from pmdflow.learner.learner import Learner, TrainResult
+from pmdflow.learner.learner import Learner
+from pmdflow.learner.result import TrainResult
 from pmdflow.rollout.engine import Request
 from pmdflow.rollout.engines.transformers.engine import TransformersEngine
 from pmdflow.weights.lora import AdapterMerger
