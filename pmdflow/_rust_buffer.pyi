@@ -1,7 +1,8 @@
 """The trajectory store: the life of a trajectory on an append-only, CRC-framed log.
 
 Every method that changes state carries an id or offset made by the caller and answers a repeat with the
-first answer. Blocking methods release the GIL, wait on a condition variable and take `timeout_s`.
+first answer. Blocking methods release the GIL, wait on a condition variable and take `timeout_s`; in the main
+thread a signal whose handler raises ends them within about 0.1 s.
 `now_s` is the clock: None reads the monotonic clock; a simulator passes its own.
 Arrays cross as little-endian bytes; `pmdflow.store` gives them their NumPy types.
 """
@@ -31,7 +32,8 @@ def pack(
     micro-batches that run at the same time cost about the same. Deterministic.
 
     Raises:
-        ValueError: `steps` does not add up to the number of sequences, or a number is out of range.
+        ValueError: `steps` does not add up to the number of sequences, a number is out of range, or there are more than
+            2^20 ranks x steps.
     """
 
 class StoreError(Exception):
@@ -134,11 +136,14 @@ class TrajectoryStore:
         """Append segments, extend grants, end leases. Returns (lsn, [(trajectory, stale, grant)]) in order.
 
         `batch` is what `pmdflow.store.encode_segments` makes; rust_buffer/src/wire.rs describes it. A segment without
-        tokens renews the lease and asks for a new grant. A repeat of identical content is a no-op that answers as the
-        first time. Without `wait` it answers before the batch is durable.
+        tokens renews the lease and asks for a new grant. What a segment repeats is compared, the rest is taken; a whole
+        repeat is a no-op that answers as the first time. Tokens beyond the grant are taken and counted (`overdraft` of
+        the ledger). Without `wait` it answers before the batch is durable.
 
         Raises:
-            Conflict: a gap, other content at the same offset, more tokens than max_tokens, or a decreasing version.
+            Conflict: a gap, other content at the same offset, more tokens than max_tokens, a version that decreases or
+                was never published, a negative id, a log-prob that is not finite, or a temperature that is not finite
+                and above 0 (evaluation and observed tokens: at least 0).
         """
     def unscored(
         self, max_items: int, ttl_s: float, timeout_s: float, now_s: float | None = None
@@ -157,10 +162,11 @@ class TrajectoryStore:
         """Record the outcome of scoring attempt `attempt`. `max_attempts` infra failures make the member `failed`.
 
         A group whose living members are all scored is ready; with fewer than `min_group_size` it is evicted with
-        the reason `min_group_size`. Scores of late members are ignored (see `straggler`).
+        the reason `min_group_size`. Scores of late members are ignored (see `straggler`), and so is every outcome of
+        an attempt but the first; `scores_ignored` counts those that differ.
 
         Raises:
-            Conflict: not complete, non-finite reward, or another outcome for an attempt already recorded.
+            Conflict: not complete, a reward that is not finite, or an attempt that nobody was asked for.
         """
     def publish(self, version: int, iteration: int | None, left_out: dict[str, list[int]]) -> None:
         """Make `version` the newest; `iteration`'s claim is trained (None for initial weights or after a resume).
@@ -183,6 +189,10 @@ class TrajectoryStore:
         "starved" says why waiting would not help: `closed`, rollout is closed and no group is ready (grant the budget
         again or admit), or `over_age`, this call evicted groups and too few are left (admit others in their place).
         A repeat for an iteration already claimed returns the first answer.
+
+        Raises:
+            Conflict: another claim is untrained, the iteration is not above every earlier one, the version was never
+                published, or a repeat names another.
         """
     def claim_tokens(self, iteration: int) -> int:
         """Tokens of the claim, prompts included: what `read_claim` needs room for."""
@@ -281,11 +291,13 @@ class TrajectoryStore:
         Keys: generated, partial_leased, partial_idle, unscored, waiting_group, ready, claimed, trained,
         masked_over_age, masked_segment, masked_filter, masked_veto, evicted_<reason>...; and, outside the sum,
         `prompt`, `observed` (made by environments), `reprefill` (prefix tokens handed out with leases after the
-        first), `eval`.
+        first), `eval`, `overdraft` (appended beyond the grants).
         """
     def versions_spent(self) -> dict[int, int]:
         """Durable training tokens by policy version, for the versions that still have a quota."""
     def wait_durable(self, lsn: int | None, timeout_s: float) -> bool:
-        """Wait until every record up to `lsn` (None: the newest) is on disk; False when it is not in time."""
+        """Wait until records up to `lsn` (None: the newest) are as durable as promised; False when that is late."""
+    def sync(self) -> int:
+        """Bring every record so far to the disk, also with durability `os`; returns the newest one's LSN."""
     def close(self) -> None:
         """Sync, wake every waiter with StoreError and release the lock. Safe to repeat."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,24 @@ def sync(path: Path | str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_directories(path: Path) -> None:
+    """Make a directory, and those above it that are missing; all their names are durable.
+
+    What is there may have been made by a process that died before it synced the name, so that of `path` is always
+    synced.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    missing = [made for made in (path, *path.parents) if not made.is_dir()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync(made.parent)
+    if not missing:
+        with contextlib.suppress(PermissionError):  # then somebody else made the name
+            sync(path.parent)
 
 
 def sync_tree(root: Path) -> None:

@@ -22,7 +22,8 @@ from pmdflow.learner.policy import Policy
 from pmdflow.learner.result import TrainResult
 from pmdflow.learner.schedule import learning_rate
 from pmdflow.learner.selection import Weighed, groups_left_out, importance_metrics, veto_sequences, weigh
-from pmdflow.learner.steps import Sums, Supervised, Tensors, all_sum, mismatch_sums, reference_pass, take_step
+from pmdflow.learner.steps import Supervised, Tensors, accumulate, mismatch_sums, reference_pass, update
+from pmdflow.learner.sums import StepSums, Sums, added, over_ranks
 from pmdflow.learner.supervised import SupervisedData
 from pmdflow.metrics.report import ActorReport
 from pmdflow.metrics.spans import SpanBuffer
@@ -118,14 +119,15 @@ class Learner:
         if learner.veto:
             plans, steps, vetoed = veto_sequences(plans, steps, anchors, kept, self._device)
         if learner.importance_weights != "none":
-            pairs = [weigh(micros, old, learner, self._device) for micros, old in zip(steps, anchors, strict=True)]
+            pairs = [weigh(micros, own, learner, self._device) for micros, own in zip(steps, anchors, strict=True)]
             steps, weighed = [micros for micros, _ in pairs], [total for _, total in pairs]
         self._take_steps(batch, plans, steps, anchors, sums)
         left_out = {"filter": filtered, "veto": vetoed}
         total = max(int(counts.sum()), 1)
+        own = sums.metrics(clips=self._algorithm.clipped is not None, supervised=self._ptx is not None)
         shares = {f"learner/{reason}_share": int(counts[out].sum()) / total for reason, out in left_out.items()}
         return TrainResult(
-            metrics={**sums.metrics(), **importance_metrics(weighed), **rewards.metrics(), **shares},
+            metrics={**own, **importance_metrics(weighed), **rewards.metrics(), **shares},
             speed=self._speed.metrics(batch, plans, seconds=time.perf_counter() - started),
             left_out={reason: batch.trajectories[out].tolist() for reason, out in left_out.items()},
             advantages=advantages,
@@ -212,10 +214,8 @@ class Learner:
             return [[micro.behavior for micro in micros] for micros in steps]
         with self._spans.span("reference", iteration=batch.iteration):
             anchors = [reference_pass(self._policy, micros) for micros in steps]
-            local = np.zeros(2)
-            for micro, logprobs in zip(chain(*steps), chain(*anchors), strict=True):
-                local += mismatch_sums(micro, logprobs)
-            sums.mismatch, sums.mismatch_tokens = all_sum(local.tolist(), self._device)
+            pairs = zip(chain(*steps), chain(*anchors), strict=True)
+            sums.mismatch = over_ranks(added(StepSums, (mismatch_sums(*pair) for pair in pairs)), self._device)
         return anchors
 
     def _take_steps(
@@ -247,25 +247,22 @@ class Learner:
     def _step(self, plan: StepPlan, micros: list[Tensors], anchors: list[Tensor], sums: Sums, where: str) -> None:
         """One optimizer step, or none: AdamW moves weights even on zero gradients."""
         if plan.num_tokens == 0:
-            sums.skipped += 1
-            sums.step_losses.append(0.0)
+            sums.skip()
             return
         learner = self._config.learner
         since_reset = len(sums.grad_norms)
         sums.lr = learning_rate(learner, steps_taken=self._num_steps, steps_since_reset=since_reset)
         for group in self._optimizer.param_groups:
             group["lr"] = sums.lr
-        take_step(
+        step = accumulate(
             self._policy,
-            self._optimizer,
             micros,
             anchors,
             supervised=self._supervised(),
             algorithm=self._algorithm,
             config=self._config,
             plan=plan,
-            sums=sums,
-            where=where,
         )
-        sums.trained_tokens += plan.num_tokens
+        norm = update(self._policy, self._optimizer, step, max_grad_norm=learner.max_grad_norm, where=where)
+        sums.add(step, norm=norm, tokens=plan.num_tokens)
         self._num_steps += 1

@@ -50,7 +50,8 @@ class RunDirectory:
         """
         path = cls.path_of(config)
         try:
-            (path / "logs").mkdir(parents=True, exist_ok=True)
+            durable.make_directories(path)
+            durable.make_directories(path / "logs")
             lock = open(path / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115 (held for the life of the run)
         except OSError as error:
             raise LaunchError(

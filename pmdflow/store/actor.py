@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import ray
 
 from pmdflow._rust_buffer import StoreFull, StoreLocked
@@ -16,6 +18,7 @@ from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.store.answers import ClaimAnswer, EvalResult, LateMembers
 from pmdflow.store.archive import write_part
 from pmdflow.store.facade import TrajectoryStore
+from pmdflow.store.plan import in_claim_order
 from pmdflow.store.settings import StoreSettings
 from pmdflow.types import Counts, Grant, Lease, Outcome, Prompt, Quota, TrainBatch, Unscored
 
@@ -44,14 +47,21 @@ class StoreActor:
     Waits for nothing but its callers; a waiting caller is woken by the state change that it waits for.
     """
 
-    def __init__(self, *, directory: str, run_dir: str, settings: StoreSettings, archive_attrs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        *,
+        directory: str,
+        run_dir: str,
+        settings: StoreSettings,
+        archive_attrs: dict[str, Any],
+        steps_per_iteration: int,
+    ) -> None:
         """Open the store in `directory`; `settings` are the keyword arguments of `TrajectoryStore`."""
         self._run_dir = Path(run_dir)
         self._archive_attrs = archive_attrs
+        self._steps_per_iteration = steps_per_iteration
         self._archived: set[int] = set()
         """Iterations whose claims this process has archived: they need not be read again until they are undone."""
-        self._awaited: set[tuple[int, int]] = set()
-        """Trajectory and attempt of what was handed out to be scored and is not answered."""
         self._spans = SpanBuffer("store")
         deadline = time.monotonic() + LOCK_TIMEOUT_S
         while True:
@@ -80,21 +90,16 @@ class StoreActor:
     @_in_group("score")
     def unscored(self, max_items: int, ttl_s: float, timeout_s: float) -> list[Unscored]:
         """Complete trajectories that await their reward; waits for the first one."""
-        items = self._store.unscored(max_items, ttl_s, timeout_s)
-        self._awaited |= {(item.trajectory, item.attempt) for item in items}
-        return items
+        return self._store.unscored(max_items, ttl_s, timeout_s)
 
     @_in_group("score")
     def score(self, scores: Sequence[tuple[int, int, Outcome, float, dict[str, float]]]) -> None:
         """Record (trajectory, attempt, outcome, reward, components) of several trajectories.
 
-        What is handed out again after its time may be answered by two actors, with two outcomes: the first one stands.
+        What is handed out again after its time may be answered by two actors, with two outcomes: the store keeps the
+        first one.
         """
         for trajectory, attempt, outcome, reward, components in scores:
-            try:
-                self._awaited.remove((trajectory, attempt))
-            except KeyError:  # answered, or handed out by a store actor that has died: then it is handed out again
-                continue
             self._store.score(trajectory, attempt, outcome, reward, components, wait=False)
         self.sync()
 
@@ -105,8 +110,10 @@ class StoreActor:
 
     @_in_group("claim")
     def read_claim(self, iteration: int) -> TrainBatch:
-        """The claimed groups as packed arrays."""
-        return self._store.read_claim(iteration)
+        """The claimed groups as packed arrays, and the plan that deals them to optimizer steps."""
+        batch = self._store.read_claim(iteration)
+        plan = in_claim_order(len(np.unique(batch.groups)), self._steps_per_iteration)
+        return replace(batch, plan=plan)
 
     def admit(
         self,
@@ -158,7 +165,7 @@ class StoreActor:
             if iteration in self._archived:
                 continue
             with self._spans.span("archive", iteration=iteration):
-                write_part(self._run_dir, self._store.read_claim(iteration), attrs=self._archive_attrs)
+                write_part(self._run_dir, self.read_claim(iteration), attrs=self._archive_attrs)
             self._archived.add(iteration)
         self._store.evict(evict_through)
 

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
 
-import msgpack
 import numpy as np
 
 from pmdflow import _rust_buffer
 from pmdflow.store.answers import ClaimAnswer, LateMembers
+from pmdflow.store.metadata import pack_metadata, unpack_metadata
 from pmdflow.store.segments import encode_segments
 from pmdflow.store.settings import StoreSettings
+from pmdflow.store.tokens import token_ids
 from pmdflow.store.view import StoreView, int32
 from pmdflow.types import Grant, Lease, LeaseKind, Outcome, Prompt, Quota, Segment, Stop, Unscored
 
@@ -83,14 +84,15 @@ class TrajectoryStore(StoreView):
         Raises:
             StoreFull: the quota of groups or `max_bytes` is reached.
             Conflict: the id was admitted with other content, or its group is gone.
+            ValueError: a token id is outside int32, or the metadata cannot be stored.
         """
         return self._native.admit(
             request_id,
             cursor=cursor,
             kind=kind,
             prompt_id=prompt.id,
-            prompt=np.asarray(prompt.tokens, dtype="<i4").tobytes(),
-            metadata=msgpack.packb(dict(prompt.metadata), use_bin_type=True),
+            prompt=token_ids(prompt.tokens, of=f"prompt {prompt.id!r}").tobytes(),
+            metadata=pack_metadata(prompt),
             text=prompt.text,
             group_size=group_size,
             max_tokens=max_tokens,
@@ -107,7 +109,7 @@ class TrajectoryStore(StoreView):
             Lease(
                 **row
                 | {
-                    "metadata": msgpack.unpackb(row["metadata"]),
+                    "metadata": unpack_metadata(row["metadata"]),
                     "prompt": int32(row["prompt"]),
                     "prefix": int32(row["prefix"]),
                     "prefix_observed": np.frombuffer(row["prefix_observed"], np.uint8),
@@ -128,10 +130,14 @@ class TrajectoryStore(StoreView):
     ) -> tuple[int, list[Grant]]:
         """Append segments (encoded or not), extend grants, end leases; returns the log position and a grant for each.
 
-        Without `wait` it answers before the segments are durable; `wait_durable` with the log position awaits that.
+        What a segment repeats is compared, and the rest taken. Tokens beyond the grant are taken too, and counted in
+        the ledger as `overdraft`. Without `wait` it answers before the segments are durable; `wait_durable` with the
+        log position awaits that.
 
         Raises:
-            Conflict: a gap, other content at the same offset, more than `max_tokens`, or a decreasing version.
+            Conflict: a gap, other content at the same offset, more than `max_tokens`, a version that decreases or was
+                never published, a log-prob that is not finite, or a temperature that is not above 0 (evaluation: 0).
+            ValueError: a token id is outside int32.
         """
         encoded = batch if isinstance(batch, bytes) else encode_segments(batch)
         lsn, replies = self._native.append(encoded, wait, now_s)
@@ -144,7 +150,7 @@ class TrajectoryStore(StoreView):
             Unscored(
                 **row
                 | {
-                    "metadata": msgpack.unpackb(row["metadata"]),
+                    "metadata": unpack_metadata(row["metadata"]),
                     "prompt": int32(row["prompt"]),
                     "tokens": int32(row["tokens"]),
                     "observed": np.frombuffer(row["observed"], np.uint8),
@@ -167,10 +173,11 @@ class TrajectoryStore(StoreView):
     ) -> None:
         """Record the outcome of scoring attempt `attempt`; of a late member it is ignored.
 
-        Without `wait` it answers before that is durable.
+        The first outcome of an attempt stands: another one is ignored, and counted in `Counts.scores_ignored`. Without
+        `wait` it answers before that is durable.
 
         Raises:
-            Conflict: not complete, a reward that is not finite, or another outcome for an attempt already recorded.
+            Conflict: not complete, a reward that is not finite, or an attempt that nobody was asked for.
         """
         self._native.score(trajectory, attempt, outcome, reward, dict(components or {}), wait, now_s)
 
@@ -192,7 +199,8 @@ class TrajectoryStore(StoreView):
         """Claim `iteration`'s groups for a learner at `version`, waiting until they are ready or rollout is closed.
 
         Raises:
-            Conflict: another claim is untrained, or the iteration is not above every earlier one.
+            Conflict: another claim is untrained, the iteration is not above every earlier one, the version was never
+                published, or a repeat names another.
         """
         row = self._native.claim(iteration, version, timeout_s, now_s)
         return ClaimAnswer(**row | {"groups": tuple(row["groups"])})
@@ -224,6 +232,10 @@ class TrajectoryStore(StoreView):
     def take_late(self) -> list[LateMembers]:
         """Groups that became ready without late members since the last call."""
         return [LateMembers(**row) for row in self._native.take_late()]
+
+    def sync(self) -> int:
+        """Bring every record so far to the disk, whatever `durability` is; returns the newest one's log position."""
+        return self._native.sync()
 
     def wait_durable(self, lsn: int | None, timeout_s: float) -> bool:
         """Wait until every record up to `lsn` (None: the newest one) is on disk; False when it is not in time."""

@@ -16,6 +16,12 @@ pub enum StoreError {
     /// Another writer holds the directory.
     #[error("{} is open in another writer; close that one or choose another directory", path.display())]
     Locked { path: PathBuf },
+    /// The directory is not on a disk of this machine.
+    #[error(
+        "{} lies on {name}, a network file system, on which locks, maps and syncs of a log are not proven; \
+         keep the store in a directory on a disk of this machine", path.display()
+    )]
+    Network { path: PathBuf, name: &'static str },
     /// Bytes that were written whole are not the ones read.
     #[error("{} is damaged at byte {offset}: {detail}; restore the file from a copy", path.display())]
     Corrupt {
@@ -57,6 +63,9 @@ pub enum StoreError {
     /// A change was asked of a reader.
     #[error("{} is open for reading only; open it without `read` to change it", path.display())]
     ReadOnly { path: PathBuf },
+    /// A signal came in during a wait.
+    #[error("the wait was interrupted by a signal")]
+    Interrupted,
     /// The store or its log is closed.
     #[error("the store is closed; open it again")]
     Closed,

@@ -1,7 +1,5 @@
 """What the learner leaves out of a claim is in the store and in the archive: who, why, and how many tokens."""
 
-# ruff: noqa: F811
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -14,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from pmdflow.store import Conflict, TrajectoryStore
 from pmdflow.store.archive import parts, read_part, write_part
 from pmdflow.types import Mask, Prompt, Quota, Segment, TrainBatch
-from tests.learner.test_learner import make_config, model_path, start  # noqa: F401
+from tests.support.learner import make_config
 
 torch.set_num_threads(1)
 PROMPT = Prompt(id="p", text="?", tokens=np.array([5, 6, 7], np.int32))

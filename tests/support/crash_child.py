@@ -1,4 +1,4 @@
-"""The program that `test_store_crash.py` kills: threads that use one store through its public API until they die.
+"""The program that `test_crash.py` kills: threads that use one store through its public API until they die.
 
 A server: for each line of its input it forks a child that runs `live`, and says when that child is dead. The child
 writes a line to the common output before and after each call that changes state; a line is one atomic write.
@@ -14,27 +14,66 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
 from pmdflow.store import StoreFull, TrajectoryStore
 from pmdflow.types import Float32, Int32, Lease, Mask, Outcome, Prompt, Quota, Segment
 
+Durability = Literal["os", "group", "always"]
+
 GROUP_SIZE = 2
-MAX_TOKENS = 48
-MOST_GROUPS = 24
-FILE_BYTES = 16 << 10
-"""Small, so that the log often begins a new file."""
 TIMEOUT_S = 30.0
 PATIENCE_S = 0.02
+VOCABULARIES = (150_000, 32_000)
+"""Sizes of two vocabularies, for trajectories in turn."""
+ZIPF = 1.3
+TABLE = 1 << 20
 
 
-def open_store(directory: Path) -> TrajectoryStore:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """How much a life writes."""
+
+    max_tokens: int
+    most_groups: int
+    file_bytes: int
+    """Small, so that the log often begins a new file."""
+    leases: int
+    """Trajectories of one append."""
+    append_tokens: tuple[int, int]
+    """Least and most of one append, on a logarithmic scale."""
+
+
+LOADS = {
+    "small": Load(max_tokens=48, most_groups=24, file_bytes=16 << 10, leases=4, append_tokens=(4, 48)),
+    "large": Load(max_tokens=80_000, most_groups=6, file_bytes=1 << 20, leases=8, append_tokens=(8 << 10, 512 << 10)),
+}
+"""An append of the large one is 64 KB to 4 MB."""
+
+
+def open_store(directory: Path, load: str, durability: Durability = "group") -> TrajectoryStore:
     return TrajectoryStore(
-        directory, groups_per_iteration=3, lookahead=100, max_staleness=None, grant_tokens=16, file_bytes=FILE_BYTES
+        directory,
+        groups_per_iteration=3,
+        lookahead=100,
+        max_staleness=None,
+        grant_tokens=LOADS[load].max_tokens,
+        file_bytes=LOADS[load].file_bytes,
+        durability=durability,
     )
+
+
+def _table(vocabulary: int) -> Int32:
+    """Ids as frequent as those of a text: what a torn record leaves of them may look like anything."""
+    draws = np.random.default_rng(vocabulary).random(TABLE)
+    return ((draws ** (-1 / (ZIPF - 1)) - 1) % vocabulary).astype(np.int32)
+
+
+_TABLES = [_table(vocabulary) for vocabulary in VOCABULARIES]
 
 
 def prompt_of(number: int) -> Prompt:
@@ -45,8 +84,8 @@ def prompt_of(number: int) -> Prompt:
 
 def tokens_of(trajectory: int, offset: int, count: int) -> Int32:
     """Content of a trajectory; whoever reads it back computes it again."""
-    places = np.arange(offset, offset + count, dtype=np.int64)
-    return ((places * 7919 + trajectory * 104729) % 150_000).astype(np.int32)
+    places = np.arange(offset, offset + count) + trajectory * 104729
+    return _TABLES[trajectory % len(_TABLES)].take(places, mode="wrap")
 
 
 def logprobs_of(trajectory: int, offset: int, count: int) -> Float32:
@@ -76,10 +115,11 @@ def fail() -> NoReturn:
 class Life:
     """One life of the child, from opening the store to the kill."""
 
-    def __init__(self, directory: Path, seed: int, committed: int) -> None:
+    def __init__(self, directory: Path, seed: int, committed: int, load: str, durability: Durability) -> None:
         """Open and resume as the controller does: undo the claims after the checkpoint, publish an unused version."""
         report("opening")
-        self._store = store = open_store(directory)
+        self._load = LOADS[load]
+        self._store = store = open_store(directory, load, durability)
         self._seed, self._committed = seed, committed
         report("uncommitted", store.uncommit(committed))
         if committed >= 0:
@@ -105,43 +145,44 @@ class Life:
         report("publishing", version, iteration)
         self._store.publish(version, iteration)
         report("published", version, iteration)
-        self._store.set_quota(Quota(version=version, groups=MOST_GROUPS, tokens=1 << 30, tokens_per_segment=None))
+        groups = self._load.most_groups
+        self._store.set_quota(Quota(version=version, groups=groups, tokens=1 << 40, tokens_per_segment=None))
 
     def _admit(self, random: np.random.Generator) -> None:
         number = self._store.counts().next_cursor
         report("admitting", number)
         with contextlib.suppress(StoreFull):
-            group = self._store.admit(
-                f"r{number}", prompt_of(number), group_size=GROUP_SIZE, max_tokens=MAX_TOKENS, cursor=number
-            )
+            prompt, most = prompt_of(number), self._load.max_tokens
+            group = self._store.admit(f"r{number}", prompt, group_size=GROUP_SIZE, max_tokens=most, cursor=number)
             report("admitted", number, group)
             return
         time.sleep(PATIENCE_S)
 
     def _leases(self, name: str) -> list[Lease]:
-        leases = self._store.lease(name, self._store.counts().version, 4, PATIENCE_S)
+        leases = self._store.lease(name, self._store.counts().version, self._load.leases, PATIENCE_S)
         if leases:
             report("leased", [(lease.trajectory, lease.epoch) for lease in leases])
         for lease in leases:
             wanted = tokens_of(lease.trajectory, 0, len(lease.prefix))
-            assert lease.prefix.tolist() == wanted.tolist(), "a leased prefix is not what was appended"
+            assert np.array_equal(lease.prefix, wanted), "a leased prefix is not what was appended"
         return leases
 
     def _batches(self, name: str, random: np.random.Generator) -> Any:
         """Batches of segments until no lease is left; each is sent the answer to the one before."""
         held = {lease.trajectory: (lease, len(lease.prefix)) for lease in self._leases(name)}
         while held:
-            version = self._store.counts().version
-            batch = [self._segment(lease, offset, version, random) for lease, offset in held.values()]
+            version, least, most = self._store.counts().version, *np.log(self._load.append_tokens)
+            count = max(1, int(np.exp(random.uniform(least, most))) // len(held))
+            batch = [self._segment(lease, offset, count, version, random) for lease, offset in held.values()]
             grants = yield batch
             for segment, grant in zip(batch, grants, strict=True):
                 offset = segment.offset + len(segment.tokens)
                 held[segment.trajectory] = (held[segment.trajectory][0], offset)
-                if grant.stale or segment.stop is not None or offset == MAX_TOKENS:
+                if grant.stale or segment.stop is not None or offset == self._load.max_tokens:
                     del held[segment.trajectory]
 
-    def _segment(self, lease: Lease, offset: int, version: int, random: np.random.Generator) -> Segment:
-        count = min(int(random.integers(1, 12)), MAX_TOKENS - offset)
+    def _segment(self, lease: Lease, offset: int, count: int, version: int, random: np.random.Generator) -> Segment:
+        count = min(count, self._load.max_tokens - offset)
         draw = random.random()
         return Segment(
             trajectory=lease.trajectory,
@@ -182,7 +223,7 @@ class Life:
 
     def _score(self, random: np.random.Generator) -> None:
         for item in self._store.unscored(8, 60.0, PATIENCE_S):
-            assert item.tokens.tolist() == tokens_of(item.trajectory, 0, len(item.tokens)).tolist()
+            assert np.array_equal(item.tokens, tokens_of(item.trajectory, 0, len(item.tokens)))
             outcome, reward = outcome_of(item.trajectory, item.attempt)
             report("scoring", item.trajectory, item.attempt)
             self._store.score(item.trajectory, item.attempt, outcome, reward)
@@ -215,18 +256,18 @@ class Life:
             span = slice(batch.cu_seqlens[place], batch.cu_seqlens[place + 1])
             generated = (batch.mask[span] & Mask.GENERATED) != 0
             tokens = batch.tokens[span][generated]
-            assert tokens.tolist() == tokens_of(trajectory, 0, len(tokens)).tolist(), "a claim has other tokens"
+            assert np.array_equal(tokens, tokens_of(trajectory, 0, len(tokens))), "a claim has other tokens"
 
 
 def main() -> None:
-    """Serve: each input line is [directory, seed, committed iteration]."""
+    """Serve: each input line is [directory, seed, committed iteration, load, durability]."""
     for line in sys.stdin:
-        directory, seed, committed = json.loads(line)
+        directory, *order = json.loads(line)
         child = os.fork()
         if child == 0:
             try:
                 report("born", os.getpid())
-                Life(Path(directory), seed, committed).run()
+                Life(Path(directory), *order).run()
             except BaseException:
                 fail()
             threading.Event().wait()

@@ -12,7 +12,7 @@ from pmdflow.store import TrajectoryStore
 from pmdflow.types import Segment, Stop
 from tests.support.crash_child import (
     GROUP_SIZE,
-    MAX_TOKENS,
+    LOADS,
     logprobs_of,
     outcome_of,
     prompt_of,
@@ -35,11 +35,11 @@ class Known:
     scored: bool = False
     last: Row | None = None
 
-    def add(self, row: Row) -> None:
+    def add(self, row: Row, max_tokens: int) -> None:
         _, _, offset, count, version, stop = row
         assert offset == len(self.versions), "an append was acknowledged that does not continue the one before"
         self.versions += [version] * count
-        self.complete = stop == "stop" or len(self.versions) == MAX_TOKENS
+        self.complete = stop == "stop" or len(self.versions) == max_tokens
         self.last = row
 
     def judge(self, trajectory: int, attempt: int) -> None:
@@ -51,6 +51,7 @@ class Known:
 class Model:
     """The acknowledged history, over all lives in one directory; `under way` calls may have happened or not."""
 
+    load: str
     trajectories: dict[int, Known] = field(default_factory=dict)
     appending: dict[str, list[Row]] = field(default_factory=dict)
     scoring: set[tuple[int, int]] = field(default_factory=set)
@@ -66,6 +67,11 @@ class Model:
     evicted: int = -1
     lsn: int = 0
     lines: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def max_tokens(self) -> int:
+        """Of each trajectory."""
+        return LOADS[self.load].max_tokens
 
     def hear(self, kind: str, *line: Any) -> None:
         """Take in one line of the child."""
@@ -106,7 +112,7 @@ class Model:
             for earlier, batch in list(self.appending.items()):
                 if any(trajectory == row[0] and offset < row[2] for trajectory, _, offset, *_ in batch):
                     self._add(earlier)
-            self.trajectories[row[0]].add(row)
+            self.trajectories[row[0]].add(row, self.max_tokens)
 
     def _hear_scoring(self, trajectory: int, attempt: int) -> None:
         self.scoring.add((trajectory, attempt))
@@ -197,7 +203,7 @@ class Model:
         assert row["tokens"].tobytes() == tokens_of(trajectory, 0, length).tobytes()
         assert row["logprobs"].tobytes() == logprobs_of(trajectory, 0, length).tobytes()
         stored = [(count, version) for count, version, *_ in row["segments"]]
-        assert np.repeat([v for _, v in stored], [c for c, _ in stored]).tolist() == known.versions
+        assert np.array_equal(np.repeat([v for _, v in stored], [c for c, _ in stored]), known.versions)
         assert row["epoch"] >= known.epoch
         assert (row["stop"] is not Stop.NONE) is known.complete
         assert row["state"] == ("scored" if known.scored else "unscored" if known.complete else "idle")
@@ -246,7 +252,9 @@ class Model:
         for number, group in self.admitted.items():
             if group in groups:
                 prompt = prompt_of(number)
-                again = store.admit(f"r{number}", prompt, group_size=GROUP_SIZE, max_tokens=MAX_TOKENS, cursor=number)
+                again = store.admit(
+                    f"r{number}", prompt, group_size=GROUP_SIZE, max_tokens=self.max_tokens, cursor=number
+                )
                 assert again == group
         for trajectory, row in rows.items():
             known = self.trajectories[trajectory]

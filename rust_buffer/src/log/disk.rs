@@ -5,7 +5,10 @@ use std::{
     io::{self, IoSlice},
     os::{fd::AsRawFd, unix::fs::FileExt},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
@@ -16,6 +19,7 @@ use rustix::{
 
 use super::{
     lock,
+    network::refuse_network,
     storage::{Bytes, Medium, Storage},
 };
 use crate::error::{Result, StoreError};
@@ -31,27 +35,40 @@ const COPY_BYTES: usize = 4096;
 /// A directory of log files.
 pub struct Disk {
     dir: PathBuf,
+    /// What was found readable before the newest of these is looked at again.
+    looks: Arc<AtomicU64>,
 }
 
 impl Disk {
     /// The directory `dir`, made where it is missing.
     ///
     /// # Errors
-    /// `Io`.
+    /// `Io`; `Network` where it lies on a network file system.
     pub fn new(dir: &Path) -> Result<Self> {
-        let mut missing: Vec<&Path> = dir.ancestors().take_while(|path| !path.as_os_str().is_empty()).collect();
-        missing.retain(|path| !path.is_dir());
+        // Of what was there, the last name may be that of a process that died before it was synced.
+        let mut made: Vec<&Path> = dir.ancestors().take_while(|path| !path.as_os_str().is_empty()).collect();
+        made.retain(|path| *path == dir || !path.is_dir());
+        let existed = dir.is_dir();
         fs::create_dir_all(dir).map_err(|e| StoreError::io(dir, e))?;
-        for path in missing {
+        for path in made {
             let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            sync_dir(parent).map_err(|e| StoreError::io(parent, e))?;
+            match sync_dir(parent) {
+                // Then somebody else made the name.
+                Err(e) if existed && e.kind() == io::ErrorKind::PermissionDenied => {}
+                synced => synced.map_err(|e| StoreError::io(parent, e))?,
+            }
         }
-        Ok(Self { dir: dir.to_path_buf() })
+        refuse_network(dir)?;
+        Ok(Self::existing(dir))
     }
 
     /// The directory `dir`, which nothing here will change.
     pub fn existing(dir: &Path) -> Self {
-        Self { dir: dir.to_path_buf() }
+        Self { dir: dir.to_path_buf(), looks: Arc::new(AtomicU64::new(1)) }
+    }
+
+    fn medium(&self, path: PathBuf, file: Option<File>) -> Arc<dyn Medium> {
+        Arc::new(DiskFile { path, file, map: Mutex::new(None), looks: Arc::clone(&self.looks) })
     }
 }
 
@@ -69,7 +86,7 @@ impl Storage for Disk {
         let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
         let file = open.map_err(|e| StoreError::io(&path, e))?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Box::new(file)),
+            Ok(()) => Ok(Box::new(Lock { file, pid: std::process::id() })),
             Err(Errno::WOULDBLOCK) => Err(StoreError::Locked { path }),
             Err(e) => Err(StoreError::io(&path, e)),
         }
@@ -83,14 +100,14 @@ impl Storage for Disk {
     fn create(&self, name: &str) -> io::Result<Arc<dyn Medium>> {
         let path = self.dir.join(name);
         let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
-        Ok(Arc::new(DiskFile { path, file: Some(file), map: Mutex::new(None) }))
+        Ok(self.medium(path, Some(file)))
     }
 
     fn open(&self, name: &str, write: bool) -> io::Result<Arc<dyn Medium>> {
         let path = self.dir.join(name);
         // A file that is only read is opened when it is: there may be many.
         let file = write.then(|| OpenOptions::new().read(true).write(true).open(&path)).transpose()?;
-        Ok(Arc::new(DiskFile { path, file, map: Mutex::new(None) }))
+        Ok(self.medium(path, file))
     }
 
     fn replace(&self, name: &str, bytes: &[&[u8]]) -> io::Result<()> {
@@ -111,6 +128,26 @@ impl Storage for Disk {
 
     fn sync_names(&self) -> io::Result<()> {
         sync_dir(&self.dir)
+    }
+
+    fn look_again(&self) {
+        self.looks.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// The lock on a directory. It belongs to the open file, which a forked child has too: closing this process's
+/// descriptor would leave it with a child that lives on, and a child that ends must not undo it.
+struct Lock {
+    file: File,
+    pid: u32,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        if self.pid == std::process::id() {
+            // There is nobody to tell, and the end of the process does it too.
+            let _ = flock(&self.file, FlockOperation::Unlock);
+        }
     }
 }
 
@@ -147,8 +184,8 @@ fn write_all(file: &File, mut at: u64, parts: &[&[u8]]) -> io::Result<()> {
     Ok(())
 }
 
-/// Bytes of a map whose pages are faulted in together: one by one they cost more than copying what is in them.
-const FAULT_BYTES: usize = 2 << 20;
+/// Bytes of a map whose pages are faulted in together at least: one by one they cost more than copying what is in them.
+const FAULT_BYTES: usize = 64 << 10;
 
 /// A log file; `file` is None where it is only read.
 struct DiskFile {
@@ -156,30 +193,36 @@ struct DiskFile {
     file: Option<File>,
     /// Made at the first read, and again when a read lies beyond it.
     map: Mutex<Option<Map>>,
+    looks: Arc<AtomicU64>,
 }
 
 struct Map {
     bytes: Arc<MmapRaw>,
-    /// Which pieces of `FAULT_BYTES` have been faulted in.
-    touched: Vec<bool>,
+    /// At which look each piece of `FAULT_BYTES` was last found readable.
+    seen: Vec<u64>,
 }
 
 impl Map {
     fn of(file: &File) -> io::Result<Self> {
         let bytes = Arc::new(MmapOptions::new().map_raw_read_only(file)?);
-        let touched = vec![false; bytes.len().div_ceil(FAULT_BYTES)];
-        Ok(Self { bytes, touched })
+        let seen = vec![0; bytes.len().div_ceil(FAULT_BYTES)];
+        Ok(Self { bytes, seen })
     }
 
-    fn touch(&mut self, from: usize, to: usize) {
-        for piece in from / FAULT_BYTES..to.div_ceil(FAULT_BYTES).min(self.touched.len()) {
-            if !std::mem::replace(&mut self.touched[piece], true) {
-                let start = piece * FAULT_BYTES;
-                let len = FAULT_BYTES.min(self.bytes.len() - start);
-                // Older kernels cannot; then the pages come one by one.
-                let _ = self.bytes.advise_range(Advice::PopulateRead, start, len);
-            }
+    /// Faults the pages of a range in; false where the disk cannot, and touching them would end the process.
+    fn is_readable(&mut self, from: usize, to: usize, look: u64) -> bool {
+        let pieces = from / FAULT_BYTES..to.div_ceil(FAULT_BYTES);
+        if self.seen[pieces.clone()].iter().all(|seen| *seen == look) {
+            return true;
         }
+        let (start, end) = (pieces.start * FAULT_BYTES, (pieces.end * FAULT_BYTES).min(self.bytes.len()));
+        if self.bytes.advise_range(Advice::PopulateRead, start, end - start).is_ok() {
+            self.seen[pieces].fill(look);
+            return true;
+        }
+        // The file may end before the map does: what was preallocated goes when it is sealed.
+        let start = from / PAGE_BYTES as usize * PAGE_BYTES as usize;
+        self.bytes.advise_range(Advice::PopulateRead, start, to - start).is_ok()
     }
 }
 
@@ -220,10 +263,13 @@ impl Medium for DiskFile {
             return Ok(());
         }
         let file = self.writable()?;
-        match fallocate(file, FallocateFlags::empty(), from, to - from) {
-            Ok(()) => Ok(()),
-            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => file.set_len(to),
-            Err(e) => Err(e.into()),
+        loop {
+            return match fallocate(file, FallocateFlags::empty(), from, to - from) {
+                Ok(()) => Ok(()),
+                Err(Errno::INTR) => continue,
+                Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => file.set_len(to),
+                Err(e) => Err(e.into()),
+            };
         }
     }
 
@@ -258,8 +304,17 @@ impl Medium for DiskFile {
             Some(map) if map.bytes.len() as u64 >= end => map,
             _ => cell.insert(self.with(Map::of)?),
         };
-        map.touch(at as usize, end as usize);
-        Ok(Bytes::mapped(&map.bytes, at as usize, len))
+        let look = self.looks.load(Ordering::Relaxed);
+        if map.bytes.len() as u64 >= end && map.is_readable(at as usize, end as usize, look) {
+            return Ok(Bytes::mapped(&map.bytes, at as usize, len));
+        }
+        drop(cell);
+        // The disk cannot read it, or the file was cut, or the kernel is older than 5.14: what pread says is right.
+        self.with(|file| {
+            let mut bytes = vec![0; len.min(file.metadata()?.len().saturating_sub(at) as usize)];
+            read_whole(file, at, &mut bytes)?;
+            Ok((bytes.len() == len).then(|| Bytes::from(&bytes[..])))
+        })
     }
 
     fn copy(&self, len: u64) -> io::Result<Bytes> {

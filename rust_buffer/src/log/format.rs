@@ -6,7 +6,8 @@ use super::Lsn;
 use crate::error::{Result, StoreError};
 
 const MAGIC: [u8; 8] = *b"PMDFLOW\0";
-const FORMAT: u32 = 3;
+/// Version of the files' bytes; other ones are refused.
+pub const FORMAT: u32 = 3;
 pub(super) const FILE_HEADER: u64 = 32;
 pub(super) const FRAME_HEADER: u64 = 32;
 pub(super) const SNAPSHOT: u8 = 0;
@@ -193,8 +194,9 @@ pub(super) struct Head {
     pub(super) stamp: Stamp,
 }
 
-/// Checks the head of the frame at the start of `bytes` (which may go on) without trusting any of it.
-pub(super) fn parse_head(bytes: &[u8]) -> std::result::Result<Head, &'static str> {
+/// Length of the whole frame at the start of `bytes` (which may go on) and of its head: that its parts fill it exactly is
+/// checked, and no checksum.
+fn outline(bytes: &[u8]) -> std::result::Result<(usize, usize), &'static str> {
     if bytes.len() < FRAME_HEADER as usize {
         return Err("the file ends within the record's head");
     }
@@ -204,14 +206,26 @@ pub(super) fn parse_head(bytes: &[u8]) -> std::result::Result<Head, &'static str
         return Err("the record's length is impossible");
     }
     let head = bytes.get(..arrays_at as usize).ok_or("the file ends within the record")?;
-    if u32_at(head, 4) != head_crc(head) {
-        return Err("the checksum does not match");
-    }
     let total = (0..narrays).map(|i| align(u64::from(entry(head, i).len))).sum::<u64>();
     if arrays_at + total != len as u64 {
         return Err("the parts do not fit the record's length");
     }
-    Ok(Head { len, arrays_at: arrays_at as usize, stamp: stamp(head) })
+    Ok((len, head.len()))
+}
+
+/// Bytes that a checksum of the head at the start of `bytes` reads, or None where there can be none.
+pub(super) fn checksummed(bytes: &[u8]) -> Option<u64> {
+    outline(bytes).ok().map(|(_, arrays_at)| arrays_at as u64)
+}
+
+/// Checks the head of the frame at the start of `bytes` (which may go on) without trusting any of it.
+pub(super) fn parse_head(bytes: &[u8]) -> std::result::Result<Head, &'static str> {
+    let (len, arrays_at) = outline(bytes)?;
+    let head = &bytes[..arrays_at];
+    if u32_at(head, 4) != head_crc(head) {
+        return Err("the checksum does not match");
+    }
+    Ok(Head { len, arrays_at, stamp: stamp(head) })
 }
 
 /// Checks the frame at the start of `bytes`, its arrays too.

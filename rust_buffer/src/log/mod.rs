@@ -23,6 +23,7 @@ mod directory;
 mod disk;
 mod format;
 mod memory;
+mod network;
 mod reader;
 mod recovery;
 mod storage;
@@ -47,8 +48,9 @@ use self::{
 };
 pub use self::{
     disk::Disk,
-    format::{Arrays, Entry},
+    format::{Arrays, Entry, FORMAT},
     memory::Memory,
+    network::network_name,
     reader::{Frame, Part},
     recovery::Replay,
     storage::{Bytes, Medium, Storage},
@@ -196,7 +198,17 @@ impl Log {
         if kind == SNAPSHOT || kind == MARK {
             return Err(StoreError::Conflict(format!("record kind {kind} is the log's own; use 1 to 254")));
         }
+        self.0.shared.own_process()?;
         self.0.shared.write(kind, header, arrays)
+    }
+
+    /// Begins a call of the store: its reads trust nothing that earlier ones found readable.
+    ///
+    /// # Errors
+    /// `Conflict` in a process that inherited the log by a fork.
+    pub fn begin(&self) -> Result<()> {
+        self.0.shared.storage.look_again();
+        self.0.shared.own_process()
     }
 
     /// Has the sync thread sync what is written.
@@ -210,6 +222,7 @@ impl Log {
     /// # Errors
     /// `Poisoned`, or `Io`, which poisons.
     pub fn sync_through(&self, lsn: Lsn, timeout: Duration) -> Result<bool> {
+        self.0.shared.own_process()?;
         self.0.shared.sync_until(lsn, timeout)
     }
 
@@ -229,6 +242,7 @@ impl Log {
     /// As `append`; after `Io` recovery starts where it did.
     pub fn write_snapshot(&self, position: Position, snapshot: &[u8]) -> Result<()> {
         let shared = &self.0.shared;
+        self.0.shared.own_process()?;
         let _one = lock(&self.0.snapshotting);
         shared.accepting()?;
         shared.sync()?;
@@ -298,6 +312,7 @@ impl Log {
     /// As `append`.
     pub fn remove_before(&self, file: u32) -> Result<usize> {
         let shared = &self.0.shared;
+        self.0.shared.own_process()?;
         shared.accepting()?;
         let end = file.min(self.snapshot_position().file);
         let doomed: Vec<_> = lock(&shared.files).range(..end).map(|(&number, _)| number).collect();
@@ -322,7 +337,8 @@ impl Log {
         self.0.shared.poison(error)
     }
 
-    /// Syncs what is written and releases the storage; records stay readable. Safe to repeat.
+    /// Syncs what is written and releases the storage; records stay readable. Safe to repeat. In a process that
+    /// inherited the log by a fork it does nothing.
     ///
     /// # Errors
     /// `Io` or `Poisoned` when records written are not durable.
@@ -333,6 +349,10 @@ impl Log {
 
 impl Inner {
     fn close(&self) -> Result<()> {
+        if self.shared.own_process().is_err() {
+            // The other process goes on, and its threads are not here to be joined.
+            return Ok(());
+        }
         self.shared.refuse_records();
         if let Some(thread) = lock(&self.thread).take() {
             // The thread's failures are in the state.

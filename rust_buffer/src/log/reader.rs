@@ -1,6 +1,7 @@
 //! What readers see: frames, and the files that hold them.
 
 use std::{
+    io,
     path::PathBuf,
     sync::{
         Arc,
@@ -129,8 +130,11 @@ impl LogFile {
     /// Bytes below the published end, unchecked.
     pub(super) fn read(&self, at: u64, len: usize) -> Result<Bytes> {
         let published = at.checked_add(len as u64).is_some_and(|end| end <= self.end());
-        let bytes =
-            if published { self.medium.read(at, len).map_err(|e| StoreError::io(&self.path, e))? } else { None };
+        let located = |e: io::Error| {
+            let located = io::Error::new(e.kind(), format!("{len} bytes at byte {at} cannot be read: {e}"));
+            StoreError::io(&self.path, located)
+        };
+        let bytes = if published { self.medium.read(at, len).map_err(located)? } else { None };
         bytes.ok_or_else(|| {
             StoreError::corrupt(&self.path, at, format!("{len} bytes of a record are beyond the end of the file"))
         })

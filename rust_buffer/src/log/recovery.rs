@@ -10,14 +10,18 @@ use super::{
     Location, Lsn, Position,
     directory::{SNAPSHOT_NAME, file_name, list, remove},
     format::{
-        Arrays, FILE_HEADER, FRAME_HEADER, Head, MARK, SNAPSHOT, Stamp, encode, file_header, parse, parse_head,
-        read_file_header, stamp, u32_at,
+        Arrays, FILE_HEADER, FRAME_HEADER, Head, MARK, SNAPSHOT, Stamp, checksummed, encode, file_header, narrays,
+        parse, parse_head, read_file_header, stamp, u32_at,
     },
     reader::{Frame, LogFile},
     storage::{Bytes, Medium, Storage},
     writer::{Tail, Writer},
 };
 use crate::error::{Result, StoreError};
+
+/// Bytes read for checksums behind a torn record, in lengths of the file: hostile bytes could look like a record at every
+/// place, and each look may cost the whole file. Honest ones stay far below.
+const MOST_READ: u64 = 64;
 
 /// Takes in what opening finds: first the snapshot, if there is one, then each record after it. An error is the
 /// reason why the bytes make no sense.
@@ -218,7 +222,8 @@ impl Image {
         if first.is_some() {
             return Ok(Some(image));
         }
-        image.refuse_if_used(0, 1, "the file's header is not readable").map(|()| None)
+        // Its first LSN is not known; but preallocated zeros are all that a torn creation leaves.
+        image.refuse_if_used(0, 1, |_| Lsn::MAX, "the file's header is not readable").map(|()| None)
     }
 
     fn corrupt(&self, at: u64, detail: impl Into<String>) -> StoreError {
@@ -289,32 +294,35 @@ impl Image {
                 Err(detail) => break detail,
             }
         };
-        self.refuse_if_used(at.offset, at.next, end)?;
+        // LSNs are dense, so between the unreadable record and a later one lies a frame for each LSN between theirs.
+        let newest = |later| at.next + (later - at.offset) / FRAME_HEADER;
+        self.refuse_if_used(at.offset, at.next, newest, end)?;
         let unproven = offsets.get((proven + 1 - start) as usize).copied().unwrap_or(at.offset);
         Ok(Tail { next: at.next, end: at.offset, written: self.bytes.len() as u64, unproven })
     }
 
-    /// Fails if anything behind the unreadable record `lsn` at `at` says that the record was durable.
-    fn refuse_if_used(&self, at: u64, lsn: Lsn, detail: &str) -> Result<()> {
-        // Hostile bytes could look like a frame everywhere; each look costs a CRC, so the total is bounded.
-        let mut budget = 4 * self.bytes.len() as u64;
+    /// Fails if anything behind the unreadable record `lsn` at `at` says that the record was durable. What lies there
+    /// may be the record's own payload, any numbers at all: `newest` is the highest LSN that a frame at a place can have.
+    fn refuse_if_used(&self, at: u64, lsn: Lsn, newest: impl Fn(u64) -> Lsn, detail: &str) -> Result<()> {
+        let mut left = MOST_READ * self.bytes.len() as u64;
         for later in (at as usize + 8..self.bytes.len()).step_by(8) {
             let rest = &self.bytes[later..];
             if rest.len() < FRAME_HEADER as usize {
                 break;
             }
-            let len = u64::from(u32_at(rest, 0));
-            if len == 0 {
+            let (len, found) = (u32_at(rest, 0) as usize, stamp(rest));
+            let sane = len >= FRAME_HEADER as usize && len <= rest.len() && rest[25] == 0 && found.kind != SNAPSHOT;
+            if !sane || found.durable < lsn || found.durable > found.lsn || found.lsn > newest(later as u64) {
                 continue;
             }
-            let found = stamp(rest);
-            let sane = len <= rest.len() as u64 && rest[25] == 0 && found.kind != SNAPSHOT;
-            if !sane || found.durable < lsn || found.durable > found.lsn {
-                continue;
+            let read = 8 * narrays(rest) as u64 + checksummed(rest).unwrap_or(0);
+            if read > left {
+                let detail =
+                    format!("{detail}, and whether LSN {lsn} was durable cannot be told from what is behind it");
+                return Err(self.corrupt(at, detail));
             }
-            let spent = budget < len;
-            budget = budget.saturating_sub(len);
-            if spent || parse_head(rest).is_ok() {
+            left -= read;
+            if parse_head(rest).is_ok() {
                 let detail = format!("{detail}, but LSN {lsn} was durable according to the record at byte {later}");
                 return Err(self.corrupt(at, detail));
             }

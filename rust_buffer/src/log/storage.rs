@@ -57,6 +57,9 @@ pub trait Storage: Send + Sync {
     /// Those of the operating system.
     fn sync_names(&self) -> io::Result<()>;
 
+    /// Reads from now on find out anew whether the disk can read, and whether somebody has cut a file.
+    fn look_again(&self) {}
+
     /// Path of a file in messages.
     fn path_of(&self, name: &str) -> PathBuf {
         self.path().join(name)

@@ -31,6 +31,8 @@ pub(super) struct Shared {
     pub(super) files: Mutex<BTreeMap<u32, Arc<LogFile>>>,
     /// Keeps other writers away; None once closed, and for a reader.
     guard: Mutex<Option<Box<dyn Send>>>,
+    /// The process that writes; None for a reader.
+    pid: Option<u32>,
 }
 
 impl Shared {
@@ -41,7 +43,9 @@ impl Shared {
         let file = Arc::clone(&writer.file);
         files.insert(file.number, Arc::clone(&file));
         let access = if guard.is_some() { Access::Open } else { Access::ReadOnly };
+        let pid = guard.is_some().then(std::process::id);
         Self {
+            pid,
             storage,
             options,
             current: Mutex::new(file),
@@ -49,6 +53,20 @@ impl Shared {
             writer: Mutex::new(writer),
             files: Mutex::new(files),
             guard: Mutex::new(guard),
+        }
+    }
+
+    /// Refuses a process that inherited the log by a fork: its threads are not there, locks may be held by nobody, and
+    /// what it wrote would lie where the other one writes too. To be asked before any lock is taken.
+    pub(super) fn own_process(&self) -> Result<()> {
+        match self.pid {
+            Some(pid) if pid != std::process::id() => Err(StoreError::Conflict(format!(
+                "{} was opened before a fork, by process {pid}, and this is process {}; use it there, or open it here \
+                 for reading (`read`), or for writing once it is closed there",
+                self.storage.path().display(),
+                std::process::id(),
+            ))),
+            _ => Ok(()),
         }
     }
 

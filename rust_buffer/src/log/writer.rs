@@ -95,7 +95,12 @@ impl Writer {
     pub(super) fn read_only(storage: &dyn Storage, number: u32, found: &Tail) -> Result<Self> {
         let name = file_name(number);
         let path = storage.path_of(&name);
-        let medium = storage.open(&name, false).map_err(|e| StoreError::io(&path, e))?;
+        let open = || {
+            let medium = storage.open(&name, false)?;
+            // Mapped now, as the sealed ones are.
+            medium.read(0, 1).map(|_| medium)
+        };
+        let medium = open().map_err(|e| StoreError::io(&path, e))?;
         let file = Arc::new(LogFile::new(number, path, medium, found.end));
         Ok(Self { file, tail: found.end, allocated: found.end, next: found.next, head: Vec::new() })
     }

@@ -3,7 +3,7 @@
 use crate::{
     error::{Result, StoreError},
     log::{Frame, Location, Lsn},
-    state::group::{Group, Kind, Phase},
+    state::group::{Group, Kind, MAX_GROUP_SIZE, Phase},
     state::ledger::Place,
     state::mask,
     state::record::{Admit, Appended, Claimed, LeftOut, Quota, Reason, Record, Score},
@@ -35,7 +35,7 @@ impl State {
     pub fn apply(&mut self, record: &Record, place: &Placed) -> Result<()> {
         match record {
             Record::Quota(version, quota) => self.apply_quota(*version, *quota),
-            Record::Admit(admit) => self.apply_admit(admit, place.location),
+            Record::Admit(admit) => self.apply_admit(admit, place.location)?,
             Record::Lease(trajectories) => trajectories.iter().try_for_each(|id| self.apply_lease(*id))?,
             Record::Append(items) => self.apply_append(items, place)?,
             Record::Score(score) => self.apply_score(score)?,
@@ -63,12 +63,18 @@ impl State {
         }
     }
 
-    fn apply_admit(&mut self, admit: &Admit, location: Location) {
+    fn apply_admit(&mut self, admit: &Admit, location: Location) -> Result<()> {
+        if admit.size == 0 || admit.size > MAX_GROUP_SIZE {
+            let (request, size) = (&admit.request_id, admit.size);
+            return Err(StoreError::Conflict(format!(
+                "request {request:?}: group_size {size}, a group has 1 to {MAX_GROUP_SIZE} members"
+            )));
+        }
         let (group, first) = (self.next_group, self.next_trajectory);
         self.next_group += 1;
         self.next_trajectory += u64::from(admit.size);
         if let Some(cursor) = admit.cursor {
-            self.next_cursor = self.next_cursor.max(cursor + 1);
+            self.next_cursor = self.next_cursor.max(cursor.saturating_add(1));
         }
         if admit.kind == Kind::Train {
             self.ledger.prompt += u64::from(admit.prompt_len) * u64::from(admit.size);
@@ -94,6 +100,7 @@ impl State {
             },
         );
         self.trajectories.extend((first..self.next_trajectory).map(|id| (id, Trajectory::new(group))));
+        Ok(())
     }
 
     fn apply_lease(&mut self, id: u64) -> Result<()> {
@@ -109,6 +116,11 @@ impl State {
         for item in items {
             let (trajectory, group) = self.pair_mut(item.trajectory)?;
             let generated = u64::from(if item.observed { 0 } else { item.len });
+            let room = group.max_tokens.saturating_sub(trajectory.len);
+            if item.len > room || !trajectory.is_partial() {
+                let detail = format!("trajectory {}: {} tokens, it has room for {room}", item.trajectory, item.len);
+                return Err(StoreError::Conflict(detail));
+            }
             if item.len > 0 {
                 let missing = || StoreError::Conflict(format!("no tokens for trajectory {}", item.trajectory));
                 let &(at, crc) = arrays.next().ok_or_else(missing)?;
@@ -137,6 +149,7 @@ impl State {
             }
             self.ledger.add(Place::Partial, generated);
             self.ledger.observed += u64::from(item.len) - generated;
+            self.ledger.overdraft += u64::from(item.over);
             if generated > 0 {
                 *self.spent.entry(item.version).or_default() += generated;
             }
@@ -151,6 +164,9 @@ impl State {
         let components = score.components.iter().map(|(name, value)| (self.component(name), *value)).collect();
         let (trajectory, group) = self.pair_mut(score.trajectory)?;
         let (id, len) = (trajectory.group, u64::from(trajectory.generated()));
+        if !trajectory.is_unscored() {
+            return Err(StoreError::Conflict(format!("trajectory {} does not await a score", score.trajectory)));
+        }
         if score.outcome == Outcome::InfraFailure {
             trajectory.attempts += 1;
             if !score.failed {
@@ -243,7 +259,8 @@ impl State {
     }
 
     fn apply_uncommit(&mut self, iteration: i64) -> Result<()> {
-        for (_, claim) in self.claims.split_off(&(iteration + 1)) {
+        let Some(first) = iteration.checked_add(1) else { return Ok(()) };
+        for (_, claim) in self.claims.split_off(&first) {
             let sums = claim.sums;
             let place = if claim.status == ClaimStatus::Claimed { Place::Claimed } else { Place::Trained };
             self.ledger.shift(place, Place::Ready, sums.trainable);

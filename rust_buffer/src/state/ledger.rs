@@ -70,6 +70,9 @@ pub struct Ledger {
     pub eval: u64,
     /// Trajectories whose tokens are in `EvictedLate`.
     pub late: u64,
+    /// Training tokens that workers appended beyond their grants.
+    #[serde(default)]
+    pub overdraft: u64,
 }
 
 impl Ledger {

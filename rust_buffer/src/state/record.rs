@@ -81,6 +81,9 @@ pub struct Appended {
     pub stop: Option<Stop>,
     /// Name and dtype of the extra columns.
     pub extra: Vec<(String, String)>,
+    /// Those of its tokens that were beyond the lease's grant.
+    #[serde(default)]
+    pub over: u32,
 }
 
 /// The outcome of one scoring attempt.

@@ -5,6 +5,9 @@ use serde::{Deserialize, Serialize};
 /// Number of a policy publication; -1 before the first one.
 pub type Version = i64;
 
+/// The newest version that can be: each token's is an int32 to the learner.
+pub const MAX_VERSION: Version = i32::MAX as Version;
+
 /// Why a trajectory is complete; the numbers are those of `pmdflow.types.Stop`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Stop {

@@ -1,5 +1,7 @@
 //! The learner's side of the store: claims, publications, commits and eviction; and evaluation results.
 
+use std::ops::Bound::{Excluded, Unbounded};
+
 use crate::{
     clock::Micros,
     error::Result,
@@ -7,7 +9,7 @@ use crate::{
     state::group::{Kind, Phase},
     state::mask,
     state::record::{Claimed, LeftOut, Reason, Record},
-    state::trajectory::{Stop, Version},
+    state::trajectory::{MAX_VERSION, Stop, Version},
     state::{ClaimStatus, Publication},
     store::{Store, conflict},
 };
@@ -66,11 +68,24 @@ impl Store {
     /// Claims `iteration`'s groups for a learner at `version`; None while it has to wait.
     ///
     /// # Errors
-    /// `Conflict`: another claim is untrained, or the iteration is not above every earlier one.
+    /// `Conflict`: another claim is untrained, the iteration is not above every earlier one, the version was never
+    /// published, or a repeat names another.
     pub fn claim(&mut self, iteration: i64, version: Version, now: Micros) -> Result<Option<ClaimAnswer>> {
         self.expire(now)?;
         if let Some(claim) = self.state.claims.get(&iteration) {
+            if claim.version != version {
+                return conflict(format!(
+                    "iteration {iteration} is claimed by a learner at version {}, not {version}; repeat it with that",
+                    claim.version
+                ));
+            }
             return Ok(Some(ClaimAnswer::Claimed(claim.groups.clone(), claim.lsn)));
+        }
+        if iteration < 0 || version < 0 || version > self.state.version {
+            let newest = self.state.version;
+            return conflict(format!(
+                "iteration {iteration} (>= 0) cannot be claimed at version {version}: the newest published is {newest}"
+            ));
         }
         if let Some(open) = self.state.open_claim() {
             return conflict(format!(
@@ -125,11 +140,11 @@ impl Store {
         if self.state.publications.get(&version) == Some(&publication) {
             return Ok(());
         }
-        if version <= self.state.version {
+        if version > MAX_VERSION || version <= self.state.version {
             return conflict(format!(
-                "version {version} is not above the newest, {}; publish {} or higher",
+                "version {version} is not above the newest, {}; publish {} or higher, at most {MAX_VERSION}",
                 self.state.version,
-                self.state.max_version + 1
+                self.state.max_version.saturating_add(1)
             ));
         }
         if let Some(iteration) = iteration {
@@ -189,7 +204,8 @@ impl Store {
                 "claims up to iteration {evicted} are evicted; resume from a checkpoint of it or later"
             ));
         }
-        let undone: Vec<i64> = self.state.claims.range(iteration + 1..).map(|(iteration, _)| *iteration).collect();
+        let undone: Vec<i64> =
+            self.state.claims.range((Excluded(iteration), Unbounded)).map(|(iteration, _)| *iteration).collect();
         if !undone.is_empty() {
             self.record(&Record::Uncommit(iteration), &Arrays::default())?;
         }

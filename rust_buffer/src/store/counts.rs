@@ -36,6 +36,8 @@ pub struct Counts {
     pub trajectories_unscored: u64,
     /// Those that their groups did not wait for, since the store began.
     pub trajectories_late: u64,
+    /// Second, differing outcomes of scoring attempts since the store was opened: the first ones stand.
+    pub scores_ignored: u64,
     /// Evaluation trajectories without a verdict.
     pub eval_pending: u64,
     /// Budget of the newest version.
@@ -66,6 +68,7 @@ impl Store {
             trajectories_partial: partial,
             trajectories_unscored: index.unscored_train,
             trajectories_late: state.ledger.late,
+            scores_ignored: self.scores_ignored,
             eval_pending: index.eval_pending,
             tokens_budget: state.quotas.get(&state.version).map_or(0, |quota| quota.tokens),
             tokens_spent: state.spent.get(&state.version).copied().unwrap_or(0),
@@ -73,7 +76,8 @@ impl Store {
         }
     }
 
-    /// The ledger by key; `prompt`, `observed`, `reprefill` and `eval` are outside the sum `generated`.
+    /// The ledger by key; `prompt`, `observed`, `reprefill`, `eval` and `overdraft` are outside the sum
+    /// `generated`.
     pub fn ledger(&self) -> Vec<(&'static str, i64)> {
         let ledger = &self.state.ledger;
         let leased = signed(self.index.leased_tokens);
@@ -89,6 +93,7 @@ impl Store {
             ("observed", signed(ledger.observed)),
             ("reprefill", signed(ledger.reprefill)),
             ("eval", signed(ledger.eval)),
+            ("overdraft", signed(ledger.overdraft)),
         ]);
         rows
     }

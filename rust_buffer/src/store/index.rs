@@ -107,7 +107,7 @@ impl Index {
             self.unscored_train += u64::from(group.kind == Kind::Train);
             self.unscored.insert((group.kind, id));
         } else if trajectory.is_partial() {
-            self.outstanding_tokens += u64::from(group.max_tokens - trajectory.len);
+            self.outstanding_tokens += u64::from(group.max_tokens.saturating_sub(trajectory.len));
             if leased {
                 self.leased += u64::from(group.kind == Kind::Train);
                 self.leased_tokens += if group.kind == Kind::Train { u64::from(trajectory.generated()) } else { 0 };
@@ -139,7 +139,7 @@ impl Index {
                 self.deadlines.remove(&(deadline, id));
             }
         } else if trajectory.is_partial() {
-            self.outstanding_tokens -= u64::from(group.max_tokens - trajectory.len);
+            self.outstanding_tokens -= u64::from(group.max_tokens.saturating_sub(trajectory.len));
             if leased {
                 self.leased -= u64::from(group.kind == Kind::Train);
                 self.leased_tokens -= if group.kind == Kind::Train { u64::from(trajectory.generated()) } else { 0 };

@@ -1,10 +1,11 @@
 //! The store: each operation is checked against the state, logged as a record, and applied.
 //!
-//! This file holds opening and the path of every record; `admission`, `rollout` and `scoring` hold what a trajectory
-//! goes through, `claims` the learner's side, `counts`, `query` and `reads` what is only looked at. Nothing here blocks:
+//! This file holds opening and the path of every record; `admission`, `rollout`, `append` and `scoring` hold what a
+//! trajectory goes through, `claims` the learner's side, `counts`, `query` and `reads` what is only looked at. Nothing here blocks:
 //! waits are in `shared`.
 
 pub mod admission;
+pub mod append;
 pub mod arrays;
 pub mod check;
 pub mod claim_view;
@@ -15,10 +16,13 @@ pub mod late;
 pub mod lease;
 pub mod query;
 pub mod reads;
+mod repeats;
 pub mod rollout;
 mod scoring;
 pub mod shared;
 mod snapshot;
+#[cfg(test)]
+mod tests;
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
@@ -84,6 +88,8 @@ pub struct Store {
     pub(crate) late_reports: VecDeque<LateReport>,
     pub(crate) snapshots: Snapshots,
     quota_changes: u64,
+    /// Second, differing outcomes of scoring attempts since the store was opened.
+    pub(crate) scores_ignored: u64,
 }
 
 /// What waits look at.
@@ -91,6 +97,8 @@ pub struct Store {
 pub(crate) struct Signature {
     ready: usize,
     unscored: usize,
+    unscored_train: u64,
+    taken_back: Option<Micros>,
     idle: usize,
     leased: u64,
     eval_pending: u64,
@@ -146,7 +154,18 @@ impl Store {
         let index = Index::of(&state)?;
         let (leases, snapshots) = (Leases::default(), Snapshots::new(settings.file_bytes));
         let late_reports = VecDeque::new();
-        Ok(Self { log, settings, state, index, leases, overdue: None, late_reports, snapshots, quota_changes: 0 })
+        Ok(Self {
+            log,
+            settings,
+            state,
+            index,
+            leases,
+            overdue: None,
+            late_reports,
+            snapshots,
+            quota_changes: 0,
+            scores_ignored: 0,
+        })
     }
 
     /// The durable state.
@@ -170,6 +189,8 @@ impl Store {
         Signature {
             ready: self.index.ready.len(),
             unscored: self.index.num_unscored(),
+            unscored_train: self.index.unscored_train,
+            taken_back: self.index.next_deadline(),
             idle: self.index.num_idle(),
             leased: self.index.leased,
             eval_pending: self.index.eval_pending,
@@ -192,14 +213,20 @@ impl Store {
     pub(crate) fn record(&mut self, record: &Record, arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
         let header = wire::encode(record)?;
         let (lsn, location) = self.log.write(record.kind(), &header, arrays)?;
-        let taken = self.index.take_out(&self.state, &self.leases, record)?;
-        self.state.apply(record, &Placed { location, lsn, arrays: arrays.places(header.len()) })?;
-        self.leases.end_complete(record);
-        self.index.put_back(&self.state, &self.leases, taken)?;
+        let placed = Placed { location, lsn, arrays: arrays.places(header.len()) };
+        // The log has it already: whatever came after it would be decided on another state than replay has.
+        self.apply(record, &placed).map_err(|error| self.log.poison(error))?;
         if self.snapshots.is_due(location.len) {
             self.snapshots.take(&self.state, &self.log);
         }
         Ok((lsn, location))
+    }
+
+    fn apply(&mut self, record: &Record, placed: &Placed) -> Result<()> {
+        let taken = self.index.take_out(&self.state, &self.leases, record)?;
+        self.state.apply(record, placed)?;
+        self.leases.end_complete(record);
+        self.index.put_back(&self.state, &self.leases, taken)
     }
 
     /// First log file that a live group needs. Runs lie after their group's admission, and groups are admitted in the

@@ -107,8 +107,8 @@ fn records() -> Vec<Record> {
     let (request_id, prompt_id) = (String::new(), String::new());
     let (cursor, kind, groups) = (None, Kind::Train, vec![1]);
     let admit = Admit { request_id, cursor, kind, prompt_id, prompt_len: 1, size: 1, max_tokens: 1, priority: 0 };
-    let (version, temperature, extra) = (0, 1.0, Vec::new());
-    let item = Appended { trajectory: 0, len: 0, version, temperature, observed: false, stop: None, extra };
+    let (version, temperature, extra, over) = (0, 1.0, Vec::new(), 0);
+    let item = Appended { trajectory: 0, len: 0, version, temperature, observed: false, stop: None, extra, over };
     let (outcome, components, phase) = (Outcome::Scored, BTreeMap::new(), Some(Phase::Ready));
     let score = Score { trajectory: 0, outcome, reward: 0.0, components, failed: false, phase };
     let (max_staleness, segment_loss) = (None, SegmentLoss::All);
@@ -171,7 +171,7 @@ fn sources(dir: &Path, into: &mut String) {
 #[test]
 fn every_point_of_the_contract_names_tests_that_there_are() {
     let (root, mut text) = (Path::new(env!("CARGO_MANIFEST_DIR")), String::new());
-    for dir in ["tests", "src/log", "../tests/store"] {
+    for dir in ["tests", "src", "../tests/store"] {
         sources(&root.join(dir), &mut text);
     }
     let contract = PAGE.split("## The durability contract").nth(1).unwrap().split("## Tests").next().unwrap();

@@ -4,7 +4,7 @@ use std::{fs, sync::Arc, time::Instant};
 
 use _rust_buffer::{
     error::StoreError,
-    log::{Arrays, Durability, Entry, Log, LogOptions, Memory, Storage},
+    log::{Arrays, Durability, Entry, Log, LogOptions, Memory, Storage, network_name},
 };
 use tempfile::TempDir;
 
@@ -254,4 +254,17 @@ fn a_caller_may_poison_the_log() {
     log.poison(StoreError::Conflict("state and log differ".to_owned()));
     let refused = log.append(1, b"", &Arrays::default());
     assert!(matches!(refused, Err(StoreError::Poisoned { detail }) if detail.contains("differ")));
+}
+
+#[test]
+fn network_file_systems_are_known_by_name() {
+    // Those of ext4, XFS, Btrfs, ZFS, tmpfs and overlayfs are local.
+    for local in [0xef53, 0x5846_5342, 0x9123_683e, 0x2fc1_2fc1, 0x0102_1994, 0x794c_7630] {
+        assert_eq!(network_name(local), None);
+    }
+    for (kind, name) in [(0x6969, "NFS"), (0xff53_4d42, "CIFS"), (0x0bd0_0bd0, "Lustre"), (0x6573_5546, "FUSE")] {
+        assert_eq!(network_name(kind), Some(name));
+        let refused = StoreError::Network { path: "/far/store".into(), name }.to_string();
+        assert!(refused.contains(name) && refused.contains("a disk of this machine"), "{refused}");
+    }
 }

@@ -3,9 +3,12 @@
 
 mod bytes;
 mod damage;
+mod large;
 mod life;
 mod snapshot;
 mod tail;
+#[path = "../support/tokens.rs"]
+mod tokens;
 
 use std::{
     fs::{self, OpenOptions},

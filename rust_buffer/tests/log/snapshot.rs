@@ -214,6 +214,24 @@ fn sealed_files_go_oldest_first_never_beyond_the_snapshot_and_pinned_frames_stay
 }
 
 #[test]
+fn a_reader_reads_on_from_files_that_the_writer_deletes_the_newest_too() {
+    let dir = scratch();
+    let (log, _) = open_with(dir.path(), TINY);
+    let locations = fill(&log, 0..12);
+    let mut seen = Seen::default();
+    let reader = Log::read(existing(dir.path()), &mut seen).unwrap();
+    let newest = reader.position().file;
+    while log.position().file == newest {
+        append(&log, &record(12));
+    }
+    log.write_snapshot(log.position(), b"").unwrap();
+    assert_eq!(log.remove_before(u32::MAX).unwrap(), newest as usize);
+    for (i, location) in locations.iter().enumerate() {
+        assert_eq!(read(&reader.frame(*location).unwrap()), record(i));
+    }
+}
+
+#[test]
 fn sealed_files_are_trimmed_and_read_after_reopening() {
     let dir = scratch();
     let locations = filled(dir.path(), 40, TINY);

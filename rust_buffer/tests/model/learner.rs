@@ -45,7 +45,8 @@ impl Model {
         assert_eq!(self.store().state(), &before);
         if before.trajectories.contains_key(&id) && outcome != Outcome::InfraFailure {
             let other = self.store().score(id, attempt, outcome, 2.0, components, now);
-            assert!(matches!(other, Err(StoreError::Conflict(_))));
+            other.unwrap();
+            assert_eq!(self.store().state(), &before, "the first outcome of an attempt stands");
         }
     }
 
@@ -63,6 +64,8 @@ impl Model {
                 }
                 let again = self.store().claim(iteration, version, now).unwrap();
                 assert_eq!(again, Some(ClaimAnswer::Claimed(groups.clone(), lsn)));
+                let (before, other) = (self.store().state().clone(), self.store().claim(iteration, version + 1, now));
+                assert!(matches!(other, Err(StoreError::Conflict(_))) && self.store().state() == &before);
                 self.check_claim(iteration);
                 self.claims.insert(iteration, groups);
             }

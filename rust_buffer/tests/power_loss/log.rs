@@ -9,11 +9,15 @@ use _rust_buffer::{
 use proptest::prelude::*;
 
 use crate::{
-    End, cases, end, fault,
+    End, cases, end, fault, few,
     storage::{Disk, Fault},
+    tokens,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
+/// A few records to a file.
+const SMALL_FILE: u64 = 600;
+const LARGE_FILE: u64 = 4 << 20;
 
 #[derive(Debug, Clone)]
 enum Op {
@@ -28,8 +32,17 @@ enum Op {
     End(End),
 }
 
-fn op() -> impl Strategy<Value = Op> {
-    let size = prop_oneof![6 => 0..60_usize, 1 => 400..1500_usize];
+/// Sizes of the arrays of most appends.
+fn small() -> impl Strategy<Value = usize> {
+    prop_oneof![6 => 0..60_usize, 1 => 400..1500_usize]
+}
+
+/// Those of appends of up to 4 MB.
+fn large() -> impl Strategy<Value = usize> {
+    prop_oneof![4 => 0..60_usize, 4 => 64_000..300_000_usize, 1 => 600_000..1_000_000_usize]
+}
+
+fn op(size: impl Strategy<Value = usize>) -> impl Strategy<Value = Op> {
     prop_oneof![
         12 => prop::collection::vec(size, 0..5).prop_map(|sizes| Op::Append { sizes }),
         3 => prop_oneof![Just(Op::Wait), Just(Op::Sync)],
@@ -56,7 +69,13 @@ impl Written {
     }
 
     fn arrays(&self) -> Vec<Vec<u8>> {
-        self.sizes.iter().enumerate().map(|(i, size)| vec![self.serial.wrapping_add(i as u8); *size]).collect()
+        let array = |(i, size): (usize, &usize)| {
+            let vocabulary = tokens::VOCABULARIES[i % 2];
+            let mut bytes = tokens::run(size.div_ceil(8), vocabulary, u64::from(self.serial) << 8 | i as u64);
+            bytes.truncate(*size);
+            bytes
+        };
+        self.sizes.iter().enumerate().map(array).collect()
     }
 
     fn check(&self, frame: &Frame) {
@@ -287,8 +306,8 @@ impl Run {
     }
 }
 
-fn run(seed: u64, durability: Durability, ops: &[Op]) {
-    let options = LogOptions { durability, file_bytes: 600, sync_interval: Duration::from_millis(1) };
+fn run(seed: u64, durability: Durability, file_bytes: u64, ops: &[Op]) {
+    let options = LogOptions { durability, file_bytes, sync_interval: Duration::from_millis(1) };
     let mut run = Run::new(seed, options);
     for op in ops {
         run.run(op);
@@ -312,20 +331,33 @@ fn what_a_failed_opening_zeroed_does_not_come_back() {
 }
 
 proptest! {
+    #![proptest_config(few(6))]
+
+    #[test]
+    fn large_appends_keep_the_promises_of_every_level(
+        seed in any::<u64>(),
+        level in prop_oneof![Just(Durability::Os), Just(Durability::Group), Just(Durability::Always)],
+        ops in prop::collection::vec(op(large()), 1..16),
+    ) {
+        run(seed, level, LARGE_FILE, &ops);
+    }
+}
+
+proptest! {
     #![proptest_config(cases(60))]
 
     #[test]
-    fn level_always_keeps_what_it_answers(seed in any::<u64>(), ops in prop::collection::vec(op(), 1..80)) {
-        run(seed, Durability::Always, &ops);
+    fn level_always_keeps_what_it_answers(seed in any::<u64>(), ops in prop::collection::vec(op(small()), 1..80)) {
+        run(seed, Durability::Always, SMALL_FILE, &ops);
     }
 
     #[test]
-    fn level_group_keeps_what_it_calls_durable(seed in any::<u64>(), ops in prop::collection::vec(op(), 1..80)) {
-        run(seed, Durability::Group, &ops);
+    fn level_group_keeps_what_it_calls_durable(seed in any::<u64>(), ops in prop::collection::vec(op(small()), 1..80)) {
+        run(seed, Durability::Group, SMALL_FILE, &ops);
     }
 
     #[test]
-    fn level_os_opens_with_a_prefix_after_power_loss(seed in any::<u64>(), ops in prop::collection::vec(op(), 1..80)) {
-        run(seed, Durability::Os, &ops);
+    fn level_os_opens_with_a_prefix_after_power_loss(seed in any::<u64>(), ops in prop::collection::vec(op(small()), 1..80)) {
+        run(seed, Durability::Os, SMALL_FILE, &ops);
     }
 }

@@ -4,6 +4,8 @@
 mod log;
 mod storage;
 mod store;
+#[path = "../support/tokens.rs"]
+mod tokens;
 
 use proptest::{prelude::*, test_runner::Config};
 
@@ -13,6 +15,12 @@ use storage::Fault;
 fn cases(quick: u32) -> Config {
     let config = Config { max_shrink_iters: 2000, ..Config::default() };
     if std::env::var_os("PROPTEST_CASES").is_some() { config } else { Config { cases: quick, ..config } }
+}
+
+/// `quick` cases, or 1 in 50 of the nightly ones: of what takes long.
+fn few(quick: u32) -> Config {
+    let all = cases(quick);
+    Config { cases: (all.cases / 50).max(quick), max_shrink_iters: 50, ..all }
 }
 
 fn fault() -> impl Strategy<Value = Fault> {

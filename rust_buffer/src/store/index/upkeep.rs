@@ -1,6 +1,9 @@
 //! How the index follows a record: what it changes is taken out as it was, and put back as it is afterwards.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::BTreeSet,
+    ops::Bound::{Excluded, Unbounded},
+};
 
 use super::Index;
 use crate::{error::Result, state::State, state::group::Group, state::record::Record, store::lease::Leases};
@@ -80,9 +83,10 @@ impl Index {
                 let groups: BTreeSet<u64> = groups.iter().copied().collect();
                 (members(&groups), groups)
             }
-            Record::Uncommit(iteration) => {
-                (none, claimed(&mut state.claims.range(iteration + 1..).map(|(iteration, _)| iteration)))
-            }
+            Record::Uncommit(iteration) => (
+                none,
+                claimed(&mut state.claims.range((Excluded(*iteration), Unbounded)).map(|(iteration, _)| iteration)),
+            ),
             Record::Drop(iteration) => {
                 (none, claimed(&mut state.claims.range(..=iteration).map(|(iteration, _)| iteration)))
             }
