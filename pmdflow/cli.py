@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -221,10 +223,21 @@ def export(
 def main() -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 bad configuration or usage, 130 interrupted."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except PmdflowError as error:
         print(error.report(), file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+            raise
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)  # or the interpreter would fail once more when it ends
+        if error.errno != errno.EPIPE:  # a reader that has seen enough is no failure to speak of
+            print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
