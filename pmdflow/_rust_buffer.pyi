@@ -40,7 +40,7 @@ class StoreError(Exception):
     """Root of the store's errors."""
 
 class StoreFull(StoreError):
-    """Admission refused: the quota of groups or `max_bytes` is reached; names the limit."""
+    """Admission refused: the quota of groups or `max_bytes` is reached, or the disk is full; names the limit."""
 
 class Conflict(StoreError):
     """A repeat with other content, a gap in offsets, or an operation in the wrong state."""

@@ -66,6 +66,12 @@ pub enum StoreError {
         /// What to raise or wait for.
         remedy: &'static str,
     },
+    /// The disk has no room for a record; nothing of it is written, and it may be tried again.
+    #[error(
+        "{}: the disk is full, {bytes} more bytes are needed; commit and evict what is trained, or free space",
+        path.display()
+    )]
+    NoSpace { path: PathBuf, bytes: u64 },
     /// A repeat with other content, a gap, or an operation in the wrong state.
     #[error("{0}")]
     Conflict(String),
@@ -90,6 +96,11 @@ impl StoreError {
     pub fn corrupt(path: impl AsRef<Path>, offset: u64, detail: impl Into<String>) -> Self {
         Self::Corrupt { path: path.as_ref().to_path_buf(), offset, detail: detail.into() }
     }
+}
+
+/// Whether the disk has no room, or what the caller may use of it.
+pub fn is_no_space(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
 }
 
 /// Result of a store operation.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,7 +22,8 @@ needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="needs 
 
 def outcome(*program: Any) -> Any:
     """What a program says, which must end well and without a word of complaint."""
-    ended = subprocess.run([str(part) for part in program], capture_output=True, text=True, timeout=120)
+    env = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # all threads are the store's
+    ended = subprocess.run([str(part) for part in program], env=env, capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stderr) == (0, "")
     return json.loads(ended.stdout)
 
@@ -59,6 +61,15 @@ def test_a_disk_that_cannot_read_is_an_error_with_file_and_offset(tmp_path: Path
             process.wait()
     assert process.returncode == 0
     assert re.search(r"store/\d+\.log: \d+ bytes at byte \d+ cannot be read: Input/output error", told)
+
+
+@needs_strace
+def test_a_store_without_threads_does_without_what_they_are_for(tmp_path: Path) -> None:
+    log, calls = tmp_path / "strace", "clone,clone3"
+    strace = ["strace", "-f", "-o", log, "-e", f"trace={calls}", "-e", f"inject={calls}:error=EAGAIN"]
+    tokens, files = outcome(*strace, *PROGRAM, "grow", tmp_path / "store", "os")
+    assert (tokens, files > 3) == (4 * TOKENS, True)
+    assert log.read_text().count("INJECTED") > 1
 
 
 @needs_strace

@@ -12,14 +12,20 @@ from typing import Any
 import numpy as np
 
 from pmdflow.store import Conflict, StoreError, TrajectoryStore
-from pmdflow.types import Lease, Prompt, Quota, Segment
+from pmdflow.types import Lease, Prompt, Quota, Segment, StopReason
 
 TOKENS = 30_000
 
 
 def open_store(directory: str, durability: Any = "group") -> TrajectoryStore:
     store = TrajectoryStore(
-        directory, groups_per_iteration=1, lookahead=9, max_staleness=None, durability=durability, file_bytes=64 << 10
+        directory,
+        groups_per_iteration=1,
+        lookahead=9,
+        max_staleness=None,
+        grant_tokens=1 << 20,
+        durability=durability,
+        file_bytes=64 << 10,
     )
     if store.counts().version < 0:
         store.publish(0)
@@ -32,17 +38,17 @@ def admit(store: TrajectoryStore, number: int) -> int:
     return store.admit(f"r{number}", prompt, group_size=2, max_tokens=1 << 20, cursor=number)
 
 
-def segment(lease: Lease, offset: int, count: int) -> Segment:
+def segment(lease: Lease, offset: int, count: int, *, stop: StopReason | None = None, version: int = 0) -> Segment:
     return Segment(
         trajectory=lease.trajectory,
         epoch=lease.epoch,
         offset=offset,
-        version=0,
+        version=version,
         temperature=1.0,
         tokens=np.arange(offset, offset + count, dtype=np.int32),
         logprobs=-np.ones(count, dtype=np.float32),
-        next_version=0,
-        stop=None,
+        next_version=version,
+        stop=stop,
     )
 
 
@@ -129,15 +135,15 @@ def unreadable(directory: str) -> None:
         print(json.dumps(str(error)))
 
 
-def grow(directory: str) -> None:
+def grow(directory: str, durability: str = "group") -> None:
     """Begin some files."""
-    store = open_store(directory)
+    store = open_store(directory, durability)
     admit(store, 0)
     lease = store.lease("w", 0, 1, 0.0)[0]
     for number in range(4):
         store.append([segment(lease, number * TOKENS, TOKENS)])
     store.close()
-    store = open_store(directory)
+    store = open_store(directory, durability)
     print(json.dumps([len(store.trajectory(lease.trajectory)["tokens"]), len(list(Path(directory).glob("*.log")))]))
 
 

@@ -8,6 +8,9 @@ use crate::error::{Result, StoreError};
 /// Name of the file with the newest snapshot.
 pub(super) const SNAPSHOT_NAME: &str = "index";
 
+/// Name of a log file that is not begun.
+pub(super) const NEXT_NAME: &str = "next";
+
 /// Name of log file `number`.
 pub(super) fn file_name(number: u32) -> String {
     format!("{number:010}.log")

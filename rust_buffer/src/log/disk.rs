@@ -67,6 +67,13 @@ impl Disk {
         Self { dir: dir.to_path_buf(), looks: Arc::new(AtomicU64::new(1)) }
     }
 
+    /// Where the next content of `name` is written. What is there already keeps its place on the disk.
+    fn aside(&self, name: &str) -> io::Result<(PathBuf, File)> {
+        let path = self.dir.join(format!("{name}.tmp"));
+        let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path)?;
+        Ok((path, file))
+    }
+
     fn medium(&self, path: PathBuf, file: Option<File>) -> Arc<dyn Medium> {
         Arc::new(DiskFile { path, file, map: Mutex::new(None), looks: Arc::clone(&self.looks) })
     }
@@ -111,12 +118,23 @@ impl Storage for Disk {
     }
 
     fn replace(&self, name: &str, bytes: &[&[u8]]) -> io::Result<()> {
-        let aside = self.dir.join(format!("{name}.tmp"));
-        let file = File::create(&aside)?;
+        let (aside, file) = self.aside(name)?;
         write_all(&file, 0, bytes)?;
+        file.set_len(bytes.iter().map(|part| part.len() as u64).sum())?;
         file.sync_all()?;
         fs::rename(&aside, self.dir.join(name))?;
         self.sync_names()
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        fs::rename(self.dir.join(from), self.dir.join(to))
+    }
+
+    fn spare(&self, name: &str, bytes: u64) {
+        // Without it the next `replace` may find the disk full, and says so.
+        let Ok((_, file)) = self.aside(name) else { return };
+        let now = fs::metadata(self.dir.join(name)).map_or(0, |file| file.len());
+        let _ = preallocate(&file, 0, bytes.max(2 * now));
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
@@ -147,6 +165,16 @@ impl Drop for Lock {
         if self.pid == std::process::id() {
             // There is nobody to tell, and the end of the process does it too.
             let _ = flock(&self.file, FlockOperation::Unlock);
+        }
+    }
+}
+
+/// Makes room in a file; a signal that interrupts it is no failure.
+fn preallocate(file: &File, from: u64, to: u64) -> rustix::io::Result<()> {
+    loop {
+        match fallocate(file, FallocateFlags::empty(), from, to - from) {
+            Err(Errno::INTR) => {}
+            allocated => return allocated,
         }
     }
 }
@@ -263,13 +291,9 @@ impl Medium for DiskFile {
             return Ok(());
         }
         let file = self.writable()?;
-        loop {
-            return match fallocate(file, FallocateFlags::empty(), from, to - from) {
-                Ok(()) => Ok(()),
-                Err(Errno::INTR) => continue,
-                Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => file.set_len(to),
-                Err(e) => Err(e.into()),
-            };
+        match preallocate(file, from, to) {
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => file.set_len(to),
+            allocated => Ok(allocated?),
         }
     }
 

@@ -50,7 +50,7 @@ fn file_header_crc(header: &[u8]) -> u32 {
     crc32c::crc32c_append(crc32c::crc32c(&header[..12]), &header[16..FILE_HEADER as usize])
 }
 
-/// Checks the header of file `number`; its first LSN, or None when it is not whole.
+/// Checks the header of file `number`; its first LSN (0 where none was begun), or None when it is not whole.
 pub(super) fn read_file_header(path: &Path, bytes: &[u8], number: u32) -> Result<Option<Lsn>> {
     if bytes.len() < FILE_HEADER as usize || bytes[..8] != MAGIC || u32_at(bytes, 12) != file_header_crc(bytes) {
         return Ok(None);
@@ -63,7 +63,7 @@ pub(super) fn read_file_header(path: &Path, bytes: &[u8], number: u32) -> Result
         return Err(StoreError::corrupt(path, 16, format!("the header says file {stored}, the name says {number}")));
     }
     let first = u64_at(bytes, 24);
-    if first == 0 || first > u64::MAX / 2 {
+    if first > u64::MAX / 2 {
         return Err(StoreError::corrupt(path, 24, format!("the first LSN {first} is out of range")));
     }
     Ok(Some(first))

@@ -4,8 +4,9 @@
 //! 1. LSNs are dense: each frame has the LSN of the frame before it plus one, across files; the CRC covers it.
 //! 2. `durable_lsn` moves only after an fdatasync that began after the frames were written (level `Os`: after the
 //!    write). A failed write or sync poisons the log: nothing is retried and nothing later is reported durable.
-//! 3. A file is synced before the next one is made, and a new file's header and name are durable before its first
-//!    record is written. Sealed files are immutable and deleted whole, oldest first, never recycled.
+//! 3. A file is synced before the first record of the next one is written. That one is made ahead, under another name
+//!    and with a header that says LSN 0; its header and name are durable before any record of it is. Sealed files are
+//!    immutable and deleted whole, oldest first, never recycled.
 //! 4. The snapshot (of the state, with the position of the first record that it does not cover) is replaced
 //!    atomically, and only once every record that it covers is on disk. Opening reads it and the records after it; no
 //!    file from its position on is ever deleted.
@@ -19,6 +20,7 @@
 //!
 //! The bytes of format 3 are drawn in `rust_buffer/README.md`, together with the hazard that each invariant answers.
 
+mod ahead;
 mod directory;
 mod disk;
 mod format;
@@ -40,7 +42,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use self::{
-    directory::{file_name, remove},
+    directory::{SNAPSHOT_NAME, file_name, remove},
     format::{MARK, SNAPSHOT},
     recovery::{recover, resume, write_snapshot},
     sync::Shared,
@@ -111,6 +113,9 @@ impl Default for LogOptions {
     }
 }
 
+/// Room for a snapshot that is kept, as a share of a file's.
+const SNAPSHOT_SHARE: u64 = 8;
+
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -121,7 +126,7 @@ pub struct Log(Arc<Inner>);
 
 struct Inner {
     shared: Arc<Shared>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
     snapshot: Mutex<Position>,
     /// Held while a snapshot is written: the storage is not released meanwhile.
     snapshotting: Mutex<()>,
@@ -144,20 +149,14 @@ impl Log {
         let found = recover(&*storage, replay, true)?;
         let writer = resume(&*storage, &found, options.file_bytes)?;
         let shared = Arc::new(Shared::new(storage, options, writer, found.sealed, Some(guard)));
-        let thread = if options.durability == Durability::Group {
-            let shared = Arc::clone(&shared);
-            let path = shared.storage.path().to_path_buf();
-            let spawned = std::thread::Builder::new().name("log-sync".into()).spawn(move || shared.keep_synced());
-            Some(spawned.map_err(|e| StoreError::io(path, e))?)
-        } else {
-            None
-        };
-        Ok(Self(Arc::new(Inner {
-            shared,
-            thread: Mutex::new(thread),
-            snapshot: Mutex::new(found.snapshot),
-            snapshotting: Mutex::default(),
-        })))
+        let inner = Inner::new(shared, found.snapshot);
+        if options.durability == Durability::Group {
+            inner.spawn("log-sync", Shared::keep_synced).map_err(|e| StoreError::io(inner.shared.storage.path(), e))?;
+        }
+        // Where no thread can be had, files are made when they are needed.
+        let _ = inner.spawn("log-ahead", Shared::keep_ahead);
+        inner.spare();
+        Ok(Self(Arc::new(inner)))
     }
 
     /// Reads what is in `storage` now, beside a writer that may be at work: no lock, no change, and no record after it.
@@ -170,12 +169,7 @@ impl Log {
         let (number, tail) = found.last.as_ref().ok_or_else(missing)?;
         let writer = Writer::read_only(&*storage, *number, tail)?;
         let shared = Arc::new(Shared::new(storage, LogOptions::default(), writer, found.sealed, None));
-        Ok(Self(Arc::new(Inner {
-            shared,
-            thread: Mutex::new(None),
-            snapshot: Mutex::new(found.snapshot),
-            snapshotting: Mutex::default(),
-        })))
+        Ok(Self(Arc::new(Inner::new(shared, found.snapshot))))
     }
 
     /// Appends one record: `header` and `arrays` are the caller's, `kind` is 1 to 254. Level `Always` waits for the
@@ -246,8 +240,10 @@ impl Log {
         let _one = lock(&self.0.snapshotting);
         shared.accepting()?;
         shared.sync()?;
+        shared.settle()?;
         write_snapshot(&*shared.storage, position, snapshot)?;
         *lock(&self.0.snapshot) = position;
+        self.0.spare();
         Ok(())
     }
 
@@ -348,14 +344,30 @@ impl Log {
 }
 
 impl Inner {
+    fn new(shared: Arc<Shared>, snapshot: Position) -> Self {
+        Self { shared, threads: Mutex::default(), snapshot: Mutex::new(snapshot), snapshotting: Mutex::default() }
+    }
+
+    fn spawn(&self, name: &str, run: fn(&Shared)) -> std::io::Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let thread = std::thread::Builder::new().name(name.into()).spawn(move || run(&shared))?;
+        lock(&self.threads).push(thread);
+        Ok(())
+    }
+
+    /// Keeps room for the next snapshot, which a full disk needs to be emptied.
+    fn spare(&self) {
+        self.shared.storage.spare(SNAPSHOT_NAME, self.shared.options.file_bytes / SNAPSHOT_SHARE);
+    }
+
     fn close(&self) -> Result<()> {
         if self.shared.own_process().is_err() {
             // The other process goes on, and its threads are not here to be joined.
             return Ok(());
         }
         self.shared.refuse_records();
-        if let Some(thread) = lock(&self.thread).take() {
-            // The thread's failures are in the state.
+        for thread in std::mem::take(&mut *lock(&self.threads)) {
+            // A thread's failures are in the state.
             let _ = thread.join();
         }
         let _no_snapshot = lock(&self.snapshotting);

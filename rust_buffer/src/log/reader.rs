@@ -5,7 +5,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -97,11 +97,23 @@ pub(super) struct LogFile {
     pub(super) medium: Arc<dyn Medium>,
     /// Published end: all below is written whole and immutable.
     end: AtomicU64,
+    /// Whether its name is on disk.
+    named: AtomicBool,
 }
 
 impl LogFile {
-    pub(super) fn new(number: u32, path: PathBuf, medium: Arc<dyn Medium>, end: u64) -> Self {
-        Self { number, path, medium, end: AtomicU64::new(end) }
+    pub(super) fn new(number: u32, path: PathBuf, medium: Arc<dyn Medium>, end: u64, named: bool) -> Self {
+        Self { number, path, medium, end: AtomicU64::new(end), named: AtomicBool::new(named) }
+    }
+
+    /// Whether its name is on disk.
+    pub(super) fn is_named(&self) -> bool {
+        self.named.load(Ordering::Acquire)
+    }
+
+    /// Notes that its name is on disk.
+    pub(super) fn name(&self) {
+        self.named.store(true, Ordering::Release);
     }
 
     /// The published end in bytes.

@@ -81,7 +81,7 @@ fn read_snapshot(storage: &dyn Storage, replay: &mut dyn Replay) -> Result<Posit
     };
     let frame = &bytes[FILE_HEADER as usize..];
     let head = parse(frame).map_err(damaged)?;
-    if head.stamp.kind != SNAPSHOT || head.stamp.lsn != next - 1 || number == 0 {
+    if head.stamp.kind != SNAPSHOT || head.stamp.lsn + 1 != next || number == 0 {
         return Err(damaged("it is not the snapshot that its header names"));
     }
     let location = Location { file: 0, offset: FILE_HEADER, len: head.len as u32 };
@@ -105,7 +105,7 @@ pub(super) fn recover(storage: &dyn Storage, replay: &mut dyn Replay, repair: bo
     let mut sealed = BTreeMap::new();
     let mut at = snapshot;
     for number in numbers.into_iter().filter(|number| *number < last.number) {
-        let file = LogFile::new(number, storage.path_of(&file_name(number)), open(storage, number)?, u64::MAX);
+        let file = LogFile::new(number, storage.path_of(&file_name(number)), open(storage, number)?, u64::MAX, true);
         if number >= snapshot.file {
             let image = Image::of(storage, number)?.ok_or_else(|| missing_header(&file.path))?;
             at = image.replay_sealed(at, image_first(storage, number + 1, &last)?, replay)?;
@@ -174,23 +174,23 @@ fn refuse_gaps(storage: &dyn Storage, numbers: &BTreeSet<u32>, first: u32, has_s
 fn take_last(
     storage: &dyn Storage, numbers: &mut BTreeSet<u32>, snapshot_file: Option<u32>, repair: bool,
 ) -> Result<Option<Image>> {
-    let Some(&number) = numbers.last() else { return Ok(None) };
     // Without the lock a writer may be at work in it.
     let image = |number| if repair { Image::of(storage, number) } else { Image::live(storage, number) };
-    if let Some(found) = image(number)? {
-        return Ok(Some(found));
+    while let Some(&number) = numbers.last() {
+        if let Some(found) = image(number)? {
+            return Ok(Some(found));
+        }
+        if snapshot_file.is_some_and(|file| number <= file) {
+            let detail = "the file's header is not readable, but the snapshot names records in it";
+            return Err(StoreError::corrupt(storage.path_of(&file_name(number)), 0, detail));
+        }
+        if repair {
+            remove(storage, number)?;
+            storage.sync_names().map_err(|e| StoreError::io(storage.path(), e))?;
+        }
+        numbers.remove(&number);
     }
-    if snapshot_file.is_some_and(|file| number <= file) {
-        let detail = "the file's header is not readable, but the snapshot names records in it";
-        return Err(StoreError::corrupt(storage.path_of(&file_name(number)), 0, detail));
-    }
-    if repair {
-        remove(storage, number)?;
-        storage.sync_names().map_err(|e| StoreError::io(storage.path(), e))?;
-    }
-    numbers.remove(&number);
-    let Some(&before) = numbers.last() else { return Ok(None) };
-    image(before)?.map(Some).ok_or_else(|| missing_header(&storage.path_of(&file_name(before))))
+    Ok(None)
 }
 
 /// A log file before recovery: nothing in it is trusted.
@@ -224,6 +224,10 @@ impl Image {
         };
         let Some(bytes) = bytes.map_err(|e| StoreError::io(&path, e))? else { return Ok(None) };
         let first = read_file_header(&path, &bytes, number)?;
+        if first == Some(0) {
+            // Of what was written to it nothing was ever synced: that would have brought the header's LSN to the disk.
+            return Ok(None);
+        }
         let image = Self { path, number, first: first.unwrap_or(0), bytes };
         if first.is_some() {
             return Ok(Some(image));

@@ -51,6 +51,15 @@ pub trait Storage: Send + Sync {
     /// Those of the operating system.
     fn remove(&self, name: &str) -> io::Result<()>;
 
+    /// Gives a file another name.
+    ///
+    /// # Errors
+    /// Those of the operating system.
+    fn rename(&self, from: &str, to: &str) -> io::Result<()>;
+
+    /// Keeps room for the next `replace` of `name`, `bytes` at least and twice what it has, as far as the disk has it.
+    fn spare(&self, _name: &str, _bytes: u64) {}
+
     /// Makes the names durable.
     ///
     /// # Errors

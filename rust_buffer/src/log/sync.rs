@@ -8,12 +8,13 @@ use std::{
 
 use super::{
     Durability, Location, LogOptions, Lsn, Position, Storage,
-    directory::file_name,
+    ahead::Ahead,
+    directory::{NEXT_NAME, file_name},
     format::Arrays,
     lock,
     reader::LogFile,
     watermark::{Access, Turn, Watermark},
-    writer::{Writer, sync_file},
+    writer::{Prepared, Writer, sync_file},
 };
 use crate::error::{Result, StoreError};
 
@@ -28,6 +29,7 @@ pub(super) struct Shared {
     current: Mutex<Arc<LogFile>>,
     pub(super) writer: Mutex<Writer>,
     pub(super) watermark: Watermark,
+    ahead: Ahead,
     pub(super) files: Mutex<BTreeMap<u32, Arc<LogFile>>>,
     /// Keeps other writers away; None once closed, and for a reader.
     guard: Mutex<Option<Box<dyn Send>>>,
@@ -49,6 +51,7 @@ impl Shared {
             storage,
             options,
             current: Mutex::new(file),
+            ahead: Ahead::new(),
             watermark: Watermark::new(writer.next - 1, access),
             writer: Mutex::new(writer),
             files: Mutex::new(files),
@@ -90,17 +93,24 @@ impl Shared {
         let mut writer = lock(&self.writer);
         while writer.is_full(self.options.file_bytes) {
             drop(writer);
-            self.rotate()?;
+            let begun = self.rotate()?;
             writer = lock(&self.writer);
+            if !begun {
+                // The disk is full: the record goes on in this file, where it has room.
+                break;
+            }
         }
         let synced = self.accepting()?;
         let lsn = writer.next;
         let location = match writer.write(kind, synced, header, arrays) {
-            Err(error @ StoreError::Full { .. }) => return Err(error),
+            Err(error @ (StoreError::Full { .. } | StoreError::NoSpace { .. })) => return Err(error),
             written => written.map_err(|e| self.poison(e))?,
         };
         self.watermark.wrote(lsn, self.options.durability == Durability::Os);
         let file = Arc::clone(&writer.file);
+        if writer.is_half_full(self.options.file_bytes) {
+            self.ahead.want(file.number.saturating_add(1));
+        }
         drop(writer);
         if location.len >= LARGE_BYTES && self.options.durability != Durability::Os {
             file.medium.hasten(location.offset, location.offset + u64::from(location.len));
@@ -111,26 +121,39 @@ impl Shared {
         Ok((lsn, location))
     }
 
-    /// Seals the current file, if it is full, and begins a new one.
-    fn rotate(&self) -> Result<()> {
+    /// Seals the current file, if it is full, and begins a new one; false where the disk has no room for it.
+    fn rotate(&self) -> Result<bool> {
         let mut current = lock(&self.current);
         let mut writer = lock(&self.writer);
-        self.accepting()?;
+        let synced = self.accepting()?;
         if !writer.is_full(self.options.file_bytes) {
-            return Ok(());
+            return Ok(true);
         }
-        let sealed = writer.file.number;
-        let number = sealed.checked_add(1).ok_or(StoreError::Full {
+        let number = writer.file.number.checked_add(1).ok_or(StoreError::Full {
             what: "the number of log files",
             value: u64::from(u32::MAX) + 1,
             limit: u64::from(u32::MAX),
             remedy: "raise file_bytes in a new store",
         })?;
-        let new = writer.next_file(&*self.storage, number, self.options.file_bytes).map_err(|e| self.poison(e))?;
-        let reopened = self.reopen(sealed, writer.tail()).map_err(|e| self.poison(e))?;
+        let make = || Prepared::make(&*self.storage, number, self.options.file_bytes);
+        let next = match self.ahead.take(number, true).map_or_else(make, Ok) {
+            Err(StoreError::NoSpace { .. }) => return Ok(false),
+            next => next.map_err(|e| self.poison(e))?,
+        };
+        if synced < writer.next - 1 || !writer.file.is_named() {
+            sync_file(&*self.storage, &writer.file).map_err(|e| self.poison(e))?;
+        }
+        self.switch(&mut current, &mut writer, next).map_err(|e| self.poison(e))?;
+        Ok(true)
+    }
+
+    /// Goes on in the next file; all of the current one is on disk.
+    fn switch(&self, current: &mut Arc<LogFile>, writer: &mut Writer, next: Prepared) -> Result<()> {
+        let new = writer.next_file(&*self.storage, next, self.options.file_bytes)?;
+        let sealed = self.reopen(writer.file.number, writer.tail())?;
         let mut files = lock(&self.files);
-        files.insert(sealed, reopened);
-        files.insert(number, Arc::clone(&new.file));
+        files.insert(sealed.number, sealed);
+        files.insert(new.file.number, Arc::clone(&new.file));
         drop(files);
         *current = Arc::clone(&new.file);
         self.watermark.synced(new.next - 1);
@@ -143,7 +166,7 @@ impl Shared {
         let name = file_name(number);
         let path = self.storage.path_of(&name);
         let medium = self.storage.open(&name, false).map_err(|e| StoreError::io(&path, e))?;
-        Ok(Arc::new(LogFile::new(number, path, medium, end)))
+        Ok(Arc::new(LogFile::new(number, path, medium, end, true)))
     }
 
     /// One fdatasync for all that was written before it, unless another's brings `lsn` to disk; false when that takes
@@ -155,10 +178,20 @@ impl Shared {
             Turn::Done => return Ok(true),
             Turn::TimedOut => return Ok(false),
         };
-        let file = lock(&self.current);
-        let synced = sync_file(&file).and_then(|()| {
+        let mut current = lock(&self.current);
+        // The sync of a rotation may have failed since: it took the error away, and this one would be told of none.
+        let healthy = self.watermark.access().1;
+        let synced = healthy.and_then(|_| sync_file(&*self.storage, &current)).and_then(|()| {
             let mut writer = lock(&self.writer);
-            if writer.next - 1 == target { writer.mark() } else { Ok(()) }
+            if writer.next - 1 != target {
+                return Ok(());
+            }
+            // A full file is sealed here, where nobody who appends waits for it.
+            let number = writer.file.number.checked_add(1).filter(|_| writer.is_full(self.options.file_bytes));
+            match number.and_then(|number| self.ahead.take(number, false)) {
+                Some(next) => self.switch(&mut current, &mut writer, next),
+                None => writer.mark(),
+            }
         });
         synced.map_err(|e| self.poison(e))?;
         self.watermark.end_sync(target);
@@ -168,6 +201,19 @@ impl Shared {
     /// Makes all that is written durable.
     pub(super) fn sync(&self) -> Result<()> {
         self.sync_until(Lsn::MAX, Duration::MAX).map(drop)
+    }
+
+    /// Brings the current file's header and name to disk: all before it is, and a snapshot may now name it.
+    pub(super) fn settle(&self) -> Result<()> {
+        let current = lock(&self.current);
+        self.watermark.access().1?;
+        if current.is_named() { Ok(()) } else { sync_file(&*self.storage, &current).map_err(|e| self.poison(e)) }
+    }
+
+    /// The thread that makes files ahead.
+    pub(super) fn keep_ahead(&self) {
+        let make = |number| Prepared::make(&*self.storage, number, self.options.file_bytes);
+        self.ahead.run(make, |error| drop(self.poison(error)));
     }
 
     /// The sync thread.
@@ -186,12 +232,15 @@ impl Shared {
         self.watermark.close();
         // Whoever saw it open has the writer until its record is written.
         drop(lock(&self.writer));
+        self.ahead.close();
     }
 
     /// Syncs what is written and gives the storage back; nothing to do the second time.
     pub(super) fn release(&self) -> Result<()> {
         let Some(guard) = lock(&self.guard).take() else { return Ok(()) };
         let synced = self.sync();
+        // Nobody needs it, and who opens the log makes another one.
+        let _ = self.storage.remove(NEXT_NAME);
         drop(guard);
         synced
     }

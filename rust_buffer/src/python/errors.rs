@@ -13,7 +13,7 @@ create_exception!(
     pmdflow._rust_buffer,
     StoreFull,
     StoreError,
-    "Admission refused: the quota of groups or `max_bytes` is reached; names the limit."
+    "Admission refused: the quota of groups or `max_bytes` is reached, or the disk is full; names the limit."
 );
 create_exception!(
     pmdflow._rust_buffer,
@@ -33,7 +33,7 @@ impl From<Failure> for PyErr {
     fn from(failure: Failure) -> Self {
         let text = failure.to_string();
         match failure {
-            Failure::Full { .. } => StoreFull::new_err(text),
+            Failure::Full { .. } | Failure::NoSpace { .. } => StoreFull::new_err(text),
             Failure::Conflict(_) => Conflict::new_err(text),
             Failure::Corrupt { .. } | Failure::Version { .. } | Failure::Newer { .. } | Failure::Poisoned { .. } => {
                 CorruptLog::new_err(text)

@@ -9,7 +9,7 @@ use std::{
 };
 
 use crate::{
-    error::{Result, StoreError},
+    error::{Result, StoreError, is_no_space},
     log::{Frame, Log, Position, Replay},
     state::State,
     state::apply::Placed,
@@ -67,7 +67,8 @@ impl Snapshots {
             && self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Writes `state` in a thread of its own. A failure poisons the log.
+    /// Writes `state` in a thread of its own. One for which there is no room or no thread is left out: opening reads
+    /// more. Another failure poisons the log.
     pub(crate) fn take(&mut self, state: &State, log: &Log) {
         self.since = 0;
         let (writer, snapshot) =
@@ -75,12 +76,10 @@ impl Snapshots {
         let shared = log.clone();
         let run = move || match writer.write(&snapshot, &shared) {
             Ok(()) | Err(StoreError::Closed) => {}
+            Err(StoreError::Io { source, .. }) if is_no_space(&source) => {}
             Err(error) => drop(shared.poison(error)),
         };
-        match std::thread::Builder::new().name("log-snapshot".into()).spawn(run) {
-            Ok(thread) => self.thread = Some(thread),
-            Err(error) => drop(log.poison(StoreError::io("log-snapshot", error))),
-        }
+        self.thread = std::thread::Builder::new().name("log-snapshot".into()).spawn(run).ok();
     }
 
     /// Something that writes `state` when it is called, for a caller that need not hold the store.

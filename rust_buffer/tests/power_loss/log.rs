@@ -175,6 +175,7 @@ impl Run {
         let mut record = Written { serial: self.serial, sizes: sizes.to_vec(), location: None };
         let arrays = record.arrays();
         let slices: Vec<&[u8]> = arrays.iter().map(Vec::as_slice).collect();
+        let lsn = self.log().lsn();
         match self.log().append(1, &record.header(), &Arrays::of(&slices)) {
             Ok((lsn, location)) => {
                 assert!(!self.failed, "a record is taken after a failure");
@@ -190,7 +191,15 @@ impl Run {
                 self.failed = true;
                 self.written.push(record);
             }
-            Err(StoreError::Poisoned { .. }) => self.failed = true,
+            // Nothing of it is there, and the next one may find room.
+            Err(StoreError::NoSpace { .. }) => assert_eq!(self.log().lsn(), lsn),
+            Err(StoreError::Poisoned { .. }) => {
+                self.failed = true;
+                // Level `Always`: written, and then the making of the next file failed.
+                if self.log().lsn() > self.written.len() as u64 {
+                    self.written.push(record);
+                }
+            }
             Err(other) => panic!("{other}"),
         }
     }
@@ -257,7 +266,7 @@ impl Run {
             self.disk.disarm();
             match opened {
                 Ok(log) => self.check(log, &seen, least),
-                Err(StoreError::Io { .. }) => {}
+                Err(StoreError::Io { .. } | StoreError::NoSpace { .. }) => {}
                 Err(other) => panic!("{other}"),
             }
             least = if end.again { self.kept } else { least };

@@ -28,6 +28,7 @@ fn fault() -> impl Strategy<Value = Fault> {
         3 => (1..12_u32).prop_map(Fault::Death),
         3 => (1..5_u32).prop_map(Fault::Sync),
         2 => (1..8_u32).prop_map(Fault::Write),
+        2 => (1..4_u32).prop_map(Fault::Room),
         1 => (1..12_u32).prop_map(Fault::Read),
     ]
 }

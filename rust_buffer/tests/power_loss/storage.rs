@@ -30,6 +30,8 @@ pub enum Fault {
     Sync(u32),
     /// The disk is full in the middle of a write.
     Write(u32),
+    /// The disk has no room to be allocated.
+    Room(u32),
     /// A read fails.
     Read(u32),
 }
@@ -303,6 +305,17 @@ impl Storage for Process {
         Ok(())
     }
 
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        let mut inner = self.inner()?;
+        if inner.dies() {
+            return Err(failure(io::ErrorKind::BrokenPipe));
+        }
+        let file = inner.names.get(from).copied().ok_or_else(|| failure(io::ErrorKind::NotFound))?;
+        inner.rename(from, None);
+        inner.rename(to, Some(file));
+        Ok(())
+    }
+
     fn sync_names(&self) -> io::Result<()> {
         self.inner()?.sync_names()
     }
@@ -321,6 +334,9 @@ impl Medium for Handle {
         let mut inner = self.process.inner()?;
         if to <= from || to <= inner.files[self.file].cache.bytes.len() as u64 {
             return Ok(());
+        }
+        if inner.is_due(|fault| if let Fault::Room(left) = fault { Some(left) } else { None }) {
+            return Err(failure(io::ErrorKind::StorageFull));
         }
         inner.resize(self.file, to)
     }

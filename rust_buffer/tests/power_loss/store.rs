@@ -143,14 +143,13 @@ impl Run {
             }
         };
         match answer {
-            Ok(()) => {
+            Ok(()) | Err(StoreError::Full { .. } | StoreError::NoSpace { .. }) => {
                 let store = self.store.as_ref().unwrap();
                 store.check().unwrap();
                 if !self.failed {
                     self.states.insert(store.lsn(), store.state().clone());
                 }
             }
-            Err(StoreError::Full { .. }) => {}
             Err(StoreError::Io { .. } | StoreError::Poisoned { .. }) => self.failed = true,
             Err(other) => panic!("{other}"),
         }
@@ -276,7 +275,7 @@ impl Run {
         if let Some(fault) = end.fault {
             self.disk.arm(fault);
             match Store::open(self.disk.process(), self.settings) {
-                Ok(_) | Err(StoreError::Io { .. }) => {}
+                Ok(_) | Err(StoreError::Io { .. } | StoreError::NoSpace { .. }) => {}
                 Err(other) => panic!("{other}"),
             }
             self.disk.kill();

@@ -1,0 +1,128 @@
+"""A disk without room: what the store refuses, what it still does, and that commit and evict make room again."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pmdflow.store import StoreFull, TrajectoryStore
+from pmdflow.types import Quota
+from tests.support.crash_processes import admit, segment
+
+TOKENS = 10_000
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 6 MB."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", directory], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount: {mounted.stderr.decode().strip()}")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", "-l", directory], check=True)
+
+
+def open_store(directory: Path, file_bytes: int) -> TrajectoryStore:
+    return TrajectoryStore(
+        directory / "store",
+        groups_per_iteration=1,
+        lookahead=1000,
+        max_staleness=None,
+        grant_tokens=1 << 20,
+        file_bytes=file_bytes,
+    )
+
+
+def quota(store: TrajectoryStore, groups: int) -> None:
+    version = store.counts().version
+    store.set_quota(Quota(version=version, groups=groups, tokens=1 << 40, tokens_per_segment=None))
+
+
+def fill(directory: Path) -> None:
+    """Take whatever room is left."""
+    with open(directory / "others", "ab", buffering=0) as file:
+        for size in (4096, 1):
+            with contextlib.suppress(OSError):
+                while file.write(bytes(size)):
+                    pass
+    assert not os.statvfs(directory).f_bfree
+
+
+def generate(store: TrajectoryStore) -> None:
+    version = store.counts().version
+    leases = store.lease("w", version, 2, 0.0)
+    assert leases
+    store.append([segment(lease, 0, TOKENS, stop="stop", version=version) for lease in leases])
+
+
+def train(store: TrajectoryStore, iteration: int) -> None:
+    """An iteration that is trained and not yet committed."""
+    admit(store, iteration)
+    generate(store)
+    for item in store.unscored(2, 60.0, 0.0):
+        store.score(item.trajectory, item.attempt, "scored", 1.0)
+    assert store.claim(iteration, store.counts().version, 0.0).status == "claimed"
+    store.publish(iteration + 1, iteration)
+    quota(store, 1000)
+
+
+def train_until_full(store: TrajectoryStore) -> tuple[int, str]:
+    """How many iterations there is room for, and what the next one is told."""
+    for iteration in itertools.count():
+        try:
+            train(store, iteration)
+        except StoreFull as refusal:
+            return iteration, str(refusal)
+    raise AssertionError
+
+
+def test_a_full_disk_is_emptied_by_commit_and_evict(disk: Path) -> None:
+    store = open_store(disk, 1 << 20)
+    store.publish(0)
+    quota(store, 1000)
+    trained, told = train_until_full(store)
+    assert trained > 10
+    assert re.search(rf"{disk}/store/\S+: the disk is full, \d+ more bytes are needed; commit and evict", told)
+    fill(disk)
+    quota(store, 1001)  # nothing is poisoned, and what brings no tokens has room
+    before = store.ledger()
+    store.close()
+    fill(disk)
+
+    store = open_store(disk, 1 << 20)
+    assert store.ledger() == before
+    files = len(list(disk.glob("store/*.log")))
+    store.commit(trained - 1)
+    assert store.evict(trained - 1) == trained
+    assert len(list(disk.glob("store/*.log"))) < files
+    admit(store, 2000)
+    generate(store)
+    store.close()
+    assert open_store(disk, 1 << 20).ledger()["generated"] >= before["generated"]
+
+
+def test_a_snapshot_without_room_is_left_out(disk: Path) -> None:
+    file_bytes = 64 << 10
+    store = open_store(disk, file_bytes)
+    store.publish(0)
+    quota(store, 1)
+    aside = disk / "store" / "index.tmp"
+    aside.unlink()
+    fill(disk)
+    for groups in range(file_bytes // 40):
+        quota(store, groups)
+    assert aside.exists(), "a snapshot was begun"
+    (disk / "others").unlink()
+    admit(store, 0)
+    store.close()
