@@ -20,6 +20,7 @@ from pmdflow.learner.flops import Speed
 from pmdflow.learner.fsdp import build_policy, free_address, full_state_dict, join_ranks, learner_device
 from pmdflow.learner.policy import Policy
 from pmdflow.learner.result import TrainResult
+from pmdflow.learner.schedule import learning_rate
 from pmdflow.learner.selection import Weighed, groups_left_out, importance_metrics, veto_sequences, weigh
 from pmdflow.learner.steps import Supervised, Tensors, accumulate, mismatch_sums, reference_pass, update
 from pmdflow.learner.sums import StepSums, Sums, added, over_ranks
@@ -249,8 +250,8 @@ class Learner:
             sums.skip()
             return
         learner = self._config.learner
-        sums.lr = learner.lr * _warm_up(self._num_steps, learner.warmup_steps)
-        sums.lr *= _warm_up(len(sums.grad_norms), learner.reset_warmup_steps)
+        since_reset = len(sums.grad_norms)
+        sums.lr = learning_rate(learner, steps_taken=self._num_steps, steps_since_reset=since_reset)
         for group in self._optimizer.param_groups:
             group["lr"] = sums.lr
         step = accumulate(
@@ -265,8 +266,3 @@ class Learner:
         norm = update(self._policy, self._optimizer, step, max_grad_norm=learner.max_grad_norm, where=where)
         sums.add(step, norm=norm, tokens=plan.num_tokens)
         self._num_steps += 1
-
-
-def _warm_up(steps_taken: int, length: int) -> float:
-    """The factor of the next step's learning rate."""
-    return min(1.0, (steps_taken + 1) / max(length, 1))

@@ -14,6 +14,7 @@ from pmdflow.learner.checkpoint.manifest import Manifest, commit_checkpoint, new
 from pmdflow.run.learner_group import LearnerGroup
 from pmdflow.run.supervision import Supervisor
 from pmdflow.store.actor import StoreActor
+from pmdflow.store.archive.pruning import prune_parts
 from pmdflow.store.client import call
 
 WRITE_TIMEOUT_S = 7200.0
@@ -31,7 +32,10 @@ class Checkpoints:
         self._learners = learners
         self._saving: tuple[Manifest, list[ObjectRef[None]]] | None = None
         """The checkpoint whose files are being written, and what the ranks answer when they are whole."""
-        self._archiving: ObjectRef[None] | None = None
+        self._keep_parts = config.archive.keep
+        self._run_dir = run_dir
+        self._archiving: tuple[ObjectRef[None], int] | None = None
+        """What the store answers when it has archived and evicted, and the iteration up to which it evicts."""
         self.saved_iteration = 0
         """Newest iteration whose checkpoint is committed or being written."""
 
@@ -92,13 +96,17 @@ class Checkpoints:
         claims = self._supervisor.get(call(self._supervisor.store, StoreActor.claims), what="the store's claims")
         committed = sorted(iteration for iteration, state in claims.items() if state == "committed")
         if oldest is not None and committed:
-            self._archiving = call(self._supervisor.store, StoreActor.archive, committed, oldest.iteration)
+            archived = call(self._supervisor.store, StoreActor.archive, committed, oldest.iteration)
+            self._archiving = archived, oldest.iteration
 
     def await_archive(self) -> None:
-        """Wait until what was to be archived is, and what it covers is evicted."""
+        """Wait until what was to be archived is, and what it covers is evicted; then old parts may go."""
         if self._archiving is not None:
-            self._supervisor.get(self._archiving, what="archiving claims", timeout_s=WRITE_TIMEOUT_S)
+            archived, evicted_through = self._archiving
+            self._supervisor.get(archived, what="archiving claims", timeout_s=WRITE_TIMEOUT_S)
             self._archiving = None
+            if self._keep_parts is not None:
+                prune_parts(self._run_dir, keep=self._keep_parts, through=evicted_through)
 
 
 def require_store_of(manifest: Manifest, *, store: Path, lsn: int) -> None:

@@ -19,7 +19,7 @@ from pmdflow.store.archive import parts, read_part
 from tests.support.data import write_jsonl, write_parquet
 from tests.support.hub import Hub
 from tests.support.paths import TINY
-from tests.support.runs import Up, pmdflow, small_config
+from tests.support.runs import Up, ledger_of, pmdflow, small_config
 
 DEADLINE_S = 300.0
 """Beyond the usual: it starts twice, and the second time it reads everything again."""
@@ -73,8 +73,11 @@ def test_a_mixture_resumed_after_kill_9_without_a_network_repeats_no_prompt_and_
 
     again = Up(tmp_path, config)
     assert again.wait(DEADLINE_S) == 0, again.output
+    assert any(event["kind"] == "resume" for event in again.events())
     assert [int(path.name[5:11]) for path in parts(again.run)] == [1, 2, 3, 4, 5, 6]
     assert_each_cursor_once(again.run)
+    ledger = ledger_of(again.iterations()[-1])
+    assert ledger.pop("generated") == sum(ledger.values())
 
 
 def assert_each_cursor_once(run: Path) -> None:
@@ -82,7 +85,9 @@ def assert_each_cursor_once(run: Path) -> None:
     store = TrajectoryStore(run / "store", groups_per_iteration=4, lookahead=1, max_staleness=None)
     waiting = [group for group in store.groups() if group["iteration"] is None and group["kind"] == "train"]
     cursors = store.counts().next_cursor
+    evicted = sum(count for place, count in store.ledger().items() if place.startswith("evicted_"))
     store.close()
+    assert evicted == 0  # it is unbounded in staleness
     trained = Counter(name for path in parts(run) for name in read_part(path).prompt_ids)
     assert all(count % 4 == 0 for count in trained.values())
     found = Counter({name: count // 4 for name, count in trained.items()})

@@ -10,11 +10,7 @@ from pmdflow.learner.advantage import boltzmann_weights, pmd_partition
 from pmdflow.learner.algorithms import ALGORITHMS, Terms, find_algorithm
 from pmdflow.learner.learner import Learner
 from pmdflow.learner.objective import clipped_tokens
-from tests.support.learner import (
-    assert_metrics_alike,
-    make_batch,
-    make_config,
-)
+from tests.support.learner import assert_metrics_alike, make_batch, make_config
 from tests.support.whole import Whole
 
 torch.set_num_threads(1)

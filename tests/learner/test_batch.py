@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 
 from pmdflow.learner.batch import BUCKET, pack, plan_iteration
 from pmdflow.types import ClaimPlan, Mask
-from tests.support.learner import (
-    make_batch,
-)
+from tests.support.learner import make_batch
 
 torch.set_num_threads(1)
 

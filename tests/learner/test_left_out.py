@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +36,8 @@ def claimed_store(path: Path, model: str) -> TrajectoryStore:
     store.set_quota(Quota(version=0, groups=2, tokens=1000, tokens_per_segment=None))
     for number in range(2):
         store.admit(f"train-{number}", PROMPT, cursor=number, group_size=GROUP_SIZE, max_tokens=20)
-    leases = store.lease("worker", 0, 6, 0.0)
-    store.publish(1)
-    for lease in leases:
+    newer = []
+    for lease in store.lease("worker", 0, 6, 0.0):
         tokens = np.arange(5 + lease.trajectory, dtype=np.int32) + 10 * lease.trajectory + 8
         with torch.no_grad():
             whole = torch.from_numpy(np.concatenate([PROMPT.tokens, tokens]).astype(np.int64))
@@ -45,11 +45,15 @@ def claimed_store(path: Path, model: str) -> TrajectoryStore:
         logprobs = scores.gather(1, whole[len(PROMPT.tokens) :, None])[:, 0].numpy()
         if lease.trajectory == VETOED:
             logprobs[-1] += 10.0  # A ratio of e^-10, below 1e-4.
-        for version, stop, part in ((0, None, slice(0, OLDER_TOKENS)), (1, "stop", slice(OLDER_TOKENS, None))):
-            store.append([Segment(
-                trajectory=lease.trajectory, epoch=lease.epoch, offset=part.start, version=version, temperature=1.0,
-                tokens=tokens[part], logprobs=logprobs[part], next_version=1, stop=stop,
-            )])  # fmt: skip
+        older = Segment(
+            trajectory=lease.trajectory, epoch=lease.epoch, offset=0, version=0, temperature=1.0,
+            tokens=tokens[:OLDER_TOKENS], logprobs=logprobs[:OLDER_TOKENS], next_version=1,
+        )  # fmt: skip
+        store.append([older])
+        rest = {"tokens": tokens[OLDER_TOKENS:], "logprobs": logprobs[OLDER_TOKENS:]}
+        newer.append(replace(older, offset=OLDER_TOKENS, version=1, stop="stop", **rest))
+    store.publish(1)
+    store.append(newer)
     for item in store.unscored(6, 60.0, 0.0):
         store.score(item.trajectory, 0, "scored", REWARDS[item.trajectory])
     assert store.claim(1, 1, 0.0).status == "claimed"

@@ -12,12 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from pmdflow.rollout.engine import Request
 from pmdflow.rollout.engines.transformers.engine import TransformersEngine
 from pmdflow.weights.lora import AdapterMerger
-from tests.support.learner import (
-    LOGPROB_SIZE,
-    ROUNDINGS,
-    make_batch,
-    make_config,
-)
+from tests.support.learner import LOGPROB_SIZE, ROUNDINGS, make_batch, make_config
 from tests.support.numeric import assert_close
 
 torch.set_num_threads(1)

@@ -10,13 +10,7 @@ import torch
 
 from pmdflow.learner.advantage import pmd_mean
 from pmdflow.types import Mask
-from tests.support.learner import (
-    assert_losses_alike,
-    assert_metrics_alike,
-    losses,
-    make_batch,
-    make_config,
-)
+from tests.support.learner import assert_losses_alike, assert_metrics_alike, losses, make_batch, make_config
 from tests.support.whole import Whole
 
 torch.set_num_threads(1)

@@ -81,7 +81,7 @@ def test_packed_and_padded_rows_train_alike(start, model_path):
 
 
 @pytest.mark.parametrize(
-    "option", ["activation_checkpointing", "cpu_offload", pytest.param("compile", marks=pytest.mark.slow)]
+    "option", ["activation_checkpointing", "cpu_offload", pytest.param("compile", marks=pytest.mark.nightly)]
 )
 def test_options_change_memory_or_speed_only(start, model_path, option):
     plain = start(make_config(model_path))

@@ -9,11 +9,7 @@ import torch
 from pmdflow.learner.advantage import pmd_mean
 from pmdflow.learner.supervised import SupervisedData
 from pmdflow.types import Mask
-from tests.support.learner import (
-    assert_metrics_alike,
-    make_batch,
-    make_config,
-)
+from tests.support.learner import assert_metrics_alike, make_batch, make_config
 from tests.support.paths import TINY
 from tests.support.whole import Whole
 

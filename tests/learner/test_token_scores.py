@@ -14,12 +14,7 @@ from pmdflow.learner.attention import ATTENTION
 from pmdflow.learner.batch import pack
 from pmdflow.learner.policy import Layout, Policy
 from pmdflow.types import Mask
-from tests.support.learner import (
-    LOGPROB_SIZE,
-    ROUNDINGS,
-    VOCAB,
-    make_batch,
-)
+from tests.support.learner import LOGPROB_SIZE, ROUNDINGS, VOCAB, make_batch
 from tests.support.numeric import assert_close
 
 torch.set_num_threads(1)

@@ -16,13 +16,7 @@ from pmdflow.config.schema import Config
 from pmdflow.learner.advantage import pmd_mean
 from pmdflow.reward.length import length_reward
 from pmdflow.types import Mask, TrainBatch
-from tests.support.learner import (
-    LOGPROB_SIZE,
-    assert_metrics_alike,
-    make_batch,
-    make_config,
-    same_weights,
-)
+from tests.support.learner import LOGPROB_SIZE, assert_metrics_alike, make_batch, make_config, same_weights
 from tests.support.numeric import assert_close, assert_trained_alike
 
 torch.set_num_threads(1)

@@ -32,13 +32,13 @@ class Trained:
 
 
 class Ranks:
-    """At most `most` ranks at a time."""
+    """At most `most` ranks at a time; a process is always the same one, as torch remembers which shards it holds."""
 
     def __init__(self, most: int) -> None:
         """Nothing starts before the first call."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["pmdflow.learner.learner"])
-        self._pool = ProcessPoolExecutor(most, mp_context=context)
+        self._processes = [ProcessPoolExecutor(1, mp_context=context) for _ in range(most)]
 
     def train(
         self,
@@ -51,7 +51,7 @@ class Ranks:
     ) -> list[Trained]:
         """Every rank loads, trains on the claims and saves after so many of them; what each saw."""
         arguments = config, free_address("127.0.0.1"), claims, load, save, save_after
-        ranks = [self._pool.submit(_train, rank, *arguments) for rank in range(config.learner.ranks)]
+        ranks = [self._processes[rank].submit(_train, rank, *arguments) for rank in range(config.learner.ranks)]
         done, pending = wait(ranks, timeout=TIMEOUT_S, return_when=FIRST_EXCEPTION)
         if pending:  # one has failed, and the others wait for it in a collective
             self.kill()
@@ -62,9 +62,10 @@ class Ranks:
 
     def kill(self) -> None:
         """End all processes."""
-        for process in list((self._pool._processes or {}).values()):
-            process.kill()
-        self._pool.shutdown()
+        for pool in self._processes:
+            for process in list((pool._processes or {}).values()):
+                process.kill()
+            pool.shutdown()
 
 
 def _train(

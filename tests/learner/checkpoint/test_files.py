@@ -12,12 +12,7 @@ import pytest
 import torch
 
 from pmdflow.errors import PmdflowError
-from tests.support.learner import (
-    losses,
-    make_batch,
-    make_config,
-    same_weights,
-)
+from tests.support.learner import losses, make_batch, make_config, same_weights
 from tests.support.paths import ROOT, SUPPORT
 from tests.support.resumed_learner import ITERATIONS, main, write_claims
 
