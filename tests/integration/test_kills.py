@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -25,3 +26,14 @@ def test_killed_actors_are_replaced_and_the_run_goes_on(tmp_path: Path) -> None:
     # Ray itself starts another store.
     assert all(any(name in message for message in died) for name in ("rollout-0", "reward", "learner")), died
     assert_exact(up)
+
+
+@pytest.mark.nightly
+def test_a_store_that_is_older_than_its_checkpoint_is_refused(tmp_path: Path) -> None:
+    up = Up(tmp_path, small_config(tmp_path, run__iterations=2))
+    assert up.wait() == 0, up.output
+    shutil.rmtree(up.run / "store")
+    again = Up(tmp_path, small_config(tmp_path, run__iterations=3))
+    assert again.wait() == 1, again.output
+    assert "the store is older than the checkpoint" in again.output
+    assert "iteration-000002.json" in again.output
