@@ -251,3 +251,34 @@ fn a_group_that_was_generated_elsewhere_is_leased_whole_and_outside_the_budget()
     assert!(store.ledger().contains(&("overdraft", 0)));
     conflicts(store.lease_group("writer", 7, 0));
 }
+
+#[test]
+fn requests_that_are_gone_cost_no_room_while_they_are_counted() {
+    let mut store = open();
+    let names: Vec<String> = (0..60).map(|n| format!("train-{n}")).collect();
+    let odd = ["train-007", "train-", "train", "other-99999999999999999999", "a-b-3", "-1", "ünïcode-2x"];
+    let mut ids = Vec::new();
+    for request_id in names.iter().map(String::as_str).chain(odd) {
+        let request_id = request_id.to_owned();
+        ids.push(admit(&mut store, &Admit { request_id, ..admission(0, 1) }).unwrap());
+        if ids.len() % 3 == 0 {
+            // In an order of their own: the newest first.
+            while let Some(id) = ids.pop() {
+                assert!(store.discard(id, "done").unwrap());
+            }
+        }
+        store.check().unwrap();
+    }
+    while let Some(id) = ids.pop() {
+        store.discard(id, "done").unwrap();
+    }
+    assert_eq!((store.state().counted_gone.num_runs(), store.state().gone.len()), (3, 5));
+    for request_id in names.iter().map(String::as_str).chain(odd) {
+        let request_id = request_id.to_owned();
+        conflicts(admit(&mut store, &Admit { request_id, ..admission(0, 1) }));
+    }
+    for request_id in ["train-60", "train-7x", "train-070", "Train-7", "b-3"] {
+        let request_id = request_id.to_owned();
+        admit(&mut store, &Admit { request_id, ..admission(0, 1) }).unwrap();
+    }
+}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
-from tests.support.runs import Up, assert_exact, small_config
+from pmdflow.run.stored import stored
+from pmdflow.store import TrajectoryStore
+from pmdflow.store.archive import parts, read_part
+from tests.support.runs import Up, assert_exact, ledger_of, small_config
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -25,3 +29,33 @@ def test_killed_actors_are_replaced_and_the_run_goes_on(tmp_path: Path) -> None:
     # Ray itself starts another store.
     assert all(any(name in message for message in died) for name in ("rollout-0", "reward", "learner")), died
     assert_exact(up)
+
+
+@pytest.mark.nightly
+def test_a_store_that_is_older_than_its_checkpoint_is_refused(tmp_path: Path) -> None:
+    up = Up(tmp_path, small_config(tmp_path, run__iterations=2))
+    assert up.wait() == 0, up.output
+    shutil.rmtree(up.run / "store")
+    again = Up(tmp_path, small_config(tmp_path, run__iterations=3))
+    assert again.wait() == 1, again.output
+    assert "the store is older than the checkpoint" in again.output
+    assert "iteration-000002.json" in again.output
+
+
+@pytest.mark.nightly
+def test_a_group_of_a_live_run_is_discarded_and_the_run_goes_on(tmp_path: Path) -> None:
+    up = Up(tmp_path, small_config(tmp_path, run__iterations=8, scheduler__max_staleness=None))
+    up.wait_for(lambda: up.reached(1), "the first iteration")
+    groups = TrajectoryStore.read(up.run / "store").groups()
+    group = max(row["group"] for row in groups if row["kind"] == "train")
+    assert (
+        stored(up.run, "discard", group=group, reason="its answer is wrong") == 0
+    )  # a command takes too long to start
+    up.wait_for(lambda: any(event["kind"] == "discard" for event in up.events()), "the discard")
+    assert up.wait() == 0, up.output
+    (said,) = [event["message"] for event in up.events() if event["kind"] == "discard"]
+    assert said == f"group {group} is discarded: its answer is wrong"
+    assert not list((up.run / "requests").iterdir())
+    assert group not in {int(number) for path in parts(up.run) for number in read_part(path).groups}
+    ledger = ledger_of(up.iterations()[-1])
+    assert ledger.pop("generated") == sum(ledger.values())

@@ -9,13 +9,16 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pytest
 import yaml
 from pyarrow import parquet
 
+from pmdflow.learner.checkpoint.manifest import newest_manifest
 from pmdflow.store import TrajectoryStore
 from pmdflow.store.archive import parts, read_part
+from pmdflow.types import TrainBatch
 from tests.support.data import write_jsonl, write_parquet
 from tests.support.hub import Hub
 from tests.support.paths import TINY
@@ -69,15 +72,35 @@ def test_a_mixture_resumed_after_kill_9_without_a_network_repeats_no_prompt_and_
         up = Up(tmp_path, config)
         up.wait_for(lambda: len(up.iterations()) >= 3, "the third iteration", DEADLINE_S)
         up.kill_everything()
+        claimed = uncovered_claims(up.run)
+        assert claimed
         hub.push("org/tiny", {**files, "generation_config.json": b"{}"})  # a resumed run stays on what it began with
 
     again = Up(tmp_path, config)
     assert again.wait(DEADLINE_S) == 0, again.output
     assert any(event["kind"] == "resume" for event in again.events())
     assert [int(path.name[5:11]) for path in parts(again.run)] == [1, 2, 3, 4, 5, 6]
+    assert_made_again(again.run, claimed)
     assert_each_cursor_once(again.run)
     ledger = ledger_of(again.iterations()[-1])
     assert ledger.pop("generated") == sum(ledger.values())
+
+
+def uncovered_claims(run: Path) -> dict[int, TrainBatch]:
+    """The claims of a dead run that no checkpoint covers."""
+    manifest, store = newest_manifest(run / "checkpoints"), TrajectoryStore.read(run / "store")
+    covered = 0 if manifest is None else manifest.iteration
+    return {number: store.read_claim(number) for number in store.claims() if number > covered}
+
+
+def assert_made_again(run: Path, claimed: dict[int, TrainBatch]) -> None:
+    """They were trained again as they were: the same groups in the same order, the same version and masks."""
+    again = {part.iteration: part for part in map(read_part, parts(run)) if part.iteration in claimed}
+    assert again.keys() == claimed.keys()
+    for iteration, was in claimed.items():
+        assert again[iteration].version == was.version
+        for name in ("tokens", "versions", "mask", "groups", "trajectories", "rewards"):
+            np.testing.assert_array_equal(getattr(again[iteration], name), getattr(was, name), err_msg=name)
 
 
 def assert_each_cursor_once(run: Path) -> None:

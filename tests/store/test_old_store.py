@@ -21,6 +21,8 @@ from tests.support.paths import ROOT
 from tests.support.recorded_store import told
 
 FIXTURE = ROOT / "tests" / "fixtures" / "run-1fa6726.tar.xz"
+FORMAT_3 = ROOT / "tests" / "fixtures" / "store-format3.tar.xz"
+"""Of the same commit, with a snapshot."""
 FORMAT_4 = ROOT / "tests" / "fixtures" / "store-format4.tar.xz"
 PROMPT = Prompt(id="new", text="1+1=", tokens=np.array([5, 6, 7], dtype=np.int32))
 
@@ -110,6 +112,31 @@ def test_records_of_both_formats_lie_in_one_log(recorded: Path) -> None:
     again = open_store(recorded)
     assert again.ledger()["evicted_discarded"] > 0
     assert len(again.groups()) == len(held["groups"]) - 1
+
+
+def test_a_snapshot_of_format_3_holds_what_it_held_and_goes_on(tmp_path: Path) -> None:
+    with tarfile.open(FORMAT_3) as archive:
+        archive.extractall(tmp_path, filter="data")
+    assert (tmp_path / "store" / "index").read_bytes()[8] == 3
+    expected = json.loads((tmp_path / "told.json").read_text())
+    store = open_plain(tmp_path / "store", max_staleness=1, file_bytes=2048)
+    held = told(store)
+    for name, value in expected.items():
+        known = {key: held[name][key] for key in value} if isinstance(value, dict) else held[name]
+        assert known == value, name
+    with pytest.raises(Conflict, match="gone"):
+        admit(store, 0)
+    assert store.claim(3, 3, 0.0).groups == (2,)
+    store.publish(4, 3)
+    store.set_quota(quota(4))
+    store.commit(3)
+    complete(store, version=4)
+    before = told(store)
+    assert store.evict(3) == 2
+    store.close()
+    store = open_plain(tmp_path / "store", max_staleness=1)
+    assert [group["group"] for group in told(store)["groups"]] == [3]
+    assert before["ledger"] == store.ledger()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ use crate::{
     state::mask,
     state::record::{Admit, Appended, Claimed, LeftOut, Quota, Reason, Record, Score},
     state::trajectory::{Outcome, Run, Stop, Trajectory, Verdict, Version},
-    state::{Claim, ClaimStatus, ClaimSums, KEPT_QUOTAS, Publication, State, Undone, request_hash},
+    state::{Claim, ClaimStatus, ClaimSums, KEPT_QUOTAS, Publication, State, Undone, gone},
 };
 
 /// Where a record is.
@@ -348,7 +348,7 @@ impl State {
         let members = self.group(id)?.members();
         members.for_each(|member| drop(self.trajectories.remove(&member)));
         if let Some(group) = self.groups.remove(&id).filter(|group| group.kind == Kind::Train) {
-            self.gone.insert(request_hash(&group.request_id));
+            gone::insert(&mut self.gone, &mut self.counted_gone, &group.request_id);
         }
         Ok(())
     }

@@ -3,6 +3,7 @@
 
 pub mod apply;
 pub mod codec;
+pub mod gone;
 pub mod group;
 pub mod ledger;
 pub mod mask;
@@ -17,6 +18,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::{
     error::{Result, StoreError},
     log::Lsn,
+    state::gone::Counted,
     state::group::{Group, Kind, Phase},
     state::ledger::Ledger,
     state::record::{LeftOut, Quota, SegmentLoss},
@@ -139,7 +141,7 @@ pub struct State {
     pub spent: BTreeMap<Version, u64>,
     /// Publications by version.
     pub publications: BTreeMap<Version, Publication>,
-    /// Hashes of the request ids of training groups that are gone.
+    /// Hashes of the request ids of training groups that are gone, where they are not among `counted_gone`.
     #[serde(deserialize_with = "grown::<_, BTreeSet<u64>, _>")]
     pub gone: OrdSet<u64>,
     /// Names of reward components.
@@ -156,6 +158,9 @@ pub struct State {
     /// Undone claims by iteration: they are made again, as they were and in this order, before any new one.
     #[serde(default)]
     pub undone: BTreeMap<i64, Undone>,
+    /// Request ids that end in a number, of training groups that are gone.
+    #[serde(default)]
+    pub counted_gone: Counted,
 }
 
 /// Decodes a persistent collection by way of one of the standard library, which makes room as items come: the other
@@ -188,16 +193,17 @@ impl Default for State {
             version: -1,
             max_version: -1,
             undone: BTreeMap::new(),
+            counted_gone: Counted::default(),
         }
     }
 }
 
-/// Hash of a request id that is the same in every build (64-bit FNV-1a).
-pub fn request_hash(request_id: &str) -> u64 {
-    request_id.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
-}
-
 impl State {
+    /// Whether a training group was admitted by this request and is gone.
+    pub fn is_gone(&self, request_id: &str) -> bool {
+        gone::contains(&self.gone, &self.counted_gone, request_id)
+    }
+
     /// A live group.
     ///
     /// # Errors

@@ -5,7 +5,6 @@ use crate::{
     log::Arrays,
     state::group::{Kind, MAX_GROUP_SIZE},
     state::record::{Admit, Quota, Record},
-    state::request_hash,
     state::trajectory::{MAX_VERSION, Version},
     store::{Store, conflict},
 };
@@ -61,7 +60,7 @@ impl Store {
         if let Some(id) = self.index.requests.get(&admit.request_id).copied() {
             return self.check_repeated_admission(id, admit, prompt);
         }
-        if self.state.gone.contains(&request_hash(&admit.request_id)) {
+        if self.state.is_gone(&admit.request_id) {
             return conflict(format!(
                 "request {:?} was admitted and its group is gone; use a new id",
                 admit.request_id
