@@ -124,6 +124,14 @@ class TrajectoryStore:
         while a claim is untrained or `version` is not the newest. Keys of an answer: the fields of
         `pmdflow.types.Lease`.
         """
+    def lease_group(self, worker: str, group: int) -> list[dict[str, Any]]:
+        """Lease the members of a group that can still grow and that nobody holds, outside every order and budget.
+
+        For a caller that has generated them already: the grant is all that `max_tokens` leaves. Keys as of `lease`.
+
+        Raises:
+            Conflict: there is no such group.
+        """
     def fence(self, worker: str) -> int:
         """End every lease of a worker that is dead or given up, and lease nothing to it again; returns how many.
 
@@ -181,7 +189,8 @@ class TrajectoryStore:
     def claim(self, iteration: int, version: int, timeout_s: float, now_s: float | None = None) -> dict[str, Any]:
         """Claim `iteration`'s groups for a learner at `version`.
 
-        Waits until `groups_per_iteration` groups are ready, or nothing can be leased, none is leased and none
+        While there are undone claims it makes the oldest of them again, whatever `version` is. Otherwise it
+        waits until `groups_per_iteration` groups are ready, or nothing can be leased, none is leased and none
         awaits a score. Of the ready groups the first admitted are taken, at most `groups_per_iteration`: those still
         being generated do not hold up younger ones, and the quota of untrained groups bounds how many these are.
         A ready group without any token to train is evicted with the reason `over_age`.
@@ -217,9 +226,15 @@ class TrajectoryStore:
             CorruptLog: with `check`, a token array is not the one that was written.
         """
     def commit(self, iteration: int) -> None:
-        """A durable checkpoint covers every claim up to `iteration`, all of them trained. Safe to repeat."""
+        """A durable checkpoint covers every claim up to `iteration`, all of them trained. Safe to repeat.
+
+        Raises:
+            Conflict: one of them is untrained, or `iteration` has no claim: the store is older than the checkpoint.
+        """
     def uncommit(self, iteration: int) -> list[int]:
         """Undo every claim after `iteration` (resume): their groups are ready again. Returns the undone iterations.
+
+        They are claimed again as they were (groups, order, version, masks), the oldest first, before any new claim.
 
         Raises:
             Conflict: one of them is evicted.
@@ -228,6 +243,14 @@ class TrajectoryStore:
         """Drop the groups of every committed claim up to `iteration`, and log files without live groups.
 
         Call it after they are archived. Returns the number of groups dropped.
+        """
+    def discard(self, group: int, reason: str) -> bool:
+        """Drop a group that no claim has, with its trajectories and leases; durable. False when it is gone already.
+
+        Its tokens are in the ledger's `evicted_discarded`. An undone claim is made again without it.
+
+        Raises:
+            Conflict: no such group was ever admitted, a claim has it, or the reason is empty or above 4,096 bytes.
         """
     def eval_results(self, prefix: str, timeout_s: float) -> list[dict[str, Any]] | None:
         """Results of the evaluation groups whose request ids start with `prefix`; None if not all are scored in time.

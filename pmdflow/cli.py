@@ -167,6 +167,21 @@ def eval_(
 
 
 @app.command()
+def store(
+    run: Run,
+    action: Annotated[
+        Literal["list", "show", "discard"], typer.Argument(metavar="ACTION", help="list, show or discard.")
+    ] = "list",
+    group: Annotated[int | None, typer.Argument(min=0, metavar="GROUP", help="Which one.")] = None,
+    reason: Annotated[str | None, typer.Option(metavar="TEXT", help="Why it is discarded, for the record.")] = None,
+) -> None:
+    """List the groups of a run's store, show one, or discard one that cannot be trained; also of a live run."""
+    from pmdflow.run.stored import stored
+
+    raise typer.Exit(stored(run, action, group=group, reason=reason))
+
+
+@app.command()
 def sink(
     run: Run,
     name: Annotated[

@@ -8,6 +8,7 @@ from pathlib import Path
 from ray import ObjectRef
 
 from pmdflow.config.schema import Config
+from pmdflow.errors import PmdflowError
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.learner.checkpoint.manifest import Manifest, commit_checkpoint, newest_manifest, oldest_manifest, prune
 from pmdflow.run.learner_group import LearnerGroup
@@ -39,9 +40,16 @@ class Checkpoints:
         """Newest iteration whose checkpoint is committed or being written."""
 
     def recover(self) -> Manifest | None:
-        """Forget what was being written; returns the newest whole checkpoint, from which the run goes on."""
+        """Forget what was being written; returns the newest whole checkpoint, from which the run goes on.
+
+        Raises:
+            PmdflowError: the store is older than that checkpoint.
+        """
         self._saving = None
         manifest = newest_manifest(self._root)
+        if manifest is not None:
+            counts = self._supervisor.get(call(self._supervisor.store, StoreActor.counts), what="the store's counts")
+            require_store_of(manifest, store=self._root.parent / "store", lsn=counts.lsn)
         self.saved_iteration = 0 if manifest is None else manifest.iteration
         return manifest
 
@@ -99,3 +107,17 @@ class Checkpoints:
             self._archiving = None
             if self._keep_parts is not None:
                 prune_parts(self._run_dir, keep=self._keep_parts, through=evicted_through)
+
+
+def require_store_of(manifest: Manifest, *, store: Path, lsn: int) -> None:
+    """Refuse a store that ends before what a checkpoint covers: groups would be trained twice, or never.
+
+    Raises:
+        PmdflowError: names both places, both log positions and the remedy.
+    """
+    if lsn < manifest.lsn:
+        raise PmdflowError(
+            f"{store} ends at record {lsn}, the checkpoint {manifest.path} covers records up to {manifest.lsn}: "
+            "the store is older than the checkpoint",
+            hint="put back the store of the same time; or remove that checkpoint's .json to resume from an earlier one",
+        )

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import ray
 
-from pmdflow._rust_buffer import StoreFull, StoreLocked
+from pmdflow._rust_buffer import Conflict, StoreFull, StoreLocked
 from pmdflow.errors import WaitTimeout
 from pmdflow.metrics.report import ActorReport, Event
 from pmdflow.metrics.spans import SpanBuffer
@@ -101,7 +101,7 @@ class StoreActor:
         """
         for trajectory, attempt, outcome, reward, components in scores:
             self._store.score(trajectory, attempt, outcome, reward, components, wait=False)
-        self.sync()
+        self._await_durable()
 
     @_in_group("claim")
     def claim(self, iteration: int, version: int, timeout_s: float) -> ClaimAnswer:
@@ -138,7 +138,7 @@ class StoreActor:
             except StoreFull:
                 break
             admitted += 1
-        self.sync()
+        self._await_durable()
         return admitted
 
     def set_quota(self, quota: Quota) -> None:
@@ -169,15 +169,25 @@ class StoreActor:
             self._archived.add(iteration)
         self._store.evict(evict_through)
 
+    def discard(self, group: int, reason: str) -> str:
+        """Drop a group that no claim has; returns what became of it, in words."""
+        try:
+            return f"is discarded: {reason}" if self._store.discard(group, reason) else "was gone already"
+        except Conflict as error:
+            return f"is kept: {error}"
+
     def sync(self) -> int:
-        """Wait until everything so far is durable; returns the log position that is.
+        """Bring everything so far to the disk, whatever the durability; returns the log position up to which it is."""
+        return self._store.sync()
+
+    def _await_durable(self) -> None:
+        """Wait until everything so far is as durable as the settings promise.
 
         Raises:
             WaitTimeout: it is not in time.
         """
         if not self._store.wait_durable(None, DURABLE_TIMEOUT_S):
             raise WaitTimeout(f"the trajectory store was not on disk within {DURABLE_TIMEOUT_S:g} s")
-        return self._store.counts().durable_lsn
 
     @_in_group("claim")
     def eval_results(self, prefix: str, timeout_s: float) -> list[EvalResult] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -142,6 +142,10 @@ class StoreView:
             "observed": np.frombuffer(row["observed"], np.uint8),
         }
         return row | arrays | {"stop": Stop(row["stop"]), "extra": extra}
+
+    def trajectories(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
+        """Live trajectories by id, each as `trajectory` gives it."""
+        return [self.trajectory(number) for number in numbers]
 
     def counts(self) -> Counts:
         """Live numbers."""

@@ -1,4 +1,4 @@
-//! Msgpack: the records and snapshots of the log, and the batches of segments that workers send.
+//! Msgpack: the snapshots of the log, and the batches of segments that workers send.
 //!
 //! # A batch of segments, version 1 (little endian)
 //! `"PMDB" | version u16 | 0 u16 | header_len u32 | 0 u32 | header | payload`. The header is msgpack, padded with zeros
@@ -21,20 +21,20 @@ const MAGIC: &[u8] = b"PMDB";
 const VERSION: u16 = 1;
 const HEAD: usize = 16;
 
-/// Encodes a record or snapshot.
+/// Encodes a snapshot, fields named.
 ///
 /// # Errors
 /// `Conflict` when the value cannot be encoded, which is an error of ours.
 pub fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>> {
-    rmp_serde::to_vec(value).map_err(|error| StoreError::Conflict(format!("cannot encode a record: {error}")))
+    rmp_serde::to_vec_named(value).map_err(|error| StoreError::Conflict(format!("cannot encode a snapshot: {error}")))
 }
 
-/// Decodes a record or snapshot.
+/// Decodes a snapshot, fields named or, as in format 3, by position.
 ///
 /// # Errors
 /// The reason, for the caller to locate.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> std::result::Result<T, String> {
-    rmp_serde::from_slice(bytes).map_err(|error| format!("cannot decode a record: {error}"))
+    rmp_serde::from_slice(bytes).map_err(|error| format!("cannot decode a snapshot: {error}"))
 }
 
 fn words(bytes: &[u8]) -> impl Iterator<Item = u32> {

@@ -14,6 +14,7 @@ use _rust_buffer::{
     store::admission::Prompt,
     store::claim_view::{ClaimView, Columns},
     store::claims::ClaimAnswer,
+    store::rollout::Granted,
     store::{Settings, Store},
     wire::Batch,
 };
@@ -50,19 +51,28 @@ fn admit(store: &mut Store, admit: &Admit) -> Result<u64> {
     store.admit(admit, Prompt { tokens: &[1, 0, 0, 0], metadata: b"", text: None })
 }
 
-/// Admits a group and brings each of its members one token; the trajectories.
+/// Brings a leased trajectory one token of `version`.
+fn append_at(store: &mut Store, lease: &Granted, version: i64, stop: Option<&str>) {
+    let none: Vec<(&str, &str, u32)> = Vec::new();
+    let item = (lease.trajectory, lease.epoch, 0_u32, 1_u32, version, 1.0_f32, version, stop, false, &none);
+    let header = rmp_serde::to_vec(&[item]).unwrap();
+    let len = (header.len() as u32).to_le_bytes();
+    let mut batch = [&b"PMDB"[..], &1_u32.to_le_bytes(), &len, &[0; 4], &header].concat();
+    batch.resize(batch.len().next_multiple_of(8), 0);
+    batch.extend([7, 0, 0, 0, 0, 0, 0, 0]);
+    store.append(&Batch::decode(&batch).unwrap(), 0).unwrap();
+}
+
+fn append(store: &mut Store, lease: &Granted, stop: Option<&str>) {
+    append_at(store, lease, 0, stop);
+}
+
+/// Admits a group and brings each of its members to its end, with one token; the trajectories.
 fn complete(store: &mut Store, number: u64, size: u32) -> Vec<u64> {
     admit(store, &admission(number, size)).unwrap();
     let leases = store.lease("worker", 0, 64, 0).unwrap();
-    let none: Vec<(&str, &str, u32)> = Vec::new();
     for lease in &leases {
-        let item = (lease.trajectory, lease.epoch, 0_u32, 1_u32, 0_i64, 1.0_f32, 0_i64, Some("stop"), false, &none);
-        let header = rmp_serde::to_vec(&[item]).unwrap();
-        let len = (header.len() as u32).to_le_bytes();
-        let mut batch = [&b"PMDB"[..], &1_u32.to_le_bytes(), &len, &[0; 4], &header].concat();
-        batch.resize(batch.len().next_multiple_of(8), 0);
-        batch.extend([7, 0, 0, 0, 0, 0, 0, 0]);
-        store.append(&Batch::decode(&batch).unwrap(), 0).unwrap();
+        append(store, lease, Some("stop"));
     }
     leases.iter().map(|lease| lease.trajectory).collect()
 }
@@ -184,4 +194,60 @@ fn records_that_no_store_wrote_are_errors() {
     let (components, phase) = (BTreeMap::new(), Some(Phase::Partial));
     let score = Score { trajectory: 0, outcome: Outcome::Scored, reward: 0.0, components, failed: false, phase };
     conflicts(state.apply(&Record::Score(score), &placed()));
+}
+
+#[test]
+fn a_segment_budget_ends_with_the_quota_that_sets_it() {
+    let mut store = open();
+    store.set_quota(0, Quota { groups: 64, tokens: 1000, tokens_per_segment: Some(1) }).unwrap();
+    admit(&mut store, &admission(0, 1)).unwrap();
+    let leases = store.lease("worker", 0, 1, 0).unwrap();
+    assert_eq!(leases[0].grant, 1);
+    append(&mut store, &leases[0], Some("budget"));
+    assert!(store.lease("worker", 0, 1, 0).unwrap().is_empty());
+    for version in 1..=32 {
+        store.publish(version, None, LeftOut::default()).unwrap();
+        store.set_quota(version, Quota { groups: 64, tokens: 1000, tokens_per_segment: None }).unwrap();
+        store.check().unwrap();
+    }
+    assert_eq!(store.lease("worker", 32, 1, 0).unwrap().len(), 1);
+    store.check().unwrap();
+}
+
+#[test]
+fn workers_that_lag_are_given_the_oldest_that_they_may_extend() {
+    let mut store = open();
+    for number in 0..4 {
+        admit(&mut store, &admission(number, 1)).unwrap();
+    }
+    let leases = store.lease("worker", 0, 4, 0).unwrap();
+    append(&mut store, &leases[2], Some("budget"));
+    store.publish(1, None, LeftOut::default()).unwrap();
+    store.set_quota(1, Quota { groups: 64, tokens: 1000, tokens_per_segment: None }).unwrap();
+    for index in [0, 1] {
+        append_at(&mut store, &leases[index], 1, Some("budget"));
+    }
+    let extends =
+        |store: &mut Store, version| store.lease("other", version, 1, 0).unwrap().first().map(|l| l.trajectory);
+    assert_eq!(extends(&mut store, 0), Some(2), "0 and 1 have newer tokens");
+    assert_eq!(extends(&mut store, 1), Some(0));
+    assert_eq!(extends(&mut store, 0), None, "1 is newer, 3 is leased");
+    assert_eq!(extends(&mut store, 1), Some(1));
+    store.check().unwrap();
+}
+
+#[test]
+fn a_group_that_was_generated_elsewhere_is_leased_whole_and_outside_the_budget() {
+    let mut store = open();
+    store.set_quota(0, Quota { groups: 64, tokens: 0, tokens_per_segment: Some(1) }).unwrap();
+    let group = admit(&mut store, &admission(0, 2)).unwrap();
+    assert!(store.lease("worker", 0, 2, 0).unwrap().is_empty(), "there is no budget");
+    let leases = store.lease_group("writer", group, 0).unwrap();
+    assert_eq!(leases.iter().map(|lease| lease.grant).collect::<Vec<_>>(), [8, 8]);
+    assert!(store.lease_group("writer", group, 0).unwrap().is_empty(), "they are held");
+    store.check().unwrap();
+    append(&mut store, &leases[0], Some("stop"));
+    store.check().unwrap();
+    assert!(store.ledger().contains(&("overdraft", 0)));
+    conflicts(store.lease_group("writer", 7, 0));
 }

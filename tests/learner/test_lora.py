@@ -30,6 +30,7 @@ def test_adapters_alone_are_trained_saved_and_published(start, model_path, tmp_p
     learner.save(str(tmp_path / "saved"))
     weights = learner.weights()
     expected = learner.train(make_batch(seed=2)).metrics
+    learner.await_saved()
     assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in weights)
     assert len(weights) == 2 * 7 * 2, "A and B of seven linear layers in two decoder layers"
 

@@ -5,7 +5,7 @@ use std::{io, sync::Arc};
 use super::{
     Location, Lsn,
     directory::file_name,
-    format::{Arrays, FILE_HEADER, FRAME_HEADER, MARK, Stamp, align, encode, file_header},
+    format::{Arrays, FILE_HEADER, FRAME_HEADER, MARK, Stamp, align, encode, file_header, raised},
     reader::LogFile,
     storage::{Medium, Storage},
 };
@@ -79,6 +79,10 @@ impl Writer {
             }
             let wanted = room(file_bytes).max(found.end + FRAME_HEADER);
             medium.allocate(len, wanted)?;
+            if let Some(header) = medium.read(0, FILE_HEADER as usize)?.and_then(|header| raised(&header)) {
+                // One sector, so old or new: an earlier program is not to read what follows.
+                medium.write(0, &[&header])?;
+            }
             medium.sync()?;
             // An earlier process may have died before it did: between them the names of this file and of the snapshot.
             storage.sync_names()?;

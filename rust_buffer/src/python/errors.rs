@@ -35,7 +35,9 @@ impl From<Failure> for PyErr {
         match failure {
             Failure::Full { .. } => StoreFull::new_err(text),
             Failure::Conflict(_) => Conflict::new_err(text),
-            Failure::Corrupt { .. } | Failure::Version { .. } | Failure::Poisoned { .. } => CorruptLog::new_err(text),
+            Failure::Corrupt { .. } | Failure::Version { .. } | Failure::Newer { .. } | Failure::Poisoned { .. } => {
+                CorruptLog::new_err(text)
+            }
             Failure::Locked { .. } => StoreLocked::new_err(text),
             Failure::Interrupted => raised().unwrap_or_else(|| PyKeyboardInterrupt::new_err(text)),
             Failure::Io { .. } | Failure::Network { .. } | Failure::ReadOnly { .. } | Failure::Closed => {

@@ -116,6 +116,11 @@ impl TrajectoryStore {
         leases.iter().map(|lease| rows::lease(py, lease)).collect()
     }
 
+    fn lease_group<'py>(&self, py: Python<'py>, worker: &str, group: u64) -> PyResult<Vec<Row<'py>>> {
+        let leases = py.detach(|| self.shared.lease_group(worker, group, self.shared.clock(None)))?;
+        leases.iter().map(|lease| rows::lease(py, lease)).collect()
+    }
+
     fn fence(&self, py: Python<'_>, worker: &str) -> PyResult<usize> {
         self.change(py, false, |store| store.fence(worker))
     }
@@ -182,10 +187,9 @@ impl TrajectoryStore {
     ) -> PyResult<Row<'py>> {
         let mut buffers = Buffers::new([tokens, logprobs, versions, temperatures, mask])?;
         let (version, packed) = py.detach(|| {
-            let view = self.shared.query(|store| ClaimView::new(store.state(), iteration))?;
             let [tokens, logprobs, versions, temperatures, mask] = buffers.slices();
             let mut columns = Columns { tokens, logprobs, versions, temperatures, mask };
-            view.pack(self.shared.log(), &mut columns, check).map(|rows| (view.version(), rows))
+            self.shared.read_claim(iteration, &mut columns, check)
         })?;
         rows::batch(py, iteration, version, &packed)
     }
@@ -201,6 +205,11 @@ impl TrajectoryStore {
     fn evict(&self, py: Python<'_>, iteration: i64) -> PyResult<usize> {
         let groups = self.change(py, true, |store| store.evict(iteration))?;
         Ok(py.detach(|| self.shared.remove_dead_files()).map(|()| groups)?)
+    }
+
+    fn discard(&self, py: Python<'_>, group: u64, reason: &str) -> PyResult<bool> {
+        let discarded = self.change(py, true, |store| store.discard(group, reason))?;
+        Ok(py.detach(|| self.shared.remove_dead_files()).map(|()| discarded)?)
     }
 
     fn eval_results<'py>(&self, py: Python<'py>, prefix: &str, timeout_s: f64) -> PyResult<Option<Vec<Row<'py>>>> {

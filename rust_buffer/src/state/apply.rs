@@ -8,7 +8,7 @@ use crate::{
     state::mask,
     state::record::{Admit, Appended, Claimed, LeftOut, Quota, Reason, Record, Score},
     state::trajectory::{Outcome, Run, Stop, Trajectory, Verdict, Version},
-    state::{Claim, ClaimStatus, ClaimSums, KEPT_QUOTAS, Publication, State, request_hash},
+    state::{Claim, ClaimStatus, ClaimSums, KEPT_QUOTAS, Publication, State, Undone, request_hash},
 };
 
 /// Where a record is.
@@ -41,7 +41,7 @@ impl State {
             Record::Score(score) => self.apply_score(score)?,
             Record::Publish(version, iteration, left_out) => self.apply_publish(*version, *iteration, left_out)?,
             Record::Claim(claimed) => self.apply_claim(claimed, place.lsn)?,
-            Record::Evict(groups, reason) => groups.iter().try_for_each(|id| self.apply_evict(*id, *reason))?,
+            Record::Evict(groups, reason) => groups.iter().try_for_each(|id| self.apply_evict(*id, reason))?,
             Record::Commit(iteration) => {
                 self.claims.range_mut(..=iteration).for_each(|(_, claim)| claim.status = ClaimStatus::Committed);
             }
@@ -245,6 +245,7 @@ impl State {
             status: ClaimStatus::Claimed,
             sums: ClaimSums::default(),
             left_out: LeftOut::default(),
+            asked: claimed.asked,
         };
         claim.sums = mask::sums(self, &claim)?;
         for id in &claimed.groups {
@@ -255,12 +256,15 @@ impl State {
         self.ledger.shift(Place::Ready, Place::MaskedSegment, claim.sums.segment);
         self.ledger.shift(Place::Ready, Place::EvictedFailed, claim.sums.failed);
         self.claims.insert(claimed.iteration, claim);
+        if claimed.asked.is_some() {
+            self.undone.pop_first();
+        }
         Ok(())
     }
 
     fn apply_uncommit(&mut self, iteration: i64) -> Result<()> {
         let Some(first) = iteration.checked_add(1) else { return Ok(()) };
-        for (_, claim) in self.claims.split_off(&first) {
+        for (iteration, claim) in self.claims.split_off(&first) {
             let sums = claim.sums;
             let place = if claim.status == ClaimStatus::Claimed { Place::Claimed } else { Place::Trained };
             self.ledger.shift(place, Place::Ready, sums.trainable);
@@ -270,9 +274,11 @@ impl State {
             self.ledger.shift(Place::MaskedSegment, Place::Ready, sums.segment);
             self.ledger.shift(Place::EvictedFailed, Place::Ready, sums.failed);
             debug_assert_eq!(sums.total(), claim.groups.iter().map(|id| self.groups[id].tokens).sum::<u64>());
-            for id in claim.groups {
-                self.group_mut(id)?.phase = Phase::Ready;
+            for id in &claim.groups {
+                self.group_mut(*id)?.phase = Phase::Ready;
             }
+            let Claim { version, max_staleness, segment_loss, groups, .. } = claim;
+            self.undone.insert(iteration, Undone { version, max_staleness, segment_loss, groups });
         }
         Ok(())
     }
@@ -295,12 +301,46 @@ impl State {
         Ok(())
     }
 
-    fn apply_evict(&mut self, id: u64, reason: Reason) -> Result<()> {
-        if reason == Reason::OverAge {
-            let tokens = self.group(id)?.tokens;
-            self.ledger.shift(Place::Ready, Place::EvictedOverAge, tokens);
+    fn apply_evict(&mut self, id: u64, reason: &Reason) -> Result<()> {
+        match reason {
+            Reason::OverAge => {
+                let tokens = self.group(id)?.tokens;
+                self.ledger.shift(Place::Ready, Place::EvictedOverAge, tokens);
+            }
+            Reason::Eval => {}
+            Reason::Discarded(_) => self.move_discarded(id)?,
         }
         self.forget(id)
+    }
+
+    /// Moves the tokens of a group that no claim has to their last place, and takes it out of the claims to be made again.
+    fn move_discarded(&mut self, id: u64) -> Result<()> {
+        let group = self.group(id)?.clone();
+        for undone in self.undone.values_mut() {
+            undone.groups.retain(|group| *group != id);
+        }
+        self.undone.retain(|_, undone| !undone.groups.is_empty());
+        match group.phase {
+            _ if group.kind == Kind::Eval => {}
+            Phase::Ready => self.ledger.shift(Place::Ready, Place::EvictedDiscarded, group.tokens),
+            Phase::Claimed(_) => {
+                return Err(StoreError::Conflict(format!("group {id} is in a claim and cannot be discarded")));
+            }
+            Phase::Partial => {
+                for member in group.members() {
+                    let trajectory = self.trajectory(member)?;
+                    let place = match trajectory.verdict {
+                        Verdict::Late => continue,
+                        Verdict::Pending if trajectory.is_partial() => Place::Partial,
+                        Verdict::Pending => Place::Unscored,
+                        _ => Place::WaitingGroup,
+                    };
+                    let tokens = u64::from(trajectory.generated());
+                    self.ledger.shift(place, Place::EvictedDiscarded, tokens);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Drops a group and its trajectories.

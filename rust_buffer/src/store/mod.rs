@@ -11,6 +11,7 @@ pub mod check;
 pub mod claim_view;
 pub mod claims;
 pub mod counts;
+mod discard;
 pub mod index;
 pub mod late;
 pub mod lease;
@@ -32,6 +33,7 @@ use crate::{
     log::{Arrays, Durability, Location, Log, LogOptions, Lsn, Storage},
     state::State,
     state::apply::Placed,
+    state::codec,
     state::group::Straggler,
     state::record::{Record, SegmentLoss},
     state::trajectory::Version,
@@ -39,7 +41,6 @@ use crate::{
     store::late::{LateReport, Overdue},
     store::lease::Leases,
     store::snapshot::Snapshots,
-    wire,
 };
 
 /// Looks of a reader at a store that is being written, before it believes what it sees; and the time between two.
@@ -211,7 +212,7 @@ impl Store {
 
     /// Logs a record and applies it.
     pub(crate) fn record(&mut self, record: &Record, arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
-        let header = wire::encode(record)?;
+        let header = codec::encode(record)?;
         let (lsn, location) = self.log.write(record.kind(), &header, arrays)?;
         let placed = Placed { location, lsn, arrays: arrays.places(header.len()) };
         // The log has it already: whatever came after it would be decided on another state than replay has.

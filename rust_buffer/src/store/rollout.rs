@@ -99,13 +99,13 @@ impl Store {
 
     /// The trajectory that a worker at `version` would be leased next.
     fn next_leasable(&self, version: Version) -> Option<u64> {
-        self.index.next_eval(&self.state, version).or_else(|| self.next_trainable(version))
+        self.index.next_eval(version).or_else(|| self.next_trainable(version))
     }
 
     /// The training trajectory that a worker at `version` would be leased next.
     pub(crate) fn next_trainable(&self, version: Version) -> Option<u64> {
         let open = self.may_train(version) && self.budget_left(version) > 0;
-        if open { self.index.next_train(&self.state, version) } else { None }
+        if open { self.index.next_train(version) } else { None }
     }
 
     fn hold(&mut self, id: u64, worker: &str, version: Version, deadline: Micros) -> Result<u32> {
@@ -132,6 +132,34 @@ impl Store {
             let Some(id) = self.next_leasable(version) else { break };
             held.push((id, self.hold(id, worker, version, deadline)?));
         }
+        self.record_leases(held)
+    }
+
+    /// Leases those members of a group that can still grow and that nobody holds, whole and outside every budget: for a
+    /// caller that has generated them already.
+    ///
+    /// # Errors
+    /// `Conflict` when there is no such group; those of the log.
+    pub fn lease_group(&mut self, worker: &str, group: u64, now: Micros) -> Result<Vec<Granted>> {
+        self.expire(now)?;
+        let admission = self.state.group(group)?.clone();
+        let (version, deadline) = (self.state.version, now.saturating_add(self.settings.lease_ttl));
+        let mut held = Vec::new();
+        for id in admission.members() {
+            let trajectory = self.state.trajectory(id)?;
+            if trajectory.is_partial() && !self.leases.contains(id) {
+                let grant = admission.max_tokens.saturating_sub(trajectory.len);
+                let worker = worker.to_owned();
+                self.index.remove(&self.state, id, false)?;
+                self.leases.insert(id, Lease { worker, version, grant, budgeted: false, deadline });
+                self.index.add(&self.state, id, true)?;
+                held.push((id, grant));
+            }
+        }
+        self.record_leases(held)
+    }
+
+    fn record_leases(&mut self, held: Vec<(u64, u32)>) -> Result<Vec<Granted>> {
         if held.is_empty() {
             return Ok(Vec::new());
         }
