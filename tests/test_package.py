@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import distributions, metadata, packages_distributions
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,3 +67,22 @@ def _imports(tree: ast.AST) -> set[str]:
     found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     found |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
     return {name.partition(".")[0] for name in found}
+
+
+@pytest.mark.nightly
+def test_a_build_without_rust_and_without_a_network_says_what_to_do(tmp_path: Path) -> None:
+    uv = shutil.which("uv")
+    if uv is None:
+        pytest.skip("uv is not on PATH")
+    cache = subprocess.run([uv, "cache", "dir"], capture_output=True, text=True, check=True).stdout.strip()
+    away = {"HTTPS_PROXY": "http://127.0.0.1:1", "UV_OFFLINE": "1", "UV_CACHE_DIR": cache}
+    bare = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [uv, "build", "--wheel", "--python", sys.executable, "--out-dir", tmp_path],
+        cwd=ROOT, env=bare | away, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if "hint: Packages were unavailable because the network was disabled" in done.stderr:
+        pytest.skip("what the build needs is not in uv's cache")
+    assert done.returncode != 0
+    assert "building from source needs Rust (1.85 or newer), which is not on PATH" in done.stderr
+    assert "install a wheel, which needs no Rust" in done.stderr

@@ -57,7 +57,7 @@ def up(loaded: Loaded) -> int:
             recorder.event("start", f"pmdflow up, process {os.getpid()}")
             try:
                 finished = _train(inputs, run, Telemetry(recorder=recorder, live=live), signals)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemExit):  # the latter is Ray's answer to SIGTERM while it starts
                 recorder.event("stop", signals.reason)
                 errors.write(f"{signals.reason}; `{run.resume_command(loaded)}` continues from what is stored\n")
                 return 130
@@ -87,6 +87,7 @@ def _train(inputs: Inputs, run: RunDirectory, telemetry: Telemetry, signals: Sto
     run.check_inputs(inputs.identity(prompts))
     with hangup_ignored():
         start_ray(config)
+    signals.listen()
     places = place_learners(config)  # before the rollout actors: these share what is left
     rollout_places = place_rollouts(config)
 

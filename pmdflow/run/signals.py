@@ -46,7 +46,7 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         """What is drained is not known yet: until `drain`, every signal stops at once."""
-        self._listen()
+        self.listen()
         return self
 
     def __exit__(
@@ -58,9 +58,9 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def drain(self, run: Drainable) -> None:
-        """From now on the first signal drains `run`. Ray has taken SIGTERM meanwhile, so it is taken again."""
+        """From now on the first signal drains `run`."""
         self._run = run
-        self._listen()
+        self.listen()
 
     def over(self) -> None:
         """There is nothing left to drain."""
@@ -68,7 +68,8 @@ class StopSignals:
         if self._deadline is not None:
             self._deadline.cancel()
 
-    def _listen(self) -> None:
+    def listen(self) -> None:
+        """Take the signals, also from a library that has taken one meanwhile, as Ray does with SIGTERM."""
         for number in self._previous:
             if number != signal.SIGHUP or self._previous[number] != signal.SIG_IGN:
                 signal.signal(number, self._handle)

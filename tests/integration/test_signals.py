@@ -29,6 +29,12 @@ def test_sigterm_drains_and_a_closing_terminal_drains_what_is_resumed(
     config = small_config(tmp_path, run__iterations=50, run__drain_s=100.0, learner__lr_schedule="linear")
     config["learner"]["lr_decay_steps"] = 20
     config["archive"] = {"keep": 1}
+    early = Up(tmp_path, config)
+    early.wait_for(lambda: bool(early.events()), "the beginning, while Ray starts and has SIGTERM for itself")
+    os.kill(early.process.pid, signal.SIGTERM)
+    assert (early.wait(), early.output.count("stopped at once")) == (130, 1), early.output
+    assert early.events()[-1]["kind"] == "stop"
+
     up = Up(tmp_path, config)
     up.wait_for(lambda: up.reached(1), "the first iteration")
     os.kill(up.process.pid, signal.SIGTERM)
