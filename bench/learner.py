@@ -34,7 +34,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from pmdflow.config.schema import Config
 from pmdflow.learner.learner import Learner
-from pmdflow.learner.steps import Sums, reference_pass
+from pmdflow.learner.steps import reference_pass
+from pmdflow.learner.sums import Sums
 from pmdflow.types import Mask, TrainBatch
 
 PEERS = ("padded", "sorted")

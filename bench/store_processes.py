@@ -30,7 +30,11 @@ class OurActor:
         cls: Any = ray.remote(num_cpus=0, concurrency_groups=GROUPS, max_concurrency=4)(StoreActor)
         settings = {"groups_per_iteration": 64, "lookahead": 1_000_000, "max_staleness": None, "lease_ttl_s": 1e6}
         self._actor = cls.remote(
-            directory=str(directory / "store"), run_dir=str(directory), settings=settings, archive_attrs={}
+            directory=str(directory / "store"),
+            run_dir=str(directory),
+            settings=settings,
+            archive_attrs={},
+            steps_per_iteration=1,
         )
         for version in range(NUM_VERSIONS):
             self._call("publish", version, None, {})

@@ -1,7 +1,8 @@
 """The trajectory store: the life of a trajectory on an append-only, CRC-framed log.
 
 Every method that changes state carries an id or offset made by the caller and answers a repeat with the
-first answer. Blocking methods release the GIL, wait on a condition variable and take `timeout_s`.
+first answer. Blocking methods release the GIL, wait on a condition variable and take `timeout_s`; in the main
+thread a signal whose handler raises ends them within about 0.1 s.
 `now_s` is the clock: None reads the monotonic clock; a simulator passes its own.
 Arrays cross as little-endian bytes; `pmdflow.store` gives them their NumPy types.
 """
@@ -31,7 +32,8 @@ def pack(
     micro-batches that run at the same time cost about the same. Deterministic.
 
     Raises:
-        ValueError: `steps` does not add up to the number of sequences, or a number is out of range.
+        ValueError: `steps` does not add up to the number of sequences, a number is out of range, or there are more than
+            2^20 ranks x steps.
     """
 
 class StoreError(Exception):
@@ -122,6 +124,14 @@ class TrajectoryStore:
         while a claim is untrained or `version` is not the newest. Keys of an answer: the fields of
         `pmdflow.types.Lease`.
         """
+    def lease_group(self, worker: str, group: int) -> list[dict[str, Any]]:
+        """Lease the members of a group that can still grow and that nobody holds, outside every order and budget.
+
+        For a caller that has generated them already: the grant is all that `max_tokens` leaves. Keys as of `lease`.
+
+        Raises:
+            Conflict: there is no such group.
+        """
     def fence(self, worker: str) -> int:
         """End every lease of a worker that is dead or given up, and lease nothing to it again; returns how many.
 
@@ -134,11 +144,14 @@ class TrajectoryStore:
         """Append segments, extend grants, end leases. Returns (lsn, [(trajectory, stale, grant)]) in order.
 
         `batch` is what `pmdflow.store.encode_segments` makes; rust_buffer/src/wire.rs describes it. A segment without
-        tokens renews the lease and asks for a new grant. A repeat of identical content is a no-op that answers as the
-        first time. Without `wait` it answers before the batch is durable.
+        tokens renews the lease and asks for a new grant. What a segment repeats is compared, the rest is taken; a whole
+        repeat is a no-op that answers as the first time. Tokens beyond the grant are taken and counted (`overdraft` of
+        the ledger). Without `wait` it answers before the batch is durable.
 
         Raises:
-            Conflict: a gap, other content at the same offset, more tokens than max_tokens, or a decreasing version.
+            Conflict: a gap, other content at the same offset, more tokens than max_tokens, a version that decreases or
+                was never published, a negative id, a log-prob that is not finite, or a temperature that is not finite
+                and above 0 (evaluation and observed tokens: at least 0).
         """
     def unscored(
         self, max_items: int, ttl_s: float, timeout_s: float, now_s: float | None = None
@@ -157,10 +170,11 @@ class TrajectoryStore:
         """Record the outcome of scoring attempt `attempt`. `max_attempts` infra failures make the member `failed`.
 
         A group whose living members are all scored is ready; with fewer than `min_group_size` it is evicted with
-        the reason `min_group_size`. Scores of late members are ignored (see `straggler`).
+        the reason `min_group_size`. Scores of late members are ignored (see `straggler`), and so is every outcome of
+        an attempt but the first; `scores_ignored` counts those that differ.
 
         Raises:
-            Conflict: not complete, non-finite reward, or another outcome for an attempt already recorded.
+            Conflict: not complete, a reward that is not finite, or an attempt that nobody was asked for.
         """
     def publish(self, version: int, iteration: int | None, left_out: dict[str, list[int]]) -> None:
         """Make `version` the newest; `iteration`'s claim is trained (None for initial weights or after a resume).
@@ -175,7 +189,8 @@ class TrajectoryStore:
     def claim(self, iteration: int, version: int, timeout_s: float, now_s: float | None = None) -> dict[str, Any]:
         """Claim `iteration`'s groups for a learner at `version`.
 
-        Waits until `groups_per_iteration` groups are ready, or nothing can be leased, none is leased and none
+        While there are undone claims it makes the oldest of them again, whatever `version` is. Otherwise it
+        waits until `groups_per_iteration` groups are ready, or nothing can be leased, none is leased and none
         awaits a score. Of the ready groups the first admitted are taken, at most `groups_per_iteration`: those still
         being generated do not hold up younger ones, and the quota of untrained groups bounds how many these are.
         A ready group without any token to train is evicted with the reason `over_age`.
@@ -183,6 +198,10 @@ class TrajectoryStore:
         "starved" says why waiting would not help: `closed`, rollout is closed and no group is ready (grant the budget
         again or admit), or `over_age`, this call evicted groups and too few are left (admit others in their place).
         A repeat for an iteration already claimed returns the first answer.
+
+        Raises:
+            Conflict: another claim is untrained, the iteration is not above every earlier one, the version was never
+                published, or a repeat names another.
         """
     def claim_tokens(self, iteration: int) -> int:
         """Tokens of the claim, prompts included: what `read_claim` needs room for."""
@@ -207,9 +226,15 @@ class TrajectoryStore:
             CorruptLog: with `check`, a token array is not the one that was written.
         """
     def commit(self, iteration: int) -> None:
-        """A durable checkpoint covers every claim up to `iteration`, all of them trained. Safe to repeat."""
+        """A durable checkpoint covers every claim up to `iteration`, all of them trained. Safe to repeat.
+
+        Raises:
+            Conflict: one of them is untrained, or `iteration` has no claim: the store is older than the checkpoint.
+        """
     def uncommit(self, iteration: int) -> list[int]:
         """Undo every claim after `iteration` (resume): their groups are ready again. Returns the undone iterations.
+
+        They are claimed again as they were (groups, order, version, masks), the oldest first, before any new claim.
 
         Raises:
             Conflict: one of them is evicted.
@@ -218,6 +243,14 @@ class TrajectoryStore:
         """Drop the groups of every committed claim up to `iteration`, and log files without live groups.
 
         Call it after they are archived. Returns the number of groups dropped.
+        """
+    def discard(self, group: int, reason: str) -> bool:
+        """Drop a group that no claim has, with its trajectories and leases; durable. False when it is gone already.
+
+        Its tokens are in the ledger's `evicted_discarded`. An undone claim is made again without it.
+
+        Raises:
+            Conflict: no such group was ever admitted, a claim has it, or the reason is empty or above 4,096 bytes.
         """
     def eval_results(self, prefix: str, timeout_s: float) -> list[dict[str, Any]] | None:
         """Results of the evaluation groups whose request ids start with `prefix`; None if not all are scored in time.
@@ -281,11 +314,13 @@ class TrajectoryStore:
         Keys: generated, partial_leased, partial_idle, unscored, waiting_group, ready, claimed, trained,
         masked_over_age, masked_segment, masked_filter, masked_veto, evicted_<reason>...; and, outside the sum,
         `prompt`, `observed` (made by environments), `reprefill` (prefix tokens handed out with leases after the
-        first), `eval`.
+        first), `eval`, `overdraft` (appended beyond the grants).
         """
     def versions_spent(self) -> dict[int, int]:
         """Durable training tokens by policy version, for the versions that still have a quota."""
     def wait_durable(self, lsn: int | None, timeout_s: float) -> bool:
-        """Wait until every record up to `lsn` (None: the newest) is on disk; False when it is not in time."""
+        """Wait until records up to `lsn` (None: the newest) are as durable as promised; False when that is late."""
+    def sync(self) -> int:
+        """Bring every record so far to the disk, also with durability `os`; returns the newest one's LSN."""
     def close(self) -> None:
         """Sync, wake every waiter with StoreError and release the lock. Safe to repeat."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,7 +20,38 @@ app = typer.Typer(
     rich_markup_mode=None,  # drawing boxes takes as long as everything else of `--help`
 )
 
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"pmdflow {version('pmdflow')}")
+        raise typer.Exit
+
+
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, for example runs/quickstart.")]
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Asynchronous RL post-training of language models by online policy mirror descent."""
+
+
+@app.command()
+def init(
+    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder to write to.")] = Path(),
+    template: Annotated[
+        Literal["quickstart", "math", "tool", "gpu", "cluster", "k15"], typer.Option(help="What to begin with.")
+    ] = "quickstart",
+) -> None:
+    """Write a configuration to begin with, and what it needs."""
+    from pmdflow.init.command import init as write
+
+    raise typer.Exit(write(directory, template))
 
 
 @app.command()
@@ -33,12 +66,13 @@ def up(
     ] = False,
 ) -> None:
     """Train; on a run directory that exists already, resume."""
-    from pmdflow.config.installed import require_engine, require_imports
+    from pmdflow.config.installed import require_engine, require_imports, require_variables
     from pmdflow.config.load import load
 
     loaded = load(config, overrides or ())
     require_engine(loaded.config.rollout)
     require_imports(loaded)
+    require_variables(loaded)
     if dry_run:
         from pmdflow.run.inputs import dry_run as plan
 
@@ -133,6 +167,21 @@ def eval_(
 
 
 @app.command()
+def store(
+    run: Run,
+    action: Annotated[
+        Literal["list", "show", "discard"], typer.Argument(metavar="ACTION", help="list, show or discard.")
+    ] = "list",
+    group: Annotated[int | None, typer.Argument(min=0, metavar="GROUP", help="Which one.")] = None,
+    reason: Annotated[str | None, typer.Option(metavar="TEXT", help="Why it is discarded, for the record.")] = None,
+) -> None:
+    """List the groups of a run's store, show one, or discard one that cannot be trained; also of a live run."""
+    from pmdflow.run.stored import stored
+
+    raise typer.Exit(stored(run, action, group=group, reason=reason))
+
+
+@app.command()
 def sink(
     run: Run,
     name: Annotated[
@@ -174,10 +223,21 @@ def export(
 def main() -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 bad configuration or usage, 130 interrupted."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except PmdflowError as error:
         print(error.report(), file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+            raise
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)  # or the interpreter would fail once more when it ends
+        if error.errno != errno.EPIPE:  # a reader that has seen enough is no failure to speak of
+            print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ class Quota:
     groups: int
     """Most groups that may be admitted and not yet trained, partial ones counted."""
     tokens: int
-    """Most tokens that may be generated under `version`."""
+    """Most tokens that are granted under `version`; what workers append beyond their grants is taken and counted."""
     tokens_per_segment: int | None
     """Most tokens that one trajectory may generate under `version`; None is unlimited."""
 
@@ -172,6 +172,8 @@ class Counts:
     trajectories_unscored: int
     trajectories_late: int
     """Evicted since the store began because their groups did not wait for them (the straggler rule)."""
+    scores_ignored: int
+    """Second, differing outcomes of scoring attempts since the store was opened: the first ones stand."""
     eval_pending: int
     """Evaluation trajectories that are not scored yet."""
     tokens_budget: int
@@ -180,6 +182,20 @@ class Counts:
     """Durable tokens generated under the newest version."""
     bytes: int
     """Bytes of the log files on disk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimPlan:
+    """Which optimizer step trains each group of a claim. It is recorded with the claim: no later rule re-derives it."""
+
+    steps: Int32
+    """0-based step of each group, in claim order [G]."""
+    num_steps: int
+    """Steps of the iteration; one without a group is skipped."""
+    rule: str
+    """Name of the rule that dealt the groups."""
+    seed: int | None
+    """Of the rule's random numbers; None if it draws none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,8 +226,10 @@ class TrainBatch:
     rewards: Float64
     """[N]"""
     components: Mapping[str, Float64]
-    """Reward components by name, each [N]."""
+    """Reward components by name, each [N]; NaN where a member has none of that name."""
     stops: UInt8
     """`Stop` of each trajectory [N]."""
     prompt_ids: tuple[str, ...]
     """Prompt id of each trajectory [N]."""
+    plan: ClaimPlan | None = None
+    """None: recorded before plans were, or made up; then the learner deals the groups in claim order."""

@@ -1,6 +1,13 @@
 """Settings of all tests."""
 
+import os
+import sys
+
 from hypothesis import settings
+
+# Most tests start processes that import torch: without byte code each of them compiles it again, for half a minute.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # How long an example takes is the machine's business.
 settings.register_profile("pmdflow", deadline=None)

@@ -59,6 +59,23 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing() -> None:
     assert set((ROOT / "runs").glob("*")) == before
 
 
+@pytest.mark.parametrize(("where", "said"), [("/dev/full", "No space left on device"), ("a pipe nobody reads", "")])
+def test_output_that_cannot_be_written_is_one_line_and_a_reader_that_is_gone_none(where: str, said: str) -> None:
+    reading, output = os.pipe()
+    os.close(reading)
+    if where == "/dev/full":
+        os.close(output)
+        output = os.open(where, os.O_WRONLY)
+    done = subprocess.run(
+        [sys.executable, "-m", "pmdflow.cli", "--version"],
+        cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True, check=False,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+    )  # fmt: skip
+    os.close(output)
+    assert done.returncode == 1
+    assert done.stderr == (f"error: the output cannot be written: {said}\n" if said else "")
+
+
 def test_configuration_errors_exit_with_2_and_are_all_on_stderr() -> None:
     done = run("up", QUICKSTART, "scheduler.max_stalenes=5", "run.iterations=0", "learner.lr=fast")
     assert (done.returncode, done.stdout) == (2, "")
@@ -107,6 +124,23 @@ def test_commands_that_only_look_load_nothing_heavy(command: list[str], tmp_path
     assert "typer" in loaded
     heavy = {"numpy", "ray", "reasoning_gym", "safetensors", "tokenizers", "torch", "transformers", "vllm", "zarr"}
     assert not heavy & set(loaded)
+
+
+def test_the_driver_needs_torch_neither_for_its_actors_nor_for_a_general_tokenizer() -> None:
+    script = (
+        "import sys, pmdflow.run.launch, pmdflow.replay.command\n"
+        "from pmdflow.data.tokenizer import load_tokenizer\n"
+        "print('torch' in sys.modules)\n"
+        "general = load_tokenizer('configs/tiny-calculator')\n"
+        "print('torch' in sys.modules)\n"
+        "from transformers import AutoTokenizer\n"
+        "auto = AutoTokenizer.from_pretrained('configs/tiny-calculator')\n"
+        "print(type(auto) is type(general) and auto.get_vocab() == general.get_vocab())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.split() == ["False", "False", "True"]
 
 
 def test_evaluation_loads_no_ray() -> None:

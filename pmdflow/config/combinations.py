@@ -119,6 +119,7 @@ def _learner_problems(learner: LearnerConfig) -> Iterator[str]:
             f"learner.reset_warmup_steps is {learner.reset_warmup_steps} while learner.reset_optimizer is false: there "
             "is no reset to warm up from; set reset_optimizer, or use warmup_steps"
         )
+    yield from _schedule_problems(learner)
     corrects = "importance_weights" if learner.importance_weights != "none" else "veto" if learner.veto else ""
     if corrects and learner.anchor == "behavior":
         yield (
@@ -129,6 +130,20 @@ def _learner_problems(learner: LearnerConfig) -> Iterator[str]:
         yield (
             "learner.importance_weights is set while learner.algorithm is ctpo, whose ratio runs from the generating "
             "engine already; set importance_weights to none"
+        )
+
+
+def _schedule_problems(learner: LearnerConfig) -> Iterator[str]:
+    steps = learner.lr_decay_steps
+    if (learner.lr_schedule == "constant") != (steps is None):
+        yield (
+            f"learner.lr_schedule is {learner.lr_schedule} while learner.lr_decay_steps is {steps}: a rate that falls "
+            "needs a length, and a constant one has none; set both, or neither"
+        )
+    elif steps is not None and steps <= learner.warmup_steps:
+        yield (
+            f"learner.lr_decay_steps ({steps}) is not above learner.warmup_steps ({learner.warmup_steps}), which it "
+            "includes: nothing is left for the schedule; raise it"
         )
 
 

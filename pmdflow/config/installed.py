@@ -13,7 +13,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from pmdflow.config.errors import ConfigError, ConfigIssue, KeyPath, dotted
+from pmdflow.config.load import leaves
 from pmdflow.config.try_import import Finding
+from pmdflow.config.variables import variables
 from pmdflow.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from pmdflow.config.sinks import SinkName
     from pmdflow.config.sources import RewardFunctionConfig
 
+_PLACES = ("dir", "path", "address", "task", "ptx_data")
+"""Settings that people expect variables in; elsewhere `${x}` is text, such as LaTeX."""
 IMPORT_TIMEOUT_S = 60.0
 """All modules that a configuration names are imported within this time."""
 
@@ -100,6 +104,38 @@ def require_imports(loaded: Loaded) -> None:
     ]
     if issues:
         raise ConfigError(issues)
+
+
+def require_variables(loaded: Loaded) -> None:
+    """Refuse `${NAME}` where it is not looked up, and what names a variable that is not set.
+
+    Variables of reward functions and environments are looked up on the machine that calls these: of a cluster, only
+    that machine knows.
+
+    Raises:
+        ConfigError: names each setting and variable, and where it is written.
+    """
+    is_here = loaded.config.cluster.address == "local"
+    issues = []
+    for key, value in leaves(loaded.config.model_dump(mode="json")):
+        for name in variables(value):
+            if _is_looked_up(key) and is_here and name not in os.environ:
+                why, hint = "is not set", f"set it before the run starts: export {name}=..."
+            elif key[-1] in _PLACES and not _is_looked_up(key):
+                why = "is looked up only in args of rewards and environments"
+                hint = f"write the value, or let the shell look it up: `pmdflow up FILE {dotted(key)}=${name}`"
+            else:
+                continue
+            message = f"`{dotted(key)}`: the environment variable {name} {why}"
+            issues.append(ConfigIssue(message=message, place=loaded.place(key), hint=hint))
+    if issues:
+        raise ConfigError(issues)
+
+
+def _is_looked_up(key: KeyPath) -> bool:
+    """Whether a setting is below `environment.args`, or `args` of a reward function."""
+    functions = any(key[at] in ("functions", "reward") and key[at + 2] == "args" for at in range(len(key) - 2))
+    return functions or key[:2] == ("environment", "args")
 
 
 def _import_paths(config: Config) -> Iterator[tuple[KeyPath, str, bool]]:

@@ -31,6 +31,9 @@ class RunConfig(Section):
     """Iterations to train; raising it and running `up` again continues a finished run."""
     seed: int = 0
     """Seed of prompts, sampling and everything else."""
+    drain_s: PositiveFloat = 25.0
+    """Time that the drain may take which SIGTERM or SIGHUP asks for (SLURM and Kubernetes kill 30 s after SIGTERM);
+    then the run stops at once. Ctrl-C and `pmdflow down` set no deadline."""
 
 
 class ClusterConfig(Section):
@@ -178,7 +181,7 @@ class EnvironmentConfig(Section):
     """Import path `package.module:name` of what makes an `Environment`, one for each trajectory. A turn of the model
     ends with an end of sequence or with one of `rollout.stop` and `rollout.stop_token_ids`."""
     args: dict[str, Any] = {}
-    """Arguments of the factory."""
+    """Arguments of the factory; `${NAME}` is a variable of the environment, which is shown by its name everywhere."""
     timeout_s: PositiveFloat = 10.0
     """Wall-clock limit of one call; meanwhile other trajectories go on."""
     failure: str = Field(default=" error\n", min_length=1)
@@ -263,6 +266,11 @@ class LearnerConfig(Section):
     """Weight decay of AdamW."""
     warmup_steps: NonNegativeInt = 0
     """Steps of linear learning-rate warm-up."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the learning rate does after its warm-up: stay, or fall to a tenth of `lr` until `lr_decay_steps`."""
+    lr_decay_steps: PositiveInt | None = None
+    """Optimizer steps of the whole run, warm-up included, after which `linear` and `cosine` have reached their end. It
+    does not follow from `run.iterations`, which may be raised: replay would then find other rates than the run had."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
     reset_optimizer: bool = False
@@ -297,6 +305,14 @@ class LearnerConfig(Section):
     """Newest checkpoints that are kept."""
     threads: PositiveInt = 1
     """CPU threads of one rank."""
+
+
+class ArchiveConfig(Section):
+    """Trained claims, kept for `replay` and the pages."""
+
+    keep: PositiveInt | None = None
+    """Newest parts that are kept, one an iteration; null keeps all. What the store still holds, and what `replay`
+    needs from a kept checkpoint on, is never deleted, so there may be more."""
 
 
 class StoreConfig(Section):
@@ -345,6 +361,7 @@ class Config(Section):
     scheduler: SchedulerConfig
     learner: LearnerConfig = LearnerConfig()
     store: StoreConfig = StoreConfig()
+    archive: ArchiveConfig = ArchiveConfig()
     weights: WeightsConfig = WeightsConfig()
     metrics: MetricsConfig = MetricsConfig()
     dashboard: DashboardConfig = DashboardConfig()

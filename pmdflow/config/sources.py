@@ -31,7 +31,8 @@ class RewardFunctionConfig(Section):
     `stop`, `prompt`, `messages`, `metadata`, `timeout_s`. Shipped are `pmdflow.reward.math:score`, `.code:score`,
     `.tool_call:score`, `.judge:score` and `.reasoning_gym:score`."""
     args: dict[str, Any] = {}
-    """Its other arguments, such as the model of a judge."""
+    """Its other arguments, such as the model of a judge; `${NAME}` is a variable of the environment, such as a key,
+    which is shown by its name everywhere."""
     weight: float = Field(default=1.0, allow_inf_nan=False)
     """Factor of its value in the reward."""
 

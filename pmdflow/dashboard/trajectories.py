@@ -128,7 +128,7 @@ def detail(run_dir: Path, iteration: int, trajectory: int, tokenizer: Tokenizer 
     return Detail(
         row=rows[index],
         claim_version=int(root.attrs["version"]),
-        components={name: float(value) for name, value in zip(names, values, strict=True)},
+        components={name: float(value) for name, value in zip(names, values, strict=True) if not np.isnan(value)},
         temperature=float(temperatures[-1]) if high > low else 1.0,
         tokens=[_token(*column) for column in columns],
         versions=_version_counts(versions, mask),

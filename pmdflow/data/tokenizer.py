@@ -28,12 +28,8 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     """
     if not Path(model_path).is_dir():
         raise ValueError(f"model.path is {model_path!r}: there is no such folder")
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            model_path, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = _loader(Path(model_path))(model_path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
@@ -44,6 +40,27 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what transformers makes of a class without its files
         raise ValueError(f"model.path is {model_path!r}: it has no tokenizer; copy the files of its model there")
     return tokenizer
+
+
+def _loader(folder: Path) -> Callable[..., PreTrainedTokenizerBase]:
+    """What loads a folder's tokenizer.
+
+    To find the class, `AutoTokenizer` loads torch and what knows every model, seconds in each process; a folder that
+    names the general class does without.
+    """
+    general = ("TokenizersBackend", "PreTrainedTokenizerFast")
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_bytes())
+        named = settings.get("tokenizer_class") in general and "auto_map" not in settings
+    except (OSError, ValueError, AttributeError):
+        named = False
+    if named and (folder / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained
 
 
 class PromptTokenizer:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pmdflow.config.variables import hide, resolve
+
 if TYPE_CHECKING:
     from pmdflow.config.schema import EnvironmentConfig
 
@@ -46,12 +48,14 @@ def load_environment(config: EnvironmentConfig) -> Callable[[], Environment]:
     """Import what makes an environment.
 
     Raises:
-        ValueError: it cannot be imported, or does not take `environment.args`.
+        ValueError: it cannot be imported, does not take `environment.args`, or names a variable that is not set.
     """
+    args = resolve(config.args)
     module, _, name = config.factory.partition(":")
     try:
         factory = getattr(importlib.import_module(module), name)
-        factory(**config.args)
+        factory(**args)
     except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(f"environment.factory {config.factory} with {config.args}: {error}") from error
-    return lambda: factory(**config.args)
+        why = hide(str(error), config.args)
+        raise ValueError(f"environment.factory {config.factory} with {config.args}: {why}") from error
+    return lambda: factory(**args)

@@ -5,24 +5,20 @@ from __future__ import annotations
 import io
 import os
 import time
-import warnings
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self, cast
+from typing import BinaryIO, Self, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as load_state
 
 from pmdflow.errors import PmdflowError
 from pmdflow.learner.checkpoint.manifest import Manifest, manifest_at, newest_manifest
+from pmdflow.learner.checkpoint.weights import policy_entries, read_policy
 
-_POLICY = "model.model."
-"""Before the name of a tensor of the language model: the part of the state that is the policy, and its module."""
 _LOOKS = 10
 """Looks at a directory whose checkpoints are pruned between the look and the opening of their files."""
 _PAUSE_S = 0.05
@@ -57,12 +53,7 @@ class HeldCheckpoint:
             self._open = opening.pop_all()
         self._reader = FileSystemReader(manifest.directory)
         self._reader.fs = _OpenFiles(files)
-        entries = self._reader.read_metadata().state_dict_metadata
-        self._entries = {
-            name.removeprefix(_POLICY): entry
-            for name, entry in entries.items()
-            if name.startswith(_POLICY) and isinstance(entry, TensorStorageMetadata)
-        }
+        self._entries = policy_entries(self._reader)
 
     @classmethod
     def of(cls, run: Path, iteration: int | None = None) -> HeldCheckpoint:
@@ -90,14 +81,7 @@ class HeldCheckpoint:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read whole tensors on the CPU, in the type that they were written in."""
-        tensors: dict[str, Any] = {}
-        for name in names:
-            entry = self._entries[name]
-            tensors[_POLICY + name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what no_dist asks for
-            load_state(tensors, storage_reader=self._reader, no_dist=True)
-        return {name.removeprefix(_POLICY): tensor for name, tensor in tensors.items()}
+        return read_policy(self._reader, self._entries, names)
 
     def __enter__(self) -> Self:
         """Its files are open already."""

@@ -6,51 +6,88 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from pmdflow.config.schema import Config
-from pmdflow.learner.fsdp import free_address
-from pmdflow.learner.learner import Learner, TrainResult
-from pmdflow.metrics.spans import Wait
+from pmdflow.learner.result import TrainResult
+from pmdflow.metrics.report import ActorReport
+from pmdflow.metrics.spans import SpanBuffer, Wait
 from pmdflow.types import TrainBatch
 from pmdflow.weights.make import make_transport
 from pmdflow.weights.transport import WeightsHandle
 
 
-class LearnerActor(Learner):
-    """A `Learner` as a Ray actor, which publishes its weights; `launch` makes it remote."""
+class LearnerActor:
+    """A `Learner` in a process of its own, which publishes its weights; `launch` makes it remote.
+
+    torch is loaded there, not where it is called from.
+    """
 
     def __init__(self, *, config: Config, rank: int, run_dir: str) -> None:
-        """Also open the transport of the run."""
-        super().__init__(config=config, rank=rank)
+        """Make the learner and open the transport of the run."""
+        from pmdflow.learner.learner import Learner
+
+        self._learner = Learner(config=config, rank=rank)
         self._transport = make_transport(config, Path(run_dir))
+        self._waits = SpanBuffer(f"learner-{rank}")
         self._idle_since = time.time()
 
     def address(self) -> str:
         """A free `host:port` of this node."""
+        from pmdflow.learner.fsdp import free_address
+
         return free_address(ray.util.get_node_ip_address())
+
+    def setup(self, master: str) -> None:
+        """See `Learner.setup`."""
+        self._learner.setup(master)
+
+    def device_info(self) -> dict[str, Any]:
+        """See `Learner.device_info`."""
+        return self._learner.device_info()
+
+    def load_initial(self) -> None:
+        """See `Learner.load_initial`."""
+        self._learner.load_initial()
+
+    def load(self, directory: str) -> None:
+        """See `Learner.load`."""
+        self._learner.load(directory)
 
     def train(self, batch: TrainBatch) -> TrainResult:
         """Train on a claim; the time since the last call was spent waiting for it."""
         with self._busy("wait_claim"):
-            return super().train(batch)
+            return self._learner.train(batch)
 
     def publish(self, version: int) -> WeightsHandle | None:
         """Gather the weights and make them fetchable as `version`; the handle at rank 0, None elsewhere."""
         with self._busy("wait_controller"):
-            weights = self.weights()
+            weights = self._learner.weights()
             return None if weights is None else self._transport.publish(version, weights)
 
     def save(self, directory: str) -> None:
         """Begin to write a checkpoint's files."""
         with self._busy("wait_controller"):
-            super().save(directory)
+            self._learner.save(directory)
+
+    def await_saved(self) -> None:
+        """See `Learner.await_saved`."""
+        self._learner.await_saved()
+
+    def drain(self) -> ActorReport:
+        """The spans since the last call, waits among them; safe beside `train`."""
+        return ActorReport(spans=[*self._learner.drain().spans, *self._waits.drain()])
+
+    def close(self) -> None:
+        """See `Learner.close`."""
+        self._learner.close()
 
     @contextmanager
     def _busy(self, wait: Wait) -> Iterator[None]:
         """Give the time since the last call the name `wait`: every second of a rank has one."""
-        self._spans.add(wait, self._idle_since, time.time())
+        self._waits.add(wait, self._idle_since, time.time())
         try:
             yield
         finally:

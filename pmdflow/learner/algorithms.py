@@ -43,7 +43,7 @@ class Terms:
     max_tokens: int
     """Most generated tokens of a trajectory."""
 
-    def old(self, ratio: objective.Ratio) -> Tensor:
+    def anchor_of(self, ratio: objective.Ratio) -> Tensor:
         """What a ratio is taken to [P]: CTPO's prefix ratio begins at the engine, the others at the anchor."""
         return self.behavior if ratio == "prefix" else self.anchor
 
@@ -121,7 +121,7 @@ def _clipped(
         low, high = _band(learner, own)
         return objective.clipped_tokens(
             terms.logprobs,
-            terms.old(ratio),
+            terms.anchor_of(ratio),
             terms.advantages,
             terms.trained,
             ratio=ratio,
@@ -142,7 +142,7 @@ def _ratio_clipping(
         low, high = _band(learner, own)
         return loss(
             terms.logprobs,
-            terms.old(ratio),
+            terms.anchor_of(ratio),
             # The minimum is linear in A where A keeps its sign: the weight of a sequence is a factor of A.
             terms.advantages * terms.weights,
             terms.trained,

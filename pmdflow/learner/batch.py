@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pmdflow import _rust_buffer
+from pmdflow.store.plan import in_claim_order
 from pmdflow.types import Float32, Int32, Int64, Mask, TrainBatch
 
 BUCKET = 0.6
@@ -81,28 +82,26 @@ def plan_iteration(
 ) -> list[StepPlan]:
     """Split a claim into steps, ranks and micro-batches.
 
-    Groups stay whole and in claim order; their number in two steps differs by at most one. Trajectories without a
-    trained token are in no micro-batch: they have no gradient and are in no denominator. Ranks get about equally many
-    tokens, and so do the packed micro-batches that run at the same time.
+    Groups stay whole and go to the steps of the claim's plan; a claim without one is dealt to `steps` in claim order.
+    Trajectories without a trained token are in no micro-batch: they have no gradient and are in no denominator. Ranks
+    get about equally many tokens, and so do the packed micro-batches that run at the same time.
 
     Args:
         batch: The claim.
         trained: Which tokens have a gradient [T].
-        steps: Optimizer steps.
+        steps: Optimizer steps of a claim that brings no plan.
         ranks: Learner ranks.
         tokens_per_microbatch: Most tokens of a micro-batch, padding included.
         packing: Whether a micro-batch is one row without padding.
 
     Raises:
-        ValueError: one trajectory alone is longer than `tokens_per_microbatch`.
+        ValueError: one trajectory alone is longer than `tokens_per_microbatch`, or the plan is of another claim.
     """
     counts = trained_counts(batch, trained)
     lengths = np.diff(batch.cu_seqlens)
-    groups = [np.arange(group.start, group.stop) for group in group_slices(batch)]
     plans = []
-    for chunk in np.array_split(np.arange(len(groups)), steps):
-        members = np.concatenate([groups[index] for index in chunk]) if len(chunk) else np.zeros(0, np.int64)
-        members = members[counts[members] > 0]
+    for dealt in _dealt(batch, steps):
+        members = dealt[counts[dealt] > 0]
         _refuse_longer(lengths[members], tokens_per_microbatch)
         parts = _spread(members, lengths, ranks, tokens_per_microbatch, packing=packing)
         pace = max(len(part) for part in parts)
@@ -114,6 +113,19 @@ def plan_iteration(
             )
         )
     return plans
+
+
+def _dealt(batch: TrainBatch, steps: int) -> list[Int64]:
+    """The trajectories of each step."""
+    slices = group_slices(batch)
+    plan = batch.plan or in_claim_order(len(slices), steps)
+    if len(plan.steps) != len(slices):
+        raise ValueError(
+            f"iteration {batch.iteration} has {len(slices)} groups, its plan deals {len(plan.steps)}: it is of another "
+            "claim"
+        )
+    step_of = np.repeat(plan.steps, [group.stop - group.start for group in slices])
+    return [np.flatnonzero(step_of == step) for step in range(plan.num_steps)]
 
 
 def trained_counts(batch: TrainBatch, flags: Bool) -> Int64:

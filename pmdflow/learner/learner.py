@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -20,27 +19,16 @@ from pmdflow.learner.checkpoint.files import AsyncSaver, load_training, training
 from pmdflow.learner.flops import Speed
 from pmdflow.learner.fsdp import build_policy, free_address, full_state_dict, join_ranks, learner_device
 from pmdflow.learner.policy import Policy
+from pmdflow.learner.result import TrainResult
+from pmdflow.learner.schedule import learning_rate
 from pmdflow.learner.selection import Weighed, groups_left_out, importance_metrics, veto_sequences, weigh
-from pmdflow.learner.steps import Sums, Supervised, Tensors, all_sum, mismatch_sums, reference_pass, take_step
+from pmdflow.learner.steps import Supervised, Tensors, accumulate, mismatch_sums, reference_pass, update
+from pmdflow.learner.sums import StepSums, Sums, added, over_ranks
 from pmdflow.learner.supervised import SupervisedData
 from pmdflow.metrics.report import ActorReport
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.reward.total import total_rewards
 from pmdflow.types import Float64, Mask, TrainBatch
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainResult:
-    """What one iteration did; equal on all ranks."""
-
-    metrics: dict[str, Any]
-    """The `learner/*` and `reward/*` metrics that repeat bit for bit."""
-    speed: dict[str, Any]
-    """Those that depend on the clock."""
-    left_out: dict[str, list[int]]
-    """Ids of the trajectories that the learner itself left out of the claim, by reason: `filter` or `veto`."""
-    advantages: Float64
-    """One value a trajectory [N], as the algorithm gave it to the loss."""
 
 
 class Learner:
@@ -131,14 +119,15 @@ class Learner:
         if learner.veto:
             plans, steps, vetoed = veto_sequences(plans, steps, anchors, kept, self._device)
         if learner.importance_weights != "none":
-            pairs = [weigh(micros, old, learner, self._device) for micros, old in zip(steps, anchors, strict=True)]
+            pairs = [weigh(micros, own, learner, self._device) for micros, own in zip(steps, anchors, strict=True)]
             steps, weighed = [micros for micros, _ in pairs], [total for _, total in pairs]
         self._take_steps(batch, plans, steps, anchors, sums)
         left_out = {"filter": filtered, "veto": vetoed}
         total = max(int(counts.sum()), 1)
+        own = sums.metrics(clips=self._algorithm.clipped is not None, supervised=self._ptx is not None)
         shares = {f"learner/{reason}_share": int(counts[out].sum()) / total for reason, out in left_out.items()}
         return TrainResult(
-            metrics={**sums.metrics(), **importance_metrics(weighed), **rewards.metrics(), **shares},
+            metrics={**own, **importance_metrics(weighed), **rewards.metrics(), **shares},
             speed=self._speed.metrics(batch, plans, seconds=time.perf_counter() - started),
             left_out={reason: batch.trajectories[out].tolist() for reason, out in left_out.items()},
             advantages=advantages,
@@ -225,10 +214,8 @@ class Learner:
             return [[micro.behavior for micro in micros] for micros in steps]
         with self._spans.span("reference", iteration=batch.iteration):
             anchors = [reference_pass(self._policy, micros) for micros in steps]
-            local = np.zeros(2)
-            for micro, logprobs in zip(chain(*steps), chain(*anchors), strict=True):
-                local += mismatch_sums(micro, logprobs)
-            sums.mismatch, sums.mismatch_tokens = all_sum(local.tolist(), self._device)
+            pairs = zip(chain(*steps), chain(*anchors), strict=True)
+            sums.mismatch = over_ranks(added(StepSums, (mismatch_sums(*pair) for pair in pairs)), self._device)
         return anchors
 
     def _take_steps(
@@ -260,30 +247,22 @@ class Learner:
     def _step(self, plan: StepPlan, micros: list[Tensors], anchors: list[Tensor], sums: Sums, where: str) -> None:
         """One optimizer step, or none: AdamW moves weights even on zero gradients."""
         if plan.num_tokens == 0:
-            sums.skipped += 1
-            sums.step_losses.append(0.0)
+            sums.skip()
             return
         learner = self._config.learner
-        sums.lr = learner.lr * _warm_up(self._num_steps, learner.warmup_steps)
-        sums.lr *= _warm_up(len(sums.grad_norms), learner.reset_warmup_steps)
+        since_reset = len(sums.grad_norms)
+        sums.lr = learning_rate(learner, steps_taken=self._num_steps, steps_since_reset=since_reset)
         for group in self._optimizer.param_groups:
             group["lr"] = sums.lr
-        take_step(
+        step = accumulate(
             self._policy,
-            self._optimizer,
             micros,
             anchors,
             supervised=self._supervised(),
             algorithm=self._algorithm,
             config=self._config,
             plan=plan,
-            sums=sums,
-            where=where,
         )
-        sums.trained_tokens += plan.num_tokens
+        norm = update(self._policy, self._optimizer, step, max_grad_norm=learner.max_grad_norm, where=where)
+        sums.add(step, norm=norm, tokens=plan.num_tokens)
         self._num_steps += 1
-
-
-def _warm_up(steps_taken: int, length: int) -> float:
-    """The factor of the next step's learning rate."""
-    return min(1.0, (steps_taken + 1) / max(length, 1))

@@ -40,12 +40,10 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def sequence_log_ratio(
-    logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None
-) -> Tensor:
+def sequence_log_ratio(logprobs: Tensor, anchor: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
     """u [B]: the sum over `mask` of log pi_theta - log pi_i, the log-ratio of each sequence."""
-    lp, ref, chosen = rows(cu_seqlens, logprobs, reference_logprobs, mask.bool())
-    return masked(chosen, lp - ref).sum(1)
+    lp, anchor, chosen = rows(cu_seqlens, logprobs, anchor, mask.bool())
+    return masked(chosen, lp - anchor).sum(1)
 
 
 def pmd_loss(
@@ -92,10 +90,10 @@ def pmd_loss(
         _require(cu_seqlens is None, "packed tensors have no padded width: pass norm_length, for example max_tokens")
         norm_length = logprobs.shape[1]
     generated = mask if generated_mask is None else generated_mask
-    lp, ref, trained, gen = rows(cu_seqlens, logprobs, reference_logprobs, mask.bool(), generated.bool())
+    lp, anchor, trained, gen = rows(cu_seqlens, logprobs, reference_logprobs, mask.bool(), generated.bool())
     active = trained.any(1)
     used = torch.where(trained, lp, lp.detach())
-    u = masked(active, masked(gen, used - ref.detach()).sum(1))
+    u = masked(active, masked(gen, used - anchor.detach()).sum(1))
     per_sequence = (column(active, advantages, lp) - tau * u) ** 2 / (2 * tau)
     if weights is not None:
         per_sequence = per_sequence * column(active, weights, lp)
@@ -158,10 +156,10 @@ def token_pmd_loss(
     """
     _require(alpha < 0 < beta, f"alpha is {alpha} and beta {beta}; they bound the log-ratio: alpha < 0 < beta")
     _require(tau >= 0, f"tau is {tau}; it must not be negative")
-    lp, ref, trained = rows(cu_seqlens, logprobs, reference_logprobs, mask.bool())
+    lp, anchor, trained = rows(cu_seqlens, logprobs, reference_logprobs, mask.bool())
     active = trained.any(1)
     adv = column(active, advantages, lp)
-    log_ratio = masked(trained, lp - ref.detach())
+    log_ratio = masked(trained, lp - anchor.detach())
     # The logarithm is cut, not the ratio: the value is the same and nothing overflows.
     per_token = torch.exp(log_ratio.clamp(alpha, beta)) * adv[:, None] - tau * log_ratio**2
     if weights is not None:
@@ -187,10 +185,10 @@ def ctpo_loss(
     Source: arXiv:2605.07331.
     """
     _require(eps_low > 0 and eps_high > 0, f"eps_low is {eps_low} and eps_high {eps_high}; both must be positive")
-    lp, old, trained = rows(cu_seqlens, logprobs, behavior_logprobs, mask.bool())
+    lp, anchor, trained = rows(cu_seqlens, logprobs, behavior_logprobs, mask.bool())
     active = trained.any(1)
     adv = column(active, advantages, lp)[:, None]
-    log_ratio = masked(trained, lp - old.detach()).cumsum(1)
+    log_ratio = masked(trained, lp - anchor.detach()).cumsum(1)
     root = trained.cumsum(1).to(lp.dtype).sqrt()
     objective = _pessimistic(log_ratio, adv, -eps_low * root, eps_high * root)
     return -sequence_mean(active, token_mean(trained, objective))
@@ -221,10 +219,10 @@ def grpo_loss(
     Source: arXiv:2402.03300 eq. 3, without its KL term.
     """
     _require(0 < eps_low < 1 and eps_high > 0, f"eps_low is {eps_low} and eps_high {eps_high}; need 0 < eps_low < 1")
-    lp, old, trained = rows(cu_seqlens, logprobs, old_logprobs, mask.bool())
+    lp, anchor, trained = rows(cu_seqlens, logprobs, old_logprobs, mask.bool())
     active = trained.any(1)
     adv = column(active, advantages, lp)[:, None]
-    log_ratio = masked(trained, lp - old.detach())
+    log_ratio = masked(trained, lp - anchor.detach())
     objective = _pessimistic(log_ratio, adv, math.log1p(-eps_low), math.log1p(eps_high))
     return -sequence_mean(active, token_mean(trained, objective))
 
@@ -244,9 +242,9 @@ def gspo_loss(
     Source: arXiv:2507.18071 eq. 5; default band from its section 5.1.
     """
     _require(0 < eps_low < 1 and eps_high > 0, f"eps_low is {eps_low} and eps_high {eps_high}; need 0 < eps_low < 1")
-    lp, old, trained = rows(cu_seqlens, logprobs, old_logprobs, mask.bool())
+    lp, anchor, trained = rows(cu_seqlens, logprobs, old_logprobs, mask.bool())
     active = trained.any(1)
-    log_ratio = token_mean(trained, lp - old.detach())
+    log_ratio = token_mean(trained, lp - anchor.detach())
     adv = column(active, advantages, lp)
     return -sequence_mean(active, _pessimistic(log_ratio, adv, math.log1p(-eps_low), math.log1p(eps_high)))
 
@@ -254,7 +252,7 @@ def gspo_loss(
 @torch.no_grad()
 def clipped_tokens(
     logprobs: Tensor,
-    old_logprobs: Tensor,
+    anchor: Tensor,
     advantages: Tensor,
     mask: Tensor,
     *,
@@ -267,7 +265,7 @@ def clipped_tokens(
 
     Args:
         logprobs: log pi_theta of each token, `[B, T]` or `[T]`.
-        old_logprobs: What the ratio is taken to.
+        anchor: What the ratio is taken to.
         advantages: A [B]; only the side that min(rho A, clip(rho) A) cuts counts, unless `ratio` has both sides.
         mask: Trained tokens.
         ratio: What is clipped.
@@ -275,8 +273,8 @@ def clipped_tokens(
         high: Upper bound, likewise.
         cu_seqlens: Start of each sequence and the end [B + 1], for packed tensors.
     """
-    lp, old, trained = rows(cu_seqlens, logprobs, old_logprobs, mask.bool())
-    log_ratio, scale = masked(trained, lp - old), torch.ones_like(lp)
+    lp, anchor, trained = rows(cu_seqlens, logprobs, anchor, mask.bool())
+    log_ratio, scale = masked(trained, lp - anchor), torch.ones_like(lp)
     if ratio == "prefix":
         log_ratio, scale = log_ratio.cumsum(1), trained.cumsum(1).to(lp.dtype).sqrt()
     elif ratio == "sequence":

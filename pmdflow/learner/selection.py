@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from pmdflow.learner.advantage import keep_groups
 from pmdflow.learner.batch import Bool, StepPlan
 from pmdflow.learner.correction import importance_weights, sequence_weights, veto
 from pmdflow.learner.layout import unpack
-from pmdflow.learner.steps import Tensors, all_sum
+from pmdflow.learner.steps import Tensors
+from pmdflow.learner.sums import added, all_sum, over_ranks
 from pmdflow.types import Float64, Int64, TrainBatch
 
 
@@ -28,7 +29,7 @@ def groups_left_out(batch: TrainBatch, rewards: Float64, learner: LearnerConfig)
 def veto_sequences(
     plans: Sequence[StepPlan],
     steps: Sequence[Sequence[Tensors]],
-    old: Sequence[Sequence[Tensor]],
+    anchors: Sequence[Sequence[Tensor]],
     counts: Int64,
     device: torch.device,
 ) -> tuple[list[StepPlan], list[list[Tensors]], Bool]:
@@ -37,7 +38,7 @@ def veto_sequences(
     Args:
         plans: Every step.
         steps: This rank's micro-batches of each.
-        old: The learner's log-probs of each micro-batch, log pi_i.
+        anchors: The learner's log-probs of each micro-batch, log pi_i.
         counts: Trained tokens of each trajectory [N].
         device: For the sum over ranks.
 
@@ -45,9 +46,9 @@ def veto_sequences(
         The first two without the vetoed, and which trajectories they are, on whatever rank [N].
     """
     found = np.zeros(len(counts))
-    for micros, logprobs in zip(steps, old, strict=True):
-        for micro, own in zip(micros, logprobs, strict=True):
-            drop = veto(own, micro.behavior, micro.trained, cu_seqlens=micro.cu_seqlens).cpu().numpy()
+    for micros, logprobs in zip(steps, anchors, strict=True):
+        for micro, anchor in zip(micros, logprobs, strict=True):
+            drop = veto(anchor, micro.behavior, micro.trained, cu_seqlens=micro.cu_seqlens).cpu().numpy()
             found[micro.trajectories[drop[: len(micro.trajectories)]]] = 1.0
     vetoed = np.array(all_sum(found.tolist(), device)) > 0
     left = [_without(plan, vetoed, counts) for plan in plans]
@@ -83,16 +84,15 @@ class Weighed:
 
 
 def weigh(
-    micros: Sequence[Tensors], old: Sequence[Tensor], learner: LearnerConfig, device: torch.device
+    micros: Sequence[Tensors], anchors: Sequence[Tensor], learner: LearnerConfig, device: torch.device
 ) -> tuple[list[Tensors], Weighed]:
-    """Multiply the importance weights of one step in; `old` are the learner's log-probs, log pi_i.
+    """Multiply the importance weights of one step in; `anchors` are the learner's log-probs, log pi_i.
 
     Returns:
         The micro-batches, and the sums over all ranks.
     """
-    found = [_weights(logprobs, micro, learner) for micro, logprobs in zip(micros, old, strict=True)]
-    local = [sum(getattr(part, field.name) for _, part in found) for field in fields(Weighed)]
-    total = Weighed(*all_sum(local, device))
+    found = [_weights(anchor, micro, learner) for micro, anchor in zip(micros, anchors, strict=True)]
+    total = over_ranks(added(Weighed, (part for _, part in found)), device)
     mean = total.unit_weights / total.units if learner.importance_normalize and total.unit_weights > 0 else 1.0
     weighed = [
         replace(micro, weights=micro.weights * own.to(micro.weights) / mean)
@@ -101,12 +101,12 @@ def weigh(
     return weighed, total
 
 
-def _weights(logprobs: Tensor, micro: Tensors, learner: LearnerConfig) -> tuple[Tensor, Weighed]:
+def _weights(anchor: Tensor, micro: Tensors, learner: LearnerConfig) -> tuple[Tensor, Weighed]:
     """The importance weight of each sequence [B], not normalized, and this rank's sums."""
     level = "sequence" if learner.importance_weights == "sequence" else "token"
     cu, trained = micro.cu_seqlens, micro.trained
     per_token = importance_weights(
-        logprobs.double(),
+        anchor.double(),
         micro.behavior.double(),
         trained,
         level=level,  # type: ignore[arg-type]
@@ -130,7 +130,7 @@ def importance_metrics(steps: Sequence[Weighed]) -> dict[str, Any]:
     """The metrics of importance weights over an iteration; {} without them."""
     if not steps:
         return {}
-    total = Weighed(*(sum(getattr(step, field.name) for step in steps) for field in fields(Weighed)))
+    total = added(Weighed, steps)
     return {
         "learner/importance_mean": total.weights / total.sequences if total.sequences else None,
         "learner/importance_ess_share": total.weights**2 / (total.sequences * total.squares) if total.squares else None,

@@ -1,14 +1,12 @@
-"""The optimizer steps of one iteration, and the sums that its metrics are made of."""
+"""The optimizer steps of one iteration: micro-batches on the device, their gradients, and the update."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pmdflow.config.schema import Config
@@ -19,6 +17,7 @@ from pmdflow.learner.fsdp import clip_gradients
 from pmdflow.learner.layout import masked
 from pmdflow.learner.objective import sequence_log_ratio, weighted_sft_loss
 from pmdflow.learner.policy import Layout, Policy
+from pmdflow.learner.sums import StepSums, added, over_ranks
 from pmdflow.learner.token_scores import TokenScores
 from pmdflow.types import Float64, Int64
 
@@ -76,65 +75,6 @@ class Supervised:
     """Over all ranks."""
 
 
-@dataclass(slots=True, kw_only=True)
-class Sums:
-    """What is added up over ranks and steps."""
-
-    step_losses: list[float] = field(default_factory=list)
-    """Loss of each step, 0.0 for a skipped one."""
-    grad_norms: list[float] = field(default_factory=list)
-    skipped: int = 0
-    trained_tokens: int = 0
-    lr: float = 0.0
-    u: float = 0.0
-    u_squared: float = 0.0
-    sequences: float = 0.0
-    generated: float = 0.0
-    """Tokens over which u runs."""
-    mismatch: float = 0.0
-    """Sum of log behavior - log learner over tokens of the newest version."""
-    mismatch_tokens: float = 0.0
-    entropy: float = 0.0
-    """Sum over the generated tokens of trained sequences of the policy's entropy."""
-    entropy_tokens: float = 0.0
-    clipped: float | None = None
-    """Trained tokens with a clipped objective; None for an algorithm without a band."""
-    supervised_losses: list[float] = field(default_factory=list)
-    """Supervised loss of each step taken."""
-
-    def metrics(self) -> dict[str, Any]:
-        """The `learner/*` metrics of the iteration, defined in `pmdflow/metrics/METRICS.md`."""
-        taken = len(self.grad_norms)
-        mean = self.u / self.sequences if self.sequences else 0.0
-        variance = self.u_squared / self.sequences - mean**2 if self.sequences else 0.0
-        optional = {}
-        if self.clipped is not None:
-            optional["learner/clipped_share"] = self.clipped / self.trained_tokens if self.trained_tokens else 0.0
-        if self.supervised_losses:
-            optional["learner/ptx_loss"] = sum(self.supervised_losses) / taken
-        return {
-            **optional,
-            "learner/loss": sum(self.step_losses) / taken if taken else 0.0,
-            "learner/step_losses": self.step_losses,
-            "learner/grad_norm": sum(self.grad_norms) / taken if taken else 0.0,
-            "learner/u_mean": mean,
-            "learner/u_std": max(variance, 0.0) ** 0.5,
-            "learner/reference_kl": -self.u / self.generated if self.generated else 0.0,
-            "learner/mismatch_kl": self.mismatch / self.mismatch_tokens if self.mismatch_tokens else None,
-            "learner/entropy": self.entropy / self.entropy_tokens if self.entropy_tokens else None,
-            "learner/trained_tokens": self.trained_tokens,
-            "learner/lr": self.lr,
-            "learner/skipped_steps": self.skipped,
-        }
-
-
-def all_sum(values: Sequence[float], device: torch.device) -> list[float]:
-    """Add vectors over the ranks, in float64; every rank gets the same numbers."""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return [float(value) for value in total.tolist()]
-
-
 def evaluate(policy: Policy, micro: Tensors) -> TokenScores:
     """Log-probs and entropies [P] of the micro-batch's generated tokens under the policy, with gradient."""
     scores: TokenScores = policy(micro.tokens, micro.layout, micro.positions, micro.targets, micro.temperatures)
@@ -147,15 +87,14 @@ def reference_pass(policy: Policy, micros: Sequence[Tensors]) -> list[Tensor]:
     return [evaluate(policy, micro).logprobs for micro in micros]
 
 
-def mismatch_sums(micro: Tensors, logprobs: Tensor) -> list[float]:
-    """Sum and count of log behavior - log learner over tokens of the newest version."""
+def mismatch_sums(micro: Tensors, logprobs: Tensor) -> StepSums:
+    """log behavior - log learner over tokens of the newest version, and nothing else."""
     difference = (micro.behavior.double() - logprobs.detach().double())[micro.newest]
-    return [float(difference.sum()), float(difference.numel())]
+    return StepSums(mismatch=float(difference.sum()), mismatch_tokens=float(difference.numel()))
 
 
-def take_step(
+def accumulate(
     policy: Policy,
-    optimizer: torch.optim.Optimizer,
     micros: Sequence[Tensors],
     anchors: Sequence[Tensor],
     *,
@@ -163,66 +102,60 @@ def take_step(
     algorithm: Algorithm,
     config: Config,
     plan: StepPlan,
-    sums: Sums,
-    where: str,
-) -> None:
-    """Accumulate the gradient of all micro-batches, clip it and step; add to `sums`.
+) -> StepSums:
+    """Add the gradient of all micro-batches of a step; their sums over all ranks.
 
     Each micro-batch's mean is turned into its part of the mean over the whole step, so neither the split into
     micro-batches nor the one into ranks changes the gradient.
 
     Args:
         policy: The sharded policy.
-        optimizer: Its learning rate is set.
         micros: This rank's micro-batches; every rank has equally many.
         anchors: Log-probs to compare with, for each micro-batch.
         supervised: What the supervised loss is computed on; None without one.
         algorithm: Gives the loss and says what it is a mean over.
         config: The run's.
         plan: The denominators over all ranks.
-        sums: Added to.
+    """
+    parts = [
+        _backward(policy, micro, anchor, algorithm=algorithm, config=config, plan=plan)
+        for micro, anchor in zip(micros, anchors, strict=True)
+    ]
+    if supervised is not None:
+        parts.append(_supervised_backward(policy, supervised, weight=config.learner.ptx_weight))
+    return over_ranks(added(StepSums, parts), micros[0].tokens.device)
+
+
+def update(
+    policy: Policy, optimizer: torch.optim.Optimizer, sums: StepSums, *, max_grad_norm: float, where: str
+) -> float:
+    """Clip the accumulated gradient and step; the gradient's norm before.
+
+    Args:
+        policy: Holds the gradient.
+        optimizer: Its learning rate is set.
+        sums: The step's.
+        max_grad_norm: What the norm is clipped to.
         where: Names iteration and step in errors.
 
     Raises:
         PmdflowError: the gradient is not finite; the weights are unchanged.
     """
-    totals = np.zeros(11)
-    for micro, anchor in zip(micros, anchors, strict=True):
-        totals[:10] += _backward(policy, micro, anchor, algorithm=algorithm, config=config, plan=plan)
-    if supervised is not None:
-        totals[10] = _supervised_backward(policy, supervised, weight=config.learner.ptx_weight)
-    loss_sum, u, u_squared, sequences, generated, entropy, entropy_tokens, *first_step, clipped, ptx = all_sum(
-        totals.tolist(), micros[0].tokens.device
-    )
-    norm = clip_gradients([p for p in policy.parameters() if p.requires_grad], config.learner.max_grad_norm)
+    norm = clip_gradients([p for p in policy.parameters() if p.requires_grad], max_grad_norm)
     if not np.isfinite(norm):
         raise PmdflowError(
-            f"the gradient norm is {norm} at {where} (loss {loss_sum}); the weights were not changed: look for "
+            f"the gradient norm is {norm} at {where} (loss {sums.loss}); the weights were not changed: look for "
             "non-finite rewards or log-probs in the claim, or lower learner.lr"
         )
     optimizer.step()
     optimizer.zero_grad()
-    if config.learner.anchor == "behavior" and not sums.grad_norms:
-        # Only before the first step does the policy have the newest version's weights.
-        sums.mismatch, sums.mismatch_tokens = first_step
-    sums.step_losses.append(loss_sum)
-    sums.grad_norms.append(norm)
-    sums.u += u
-    sums.u_squared += u_squared
-    sums.sequences += sequences
-    sums.generated += generated
-    sums.entropy += entropy
-    sums.entropy_tokens += entropy_tokens
-    if algorithm.clipped is not None:
-        sums.clipped = (sums.clipped or 0.0) + clipped
-    if supervised is not None:
-        sums.supervised_losses.append(ptx)
+    return norm
 
 
 def _backward(
     policy: Policy, micro: Tensors, anchor: Tensor, *, algorithm: Algorithm, config: Config, plan: StepPlan
-) -> list[float]:
-    """Add one micro-batch's gradient; its part of loss, sums of u, entropy and mismatch, and its clipped tokens."""
+) -> StepSums:
+    """Add one micro-batch's gradient; its part of the sums."""
     learner = config.learner
     logprobs, entropies = evaluate(policy, micro)
     bonus: Tensor | float = 0.0
@@ -232,12 +165,17 @@ def _backward(
     denominator = plan.num_sequences if algorithm.mean_over == "sequences" else plan.num_tokens
     loss = algorithm.loss(terms, learner) * (_count(terms, algorithm) / denominator) - bonus
     loss.backward()
-    clipped = 0.0 if algorithm.clipped is None else float(algorithm.clipped(terms, learner))
-    entropy = [float(entropies.detach().double().sum()), len(entropies)] if len(micro.trajectories) else [0.0, 0.0]
-    return [float(loss.detach()), *_u_sums(terms), *entropy, *mismatch_sums(micro, logprobs), clipped]
+    real = len(micro.trajectories) > 0
+    own = StepSums(
+        loss=float(loss.detach()),
+        entropy=float(entropies.detach().double().sum()) if real else 0.0,
+        entropy_tokens=float(len(entropies)) if real else 0.0,
+        clipped=0.0 if algorithm.clipped is None else float(algorithm.clipped(terms, learner)),
+    )
+    return added(StepSums, [own, _u_sums(terms), mismatch_sums(micro, logprobs)])
 
 
-def _supervised_backward(policy: Policy, supervised: Supervised, *, weight: float) -> float:
+def _supervised_backward(policy: Policy, supervised: Supervised, *, weight: float) -> StepSums:
     """Add the gradient of the supervised loss; this rank's part of the loss, without its weight."""
     total = 0.0
     for micro in supervised.micros:
@@ -246,7 +184,7 @@ def _supervised_backward(policy: Policy, supervised: Supervised, *, weight: floa
         part = loss * (int((_tokens_of_rows(micro.trained, micro.cu_seqlens) > 0).sum()) / supervised.num_sequences)
         (weight * part).backward()
         total += float(part.detach())
-    return total
+    return StepSums(supervised=total)
 
 
 def _terms(micro: Tensors, logprobs: Tensor, anchor: Tensor, config: Config) -> Terms:
@@ -275,10 +213,15 @@ def _count(terms: Terms, algorithm: Algorithm) -> int:
 
 
 @torch.no_grad()
-def _u_sums(terms: Terms) -> list[float]:
+def _u_sums(terms: Terms) -> StepSums:
     """Sums over trained sequences of u, u^2, 1 and the tokens under u."""
     active = _tokens_of_rows(terms.trained, terms.cu_seqlens) > 0
     logprobs, anchor = terms.logprobs.double(), terms.anchor.double()
     u = sequence_log_ratio(logprobs, anchor, terms.scope, cu_seqlens=terms.cu_seqlens)[active]
     length = _tokens_of_rows(terms.scope, terms.cu_seqlens)[active]
-    return [float(u.sum()), float((u**2).sum()), float(active.sum()), float(length.sum())]
+    return StepSums(
+        u=float(u.sum()),
+        u_squared=float((u**2).sum()),
+        sequences=float(active.sum()),
+        generated=float(length.sum()),
+    )

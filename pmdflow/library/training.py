@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pmdflow.config.errors import Place
-from pmdflow.config.installed import require_engine, require_imports
+from pmdflow.config.installed import require_engine, require_imports, require_variables
 from pmdflow.config.load import Loaded, load
 from pmdflow.config.schema import Config
 from pmdflow.library.run import Run, open_run
@@ -41,6 +41,7 @@ def up(config: str | PathLike[str] | Mapping[str, Any] | Config, *overrides: str
     loaded = _loaded(config, overrides)
     require_engine(loaded.config.rollout)
     require_imports(loaded)
+    require_variables(loaded)
     from pmdflow.run.launch import up as train
 
     if train(loaded) != 0:

@@ -112,7 +112,7 @@ def _of_batch(batch: TrainBatch) -> Iterator[Trajectory]:
             versions=np.where(batch.mask[start:high] & Mask.GENERATED, batch.versions[start:high], -1),
             mask=batch.mask[start:high],
             reward=float(batch.rewards[index]),
-            components={name: float(values[index]) for name, values in batch.components.items()},
+            components={name: float(v[index]) for name, v in batch.components.items() if not np.isnan(v[index])},
             stop=Stop(int(batch.stops[index])),
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pmdflow.metrics.history import History
 
-OUTSIDE_SUM = ("prompt", "observed", "reprefill", "eval")
+OUTSIDE_SUM = ("prompt", "observed", "reprefill", "eval", "overdraft")
 """Keys of the ledger that count other tokens than generated ones of training."""
 
 

@@ -1,7 +1,8 @@
-"""The run in the terminal: one live block on a tty, a fixed-column line an iteration elsewhere."""
+"""The run in the terminal: one live block where it can be drawn, a fixed-column line an iteration elsewhere."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pmdflow.config.schema import Config
+from pmdflow.metrics.lasting import lasting
 from pmdflow.metrics.text import number, percent
 
 _REFRESH_PER_S = 4.0
@@ -42,7 +44,8 @@ class LiveView:
         limit = config.scheduler.max_staleness
         self._limit = "none" if limit is None else str(limit)
         self._title = f"{config.run.name}  dashboard: {dashboard_url}" if dashboard_url else config.run.name
-        self._console = console or Console(stderr=True)
+        self._console = console or Console(file=lasting(sys.stderr))
+        self._is_block = self._console.is_terminal and not self._console.is_dumb_terminal
         self._sample: dict[str, Any] = {}
         self._last: dict[str, Any] = {}
         self._event = ""
@@ -50,7 +53,7 @@ class LiveView:
         self._live = Live(console=self._console, refresh_per_second=_REFRESH_PER_S, get_renderable=self._render)
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
+        if self._is_block:
             self._live.start()
         else:
             self._print(self._title)
@@ -68,7 +71,7 @@ class LiveView:
     def iteration(self, values: Mapping[str, Any]) -> None:
         """Take an `iteration` record; without a terminal it is a line."""
         self._last.update(values)
-        if not self._console.is_terminal:
+        if not self._is_block:
             if self._header_due:
                 self._print("".join(f"{name:>{width}}" for name, width in _COLUMNS))
                 self._header_due = False
@@ -83,7 +86,7 @@ class LiveView:
     def event(self, kind: str, message: str) -> None:
         """Take an event; the block shows the newest, without a terminal each is a line."""
         self._event = f"{kind}: {message}"
-        if not self._console.is_terminal:
+        if not self._is_block:
             self._print(self._event)
 
     def _print(self, line: str) -> None:

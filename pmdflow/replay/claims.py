@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,18 @@ import numpy as np
 import ray
 from ray.actor import ActorHandle
 
+from pmdflow.config.load import load_run
 from pmdflow.config.schema import Config
 from pmdflow.errors import PmdflowError
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.learner.checkpoint.manifest import manifest_at
-from pmdflow.learner.learner import TrainResult
+from pmdflow.learner.result import TrainResult
 from pmdflow.metrics.history import iterations
 from pmdflow.run.actors import start_learners, start_ray
 from pmdflow.run.placement import place_learners
 from pmdflow.store.archive import part_iteration, parts, read_part
 from pmdflow.store.client import call
+from pmdflow.types import TrainBatch
 
 STEP_TIMEOUT_S = 7200.0
 
@@ -52,7 +54,7 @@ def replay_claims(run: Path, config: Config, *, start: int, verify: bool = False
 
     Args:
         run: Run directory.
-        config: Its configuration, or one that differs.
+        config: Its configuration, or one that differs; with another number of steps, claims are dealt anew.
         start: Iteration of the checkpoint to begin from; 0 is the initial weights.
         verify: Refuse a learner that computes otherwise than the recorded one.
 
@@ -64,6 +66,7 @@ def replay_claims(run: Path, config: Config, *, start: int, verify: bool = False
             print(result.iteration, result.losses)
     """
     recorded, claims = iterations(run), _claims_after(run, start)
+    dealt_anew = load_run(run).config.learner.steps_per_iteration != config.learner.steps_per_iteration
     start_ray(config)
     try:
         learners = start_learners(config, run, place_learners(config), log_prefix="replay-")
@@ -71,7 +74,7 @@ def replay_claims(run: Path, config: Config, *, start: int, verify: bool = False
             check_same(run, "learner", ray.get(call(learners[0], LearnerActor.device_info), timeout=STEP_TIMEOUT_S))
         _load(learners, run, start=start)
         for iteration, path in claims:
-            batch = ray.put(read_part(path))
+            batch = ray.put(claim_to_train(path, dealt_anew=dealt_anew))
             results: list[TrainResult] = ray.get(
                 [learner.train.remote(batch) for learner in learners], timeout=STEP_TIMEOUT_S
             )
@@ -84,6 +87,12 @@ def replay_claims(run: Path, config: Config, *, start: int, verify: bool = False
             )
     finally:
         ray.shutdown()
+
+
+def claim_to_train(path: Path, *, dealt_anew: bool) -> TrainBatch:
+    """An archived claim with the plan by which it was trained, or without one, so that the learner deals it."""
+    claim = read_part(path)
+    return replace(claim, plan=None) if dealt_anew else claim
 
 
 def _load(learners: Sequence[ActorHandle[LearnerActor]], run: Path, *, start: int) -> None:

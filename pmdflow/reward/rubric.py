@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pmdflow.config.sources import SOURCE_KEY
+from pmdflow.config.variables import hide, resolve
 from pmdflow.reward.function import RewardFunction, bind, load_function
 
 if TYPE_CHECKING:
@@ -48,8 +49,18 @@ class Rubric:
         2.0
     """
 
-    def __init__(self, *, functions: Sequence[RewardFunction], invalid: float, max_abs: float) -> None:
-        """Make a rubric; `invalid` is the reward of an invalid completion, `max_abs` bounds every other."""
+    def __init__(
+        self, *, functions: Sequence[RewardFunction], invalid: float, max_abs: float, args: Sequence[Any] = ()
+    ) -> None:
+        """Make a rubric.
+
+        Args:
+            functions: Its functions.
+            invalid: Reward of an invalid completion.
+            max_abs: Bound of every other.
+            args: Settings of the functions as written: messages quote no variable of theirs.
+        """
+        self._args = list(args)
         self._functions = tuple(functions)
         self._invalid = invalid
         self._max_abs = max_abs
@@ -83,6 +94,10 @@ class Rubric:
 
     async def score(self, inputs: Mapping[str, Any]) -> Scored:
         """Score one completion; never raises for what a function does, and never turns a failure into a number."""
+        scored = await self._score(inputs)
+        return replace(scored, message=hide(scored.message, self._args)) if scored.message else scored
+
+    async def _score(self, inputs: Mapping[str, Any]) -> Scored:
         components: dict[str, float] = {}
         for function in self._functions:
             try:
@@ -151,10 +166,13 @@ def load_rubric(config: RewardConfig) -> Rubric:
     functions = []
     for index, (name, entry) in enumerate(zip(names, config.functions, strict=True)):
         try:
-            functions.append(bind(load_function(entry.function), name=name, weight=entry.weight, args=entry.args))
+            functions.append(
+                bind(load_function(entry.function), name=name, weight=entry.weight, args=resolve(entry.args))
+            )
         except ValueError as error:
             raise ValueError(f"reward.functions[{index}].function {entry.function!r}: {error}") from error
-    return Rubric(functions=functions, invalid=config.invalid, max_abs=config.max_abs)
+    written = [entry.args for entry in config.functions]
+    return Rubric(functions=functions, invalid=config.invalid, max_abs=config.max_abs, args=written)
 
 
 def _component_names(paths: Sequence[str]) -> list[str]:

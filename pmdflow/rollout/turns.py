@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pmdflow.config.variables import hide
 from pmdflow.environments.protocol import Environment, Observation
 from pmdflow.errors import PmdflowError
 from pmdflow.types import Int32, UInt8
@@ -137,7 +138,7 @@ class Session:
             if action is not None and not reply.done:
                 reply = self._step(environment, len(turns), action)
         except Exception as error:
-            reply = Reply(done=True, problem=f"{self.key}: the trajectory ends: {type(error).__name__}: {error}")
+            reply = Reply(done=True, problem=self._said(f"the trajectory ends: {type(error).__name__}: {error}"))
         call.set_result((environment, reply))
 
     def _late(self) -> Reply:
@@ -176,7 +177,7 @@ class Session:
             )
 
     def _failed(self, why: str) -> Reply:
-        problem = f"{self.key}: turn {len(self.turns) + 1} was not answered: {why}"
+        problem = self._said(f"turn {len(self.turns) + 1} was not answered: {why}")
         return Reply(tokens=self.failure, problem=problem)
 
     @property
@@ -191,3 +192,7 @@ class Session:
 
     def _text(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _said(self, problem: str) -> str:
+        """What is noted of a problem; an error may quote an argument."""
+        return f"{self.key}: {hide(problem, self.config.args)}"

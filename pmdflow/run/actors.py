@@ -57,6 +57,7 @@ def start_store(config: Config, run_dir: Path, *, archive_attrs: Mapping[str, ob
             "run_dir": str(run_dir),
             "settings": store_settings(config),
             "archive_attrs": archive_attrs,
+            "steps_per_iteration": config.learner.steps_per_iteration,
         },
     )
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from ray import ObjectRef
 
 from pmdflow.config.schema import Config
+from pmdflow.errors import PmdflowError
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.learner.checkpoint.manifest import Manifest, commit_checkpoint, newest_manifest, oldest_manifest, prune
 from pmdflow.run.learner_group import LearnerGroup
 from pmdflow.run.supervision import Supervisor
 from pmdflow.store.actor import StoreActor
+from pmdflow.store.archive.pruning import prune_parts
 from pmdflow.store.client import call
 
 WRITE_TIMEOUT_S = 7200.0
@@ -30,14 +32,24 @@ class Checkpoints:
         self._learners = learners
         self._saving: tuple[Manifest, list[ObjectRef[None]]] | None = None
         """The checkpoint whose files are being written, and what the ranks answer when they are whole."""
-        self._archiving: ObjectRef[None] | None = None
+        self._keep_parts = config.archive.keep
+        self._run_dir = run_dir
+        self._archiving: tuple[ObjectRef[None], int] | None = None
+        """What the store answers when it has archived and evicted, and the iteration up to which it evicts."""
         self.saved_iteration = 0
         """Newest iteration whose checkpoint is committed or being written."""
 
     def recover(self) -> Manifest | None:
-        """Forget what was being written; returns the newest whole checkpoint, from which the run goes on."""
+        """Forget what was being written; returns the newest whole checkpoint, from which the run goes on.
+
+        Raises:
+            PmdflowError: the store is older than that checkpoint.
+        """
         self._saving = None
         manifest = newest_manifest(self._root)
+        if manifest is not None:
+            counts = self._supervisor.get(call(self._supervisor.store, StoreActor.counts), what="the store's counts")
+            require_store_of(manifest, store=self._root.parent / "store", lsn=counts.lsn)
         self.saved_iteration = 0 if manifest is None else manifest.iteration
         return manifest
 
@@ -84,10 +96,28 @@ class Checkpoints:
         claims = self._supervisor.get(call(self._supervisor.store, StoreActor.claims), what="the store's claims")
         committed = sorted(iteration for iteration, state in claims.items() if state == "committed")
         if oldest is not None and committed:
-            self._archiving = call(self._supervisor.store, StoreActor.archive, committed, oldest.iteration)
+            archived = call(self._supervisor.store, StoreActor.archive, committed, oldest.iteration)
+            self._archiving = archived, oldest.iteration
 
     def await_archive(self) -> None:
-        """Wait until what was to be archived is, and what it covers is evicted."""
+        """Wait until what was to be archived is, and what it covers is evicted; then old parts may go."""
         if self._archiving is not None:
-            self._supervisor.get(self._archiving, what="archiving claims", timeout_s=WRITE_TIMEOUT_S)
+            archived, evicted_through = self._archiving
+            self._supervisor.get(archived, what="archiving claims", timeout_s=WRITE_TIMEOUT_S)
             self._archiving = None
+            if self._keep_parts is not None:
+                prune_parts(self._run_dir, keep=self._keep_parts, through=evicted_through)
+
+
+def require_store_of(manifest: Manifest, *, store: Path, lsn: int) -> None:
+    """Refuse a store that ends before what a checkpoint covers: groups would be trained twice, or never.
+
+    Raises:
+        PmdflowError: names both places, both log positions and the remedy.
+    """
+    if lsn < manifest.lsn:
+        raise PmdflowError(
+            f"{store} ends at record {lsn}, the checkpoint {manifest.path} covers records up to {manifest.lsn}: "
+            "the store is older than the checkpoint",
+            hint="put back the store of the same time; or remove that checkpoint's .json to resume from an earlier one",
+        )

@@ -13,9 +13,10 @@ from pmdflow.config.schema import Config
 from pmdflow.data.mixture import MixedPrompts
 from pmdflow.errors import LearnerDied, PmdflowError, WaitTimeout
 from pmdflow.learner.actor import LearnerActor
-from pmdflow.learner.learner import TrainResult
+from pmdflow.learner.result import TrainResult
 from pmdflow.metrics.claim import claim_metrics
 from pmdflow.run.checkpoints import Checkpoints
+from pmdflow.run.discards import pending
 from pmdflow.run.held_out import HeldOut
 from pmdflow.run.learner_group import LearnerGroup
 from pmdflow.run.scheduler import SchedulerSettings, must_regrant, next_quota
@@ -49,6 +50,7 @@ class Controller:
     ) -> None:
         """Wire the parts; `start_learners` creates one actor a rank."""
         self._config = config
+        self._run_dir = run_dir
         self._supervisor = supervisor
         self._telemetry = supervisor.telemetry
         self._store = supervisor.store
@@ -93,7 +95,7 @@ class Controller:
         self._telemetry.sample(*self._sample())
 
     def recover(self) -> None:
-        """Put learner and store at the newest checkpoint: later claims are undone, their groups ready again."""
+        """Put learner and store at the newest checkpoint: later claims are undone, to be made and trained again."""
         manifest = self._checkpoints.recover()
         self._learners.restart()
         if manifest is None:
@@ -112,8 +114,17 @@ class Controller:
                 "resume",
                 f"continuing after iteration {self.iteration}; {len(undone)} later claims will be trained again",
             )
+        self._take_discards()
         self._reopen_version()
         self._checkpoints.archive()
+
+    def _take_discards(self) -> None:
+        """Discard what an operator asked for; called where no claim is being trained."""
+        for path, request in pending(self._run_dir):
+            asked = call(self._store, StoreActor.discard, request.group, request.reason)
+            said = self._supervisor.get(asked, what="discarding a group")
+            path.unlink(missing_ok=True)
+            self._telemetry.event("discard", f"group {request.group} {said}", group=request.group)
 
     def _reopen_version(self) -> None:
         """Version numbers are never reused: weights older than the newest number get the next one."""
@@ -130,6 +141,7 @@ class Controller:
         """One claim, trained and published; nothing if a drain came first."""
         started = time.time()
         iteration = self.iteration + 1
+        self._take_discards()
         self._admit()
         if not self._claim(iteration):
             return
@@ -190,6 +202,7 @@ class Controller:
                 return True
             counts = self._counts()
             self._unblock(answer, counts)
+            self._take_discards()
             if counts.lsn != last_lsn:
                 last_lsn, last_change = counts.lsn, time.monotonic()
             elif time.monotonic() - last_change > STALL_TIMEOUT_S:

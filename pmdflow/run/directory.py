@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from pmdflow.config.load import Loaded
     from pmdflow.config.schema import Config
 
+PROCESSOR_MODEL = ("cpu family", "model", "stepping", "CPU implementer", "CPU variant", "CPU part")
+"""Fields of /proc/cpuinfo, on x86 and on Arm: generations that sum in another order may share a name."""
 FIXED_KEYS = (("run", "seed"), ("model",), ("data",))
 """What a resumed run may not change: stored trajectories were made with it. Model and data are compared by content
 where the run recorded it (`check_inputs`).
@@ -204,7 +206,8 @@ def log_path(run: Path, actor: str) -> str:
 def hardware() -> dict[str, Any]:
     """What must be the same for a replay to be equal bit for bit; threads, dtype and ranks are in the configuration."""
     return {
-        "processor": _processor(),
+        "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        "processor_model": _cpuinfo(*PROCESSOR_MODEL),
         "architecture": platform.machine(),
         "torch": version("torch"),
         "transformers": version("transformers"),
@@ -216,9 +219,14 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _processor() -> str:
+def _cpuinfo(*names: str) -> str:
+    """The first processor's values of these fields, those that there are."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return ""
+    found: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        found.setdefault(name.strip(), value.strip())
+    return " ".join(found[name] for name in names if name in found)

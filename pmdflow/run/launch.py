@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import types
 from functools import partial
 
 import ray
@@ -17,6 +15,7 @@ from pmdflow.dashboard.process import DashboardProcess
 from pmdflow.data.inputs import Inputs
 from pmdflow.errors import PmdflowError
 from pmdflow.learner.actor import LearnerActor
+from pmdflow.metrics.lasting import lasting
 from pmdflow.metrics.live import LiveView
 from pmdflow.metrics.recorder import Recorder
 from pmdflow.metrics.sinks.process import SinkProcesses
@@ -26,6 +25,7 @@ from pmdflow.run.controller import Controller
 from pmdflow.run.directory import RunDirectory
 from pmdflow.run.inputs import merge, open_inputs, open_prompts
 from pmdflow.run.placement import place_learners, place_rollouts
+from pmdflow.run.signals import StopSignals, hangup_ignored
 from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Supervisor
 from pmdflow.run.telemetry import Telemetry
 from pmdflow.store.actor import StoreActor
@@ -48,14 +48,18 @@ def up(loaded: Loaded) -> int:
         SinkProcesses.start(run.path, inputs.config.metrics.sinks),
         DashboardProcess.start(run.path, loaded.config.dashboard.port) as dashboard,
     ):
-        with LiveView(config=inputs.config, dashboard_url=dashboard.url) as live:
+        errors = lasting(sys.stderr)
+        with (
+            LiveView(config=inputs.config, dashboard_url=dashboard.url) as live,
+            StopSignals(drain_s=inputs.config.run.drain_s) as signals,
+        ):
             recorder = Recorder(run.path)
             recorder.event("start", f"pmdflow up, process {os.getpid()}")
             try:
-                finished = _train(inputs, run, recorder, live)
+                finished = _train(inputs, run, Telemetry(recorder=recorder, live=live), signals)
             except KeyboardInterrupt:
-                recorder.event("stop", "stopped at once")
-                sys.stderr.write(f"stopped at once; `{run.resume_command(loaded)}` continues from what is stored\n")
+                recorder.event("stop", signals.reason)
+                errors.write(f"{signals.reason}; `{run.resume_command(loaded)}` continues from what is stored\n")
                 return 130
             except RayTaskError as error:
                 raise PmdflowError(str(error.cause)) from error
@@ -67,19 +71,22 @@ def up(loaded: Loaded) -> int:
             finally:
                 ray.shutdown()
             recorder.event("finish" if finished else "drain", "all iterations are done" if finished else "drained")
-        sys.stdout.write(render_summary(run.path) + "\n")
+        output = lasting(sys.stdout)
+        output.write(render_summary(run.path) + "\n")
+        output.flush()
         if not finished:
-            sys.stderr.write(f"drained; `{run.resume_command(loaded)}` continues\n")
+            errors.write(f"drained; `{run.resume_command(loaded)}` continues\n")
     return 0
 
 
-def _train(inputs: Inputs, run: RunDirectory, recorder: Recorder, live: LiveView) -> bool:
+def _train(inputs: Inputs, run: RunDirectory, telemetry: Telemetry, signals: StopSignals) -> bool:
     """Run the controller; True if every iteration was done."""
     config = inputs.config
     merge(inputs)
-    prompts = open_prompts(config, on_skip=partial(recorder.event, "prompts_skipped"))
+    prompts = open_prompts(config, on_skip=partial(telemetry.event, "prompts_skipped"))
     run.check_inputs(inputs.identity(prompts))
-    start_ray(config)
+    with hangup_ignored():
+        start_ray(config)
     places = place_learners(config)  # before the rollout actors: these share what is left
     rollout_places = place_rollouts(config)
 
@@ -90,8 +97,8 @@ def _train(inputs: Inputs, run: RunDirectory, recorder: Recorder, live: LiveView
         return learners
 
     store = start_store(config, run.path, archive_attrs=run.archive_attrs(config))
-    supervisor = Supervisor(store=store, telemetry=Telemetry(recorder=recorder, live=live))
-    previous = signal.signal(signal.SIGINT, partial(_interrupt, supervisor))
+    supervisor = Supervisor(store=store, telemetry=telemetry)
+    signals.drain(supervisor)
     try:
         for loop in make_loops(config, run.path, store, rollout_places):
             supervisor.start_loop(loop)
@@ -107,12 +114,4 @@ def _train(inputs: Inputs, run: RunDirectory, recorder: Recorder, live: LiveView
         ray.get([call(store, StoreActor.close)], timeout=STARTUP_TIMEOUT_S)
         return controller.iteration >= config.run.iterations
     finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def _interrupt(supervisor: Supervisor, signum: int, frame: types.FrameType | None) -> None:
-    """First Ctrl-C drains, the second stops at once."""
-    if supervisor.draining:
-        raise KeyboardInterrupt
-    supervisor.draining = True
-    supervisor.telemetry.drain_asked()
+        signals.over()

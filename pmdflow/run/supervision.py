@@ -105,6 +105,11 @@ class Supervisor:
         self._last_tick = 0.0
         self._applied: list[ObjectRef[bool]] = []
 
+    def ask_to_drain(self) -> None:
+        """Let the controller end after this iteration; returns at once."""
+        self.draining = True
+        self.telemetry.drain_asked()
+
     def start_loop(self, loop: Loop) -> None:
         """Create the actor of a loop and run it from the newest weights."""
         loop.starts += 1

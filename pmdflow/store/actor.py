@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import ray
 
-from pmdflow._rust_buffer import StoreFull, StoreLocked
+from pmdflow._rust_buffer import Conflict, StoreFull, StoreLocked
 from pmdflow.errors import WaitTimeout
 from pmdflow.metrics.report import ActorReport, Event
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.store.answers import ClaimAnswer, EvalResult, LateMembers
 from pmdflow.store.archive import write_part
 from pmdflow.store.facade import TrajectoryStore
+from pmdflow.store.plan import in_claim_order
 from pmdflow.store.settings import StoreSettings
 from pmdflow.types import Counts, Grant, Lease, Outcome, Prompt, Quota, TrainBatch, Unscored
 
@@ -44,14 +47,21 @@ class StoreActor:
     Waits for nothing but its callers; a waiting caller is woken by the state change that it waits for.
     """
 
-    def __init__(self, *, directory: str, run_dir: str, settings: StoreSettings, archive_attrs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        *,
+        directory: str,
+        run_dir: str,
+        settings: StoreSettings,
+        archive_attrs: dict[str, Any],
+        steps_per_iteration: int,
+    ) -> None:
         """Open the store in `directory`; `settings` are the keyword arguments of `TrajectoryStore`."""
         self._run_dir = Path(run_dir)
         self._archive_attrs = archive_attrs
+        self._steps_per_iteration = steps_per_iteration
         self._archived: set[int] = set()
         """Iterations whose claims this process has archived: they need not be read again until they are undone."""
-        self._awaited: set[tuple[int, int]] = set()
-        """Trajectory and attempt of what was handed out to be scored and is not answered."""
         self._spans = SpanBuffer("store")
         deadline = time.monotonic() + LOCK_TIMEOUT_S
         while True:
@@ -80,23 +90,18 @@ class StoreActor:
     @_in_group("score")
     def unscored(self, max_items: int, ttl_s: float, timeout_s: float) -> list[Unscored]:
         """Complete trajectories that await their reward; waits for the first one."""
-        items = self._store.unscored(max_items, ttl_s, timeout_s)
-        self._awaited |= {(item.trajectory, item.attempt) for item in items}
-        return items
+        return self._store.unscored(max_items, ttl_s, timeout_s)
 
     @_in_group("score")
     def score(self, scores: Sequence[tuple[int, int, Outcome, float, dict[str, float]]]) -> None:
         """Record (trajectory, attempt, outcome, reward, components) of several trajectories.
 
-        What is handed out again after its time may be answered by two actors, with two outcomes: the first one stands.
+        What is handed out again after its time may be answered by two actors, with two outcomes: the store keeps the
+        first one.
         """
         for trajectory, attempt, outcome, reward, components in scores:
-            try:
-                self._awaited.remove((trajectory, attempt))
-            except KeyError:  # answered, or handed out by a store actor that has died: then it is handed out again
-                continue
             self._store.score(trajectory, attempt, outcome, reward, components, wait=False)
-        self.sync()
+        self._await_durable()
 
     @_in_group("claim")
     def claim(self, iteration: int, version: int, timeout_s: float) -> ClaimAnswer:
@@ -105,8 +110,10 @@ class StoreActor:
 
     @_in_group("claim")
     def read_claim(self, iteration: int) -> TrainBatch:
-        """The claimed groups as packed arrays."""
-        return self._store.read_claim(iteration)
+        """The claimed groups as packed arrays, and the plan that deals them to optimizer steps."""
+        batch = self._store.read_claim(iteration)
+        plan = in_claim_order(len(np.unique(batch.groups)), self._steps_per_iteration)
+        return replace(batch, plan=plan)
 
     def admit(
         self,
@@ -131,7 +138,7 @@ class StoreActor:
             except StoreFull:
                 break
             admitted += 1
-        self.sync()
+        self._await_durable()
         return admitted
 
     def set_quota(self, quota: Quota) -> None:
@@ -158,19 +165,29 @@ class StoreActor:
             if iteration in self._archived:
                 continue
             with self._spans.span("archive", iteration=iteration):
-                write_part(self._run_dir, self._store.read_claim(iteration), attrs=self._archive_attrs)
+                write_part(self._run_dir, self.read_claim(iteration), attrs=self._archive_attrs)
             self._archived.add(iteration)
         self._store.evict(evict_through)
 
+    def discard(self, group: int, reason: str) -> str:
+        """Drop a group that no claim has; returns what became of it, in words."""
+        try:
+            return f"is discarded: {reason}" if self._store.discard(group, reason) else "was gone already"
+        except Conflict as error:
+            return f"is kept: {error}"
+
     def sync(self) -> int:
-        """Wait until everything so far is durable; returns the log position that is.
+        """Bring everything so far to the disk, whatever the durability; returns the log position up to which it is."""
+        return self._store.sync()
+
+    def _await_durable(self) -> None:
+        """Wait until everything so far is as durable as the settings promise.
 
         Raises:
             WaitTimeout: it is not in time.
         """
         if not self._store.wait_durable(None, DURABLE_TIMEOUT_S):
             raise WaitTimeout(f"the trajectory store was not on disk within {DURABLE_TIMEOUT_S:g} s")
-        return self._store.counts().durable_lsn
 
     @_in_group("claim")
     def eval_results(self, prefix: str, timeout_s: float) -> list[EvalResult] | None:

@@ -9,15 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Unpack
+from types import TracebackType
+from typing import Any, Self, Unpack
+from uuid import uuid4
 
-import msgpack
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pmdflow import _rust_buffer
+from pmdflow.store.alone import attempts_of, put_attempts
 from pmdflow.store.answers import ClaimAnswer, LateMembers
+from pmdflow.store.metadata import pack_metadata, unpack_metadata
 from pmdflow.store.segments import encode_segments
 from pmdflow.store.settings import StoreSettings
+from pmdflow.store.tokens import token_ids
 from pmdflow.store.view import StoreView, int32
 from pmdflow.types import Grant, Lease, LeaseKind, Outcome, Prompt, Quota, Segment, Stop, Unscored
 
@@ -59,6 +64,16 @@ class TrajectoryStore(StoreView):
         )
         return reader
 
+    def __enter__(self) -> Self:
+        """Itself; the end of the context closes it."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Sync and let go of the directory."""
+        self.close()
+
     def set_quota(self, quota: Quota) -> None:
         """Set what rollout may do under `quota.version`; a later call for the same version replaces it."""
         self._native.set_quota(quota.version, quota.groups, quota.tokens, quota.tokens_per_segment)
@@ -83,14 +98,15 @@ class TrajectoryStore(StoreView):
         Raises:
             StoreFull: the quota of groups or `max_bytes` is reached.
             Conflict: the id was admitted with other content, or its group is gone.
+            ValueError: a token id is outside int32, or the metadata cannot be stored.
         """
         return self._native.admit(
             request_id,
             cursor=cursor,
             kind=kind,
             prompt_id=prompt.id,
-            prompt=np.asarray(prompt.tokens, dtype="<i4").tobytes(),
-            metadata=msgpack.packb(dict(prompt.metadata), use_bin_type=True),
+            prompt=token_ids(prompt.tokens, of=f"prompt {prompt.id!r}").tobytes(),
+            metadata=pack_metadata(prompt),
             text=prompt.text,
             group_size=group_size,
             max_tokens=max_tokens,
@@ -102,19 +118,15 @@ class TrajectoryStore(StoreView):
         self, worker: str, version: int, max_leases: int, timeout_s: float, *, now_s: float | None = None
     ) -> list[Lease]:
         """Lease up to `max_leases` trajectories to a worker whose engine holds `version`; waits for the first one."""
-        rows = self._native.lease(worker, version, max_leases, timeout_s, now_s)
-        return [
-            Lease(
-                **row
-                | {
-                    "metadata": msgpack.unpackb(row["metadata"]),
-                    "prompt": int32(row["prompt"]),
-                    "prefix": int32(row["prefix"]),
-                    "prefix_observed": np.frombuffer(row["prefix_observed"], np.uint8),
-                }
-            )
-            for row in rows
-        ]
+        return [_lease(row) for row in self._native.lease(worker, version, max_leases, timeout_s, now_s)]
+
+    def lease_group(self, worker: str, group: int) -> list[Lease]:
+        """Lease the members of a group that can still grow, outside every order and budget: they are generated already.
+
+        Raises:
+            Conflict: there is no such group.
+        """
+        return [_lease(row) for row in self._native.lease_group(worker, group)]
 
     def fence(self, worker: str) -> int:
         """End every lease of a worker that is dead or given up, and lease nothing to it again; returns how many.
@@ -128,14 +140,55 @@ class TrajectoryStore(StoreView):
     ) -> tuple[int, list[Grant]]:
         """Append segments (encoded or not), extend grants, end leases; returns the log position and a grant for each.
 
-        Without `wait` it answers before the segments are durable; `wait_durable` with the log position awaits that.
+        What a segment repeats is compared, and the rest taken. Tokens beyond the grant are taken too, and counted in
+        the ledger as `overdraft`. Without `wait` it answers before the segments are durable; `wait_durable` with the
+        log position awaits that.
 
         Raises:
-            Conflict: a gap, other content at the same offset, more than `max_tokens`, or a decreasing version.
+            Conflict: a gap, other content at the same offset, more than `max_tokens`, a version that decreases or was
+                never published, a log-prob that is not finite, or a temperature that is not above 0 (evaluation: 0).
+            ValueError: a token id is outside int32.
         """
         encoded = batch if isinstance(batch, bytes) else encode_segments(batch)
         lsn, replies = self._native.append(encoded, wait, now_s)
         return lsn, [Grant(trajectory=trajectory, stale=stale, tokens=grant) for trajectory, stale, grant in replies]
+
+    def put_group(
+        self,
+        prompt: Prompt,
+        completions: Sequence[ArrayLike],
+        logprobs: Sequence[ArrayLike],
+        rewards: Sequence[float],
+        *,
+        components: Sequence[Mapping[str, float]] | None = None,
+        request_id: str | None = None,
+        version: int | None = None,
+        temperature: float = 1.0,
+    ) -> int:
+        """Keep the finished attempts at a prompt, durably and ready to be claimed; returns the group id.
+
+        Nothing else is needed: the first call publishes version 0. `claim` then takes what is there, at most
+        `groups_per_iteration` groups, and does not wait for more. A group of fewer attempts than `min_group_size` is
+        evicted.
+
+        Args:
+            prompt: What was completed.
+            completions: Token ids of each attempt, at least one.
+            logprobs: Log-probs of logits / temperature, one for each token.
+            rewards: One for each attempt.
+            components: Parts of each reward by name.
+            request_id: Names the group, so that the call can be repeated; default: a new one.
+            version: Policy version that generated them; default: the newest published one.
+            temperature: Of the sampling.
+
+        Raises:
+            ValueError: lengths differ, a completion is empty, or a number is not finite.
+            StoreFull: `max_bytes` is reached.
+            Conflict: the id is that of another prompt, its group is gone, or the version was never published.
+        """
+        attempts = attempts_of(completions, logprobs, rewards, components)
+        name = uuid4().hex if request_id is None else request_id
+        return put_attempts(self, name, prompt, attempts, version=version, temperature=temperature)
 
     def unscored(self, max_items: int, ttl_s: float, timeout_s: float, *, now_s: float | None = None) -> list[Unscored]:
         """Complete trajectories without a reward; each is handed out again only after `ttl_s` or a restart."""
@@ -144,7 +197,7 @@ class TrajectoryStore(StoreView):
             Unscored(
                 **row
                 | {
-                    "metadata": msgpack.unpackb(row["metadata"]),
+                    "metadata": unpack_metadata(row["metadata"]),
                     "prompt": int32(row["prompt"]),
                     "tokens": int32(row["tokens"]),
                     "observed": np.frombuffer(row["observed"], np.uint8),
@@ -167,10 +220,11 @@ class TrajectoryStore(StoreView):
     ) -> None:
         """Record the outcome of scoring attempt `attempt`; of a late member it is ignored.
 
-        Without `wait` it answers before that is durable.
+        The first outcome of an attempt stands: another one is ignored, and counted in `Counts.scores_ignored`. Without
+        `wait` it answers before that is durable.
 
         Raises:
-            Conflict: not complete, a reward that is not finite, or another outcome for an attempt already recorded.
+            Conflict: not complete, a reward that is not finite, or an attempt that nobody was asked for.
         """
         self._native.score(trajectory, attempt, outcome, reward, dict(components or {}), wait, now_s)
 
@@ -191,8 +245,11 @@ class TrajectoryStore(StoreView):
     def claim(self, iteration: int, version: int, timeout_s: float, *, now_s: float | None = None) -> ClaimAnswer:
         """Claim `iteration`'s groups for a learner at `version`, waiting until they are ready or rollout is closed.
 
+        Undone claims come first, the oldest one each time: the same groups, order, version and masks as before.
+
         Raises:
-            Conflict: another claim is untrained, or the iteration is not above every earlier one.
+            Conflict: another claim is untrained, the iteration is not above every earlier one, the version was never
+                published, or a repeat names another.
         """
         row = self._native.claim(iteration, version, timeout_s, now_s)
         return ClaimAnswer(**row | {"groups": tuple(row["groups"])})
@@ -201,12 +258,12 @@ class TrajectoryStore(StoreView):
         """A durable checkpoint covers every claim up to `iteration`.
 
         Raises:
-            Conflict: one of them is not trained.
+            Conflict: one of them is not trained, or the store has no claim of `iteration`: a checkpoint is newer.
         """
         self._native.commit(iteration)
 
     def uncommit(self, iteration: int) -> list[int]:
-        """Undo every claim after `iteration`: their groups are ready again. Returns the undone iterations.
+        """Undo every claim after `iteration`, to be made again as they were. Returns the undone iterations.
 
         Raises:
             Conflict: one of them is evicted.
@@ -217,6 +274,16 @@ class TrajectoryStore(StoreView):
         """Drop the groups of every committed claim up to `iteration`, and log files without live groups."""
         return self._native.evict(iteration)
 
+    def discard(self, group: int, reason: str) -> bool:
+        """Drop a group that no claim has, for good; what its workers append is stale. False when it is gone already.
+
+        An undone claim is made again without it.
+
+        Raises:
+            Conflict: there never was such a group, a claim has it, or the reason is empty.
+        """
+        return self._native.discard(group, reason)
+
     def drop_eval(self, prefix: str) -> int:
         """Evict the evaluation groups whose request ids start with `prefix`; returns how many."""
         return self._native.drop_eval(prefix)
@@ -225,6 +292,20 @@ class TrajectoryStore(StoreView):
         """Groups that became ready without late members since the last call."""
         return [LateMembers(**row) for row in self._native.take_late()]
 
+    def sync(self) -> int:
+        """Bring every record so far to the disk, whatever `durability` is; returns the newest one's log position."""
+        return self._native.sync()
+
     def wait_durable(self, lsn: int | None, timeout_s: float) -> bool:
         """Wait until every record up to `lsn` (None: the newest one) is on disk; False when it is not in time."""
         return self._native.wait_durable(lsn, timeout_s)
+
+
+def _lease(row: dict[str, Any]) -> Lease:
+    arrays = {
+        "metadata": unpack_metadata(row["metadata"]),
+        "prompt": int32(row["prompt"]),
+        "prefix": int32(row["prefix"]),
+        "prefix_observed": np.frombuffer(row["prefix_observed"], np.uint8),
+    }
+    return Lease(**row | arrays)

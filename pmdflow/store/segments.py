@@ -11,13 +11,14 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from pmdflow.store.tokens import token_ids
 from pmdflow.types import Segment
 
 _WIRE = struct.Struct("<4sHHII")
 """Magic, version, 0, length of the header, 0; `rust_buffer/src/wire.rs` describes the whole."""
 _place = attrgetter("trajectory", "epoch", "offset")
 _end = attrgetter("next_version", "stop", "observed")
-_TOKEN, _LOGPROB = np.dtype("<i4"), np.dtype("<f4")
+_LOGPROB = np.dtype("<f4")
 
 
 def encode_segments(
@@ -30,13 +31,14 @@ def encode_segments(
         extra: Named columns of each segment, stored with it and returned by `trajectory` (for example expert ids).
 
     Raises:
-        ValueError: `extra` has another length than `segments`, or log-probs another shape than tokens.
+        ValueError: `extra` has another length than `segments`, log-probs another shape than tokens, or a token id is
+            outside int32.
     """
     columns: Iterable[Mapping[str, np.ndarray[Any, Any]]] = extra if extra is not None else repeat({}, len(segments))
     rows: list[tuple[Any, ...]] = []
     arrays: list[Any] = []
     for segment, named in zip(segments, columns, strict=True):
-        tokens = np.ascontiguousarray(segment.tokens, _TOKEN)
+        tokens = token_ids(segment.tokens, of=f"trajectory {segment.trajectory}")
         others = [(name, np.ascontiguousarray(array)) for name, array in named.items()]
         described = [(name, array.dtype.str, array.nbytes) for name, array in others]
         temperature = float(segment.temperature)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
-import msgpack
 import numpy as np
 
 from pmdflow import _rust_buffer
 from pmdflow.store.answers import BatchBuffers, EvalResult, GroupState, StoredTrajectory, TrajectoryState
+from pmdflow.store.metadata import unpack_metadata
 from pmdflow.types import Counts, Int32, LeaseKind, Stop, TrainBatch
 
 PAGE_ROWS = 1024
@@ -65,7 +65,7 @@ class StoreView:
         and scored, failed, late: how many members.
         """
         rows = self._native.groups(state)
-        return [row | {"metadata": msgpack.unpackb(row["metadata"])} for row in rows]
+        return [row | {"metadata": unpack_metadata(row["metadata"])} for row in rows]
 
     def query(
         self,
@@ -143,6 +143,10 @@ class StoreView:
         }
         return row | arrays | {"stop": Stop(row["stop"]), "extra": extra}
 
+    def trajectories(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
+        """Live trajectories by id, each as `trajectory` gives it."""
+        return [self.trajectory(number) for number in numbers]
+
     def counts(self) -> Counts:
         """Live numbers."""
         return Counts(**self._native.counts())
@@ -150,7 +154,8 @@ class StoreView:
     def ledger(self) -> dict[str, int]:
         """Durable generated training tokens, each in one place; `generated` is their sum.
 
-        Outside the sum: `prompt` (prompt tokens, once for each trajectory), `reprefill` and `eval`.
+        Outside the sum: `prompt` (prompt tokens, once for each trajectory), `observed`, `reprefill`, `eval` and
+        `overdraft` (appended beyond the grant).
         """
         return self._native.ledger()
 

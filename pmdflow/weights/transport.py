@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-import torch
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Weights = Mapping[str, torch.Tensor]
+Weights: TypeAlias = "Mapping[str, Tensor]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,15 @@ pub enum StoreError {
         /// Format version of this program.
         supported: u32,
     },
+    /// A record that only a newer program can read.
+    #[error("{} has at byte {offset} {detail}; open it with the version that wrote it", path.display())]
+    Newer {
+        path: PathBuf,
+        /// Where the record starts, in bytes.
+        offset: u64,
+        /// What it is.
+        detail: String,
+    },
     /// A write or sync failed before; nothing later may be called durable.
     #[error("the log stopped accepting records after a failure: {detail}; repair the cause and open it again")]
     Poisoned {
@@ -69,6 +78,9 @@ pub enum StoreError {
     /// A change was asked of a reader.
     #[error("{} is open for reading only; open it without `read` to change it", path.display())]
     ReadOnly { path: PathBuf },
+    /// A signal came in during a wait.
+    #[error("the wait was interrupted by a signal")]
+    Interrupted,
     /// The store or its log is closed.
     #[error("the store is closed; open it again")]
     Closed,

@@ -1,4 +1,4 @@
-//! Msgpack: the records and snapshots of the log, and the batches of segments that workers send.
+//! Msgpack: the snapshots of the log, and the batches of segments that workers send.
 //!
 //! # A batch of segments, version 1 (little endian)
 //! `"PMDB" | version u16 | 0 u16 | header_len u32 | 0 u32 | header | payload`. The header is msgpack, padded with zeros
@@ -21,20 +21,24 @@ const MAGIC: &[u8] = b"PMDB";
 const VERSION: u16 = 1;
 const HEAD: usize = 16;
 
-/// Encodes a record or snapshot.
+/// Encodes a snapshot, fields named.
 ///
 /// # Errors
 /// `Conflict` when the value cannot be encoded, which is an error of ours.
 pub fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>> {
-    rmp_serde::to_vec(value).map_err(|error| StoreError::Conflict(format!("cannot encode a record: {error}")))
+    rmp_serde::to_vec_named(value).map_err(|error| StoreError::Conflict(format!("cannot encode a snapshot: {error}")))
 }
 
-/// Decodes a record or snapshot.
+/// Decodes a snapshot, fields named or, as in format 3, by position.
 ///
 /// # Errors
 /// The reason, for the caller to locate.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> std::result::Result<T, String> {
-    rmp_serde::from_slice(bytes).map_err(|error| format!("cannot decode a record: {error}"))
+    rmp_serde::from_slice(bytes).map_err(|error| format!("cannot decode a snapshot: {error}"))
+}
+
+fn words(bytes: &[u8]) -> impl Iterator<Item = u32> {
+    bytes.chunks_exact(4).map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]))
 }
 
 /// The head of an item as it is sent.
@@ -145,6 +149,9 @@ impl<'a> Head<'a> {
             let bytes = end.and_then(|end| payload.get(*at..end));
             let bytes = bytes.filter(|bytes| u32::try_from(bytes.len()).is_ok());
             let bytes = bytes.ok_or_else(|| item.conflict("the batch ends within its arrays"))?;
+            if item.entries.is_empty() {
+                item.check_numbers(bytes)?;
+            }
             item.entries.push(Entry::of(bytes));
             *at = (*at + bytes.len()).next_multiple_of(8);
         }
@@ -157,6 +164,21 @@ impl<'a> Head<'a> {
 }
 
 impl Item<'_> {
+    /// Refuses what no policy can have made: a negative id, or a log-prob that is not finite.
+    fn check_numbers(&self, main: &[u8]) -> Result<()> {
+        let (ids, logprobs) = main.split_at(4 * self.count as usize);
+        // All at once first: nearly always there is nothing to find.
+        if words(ids).fold(0, |all, id| all | id) > i32::MAX as u32 {
+            let id = words(ids).map(|id| id as i32).find(|id| *id < 0).unwrap_or_default();
+            return Err(self.conflict(&format!("token id {id} is outside 0 to {}", i32::MAX)));
+        }
+        if words(logprobs).any(|bits| !f32::from_bits(bits).is_finite()) {
+            let value = words(logprobs).map(f32::from_bits).find(|value| !value.is_finite()).unwrap_or_default();
+            return Err(self.conflict(&format!("log-prob {value} is not finite; leave that trajectory out")));
+        }
+        Ok(())
+    }
+
     /// Why the lease ends, None to keep it.
     ///
     /// # Errors

@@ -6,19 +6,26 @@ use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 use _rust_buffer::{
     error::StoreError,
     log::{Arrays, Disk, Durability, Frame, Log, LogOptions, Replay},
+    state::State,
+    state::codec,
     state::group::Kind,
     state::record::{Admit, LeftOut, Quota, Record, SegmentLoss},
     state::trajectory::Outcome,
     store::admission::Prompt,
     store::arrays::{StoredPrompt, Tokens},
+    store::claim_view::Columns,
     store::shared::{Clock, Shared},
     store::{Settings, Store},
-    wire::{self, Batch},
+    wire::Batch,
 };
 
 const PROMPT: Prompt<'_> = Prompt { tokens: &[1, 0, 0, 0, 2, 0, 0, 0], metadata: b"meta", text: Some("1 + 1 = ?") };
 
 fn open(dir: &Path) -> Shared {
+    open_with(dir, 1 << 20)
+}
+
+fn open_with(dir: &Path, file_bytes: u64) -> Shared {
     let settings = Settings {
         groups_per_iteration: 1,
         lookahead: 1,
@@ -31,7 +38,7 @@ fn open(dir: &Path) -> Shared {
         grant_tokens: 8,
         durability: Durability::Os,
         max_bytes: None,
-        file_bytes: 1 << 20,
+        file_bytes,
         sync_interval: Duration::from_millis(5),
     };
     Shared::new(Store::open(Arc::new(Disk::new(dir).unwrap()), settings).unwrap())
@@ -150,7 +157,7 @@ impl Replay for Ignore {
 fn write(dir: &Path, arrays: &[&[u8]]) {
     let log = Log::open(Arc::new(Disk::new(dir).unwrap()), LogOptions::default(), &mut Ignore).unwrap();
     let record = Record::Admit(admission(1));
-    log.append(record.kind(), &wire::encode(&record).unwrap(), &Arrays::of(arrays)).unwrap();
+    log.append(record.kind(), &codec::encode(&record).unwrap(), &Arrays::of(arrays)).unwrap();
     log.close().unwrap();
 }
 
@@ -187,4 +194,84 @@ fn a_text_that_is_no_text_is_located() {
     write(dir.path(), &[PROMPT.tokens, PROMPT.metadata, &[0xff]]);
     let store = open(dir.path());
     assert!(matches!(store.groups(None), Err(StoreError::Corrupt { .. })));
+}
+
+#[test]
+fn a_record_of_a_newer_program_is_refused_as_that() {
+    for (kind, named) in [(14, "14 (fork)"), (200, "200 (unknown here)")] {
+        let dir = tempfile::tempdir().unwrap();
+        admitted(dir.path()).close().unwrap();
+        let log = Log::open(Arc::new(Disk::new(dir.path()).unwrap()), LogOptions::default(), &mut Ignore).unwrap();
+        log.append(kind, b"\x80", &Arrays::default()).unwrap();
+        log.close().unwrap();
+        let mut state = State::default();
+        let refused = Log::open(Arc::new(Disk::new(dir.path()).unwrap()), LogOptions::default(), &mut state);
+        let text = refused.err().unwrap().to_string();
+        assert!(text.contains(named) && text.contains("open it with the version that wrote it"), "{text}");
+    }
+}
+
+/// A group of one member that is complete, scored, claimed by iteration `number + 1`, trained and committed.
+fn train(store: &Shared, number: u64) {
+    let change = |store: &mut Store| {
+        let version = number as i64;
+        store.admit(&admission(number), PROMPT)?;
+        let lease = store.lease("worker", version, 1, 0)?.remove(0);
+        let none: Vec<(&str, &str, u32)> = Vec::new();
+        let item = (lease.trajectory, lease.epoch, 0_u32, 2_u32, version, 1.0_f32, version, Some("stop"), false, none);
+        let header = rmp_serde::to_vec(&[item]).unwrap();
+        let len = (header.len() as u32).to_le_bytes();
+        let mut batch = [&b"PMDB"[..], &1_u32.to_le_bytes(), &len, &[0; 4], &header].concat();
+        batch.resize(batch.len().next_multiple_of(8), 0);
+        batch.extend(words(&[1, 2, 3, 4]));
+        store.append(&Batch::decode(&batch)?, 0)?;
+        store.score(lease.trajectory, 0, Outcome::Scored, 1.0, BTreeMap::new(), 0)?;
+        store.claim(version + 1, version, 0)?;
+        store.publish(version + 1, Some(version + 1), LeftOut::default())?;
+        store.set_quota(version + 1, Quota { groups: 8, tokens: 100, tokens_per_segment: None })?;
+        store.commit_claims(version + 1)
+    };
+    store.change(false, change).unwrap();
+}
+
+#[test]
+fn what_is_evicted_while_it_is_read_is_gone_and_no_damage() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open_with(dir.path(), 512);
+    let first = |store: &mut Store| {
+        store.publish(0, None, LeftOut::default())?;
+        store.set_quota(0, Quota { groups: 8, tokens: 100, tokens_per_segment: None })
+    };
+    store.change(false, first).unwrap();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let gone = |answer: Result<(), StoreError>| match answer {
+        Ok(()) | Err(StoreError::Conflict(_)) => {}
+        Err(other) => panic!("{other}"),
+    };
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                let newest = store.query(|store| Ok(store.state().next_trajectory)).unwrap();
+                gone(store.trajectory(newest.saturating_sub(1)).map(drop));
+                gone(store.groups(None).map(drop));
+                let [mut tokens, mut logprobs, mut versions, mut temperatures] = [(); 4].map(|()| [0; 64]);
+                let mut mask = [0; 16];
+                let mut columns = Columns {
+                    tokens: &mut tokens,
+                    logprobs: &mut logprobs,
+                    versions: &mut versions,
+                    temperatures: &mut temperatures,
+                    mask: &mut mask,
+                };
+                gone(store.read_claim(newest as i64, &mut columns, true).map(drop));
+            }
+        });
+        for number in 0..60 {
+            train(&store, number);
+            store.change(false, |store| store.evict(number as i64 + 1)).unwrap();
+            store.remove_dead_files().unwrap();
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        reader.join().unwrap();
+    });
 }

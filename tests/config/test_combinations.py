@@ -40,6 +40,13 @@ from tests.support.config import edit, refuse
             "learner.importance_weights",
             "set importance_weights to none",
         ),
+        (["learner.lr_schedule=cosine"], "learner.lr_schedule", "set both"),
+        (["learner.lr_decay_steps=9"], "learner.lr_schedule", "set both"),
+        (
+            ["learner.lr_schedule=linear", "learner.lr_decay_steps=9", "learner.warmup_steps=9"],
+            "learner.lr_decay_steps",
+            "raise it",
+        ),
         (["rollout.final_temperature=0.8"], "rollout.final_temperature", "set both"),
         (["reward.length_warmup_iterations=5"], "reward.length_warmup_iterations", "set length_weight"),
         (["eval.min_tokens=99999"], "eval.min_tokens", "lower min_tokens"),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from pmdflow.data import TablePrompts
-from pmdflow.data.sampling import SamplingControl, check_overrides, control_for
+from pmdflow.data.sampling import SamplingControl, check_overrides, control_for, sampling_temperature
 from pmdflow.data.table import open_rows
 from pmdflow.data.tokenizer import make_tokenize
 from pmdflow.rollout.engine import Request
@@ -173,3 +173,9 @@ def test_a_minimum_holds_for_its_own_sequence_only(engine: TransformersEngine) -
 def test_a_stop_id_outside_the_vocabulary_is_refused(engine: TransformersEngine) -> None:
     with pytest.raises(ValueError, match=r"stop_token_ids \[99999\]"):
         run(engine, stop_token_ids=(99999,))
+
+
+def test_temperature_schedule() -> None:
+    temperatures = [sampling_temperature(v, initial=1.2, final=0.8, iterations=4) for v in (0, 1, 4, 9)]
+    np.testing.assert_allclose(temperatures, [1.2, 1.1, 0.8, 0.8])
+    assert sampling_temperature(7, initial=1.2, final=None, iterations=None) == 1.2

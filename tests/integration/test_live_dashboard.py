@@ -1,10 +1,11 @@
-"""The dashboard of a live run in a real browser: charts grow, nothing leaves the machine, nothing complains."""
+"""The dashboard of a live run in a real browser, and the run's end: charts grow, Ctrl-C twice stops at once."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -25,13 +26,13 @@ POINTS = """() => Array.from(document.querySelectorAll('.js-plotly-plot')).flatM
 """Points of all charts."""
 
 
-def test_charts_grow_while_the_run_goes_on(tmp_path: Path) -> None:
+def test_charts_grow_while_the_run_goes_on_until_it_is_told_twice_to_stop(tmp_path: Path) -> None:
     if CHROMIUM is None:
         assert "CI" not in os.environ, "CI must have chromium"
         pytest.skip("no chromium on this machine")
     from playwright.sync_api import sync_playwright
 
-    up = Up(tmp_path, small_config(tmp_path, run__iterations=12, dashboard__port=0))
+    up = Up(tmp_path, small_config(tmp_path, run__iterations=200, dashboard__port=0))
     problems: list[str] = []
     hosts: set[str | None] = set()
 
@@ -55,6 +56,9 @@ def test_charts_grow_while_the_run_goes_on(tmp_path: Path) -> None:
         page.wait_for_function(f"before => ({POINTS})() > before + 10", arg=before, timeout=60_000)
         page.wait_for_function("() => Number(document.body.dataset.updates) >= 3", timeout=60_000)
         browser.close()
-    assert up.wait() == 0, up.output
     assert problems == []
     assert hosts <= {"127.0.0.1", None}
+    os.kill(up.process.pid, signal.SIGINT)
+    up.wait_for(lambda: "draining" in up.output, "the first answer")
+    os.kill(up.process.pid, signal.SIGINT)
+    assert up.wait(30) in (0, 130), up.output

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,14 +14,12 @@ import pytest
 import yaml
 from pyarrow import parquet
 
-from pmdflow.config.load import load
-from pmdflow.data.prompts import make_prompts
 from pmdflow.store import TrajectoryStore
 from pmdflow.store.archive import parts, read_part
 from tests.support.data import write_jsonl, write_parquet
 from tests.support.hub import Hub
 from tests.support.paths import TINY
-from tests.support.runs import Up, pmdflow, small_config
+from tests.support.runs import Up, ledger_of, pmdflow, small_config
 
 DEADLINE_S = 300.0
 """Beyond the usual: it starts twice, and the second time it reads everything again."""
@@ -26,6 +27,15 @@ REWARD = """
 def score(*, completion, prompt, metadata):
     return float(completion.strip().startswith(metadata["answer"]))
 """
+
+PROMPT_IDS = """
+import json, sys
+from pmdflow.config.load import load
+from pmdflow.data.prompts import make_prompts
+prompts = make_prompts(load(sys.argv[1]).config)
+print(json.dumps([prompts.prompt(cursor).id for cursor in range(int(sys.argv[2]))]))
+"""
+"""A process of its own: the Hub's client reads its environment when it is imported."""
 
 
 def sums(name: str, n: int) -> list[dict[str, str]]:
@@ -63,22 +73,28 @@ def test_a_mixture_resumed_after_kill_9_without_a_network_repeats_no_prompt_and_
 
     again = Up(tmp_path, config)
     assert again.wait(DEADLINE_S) == 0, again.output
+    assert any(event["kind"] == "resume" for event in again.events())
     assert [int(path.name[5:11]) for path in parts(again.run)] == [1, 2, 3, 4, 5, 6]
     assert_each_cursor_once(again.run)
+    ledger = ledger_of(again.iterations()[-1])
+    assert ledger.pop("generated") == sum(ledger.values())
 
 
 def assert_each_cursor_once(run: Path) -> None:
     """What was trained and what waits are the prompts of the first cursors, each once for each time it was drawn."""
-    prompts = make_prompts(load(run / "config.yaml").config)
     store = TrajectoryStore(run / "store", groups_per_iteration=4, lookahead=1, max_staleness=None)
     waiting = [group for group in store.groups() if group["iteration"] is None and group["kind"] == "train"]
     cursors = store.counts().next_cursor
+    evicted = sum(count for place, count in store.ledger().items() if place.startswith("evicted_"))
     store.close()
+    assert evicted == 0  # it is unbounded in staleness
     trained = Counter(name for path in parts(run) for name in read_part(path).prompt_ids)
     assert all(count % 4 == 0 for count in trained.values())
     found = Counter({name: count // 4 for name, count in trained.items()})
     found.update(group["prompt_id"] for group in waiting)
-    assert found == Counter(prompts.prompt(cursor).id for cursor in range(cursors))
+    command = [sys.executable, "-c", PROMPT_IDS, str(run / "config.yaml"), str(cursors)]
+    ids = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
+    assert found == Counter(json.loads(ids))
     assert cursors > 20
     assert max(found.values()) > 1  # the sources have been gone through
 

@@ -1,9 +1,8 @@
 """What the learner leaves out of a claim is in the store and in the archive: who, why, and how many tokens."""
 
-# ruff: noqa: F811
-
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from pmdflow.store import Conflict, TrajectoryStore
 from pmdflow.store.archive import parts, read_part, write_part
 from pmdflow.types import Mask, Prompt, Quota, Segment, TrainBatch
-from tests.learner.test_learner import make_config, model_path, start  # noqa: F401
+from tests.support.learner import make_config
 
 torch.set_num_threads(1)
 PROMPT = Prompt(id="p", text="?", tokens=np.array([5, 6, 7], np.int32))
@@ -37,6 +36,7 @@ def claimed_store(path: Path, model: str) -> TrajectoryStore:
     store.set_quota(Quota(version=0, groups=2, tokens=1000, tokens_per_segment=None))
     for number in range(2):
         store.admit(f"train-{number}", PROMPT, cursor=number, group_size=GROUP_SIZE, max_tokens=20)
+    newer = []
     for lease in store.lease("worker", 0, 6, 0.0):
         tokens = np.arange(5 + lease.trajectory, dtype=np.int32) + 10 * lease.trajectory + 8
         with torch.no_grad():
@@ -45,12 +45,15 @@ def claimed_store(path: Path, model: str) -> TrajectoryStore:
         logprobs = scores.gather(1, whole[len(PROMPT.tokens) :, None])[:, 0].numpy()
         if lease.trajectory == VETOED:
             logprobs[-1] += 10.0  # A ratio of e^-10, below 1e-4.
-        for version, stop, part in ((0, None, slice(0, OLDER_TOKENS)), (1, "stop", slice(OLDER_TOKENS, None))):
-            store.append([Segment(
-                trajectory=lease.trajectory, epoch=lease.epoch, offset=part.start, version=version, temperature=1.0,
-                tokens=tokens[part], logprobs=logprobs[part], next_version=1, stop=stop,
-            )])  # fmt: skip
+        older = Segment(
+            trajectory=lease.trajectory, epoch=lease.epoch, offset=0, version=0, temperature=1.0,
+            tokens=tokens[:OLDER_TOKENS], logprobs=logprobs[:OLDER_TOKENS], next_version=1,
+        )  # fmt: skip
+        store.append([older])
+        rest = {"tokens": tokens[OLDER_TOKENS:], "logprobs": logprobs[OLDER_TOKENS:]}
+        newer.append(replace(older, offset=OLDER_TOKENS, version=1, stop="stop", **rest))
     store.publish(1)
+    store.append(newer)
     for item in store.unscored(6, 60.0, 0.0):
         store.score(item.trajectory, 0, "scored", REWARDS[item.trajectory])
     assert store.claim(1, 1, 0.0).status == "claimed"

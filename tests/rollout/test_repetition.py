@@ -8,12 +8,18 @@ import random
 import sys
 from types import ModuleType
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pmdflow.config.schema import RepetitionConfig
+from pmdflow.data.sampling import SamplingControl
+from pmdflow.rollout.engine import Output
+from pmdflow.rollout.held import HeldTrajectory
 from pmdflow.rollout.repetition import RepetitionDetector
+from pmdflow.store import TrajectoryStore
+from pmdflow.types import Prompt, Quota, Stop
 from tests.support.paths import ROOT
 
 SMALL = RepetitionConfig(ngram=3, copies=3, min_tokens=12, window=64, max_distinct=0.2)
@@ -99,3 +105,23 @@ def test_generated_texts(kind: str) -> None:
             assert found is None, (text.kind, text.text[:found])
         elif text.kind in ("exact_loop", "long_loop"):
             assert found is not None and found >= text.loop_start, text.kind
+
+
+def test_a_repeating_trajectory_is_ended_and_stored_as_such() -> None:
+    loops = RepetitionConfig(ngram=2, copies=3, min_tokens=6)
+    store = TrajectoryStore(None, groups_per_iteration=1, lookahead=1, max_staleness=4)
+    store.publish(0)
+    store.set_quota(Quota(version=0, groups=1, tokens=100, tokens_per_segment=None))
+    prompt = Prompt(id="p", text="?", tokens=np.array([5], np.int32))
+    store.admit("a", prompt, cursor=0, group_size=2, max_tokens=50)
+    control = SamplingControl(temperature=1.0, max_tokens=50)
+    segments = []
+    for lease, tokens in zip(store.lease("rollout-0", 0, 2, 0.0), ([7, 8] * 4, [7, 8, 7, 9]), strict=True):
+        held = HeldTrajectory(lease=lease, control=control, limit=9, context=[], repetition=RepetitionDetector(loops))
+        held.take(Output(id=lease.trajectory, tokens=tokens, logprobs=[-1.0] * len(tokens), stop=None))
+        assert held.end_repetition() == (len(tokens) == 8)
+        segments.append(held.segment(version=0, next_version=0))
+    store.append(segments)
+    assert [segment.stop for segment in segments] == ["repetition", None]
+    assert [len(segment.tokens) for segment in segments] == [6, 4]
+    assert [item.stop for item in store.unscored(9, 1.0, 0.0)] == [Stop.REPETITION]

@@ -13,7 +13,7 @@ from ray.cluster_utils import Cluster
 from pmdflow.config.schema import Config
 from pmdflow.errors import LaunchError
 from pmdflow.run import placement
-from tests.learner.test_learner import make_config
+from tests.support.learner import make_config
 
 
 @given(gpus=st.integers(0, 16), actors=st.integers(1, 12), ranks=st.integers(1, 12))

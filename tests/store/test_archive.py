@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from pmdflow.errors import PmdflowError
 from pmdflow.store import archive
 from pmdflow.store.archive.writing import CHUNK_ROWS
-from pmdflow.types import TrainBatch
+from pmdflow.store.plan import in_claim_order
+from pmdflow.types import ClaimPlan, TrainBatch
 from tests.support.fixture_run import make_batch
 
 
@@ -127,6 +128,27 @@ def test_a_claim_trained_again_replaces_the_superseded_part(tmp_path: Path) -> N
     assert_equal(archive.read_part(path), again)
     assert [row["version"] for row in archive.catalog(tmp_path)] == [7]
     assert sorted(p.name for p in path.parent.iterdir()) == ["catalog.jsonl", "part-000001.zarr"]
+
+
+def test_a_plan_is_archived_with_its_claim(tmp_path: Path) -> None:
+    plan = ClaimPlan(steps=np.array([1, 0, 3, 1], np.int32), num_steps=4, rule="by_hand", seed=7)
+    path = archive.write_part(tmp_path, dataclasses.replace(make_batch(1), plan=plan), attrs={})
+    found = archive.read_part(path).plan
+    assert found is not None
+    assert (found.num_steps, found.rule, found.seed) == (4, "by_hand", 7)
+    np.testing.assert_array_equal(found.steps, plan.steps)
+    assert found.steps.dtype == np.int32
+
+    anew = dataclasses.replace(plan, steps=plan.steps % 2, num_steps=2)
+    archive.write_part(tmp_path, dataclasses.replace(make_batch(1), plan=anew), attrs={})
+    dealt = archive.read_part(path).plan
+    assert dealt is not None and dealt.num_steps == 2, "trained again with other steps"
+
+
+def test_a_part_older_than_plans_is_not_given_one(tmp_path: Path) -> None:
+    path = archive.write_part(tmp_path, make_batch(1), attrs={})
+    archive.write_part(tmp_path, dataclasses.replace(make_batch(1), plan=in_claim_order(4, 2)), attrs={})
+    assert archive.read_part(path).plan is None
 
 
 def test_crash_leftovers_are_ignored_and_overwritten(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pmdflow._rust_buffer import pack
 from pmdflow.store import StoredTrajectory, TrajectoryStore
 from pmdflow.types import Stop
-from tests.store.test_store import (
+from tests.support.filled_store import (
     PROMPT,
     admit,
     assert_exact,

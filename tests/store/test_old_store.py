@@ -1,7 +1,11 @@
-"""The store of a run recorded at 1fa6726, before prompt texts were kept: it opens, tells what it holds, and goes on."""
+"""Stores that earlier programs left: they open, tell what they hold, and go on.
+
+Format 3 is that of a run recorded at 1fa6726, before prompt texts were kept; format 4 holds every kind of record.
+"""
 
 from __future__ import annotations
 
+import json
 import tarfile
 from pathlib import Path
 
@@ -11,9 +15,13 @@ import pytest
 from pmdflow.store import Conflict, TrajectoryStore
 from pmdflow.store.archive import parts, read_part
 from pmdflow.types import Prompt, Quota, Segment
+from tests.support.filled_store import admit, complete, quota
+from tests.support.filled_store import open_store as open_plain
 from tests.support.paths import ROOT
+from tests.support.recorded_store import told
 
 FIXTURE = ROOT / "tests" / "fixtures" / "run-1fa6726.tar.xz"
+FORMAT_4 = ROOT / "tests" / "fixtures" / "store-format4.tar.xz"
 PROMPT = Prompt(id="new", text="1+1=", tokens=np.array([5, 6, 7], dtype=np.int32))
 
 
@@ -83,3 +91,54 @@ def test_a_repeat_of_an_old_admission_may_bring_its_text(recorded: Path) -> None
     assert repeat(prompt) == old["group"]
     with pytest.raises(Conflict, match="other content"):
         repeat(Prompt(id=prompt.id, text=prompt.text, tokens=tokens[1:], metadata=prompt.metadata))
+
+
+def formats(store: Path) -> set[int]:
+    """Formats of the log's files."""
+    return {int.from_bytes(path.read_bytes()[8:12], "little") for path in store.glob("*.log")}
+
+
+def test_records_of_both_formats_lie_in_one_log(recorded: Path) -> None:
+    before = formats(recorded / "store")
+    assert before == {3}
+    open_store(recorded).close()
+    assert 4 in formats(recorded / "store"), "an earlier program is not to read on"
+    store = open_store(recorded)
+    held = told(store)
+    assert store.discard(store.groups("ready")[0]["group"], "one of format 4") is True
+    store.close()
+    again = open_store(recorded)
+    assert again.ledger()["evicted_discarded"] > 0
+    assert len(again.groups()) == len(held["groups"]) - 1
+
+
+@pytest.fixture
+def format_4(tmp_path: Path) -> Path:
+    with tarfile.open(FORMAT_4) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path
+
+
+def test_format_4_holds_what_it_held(format_4: Path) -> None:
+    assert formats(format_4 / "store") == {4}
+    expected = json.loads((format_4 / "told.json").read_text())
+    for store in (TrajectoryStore.read(format_4 / "store"), open_plain(format_4 / "store", max_staleness=1)):
+        assert told(store) == expected
+        store.close()
+
+
+def test_format_4_goes_on(format_4: Path) -> None:
+    store = open_plain(format_4 / "store", max_staleness=1)
+    assert store.claim(3, 3, 0.0).groups == (2,), "its claim was undone and is made again"
+    assert store.read_claim(3).version == 2
+    store.publish(4, 3)
+    store.set_quota(quota(4))
+    store.commit(3)
+    admit(store, 6)
+    complete(store, version=4)
+    assert store.claim(4, 4, 0.0).status == "claimed"
+    before = told(store)
+    store.close()
+    store = open_plain(format_4 / "store", max_staleness=1)
+    assert told(store) == before
+    assert store.evict(3) == 2

@@ -22,83 +22,21 @@ from pmdflow.store import (
     TrajectoryStore,
     encode_segments,
 )
-from pmdflow.types import Grant, Lease, Mask, Prompt, Quota, Segment, Stop, StopReason
+from pmdflow.types import Grant, Lease, Mask, Stop, StopReason
+from tests.support.filled_store import (
+    PROMPT,
+    admit,
+    assert_exact,
+    complete,
+    lease_all,
+    open_store,
+    quota,
+    ready_store,
+    score_all,
+    segment,
+    snapshot,
+)  # fmt: skip
 from tests.support.paths import ROOT
-
-PROMPT = Prompt(id="p", text="1+1=", tokens=np.array([5, 6, 7], dtype=np.int32), metadata={"answer": "2"})
-
-
-def open_store(path: Path | None = None, **settings: Any) -> TrajectoryStore:
-    defaults: dict[str, Any] = {"groups_per_iteration": 1, "lookahead": 1, "max_staleness": 4}
-    return TrajectoryStore(path, **defaults | settings)
-
-
-def quota(version: int = 0, *, groups: int = 8, tokens: int = 1000, tokens_per_segment: int | None = None) -> Quota:
-    return Quota(version=version, groups=groups, tokens=tokens, tokens_per_segment=tokens_per_segment)
-
-
-def ready_store(path: Path | None = None, **settings: Any) -> TrajectoryStore:
-    """A store at version 0 with a budget."""
-    store = open_store(path, **settings)
-    store.publish(0)
-    store.set_quota(quota())
-    return store
-
-
-def admit(store: TrajectoryStore, number: int = 0, *, size: int = 2, max_tokens: int = 20) -> int:
-    return store.admit(f"train-{number}", PROMPT, cursor=number, group_size=size, max_tokens=max_tokens)
-
-
-def segment(
-    lease: Lease,
-    count: int,
-    *,
-    offset: int = 0,
-    version: int = 0,
-    stop: StopReason | None = None,
-    next_version: int | None = None,
-) -> Segment:
-    tokens = np.arange(offset, offset + count, dtype=np.int32) + 100 * lease.trajectory
-    return Segment(
-        trajectory=lease.trajectory,
-        epoch=lease.epoch,
-        offset=offset,
-        version=version,
-        temperature=1.0,
-        tokens=tokens,
-        logprobs=-tokens.astype(np.float32) / 8,
-        next_version=version if next_version is None else next_version,
-        stop=stop,
-    )
-
-
-def lease_all(store: TrajectoryStore, *, version: int = 0, now_s: float | None = None) -> list[Lease]:
-    return store.lease("worker", version, 100, 0.0, now_s=now_s)
-
-
-def score_all(store: TrajectoryStore) -> None:
-    for item in store.unscored(100, 60.0, 0.0):
-        store.score(item.trajectory, item.attempt, "scored", float(item.trajectory), {"right": 1.0})
-
-
-def complete(store: TrajectoryStore, *, count: int = 4, version: int = 0) -> None:
-    """Generate every leasable trajectory to its end and score it."""
-    for lease in lease_all(store, version=version):
-        store.append([segment(lease, count, offset=len(lease.prefix), version=version, stop="stop")])
-    score_all(store)
-
-
-def assert_exact(store: TrajectoryStore) -> dict[str, int]:
-    ledger = store.ledger()
-    places = {key: value for key, value in ledger.items() if key not in {"generated", "prompt", "reprefill", "eval"}}
-    assert sum(places.values()) == ledger["generated"]
-    assert min(ledger.values()) >= 0
-    return ledger
-
-
-def snapshot(store: TrajectoryStore) -> tuple[Any, ...]:
-    counts = store.counts()
-    return counts.lsn, store.ledger(), store.groups()
 
 
 def test_life_of_a_trajectory() -> None:
@@ -123,6 +61,7 @@ def test_life_of_a_trajectory() -> None:
     assert again.epoch == 2
     assert again.prefix.tolist() == [100 * first.trajectory + i for i in range(7)]
     assert store.ledger()["reprefill"] == 7
+    store.publish(1)
     store.append([segment(again, 1, offset=7, version=1, stop="stop")])
 
     items = store.unscored(10, 60.0, 0.0)
@@ -147,7 +86,7 @@ def test_life_of_a_trajectory() -> None:
     assert batch.components["right"].tolist() == [0.5, 0.5]
     assert batch.prompt_ids == ("p", "p")
 
-    store.publish(1, 1, {"filter": [second.trajectory]})
+    store.publish(2, 1, {"filter": [second.trajectory]})
     ledger = assert_exact(store)
     assert (ledger["trained"], ledger["masked_filter"], ledger["generated"]) == (8, 2, 10)
     store.commit(1)
@@ -161,6 +100,7 @@ def test_segments_of_equal_version_and_temperature_are_one() -> None:
     store = ready_store()
     admit(store)
     lease = lease_all(store)[0]
+    store.publish(1)
     for offset, version in ((0, 0), (2, 0), (4, 1), (6, 1)):
         store.append([segment(lease, 2, offset=offset, version=version, next_version=1)])
     view = store.trajectory(lease.trajectory)
@@ -336,6 +276,7 @@ class TestRepeats:
             store.append([segment(first, 1, offset=4)])
         with pytest.raises(Conflict, match="limit is 6"):
             store.append([segment(first, 4, offset=3)])
+        store.publish(2)
         store.append([segment(first, 1, offset=3, version=2)])
         with pytest.raises(Conflict, match="versions never decrease"):
             store.append([segment(first, 1, offset=4, version=1)])
@@ -371,10 +312,11 @@ class TestRepeats:
         store.score(0, 0, "scored", 1.0, {})
         store.score(1, 0, "infra_failure", 0.0, {})
         assert snapshot(store) == before
-        with pytest.raises(Conflict):
-            store.score(0, 0, "scored", 2.0, {})
-        with pytest.raises(Conflict):
-            store.score(1, 0, "scored", 1.0, {})
+        store.score(0, 0, "scored", 2.0, {})
+        store.score(1, 0, "scored", 1.0, {})
+        assert (snapshot(store), store.counts().scores_ignored) == (before, 2)
+        with pytest.raises(Conflict, match="never asked for"):
+            store.score(1, 2, "scored", 1.0, {})
         with pytest.raises(Conflict, match="finite"):
             store.score(2, 0, "scored", float("nan"), {})
 
@@ -418,10 +360,10 @@ class TestClaims:
         store = ready_store(**settings)
         admit(store)
         first, second = lease_all(store)
-        store.append([segment(first, 3, next_version=3), segment(first, 2, offset=3, version=3, stop="stop")])
-        store.append([segment(second, 4, stop="stop")])
-        score_all(store)
+        store.append([segment(first, 3, next_version=3)])
         store.publish(3)
+        store.append([segment(first, 2, offset=3, version=3, stop="stop"), segment(second, 4, stop="stop")])
+        score_all(store)
         return store
 
     def test_over_age_tokens_are_masked(self) -> None:
@@ -568,6 +510,7 @@ class TestEvaluation:
         assert store.eval_results("eval-1-", 0.0) is None
         assert store.counts().eval_pending == 2
         first, second = lease_all(store)
+        store.publish(1)
         store.append([segment(first, 2, next_version=1), segment(first, 7, offset=2, version=1)])
         store.append([segment(second, 1, stop="stop")])
         store.score(first.trajectory, 0, "scored", 0.25, {})
@@ -660,7 +603,7 @@ class TestFiles:
 CHILD = """
 import sys
 import numpy as np
-from tests.store.test_store import admit, lease_all, open_store, quota, segment
+from tests.support.filled_store import admit, lease_all, open_store, quota, segment
 store = open_store(sys.argv[1], durability="os", file_bytes=16384)
 if store.counts().version < 0:
     store.publish(0)

@@ -7,6 +7,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+_COMMAND = re.compile(r"^    (?:pip install uv && )?(?:uv run (?:--extra \S+ )?)?(pmdflow .*)$", re.MULTILINE)
 _FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -25,10 +26,8 @@ class Step:
 
 
 def steps(guide: Path) -> list[Step]:
-    """Fenced blocks and indented `pmdflow` commands, in order."""
+    """Fenced blocks and indented `pmdflow` commands, in order; what stands before `pmdflow` is left out."""
     text = guide.read_text(encoding="utf-8")
     found = [(match.start(), Step(match[1], match[2])) for match in _FENCE.finditer(text)]
-    found += [
-        (match.start(), Step("command", match[1])) for match in re.finditer(r"^    (pmdflow .*)$", text, re.MULTILINE)
-    ]
+    found += [(match.start(), Step("command", match[1])) for match in _COMMAND.finditer(text)]
     return [step for _, step in sorted(found, key=lambda pair: pair[0])]

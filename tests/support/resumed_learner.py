@@ -14,7 +14,7 @@ import torch
 from pmdflow.learner.checkpoint.manifest import Manifest, commit_checkpoint, newest_manifest
 from pmdflow.learner.learner import Learner
 from pmdflow.store.archive import parts, read_part, write_part
-from tests.learner.test_learner import make_batch, make_config
+from tests.support.learner import make_batch, make_config
 
 ITERATIONS = 6
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,8 +53,8 @@ def small_config(directory: Path, **overrides: Any) -> dict[str, Any]:
 class Up:
     """A `pmdflow up` process, with the run directory that it writes."""
 
-    def __init__(self, directory: Path, config: dict[str, Any]) -> None:
-        """Start it; its output goes to a file."""
+    def __init__(self, directory: Path, config: dict[str, Any], *, terminal: int | None = None) -> None:
+        """Start it; its output goes to a file, or to a terminal that becomes its controlling one."""
         self.run = Path(config["run"]["dir"]) / config["run"]["name"]
         self.file = directory / "small.yaml"
         self.file.write_text(yaml.safe_dump(config))
@@ -60,8 +62,10 @@ class Up:
         with open(self._output, "wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "pmdflow.cli", "up", str(self.file)],
-                stdout=output,
+                stdin=subprocess.DEVNULL if terminal is None else terminal,
+                stdout=output if terminal is None else terminal,
                 stderr=subprocess.STDOUT,
+                preexec_fn=None if terminal is None else lambda: fcntl.ioctl(1, termios.TIOCSCTTY, 0),
                 cwd=ROOT,
                 start_new_session=True,
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},

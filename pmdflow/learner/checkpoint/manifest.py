@@ -189,6 +189,7 @@ def _read(root: Path, path: Path) -> Manifest | None:
         if values.pop("format") != FORMAT:
             return None
         files = tuple(CheckpointFile(**file) for file in values.pop("files"))
+        values["lsn"] = values["lsn"] or 0  # null where the store did not say it yet
         return Manifest(root=root, files=files, claims=tuple(values.pop("claims")), **values)
     except (ValueError, TypeError, KeyError, AttributeError, OSError):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from pmdflow.config.schema import LoraConfig
 from pmdflow.learner.lora import published_name, published_scale
 
-_MODEL = "model."
+_POLICY = "model.model."
+"""Before the name of a tensor of the language model: the part of the state that is the policy, and its module."""
+
+Entries = Mapping[str, TensorStorageMetadata]
+"""What a checkpoint holds of the policy, by the name in the language model (of an adapter: in peft's)."""
 
 
 def checkpoint_weights(directory: Path, *, lora: LoraConfig | None, tied: bool) -> dict[str, Tensor]:
@@ -27,19 +32,33 @@ def checkpoint_weights(directory: Path, *, lora: LoraConfig | None, tied: bool) 
         tied: Whether the output head is the embedding, so that one name suffices.
     """
     reader = FileSystemReader(directory)
+    entries = policy_entries(reader)
+    published = {name: name if lora is None else published_name(name) for name in entries}
+    wanted = [name for name in entries if published[name] and not (tied and name == "lm_head.weight")]
+    weights = {}
+    for name, tensor in read_policy(reader, entries, wanted).items():
+        public = published[name]
+        assert public is not None, "the others are not wanted"
+        weights[public] = tensor * (1.0 if lora is None else published_scale(public, lora))
+    return weights
+
+
+def policy_entries(reader: FileSystemReader) -> Entries:
+    """What the checkpoint holds of the policy."""
     entries = reader.read_metadata().state_dict_metadata
-    model: dict[str, Any] = {
-        name.removeprefix(_MODEL): torch.empty(entry.size, dtype=entry.properties.dtype)
+    return {
+        name.removeprefix(_POLICY): entry
         for name, entry in entries.items()
-        if name.startswith(_MODEL) and isinstance(entry, TensorStorageMetadata)
+        if name.startswith(_POLICY) and isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def read_policy(reader: FileSystemReader, entries: Entries, names: Iterable[str]) -> dict[str, Tensor]:
+    """Read whole tensors on the CPU, in the type that they were written in."""
+    tensors: dict[str, Any] = {
+        _POLICY + name: torch.empty(entries[name].size, dtype=entries[name].properties.dtype) for name in names
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what no_dist asks for
-        load_state({"model": model}, storage_reader=reader, no_dist=True)
-    weights = {}
-    for name, tensor in model.items():
-        plain = name.removeprefix(_MODEL)  # the policy holds the model as `model`
-        published = plain if lora is None else published_name(plain)
-        if published is not None and not (tied and published == "lm_head.weight"):
-            weights[published] = tensor * (1.0 if lora is None else published_scale(published, lora))
-    return weights
+        load_state(tensors, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(_POLICY): tensor for name, tensor in tensors.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import zarr
 
 from pmdflow.errors import PmdflowError
-from pmdflow.types import TrainBatch
+from pmdflow.types import ClaimPlan, TrainBatch
 
 FORMAT = "pmdflow-rollouts/1"
 
@@ -47,7 +47,16 @@ def read_part(path: str | Path) -> TrainBatch:
         components={name: np.ascontiguousarray(components[:, i]) for i, name in enumerate(attrs["components"])},
         stops=trajectory["stop"],
         prompt_ids=tuple(prompts.tolist()),
+        plan=_plan(attrs, group),
     )
+
+
+def _plan(attrs: Mapping[str, Any], group: Table) -> ClaimPlan | None:
+    """None: the part is older than plans."""
+    plan = attrs.get("plan")
+    if plan is None:
+        return None
+    return ClaimPlan(steps=group["step"], num_steps=plan["steps"], rule=plan["rule"], seed=plan["seed"])
 
 
 def open_part(path: str | Path) -> zarr.Group:

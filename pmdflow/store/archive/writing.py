@@ -46,7 +46,7 @@ def write_part(
     aside = path.with_name(path.name + ".tmp")
     identity: dict[str, Any] = {"digest": _digest(batch)} | ({} if claim_lsn is None else {"claim_lsn": claim_lsn})
     try:
-        if not (path.is_dir() and identity.items() <= read_attrs(path).items()):
+        if not (path.is_dir() and _holds(read_attrs(path), identity, _plan_attrs(batch))):
             durable.make_directories(path.parent)
             shutil.rmtree(aside, ignore_errors=True)
             _write_tables(aside, batch, {**attrs, **identity})
@@ -72,6 +72,7 @@ def _write_tables(path: Path, batch: TrainBatch, attrs: Mapping[str, Any]) -> No
             "iteration": batch.iteration,
             "version": batch.version,
             "components": list(batch.components),
+            **_plan_attrs(batch),
             **attrs,
         },
     )
@@ -138,6 +139,7 @@ def _group_columns(batch: TrainBatch) -> Table:
                 f"group {batch.groups[start]} of iteration {batch.iteration} has more than one prompt id: "
                 "a group is one admission of one prompt"
             )
+    plan: Table = {} if batch.plan is None else {"step": batch.plan.steps}
     bounds = zip(batch.cu_seqlens[starts], batch.cu_seqlens[ends], strict=True)
     generated = [versions[versions >= 0] for versions in (batch.versions[low:high] for low, high in bounds)]
     return {
@@ -146,7 +148,19 @@ def _group_columns(batch: TrainBatch) -> Table:
         "size": (ends - starts).astype(np.int32),
         "first_version": np.array([v.min() if len(v) else -1 for v in generated], np.int32),
         "last_version": np.array([v.max() if len(v) else -1 for v in generated], np.int32),
+        **plan,
     }
+
+
+def _holds(attrs: Mapping[str, Any], identity: Mapping[str, Any], plan: Mapping[str, Any]) -> bool:
+    """Whether a part is the claim's; of one older than plans nobody knows today how it was dealt to steps."""
+    return identity.items() <= attrs.items() and ("plan" not in attrs or plan.items() <= attrs.items())
+
+
+def _plan_attrs(batch: TrainBatch) -> dict[str, Any]:
+    """What says, beside the step of each group, how the claim was dealt to steps."""
+    plan = batch.plan
+    return {} if plan is None else {"plan": {"rule": plan.rule, "seed": plan.seed, "steps": plan.num_steps}}
 
 
 def _write_table(root: zarr.Group, name: str, columns: Table, counted: Mapping[str, str] | None = None) -> None:

@@ -6,8 +6,9 @@ use super::Lsn;
 use crate::error::{Result, StoreError};
 
 const MAGIC: [u8; 8] = *b"PMDFLOW\0";
-/// Version of the files' bytes; other ones are refused.
-pub const FORMAT: u32 = 3;
+/// Version of the files' bytes that is written; those from `OLDEST` on are read, other ones refused.
+pub const FORMAT: u32 = 4;
+const OLDEST: u32 = 3;
 pub(super) const FILE_HEADER: u64 = 32;
 pub(super) const FRAME_HEADER: u64 = 32;
 pub(super) const SNAPSHOT: u8 = 0;
@@ -40,6 +41,11 @@ pub(super) fn file_header(number: u32, first: Lsn) -> [u8; FILE_HEADER as usize]
     out
 }
 
+/// The header of a file of an earlier format as it is written today; None where it is today's.
+pub(super) fn raised(header: &[u8]) -> Option<[u8; FILE_HEADER as usize]> {
+    (u32_at(header, 8) < FORMAT).then(|| file_header(u32_at(header, 16), u64_at(header, 24)))
+}
+
 fn file_header_crc(header: &[u8]) -> u32 {
     crc32c::crc32c_append(crc32c::crc32c(&header[..12]), &header[16..FILE_HEADER as usize])
 }
@@ -50,7 +56,7 @@ pub(super) fn read_file_header(path: &Path, bytes: &[u8], number: u32) -> Result
         return Ok(None);
     }
     let (found, stored) = (u32_at(bytes, 8), u32_at(bytes, 16));
-    if found != FORMAT {
+    if !(OLDEST..=FORMAT).contains(&found) {
         return Err(StoreError::Version { path: path.to_path_buf(), found, supported: FORMAT });
     }
     if stored != number {

@@ -32,6 +32,12 @@ pub trait Replay {
     /// They make no sense.
     fn snapshot(&mut self, bytes: &[u8]) -> std::result::Result<(), String>;
 
+    /// What a record of this kind is, if nothing here can read it: a newer program wrote it.
+    fn unknown(&self, kind: u8) -> Option<String> {
+        let _ = kind;
+        None
+    }
+
     /// The next record; its arrays are checked when they are read.
     ///
     /// # Errors
@@ -253,6 +259,9 @@ impl Image {
         }
         let location = Location { file: self.number, offset: at.offset, len };
         let frame = Frame::new(self.bytes.slice(at.offset as usize, head.len), location);
+        if let Some(detail) = replay.unknown(found.kind) {
+            return Err(StoreError::Newer { path: self.path.clone(), offset: at.offset, detail });
+        }
         replay.record(&frame).map_err(|detail| {
             self.corrupt(at.offset, format!("record {} does not fit what is before it: {detail}", at.next))
         })?;

@@ -5,7 +5,7 @@ use std::{io, path::Path, sync::Arc};
 use super::{
     Location, Lsn,
     directory::{NEXT_NAME, file_name},
-    format::{Arrays, FILE_HEADER, FRAME_HEADER, MARK, Stamp, align, encode, file_header},
+    format::{Arrays, FILE_HEADER, FRAME_HEADER, MARK, Stamp, align, encode, file_header, raised},
     reader::LogFile,
     storage::{Medium, Storage},
 };
@@ -136,6 +136,10 @@ impl Writer {
                 Err(e) if is_no_space(&e) => len,
                 allocated => allocated.map(|()| len.max(wanted))?,
             };
+            if let Some(header) = medium.read(0, FILE_HEADER as usize)?.and_then(|header| raised(&header)) {
+                // One sector, so old or new: an earlier program is not to read what follows.
+                medium.write(0, &[&header])?;
+            }
             medium.sync()?;
             // An earlier process may have died before it did: between them the names of this file and of the snapshot.
             storage.sync_names()?;

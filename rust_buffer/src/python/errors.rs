@@ -1,8 +1,12 @@
 //! The exceptions of the Python module.
 
-use pyo3::{PyErr, create_exception, exceptions::PyException};
+use pyo3::{
+    PyErr, PyResult, Python, create_exception,
+    exceptions::{PyException, PyKeyboardInterrupt},
+    types::PyAnyMethods,
+};
 
-use crate::error::StoreError as Failure;
+use crate::{error::StoreError as Failure, store::shared::Interrupted};
 
 create_exception!(pmdflow._rust_buffer, StoreError, PyException, "Root of the store's errors.");
 create_exception!(
@@ -31,11 +35,32 @@ impl From<Failure> for PyErr {
         match failure {
             Failure::Full { .. } | Failure::NoSpace { .. } => StoreFull::new_err(text),
             Failure::Conflict(_) => Conflict::new_err(text),
-            Failure::Corrupt { .. } | Failure::Version { .. } | Failure::Poisoned { .. } => CorruptLog::new_err(text),
+            Failure::Corrupt { .. } | Failure::Version { .. } | Failure::Newer { .. } | Failure::Poisoned { .. } => {
+                CorruptLog::new_err(text)
+            }
             Failure::Locked { .. } => StoreLocked::new_err(text),
+            Failure::Interrupted => raised().unwrap_or_else(|| PyKeyboardInterrupt::new_err(text)),
             Failure::Io { .. } | Failure::Network { .. } | Failure::ReadOnly { .. } | Failure::Closed => {
                 StoreError::new_err(text)
             }
         }
     }
+}
+
+/// What ends a wait of this thread early: signals are handled in the main thread alone, and another one had better not
+/// ask for the GIL while Python ends.
+pub fn interrupted(py: Python<'_>) -> PyResult<Option<Interrupted>> {
+    let threading = py.import("threading")?;
+    let main: u64 = threading.call_method0("main_thread")?.getattr("ident")?.extract()?;
+    let own: u64 = threading.call_method0("get_ident")?.extract()?;
+    Ok((main == own).then_some(signalled))
+}
+
+/// Whether the handler of a signal has raised an exception, which stays set until `raised` takes it.
+fn signalled() -> bool {
+    Python::attach(|py| py.check_signals().map_err(|error| error.restore(py)).is_err())
+}
+
+fn raised() -> Option<PyErr> {
+    Python::attach(PyErr::take)
 }

@@ -22,7 +22,7 @@ use crate::{
     store::admission::Prompt,
     store::claim_view::{ClaimView, Columns},
     store::query::{Bounds, Filter},
-    store::shared::Shared,
+    store::shared::{Clock, Shared},
     store::{Settings, Store},
     wire::Batch,
 };
@@ -49,6 +49,11 @@ impl TrajectoryStore {
         &self, py: Python<'_>, wait: bool, run: impl FnOnce(&mut Store) -> Result<T> + Send,
     ) -> PyResult<T> {
         Ok(py.detach(|| self.shared.change(wait, run))?.1)
+    }
+
+    /// The clock of a call that waits.
+    fn waiting(&self, py: Python<'_>, now_s: Option<f64>) -> PyResult<Clock> {
+        Ok(self.shared.clock(now_s).interruptible(errors::interrupted(py)?))
     }
 }
 
@@ -106,8 +111,13 @@ impl TrajectoryStore {
     fn lease<'py>(
         &self, py: Python<'py>, worker: &str, version: Version, max_leases: usize, timeout_s: f64, now_s: Option<f64>,
     ) -> PyResult<Vec<Row<'py>>> {
-        let (timeout_s, clock) = (seconds("timeout_s", timeout_s)?, self.shared.clock(now_s));
+        let (timeout_s, clock) = (seconds("timeout_s", timeout_s)?, self.waiting(py, now_s)?);
         let leases = py.detach(|| self.shared.lease(worker, version, max_leases, timeout_s, clock))?;
+        leases.iter().map(|lease| rows::lease(py, lease)).collect()
+    }
+
+    fn lease_group<'py>(&self, py: Python<'py>, worker: &str, group: u64) -> PyResult<Vec<Row<'py>>> {
+        let leases = py.detach(|| self.shared.lease_group(worker, group, self.shared.clock(None)))?;
         leases.iter().map(|lease| rows::lease(py, lease)).collect()
     }
 
@@ -130,7 +140,8 @@ impl TrajectoryStore {
         &self, py: Python<'py>, max_items: usize, ttl_s: f64, timeout_s: f64, now_s: Option<f64>,
     ) -> PyResult<Vec<Row<'py>>> {
         let (ttl, timeout_s) = (ticks("ttl_s", ttl_s)?, seconds("timeout_s", timeout_s)?);
-        let items = py.detach(|| self.shared.unscored(max_items, ttl, timeout_s, self.shared.clock(now_s)))?;
+        let clock = self.waiting(py, now_s)?;
+        let items = py.detach(|| self.shared.unscored(max_items, ttl, timeout_s, clock))?;
         items.iter().map(|item| rows::unscored(py, item)).collect()
     }
 
@@ -155,7 +166,7 @@ impl TrajectoryStore {
     fn claim<'py>(
         &self, py: Python<'py>, iteration: i64, version: Version, timeout_s: f64, now_s: Option<f64>,
     ) -> PyResult<Row<'py>> {
-        let (timeout_s, clock) = (seconds("timeout_s", timeout_s)?, self.shared.clock(now_s));
+        let (timeout_s, clock) = (seconds("timeout_s", timeout_s)?, self.waiting(py, now_s)?);
         let answer =
             py.detach(|| self.shared.wait(timeout_s, clock, |store, now| store.claim(iteration, version, now)))?;
         match answer {
@@ -176,10 +187,9 @@ impl TrajectoryStore {
     ) -> PyResult<Row<'py>> {
         let mut buffers = Buffers::new([tokens, logprobs, versions, temperatures, mask])?;
         let (version, packed) = py.detach(|| {
-            let view = self.shared.query(|store| ClaimView::new(store.state(), iteration))?;
             let [tokens, logprobs, versions, temperatures, mask] = buffers.slices();
             let mut columns = Columns { tokens, logprobs, versions, temperatures, mask };
-            view.pack(self.shared.log(), &mut columns, check).map(|rows| (view.version(), rows))
+            self.shared.read_claim(iteration, &mut columns, check)
         })?;
         rows::batch(py, iteration, version, &packed)
     }
@@ -197,8 +207,13 @@ impl TrajectoryStore {
         Ok(py.detach(|| self.shared.remove_dead_files()).map(|()| groups)?)
     }
 
+    fn discard(&self, py: Python<'_>, group: u64, reason: &str) -> PyResult<bool> {
+        let discarded = self.change(py, true, |store| store.discard(group, reason))?;
+        Ok(py.detach(|| self.shared.remove_dead_files()).map(|()| discarded)?)
+    }
+
     fn eval_results<'py>(&self, py: Python<'py>, prefix: &str, timeout_s: f64) -> PyResult<Option<Vec<Row<'py>>>> {
-        let (timeout_s, clock) = (seconds("timeout_s", timeout_s)?, self.shared.clock(None));
+        let (timeout_s, clock) = (seconds("timeout_s", timeout_s)?, self.waiting(py, None)?);
         let results = py.detach(|| self.shared.wait(timeout_s, clock, |store, _| store.eval_results(prefix)))?;
         let rows = |(_, results): (_, Vec<_>)| results.iter().map(|result| rows::eval_result(py, result)).collect();
         results.map(rows).transpose()
@@ -260,10 +275,12 @@ impl TrajectoryStore {
     fn wait_durable(&self, py: Python<'_>, lsn: Option<u64>, timeout_s: f64) -> PyResult<bool> {
         let timeout = Duration::try_from_secs_f64(seconds("timeout_s", timeout_s)?)
             .map_err(|error| PyValueError::new_err(format!("timeout_s is {timeout_s}: {error}")))?;
-        Ok(py.detach(|| {
-            let newest = self.shared.query(|store| Ok(store.lsn()))?;
-            self.shared.log().wait_durable(lsn.unwrap_or(newest), timeout)
-        })?)
+        let interrupted = errors::interrupted(py)?;
+        Ok(py.detach(|| self.shared.wait_durable(lsn, timeout, interrupted))?)
+    }
+
+    fn sync(&self, py: Python<'_>) -> PyResult<u64> {
+        Ok(py.detach(|| self.shared.sync())?)
     }
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {

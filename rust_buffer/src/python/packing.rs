@@ -4,6 +4,9 @@ use pyo3::{exceptions::PyValueError, prelude::*};
 
 use crate::pack::{Micro, Packing, pack_steps};
 
+/// Most parts, ranks times steps, that one call deals sequences to.
+const MAX_PARTS: usize = 1 << 20;
+
 #[pyfunction]
 #[pyo3(signature = (lengths, *, ranks, limit, steps = None, quadratic = 0.0))]
 pub fn pack(
@@ -15,10 +18,20 @@ pub fn pack(
         )));
     }
     let steps = steps.unwrap_or_else(|| vec![lengths.len()]);
-    if steps.iter().sum::<usize>() != lengths.len() {
+    if ranks.saturating_mul(steps.len().max(1)) > MAX_PARTS {
+        return Err(PyValueError::new_err(format!(
+            "ranks ({ranks}) x steps ({}) is more than {MAX_PARTS}; name fewer",
+            steps.len()
+        )));
+    }
+    if lengths.iter().try_fold(0_u64, |sum, length| sum.checked_add(*length)).is_none() {
+        return Err(PyValueError::new_err("the sum of lengths is 2^64 or more; lengths are numbers of tokens"));
+    }
+    let sequences = steps.iter().try_fold(0_usize, |sum, step| sum.checked_add(*step));
+    if sequences != Some(lengths.len()) {
         return Err(PyValueError::new_err(format!(
             "steps has {} sequences, lengths has {}; each sequence is in one step",
-            steps.iter().sum::<usize>(),
+            sequences.map_or("2^64 or more".to_owned(), |sequences| sequences.to_string()),
             lengths.len()
         )));
     }

@@ -52,8 +52,8 @@ pub fn state(name: &str) -> PyResult<()> {
 
 /// The `pmdflow.types.Stop` of this number.
 pub fn stop(number: u8) -> PyResult<Stop> {
-    let known = [Stop::None, Stop::Stop, Stop::Length, Stop::Repetition].into_iter().find(|stop| *stop as u8 == number);
-    known.ok_or_else(|| PyValueError::new_err(format!("stop is {number}; choose one of pmdflow.types.Stop")))
+    Stop::numbered(number)
+        .map_err(|_| PyValueError::new_err(format!("stop is {number}; choose one of pmdflow.types.Stop")))
 }
 
 /// Trajectories by the reason for which the learner left them out.

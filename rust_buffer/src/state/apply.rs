@@ -3,12 +3,12 @@
 use crate::{
     error::{Result, StoreError},
     log::{Frame, Location, Lsn},
-    state::group::{Group, Kind, Phase},
+    state::group::{Group, Kind, MAX_GROUP_SIZE, Phase},
     state::ledger::Place,
     state::mask,
     state::record::{Admit, Appended, Claimed, LeftOut, Quota, Reason, Record, Score},
     state::trajectory::{Outcome, Run, Stop, Trajectory, Verdict, Version},
-    state::{Claim, ClaimStatus, ClaimSums, KEPT_QUOTAS, Publication, State, request_hash},
+    state::{Claim, ClaimStatus, ClaimSums, KEPT_QUOTAS, Publication, State, Undone, request_hash},
 };
 
 /// Where a record is.
@@ -35,13 +35,13 @@ impl State {
     pub fn apply(&mut self, record: &Record, place: &Placed) -> Result<()> {
         match record {
             Record::Quota(version, quota) => self.apply_quota(*version, *quota),
-            Record::Admit(admit) => self.apply_admit(admit, place.location),
+            Record::Admit(admit) => self.apply_admit(admit, place.location)?,
             Record::Lease(trajectories) => trajectories.iter().try_for_each(|id| self.apply_lease(*id))?,
             Record::Append(items) => self.apply_append(items, place)?,
             Record::Score(score) => self.apply_score(score)?,
             Record::Publish(version, iteration, left_out) => self.apply_publish(*version, *iteration, left_out)?,
             Record::Claim(claimed) => self.apply_claim(claimed, place.lsn)?,
-            Record::Evict(groups, reason) => groups.iter().try_for_each(|id| self.apply_evict(*id, *reason))?,
+            Record::Evict(groups, reason) => groups.iter().try_for_each(|id| self.apply_evict(*id, reason))?,
             Record::Commit(iteration) => {
                 self.claims.range_mut(..=iteration).for_each(|(_, claim)| claim.status = ClaimStatus::Committed);
             }
@@ -63,12 +63,18 @@ impl State {
         }
     }
 
-    fn apply_admit(&mut self, admit: &Admit, location: Location) {
+    fn apply_admit(&mut self, admit: &Admit, location: Location) -> Result<()> {
+        if admit.size == 0 || admit.size > MAX_GROUP_SIZE {
+            let (request, size) = (&admit.request_id, admit.size);
+            return Err(StoreError::Conflict(format!(
+                "request {request:?}: group_size {size}, a group has 1 to {MAX_GROUP_SIZE} members"
+            )));
+        }
         let (group, first) = (self.next_group, self.next_trajectory);
         self.next_group += 1;
         self.next_trajectory += u64::from(admit.size);
         if let Some(cursor) = admit.cursor {
-            self.next_cursor = self.next_cursor.max(cursor + 1);
+            self.next_cursor = self.next_cursor.max(cursor.saturating_add(1));
         }
         if admit.kind == Kind::Train {
             self.ledger.prompt += u64::from(admit.prompt_len) * u64::from(admit.size);
@@ -94,6 +100,7 @@ impl State {
             },
         );
         self.trajectories.extend((first..self.next_trajectory).map(|id| (id, Trajectory::new(group))));
+        Ok(())
     }
 
     fn apply_lease(&mut self, id: u64) -> Result<()> {
@@ -109,6 +116,11 @@ impl State {
         for item in items {
             let (trajectory, group) = self.pair_mut(item.trajectory)?;
             let generated = u64::from(if item.observed { 0 } else { item.len });
+            let room = group.max_tokens.saturating_sub(trajectory.len);
+            if item.len > room || !trajectory.is_partial() {
+                let detail = format!("trajectory {}: {} tokens, it has room for {room}", item.trajectory, item.len);
+                return Err(StoreError::Conflict(detail));
+            }
             if item.len > 0 {
                 let missing = || StoreError::Conflict(format!("no tokens for trajectory {}", item.trajectory));
                 let &(at, crc) = arrays.next().ok_or_else(missing)?;
@@ -137,6 +149,7 @@ impl State {
             }
             self.ledger.add(Place::Partial, generated);
             self.ledger.observed += u64::from(item.len) - generated;
+            self.ledger.overdraft += u64::from(item.over);
             if generated > 0 {
                 *self.spent.entry(item.version).or_default() += generated;
             }
@@ -151,6 +164,9 @@ impl State {
         let components = score.components.iter().map(|(name, value)| (self.component(name), *value)).collect();
         let (trajectory, group) = self.pair_mut(score.trajectory)?;
         let (id, len) = (trajectory.group, u64::from(trajectory.generated()));
+        if !trajectory.is_unscored() {
+            return Err(StoreError::Conflict(format!("trajectory {} does not await a score", score.trajectory)));
+        }
         if score.outcome == Outcome::InfraFailure {
             trajectory.attempts += 1;
             if !score.failed {
@@ -229,6 +245,7 @@ impl State {
             status: ClaimStatus::Claimed,
             sums: ClaimSums::default(),
             left_out: LeftOut::default(),
+            asked: claimed.asked,
         };
         claim.sums = mask::sums(self, &claim)?;
         for id in &claimed.groups {
@@ -239,11 +256,15 @@ impl State {
         self.ledger.shift(Place::Ready, Place::MaskedSegment, claim.sums.segment);
         self.ledger.shift(Place::Ready, Place::EvictedFailed, claim.sums.failed);
         self.claims.insert(claimed.iteration, claim);
+        if claimed.asked.is_some() {
+            self.undone.pop_first();
+        }
         Ok(())
     }
 
     fn apply_uncommit(&mut self, iteration: i64) -> Result<()> {
-        for (_, claim) in self.claims.split_off(&(iteration + 1)) {
+        let Some(first) = iteration.checked_add(1) else { return Ok(()) };
+        for (iteration, claim) in self.claims.split_off(&first) {
             let sums = claim.sums;
             let place = if claim.status == ClaimStatus::Claimed { Place::Claimed } else { Place::Trained };
             self.ledger.shift(place, Place::Ready, sums.trainable);
@@ -253,9 +274,11 @@ impl State {
             self.ledger.shift(Place::MaskedSegment, Place::Ready, sums.segment);
             self.ledger.shift(Place::EvictedFailed, Place::Ready, sums.failed);
             debug_assert_eq!(sums.total(), claim.groups.iter().map(|id| self.groups[id].tokens).sum::<u64>());
-            for id in claim.groups {
-                self.group_mut(id)?.phase = Phase::Ready;
+            for id in &claim.groups {
+                self.group_mut(*id)?.phase = Phase::Ready;
             }
+            let Claim { version, max_staleness, segment_loss, groups, .. } = claim;
+            self.undone.insert(iteration, Undone { version, max_staleness, segment_loss, groups });
         }
         Ok(())
     }
@@ -278,12 +301,46 @@ impl State {
         Ok(())
     }
 
-    fn apply_evict(&mut self, id: u64, reason: Reason) -> Result<()> {
-        if reason == Reason::OverAge {
-            let tokens = self.group(id)?.tokens;
-            self.ledger.shift(Place::Ready, Place::EvictedOverAge, tokens);
+    fn apply_evict(&mut self, id: u64, reason: &Reason) -> Result<()> {
+        match reason {
+            Reason::OverAge => {
+                let tokens = self.group(id)?.tokens;
+                self.ledger.shift(Place::Ready, Place::EvictedOverAge, tokens);
+            }
+            Reason::Eval => {}
+            Reason::Discarded(_) => self.move_discarded(id)?,
         }
         self.forget(id)
+    }
+
+    /// Moves the tokens of a group that no claim has to their last place, and takes it out of the claims to be made again.
+    fn move_discarded(&mut self, id: u64) -> Result<()> {
+        let group = self.group(id)?.clone();
+        for undone in self.undone.values_mut() {
+            undone.groups.retain(|group| *group != id);
+        }
+        self.undone.retain(|_, undone| !undone.groups.is_empty());
+        match group.phase {
+            _ if group.kind == Kind::Eval => {}
+            Phase::Ready => self.ledger.shift(Place::Ready, Place::EvictedDiscarded, group.tokens),
+            Phase::Claimed(_) => {
+                return Err(StoreError::Conflict(format!("group {id} is in a claim and cannot be discarded")));
+            }
+            Phase::Partial => {
+                for member in group.members() {
+                    let trajectory = self.trajectory(member)?;
+                    let place = match trajectory.verdict {
+                        Verdict::Late => continue,
+                        Verdict::Pending if trajectory.is_partial() => Place::Partial,
+                        Verdict::Pending => Place::Unscored,
+                        _ => Place::WaitingGroup,
+                    };
+                    let tokens = u64::from(trajectory.generated());
+                    self.ledger.shift(place, Place::EvictedDiscarded, tokens);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Drops a group and its trajectories.

@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{clock::Micros, log::Location};
 
+/// Members of a group: each has its place in the index from the admission on.
+pub const MAX_GROUP_SIZE: u32 = 1 << 16;
+
 /// What a group is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Kind {
@@ -80,7 +83,7 @@ pub struct Group {
 impl Group {
     /// Trajectory ids of the members.
     pub fn members(&self) -> Range<u64> {
-        self.first..self.first + u64::from(self.size)
+        self.first..self.first.saturating_add(u64::from(self.size))
     }
 
     /// Members with a reward.

@@ -33,11 +33,13 @@ pub enum Place {
     EvictedOverAge,
     /// Group with too few members.
     EvictedMinGroupSize,
+    /// Group that somebody discarded.
+    EvictedDiscarded,
 }
 
 impl Place {
     /// Every place and its key in Python; `Partial` is split into leased and idle there.
-    pub const ALL: [(Self, &'static str); 14] = [
+    pub const ALL: [(Self, &'static str); 15] = [
         (Self::Partial, "partial"),
         (Self::Unscored, "unscored"),
         (Self::WaitingGroup, "waiting_group"),
@@ -52,6 +54,7 @@ impl Place {
         (Self::EvictedFailed, "evicted_failed"),
         (Self::EvictedOverAge, "evicted_over_age"),
         (Self::EvictedMinGroupSize, "evicted_min_group_size"),
+        (Self::EvictedDiscarded, "evicted_discarded"),
     ];
 }
 
@@ -59,6 +62,7 @@ impl Place {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ledger {
     /// Tokens by `Place`; signed, so that an error of ours shows as a negative number instead of wrapping.
+    #[serde(with = "places")]
     places: [i64; Place::ALL.len()],
     /// Prompt tokens of admitted training trajectories.
     pub prompt: u64,
@@ -70,6 +74,9 @@ pub struct Ledger {
     pub eval: u64,
     /// Trajectories whose tokens are in `EvictedLate`.
     pub late: u64,
+    /// Training tokens that workers appended beyond their grants.
+    #[serde(default)]
+    pub overdraft: u64,
 }
 
 impl Ledger {
@@ -92,6 +99,55 @@ impl Ledger {
     /// Sum of all places.
     pub fn generated(&self) -> i64 {
         self.places.iter().sum()
+    }
+}
+
+/// Places by name, so that one may be added; a list of the first of them is what format 3 had.
+mod places {
+    use std::{collections::BTreeMap, fmt};
+
+    use serde::{
+        Deserializer, Serializer,
+        de::{MapAccess, SeqAccess, Visitor},
+    };
+
+    use super::Place;
+
+    type Places = [i64; Place::ALL.len()];
+
+    pub fn serialize<S: Serializer>(places: &Places, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_map(Place::ALL.iter().map(|(place, name)| (name, places[*place as usize])))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Places, D::Error> {
+        from.deserialize_any(Read)
+    }
+
+    struct Read;
+
+    impl<'de> Visitor<'de> for Read {
+        type Value = Places;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("tokens by place")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Places, A::Error> {
+            let mut read: BTreeMap<String, i64> = BTreeMap::new();
+            while let Some((name, tokens)) = map.next_entry()? {
+                read.insert(name, tokens);
+            }
+            Ok(Place::ALL.map(|(_, name)| read.get(name).copied().unwrap_or(0)))
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Places, A::Error> {
+            let mut places = [0; Place::ALL.len()];
+            for place in &mut places {
+                let Some(tokens) = seq.next_element()? else { break };
+                *place = tokens;
+            }
+            Ok(places)
+        }
     }
 }
 

@@ -25,7 +25,7 @@ pub const VETO: u8 = 32;
 
 /// Mask flags of the tokens of a run of the trajectory `id` in `claim`.
 pub fn mask(run: &Run, id: u64, trajectory: &Trajectory, claim: &Claim) -> u8 {
-    let over_age = |limit| claim.version - run.version > i64::from(limit);
+    let over_age = |limit| claim.version.saturating_sub(run.version) > i64::from(limit);
     let current_only = claim.segment_loss == SegmentLoss::CurrentOnly;
     if run.observed {
         0
@@ -83,7 +83,8 @@ fn add_sums(sums: &mut ClaimSums, state: &State, group: &Group, claim: &Claim) {
 pub fn is_trainable(state: &State, group: &Group, version: Version, max_staleness: Option<u32>) -> bool {
     state.members(group).any(|(_, trajectory)| {
         let newest = trajectory.newest_generated();
-        let fresh = newest.is_some_and(|v| max_staleness.is_none_or(|limit| version - v <= i64::from(limit)));
+        let fresh =
+            newest.is_some_and(|v| max_staleness.is_none_or(|limit| version.saturating_sub(v) <= i64::from(limit)));
         fresh && !matches!(trajectory.verdict, Verdict::Failed | Verdict::Late)
     })
 }

@@ -2,6 +2,7 @@
 //! and the records after that are what recovery reads.
 
 pub mod apply;
+pub mod codec;
 pub mod group;
 pub mod ledger;
 pub mod mask;
@@ -86,6 +87,27 @@ pub struct Claim {
     pub status: ClaimStatus,
     pub sums: ClaimSums,
     pub left_out: LeftOut,
+    /// Version that the caller named, if it is another than the claim's.
+    #[serde(default)]
+    pub asked: Option<Version>,
+}
+
+impl Claim {
+    /// Version that a repeat names.
+    pub fn asked(&self) -> Version {
+        self.asked.unwrap_or(self.version)
+    }
+}
+
+/// A claim that was undone: what it was, to be made again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "fields that say themselves")]
+pub struct Undone {
+    pub version: Version,
+    pub max_staleness: Option<u32>,
+    pub segment_loss: SegmentLoss,
+    /// Groups in claim order.
+    pub groups: Vec<u64>,
 }
 
 /// What a publication said, to answer its repeat.
@@ -131,6 +153,9 @@ pub struct State {
     pub version: Version,
     /// Newest version ever seen; -1 before the first.
     pub max_version: Version,
+    /// Undone claims by iteration: they are made again, as they were and in this order, before any new one.
+    #[serde(default)]
+    pub undone: BTreeMap<i64, Undone>,
 }
 
 /// Decodes a persistent collection by way of one of the standard library, which makes room as items come: the other
@@ -162,6 +187,7 @@ impl Default for State {
             next_cursor: 0,
             version: -1,
             max_version: -1,
+            undone: BTreeMap::new(),
         }
     }
 }

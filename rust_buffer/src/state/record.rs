@@ -30,12 +30,38 @@ pub enum SegmentLoss {
 }
 
 /// Why groups are dropped before they were trained.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Reason {
     /// No token to train.
     OverAge,
     /// The caller dropped an evaluation.
     Eval,
+    /// Somebody wanted it gone, for the reason told.
+    Discarded(String),
+}
+
+impl Reason {
+    /// Name in the log.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::OverAge => "over_age",
+            Self::Eval => "eval",
+            Self::Discarded(_) => "discarded",
+        }
+    }
+
+    /// The one of this name.
+    ///
+    /// # Errors
+    /// The name is unknown.
+    pub fn named(name: &str, detail: Option<String>) -> std::result::Result<Self, String> {
+        match name {
+            "over_age" => Ok(Self::OverAge),
+            "eval" => Ok(Self::Eval),
+            "discarded" => Ok(Self::Discarded(detail.unwrap_or_default())),
+            other => Err(format!("groups are evicted for the unknown reason {other:?}")),
+        }
+    }
 }
 
 /// Trajectories of a claim that the learner left out of the gradient.
@@ -52,6 +78,7 @@ pub struct LeftOut {
 pub struct Admit {
     /// Id made by the caller.
     pub request_id: String,
+    #[serde(default)]
     pub cursor: Option<u64>,
     pub kind: Kind,
     pub prompt_id: String,
@@ -62,6 +89,7 @@ pub struct Admit {
     /// Generated tokens that each member may reach.
     pub max_tokens: u32,
     /// Higher ones are started first.
+    #[serde(default)]
     pub priority: i32,
 }
 
@@ -81,6 +109,9 @@ pub struct Appended {
     pub stop: Option<Stop>,
     /// Name and dtype of the extra columns.
     pub extra: Vec<(String, String)>,
+    /// Those of its tokens that were beyond the lease's grant.
+    #[serde(default)]
+    pub over: u32,
 }
 
 /// The outcome of one scoring attempt.
@@ -109,10 +140,13 @@ pub struct Claimed {
     pub segment_loss: SegmentLoss,
     /// Groups in claim order.
     pub groups: Vec<u64>,
+    /// Version that the caller named, where an undone claim is made again as it was recorded.
+    #[serde(default)]
+    pub asked: Option<Version>,
 }
 
-/// One durable change.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// One durable change; `codec` has its bytes.
+#[derive(Debug, Clone, PartialEq)]
 pub enum Record {
     /// Sets the quota of a version.
     Quota(Version, Quota),

@@ -1,9 +1,12 @@
 //! Segments of a trajectory and their invariants.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// Number of a policy publication; -1 before the first one.
 pub type Version = i64;
+
+/// The newest version that can be: each token's is an int32 to the learner.
+pub const MAX_VERSION: Version = i32::MAX as Version;
 
 /// Why a trajectory is complete; the numbers are those of `pmdflow.types.Stop`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,6 +19,17 @@ pub enum Stop {
     Length = 2,
     /// The repetition detector ended it.
     Repetition = 3,
+}
+
+impl Stop {
+    /// The one of this number.
+    ///
+    /// # Errors
+    /// The number is unknown.
+    pub fn numbered(number: u8) -> Result<Self, String> {
+        let known = [Self::None, Self::Stop, Self::Length, Self::Repetition];
+        known.into_iter().find(|stop| *stop as u8 == number).ok_or_else(|| format!("the stop {number} is unknown"))
+    }
 }
 
 /// Why a worker ends its lease.
@@ -39,7 +53,7 @@ impl End {
 }
 
 /// One stored run of tokens: where its arrays lie. Neighbours of equal version and temperature are one segment to readers.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 #[allow(missing_docs, reason = "fields that say themselves")]
 pub struct Run {
     /// Tokens.
@@ -72,6 +86,21 @@ impl Run {
     /// Tokens that the policy made.
     pub fn generated(&self) -> u32 {
         if self.observed { 0 } else { self.len }
+    }
+}
+
+impl Serialize for Run {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        // By position, in the order of the declaration: names would outweigh the rest of a snapshot.
+        let Self { len, version, temperature, observed, file, frame, at, crc } = *self;
+        (len, version, temperature, observed, file, frame, at, crc).serialize(to)
+    }
+}
+
+impl<'de> Deserialize<'de> for Run {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let (len, version, temperature, observed, file, frame, at, crc) = Deserialize::deserialize(from)?;
+        Ok(Self { len, version, temperature, observed, file, frame, at, crc })
     }
 }
 

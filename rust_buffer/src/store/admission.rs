@@ -3,18 +3,15 @@
 use crate::{
     error::{Result, StoreError},
     log::Arrays,
-    state::group::Kind,
+    state::group::{Kind, MAX_GROUP_SIZE},
     state::record::{Admit, Quota, Record},
     state::request_hash,
-    state::trajectory::Version,
+    state::trajectory::{MAX_VERSION, Version},
     store::{Store, conflict},
 };
 
 /// Room kept in `max_bytes` for a token to come: 8 bytes of payload, the rest for headers and alignment.
 pub const BYTES_PER_TOKEN: u64 = 16;
-
-/// Members of a group: each has its place in the index from the admission on.
-pub const MAX_GROUP_SIZE: u32 = 1 << 16;
 
 /// What an admission keeps of its prompt: the arrays of its record.
 #[derive(Debug, Clone, Copy)]
@@ -39,8 +36,10 @@ impl Store {
     /// # Errors
     /// `Conflict` for an empty segment budget or a version whose books are closed.
     pub fn set_quota(&mut self, version: Version, quota: Quota) -> Result<()> {
-        if version < 0 || quota.tokens_per_segment == Some(0) {
-            return conflict(format!("version {version} must be >= 0 and tokens_per_segment >= 1 or None"));
+        if !(0..=MAX_VERSION).contains(&version) || quota.tokens_per_segment == Some(0) {
+            return conflict(format!(
+                "version {version} must be 0 to {MAX_VERSION} and tokens_per_segment >= 1 or None"
+            ));
         }
         if self.state.quotas.get(&version) == Some(&quota) {
             return Ok(());
@@ -83,6 +82,11 @@ impl Store {
                 "request {request:?}: group_size {size}, a group has at most {MAX_GROUP_SIZE} members"
             ));
         }
+        if admit.prompt_len as usize != prompt.tokens.len() / 4 || prompt.tokens.chunks_exact(4).any(|id| id[3] > 0x7f)
+        {
+            let (request, len) = (&admit.request_id, admit.prompt_len);
+            return conflict(format!("request {request:?}: the prompt is not {len} token ids of 0 to {}", i32::MAX));
+        }
         let arrays = prompt.arrays();
         if admit.kind == Kind::Train {
             self.check_room(admit, arrays.iter().map(|bytes| bytes.len()).sum())?;
@@ -118,7 +122,8 @@ impl Store {
         }
         let Some(limit) = self.settings.max_bytes else { return Ok(()) };
         let tokens = self.index.outstanding_tokens + u64::from(admit.size) * u64::from(admit.max_tokens);
-        let value = self.log.bytes() + tokens * BYTES_PER_TOKEN + bytes as u64;
+        let value =
+            self.log.bytes().saturating_add(tokens.saturating_mul(BYTES_PER_TOKEN)).saturating_add(bytes as u64);
         if value > limit {
             let (what, remedy) =
                 ("the store's size in bytes, unfinished work included,", "raise max_bytes or evict what is archived");

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use crate::{
     error::Result,
     log::{Bytes, Location, Log},
+    state::codec,
     state::record::Record,
     state::trajectory::Run,
-    wire,
 };
 
 /// What an admission kept of its prompt.
@@ -116,7 +116,7 @@ pub fn read_extras(log: &Log, runs: &[Run]) -> Result<BTreeMap<String, Vec<Extra
     for run in runs {
         let frame = log.frame_at(run.file, run.frame)?;
         let damaged = |detail| log.corrupt(run.file, run.frame, detail);
-        let record: Record = wire::decode(frame.header()).map_err(damaged)?;
+        let record = codec::decode(frame.kind(), frame.header()).map_err(damaged)?;
         let mut arrays = frame.parts();
         let items = if let Record::Append(items) = record { items } else { Vec::new() };
         for item in items.into_iter().filter(|item| item.len > 0) {

@@ -62,6 +62,7 @@ pub struct Rows {
     pub groups: Vec<i64>,
     pub trajectories: Vec<i64>,
     pub rewards: Vec<f64>,
+    /// NaN where a member has no such component.
     pub components: BTreeMap<String, Vec<f64>>,
     pub stops: Vec<u8>,
     /// Prompt ids, each with the number of neighbours that have it.
@@ -174,7 +175,7 @@ fn push_row(rows: &mut Rows, components: &mut BTreeMap<u32, Vec<f64>>, member: &
     }
     for (name, values) in components {
         let own = member.components.iter().find(|(own, _)| own == name);
-        values.push(own.map_or(0.0, |(_, value)| *value));
+        values.push(own.map_or(f64::NAN, |(_, value)| *value));
     }
 }
 

@@ -1,5 +1,7 @@
 //! The learner's side of the store: claims, publications, commits and eviction; and evaluation results.
 
+use std::ops::Bound::{Excluded, Unbounded};
+
 use crate::{
     clock::Micros,
     error::Result,
@@ -7,8 +9,8 @@ use crate::{
     state::group::{Kind, Phase},
     state::mask,
     state::record::{Claimed, LeftOut, Reason, Record},
-    state::trajectory::{Stop, Version},
-    state::{ClaimStatus, Publication},
+    state::trajectory::{MAX_VERSION, Stop, Version},
+    state::{ClaimStatus, Publication, Undone},
     store::{Store, conflict},
 };
 
@@ -63,14 +65,28 @@ impl Store {
         self.index.leased == 0 && self.index.unscored_train == 0 && self.next_trainable(self.state.version).is_none()
     }
 
-    /// Claims `iteration`'s groups for a learner at `version`; None while it has to wait.
+    /// Claims `iteration`'s groups for a learner at `version`; None while it has to wait. Undone claims come first: the
+    /// oldest of them is made again as it was, groups, order, version and masks.
     ///
     /// # Errors
-    /// `Conflict`: another claim is untrained, or the iteration is not above every earlier one.
+    /// `Conflict`: another claim is untrained, the iteration is not above every earlier one, the version was never
+    /// published, or a repeat names another.
     pub fn claim(&mut self, iteration: i64, version: Version, now: Micros) -> Result<Option<ClaimAnswer>> {
         self.expire(now)?;
         if let Some(claim) = self.state.claims.get(&iteration) {
+            if claim.asked() != version {
+                return conflict(format!(
+                    "iteration {iteration} is claimed by a learner at version {}, not {version}; repeat it with that",
+                    claim.asked()
+                ));
+            }
             return Ok(Some(ClaimAnswer::Claimed(claim.groups.clone(), claim.lsn)));
+        }
+        if iteration < 0 || version < 0 || version > self.state.version {
+            let newest = self.state.version;
+            return conflict(format!(
+                "iteration {iteration} (>= 0) cannot be claimed at version {version}: the newest published is {newest}"
+            ));
         }
         if let Some(open) = self.state.open_claim() {
             return conflict(format!(
@@ -81,6 +97,13 @@ impl Store {
         if newest.is_some_and(|newest| iteration <= newest) {
             return conflict(format!("iteration {iteration} is not above the newest claim's, {newest:?}"));
         }
+        if let Some(undone) = self.state.undone.values().next() {
+            let Undone { version: recorded, max_staleness, segment_loss, groups } = undone.clone();
+            let (version, asked) = (recorded, Some(version));
+            let claimed = Claimed { iteration, version, max_staleness, segment_loss, groups: groups.clone(), asked };
+            let (lsn, _) = self.record(&Record::Claim(claimed), &Arrays::default())?;
+            return Ok(Some(ClaimAnswer::Claimed(groups, lsn)));
+        }
         let wanted = self.settings.groups_per_iteration;
         if self.index.ready.len() < wanted && !self.is_closed() {
             return Ok(None);
@@ -89,7 +112,8 @@ impl Store {
         let closed = self.is_closed();
         if groups.len() == wanted || (closed && !groups.is_empty()) {
             let (max_staleness, segment_loss) = (self.settings.max_staleness, self.settings.segment_loss);
-            let claimed = Claimed { iteration, version, max_staleness, segment_loss, groups: groups.clone() };
+            let claimed =
+                Claimed { iteration, version, max_staleness, segment_loss, groups: groups.clone(), asked: None };
             let (lsn, _) = self.record(&Record::Claim(claimed), &Arrays::default())?;
             return Ok(Some(ClaimAnswer::Claimed(groups, lsn)));
         }
@@ -125,11 +149,11 @@ impl Store {
         if self.state.publications.get(&version) == Some(&publication) {
             return Ok(());
         }
-        if version <= self.state.version {
+        if version > MAX_VERSION || version <= self.state.version {
             return conflict(format!(
-                "version {version} is not above the newest, {}; publish {} or higher",
+                "version {version} is not above the newest, {}; publish {} or higher, at most {MAX_VERSION}",
                 self.state.version,
-                self.state.max_version + 1
+                self.state.max_version.saturating_add(1)
             ));
         }
         if let Some(iteration) = iteration {
@@ -165,8 +189,17 @@ impl Store {
     /// Commits every claim up to `iteration`.
     ///
     /// # Errors
-    /// `Conflict` when one of them is untrained.
+    /// `Conflict` when one of them is untrained, or `iteration` has none: what a checkpoint covers is not in the store.
     pub fn commit_claims(&mut self, iteration: i64) -> Result<()> {
+        let newest =
+            self.state.claims.range(..=iteration).next_back().map(|(newest, _)| *newest).max(self.state.evicted);
+        if iteration > 0 && newest.is_none_or(|newest| newest < iteration) {
+            let first = newest.map_or(1, |newest| newest.saturating_add(1));
+            return conflict(format!(
+                "iterations {first} to {iteration} have no claim in the store and cannot be committed; the store is older \
+                 than the checkpoint that covers them: restore both from one time"
+            ));
+        }
         let mut claims = self.state.claims.range(..=iteration);
         if let Some((open, _)) = claims.clone().find(|(_, claim)| claim.status == ClaimStatus::Claimed) {
             return conflict(format!(
@@ -189,7 +222,8 @@ impl Store {
                 "claims up to iteration {evicted} are evicted; resume from a checkpoint of it or later"
             ));
         }
-        let undone: Vec<i64> = self.state.claims.range(iteration + 1..).map(|(iteration, _)| *iteration).collect();
+        let undone: Vec<i64> =
+            self.state.claims.range((Excluded(iteration), Unbounded)).map(|(iteration, _)| *iteration).collect();
         if !undone.is_empty() {
             self.record(&Record::Uncommit(iteration), &Arrays::default())?;
         }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::{
     log::Lsn,
+    state::ClaimStatus,
     state::group::{Group, Phase},
     state::ledger::{Place, signed},
     state::trajectory::{Trajectory, Verdict, Version},
@@ -36,6 +37,8 @@ pub struct Counts {
     pub trajectories_unscored: u64,
     /// Those that their groups did not wait for, since the store began.
     pub trajectories_late: u64,
+    /// Second, differing outcomes of scoring attempts since the store was opened: the first ones stand.
+    pub scores_ignored: u64,
     /// Evaluation trajectories without a verdict.
     pub eval_pending: u64,
     /// Budget of the newest version.
@@ -66,6 +69,7 @@ impl Store {
             trajectories_partial: partial,
             trajectories_unscored: index.unscored_train,
             trajectories_late: state.ledger.late,
+            scores_ignored: self.scores_ignored,
             eval_pending: index.eval_pending,
             tokens_budget: state.quotas.get(&state.version).map_or(0, |quota| quota.tokens),
             tokens_spent: state.spent.get(&state.version).copied().unwrap_or(0),
@@ -73,7 +77,8 @@ impl Store {
         }
     }
 
-    /// The ledger by key; `prompt`, `observed`, `reprefill` and `eval` are outside the sum `generated`.
+    /// The ledger by key; `prompt`, `observed`, `reprefill`, `eval` and `overdraft` are outside the sum
+    /// `generated`.
     pub fn ledger(&self) -> Vec<(&'static str, i64)> {
         let ledger = &self.state.ledger;
         let leased = signed(self.index.leased_tokens);
@@ -89,6 +94,7 @@ impl Store {
             ("observed", signed(ledger.observed)),
             ("reprefill", signed(ledger.reprefill)),
             ("eval", signed(ledger.eval)),
+            ("overdraft", signed(ledger.overdraft)),
         ]);
         rows
     }
@@ -101,13 +107,8 @@ impl Store {
 
     /// Name of a group's state in Python, and the iteration of its claim.
     pub fn phase_of(&self, group: &Group) -> (&'static str, Option<i64>) {
-        match group.phase {
-            Phase::Partial => ("partial", None),
-            Phase::Ready => ("ready", None),
-            Phase::Claimed(iteration) => {
-                (self.state.claims.get(&iteration).map_or("claimed", |claim| claim.status.name()), Some(iteration))
-            }
-        }
+        let status = |iteration: &i64| self.state.claims.get(iteration).map(|claim| claim.status);
+        named_phase(group, status)
     }
 
     /// Name of the state of every claim that is not evicted, by iteration.
@@ -125,5 +126,18 @@ impl Store {
             Verdict::Pending if self.leases.contains(id) => "leased",
             Verdict::Pending => "idle",
         }
+    }
+}
+
+/// Name of a group's state in Python, and the iteration of its claim, whose status is among `claims`.
+pub(super) fn phase_name(group: &Group, claims: &BTreeMap<i64, ClaimStatus>) -> (&'static str, Option<i64>) {
+    named_phase(group, |iteration| claims.get(iteration).copied())
+}
+
+fn named_phase(group: &Group, status: impl Fn(&i64) -> Option<ClaimStatus>) -> (&'static str, Option<i64>) {
+    match group.phase {
+        Phase::Partial => ("partial", None),
+        Phase::Ready => ("ready", None),
+        Phase::Claimed(iteration) => (status(&iteration).map_or("claimed", ClaimStatus::name), Some(iteration)),
     }
 }

@@ -22,10 +22,14 @@ use crate::{
 /// Oldest group first; ids follow the order of admission.
 type Key = (u64, u64);
 
+/// By the version of the newest token, -1 without one: a worker may extend those up to its own version, and finds the
+/// oldest at once, however many are newer.
+type ByVersion = BTreeMap<Version, BTreeSet<Key>>;
+
 /// Where an idle trajectory is listed.
 enum Idle {
-    Eval,
-    Partial,
+    Eval(Version),
+    Partial(Version),
     Exhausted(Version),
     Fresh(Reverse<i32>),
 }
@@ -40,11 +44,11 @@ pub struct Index {
     /// Training groups that count against the quota.
     pub groups_untrained: u64,
     /// Idle evaluation trajectories.
-    eval: BTreeSet<Key>,
+    eval: ByVersion,
     /// Idle training trajectories with tokens, whose newest version leaves them room in its segment budget.
-    partial: BTreeSet<Key>,
+    partial: ByVersion,
     /// Idle training trajectories whose segment budget of the version is used up: leasable at newer ones only.
-    exhausted: BTreeMap<Version, BTreeSet<Key>>,
+    exhausted: ByVersion,
     /// Idle training trajectories without tokens, highest priority first.
     fresh: BTreeSet<(Reverse<i32>, Key)>,
     /// Complete trajectories without a verdict that nobody is scoring: evaluation first.
@@ -107,15 +111,15 @@ impl Index {
             self.unscored_train += u64::from(group.kind == Kind::Train);
             self.unscored.insert((group.kind, id));
         } else if trajectory.is_partial() {
-            self.outstanding_tokens += u64::from(group.max_tokens - trajectory.len);
+            self.outstanding_tokens += u64::from(group.max_tokens.saturating_sub(trajectory.len));
             if leased {
                 self.leased += u64::from(group.kind == Kind::Train);
                 self.leased_tokens += if group.kind == Kind::Train { u64::from(trajectory.generated()) } else { 0 };
             } else {
                 let key = (trajectory.group, id);
                 match Self::idle_list(state, trajectory, group) {
-                    Idle::Eval => self.eval.insert(key),
-                    Idle::Partial => self.partial.insert(key),
+                    Idle::Eval(version) => self.eval.entry(version).or_default().insert(key),
+                    Idle::Partial(version) => self.partial.entry(version).or_default().insert(key),
                     Idle::Exhausted(version) => self.exhausted.entry(version).or_default().insert(key),
                     Idle::Fresh(priority) => self.fresh.insert((priority, key)),
                 };
@@ -139,19 +143,18 @@ impl Index {
                 self.deadlines.remove(&(deadline, id));
             }
         } else if trajectory.is_partial() {
-            self.outstanding_tokens -= u64::from(group.max_tokens - trajectory.len);
+            self.outstanding_tokens -= u64::from(group.max_tokens.saturating_sub(trajectory.len));
             if leased {
                 self.leased -= u64::from(group.kind == Kind::Train);
                 self.leased_tokens -= if group.kind == Kind::Train { u64::from(trajectory.generated()) } else { 0 };
             } else {
                 let key = (trajectory.group, id);
                 match Self::idle_list(state, trajectory, group) {
-                    Idle::Eval => self.eval.remove(&key),
-                    Idle::Partial => self.partial.remove(&key),
-                    Idle::Exhausted(version) => self.exhausted.entry(version).or_default().remove(&key),
+                    Idle::Eval(version) => remove(&mut self.eval, version, key),
+                    Idle::Partial(version) => remove(&mut self.partial, version, key),
+                    Idle::Exhausted(version) => remove(&mut self.exhausted, version, key),
                     Idle::Fresh(priority) => self.fresh.remove(&(priority, key)),
                 };
-                self.exhausted.retain(|_, set| !set.is_empty());
             }
         }
         Ok(())
@@ -159,47 +162,45 @@ impl Index {
 
     fn idle_list(state: &State, trajectory: &Trajectory, group: &Group) -> Idle {
         match (group.kind, trajectory.last_version()) {
-            (Kind::Eval, _) => Idle::Eval,
+            (Kind::Eval, version) => Idle::Eval(version.unwrap_or(-1)),
             (Kind::Train, None) => Idle::Fresh(Reverse(group.priority)),
             (Kind::Train, Some(version)) => {
                 let limit = state.quotas.get(&version).and_then(|quota| quota.tokens_per_segment);
                 if limit.is_some_and(|limit| trajectory.tail >= limit) {
                     Idle::Exhausted(version)
                 } else {
-                    Idle::Partial
+                    Idle::Partial(version)
                 }
             }
         }
     }
 
     /// Idle training trajectories whose newest token is of `version`: those that a new quota for it moves.
-    pub fn idle_under(&self, state: &State, version: Version) -> Vec<u64> {
-        let newest = |id: &u64| state.trajectories.get(id).and_then(Trajectory::last_version) == Some(version);
-        let exhausted = self.exhausted.get(&version).into_iter().flatten();
-        self.partial.iter().chain(exhausted).map(|(_, id)| *id).filter(newest).collect()
+    pub fn idle_under(&self, version: Version) -> impl Iterator<Item = u64> + '_ {
+        let sets = [self.partial.get(&version), self.exhausted.get(&version)];
+        sets.into_iter().flatten().flatten().map(|(_, id)| *id)
     }
 
     /// The first idle evaluation trajectory that a worker at `version` may extend.
-    pub fn next_eval(&self, state: &State, version: Version) -> Option<u64> {
-        first(&self.eval, state, version).map(|(_, id)| id)
+    pub fn next_eval(&self, version: Version) -> Option<u64> {
+        first(self.eval.range(..=version)).map(|(_, id)| id)
     }
 
     /// The first idle training trajectory that a worker at `version` may extend, if the version's budget lasts.
-    pub fn next_train(&self, state: &State, version: Version) -> Option<u64> {
-        let older = self.exhausted.range(..version).filter_map(|(_, set)| set.first().copied());
-        let partial = older.chain(first(&self.partial, state, version)).min();
+    pub fn next_train(&self, version: Version) -> Option<u64> {
+        let partial = first(self.exhausted.range(..version).chain(self.partial.range(..=version)));
         partial.or_else(|| self.fresh.first().map(|(_, key)| *key)).map(|(_, id)| id)
     }
 
     /// Idle training trajectories, and how many of them hold tokens.
     pub fn idle(&self) -> (usize, usize) {
-        let partial = self.partial.len() + self.exhausted.values().map(BTreeSet::len).sum::<usize>();
+        let partial = count(&self.partial) + count(&self.exhausted);
         (partial + self.fresh.len(), partial)
     }
 
     /// Idle trajectories, evaluation too.
     pub fn num_idle(&self) -> usize {
-        self.idle().0 + self.eval.len()
+        self.idle().0 + count(&self.eval)
     }
 
     /// Complete trajectories without a verdict that can be handed out.
@@ -236,7 +237,20 @@ impl Index {
     }
 }
 
-/// The first key whose trajectory accepts `version`; all but lagging workers find it at once.
-fn first(set: &BTreeSet<Key>, state: &State, version: Version) -> Option<Key> {
-    set.iter().copied().find(|(_, id)| state.trajectories.get(id).is_some_and(|t| t.accepts(version)))
+/// The oldest of several sets.
+fn first<'a>(sets: impl Iterator<Item = (&'a Version, &'a BTreeSet<Key>)>) -> Option<Key> {
+    sets.filter_map(|(_, set)| set.first().copied()).min()
+}
+
+fn count(sets: &ByVersion) -> usize {
+    sets.values().map(BTreeSet::len).sum()
+}
+
+fn remove(sets: &mut ByVersion, version: Version, key: Key) -> bool {
+    let Some(set) = sets.get_mut(&version) else { return false };
+    let removed = set.remove(&key);
+    if set.is_empty() {
+        sets.remove(&version);
+    }
+    removed
 }

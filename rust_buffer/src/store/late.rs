@@ -99,6 +99,13 @@ impl Store {
         Ok(report)
     }
 
+    /// Stops the time of a group that is gone.
+    pub(crate) fn forget_overdue(&mut self, id: u64) {
+        if let Some(overdue) = &mut self.overdue {
+            overdue.remove(id);
+        }
+    }
+
     /// Starts or stops the time of a group that has one more verdict.
     pub(crate) fn watch_group(&mut self, id: u64, now: Micros) {
         let (Some(straggler), Some(overdue)) = (self.settings.straggler, &mut self.overdue) else { return };

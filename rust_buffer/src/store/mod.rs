@@ -1,20 +1,23 @@
 //! The store: each operation is checked against the state, logged as a record, and applied.
 //!
-//! This file holds opening and the path of every record; `admission`, `rollout` and `scoring` hold what a trajectory
-//! goes through, `claims` the learner's side, `counts`, `query` and `reads` what is only looked at. Nothing here blocks:
+//! This file holds opening and the path of every record; `admission`, `rollout`, `append` and `scoring` hold what a
+//! trajectory goes through, `claims` the learner's side, `counts`, `query` and `reads` what is only looked at. Nothing here blocks:
 //! waits are in `shared`.
 
 pub mod admission;
+pub mod append;
 pub mod arrays;
 pub mod check;
 pub mod claim_view;
 pub mod claims;
 pub mod counts;
+mod discard;
 pub mod index;
 pub mod late;
 pub mod lease;
 pub mod query;
 pub mod reads;
+mod repeats;
 pub mod rollout;
 mod scoring;
 pub mod shared;
@@ -30,6 +33,7 @@ use crate::{
     log::{Arrays, Durability, Location, Log, LogOptions, Lsn, Storage},
     state::State,
     state::apply::Placed,
+    state::codec,
     state::group::Straggler,
     state::record::{Record, SegmentLoss},
     state::trajectory::Version,
@@ -37,7 +41,6 @@ use crate::{
     store::late::{LateReport, Overdue},
     store::lease::Leases,
     store::snapshot::Snapshots,
-    wire,
 };
 
 /// Looks of a reader at a store that is being written, before it believes what it sees; and the time between two.
@@ -86,6 +89,8 @@ pub struct Store {
     pub(crate) late_reports: VecDeque<LateReport>,
     pub(crate) snapshots: Snapshots,
     quota_changes: u64,
+    /// Second, differing outcomes of scoring attempts since the store was opened.
+    pub(crate) scores_ignored: u64,
 }
 
 /// What waits look at.
@@ -93,6 +98,8 @@ pub struct Store {
 pub(crate) struct Signature {
     ready: usize,
     unscored: usize,
+    unscored_train: u64,
+    taken_back: Option<Micros>,
     idle: usize,
     leased: u64,
     eval_pending: u64,
@@ -148,7 +155,18 @@ impl Store {
         let index = Index::of(&state)?;
         let (leases, snapshots) = (Leases::default(), Snapshots::new(settings.file_bytes));
         let late_reports = VecDeque::new();
-        Ok(Self { log, settings, state, index, leases, overdue: None, late_reports, snapshots, quota_changes: 0 })
+        Ok(Self {
+            log,
+            settings,
+            state,
+            index,
+            leases,
+            overdue: None,
+            late_reports,
+            snapshots,
+            quota_changes: 0,
+            scores_ignored: 0,
+        })
     }
 
     /// The durable state.
@@ -172,6 +190,8 @@ impl Store {
         Signature {
             ready: self.index.ready.len(),
             unscored: self.index.num_unscored(),
+            unscored_train: self.index.unscored_train,
+            taken_back: self.index.next_deadline(),
             idle: self.index.num_idle(),
             leased: self.index.leased,
             eval_pending: self.index.eval_pending,
@@ -192,7 +212,7 @@ impl Store {
 
     /// Logs a record and applies it.
     pub(crate) fn record(&mut self, record: &Record, arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
-        let header = wire::encode(record)?;
+        let header = codec::encode(record)?;
         let (lsn, location) = self.log.write(record.kind(), &header, arrays)?;
         let placed = Placed { location, lsn, arrays: arrays.places(header.len()) };
         // The log has it already: whatever came after it would be decided on another state than replay has.

@@ -6,12 +6,14 @@ use std::collections::BTreeMap;
 
 use crate::{
     clock::Micros,
-    error::Result,
+    error::{Result, StoreError},
     state::State,
     state::group::Group,
     state::trajectory::{Trajectory, Verdict, Version},
     store::Store,
     store::arrays::{Extra, StoredPrompt, Tokens, read_extras, read_prompt, read_runs},
+    store::claim_view::{ClaimView, Columns, Rows},
+    store::counts::phase_name,
     store::rollout::Granted,
     store::shared::{Clock, Shared},
 };
@@ -79,12 +81,28 @@ impl Shared {
     ) -> Result<Vec<LeaseView>> {
         let granted =
             self.wait(timeout_s, clock, |store, now| store.lease(worker, version, max_leases, now).map(some))?;
-        let read = |granted: Granted| {
-            let prompt = read_prompt(self.log(), granted.prompt)?;
-            let prefix = read_runs(self.log(), &granted.runs)?;
-            Ok(LeaseView { granted, prompt, prefix })
-        };
-        granted.into_iter().flat_map(|(_, granted)| granted).map(read).collect()
+        self.read_leases(granted.into_iter().flat_map(|(_, granted)| granted))
+    }
+
+    /// Leases the members of a group that can still grow, whatever the order and the budgets say.
+    ///
+    /// # Errors
+    /// Those of `Store::lease_group` and of the log, or `Closed`.
+    pub fn lease_group(&self, worker: &str, group: u64, clock: Clock) -> Result<Vec<LeaseView>> {
+        let (_, granted) = self.change(true, |store| store.lease_group(worker, group, clock.base()))?;
+        self.read_leases(granted)
+    }
+
+    fn read_leases(&self, granted: impl IntoIterator<Item = Granted>) -> Result<Vec<LeaseView>> {
+        let mut leases = Vec::new();
+        for granted in granted {
+            let read = read_prompt(self.log(), granted.prompt)
+                .and_then(|prompt| Ok((prompt, read_runs(self.log(), &granted.runs)?)));
+            if let Some((prompt, prefix)) = self.unless_gone(granted.trajectory, read)? {
+                leases.push(LeaseView { granted, prompt, prefix });
+            }
+        }
+        Ok(leases)
     }
 
     /// Hands out up to `max_items` complete trajectories without a verdict for `ttl`; waits for the first one, and gives
@@ -97,12 +115,15 @@ impl Shared {
             let ids = store.unscored(max_items, ttl, now);
             ids.into_iter().map(|id| with_group(store.state(), id)).collect::<Result<_>>().map(some)
         })?;
-        let read = |(id, trajectory, group): (u64, Trajectory, Group)| {
-            let prompt = read_prompt(self.log(), group.location)?;
-            let tokens = read_runs(self.log(), &trajectory.runs)?;
-            Ok(UnscoredView { id, trajectory, group, prompt, tokens })
-        };
-        waiting.into_iter().flat_map(|(_, waiting)| waiting).map(read).collect()
+        let mut items = Vec::new();
+        for (id, trajectory, group) in waiting.into_iter().flat_map(|(_, waiting): (_, Vec<_>)| waiting) {
+            let read = read_prompt(self.log(), group.location)
+                .and_then(|prompt| Ok((prompt, read_runs(self.log(), &trajectory.runs)?)));
+            if let Some((prompt, tokens)) = self.unless_gone(id, read)? {
+                items.push(UnscoredView { id, trajectory, group, prompt, tokens });
+            }
+        }
+        Ok(items)
     }
 
     /// Live groups, those whose state has the name `state` if one is given.
@@ -110,16 +131,21 @@ impl Shared {
     /// # Errors
     /// Those of the log, or `Closed`.
     pub fn groups(&self, state: Option<&str>) -> Result<Vec<GroupView>> {
-        // All within the query, so that no file with a prompt is deleted meanwhile.
-        self.query(|store: &Store| {
-            let named = store.state().groups.iter().map(|(id, group)| (*id, group, store.phase_of(group)));
-            let wanted = named.filter(|(_, _, (name, _))| state.is_none_or(|state| state == *name));
-            let read = wanted.map(|(id, group, (state, iteration))| {
-                let prompt = read_prompt(store.log(), group.location)?;
-                Ok(GroupView { id, group: group.clone(), state, iteration, prompt })
-            });
-            read.collect()
-        })
+        let (groups, claims) = self.query(|store: &Store| {
+            let claims = store.state().claims.iter().map(|(iteration, claim)| (*iteration, claim.status));
+            Ok((store.state().groups.clone(), claims.collect()))
+        })?;
+        let mut views = Vec::new();
+        for (id, group) in &groups {
+            let (name, iteration) = phase_name(group, &claims);
+            if state.is_some_and(|state| state != name) {
+                continue;
+            }
+            if let Some(prompt) = self.unless_gone(group.first, read_prompt(self.log(), group.location))? {
+                views.push(GroupView { id: *id, group: group.clone(), state: name, iteration, prompt });
+            }
+        }
+        Ok(views)
     }
 
     /// One live trajectory.
@@ -132,10 +158,39 @@ impl Shared {
             let (state, verdict) = (store.state_of(id, &trajectory), verdict(store.state(), &trajectory));
             Ok((trajectory, group, state, verdict))
         })?;
-        let prompt = read_prompt(self.log(), group.location)?;
-        let tokens = read_runs(self.log(), &trajectory.runs)?;
-        let extras = read_extras(self.log(), &trajectory.runs)?;
+        let read = || {
+            let prompt = read_prompt(self.log(), group.location)?;
+            Ok((prompt, read_runs(self.log(), &trajectory.runs)?, read_extras(self.log(), &trajectory.runs)?))
+        };
+        let gone = || StoreError::Conflict(format!("trajectory {id} was evicted while it was read"));
+        let (prompt, tokens, extras) = self.unless_gone(id, read())?.ok_or_else(gone)?;
         Ok(TrajectoryView { id, trajectory, state, reward, components, prompt, tokens, extras })
+    }
+
+    /// Packs the claim of `iteration` into `columns`; its version, and the other arrays. Checksums of tokens are tested
+    /// if `check`.
+    ///
+    /// # Errors
+    /// `Conflict` when there is no such claim, or no longer, or the columns are too short; those of the log; `Closed`.
+    pub fn read_claim(&self, iteration: i64, columns: &mut Columns<'_>, check: bool) -> Result<(Version, Rows)> {
+        let view = self.query(|store| ClaimView::new(store.state(), iteration))?;
+        let packed = view.pack(self.log(), columns, check);
+        if packed.is_err() && self.query(|store| Ok(!store.state().claims.contains_key(&iteration)))? {
+            return Err(StoreError::Conflict(format!(
+                "the claim of iteration {iteration} was evicted while it was read"
+            )));
+        }
+        packed.map(|rows| (view.version(), rows))
+    }
+
+    /// What was read of a trajectory without holding the store; None when that failed because it was evicted meanwhile
+    /// and its files deleted: that is no damage.
+    fn unless_gone<T>(&self, id: u64, read: Result<T>) -> Result<Option<T>> {
+        match read {
+            Ok(read) => Ok(Some(read)),
+            Err(_) if self.query(|store| Ok(!store.state().trajectories.contains_key(&id)))? => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 }
 

@@ -19,10 +19,11 @@ impl Store {
         self.index.hand_out(max_items, now.saturating_add(ttl))
     }
 
-    /// Records the outcome of scoring attempt `attempt`; of a member that came too late, it is ignored.
+    /// Records the outcome of scoring attempt `attempt`. Of a member that came too late it is ignored, and so is a second
+    /// outcome of an attempt, which is counted if it differs: scorers need not agree, and the first one stands.
     ///
     /// # Errors
-    /// `Conflict`: not complete, a reward that is not finite, or another outcome for an attempt already recorded.
+    /// `Conflict`: not complete, a reward that is not finite, or an attempt that nobody was asked for.
     pub fn score(
         &mut self, id: u64, attempt: u32, outcome: Outcome, reward: f64, components: BTreeMap<String, f64>, now: Micros,
     ) -> Result<()> {
@@ -51,11 +52,15 @@ impl Store {
         if repeats {
             return Ok(());
         }
-        if attempt != trajectory.attempts || trajectory.verdict != Verdict::Pending {
+        if attempt > trajectory.attempts {
             return conflict(format!(
-                "trajectory {id}: attempt {attempt} differs from what is recorded (next attempt: {})",
+                "trajectory {id}: attempt {attempt} was never asked for (next attempt: {})",
                 trajectory.attempts
             ));
+        }
+        if attempt < trajectory.attempts || trajectory.verdict != Verdict::Pending {
+            self.scores_ignored += 1;
+            return Ok(());
         }
         let failed = outcome == Outcome::InfraFailure && attempt + 1 >= self.settings.max_attempts;
         let (id_of_group, group) = (trajectory.group, self.state.group(trajectory.group)?);

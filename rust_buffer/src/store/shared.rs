@@ -15,6 +15,9 @@ use crate::{
 /// Time that a record may take to be durable before its call fails.
 const SYNC_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// Longest time that a wait goes without asking whether it is interrupted.
+const SLICE: Duration = Duration::from_millis(100);
+
 struct Guarded {
     store: Store,
     closed: bool,
@@ -34,12 +37,22 @@ pub struct Shared {
 pub struct Clock {
     base: Micros,
     since: Instant,
+    interrupted: Option<Interrupted>,
 }
+
+/// Whether a wait is to end with `Interrupted`; it is asked a few times a second, without the store's lock.
+pub type Interrupted = fn() -> bool;
 
 impl Clock {
     /// The time of the call.
     pub fn base(self) -> Micros {
         self.base
+    }
+
+    /// The same, for a wait that `interrupted` can end.
+    #[must_use]
+    pub fn interruptible(self, interrupted: Option<Interrupted>) -> Self {
+        Self { interrupted, ..self }
     }
 
     fn now(self) -> Micros {
@@ -64,7 +77,7 @@ impl Shared {
     pub fn clock(&self, now_s: Option<f64>) -> Clock {
         let since = Instant::now();
         let base = now_s.unwrap_or_else(|| since.duration_since(self.start).as_secs_f64());
-        Clock { base: micros(base), since }
+        Clock { base: micros(base), since, interrupted: None }
     }
 
     fn lock(&self) -> Result<MutexGuard<'_, Guarded>> {
@@ -115,10 +128,11 @@ impl Shared {
         // A simulator's clock stands still unless we really wait.
         let mut now = clock.base;
         loop {
-            let before = guarded.store.lsn();
+            let (before, signature) = (guarded.store.lsn(), guarded.store.signature());
             let answer = guarded.store.expire(now).and_then(|()| attempt(&mut guarded.store, now));
             let lsn = guarded.store.lsn();
-            if lsn != before {
+            // What is handed out changes no record, but the deadline that others wait for.
+            if lsn != before || guarded.store.signature() != signature {
                 self.changed.notify_all();
             }
             if let Ok(Some(answer)) = answer {
@@ -134,9 +148,18 @@ impl Shared {
                 return Ok(None);
             }
             let until = guarded.store.next_deadline().map_or(deadline, |next| next.clamp(now + 1, deadline));
-            let pause = Duration::from_micros(u64::try_from(until - now).unwrap_or(0));
-            let woken = self.changed.wait_timeout(guarded, pause);
-            guarded = woken.map_err(|_| StoreError::Poisoned { detail: "a call panicked".to_owned() })?.0;
+            let pause = Duration::from_micros(u64::try_from(until.saturating_sub(now)).unwrap_or(0));
+            let slice = if clock.interrupted.is_some() { pause.min(SLICE) } else { pause };
+            let woken = self.changed.wait_timeout(guarded, slice);
+            let (mut locked, waited) =
+                woken.map_err(|_| StoreError::Poisoned { detail: "a call panicked".to_owned() })?;
+            if waited.timed_out() && clock.interrupted.is_some() {
+                // A handler of the signal may call the store.
+                drop(locked);
+                refuse_interrupted(clock.interrupted)?;
+                locked = self.lock()?;
+            }
+            guarded = locked;
             if guarded.closed {
                 return Err(StoreError::Closed);
             }
@@ -144,8 +167,41 @@ impl Shared {
         }
     }
 
+    /// Waits until record `lsn`, or the newest one, and all before it are as durable as the settings promise; false when
+    /// that takes longer than `timeout`.
+    ///
+    /// # Errors
+    /// Those of the log, `Interrupted`, or `Closed`.
+    pub fn wait_durable(&self, lsn: Option<Lsn>, timeout: Duration, interrupted: Option<Interrupted>) -> Result<bool> {
+        let newest = self.query(|store| Ok(store.lsn()))?;
+        let start = Instant::now();
+        loop {
+            let left = timeout.saturating_sub(start.elapsed());
+            if self.log.wait_durable(lsn.unwrap_or(newest), left.min(SLICE))? {
+                return Ok(true);
+            }
+            if left <= SLICE {
+                return Ok(false);
+            }
+            refuse_interrupted(interrupted)?;
+        }
+    }
+
+    /// Brings every record so far to the disk, at level `Os` too; the newest of them.
+    ///
+    /// # Errors
+    /// Those of the log, or `Closed`.
+    pub fn sync(&self) -> Result<Lsn> {
+        let lsn = self.query(|store| Ok(store.lsn()))?;
+        self.synced(lsn).map(|()| lsn)
+    }
+
     fn acknowledge(&self, lsn: Lsn) -> Result<()> {
-        if self.durability == Durability::Os || self.log.sync_through(lsn, SYNC_TIMEOUT)? {
+        if self.durability == Durability::Os { Ok(()) } else { self.synced(lsn) }
+    }
+
+    fn synced(&self, lsn: Lsn) -> Result<()> {
+        if self.log.sync_through(lsn, SYNC_TIMEOUT)? {
             return Ok(());
         }
         let detail = format!("record {lsn} is not on disk after {} s", SYNC_TIMEOUT.as_secs());
@@ -185,4 +241,8 @@ impl Shared {
         self.changed.notify_all();
         self.log.close()
     }
+}
+
+fn refuse_interrupted(interrupted: Option<Interrupted>) -> Result<()> {
+    if interrupted.is_some_and(|interrupted| interrupted()) { Err(StoreError::Interrupted) } else { Ok(()) }
 }

@@ -13,7 +13,7 @@ use crate::{
     log::{Frame, Log, Position, Replay},
     state::State,
     state::apply::Placed,
-    state::record::Record,
+    state::codec,
     wire,
 };
 
@@ -27,8 +27,12 @@ impl Replay for State {
         Ok(())
     }
 
+    fn unknown(&self, kind: u8) -> Option<String> {
+        codec::unknown(kind)
+    }
+
     fn record(&mut self, frame: &Frame) -> std::result::Result<(), String> {
-        let record: Record = wire::decode(frame.header())?;
+        let record = codec::decode(frame.kind(), frame.header())?;
         self.apply(&record, &Placed::from(frame)).map_err(|error| error.to_string())
     }
 }

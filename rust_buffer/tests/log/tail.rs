@@ -4,7 +4,7 @@ use std::fs;
 
 use _rust_buffer::{
     error::StoreError,
-    log::{Durability, LogOptions},
+    log::{Durability, FORMAT, LogOptions},
 };
 
 use crate::*;
@@ -154,7 +154,9 @@ fn another_format_version_is_refused() {
     append(&log, &record(1));
     log.write_snapshot(log.position(), b"snapshot").unwrap();
     log.close().unwrap();
-    for (name, version) in [name(1), "index".to_owned()].into_iter().flat_map(|name| [(name.clone(), 2), (name, 4)]) {
+    for (name, version) in
+        [name(1), "index".to_owned()].into_iter().flat_map(|name| [(name.clone(), 2), (name, FORMAT + 1)])
+    {
         let copy = crash(dir.path());
         let path = copy.path().join(name);
         let mut raw = fs::read(&path).unwrap();
@@ -164,7 +166,7 @@ fn another_format_version_is_refused() {
         fs::write(&path, &raw).unwrap();
         let refused = refusal(copy.path());
         assert!(
-            matches!(refused, StoreError::Version { found, supported: 3, path: p } if (found, &p) == (version, &path))
+            matches!(refused, StoreError::Version { found, supported: FORMAT, path: p } if (found, &p) == (version, &path))
         );
         assert_eq!(fs::read(&path).unwrap(), raw);
     }

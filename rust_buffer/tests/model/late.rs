@@ -42,6 +42,11 @@ impl Stragglers {
         }
     }
 
+    /// Nobody waits for it any more.
+    pub fn discard(&mut self, group: u64) {
+        self.waiting.remove(&group);
+    }
+
     /// Time passes: returns the members that are late from now on.
     pub fn tick(&mut self, now: i64) -> Vec<u64> {
         let Some(rule) = self.rule else { return Vec::new() };

@@ -11,6 +11,15 @@ use _rust_buffer::{
 
 use crate::{GROUPS, Model, bytes::Packed};
 
+/// A claim as it was made.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Made {
+    groups: Vec<u64>,
+    version: i64,
+    /// None when a group of it was discarded since.
+    mask: Option<Vec<u8>>,
+}
+
 impl Model {
     pub fn score(&mut self, pick: usize, outcome: Outcome) {
         let now = self.now;
@@ -45,7 +54,8 @@ impl Model {
         assert_eq!(self.store().state(), &before);
         if before.trajectories.contains_key(&id) && outcome != Outcome::InfraFailure {
             let other = self.store().score(id, attempt, outcome, 2.0, components, now);
-            assert!(matches!(other, Err(StoreError::Conflict(_))));
+            other.unwrap();
+            assert_eq!(self.store().state(), &before, "the first outcome of an attempt stands");
         }
     }
 
@@ -63,7 +73,10 @@ impl Model {
                 }
                 let again = self.store().claim(iteration, version, now).unwrap();
                 assert_eq!(again, Some(ClaimAnswer::Claimed(groups.clone(), lsn)));
+                let (before, other) = (self.store().state().clone(), self.store().claim(iteration, version + 1, now));
+                assert!(matches!(other, Err(StoreError::Conflict(_))) && self.store().state() == &before);
                 self.check_claim(iteration);
+                self.check_made(iteration, &groups);
                 self.claims.insert(iteration, groups);
             }
             Ok(Some(ClaimAnswer::Starved(Starvation::OverAge))) => {
@@ -77,6 +90,46 @@ impl Model {
             Err(StoreError::Conflict(_)) => assert!(self.store().state().open_claim().is_some()),
             Err(error) => panic!("{error}"),
         }
+    }
+
+    /// Undone claims come first, as they were.
+    fn check_made(&mut self, iteration: i64, groups: &[u64]) {
+        let mask = Some(Packed::of(self.store(), iteration).mask);
+        let version = self.store().state().claims[&iteration].version;
+        let made = Made { groups: groups.to_vec(), version, mask };
+        if let Some(undone) = self.undone.pop_front() {
+            assert_eq!((&made.groups, made.version), (&undone.groups, undone.version));
+            assert!(undone.mask.is_none() || made.mask == undone.mask);
+        }
+        self.made.insert(iteration, made);
+    }
+
+    pub fn discard(&mut self, pick: usize) {
+        let live: Vec<u64> = self.store().state().groups.keys().copied().collect();
+        let Some(group) = live.get(pick % live.len().max(1)).copied() else { return };
+        let before = self.store().state().clone();
+        let members: Vec<u64> = before.groups[&group].members().collect();
+        if self.claims.values().any(|claimed| claimed.contains(&group)) {
+            assert!(matches!(self.store().discard(group, "claimed"), Err(StoreError::Conflict(_))));
+            assert_eq!(self.store().state(), &before);
+            return;
+        }
+        assert!(self.store().discard(group, "unwanted").unwrap());
+        assert!(!self.store().discard(group, "unwanted").unwrap());
+        self.held.retain(|held| !members.contains(&held.trajectory));
+        self.stragglers.discard(group);
+        for id in members {
+            if self.eval.remove(&id) {
+                self.tokens.remove(&id);
+            } else if !self.stragglers.late.contains(&id) {
+                self.discarded_tokens += self.tokens[&id].iter().filter(|token| !token.observed).count() as u64;
+            }
+        }
+        for undone in self.undone.iter_mut().filter(|undone| undone.groups.contains(&group)) {
+            undone.groups.retain(|other| *other != group);
+            undone.mask = None;
+        }
+        self.undone.retain(|undone| !undone.groups.is_empty());
     }
 
     pub fn check_claim(&mut self, iteration: i64) {
@@ -157,6 +210,9 @@ impl Model {
         let undone = self.store().uncommit(through).unwrap();
         assert_eq!(undone, self.claims.split_off(&(through + 1)).into_keys().collect::<Vec<_>>());
         assert!(self.store().uncommit(through).unwrap().is_empty());
+        for made in self.made.split_off(&(through + 1)).into_values().rev() {
+            self.undone.push_front(made);
+        }
         self.trained_through = through;
         self.masks.split_off(&(through + 1));
         self.left_out.split_off(&(through + 1));

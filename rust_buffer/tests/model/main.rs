@@ -10,7 +10,7 @@ mod query;
 mod rollout;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     path::Path,
     sync::Arc,
     time::Duration,
@@ -23,6 +23,7 @@ use _rust_buffer::{
     store::{Settings, Store},
 };
 use late::Stragglers;
+use learner::Made;
 use ops::{Op, op};
 use proptest::prelude::*;
 
@@ -95,6 +96,12 @@ struct Model {
     late_tokens: u64,
     /// Workers that were fenced.
     fenced: u64,
+    /// Claims as they were made.
+    made: BTreeMap<i64, Made>,
+    /// Undone claims, which come again in this order.
+    undone: VecDeque<Made>,
+    /// Generated tokens of discarded groups.
+    discarded_tokens: u64,
 }
 
 impl Model {
@@ -123,6 +130,9 @@ impl Model {
             stragglers: Stragglers::new(settings.straggler),
             late_tokens: 0,
             fenced: 0,
+            made: BTreeMap::new(),
+            undone: VecDeque::new(),
+            discarded_tokens: 0,
         }
     }
 
@@ -180,6 +190,7 @@ impl Model {
                 self.tokens.retain(|id, _| !eval.contains(id));
             }
             Op::Late { pick } => self.late(*pick),
+            Op::Discard { pick } => self.discard(*pick),
             Op::Query { filter, limit } => query::check(self.store(), filter, *limit),
             Op::Reopen => self.reopen(),
         }
@@ -210,6 +221,7 @@ impl Model {
         assert_eq!(ledger["generated"], generated.len() as i64);
         assert_eq!(ledger["observed"], observed.len() as i64);
         assert_eq!(ledger["evicted_late"], self.late_tokens as i64);
+        assert_eq!(ledger["evicted_discarded"], self.discarded_tokens as i64);
         for (reason, place) in ["masked_filter", "masked_veto"].into_iter().enumerate() {
             assert_eq!(ledger[place], self.left_out.values().map(|tokens| tokens[reason] as i64).sum::<i64>());
         }

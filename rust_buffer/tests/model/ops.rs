@@ -26,6 +26,7 @@ pub enum Op {
     Evict,
     DropEval,
     Late { pick: usize },
+    Discard { pick: usize },
     Query { filter: Filter, limit: usize },
     Reopen,
 }
@@ -93,6 +94,7 @@ pub fn op() -> impl Strategy<Value = Op> {
         1 => Just(Op::Evict),
         1 => Just(Op::DropEval),
         1 => (0..8_usize).prop_map(|pick| Op::Late { pick }),
+        1 => (0..8_usize).prop_map(|pick| Op::Discard { pick }),
         1 => (filter(), 1..5_usize).prop_map(|(filter, limit)| Op::Query { filter, limit }),
         1 => Just(Op::Reopen),
     ]

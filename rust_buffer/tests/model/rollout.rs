@@ -8,8 +8,9 @@ use _rust_buffer::{
     state::record::{Admit, Quota},
     state::trajectory::Outcome,
     store::admission::Prompt,
+    store::append::Reply,
     store::arrays,
-    store::rollout::{Granted, Reply},
+    store::rollout::Granted,
     wire::Batch,
 };
 
@@ -150,12 +151,27 @@ impl Model {
         let repeat = self.store().append(&item, now).unwrap()[0];
         assert_eq!(self.store().state(), &before);
         assert_eq!(repeat, reply);
+        self.append_again(index, offset, &new, (next_version, stop));
         if stop.is_some() || !before.trajectories[&held.trajectory].is_partial() {
             assert_eq!(reply.grant, 0);
             self.held.remove(index);
         } else {
             self.held[index] = Held { version: next_version, grant: reply.grant, deadline: now + TTL, ..held };
         }
+    }
+
+    /// A worker that lost an answer sends a run again, or the end of it: nothing changes.
+    fn append_again(&mut self, index: usize, offset: u32, new: &[i32], (next_version, stop): (i64, Option<&str>)) {
+        let (held, now) = (self.held[index].clone(), self.now);
+        let before = self.store().state().clone();
+        for skip in 0..new.len() {
+            let (offset, tokens) = (offset + skip as u32, &new[skip..]);
+            let observed = self.tokens[&held.trajectory][offset as usize].observed;
+            let sent = Sent { held: &held, offset, tokens, next_version, stop, observed }.encode();
+            let replies = self.store().append(&Batch::decode(&sent).unwrap(), now).unwrap();
+            assert!(!replies[0].stale);
+        }
+        assert_eq!(self.store().state(), &before);
     }
 
     pub fn stale_append(&mut self, pick: usize) {

@@ -225,11 +225,11 @@ impl Run {
 
     fn claim(&mut self) -> Result<()> {
         let state = self.store().state();
-        if state.open_claim().is_some() {
+        if state.open_claim().is_some() || state.version < 0 {
             return Ok(());
         }
         let newest = state.claims.keys().next_back().copied().max(state.evicted);
-        let (iteration, version) = (newest.unwrap_or(0) + 1, state.version.max(0));
+        let (iteration, version) = (newest.unwrap_or(0) + 1, state.version);
         self.store().claim(iteration, version, 0).map(drop)
     }
 

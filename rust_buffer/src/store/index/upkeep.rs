@@ -1,9 +1,19 @@
 //! How the index follows a record: what it changes is taken out as it was, and put back as it is afterwards.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::BTreeSet,
+    ops::Bound::{Excluded, Unbounded},
+};
 
 use super::Index;
-use crate::{error::Result, state::State, state::group::Group, state::record::Record, store::lease::Leases};
+use crate::{
+    error::Result,
+    state::group::Group,
+    state::record::{Quota, Record},
+    state::trajectory::Version,
+    state::{KEPT_QUOTAS, State},
+    store::lease::Leases,
+};
 
 /// What was taken out of the index for one record.
 pub(crate) struct TakenOut {
@@ -57,6 +67,16 @@ impl Index {
         taken.trajectories.into_iter().chain(admitted).try_for_each(|id| self.add(state, id, leases.contains(id)))
     }
 
+    /// Idle trajectories whose segment budget is another one with this quota: its version's, and those of the version
+    /// whose quota is no longer kept.
+    fn moved_by_quota(&self, state: &State, version: Version, quota: Quota) -> BTreeSet<u64> {
+        let limit = |version| state.quotas.get(&version).and_then(|quota: &Quota| quota.tokens_per_segment);
+        let own = (limit(version) != quota.tokens_per_segment).then_some(version);
+        let full = state.quotas.len() >= KEPT_QUOTAS && !state.quotas.contains_key(&version);
+        let leaving = state.quotas.keys().next().copied().filter(|_| full);
+        own.into_iter().chain(leaving).flat_map(|version| self.idle_under(version)).collect()
+    }
+
     /// The trajectories and groups whose places `record` changes.
     fn touched(&self, state: &State, record: &Record) -> (BTreeSet<u64>, BTreeSet<u64>) {
         let members = |ids: &BTreeSet<u64>| -> BTreeSet<u64> {
@@ -67,7 +87,7 @@ impl Index {
         };
         let none = BTreeSet::new();
         match record {
-            Record::Quota(version, _) => (self.idle_under(state, *version).into_iter().collect(), none),
+            Record::Quota(version, quota) => (self.moved_by_quota(state, *version, *quota), none),
             Record::Admit(_) | Record::Commit(_) | Record::Lease(_) => (none.clone(), none),
             Record::Append(items) => (items.iter().map(|item| item.trajectory).collect(), none),
             Record::Score(score) => {
@@ -80,9 +100,10 @@ impl Index {
                 let groups: BTreeSet<u64> = groups.iter().copied().collect();
                 (members(&groups), groups)
             }
-            Record::Uncommit(iteration) => {
-                (none, claimed(&mut state.claims.range(iteration + 1..).map(|(iteration, _)| iteration)))
-            }
+            Record::Uncommit(iteration) => (
+                none,
+                claimed(&mut state.claims.range((Excluded(*iteration), Unbounded)).map(|(iteration, _)| iteration)),
+            ),
             Record::Drop(iteration) => {
                 (none, claimed(&mut state.claims.range(..=iteration).map(|(iteration, _)| iteration)))
             }

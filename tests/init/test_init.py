@@ -1,0 +1,70 @@
+"""`pmdflow init`: what it writes is whole, runs, and never takes the place of something else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from typer.testing import CliRunner
+
+from pmdflow.cli import app
+from pmdflow.config.load import load
+from pmdflow.errors import LaunchError
+from pmdflow.init.command import BY_NAME, TemplateName, init
+from pmdflow.run.inputs import dry_run
+from tests.support.paths import CONFIGS
+
+
+@pytest.mark.parametrize("name", get_args(TemplateName))
+def test_a_template_is_a_shipped_configuration_and_what_it_names(name: TemplateName, tmp_path: Path) -> None:
+    assert init(tmp_path / "new", name) == 0
+    config = BY_NAME[name].config
+    assert (tmp_path / "new" / config).read_bytes() == (CONFIGS / config).read_bytes()
+    assert (tmp_path / "new" / "schema.json").is_file()
+    for line in (tmp_path / "new" / config).read_text().splitlines():
+        for needed in ("problems.jsonl", "own_reward"):
+            assert needed not in line or list((tmp_path / "new").glob(f"{needed}*")), line
+
+
+@pytest.mark.parametrize("name", ["quickstart", "k15", "tool"])
+def test_what_needs_no_network_runs_at_once(
+    name: TemplateName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    init(Path(), name)
+    loaded = load(BY_NAME[name].config)
+    assert Path(loaded.config.model.path).absolute().parent == tmp_path
+    assert "nothing was started" in dry_run(loaded)
+
+
+def test_a_second_time_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(app, ["init"], catch_exceptions=False).exit_code == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert CliRunner().invoke(app, ["init"], catch_exceptions=False).exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_nothing_is_overwritten_and_then_nothing_is_written(kind: str, tmp_path: Path) -> None:
+    if kind == "file":
+        (tmp_path / "quickstart.yaml").write_text("mine")
+    else:
+        (tmp_path / "quickstart.yaml").mkdir()
+    with pytest.raises(LaunchError, match=r"has quickstart\.yaml already.*nothing was written"):
+        init(tmp_path, "quickstart")
+    assert [path.name for path in tmp_path.iterdir()] == ["quickstart.yaml"]
+
+
+def test_a_place_that_cannot_be_a_folder_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LaunchError, match=r"cannot write .*file: File exists"):
+        init(tmp_path / "file", "quickstart")
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    from importlib.metadata import version
+
+    done = CliRunner().invoke(app, ["--version"], catch_exceptions=False)
+    assert (done.exit_code, done.stdout) == (0, f"pmdflow {version('pmdflow')}\n")

@@ -1,0 +1,97 @@
+"""The manifest that commits a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pmdflow.errors import PmdflowError
+from pmdflow.learner.checkpoint.manifest import (
+    Manifest,
+    commit_checkpoint,
+    manifest_at,
+    newest_manifest,
+    oldest_manifest,
+    prune,
+)
+
+torch.set_num_threads(1)
+
+
+def write_checkpoint(root: Path, iteration: int) -> Manifest:
+    manifest = Manifest.new(root, iteration=iteration, version=iteration + 1, lsn=100 * iteration)
+    (manifest.writing / "learner").mkdir(parents=True)
+    (manifest.writing / "learner" / "shard").write_bytes(bytes([iteration]) * 50)
+    (manifest.writing / "meta").write_text("x")
+    return commit_checkpoint(root, manifest)
+
+
+def test_manifest_round_trip(tmp_path):
+    root = tmp_path / "checkpoints"
+    assert newest_manifest(root) is None
+    assert oldest_manifest(root) is None
+    for iteration in (2, 9, 10):
+        write_checkpoint(root, iteration)
+    newest = newest_manifest(root)
+    assert (newest.iteration, newest.version, newest.lsn) == (10, 11, 1000)
+    assert newest.claims == tuple(range(1, 11))
+    assert newest.directory == root / "iteration-000010"
+    assert sorted(file.path for file in newest.files) == ["learner/shard", "meta"]
+    assert oldest_manifest(root).iteration == 2
+    assert manifest_at(root, 9).lsn == 900
+    with pytest.raises(PmdflowError, match="2, 9, 10"):
+        manifest_at(root, 3)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda made: made.path.write_bytes(made.path.read_bytes()[:-40]),
+        lambda made: made.path.write_text("[]"),
+        lambda made: made.path.unlink(),
+        lambda made: made.directory.rename(made.writing),
+        lambda made: (made.directory / "meta").unlink(),
+        lambda made: (made.directory / "learner" / "shard").write_bytes(b"short"),
+        lambda made: (made.directory / "learner" / "shard").write_bytes(b"\xff" * 50),
+    ],
+)
+def test_an_incomplete_checkpoint_is_ignored_and_can_be_written_again(tmp_path, damage):
+    write_checkpoint(tmp_path, 1)
+    damage(write_checkpoint(tmp_path, 2))
+    assert newest_manifest(tmp_path).iteration == 1
+    leftover = Manifest.new(tmp_path, iteration=2, version=3, lsn=0).writing
+    if leftover.exists():
+        for path in sorted(leftover.rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+        leftover.rmdir()
+    write_checkpoint(tmp_path, 2)
+    assert newest_manifest(tmp_path).iteration == 2
+
+
+def test_prune_keeps_the_newest_and_removes_orphans(tmp_path):
+    for iteration in range(1, 6):
+        write_checkpoint(tmp_path, iteration)
+    (tmp_path / "iteration-000006.tmp").mkdir()
+    (tmp_path / "iteration-000007").mkdir()
+    (tmp_path / "iteration-000007.json.tmp").write_text("{")
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "iteration-000003" / "meta").unlink()
+    prune(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "iteration-000004",
+        "iteration-000004.json",
+        "iteration-000005",
+        "iteration-000005.json",
+        "notes.txt",
+    ]
+    with pytest.raises(ValueError, match="keep is 0"):
+        prune(tmp_path, 0)
+
+
+def test_commit_refuses_nothing_and_another_root(tmp_path):
+    with pytest.raises(ValueError, match="holds no file"):
+        commit_checkpoint(tmp_path, Manifest.new(tmp_path, iteration=1, version=1, lsn=1))
+    with pytest.raises(ValueError, match="not of"):
+        commit_checkpoint(tmp_path, Manifest.new(tmp_path / "other", iteration=1, version=1, lsn=1))

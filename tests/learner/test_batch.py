@@ -1,0 +1,109 @@
+"""A claim dealt to steps, ranks and micro-batches, and what a micro-batch holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pmdflow.learner.batch import BUCKET, pack, plan_iteration
+from pmdflow.types import ClaimPlan, Mask
+from tests.support.learner import make_batch
+
+torch.set_num_threads(1)
+
+
+@given(
+    seed=st.integers(0, 50),
+    steps=st.integers(1, 6),
+    ranks=st.integers(1, 4),
+    limit=st.integers(20, 200),
+    packing=st.booleans(),
+)
+@settings(max_examples=40)
+def test_plan_covers_every_trained_trajectory_once(seed, steps, ranks, limit, packing):
+    batch = make_batch(seed=seed)
+    trained = (batch.mask & Mask.TRAINED) != 0
+    lengths = np.diff(batch.cu_seqlens)
+    plans = plan_iteration(
+        batch, trained=trained, steps=steps, ranks=ranks, tokens_per_microbatch=limit, packing=packing
+    )
+    assert len(plans) == steps
+    seen, last_group = [], -1
+    for plan in plans:
+        assert len({len(rank) for rank in plan.ranks}) == 1
+        for micro in (micro for rank in plan.ranks for micro in rank if micro):
+            if packing:
+                assert sum(lengths[list(micro)]) <= limit
+                continue
+            assert len(micro) * max(lengths[list(micro)]) <= limit
+            assert min(lengths[list(micro)]) >= BUCKET * max(lengths[list(micro)])
+        members = [index for rank in plan.ranks for micro in rank for index in micro]
+        if members:
+            groups = batch.groups[members]
+            assert groups.min() > last_group, "a group is in one step, and steps follow claim order"
+            last_group = groups.max()
+        assert plan.num_sequences == len(members)
+        seen += members
+        loads = [sum(lengths[i] for micro in rank for i in micro) for rank in plan.ranks]
+        assert max(loads) - min(loads) <= lengths.max()
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    assert sorted(seen) == sorted(set(rows[trained].tolist()))
+    assert sum(plan.num_tokens for plan in plans) == trained.sum()
+
+
+def test_plan_is_balanced_and_refuses_what_does_not_fit():
+    batch = make_batch()
+    trained = (batch.mask & Mask.TRAINED) != 0
+    counts = [
+        len(set(batch.groups[[i for m in p.ranks[0] for i in m]]))
+        for p in plan_iteration(batch, trained=trained, steps=4, ranks=1, tokens_per_microbatch=64)
+    ]
+    assert counts == [2, 2, 1, 1]
+    with pytest.raises(ValueError, match="tokens_per_microbatch is 4"):
+        plan_iteration(batch, trained=trained, steps=1, ranks=1, tokens_per_microbatch=4)
+    with pytest.raises(ValueError, match="adjacent"):
+        plan_iteration(
+            replace(batch, groups=batch.groups[::-1] % 2), trained=trained, steps=1, ranks=1, tokens_per_microbatch=64
+        )
+
+
+def test_a_recorded_plan_deals_the_groups_and_not_the_number_of_steps():
+    batch = make_batch()
+    trained = (batch.mask & Mask.TRAINED) != 0
+
+    def dealt(plan, steps):
+        options = {"trained": trained, "steps": steps, "ranks": 1, "tokens_per_microbatch": 64}
+        plans = plan_iteration(replace(batch, plan=plan), **options)
+        return [sorted({int(batch.groups[i]) for micro in plan.ranks[0] for i in micro}) for plan in plans]
+
+    steps = np.array([2, 0, 2, 0, 2, 0], np.int32)
+    plan = ClaimPlan(steps=steps, num_steps=4, rule="by_hand", seed=None)
+    assert dealt(plan, 2) == [[1, 3, 5], [], [0, 2, 4], []]
+    assert dealt(None, 2) == [[0, 1, 2], [3, 4, 5]]
+    with pytest.raises(ValueError, match="iteration 1 has 6 groups, its plan deals 5"):
+        dealt(replace(plan, steps=steps[1:]), 2)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_pack_predicts_each_generated_token_from_the_position_before(packing):
+    batch = make_batch()
+    trained = (batch.mask & Mask.TRAINED) != 0
+    micro = pack(batch, trained=trained, trajectories=(3, 0), packing=packing)
+    assert micro.tokens.shape == (1, sum(micro.lengths)) if packing else (2, max(micro.lengths))
+    offsets = (0, micro.lengths[0] if packing else micro.tokens.shape[1])
+    for row, (trajectory, offset) in enumerate(zip((3, 0), offsets, strict=True)):
+        first, last = batch.cu_seqlens[trajectory], batch.cu_seqlens[trajectory + 1]
+        generated = np.flatnonzero(batch.mask[first:last] & Mask.GENERATED)
+        part = slice(micro.cu_seqlens[row], micro.cu_seqlens[row + 1])
+        np.testing.assert_array_equal(micro.positions[part], offset + generated - 1)
+        np.testing.assert_array_equal(micro.targets[part], batch.tokens[first + generated])
+        np.testing.assert_array_equal(micro.trained[part], trained[first + generated])
+        np.testing.assert_array_equal(micro.versions[part], batch.versions[first + generated])
+        np.testing.assert_array_equal(
+            micro.tokens.reshape(-1)[offset : offset + micro.lengths[row]], batch.tokens[first:last]
+        )

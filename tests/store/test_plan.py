@@ -1,0 +1,63 @@
+"""The step plan of a claim: dealt where the claim is read, trained by, archived with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pmdflow.store import StoreSettings
+from pmdflow.store.actor import StoreActor
+from pmdflow.store.archive import parts, read_part
+from pmdflow.store.plan import in_claim_order
+from pmdflow.types import Prompt, Quota, Segment
+
+PROMPT = Prompt(id="p", text="?", tokens=np.array([5, 6], np.int32))
+SETTINGS: StoreSettings = {"groups_per_iteration": 3, "lookahead": 0, "max_staleness": 4, "durability": "os"}
+
+
+@given(num_groups=st.integers(0, 40), num_steps=st.integers(1, 9))
+def test_claim_order_deals_every_group_evenly_and_in_order(num_groups: int, num_steps: int) -> None:
+    plan = in_claim_order(num_groups, num_steps)
+    assert len(plan.steps) == num_groups and plan.num_steps == num_steps
+    assert (np.diff(plan.steps) >= 0).all()
+    sizes = np.bincount(plan.steps, minlength=num_steps)
+    assert len(sizes) == num_steps and sizes.max() - sizes.min() <= 1
+
+
+def claimed(directory: Path) -> StoreActor:
+    """Three groups of one token a trajectory, claimed."""
+    actor = StoreActor(
+        directory=str(directory / "store"), run_dir=str(directory), settings=SETTINGS, archive_attrs={},
+        steps_per_iteration=2,
+    )  # fmt: skip
+    actor.publish(0, None, {})
+    actor.set_quota(Quota(version=0, groups=3, tokens=100, tokens_per_segment=None))
+    assert actor.admit([(f"train-{number}", number, PROMPT) for number in range(3)], "train", 2, 4) == 3
+    for lease in actor.lease("worker", 0, 6, 0.0):
+        actor._store.append([Segment(
+            trajectory=lease.trajectory, epoch=lease.epoch, offset=0, version=0, temperature=1.0,
+            tokens=np.array([7], np.int32), logprobs=np.array([-1.0], np.float32), next_version=0, stop="stop",
+        )])  # fmt: skip
+    actor.score([(item.trajectory, item.attempt, "scored", 1.0, {}) for item in actor.unscored(6, 60.0, 0.0)])
+    assert actor.claim(1, 0, 0.0).status == "claimed"
+    return actor
+
+
+def test_a_claim_is_handed_out_and_archived_with_its_plan(tmp_path: Path) -> None:
+    actor = claimed(tmp_path)
+    plan = actor.read_claim(1).plan
+    assert plan is not None
+    assert (plan.steps.tolist(), plan.num_steps, plan.rule, plan.seed) == ([0, 0, 1], 2, "claim_order", None)
+    actor.publish(1, 1, {})
+    actor.commit(1)
+    actor.archive([1], evict_through=1)
+    actor.close()
+    (part,) = parts(tmp_path)
+    archived = read_part(part).plan
+    assert archived is not None
+    assert (archived.steps.tolist(), archived.num_steps, archived.rule, archived.seed) == (
+        plan.steps.tolist(), plan.num_steps, plan.rule, plan.seed,
+    )  # fmt: skip

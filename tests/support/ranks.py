@@ -1,0 +1,97 @@
+"""Learner ranks in processes that live as long as the tests of a module: torch is imported once, not once a test."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pmdflow.config.schema import Config
+from pmdflow.learner.fsdp import free_address
+from pmdflow.learner.learner import Learner
+from pmdflow.types import TrainBatch
+
+TIMEOUT_S = 90.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What one rank did."""
+
+    metrics: list[dict[str, Any]]
+    """Of each claim."""
+    left_out: list[dict[str, list[int]]]
+    weights: dict[str, npt.NDArray[np.float32]] | None
+    """At rank 0."""
+
+
+class Ranks:
+    """At most `most` ranks at a time; a process is always the same one, as torch remembers which shards it holds."""
+
+    def __init__(self, most: int) -> None:
+        """Nothing starts before the first call."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["pmdflow.learner.learner"])
+        self._processes = [ProcessPoolExecutor(1, mp_context=context) for _ in range(most)]
+
+    def train(
+        self,
+        config: Config,
+        claims: Sequence[TrainBatch],
+        *,
+        load: Path | None = None,
+        save: Path | None = None,
+        save_after: int = 0,
+    ) -> list[Trained]:
+        """Every rank loads, trains on the claims and saves after so many of them; what each saw."""
+        arguments = config, free_address("127.0.0.1"), claims, load, save, save_after
+        ranks = [self._processes[rank].submit(_train, rank, *arguments) for rank in range(config.learner.ranks)]
+        done, pending = wait(ranks, timeout=TIMEOUT_S, return_when=FIRST_EXCEPTION)
+        if pending:  # one has failed, and the others wait for it in a collective
+            self.kill()
+            for rank in done:
+                rank.result()
+            raise TimeoutError(f"{len(pending)} of {len(ranks)} ranks did not train within {TIMEOUT_S:g} s")
+        return [rank.result() for rank in ranks]
+
+    def kill(self) -> None:
+        """End all processes."""
+        for pool in self._processes:
+            for process in list((pool._processes or {}).values()):
+                process.kill()
+            pool.shutdown()
+
+
+def _train(
+    rank: int,
+    config: Config,
+    master: str,
+    claims: Sequence[TrainBatch],
+    load: Path | None,
+    save: Path | None,
+    save_after: int,
+) -> Trained:
+    learner = Learner(config=config, rank=rank)
+    learner.setup(master)
+    try:
+        if load is not None:
+            learner.load(str(load))
+        results = []
+        for number, claim in enumerate(claims, 1):
+            results.append(learner.train(claim))
+            if save is not None and number == save_after:
+                learner.save(str(save))
+        weights = learner.weights()
+        return Trained(
+            metrics=[result.metrics for result in results],
+            left_out=[result.left_out for result in results],
+            weights=None if weights is None else {name: tensor.numpy() for name, tensor in weights.items()},
+        )
+    finally:
+        learner.close()
