@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from ray import ObjectRef
@@ -16,7 +17,7 @@ from pmdflow.learner.actor import LearnerActor
 from pmdflow.learner.result import TrainResult
 from pmdflow.metrics.claim import claim_metrics
 from pmdflow.run.checkpoints import Checkpoints
-from pmdflow.run.discards import pending
+from pmdflow.run.discards import take_up
 from pmdflow.run.held_out import HeldOut
 from pmdflow.run.learner_group import LearnerGroup
 from pmdflow.run.scheduler import SchedulerSettings, must_regrant, next_quota
@@ -120,11 +121,12 @@ class Controller:
 
     def _take_discards(self) -> None:
         """Discard what an operator asked for; called where no claim is being trained."""
-        for path, request in pending(self._run_dir):
-            asked = call(self._store, StoreActor.discard, request.group, request.reason)
-            said = self._supervisor.get(asked, what="discarding a group")
-            path.unlink(missing_ok=True)
-            self._telemetry.event("discard", f"group {request.group} {said}", group=request.group)
+
+        def discard(group: int, reason: str) -> str:
+            asked = call(self._store, StoreActor.discard, group, reason)
+            return self._supervisor.get(asked, what="discarding a group")
+
+        take_up(self._run_dir, discard, partial(self._telemetry.event, "discard"))
 
     def _reopen_version(self) -> None:
         """Version numbers are never reused: weights older than the newest number get the next one."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -11,7 +13,7 @@ from pmdflow.errors import PmdflowError
 from pmdflow.learner.checkpoint.manifest import newest_manifest
 from pmdflow.run.directory import RunDirectory
 from pmdflow.run.discards import DiscardRequest
-from pmdflow.store import Conflict, StoreError, TrajectoryStore
+from pmdflow.store import CorruptLog, StoreError, StoreLocked, TrajectoryStore
 
 Action = Literal["list", "show", "discard"]
 Row: TypeAlias = dict[str, Any]
@@ -24,7 +26,8 @@ def stored(run: Path, action: Action, *, group: int | None, reason: str | None) 
     """List groups, show `group`, or discard it for `reason`; returns the exit code.
 
     Raises:
-        PmdflowError: the run has no store, the group is not in it, or a claim that a checkpoint covers has it.
+        PmdflowError: the run has no store or it cannot be opened, the group is not in it, the reason cannot be kept,
+            or a claim that a checkpoint covers has the group.
     """
     if action != "list" and group is None:
         raise PmdflowError(f"`{action}` needs a group", hint=f"name one: pmdflow store {run} {action} GROUP")
@@ -41,18 +44,38 @@ def stored(run: Path, action: Action, *, group: int | None, reason: str | None) 
     if action == "show":
         sys.stdout.write(_shown(run, found) + "\n")
         return 0
-    if not reason or not reason.strip():
-        raise PmdflowError("discarding needs a reason", hint='say why for the record: --reason "its answer is wrong"')
-    sys.stdout.write(_discard(run, found, DiscardRequest(group=group, reason=reason)) + "\n")
+    sys.stdout.write(_discard(run, found, DiscardRequest(group=group, reason=reason or "")) + "\n")
     return 0
 
 
-def _groups(run: Path) -> list[Row]:
-    store = TrajectoryStore.read(run / "store")
+@contextmanager
+def _opened(run: Path, *, write: bool) -> Iterator[TrajectoryStore]:
+    """The run's store, closed at the end.
+
+    Raises:
+        PmdflowError: in place of whatever the store refuses.
+    """
+    folder = run / "store"
     try:
+        with (
+            TrajectoryStore(folder, groups_per_iteration=1, lookahead=0, max_staleness=None)
+            if write
+            else TrajectoryStore.read(folder)
+        ) as store:
+            yield store
+    except StoreLocked as error:
+        raise PmdflowError(str(error), hint="wait until the other program has closed the store") from error
+    except CorruptLog as error:
+        raise PmdflowError(
+            str(error), hint="a store of a newer pmdflow needs that version; bring a damaged one back from a copy"
+        ) from error
+    except (StoreError, ValueError, OverflowError) as error:
+        raise PmdflowError(str(error), hint=f"list the groups and their states: pmdflow store {run}") from error
+
+
+def _groups(run: Path) -> list[Row]:
+    with _opened(run, write=False) as store:
         return store.groups()
-    finally:
-        store.close()
 
 
 def _listing(groups: list[Row]) -> str:
@@ -72,8 +95,7 @@ def _cell(row: Row, name: str) -> str:
 def _shown(run: Path, row: Row) -> str:
     lines = [f"{name}: {_cell(row, name)}" for name in _COLUMNS]
     lines += [f"prompt: {row['text']!r}", f"metadata: {json.dumps(row['metadata'], default=str, ensure_ascii=False)}"]
-    store = TrajectoryStore.read(run / "store")
-    try:
+    with _opened(run, write=False) as store:
         for found in store.query(group=row["group"]):
             versions = (
                 "" if found.first_version is None else f", versions {found.first_version} to {found.last_version}"
@@ -82,8 +104,6 @@ def _shown(run: Path, row: Row) -> str:
                 f"trajectory {found.trajectory}: {found.state}, {found.length} tokens{versions}, "
                 f"stop {found.stop.name.lower()}, reward {'-' if found.reward is None else f'{found.reward:g}'}"
             )
-    finally:
-        store.close()
     return "\n".join(lines)
 
 
@@ -91,17 +111,10 @@ def _discard(run: Path, row: Row, request: DiscardRequest) -> str:
     if RunDirectory.is_live(run):
         request.write(run)
         return f"asked the run to discard group {request.group}; its events say when it has"
-    store = TrajectoryStore(run / "store", groups_per_iteration=1, lookahead=0, max_staleness=None)
-    try:
+    with _opened(run, write=True) as store:
         if row["iteration"] is not None:
             _undo_claims(run, store, row["iteration"])
         store.discard(request.group, request.reason)
-    except Conflict as error:
-        raise PmdflowError(str(error)) from error
-    except StoreError as error:
-        raise PmdflowError(f"group {request.group} was not discarded: {error}") from error
-    finally:
-        store.close()
     return f"discarded group {request.group}"
 
 

@@ -173,7 +173,7 @@ class StoreActor:
         """Drop a group that no claim has; returns what became of it, in words."""
         try:
             return f"is discarded: {reason}" if self._store.discard(group, reason) else "was gone already"
-        except Conflict as error:
+        except (Conflict, StoreFull) as error:
             return f"is kept: {error}"
 
     def sync(self) -> int:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from pmdflow._rust_buffer import Conflict
+from pmdflow.errors import WaitTimeout
 from pmdflow.store.tokens import token_ids
 from pmdflow.types import Float32, Int32, Prompt, Quota, Segment
 
 if TYPE_CHECKING:
     from pmdflow.store.facade import TrajectoryStore
 
+DURABLE_TIMEOUT_S = 60.0
+"""A sync that takes longer than this is reported as a failure."""
 _UNBOUNDED = 1 << 40
-"""A budget that never binds: nothing is rolled out by lease."""
+"""A quota of groups that never binds. Earlier versions opened the token budget by as much, which let workers lease."""
+_ALONE = "put_group is for a store without rollout workers and scorers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,7 @@ def attempts_of(
     """What the caller of `put_group` gave, checked before anything is written.
 
     Raises:
-        ValueError: lengths differ, a completion is empty, or a number is none.
+        ValueError: lengths differ, a completion is empty, a number is none or not finite, or a name is no text.
     """
     parts = components if components is not None else [{}] * len(completions)
     if not 0 < len(completions) == len(logprobs) == len(rewards) == len(parts):
@@ -49,18 +54,43 @@ def attempts_of(
             f"{len(completions)} completions, {len(logprobs)} log-probs, {len(rewards)} rewards and {len(parts)} "
             "components; give one of each for each attempt"
         )
-    attempts = []
-    for number, (ids, values, reward, named) in enumerate(zip(completions, logprobs, rewards, parts, strict=True)):
-        tokens, scores = token_ids(ids, of=f"attempt {number}"), np.asarray(values, np.float32)
-        if len(tokens) == 0 or scores.shape != tokens.shape:
-            raise ValueError(
-                f"attempt {number}: {len(tokens)} tokens with log-probs of shape {scores.shape}; give one or more "
-                "tokens and a log-prob for each"
-            )
-        if not np.isfinite([*scores, reward, *named.values()]).all():
-            raise ValueError(f"attempt {number}: log-probs, reward and its components must be finite")
-        attempts.append(Attempt(tokens, scores, float(reward), named))
-    return attempts
+    given = zip(completions, logprobs, rewards, parts, strict=True)
+    return [_attempt(number, *values) for number, values in enumerate(given)]
+
+
+def _attempt(
+    number: int, completion: ArrayLike, logprobs: ArrayLike, reward: float, components: Mapping[str, float]
+) -> Attempt:
+    tokens = token_ids(completion, of=f"attempt {number}")
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused below as not finite
+        scores = np.asarray(logprobs, np.float32)
+    if tokens.ndim != 1 or len(tokens) == 0 or scores.shape != tokens.shape:
+        raise ValueError(
+            f"attempt {number}: {tokens.size} tokens with log-probs of shape {scores.shape}; give one or more "
+            "tokens in a row and a log-prob for each"
+        )
+    if not isinstance(components, Mapping) or not all(_is_text(name) for name in components):
+        raise ValueError(f"attempt {number}: components {components!r}; give a mapping from names (text) to numbers")
+    try:
+        worth, named = float(reward), {name: float(value) for name, value in components.items()}
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"attempt {number}: reward and its components must be numbers: {error}") from error
+    if not np.isfinite(scores).all() or not np.isfinite([worth, *named.values()]).all():
+        raise ValueError(f"attempt {number}: log-probs, reward and its components must be finite")
+    return Attempt(tokens, scores, worth, named)
+
+
+def sampled_at(temperature: float) -> float:
+    """The temperature as the store keeps it, a float32.
+
+    Raises:
+        ValueError: nothing can be trained that was sampled at it.
+    """
+    with np.errstate(over="ignore", under="ignore"):
+        kept = float(np.float32(temperature))
+    if not np.finfo(np.float32).tiny <= kept <= np.finfo(np.float32).max:
+        raise ValueError(f"temperature {temperature}; give a finite number above 0")
+    return kept
 
 
 def put_attempts(
@@ -73,41 +103,130 @@ def put_attempts(
     temperature: float,
 ) -> int:
     """Admit, append and score a group that is finished; each step is safe to repeat, and so is all of it."""
-    newest = _open_version(store)
+    newest = _open_version(store, request_id)
     if version is not None and not 0 <= version <= newest:
         raise Conflict(f"group {request_id!r}: version {version} was never published, the newest is {newest}")
     longest = max(len(attempt.tokens) for attempt in attempts)
     group = store.admit(request_id, prompt, group_size=len(attempts), max_tokens=longest, wait=False)
-    epochs = {lease.trajectory: lease.epoch for lease in store.lease_group("put_group", group)}
-    first = next(row.trajectory for row in store.query(group=group))
-    segments = [
-        Segment(
-            trajectory=first + number,
-            epoch=epochs[first + number],
-            offset=0,
-            version=newest if version is None else version,
-            temperature=temperature,
-            tokens=attempt.tokens,
-            logprobs=attempt.logprobs,
-            next_version=newest,
-            stop="stop",
+    members = [row.trajectory for row in store.query(group=group)]
+    put = _Put(store, request_id, group, dict(zip(members, attempts, strict=True)), version, newest, temperature)
+    put.append_missing(put.check_stored())
+    for member, attempt in put.attempts.items():
+        store.score(member, 0, "scored", attempt.reward, attempt.components, wait=False)
+    if not store.wait_durable(None, timeout_s=DURABLE_TIMEOUT_S):
+        raise WaitTimeout(
+            f"group {request_id!r} was not on disk within {DURABLE_TIMEOUT_S:g} s; repeat the call with this request_id"
         )
-        for number, attempt in enumerate(attempts)
-        if first + number in epochs
-    ]
-    store.append(segments, wait=False)
-    for number, attempt in enumerate(attempts):
-        store.score(first + number, 0, "scored", attempt.reward, attempt.components, wait=False)
-    store.wait_durable(None, timeout_s=60.0)
+    put.check_kept()
     return group
 
 
-def _open_version(store: TrajectoryStore) -> int:
-    """The newest version, with room for groups; the first is published here."""
+@dataclass(frozen=True, slots=True)
+class _Put:
+    """One call of `put_group`, its group admitted."""
+
+    store: TrajectoryStore
+    request_id: str
+    group: int
+    attempts: Mapping[int, Attempt]
+    """By trajectory."""
+    version: int | None
+    newest: int
+    temperature: float
+
+    def check_stored(self) -> list[int]:
+        """Compare what an earlier call left with what this one gives; returns the trajectories still to be appended."""
+        missing = []
+        for member, attempt in self.attempts.items():
+            row = self.store.trajectory(member)
+            if row["state"] in ("leased", "idle"):
+                missing.append(member)
+            elif differs := self._difference(row, attempt):
+                raise self._conflict(f"trajectory {member} is there already and {differs}; use a new request_id")
+        return missing
+
+    def append_missing(self, missing: Sequence[int]) -> None:
+        """Append the attempts of the trajectories in `missing`, all or none; a failure leaves no lease behind."""
+        if not missing:
+            return
+        worker = f"put_group {self.request_id} {uuid4().hex}"
+        try:
+            epochs = {lease.trajectory: lease.epoch for lease in self.store.lease_group(worker, self.group)}
+            if taken := [member for member in missing if member not in epochs]:
+                raise self._conflict(f"another worker holds trajectories {taken}; {_ALONE}")
+            _, grants = self.store.append([self._segment(member, epochs[member]) for member in missing], wait=False)
+            if stale := [grant.trajectory for grant in grants if grant.stale]:
+                raise self._conflict(f"the leases of trajectories {stale} ended before the append; repeat the call")
+        except BaseException:
+            self.store.fence(worker)  # so that a repeat can lease them at once
+            raise
+
+    def check_kept(self) -> None:
+        """See that the store has what was given: a scorer or the straggler rule may have been faster."""
+        for member, attempt in self.attempts.items():
+            try:
+                row = self.store.trajectory(member)
+            except Conflict:
+                return  # evicted: it has fewer attempts than `min_group_size`, or was trained and archived meanwhile
+            if differs := self._difference(row, attempt):
+                raise self._conflict(
+                    f"trajectory {member} {differs}: something else answered first; {_ALONE}. The group is not what "
+                    f"was given: discard({self.group}, reason) drops it"
+                )
+
+    def _segment(self, member: int, epoch: int) -> Segment:
+        attempt = self.attempts[member]
+        return Segment(
+            trajectory=member,
+            epoch=epoch,
+            offset=0,
+            version=self.newest if self.version is None else self.version,
+            temperature=self.temperature,
+            tokens=attempt.tokens,
+            logprobs=attempt.logprobs,
+            next_version=self.newest,
+            stop="stop",
+        )
+
+    def _difference(self, row: Mapping[str, Any], attempt: Attempt) -> str | None:
+        """How a complete trajectory differs from its attempt, but for a reward still to come; None if it does not."""
+        if not np.array_equal(row["tokens"], attempt.tokens) or row["observed"].any():
+            return "has other tokens"
+        if not np.array_equal(row["logprobs"], attempt.logprobs):
+            return "has other log-probs"
+        for _, version, temperature, _ in row["segments"]:
+            if temperature != self.temperature:
+                return f"has temperature {temperature:g}, not {self.temperature:g}"
+            if self.version is not None and version != self.version:
+                return f"has version {version}, not {self.version}"
+        if row["state"] == "scored" and (row["reward"], row["components"]) != (attempt.reward, attempt.components):
+            kept, given = dict(row["components"]), dict(attempt.components)
+            return f"has reward {row['reward']} {kept}, not {attempt.reward} {given}"
+        return f"is {row['state']}" if row["state"] in ("late", "failed") else None
+
+    def _conflict(self, what: str) -> Conflict:
+        return Conflict(f"group {self.request_id!r} ({self.group}): {what}")
+
+
+def _open_version(store: TrajectoryStore, request_id: str) -> int:
+    """The newest version, with room for groups and no budget: nobody can lease what is put in. The first is made here.
+
+    Raises:
+        Conflict: its budget is open to rollout workers.
+    """
     counts = store.counts()
+    if counts.tokens_budget not in (0, _UNBOUNDED):
+        raise Conflict(
+            f"group {request_id!r}: version {counts.version} has a budget of {counts.tokens_budget} tokens, by which "
+            f"workers lease; {_ALONE}"
+        )
     if counts.version < 0:
         store.publish(0)
     newest = max(counts.version, 0)
-    if counts.tokens_budget == 0:
-        store.set_quota(Quota(version=newest, groups=_UNBOUNDED, tokens=_UNBOUNDED, tokens_per_segment=None))
+    store.set_quota(Quota(version=newest, groups=_UNBOUNDED, tokens=0, tokens_per_segment=None))
     return newest
+
+
+def _is_text(name: object) -> bool:
+    """Whether it is text that UTF-8 has."""
+    return isinstance(name, str) and name.encode("utf-8", "replace").decode() == name

@@ -8,6 +8,7 @@ was wrong. A closed store raises `StoreError`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import index
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pmdflow import _rust_buffer
-from pmdflow.store.alone import attempts_of, put_attempts
+from pmdflow.store.alone import attempts_of, put_attempts, sampled_at
 from pmdflow.store.answers import ClaimAnswer, LateMembers
 from pmdflow.store.metadata import pack_metadata, unpack_metadata
 from pmdflow.store.segments import encode_segments
@@ -169,7 +170,11 @@ class TrajectoryStore(StoreView):
 
         Nothing else is needed: the first call publishes version 0. `claim` then takes what is there, at most
         `groups_per_iteration` groups, and does not wait for more. A group of fewer attempts than `min_group_size` is
-        evicted.
+        evicted. A call that was cut short or refused midway is finished by its repeat with the same `request_id`; until
+        then a claim may wait for that group, which `discard` drops.
+
+        It is for a store without rollout workers and scorers: it closes the token budget of the newest version, so that
+        nobody leases, and refuses one that somebody opened. A score given by another is an error here.
 
         Args:
             prompt: What was completed.
@@ -182,13 +187,16 @@ class TrajectoryStore(StoreView):
             temperature: Of the sampling.
 
         Raises:
-            ValueError: lengths differ, a completion is empty, or a number is not finite.
-            StoreFull: `max_bytes` is reached.
-            Conflict: the id is that of another prompt, its group is gone, or the version was never published.
+            ValueError: lengths differ, a completion is empty, a number is not finite, the temperature is not above 0,
+                or the name of a component is no text; nothing is written then.
+            StoreFull: `max_bytes` is reached, or the disk is full.
+            WaitTimeout: it is not on disk in time.
+            Conflict: the id is that of another prompt or of other attempts, its group is gone, the version was never
+                published, or others lease or score here.
         """
-        attempts = attempts_of(completions, logprobs, rewards, components)
-        name = uuid4().hex if request_id is None else request_id
-        return put_attempts(self, name, prompt, attempts, version=version, temperature=temperature)
+        attempts, kept = attempts_of(completions, logprobs, rewards, components), sampled_at(temperature)
+        name, number = uuid4().hex if request_id is None else request_id, None if version is None else index(version)
+        return put_attempts(self, name, prompt, attempts, version=number, temperature=kept)
 
     def unscored(self, max_items: int, ttl_s: float, timeout_s: float, *, now_s: float | None = None) -> list[Unscored]:
         """Complete trajectories without a reward; each is handed out again only after `ttl_s` or a restart."""

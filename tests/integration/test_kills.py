@@ -51,10 +51,13 @@ def test_a_group_of_a_live_run_is_discarded_and_the_run_goes_on(tmp_path: Path) 
     assert (
         stored(up.run, "discard", group=group, reason="its answer is wrong") == 0
     )  # a command takes too long to start
-    up.wait_for(lambda: any(event["kind"] == "discard" for event in up.events()), "the discard")
+    impossible = f"discard-{2**70}.json"
+    (up.run / "requests" / impossible).write_text(f'{{"group": {2**70}, "reason": "bad \\udcff"}}')
+    up.wait_for(lambda: sum(event["kind"] == "discard" for event in up.events()) == 2, "both answers")
     assert up.wait() == 0, up.output
-    (said,) = [event["message"] for event in up.events() if event["kind"] == "discard"]
-    assert said == f"group {group} is discarded: its answer is wrong"
+    said = {event["message"] for event in up.events() if event["kind"] == "discard"}
+    assert f"group {group} is discarded: its answer is wrong" in said
+    assert any(message.startswith(f"request '{impossible}' is refused: {2**70} is no group") for message in said)
     assert not list((up.run / "requests").iterdir())
     assert group not in {int(number) for path in parts(up.run) for number in read_part(path).groups}
     ledger = ledger_of(up.iterations()[-1])

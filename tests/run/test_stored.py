@@ -11,7 +11,7 @@ from pmdflow.errors import PmdflowError
 from pmdflow.learner.checkpoint.manifest import Manifest
 from pmdflow.run.checkpoints import require_store_of
 from pmdflow.run.directory import RunDirectory
-from pmdflow.run.discards import DiscardRequest, pending
+from pmdflow.run.discards import MAX_REASON_BYTES, DiscardRequest, pending, take_up
 from pmdflow.run.stored import stored
 from pmdflow.store import TrajectoryStore
 from tests.support.filled_store import admit, complete, ready_store
@@ -84,6 +84,70 @@ def test_what_is_missing_is_said(run: Path, tmp_path: Path) -> None:
             stored(run, action, group=group, reason=reason)  # type: ignore[arg-type]
     with pytest.raises(PmdflowError, match="has no store"):
         stored(tmp_path / "other", "list", group=None, reason=None)
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [("bad \udcff", "no UTF-8 text at character 4"), ("x" * 4097, "4097 bytes, at most 4096"), (" ", "needs a reason")],
+)
+@pytest.mark.parametrize("live", [False, True])
+def test_a_reason_that_cannot_be_kept_is_refused_by_the_command(
+    run: Path, monkeypatch: pytest.MonkeyPatch, reason: str, said: str, live: bool
+) -> None:
+    monkeypatch.setattr(RunDirectory, "is_live", lambda path: live)
+    with pytest.raises(PmdflowError, match=said) as refused:
+        stored(run, "discard", group=1, reason=reason)
+    assert refused.value.hint
+    assert groups(run) == [0, 1, 2]
+    assert not (run / "requests").exists()
+
+
+def test_the_longest_reason_is_kept_by_the_store(run: Path) -> None:
+    assert stored(run, "discard", group=1, reason="x" * MAX_REASON_BYTES) == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ('{"group": 0, "reason": "bad \\udcff"}', "no UTF-8 text"),
+        ('{"group": 1180591620717411303424, "reason": "x"}', "1180591620717411303424 is no group"),
+        ('{"group": 1e999, "reason": "x"}', "inf is no group"),
+        ('{"group": -1, "reason": "x"}', "-1 is no group"),
+        ('{"group": 0, "reason": null}', "needs a reason"),
+    ],
+)
+def test_a_request_that_cannot_be_is_an_event_and_goes(tmp_path: Path, asked: str, said: str) -> None:
+    """Otherwise it would stop the run, and stop it again at each resume."""
+    (tmp_path / "requests").mkdir()
+    (tmp_path / "requests" / "discard-0.json").write_text(asked)
+    events: list[str] = []
+
+    def discard(group: int, reason: str) -> str:
+        raise AssertionError(f"{group} {reason} reached the store")
+
+    take_up(tmp_path, discard, lambda message, **attrs: events.append(message))
+    assert len(events) == 1
+    assert events[0].startswith("request 'discard-0.json' is refused")
+    assert said in events[0]
+    assert list((tmp_path / "requests").iterdir()) == []
+
+
+def test_a_store_that_another_program_holds_is_said(run: Path) -> None:
+    holder = TrajectoryStore(run / "store", groups_per_iteration=1, lookahead=0, max_staleness=None)
+    with pytest.raises(PmdflowError) as refused:
+        stored(run, "discard", group=1, reason="why")
+    assert "wait until the other program" in (refused.value.hint or "")
+    holder.close()
+
+
+def test_a_damaged_store_is_said(run: Path) -> None:
+    log = next((run / "store").glob("*.log"))
+    with open(log, "r+b") as file:
+        file.seek(300)
+        file.write(b"xx")
+    with pytest.raises(PmdflowError, match=log.name) as refused:
+        stored(run, "discard", group=1, reason="why")
+    assert "from a copy" in (refused.value.hint or "")
 
 
 def test_a_store_that_is_older_than_its_checkpoint_is_refused_with_both_places(tmp_path: Path) -> None:

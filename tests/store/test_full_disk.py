@@ -15,6 +15,7 @@ import pytest
 from pmdflow.store import StoreFull, TrajectoryStore
 from pmdflow.types import Quota
 from tests.support.crash_processes import admit, segment
+from tests.support.filled_store import PROMPT
 
 TOKENS = 10_000
 
@@ -126,3 +127,21 @@ def test_a_snapshot_without_room_is_left_out(disk: Path) -> None:
     (disk / "others").unlink()
     admit(store, 0)
     store.close()
+
+
+def put(store: TrajectoryStore, number: int) -> None:
+    store.put_group(PROMPT, [[1] * TOKENS] * 2, [[-1.0] * TOKENS] * 2, [1.0, 0.0], request_id=str(number))
+
+
+def test_a_group_that_found_no_room_is_finished_by_its_repeat(disk: Path) -> None:
+    with open_store(disk, 1 << 20) as store:
+        (disk / "others").write_bytes(bytes(1 << 20))
+        number = -1
+        with contextlib.suppress(StoreFull):
+            for number in itertools.count():
+                put(store, number)
+        (refused,) = store.groups("partial")
+        assert (refused["request_id"], store.counts().trajectories_leased) == (str(number), 0)
+        (disk / "others").unlink()
+        put(store, number)
+        assert store.counts().groups_ready == number + 1
