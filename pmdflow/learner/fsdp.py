@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pmdflow.config.schema import LearnerConfig, LoraConfig
 from pmdflow.errors import WaitTimeout
+from pmdflow.learner.agreement import check_policy
 from pmdflow.learner.loading import load_model
 from pmdflow.learner.lora import add_adapters, published_name, published_scale
 from pmdflow.learner.policy import Policy
@@ -99,12 +100,14 @@ def build_policy(path: str, *, dtype: str, learner: LearnerConfig, mesh: DeviceM
         mesh: The ranks, from `join_ranks`.
 
     Raises:
-        ValueError: the folder holds no causal language model, or not one that the settings fit.
+        ValueError: the folder holds no causal language model, or not one that the settings fit, or one that they score
+            otherwise than transformers does.
     """
     model = load_model(path, packing=learner.packing)
     if learner.lora is not None:
         add_adapters(model, learner.lora)
     policy = Policy(model.eval())
+    check_policy(policy, packing=learner.packing)
     layers = _outermost(model, set(model._no_split_modules or ()))
     for layer in layers:
         if learner.activation_checkpointing:

@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from pmdflow.learner.loading import load_model
 from pmdflow.learner.policy import Layout, Policy
+from pmdflow.rollout.engines.transformers.engine import TransformersEngine
 from tests.support.engine import EOS, Record, full_logprobs, make_engine, prompt, request
 
 WINDOW = 4
@@ -64,6 +65,12 @@ def test_the_engine_scores_as_the_plain_model(family: tuple[str, Any]) -> None:
     for id, tokens in record.tokens.items():
         expected = full_logprobs(plain, PROMPTS[id], tokens, temperature=1.0)
         torch.testing.assert_close(torch.tensor(record.logprobs[id]), expected, atol=ATOL, rtol=0)
+
+
+def test_rounding_to_half_precision_passes_the_self_check(family: tuple[str, Any]) -> None:
+    folder, _ = family
+    engine = TransformersEngine(model_path=folder, dtype="bfloat16", num_slots=3, threads=1, seed=0, device="cpu")
+    assert engine.num_slots == 3
 
 
 @pytest.mark.parametrize("packing", [True, False])

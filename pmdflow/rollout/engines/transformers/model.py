@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from pmdflow.learner.layers import family_problems, windows
 from pmdflow.rollout.engines.transformers.batch import DecodeBatch
 from pmdflow.rollout.engines.transformers.cache import ATTENTION, SlotCache
+from pmdflow.rollout.engines.transformers.self_check import check_cached
 from pmdflow.weights.lora import AdapterMerger
 
 
@@ -30,7 +31,7 @@ class CachedModel:
         """Load the model of a Hugging Face folder.
 
         Raises:
-            ValueError: A layer that keeps more than keys and values.
+            ValueError: A layer that keeps more than keys and values, or log-probs that the plain model does not give.
         """
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), attn_implementation=ATTENTION
@@ -45,6 +46,8 @@ class CachedModel:
         self._cache = SlotCache(num_slots)
         self._adapters = AdapterMerger()
         self._range = torch.arange(0, device=device)
+        check_cached(self, self._model, num_slots=num_slots)
+        self._cache = SlotCache(num_slots)
 
     def prefill(self, chunks: Sequence[Sequence[int]], *, slots: Sequence[int], starts: Sequence[int]) -> None:
         """Cache a chunk of tokens in each slot, from position `starts` on."""
