@@ -94,6 +94,22 @@ def require_agreement(got: Tensor, expected: Tensor, *, what: str, model: Any, r
 
 
 @contextmanager
+def failures_named(model: Any, *, what: str, remedy: str) -> Iterator[None]:
+    """Whatever a model's code raises becomes a refusal of its family.
+
+    Raises:
+        ValueError: names the family, the error and the remedy.
+    """
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:  # the code of a family that knows nothing of ours can fail in any way
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"{what} cannot compute a {model.config.model_type} ({reason}); {remedy}") from error
+
+
+@contextmanager
 def _own_attention(model: Any) -> Iterator[None]:
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pmdflow.config.schema import LearnerConfig, LoraConfig
 from pmdflow.errors import WaitTimeout
-from pmdflow.learner.agreement import check_policy
+from pmdflow.learner.agreement import check_policy, failures_named
 from pmdflow.learner.loading import load_model
 from pmdflow.learner.lora import add_adapters, published_name, published_scale
 from pmdflow.learner.policy import Policy
@@ -106,8 +106,10 @@ def build_policy(path: str, *, dtype: str, learner: LearnerConfig, mesh: DeviceM
     model = load_model(path, packing=learner.packing)
     if learner.lora is not None:
         add_adapters(model, learner.lora)
-    policy = Policy(model.eval())
-    check_policy(policy, packing=learner.packing)
+    remedy = "set learner.packing to false, or choose another model" if learner.packing else "choose another model"
+    with failures_named(model, what="the learner", remedy=remedy):
+        policy = Policy(model.eval())
+        check_policy(policy, packing=learner.packing)
     layers = _outermost(model, set(model._no_split_modules or ()))
     for layer in layers:
         if learner.activation_checkpointing:

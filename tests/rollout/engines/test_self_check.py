@@ -66,6 +66,13 @@ def test_weights_that_are_not_numbers_are_refused(folder: str) -> None:
         check_policy(Policy(model), packing=True)
 
 
+def test_what_the_code_of_a_family_raises_is_a_refusal_by_name(folder: str) -> None:
+    cached = make_engine(folder)._model
+    cached._model.transformer.wpe = torch.nn.Embedding(4, 32)  # fewer positions than it says
+    with pytest.raises(ValueError, match=r"engine cannot compute a gpt2 \(IndexError: .*set rollout.engine to vllm"):
+        check_cached(cached, cached._model, num_slots=8)
+
+
 def test_the_check_takes_little_of_the_quick_start() -> None:
     policy = Policy(load_model(str(TINY), packing=True).eval())
     cached = make_engine(str(TINY))._model

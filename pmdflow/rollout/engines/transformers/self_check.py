@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmdflow.learner.agreement import plain_scores, probe_tokens, require_agreement, scores_of
+from pmdflow.learner.agreement import failures_named, plain_scores, probe_tokens, require_agreement, scores_of
 from pmdflow.rollout.engines.transformers.batch import DecodeBatch
 from pmdflow.rollout.engines.transformers.slots import HeldSequence
 
@@ -27,18 +27,15 @@ def check_cached(cached: Any, model: Any, *, num_slots: int) -> None:
     Raises:
         ValueError: names the family and the difference.
     """
+    remedy = "set rollout.engine to vllm, or choose another model"
     sequences = probe_tokens(model)
-    plain = plain_scores(model, sequences)
-    for name, count in (("alone", 1), ("in company", 2))[:num_slots]:
-        got = _scores(cached, sequences[:count])
-        expected = torch.cat([scores[-_STEPS:] for scores in plain[:count]])
-        require_agreement(
-            got,
-            expected,
-            what=f"the transformers engine ({name})",
-            model=model,
-            remedy="set rollout.engine to vllm, or choose another model",
-        )
+    with failures_named(model, what="the transformers engine", remedy=remedy):
+        plain = plain_scores(model, sequences)
+        for name, count in (("alone", 1), ("in company", 2))[:num_slots]:
+            got = _scores(cached, sequences[:count])
+            expected = torch.cat([scores[-_STEPS:] for scores in plain[:count]])
+            what = f"the transformers engine ({name})"
+            require_agreement(got, expected, what=what, model=model, remedy=remedy)
 
 
 def _scores(cached: Any, sequences: list[list[int]]) -> Tensor:
