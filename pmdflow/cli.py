@@ -102,12 +102,15 @@ def status(run: Run) -> None:
 @app.command()
 def dashboard(
     run: Run,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 0,
+    host: Annotated[str, typer.Option(help="Address to serve at; any but this machine's own asks for a token.")] = (
+        "127.0.0.1"
+    ),
 ) -> None:
     """Show a live or finished run in the browser."""
     from pmdflow.dashboard import server
 
-    server.serve(run, port)
+    server.serve(run, host=host, port=port)
 
 
 @app.command()

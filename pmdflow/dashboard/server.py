@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import socket
 import sys
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -18,7 +17,6 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
@@ -26,11 +24,12 @@ from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 
 from pmdflow.dashboard import trajectories
+from pmdflow.dashboard.access import LocalNames, RequireToken, is_local, shown_link, token_of, url_of
 from pmdflow.dashboard.panels import figures
 from pmdflow.dashboard.queries import RunView
 from pmdflow.errors import LaunchError
+from pmdflow.metrics.companion import bind
 
-HOST = "127.0.0.1"
 UPDATE_INTERVAL_S = 1.0
 SHUTDOWN_GRACE_S = 1.0
 
@@ -39,37 +38,46 @@ _PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 _POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; frame-ancestors 'none'"
 
 
-def serve(run: Path, port: int) -> None:
-    """Serve `run` on 127.0.0.1 until interrupted; port 0 takes a free one. Prints the address.
+def serve(run: Path, *, host: str, port: int) -> None:
+    """Serve `run` at `host` until interrupted; port 0 takes a free one. Prints the address.
 
     Raises:
-        LaunchError: `run` is no run directory, or the port is taken.
+        LaunchError: `run` is no run directory, the port is taken, or there is no token and none can be made.
     """
-    app = make_app(run)
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((HOST, port))
-        except OSError as error:
-            raise LaunchError(
-                f"port {port} of {HOST} is taken ({error.strerror})",
-                hint="choose another with --port, or 0 for any free one",
-            ) from error
+    require_run(run)
+    token = None if is_local(host) else token_of(run)
+    app = make_app(run, host=host, token=token)
+    with bind("dashboard", host, port, hint="choose another with --port, or 0 for any free one") as listener:
         listener.listen()  # from here on a browser that is too early waits instead of failing
-        sys.stdout.write(f"dashboard: http://{HOST}:{listener.getsockname()[1]}\n")
+        link = shown_link(run, url_of(host, listener.getsockname()[1]), token, sys.stdout)
+        sys.stdout.write(f"dashboard: {link}\n")
         sys.stdout.flush()
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
         uvicorn.Server(config).run(sockets=[listener])
 
 
-def make_app(run: Path) -> Starlette:
-    """The application that serves `run`; `app.state.view` is its `RunView`.
+def require_run(run: Path) -> None:
+    """Refuse what holds no run.
 
     Raises:
         LaunchError: `run` is no run directory.
     """
     if not (run / "config.yaml").is_file() and not (run / "metrics.jsonl").is_file():
         raise LaunchError(f"{run} is no run directory (it has neither config.yaml nor metrics.jsonl)")
+
+
+def make_app(run: Path, *, host: str = "127.0.0.1", token: str | None = None) -> Starlette:
+    """The application that serves `run` at `host`; `app.state.view` is its `RunView`.
+
+    Args:
+        run: Run directory.
+        host: Where it is served; without a token, only requests under names of this machine are answered.
+        token: What every request must show; None asks for nothing.
+
+    Raises:
+        LaunchError: `run` is no run directory.
+    """
+    require_run(run)
     pages = Pages(run)
     routes = [
         Route("/", pages.overview),
@@ -80,9 +88,8 @@ def make_app(run: Path) -> Starlette:
         Route("/plotly.min.js", lambda _: FileResponse(_PLOTLY, media_type="text/javascript")),
         Mount("/static", StaticFiles(directory=_HERE / "static")),
     ]
-    # Another site's page must not read a run through a name that resolves to this machine.
-    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
-    app = Starlette(routes=routes, middleware=[hosts])
+    guard = Middleware(LocalNames, host=host) if token is None else Middleware(RequireToken, token=token)
+    app = Starlette(routes=routes, middleware=[guard])
     app.state.view = pages.view
     return app
 
