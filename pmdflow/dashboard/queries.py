@@ -117,11 +117,14 @@ class RunView:
             total = self.setting("run", "iterations")
             held_out = number(evals[-1].get("eval/reward_mean"), 3) if evals else "-"
             rate = sample.get("rollout/tokens_per_s", last.get("rollout/tokens_per_s"))
+            failed = evals[-1].get("eval/failed") if evals else 0
+            unscored = [("held-out not scored", f"{failed} of {evals[-1].get('eval/prompts')}")] if failed else []
             return [
                 ("iteration", f"{last.get('iteration', 0)} / {total if total is not None else '?'}"),
                 ("policy version", number(sample.get("scheduler/version", last.get("version")), 0)),
                 ("train reward", number(last.get("reward/mean"), 3)),
                 ("held-out reward", held_out),
+                *unscored,
                 ("length, tokens", number(last.get("trajectory/length_mean"), 1)),
                 ("tokens/s", number(rate, 0)),
                 ("rollout busy", percent(last.get("rollout/busy_share"))),

@@ -112,6 +112,12 @@ def test_the_diagnosis_names_the_state(
     assert words in diagnosis.text
 
 
+def test_attempts_of_an_evaluation_that_were_not_scored_are_a_tile(run: FixtureRun) -> None:
+    assert "not scored" not in client_of(run).get("/").text
+    run.recorder.metric("eval", {"eval/round": 6, "eval/reward_mean": 1.0, "eval/prompts": 128, "eval/failed": 3})
+    assert "3 of 128" in client_of(run).get("/").text
+
+
 def test_the_diagnosis_finds_idle_rollout_and_balance(tmp_path: Path) -> None:
     for name, idle_s, words in (("a", 40, "learner-bound: rollout actors were idle 40%"), ("b", 5, "balanced")):
         made = FixtureRun(tmp_path / name, start=0.0)
