@@ -112,11 +112,16 @@ class RunView:
     def facts(self) -> list[tuple[str, str]]:
         """Labelled numbers as text, most important first: of now, or of the whole run once it has ended."""
         with self.lock:
-            planned = self.setting("run", "iterations")
             if self._ending() is not None:
-                return of_run(self.iterations(), self.evals(), latest_ledger(self.history), planned=planned)
+                return self.totals()
             sample = self.history.samples[-1] if self.history.samples else {}
-            return of_now(self.iterations(), self.evals(), sample, planned=planned)
+            return of_now(self.iterations(), self.evals(), sample, planned=self.setting("run", "iterations"))
+
+    def totals(self) -> list[tuple[str, str]]:
+        """Labelled numbers of all that the run has done so far."""
+        with self.lock:
+            planned = self.setting("run", "iterations")
+            return of_run(self.iterations(), self.evals(), latest_ledger(self.history), planned=planned)
 
     def ledger(self) -> dict[str, Any]:
         """The newest token ledger: `rows` of (place, tokens, share), `generated`, `gap` and `outside` the sum."""

@@ -35,7 +35,7 @@ def of_now(iterations: Sequence[Record], evals: Sequence[Record], sample: Record
 def of_run(
     iterations: Sequence[Record], evals: Sequence[Record], ledger: Mapping[str, int], *, planned: int | None
 ) -> Tiles:
-    """All of a run that has ended: totals, means over iterations, and first to last; as its printed summary."""
+    """All that a run has done: totals, means over iterations, and first to last; as its printed summary."""
     seconds = sum(record.get("time/iteration_s") or 0.0 for record in iterations)
     generated = ledger.get("generated")
     rate = generated / seconds if generated is not None and seconds else None

@@ -184,7 +184,7 @@ def test_a_busy_port_is_one_clear_line(run: FixtureRun) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(PmdflowError, match=f"port {port} of 127.0.0.1 is taken") as caught:
-            serve(run.run_dir, host="127.0.0.1", port=port)
+            serve([run.run_dir], host="127.0.0.1", port=port)
     message, hint = str(caught.value).split("\n\nhint: ")
     assert "--port" in hint and "\n" not in message + hint
 
