@@ -29,7 +29,7 @@ class RunConfig(Section):
     """Where run directories are made."""
     iterations: PositiveInt
     """Iterations to train; raising it and running `up` again continues a finished run."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of prompts, sampling and everything else."""
     drain_s: PositiveFloat = 25.0
     """Time that the drain may take which SIGTERM or SIGHUP asks for (SLURM and Kubernetes kill 30 s after SIGTERM);

@@ -37,7 +37,7 @@ class RolloutActor:
         self._worker = f"rollout-{index}"
         self._requests = StoreRequests(store)
         self._transport = make_transport(config, Path(run_dir))
-        self._engine = make_engine(config, seed=config.run.seed * 1000 + index)
+        self._engine = make_engine(config, seed=(config.run.seed * 1000 + index) % 2**32)
         self._holder = Holder(self._engine, LeaseTaker(config))
         self._incoming = IncomingWeights()
         self._spans = SpanBuffer(self._worker)
