@@ -101,13 +101,16 @@ def status(run: Run) -> None:
 
 @app.command()
 def dashboard(
-    run: Run,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")] = 0,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directory; several are compared.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 0,
+    host: Annotated[str, typer.Option(help="Address to serve at; any but this machine's own asks for a token.")] = (
+        "127.0.0.1"
+    ),
 ) -> None:
-    """Show a live or finished run in the browser."""
+    """Show a live or finished run in the browser, or compare several."""
     from pmdflow.dashboard import server
 
-    server.serve(run, port)
+    server.serve(runs, host=host, port=port)
 
 
 @app.command()

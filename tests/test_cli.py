@@ -203,14 +203,14 @@ def test_the_exit_code_is_that_of_the_command(monkeypatch: pytest.MonkeyPatch, c
 
 def test_replay_and_dashboard_pass_their_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    install(monkeypatch, pmdflow.dashboard, "server", serve=lambda run, port: seen.append((run, port)))
+    install(monkeypatch, pmdflow.dashboard, "server", serve=lambda runs, **options: seen.append((runs, options)))
     install(monkeypatch, pmdflow.replay, "command", replay=lambda run, **options: seen.append((run, options)))
     runner = CliRunner()
-    assert runner.invoke(app, ["dashboard", "runs/a", "--port", "8080"]).exit_code == 0
+    assert runner.invoke(app, ["dashboard", "runs/a", "runs/b", "--port", "8080"]).exit_code == 0
     runner.invoke(app, ["replay", "runs/a", "--verify"])
     runner.invoke(app, ["replay", "runs/a", "--from", "5", "--set", "learner.tau=0.1", "--set", "learner.lr=0.2"])
     assert seen == [
-        (Path("runs/a"), 8080),
+        ([Path("runs/a"), Path("runs/b")], {"host": "127.0.0.1", "port": 8080}),
         (Path("runs/a"), {"verify": True, "start": 0, "overrides": ()}),
         (Path("runs/a"), {"verify": False, "start": 5, "overrides": ["learner.tau=0.1", "learner.lr=0.2"]}),
     ]

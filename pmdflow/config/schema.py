@@ -29,7 +29,7 @@ class RunConfig(Section):
     """Where run directories are made."""
     iterations: PositiveInt
     """Iterations to train; raising it and running `up` again continues a finished run."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of prompts, sampling and everything else."""
     drain_s: PositiveFloat = 25.0
     """Time that the drain may take which SIGTERM or SIGHUP asks for (SLURM and Kubernetes kill 30 s after SIGTERM);
@@ -343,7 +343,10 @@ class DashboardConfig(Section):
     """The web page that `up` serves."""
 
     port: Annotated[int, Field(ge=0, le=65535)] | None = 0
-    """Port on 127.0.0.1; 0 takes a free one, null serves none."""
+    """Port; 0 takes a free one, null serves none."""
+    host: str = Field(default="127.0.0.1", min_length=1)
+    """Address to serve at; `0.0.0.0` is every one. Any but this machine's own asks for the token in the printed link,
+    which `RUN/dashboard.token` keeps; it is plain HTTP, so put a tunnel or a proxy before it on a network you share."""
 
 
 class Config(Section):

@@ -55,9 +55,9 @@ def reward(
     """Mean reward of each claim, and of held-out prompts and evaluation sets at the iteration of their round."""
     x = column(iterations, "iteration")
     data = [
-        _line("train mean", x, column(iterations, "reward/mean"), BLUE),
+        make_line("train mean", x, column(iterations, "reward/mean"), BLUE),
         {
-            **_line("held-out", column(evals, "eval/round"), column(evals, "eval/reward_mean"), VERMILION),
+            **make_line("held-out", column(evals, "eval/round"), column(evals, "eval/reward_mean"), VERMILION),
             "mode": "lines+markers",
             "marker": {"size": 9, "symbol": "diamond"},
             "line": {"color": VERMILION, "width": 1.5, "dash": "dot"},
@@ -65,20 +65,20 @@ def reward(
     ]
     for index, (name, rounds) in enumerate(sorted(sets.items())):
         x, y = column(rounds, "eval/round"), column(rounds, f"eval/{name}/reward_mean")
-        data.append({**_line(name, x, y, _OTHER_COLOURS[index % len(_OTHER_COLOURS)]), "mode": "lines+markers"})
-    return {"data": data, "layout": _layout(_by_iteration(iterations), "reward")}
+        data.append({**make_line(name, x, y, _OTHER_COLOURS[index % len(_OTHER_COLOURS)]), "mode": "lines+markers"})
+    return {"data": data, "layout": make_layout(iteration_axis(iterations), "reward")}
 
 
 def length(iterations: Sequence[Mapping[str, Any]]) -> Figure:
     """Generated tokens of a trajectory: mean and 90th percentile of each claim."""
     x = column(iterations, "iteration")
     data = [
-        _line("mean", x, column(iterations, "trajectory/length_mean"), BLUE),
-        _line("90th percentile", x, column(iterations, "trajectory/length_p90"), ORANGE, dash="dash"),
+        make_line("mean", x, column(iterations, "trajectory/length_mean"), BLUE),
+        make_line("90th percentile", x, column(iterations, "trajectory/length_p90"), ORANGE, dash="dash"),
     ]
     return {
         "data": data,
-        "layout": _layout(_by_iteration(iterations), "tokens") | {"yaxis": _axis("tokens", rangemode="tozero")},
+        "layout": make_layout(iteration_axis(iterations), "tokens") | {"yaxis": _axis("tokens", rangemode="tozero")},
     }
 
 
@@ -97,9 +97,9 @@ def staleness(iterations: Sequence[Mapping[str, Any]], limit: int | None) -> Fig
             "hovertemplate": f"staleness {age}: %{{y:.1f}} %<extra></extra>",
         })  # fmt: skip
     masked = [None if m is None else 100 * m for m in column(iterations, "staleness/masked_share")]
-    data.append(_line("masked", x, masked, "#FF5CB8", dash="dot"))
+    data.append(make_line("masked", x, masked, "#FF5CB8", dash="dot"))
     title = "no limit" if limit is None else f"limit {limit}"
-    layout = _layout(_by_iteration(iterations), f"% of tokens ({title})")
+    layout = make_layout(iteration_axis(iterations), f"% of tokens ({title})")
     return {"data": data, "layout": layout | {"barmode": "stack", "bargap": 0.12}}
 
 
@@ -110,9 +110,9 @@ def budget(iterations: Sequence[Mapping[str, Any]]) -> Figure:
         "type": "bar", "name": "spent", "x": x, "y": column(iterations, "scheduler/tokens_spent"),
         "marker": {"color": SKY, "line": {"width": 0}},
     }  # fmt: skip
-    limit = _line("budget", x, column(iterations, "scheduler/tokens_budget"), VERMILION, dash="dash")
+    limit = make_line("budget", x, column(iterations, "scheduler/tokens_budget"), VERMILION, dash="dash")
     limit["line"]["shape"] = "hvh"
-    layout = _layout(_by_iteration(iterations), "tokens") | {
+    layout = make_layout(iteration_axis(iterations), "tokens") | {
         "yaxis": _axis("tokens", rangemode="tozero"),
         "bargap": 0.12,
     }
@@ -130,16 +130,16 @@ def store(samples: Sequence[Mapping[str, Any]], origin: float) -> Figure:
         }
         for name, colour in states
     ]  # fmt: skip
-    ready = _line("groups ready", x, column(samples, "store/groups_ready"), BLUE)
+    ready = make_line("groups ready", x, column(samples, "store/groups_ready"), BLUE)
     ready["line"]["shape"] = "hv"
-    layout = _layout(_axis("seconds since the start"), "trajectories, groups")
+    layout = make_layout(_axis("seconds since the start"), "trajectories, groups")
     return {"data": [*data, ready], "layout": layout | {"yaxis": _axis("trajectories, groups", rangemode="tozero")}}
 
 
 def rate(samples: Sequence[Mapping[str, Any]], origin: float) -> Figure:
     """Generated tokens a second over time."""
-    line = _line("tokens/s", _since(samples, origin), column(samples, "rollout/tokens_per_s"), GREEN)
-    layout = _layout(_axis("seconds since the start"), "tokens/s")
+    line = make_line("tokens/s", _since(samples, origin), column(samples, "rollout/tokens_per_s"), GREEN)
+    layout = make_layout(_axis("seconds since the start"), "tokens/s")
     return {"data": [line], "layout": layout | {"yaxis": _axis("tokens/s", rangemode="tozero")}}
 
 
@@ -153,7 +153,7 @@ def timeline(spans: Sequence[Mapping[str, Any]], origin: float, window_s: float 
         bars[span[1]].append((span[0], max(span[2], start), span[3]))
     actors = sorted({span["actor"] for span in recent}, key=_lane)
     data = [_bars(name, bars[name], origin) for name in sorted(bars, key=_work_first)]
-    layout = _layout(_axis("seconds since the start"), "") | {
+    layout = make_layout(_axis("seconds since the start"), "") | {
         "barmode": "overlay", "bargap": 0.25, "hovermode": "closest",
         "xaxis": _axis("seconds since the start", range=[start - origin, max(end - origin, start - origin + 1)]),
         "yaxis": _axis("", categoryorder="array", categoryarray=actors[::-1], type="category", automargin=True),
@@ -215,7 +215,8 @@ def _since(records: Sequence[Mapping[str, Any]], origin: float) -> list[float]:
     return [round(record["time"] - origin, 1) for record in records]
 
 
-def _line(name: str, x: Sequence[Any], y: Sequence[Any], colour: str, dash: str = "solid") -> Figure:
+def make_line(name: str, x: Sequence[Any], y: Sequence[Any], colour: str, dash: str = "solid") -> Figure:
+    """A trace of one curve."""
     line: Figure = {"color": colour, "width": 2, "dash": dash}
     few = len(x) < 3  # a line of one point is invisible
     return {"type": "scatter", "mode": "lines+markers" if few else "lines", "name": name, "x": x, "y": y, "line": line}
@@ -228,12 +229,14 @@ def _axis(title: str, **options: Any) -> Figure:
     }  # fmt: skip
 
 
-def _by_iteration(iterations: Sequence[Mapping[str, Any]]) -> Figure:
+def iteration_axis(iterations: Sequence[Mapping[str, Any]]) -> Figure:
+    """The axis of charts over these iterations."""
     whole = {"dtick": 1} if len(iterations) <= _FEW_ITERATIONS else {}  # else there are ticks between iterations
     return _axis("iteration", **whole)
 
 
-def _layout(x: Figure, y: str) -> Figure:
+def make_layout(x: Figure, y: str) -> Figure:
+    """The layout that charts share: the axis `x`, and one with the title `y`."""
     return {
         "xaxis": x, "yaxis": _axis(y), "height": 270, "margin": {"l": 8, "r": 8, "t": 6, "b": 8},
         "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "hovermode": "x unified",

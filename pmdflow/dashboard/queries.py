@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pmdflow.config.recorded import recorded_settings
+from pmdflow.dashboard.tiles import of_now, of_run
 from pmdflow.metrics.history import History, Record
 from pmdflow.metrics.intervals import busy_share, clip, covered_s, longest_wait, union
 from pmdflow.metrics.ledger import OUTSIDE_SUM, latest_ledger, ledger_gap, ledger_places
@@ -90,16 +91,16 @@ class RunView:
         """What limits the run now, or why it does not move."""
         with self.lock:
             history = self.history
-            closing = next((e for e in reversed(history.events) if e.get("kind") in _LIFECYCLE), None)
-            kind = closing.get("kind") if closing else None
-            if kind == "finish":
+            ending = self._ending()
+            if ending == "finish":
                 return Diagnosis(state="finished", text=f"finished: {self._learned()}")
-            if kind in ("drain", "stop"):
+            if ending is not None:
                 resume = "starting the same `pmdflow up` again resumes it"
                 return Diagnosis(state="stopped", text=f"stopped after {self._learned()}; {resume}")
             if history.last_time is None:
                 return Diagnosis(state="waiting", text="waiting for the first metric: actors are starting")
-            silent_s = self._clock() - max(history.last_time, closing["time"] if closing else 0.0)
+            began = self._lifecycle().get("time", 0.0)
+            silent_s = self._clock() - max(history.last_time, began)
             if silent_s > SILENT_AFTER_S:
                 ago = duration(silent_s // 10 * 10)
                 text = (
@@ -109,26 +110,18 @@ class RunView:
             return Diagnosis(state="running", text=self._bottleneck(history.last_time))
 
     def facts(self) -> list[tuple[str, str]]:
-        """Labelled numbers of the run as text, most important first."""
+        """Labelled numbers as text, most important first: of now, or of the whole run once it has ended."""
         with self.lock:
-            iterations, evals = self.iterations(), self.evals()
-            last = iterations[-1] if iterations else {}
+            if self._ending() is not None:
+                return self.totals()
             sample = self.history.samples[-1] if self.history.samples else {}
-            total = self.setting("run", "iterations")
-            held_out = number(evals[-1].get("eval/reward_mean"), 3) if evals else "-"
-            rate = sample.get("rollout/tokens_per_s", last.get("rollout/tokens_per_s"))
-            return [
-                ("iteration", f"{last.get('iteration', 0)} / {total if total is not None else '?'}"),
-                ("policy version", number(sample.get("scheduler/version", last.get("version")), 0)),
-                ("train reward", number(last.get("reward/mean"), 3)),
-                ("held-out reward", held_out),
-                ("length, tokens", number(last.get("trajectory/length_mean"), 1)),
-                ("tokens/s", number(rate, 0)),
-                ("rollout busy", percent(last.get("rollout/busy_share"))),
-                ("2+ versions", percent(last.get("trajectory/multi_version_share"))),
-                ("masked tokens", percent(last.get("staleness/masked_share"))),
-                ("groups ready", number(sample.get("store/groups_ready"), 0)),
-            ]
+            return of_now(self.iterations(), self.evals(), sample, planned=self.setting("run", "iterations"))
+
+    def totals(self) -> list[tuple[str, str]]:
+        """Labelled numbers of all that the run has done so far."""
+        with self.lock:
+            planned = self.setting("run", "iterations")
+            return of_run(self.iterations(), self.evals(), latest_ledger(self.history), planned=planned)
 
     def ledger(self) -> dict[str, Any]:
         """The newest token ledger: `rows` of (place, tokens, share), `generated`, `gap` and `outside` the sum."""
@@ -147,6 +140,15 @@ class RunView:
                 (duration(e.get("time", 0.0) - self.origin()), str(e.get("kind")), str(e.get("message", "")))
                 for e in newest
             ]
+
+    def _lifecycle(self) -> Record:
+        """The newest event of a start or an end; empty before the first."""
+        return next((e for e in reversed(self.history.events) if e.get("kind") in _LIFECYCLE), {})
+
+    def _ending(self) -> str | None:
+        """The kind of the event that ended the run; None while it runs, or died without a word."""
+        kind = self._lifecycle().get("kind")
+        return kind if kind in _ENDINGS else None
 
     def _learned(self) -> str:
         iterations, evals = self.iterations(), self.evals()
@@ -184,7 +186,8 @@ def _learner_wait_s(spans: Iterable[Record], start: float, end: float) -> float:
     return covered_s(union(clip(waits, start, end)))
 
 
-_LIFECYCLE = frozenset({"start", "resume", "drain", "stop", "finish"})
+_ENDINGS = frozenset({"drain", "stop", "finish"})
+_LIFECYCLE = frozenset({"start", "resume"}) | _ENDINGS
 
 
 def column(records: Sequence[Mapping[str, Any]], key: str) -> list[Any]:

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import socket
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import anyio
 import plotly
 import uvicorn
-from sse_starlette.sse import EventSourceResponse
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
@@ -26,65 +21,73 @@ from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 
 from pmdflow.dashboard import trajectories
+from pmdflow.dashboard.access import LocalNames, RequireToken, is_local, shown_link, token_of, url_of
+from pmdflow.dashboard.comparison import CHARTS, HELD_OUT, Comparison
 from pmdflow.dashboard.panels import figures
 from pmdflow.dashboard.queries import RunView
+from pmdflow.dashboard.stream import streamed
 from pmdflow.errors import LaunchError
-
-HOST = "127.0.0.1"
-UPDATE_INTERVAL_S = 1.0
-SHUTDOWN_GRACE_S = 1.0
+from pmdflow.metrics.companion import bind
 
 _HERE = Path(__file__).parent
 _PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 _POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; frame-ancestors 'none'"
+_HEADERS = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-store"}
+_TEMPLATES = Jinja2Templates(directory=_HERE / "templates")
 
 
-def serve(run: Path, port: int) -> None:
-    """Serve `run` on 127.0.0.1 until interrupted; port 0 takes a free one. Prints the address.
+def serve(runs: Sequence[Path], *, host: str, port: int) -> None:
+    """Serve a run, or the comparison of several, at `host` until interrupted; port 0 takes a free one.
+
+    Prints the address; the token is that of the first run.
 
     Raises:
-        LaunchError: `run` is no run directory, or the port is taken.
+        LaunchError: one is no run directory, the port is taken, or there is no token and none can be made.
     """
-    app = make_app(run)
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((HOST, port))
-        except OSError as error:
-            raise LaunchError(
-                f"port {port} of {HOST} is taken ({error.strerror})",
-                hint="choose another with --port, or 0 for any free one",
-            ) from error
+    for run in runs:
+        require_run(run)
+    token = None if is_local(host) else token_of(runs[0])
+    app = make_app(*runs, host=host, token=token)
+    with bind("dashboard", host, port, hint="choose another with --port, or 0 for any free one") as listener:
         listener.listen()  # from here on a browser that is too early waits instead of failing
-        sys.stdout.write(f"dashboard: http://{HOST}:{listener.getsockname()[1]}\n")
+        link = shown_link(runs[0], url_of(host, listener.getsockname()[1]), token, sys.stdout)
+        sys.stdout.write(f"dashboard: {link}\n")
         sys.stdout.flush()
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
         uvicorn.Server(config).run(sockets=[listener])
 
 
-def make_app(run: Path) -> Starlette:
-    """The application that serves `run`; `app.state.view` is its `RunView`.
+def require_run(run: Path) -> None:
+    """Refuse what holds no run.
 
     Raises:
         LaunchError: `run` is no run directory.
     """
     if not (run / "config.yaml").is_file() and not (run / "metrics.jsonl").is_file():
         raise LaunchError(f"{run} is no run directory (it has neither config.yaml nor metrics.jsonl)")
-    pages = Pages(run)
+
+
+def make_app(*runs: Path, host: str = "127.0.0.1", token: str | None = None) -> Starlette:
+    """The application that serves a run, or the comparison of several, at `host`.
+
+    Args:
+        runs: Run directories.
+        host: Where it is served; without a token, only requests under names of this machine are answered.
+        token: What every request must show; None asks for nothing.
+
+    Raises:
+        LaunchError: one is no run directory.
+    """
+    for run in runs:
+        require_run(run)
+    own = Pages(runs[0]).routes() if len(runs) == 1 else ComparisonPages(runs).routes()
     routes = [
-        Route("/", pages.overview),
-        Route("/api/update", pages.update),
-        Route("/events", pages.events),
-        Route("/trajectories", pages.table),
-        Route("/trajectories/{iteration:int}/{trajectory:int}", pages.trajectory),
+        *own,
         Route("/plotly.min.js", lambda _: FileResponse(_PLOTLY, media_type="text/javascript")),
         Mount("/static", StaticFiles(directory=_HERE / "static")),
     ]
-    # Another site's page must not read a run through a name that resolves to this machine.
-    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
-    app = Starlette(routes=routes, middleware=[hosts])
-    app.state.view = pages.view
-    return app
+    guard = Middleware(LocalNames, host=host) if token is None else Middleware(RequireToken, token=token)
+    return Starlette(routes=routes, middleware=[guard])
 
 
 class Pages:
@@ -93,8 +96,17 @@ class Pages:
     def __init__(self, run: Path) -> None:
         """Read nothing yet."""
         self.view = RunView(run)
-        self._templates = Jinja2Templates(directory=_HERE / "templates")
         self._charts: tuple[int, dict[str, str]] = (-1, {})
+
+    def routes(self) -> list[Route]:
+        """Where each page is."""
+        return [
+            Route("/", self.overview),
+            Route("/api/update", self.update),
+            Route("/events", streamed(self.snapshot)),
+            Route("/trajectories", self.table),
+            Route("/trajectories/{iteration:int}/{trajectory:int}", self.trajectory),
+        ]
 
     def overview(self, request: Request) -> Response:
         """The run page."""
@@ -103,17 +115,7 @@ class Pages:
 
     def update(self, _: Request) -> Response:
         """Everything that the page shows, as one JSON object: what the stream sends first."""
-        return JSONResponse({key: json.loads(value) for key, value in self._snapshot().items()})
-
-    async def events(self, request: Request) -> Response:
-        """The stream: each message holds the parts of the page that have changed."""
-        closing = anyio.Event()
-        return EventSourceResponse(
-            self._stream(request, closing),
-            headers={"Cache-Control": "no-store"},
-            shutdown_event=closing,
-            shutdown_grace_period=SHUTDOWN_GRACE_S,
-        )
+        return JSONResponse({key: json.loads(value) for key, value in self.snapshot().items()})
 
     def table(self, request: Request) -> Response:
         """The table of archived trajectories."""
@@ -139,8 +141,7 @@ class Pages:
 
     def _page(self, request: Request, template: str, **context: Any) -> Response:
         values = {"run": self.view.name, "path": str(self.view.run_dir), **context}
-        headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-store"}
-        return self._templates.TemplateResponse(request, template, values, headers=headers)
+        return _TEMPLATES.TemplateResponse(request, template, values, headers=_HEADERS)
 
     def _parts(self) -> dict[str, Any]:
         view = self.view
@@ -148,7 +149,7 @@ class Pages:
             "diagnosis": view.diagnosis(), "facts": view.facts(), "ledger": view.ledger(), "happened": view.events(),
         }  # fmt: skip
 
-    def _snapshot(self) -> dict[str, str]:
+    def snapshot(self) -> dict[str, str]:
         """Parts of the page by name, each as JSON text: figures, and fragments of HTML."""
         view = self.view
         with view.lock:
@@ -158,21 +159,50 @@ class Pages:
                 self._charts = revision, {f"chart:{name}": json.dumps(figure) for name, figure in charts.items()}
             fragments = self._parts()
             html = {
-                f"html:{name}": json.dumps(self._templates.get_template(f"{name}.html").render(fragments))
+                f"html:{name}": json.dumps(_TEMPLATES.get_template(f"{name}.html").render(fragments))
                 for name in ("diagnosis", "facts", "ledger", "happened")
             }
             return {**self._charts[1], **html}
 
-    async def _stream(self, request: Request, closing: anyio.Event) -> AsyncIterator[dict[str, str]]:
-        sent: dict[str, str] = {}
-        while not closing.is_set() and not await request.is_disconnected():
-            now = await run_in_threadpool(self._snapshot)
-            changed = [f"{json.dumps(key)}:{value}" for key, value in now.items() if sent.get(key) != value]
-            if changed:
-                yield {"data": "{" + ",".join(changed) + "}"}
-            sent = now
-            with anyio.move_on_after(UPDATE_INTERVAL_S):
-                await closing.wait()
+
+class ComparisonPages:
+    """The handlers of the page that shows several runs."""
+
+    def __init__(self, runs: Sequence[Path]) -> None:
+        """Read nothing yet."""
+        self._comparison = Comparison(runs)
+
+    def routes(self) -> list[Route]:
+        """Where each page is."""
+        events = Route("/events", streamed(self.snapshot))
+        return [Route("/", self.overview), Route("/api/update", self.update), events]
+
+    def overview(self, request: Request) -> Response:
+        """The page."""
+        with self._comparison.lock:
+            self._comparison.refresh()
+            names, sides = self._comparison.names(), self._sides()
+        charts = {"held-out": HELD_OUT, **{name: caption for name, (caption, _, _) in CHARTS.items()}}
+        context = {"run": ", ".join(names), "path": "", "compared": True, "charts": charts, **sides}
+        return _TEMPLATES.TemplateResponse(request, "compare.html", context, headers=_HEADERS)
+
+    def update(self, _: Request) -> Response:
+        """Everything that the page shows, as one JSON object: what the stream sends first."""
+        return JSONResponse({key: json.loads(value) for key, value in self.snapshot().items()})
+
+    def snapshot(self) -> dict[str, str]:
+        """Parts of the page by name, each as JSON text."""
+        with self._comparison.lock:
+            self._comparison.refresh()
+            sides, drawn = self._sides(), self._comparison.figures()
+        html = _TEMPLATES.get_template("sides.html").render(sides)
+        charts = {f"chart:{name}": json.dumps(figure) for name, figure in drawn.items()}
+        return {**charts, "html:sides": json.dumps(html)}
+
+    def _sides(self) -> dict[str, Any]:
+        states, rows = self._comparison.facts()
+        differences = self._comparison.differences()
+        return {"names": self._comparison.names(), "states": states, "rows": rows, "differences": differences}
 
 
 def _filter(query: Mapping[str, str]) -> tuple[trajectories.Filter, int]:

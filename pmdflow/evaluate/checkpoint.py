@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pmdflow.config.load import load_run
-from pmdflow.config.schema import Config
+from pmdflow.config.schema import Config, ModelConfig
 from pmdflow.errors import LaunchError
 from pmdflow.learner.checkpoint.manifest import manifest_at, newest_manifest
 from pmdflow.rollout.engine import RolloutEngine
@@ -59,6 +59,13 @@ def find_checkpoint(path: Path) -> Checkpoint:
     raise LaunchError(
         f"{path} {what}", hint="give a run directory, RUN/checkpoints/iteration-NNNNNN or a Hugging Face folder"
     )
+
+
+def stored_dtype(model: str) -> str:
+    """The type that a folder's weights say they are in, if models are computed in it here; else float32."""
+    values: Mapping[str, Any] = json.loads((Path(model) / "config.json").read_text())
+    stored = values.get("dtype") or values.get("torch_dtype")
+    return str(stored) if stored in get_args(ModelConfig.model_fields["dtype"].annotation) else "float32"
 
 
 def is_run(path: Path) -> bool:

@@ -22,7 +22,7 @@ from pmdflow.config.sources import FILE_SUFFIXES, GYM_PREFIX
 from pmdflow.data.prompts import make_prompts, read_prompts
 from pmdflow.data.tokenizer import load_tokenizer, make_tokenize
 from pmdflow.errors import LaunchError
-from pmdflow.evaluate.checkpoint import Checkpoint, find_checkpoint, is_run, make_engine_of
+from pmdflow.evaluate.checkpoint import Checkpoint, find_checkpoint, is_run, make_engine_of, stored_dtype
 from pmdflow.evaluate.results import print_table, summarize, write_results
 from pmdflow.evaluate.task import Sample, generate_and_score
 from pmdflow.reward.runner import RewardRunner
@@ -86,7 +86,7 @@ def evaluate_checkpoint(path: Path, task: str, options: EvalOptions) -> int:
     console = Console(file=sys.stdout, soft_wrap=True)
     print_table(summary, console)
     console.print(f"per prompt: {out / 'samples.jsonl'}; summary: {out / 'summary.json'}")
-    return 0
+    return 0 if summary["infra_failures"] < summary["attempts"] else 1
 
 
 def eval_config(checkpoint: Checkpoint, task: str, options: EvalOptions) -> Config:
@@ -136,7 +136,7 @@ def _values_for(checkpoint: Checkpoint, task: str, options: EvalOptions) -> dict
     reward = {"functions": [{"function": GYM_REWARD}]}
     defaults = {
         "run": {"name": "eval", "iterations": 1},
-        "model": {"path": checkpoint.model},
+        "model": {"path": checkpoint.model, "dtype": stored_dtype(checkpoint.model)},
         "eval": {},
         "rollout": {},
         "scheduler": {"groups_per_iteration": 4, "tokens_per_iteration": 1},

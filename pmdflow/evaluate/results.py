@@ -49,6 +49,7 @@ def summarize(results: Sequence[Sequence[Sample]], *, ks: Sequence[int], pass_re
         "prompts": len(results),
         "attempts": len(flat),
         "infra_failures": sum(sample.reward is None for sample in flat),
+        "first_failure": next((sample.message for sample in flat if sample.reward is None), None),
         "invalid": sum(sample.outcome == "invalid" for sample in flat),
         "environment_failures": sum(len(sample.problems) for sample in flat),
         "tokens": sum(sample.tokens for sample in flat),
@@ -96,5 +97,9 @@ def print_table(summary: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     console.print(
         f"{summary['attempts']} attempts, {summary['length_mean']:.1f} tokens on average, "
-        f"{summary['invalid']} invalid, {summary['infra_failures']} not scored, {summary['tokens_per_s']:,.0f} tokens/s"
+        f"{summary['invalid']} invalid, {summary['tokens_per_s']:,.0f} tokens/s"
     )
+    if failed := summary["infra_failures"]:
+        rest = "the estimates are of the others" if failed < summary["attempts"] else "there is no estimate"
+        what = f"NOT SCORED: {failed} of {summary['attempts']} attempts, so {rest}"
+        console.print(f"{what}; the first: {summary['first_failure']}", style="bold", markup=False)

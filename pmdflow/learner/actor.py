@@ -78,7 +78,9 @@ class LearnerActor:
 
     def drain(self) -> ActorReport:
         """The spans since the last call, waits among them; safe beside `train`."""
-        return ActorReport(spans=[*self._learner.drain().spans, *self._waits.drain()])
+        work = self._learner.drain()
+        spans = [*work.spans, *self._waits.drain()]
+        return ActorReport(spans=spans, events=[*work.events, *self._waits.losses()])
 
     def close(self) -> None:
         """See `Learner.close`."""

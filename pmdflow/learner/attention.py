@@ -1,4 +1,4 @@
-"""Block-diagonal causal attention over sequences that lie one after another in a single row."""
+"""Block-diagonal causal attention over sequences that lie one after another in a single row, windows included."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+from pmdflow.learner.layers import attend, family_problems, window_of
 
 ATTENTION = "pmdflow_packed"
 """Name of the attention function, for `attn_implementation`."""
@@ -35,22 +36,16 @@ class Packed:
 
 
 def require_packable(model: Any, path: str) -> None:
-    """Refuse a model whose layers are more than plain causal attention.
+    """Refuse a model whose layers do not keep apart what shares a row.
 
     Raises:
         ValueError: names what the model does and how to train it all the same.
     """
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    problems = [
-        *sorted(kinds),
-        *(["a sliding window"] if getattr(config, "sliding_window", None) is not None else []),
-        *(["soft-capped scores"] if getattr(config, "attn_logit_softcapping", None) is not None else []),
-        *([] if model._supports_attention_backend else ["attention that cannot be replaced"]),
-    ]
+    problems = list(family_problems(model.config, model))
     if problems:
         raise ValueError(
-            f"learner.packing: {path} has {', '.join(problems)}, sequences cannot share a row: set it to false"
+            f"learner.packing: {path}, a {model.config.model_type}, has {', '.join(problems)}, sequences cannot share "
+            "a row: set it to false"
         )
 
 
@@ -64,9 +59,14 @@ def packed_attention(
     *,
     packed: Packed | None = None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of each sequence to itself: flash attention on a GPU, else SDPA sequence by sequence.
+
+    Soft-capped scores and sinks are computed without either, in memory that grows with the square of a sequence.
 
     Args:
         module: The attention layer.
@@ -76,27 +76,38 @@ def packed_attention(
         attention_mask: None; transformers makes no mask for an attention function of ours.
         packed: The sequences; None means that every row is one sequence, without padding.
         scaling: Factor of the scores; None is D ** -0.5.
+        sliding_window: Tokens that a token sees, itself included; None is all before it.
+        softcap: Scores stay between this and its negative.
+        s_aux: The sink of each query head [G * H].
         kwargs: What transformers passes to attention functions.
 
     Returns:
         Output [1, T, G * H, D], and None.
     """
-    grouped = query.shape[1] != key.shape[1]
-    if packed is None:
-        whole = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
-        return whole.transpose(1, 2), None
-    if query.is_cuda and query.dtype != torch.float32:
-        return _flash(query, key, value, packed, scaling=scaling, grouped=grouped), None
-    queries, keys, values = (tensor.split(packed.lengths, dim=2) for tensor in (query, key, value))
+    window = window_of(module, sliding_window)
+    plain = softcap is None and s_aux is None
+    if packed is not None and plain and query.is_cuda and query.dtype != torch.float32:
+        return _flash(query, key, value, packed, scaling=scaling, window=window), None
+    lengths = (query.shape[2],) if packed is None else packed.lengths
+    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     parts = [
-        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
+        attend(q, k, v, mask=_window_mask(q, window), scaling=scaling, softcap=softcap, sinks=s_aux)
         for q, k, v in zip(queries, keys, values, strict=True)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
+def _window_mask(query: Tensor, window: int | None) -> Tensor | None:
+    """What each token of a sequence sees, bool [1, 1, L, L]; None if that is all before it."""
+    length = query.shape[2]
+    if window is None or length <= window:
+        return None
+    seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    return seen.triu(1 - window)[None, None]
+
+
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, packed: Packed, *, scaling: float | None, grouped: bool
+    query: Tensor, key: Tensor, value: Tensor, packed: Packed, *, scaling: float | None, window: int | None
 ) -> Tensor:
     longest = max(packed.lengths)
     queries, keys, values = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
@@ -109,8 +120,8 @@ def _flash(
         longest,
         longest,
         scale=scaling,
-        window_size=(-1, 0),
-        enable_gqa=grouped,
+        window_size=(-1 if window is None else window - 1, 0),  # keys to the left, the token itself not counted
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(output, Tensor), "varlen_attn returns a tuple only for return_aux"
     return output[None]

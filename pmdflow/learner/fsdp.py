@@ -15,11 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM
 
 from pmdflow.config.schema import LearnerConfig, LoraConfig
 from pmdflow.errors import WaitTimeout
-from pmdflow.learner.attention import ATTENTION, require_packable
+from pmdflow.learner.agreement import check_policy, failures_named
+from pmdflow.learner.loading import load_model
 from pmdflow.learner.lora import add_adapters, published_name, published_scale
 from pmdflow.learner.policy import Policy
 
@@ -100,19 +100,17 @@ def build_policy(path: str, *, dtype: str, learner: LearnerConfig, mesh: DeviceM
         mesh: The ranks, from `join_ranks`.
 
     Raises:
-        ValueError: the folder holds no causal language model, or not one that the settings fit.
+        ValueError: the folder holds no causal language model, or not one that the settings fit, or one that they score
+            otherwise than transformers does.
     """
-    attention = ATTENTION if learner.packing else "sdpa"
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
-    except OSError as error:
-        raise ValueError(f"model.path {path} is no Hugging Face model folder with weights: {error}") from error
-    if learner.packing:
-        require_packable(model, path)
+    model = load_model(path, packing=learner.packing)
     if learner.lora is not None:
         add_adapters(model, learner.lora)
-    policy = Policy(model.eval())
-    layers = [module for module in model.modules() if type(module).__name__ in set(model._no_split_modules or ())]
+    remedy = "set learner.packing to false, or choose another model" if learner.packing else "choose another model"
+    with failures_named(model, what="the learner", remedy=remedy):
+        policy = Policy(model.eval())
+        check_policy(policy, packing=learner.packing)
+    layers = _outermost(model, set(model._no_split_modules or ()))
     for layer in layers:
         if learner.activation_checkpointing:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -120,6 +118,13 @@ def build_policy(path: str, *, dtype: str, learner: LearnerConfig, mesh: DeviceM
             layer.compile(dynamic=True)
     _shard(policy, layers, dtype=DTYPES[dtype], cpu_offload=learner.cpu_offload, mesh=mesh)
     return policy
+
+
+def _outermost(module: nn.Module, names: set[str]) -> list[Any]:
+    """The modules of these classes that are in no other of them."""
+    if type(module).__name__ in names:
+        return [module]
+    return [found for child in module.children() for found in _outermost(child, names)]
 
 
 def _shard(policy: Policy, layers: list[Any], *, dtype: torch.dtype, cpu_offload: bool, mesh: DeviceMesh) -> None:

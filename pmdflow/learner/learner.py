@@ -160,7 +160,7 @@ class Learner:
 
     def drain(self) -> ActorReport:
         """The spans since the last call; safe beside `train`."""
-        return ActorReport(spans=self._spans.drain())
+        return ActorReport(spans=self._spans.drain(), events=self._spans.losses())
 
     def device_info(self) -> dict[str, Any]:
         """What bitwise equality of a replay depends on."""

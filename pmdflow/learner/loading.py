@@ -1,4 +1,4 @@
-"""Whether a model folder's weights are those of its architecture: asked of transformers' own loader, without memory."""
+"""A model folder loaded for training, and whether its weights are those of its architecture, asked without memory."""
 
 from __future__ import annotations
 
@@ -8,11 +8,69 @@ from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging
 
+from pmdflow.learner.attention import ATTENTION, require_packable
+from pmdflow.learner.layers import family_problems, has_soft_cap
+
 NAMES_SHOWN = 4
+
+
+def load_model(path: str, *, packing: bool) -> Any:
+    """The causal language model of a folder, in float32, with the attention that its sequences need.
+
+    Args:
+        path: The folder.
+        packing: Whether sequences share a row.
+
+    Raises:
+        ValueError: the folder holds no causal language model, or sequences of it cannot share a row.
+    """
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation=ATTENTION if packing else None
+        )
+    except OSError as error:
+        raise ValueError(f"model.path {path} is no Hugging Face model folder with weights: {error}") from error
+    if packing:
+        require_packable(model, path)
+    elif has_soft_cap(model.config):
+        model.set_attn_implementation("eager")  # what transformers takes by itself leaves the cap out
+    return model
+
+
+def check_family(folder: Path, *, packing: bool, slots: bool) -> None:
+    """Refuse a model that the settings do not fit by its family, from config.json alone.
+
+    Args:
+        folder: The folder; it may lack the weights.
+        packing: Sequences share a row of the learner.
+        slots: The transformers engine generates.
+
+    Raises:
+        ValueError: names the family, what it does, and the setting that takes it.
+    """
+    with _quiet():
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            families = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())
+        except Exception as error:  # reading a configuration and importing its class can fail in any way
+            raise ValueError(f"model.path is {str(folder)!r}: {_refusal(error)}") from error
+    listed = families if isinstance(families, tuple) else (families,)
+    problems = ", ".join(dict.fromkeys(problem for family in listed for problem in family_problems(config, family)))
+    has = f"model.path is {str(folder)!r}: a {config.model_type} has {problems}"
+    refusals = [
+        *([f"{has}: sequences cannot share a row; set learner.packing to false"] if packing else []),
+        *([f"{has}: the transformers engine cannot cache it; set rollout.engine to vllm"] if slots else []),
+    ]
+    if problems and refusals:
+        raise ValueError("\n".join(refusals))
 
 
 def check_loading(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from pmdflow.errors import LaunchError
 
 KILL_TIMEOUT_S = 5.0
+_OF_THE_PORT = (errno.EADDRINUSE, errno.EACCES)
 
 
 class Companion:
@@ -62,19 +64,43 @@ def end_all(companions: list[Companion], *, within_s: float) -> dict[str, int | 
     return {each.name: each.end(within_s=max(0.0, deadline - time.monotonic())) for each in companions}
 
 
-def require_port(key: str, host: str, port: int, *, hint: str) -> int:
+def bind(setting: str, host: str, port: int, *, hint: str) -> socket.socket:
+    """A socket at `host` and `port`, 0 for any free one; it does not listen yet.
+
+    Raises:
+        LaunchError: the port is taken, or the host no address of this machine; names `setting` and the remedy.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise _no_address(setting, host, error) from error
+    bound = socket.socket(family)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        if error.errno not in _OF_THE_PORT:
+            raise _no_address(setting, host, error) from error
+        raise LaunchError(f"{setting}: port {port} of {host} is taken ({error.strerror})", hint=hint) from error
+    return bound
+
+
+def require_port(setting: str, host: str, port: int, *, hint: str) -> int:
     """A port that can be listened at: `port`, or a free one if that is 0.
 
     Raises:
-        LaunchError: it is taken; names the setting `key` and the remedy.
+        LaunchError: see `bind`.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise LaunchError(f"{key}: port {port} is taken ({error.strerror})", hint=hint) from error
+    with bind(setting, host, port, hint=hint) as probe:
         return int(probe.getsockname()[1])
+
+
+def _no_address(setting: str, host: str, error: OSError) -> LaunchError:
+    return LaunchError(
+        f"{setting}: host {host!r} is no address of this machine ({error.strerror})",
+        hint="127.0.0.1 is for this machine alone, 0.0.0.0 is every address that it has",
+    )
 
 
 def _die_with_parent() -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from pmdflow.metrics.report import Event
+
 Work = Literal[
     "generate", "apply_weights", "reference", "step", "publish", "checkpoint", "start", "score", "archive",
 ]  # fmt: skip
@@ -56,6 +58,7 @@ class SpanBuffer:
         self._lock = threading.Lock()
         self._spans: deque[dict[str, Any]] = deque(maxlen=capacity)
         self._dropped = 0
+        self._told = 0
 
     @property
     def dropped(self) -> int:
@@ -85,3 +88,10 @@ class SpanBuffer:
             spans = list(self._spans)
             self._spans.clear()
         return spans
+
+    def losses(self) -> list[Event]:
+        """An event if spans were dropped since the last call: a time line does not lose any without a word."""
+        with self._lock:
+            lost, self._told = self._dropped - self._told, self._dropped
+        what = f"{self.actor}: its {lost} oldest spans were dropped before they were asked for; its time line has a gap"
+        return [Event(kind="spans_dropped", message=what, attrs={"actor": self.actor, "spans": lost})] if lost else []

@@ -68,7 +68,9 @@ def _held_out_lines(title: str, key: str, evals: Mapping[int, Record]) -> list[s
         f"{number(record.get(f'{key}reward_mean'), 3)} (v{record.get(f'{key}first_version')})"
         for record in (early, late)
     )
-    return [f"  {title:<16}  {first} -> {last}, {late.get(f'{key}prompts')} prompts"]
+    failed = sum(record.get(f"{key}failed") or 0 for record in evals.values())
+    unscored = f"; {failed:,} attempts NOT SCORED in {len(evals)} rounds" if failed else ""
+    return [f"  {title:<16}  {first} -> {last}, {late.get(f'{key}prompts')} prompts{unscored}"]
 
 
 def _ledger_lines(ledger: Mapping[str, int]) -> list[str]:

@@ -94,7 +94,7 @@ class RewardActor:
         failures, self._failures = self._failures, []
         what = f"failed scorings: {len(failures)}; the first: {failures[0]}" if failures else ""
         events = [Event(kind="scoring_failed", message=what)] if failures else []
-        return ActorReport(spans=self._spans.drain(), events=events)
+        return ActorReport(spans=self._spans.drain(), events=[*events, *self._spans.losses()])
 
     def _fetch(self, runner: RewardRunner, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take as many trajectories as there is room for; waits for the first one only if nothing is in flight."""

@@ -37,7 +37,7 @@ class RolloutActor:
         self._worker = f"rollout-{index}"
         self._requests = StoreRequests(store)
         self._transport = make_transport(config, Path(run_dir))
-        self._engine = make_engine(config, seed=config.run.seed * 1000 + index)
+        self._engine = make_engine(config, seed=(config.run.seed * 1000 + index) % 2**32)
         self._holder = Holder(self._engine, LeaseTaker(config))
         self._incoming = IncomingWeights()
         self._spans = SpanBuffer(self._worker)
@@ -102,9 +102,10 @@ class RolloutActor:
         """Spans and problems of environments since the last call, and counts of tokens since the start."""
         problems = [self._problems.popleft() for _ in range(len(self._problems))]
         attrs = {"actor": self._spans.actor}
+        failed = [Event(kind="environment_failed", message=problem, attrs=attrs) for problem in problems]
         return ActorReport(
             spans=self._spans.drain(),
-            events=[Event(kind="environment_failed", message=problem, attrs=attrs) for problem in problems],
+            events=[*failed, *self._spans.losses()],
             tokens={
                 "generated_tokens": self._generated,
                 "drafted_tokens": self._engine.drafted_tokens,

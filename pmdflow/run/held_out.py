@@ -108,17 +108,31 @@ class HeldOut:
                 continue
             self._open.remove((iteration, given))
             self._drop(given.request_prefix(iteration))
-            self._supervisor.telemetry.evaluation({"eval/round": iteration, **summarize_round(results, given)})
+            telemetry = self._supervisor.telemetry
+            telemetry.evaluation({"eval/round": iteration, **summarize_round(results, given)})
+            if problem := failures(results, given, iteration):
+                telemetry.event("evaluation_failures", problem)
 
     def _drop(self, prefix: str) -> None:
         self._supervisor.get(call(self._store, StoreActor.drop_eval, prefix), what="dropping an evaluation")
+
+
+def failures(results: Sequence[EvalResult], given: EvaluationSet, iteration: int) -> str:
+    """What a round says of attempts that could not be scored; empty without any."""
+    failed = sum(result.reward is None for result in results)
+    if not failed:
+        return ""
+    what = f"evaluation set {given.name}" if given.name else "held-out evaluation"
+    rest = "its reward is the mean of the others" if failed < len(results) else "it has no reward"
+    return f"{what} of iteration {iteration}: {failed} of {len(results)} attempts were not scored; {rest}"
 
 
 def summarize_round(results: Sequence[EvalResult], given: EvaluationSet) -> dict[str, float | int | str | None]:
     """The `eval/*` metrics of one set of a round; those of a named set are `eval/NAME/*`.
 
     An attempt whose scoring failed for good has no reward, and one whose environment never began has no version: both
-    are left out of what they do not have, which is None if nobody has it.
+    are left out of what they do not have, which is None if nobody has it. `failed` counts the former: a failure of the
+    judge says nothing about the policy, so it is neither a 0 nor forgotten.
     """
     key = f"eval/{given.name}/" if given.name else "eval/"
     rewards: dict[str, list[float]] = defaultdict(list)
@@ -128,6 +142,7 @@ def summarize_round(results: Sequence[EvalResult], given: EvaluationSet) -> dict
     values: dict[str, float | int | str | None] = {
         f"{key}reward_mean": float(np.mean([np.mean(own) for own in rewards.values()])) if rewards else None,
         f"{key}prompts": len(given.prompts),
+        f"{key}failed": sum(result.reward is None for result in results),
         f"{key}length_mean": float(np.mean([result.length for result in results])),
         f"{key}first_version": min((r.first_version for r in results if r.first_version is not None), default=None),
         f"{key}last_version": max((r.last_version for r in results if r.last_version is not None), default=None),

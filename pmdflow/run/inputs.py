@@ -32,9 +32,10 @@ def open_inputs(config: Config, *, pins: Mapping[str, str] | None = None, weight
     """
     try:
         inputs = resolve_inputs(config, merged=RunDirectory.path_of(config) / MERGED, pins=pins, weights=weights)
-        if inputs.has_weights:
-            from pmdflow.learner.loading import check_loading  # torch takes seconds; the files have been judged by now
+        from pmdflow.learner.loading import check_family, check_loading  # torch takes seconds; the files were judged
 
+        check_family(inputs.base, packing=config.learner.packing, slots=config.rollout.engine == "transformers")
+        if inputs.has_weights:
             check_loading(inputs.base)
     except ValueError as error:
         raise _refusal(error) from error

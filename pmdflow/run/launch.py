@@ -46,7 +46,7 @@ def up(loaded: Loaded) -> int:
     with (
         RunDirectory.prepare(inputs.config) as run,
         SinkProcesses.start(run.path, inputs.config.metrics.sinks),
-        DashboardProcess.start(run.path, loaded.config.dashboard.port) as dashboard,
+        DashboardProcess.start(run.path, loaded.config.dashboard, output=lasting(sys.stderr)) as dashboard,
     ):
         errors = lasting(sys.stderr)
         with (

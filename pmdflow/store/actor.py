@@ -216,7 +216,8 @@ class StoreActor:
 
     def drain(self) -> ActorReport:
         """Spans, and groups that became ready without late members, since the last call."""
-        return ActorReport(spans=self._spans.drain(), events=[_late(members) for members in self._store.take_late()])
+        late = [_late(members) for members in self._store.take_late()]
+        return ActorReport(spans=self._spans.drain(), events=[*late, *self._spans.losses()])
 
     def close(self) -> None:
         """Sync and let go of the directory."""

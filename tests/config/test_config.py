@@ -142,6 +142,8 @@ def test_an_error_of_an_override_names_the_override(cluster_yaml: Path, override
 
 def test_errors_of_file_and_overrides_come_together_in_order(cluster_yaml: Path) -> None:
     edit(cluster_yaml, ("max_tokens: 64", "max_tokens: 0"), ("name: small", "name: ''"))
+    for seed in ("-1", str(2**32)):  # NumPy takes no more, and says so only in an actor
+        assert "run.seed" in str(refuse(cluster_yaml, f"run.seed={seed}"))
     issues = refuse(cluster_yaml, "run.seed=x")
     assert [issue.place.line for issue in issues] == [2, 8, 0]
     assert issues[-1].place.is_override

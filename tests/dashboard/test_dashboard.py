@@ -21,6 +21,7 @@ from pmdflow.dashboard import panels, trajectories
 from pmdflow.dashboard.queries import RunView
 from pmdflow.dashboard.server import make_app, serve
 from pmdflow.errors import PmdflowError
+from pmdflow.metrics.summary import render_summary
 from pmdflow.store.archive import write_part
 from pmdflow.types import Mask
 from tests.support.fixture_run import BUDGET, MAX_STALENESS, FixtureRun, make_batch, span
@@ -112,6 +113,40 @@ def test_the_diagnosis_names_the_state(
     assert words in diagnosis.text
 
 
+def test_attempts_of_an_evaluation_that_were_not_scored_are_a_tile(run: FixtureRun) -> None:
+    assert "not scored" not in client_of(run).get("/").text
+    run.recorder.metric("eval", {"eval/round": 6, "eval/reward_mean": 1.0, "eval/prompts": 128, "eval/failed": 3})
+    assert "3 of 128" in client_of(run).get("/").text
+    run.recorder.event("finish", "")
+    assert "3 of 384" in client_of(run).get("/").text  # 3 rounds
+    assert "128 prompts; 3 attempts NOT SCORED in 3 rounds" in render_summary(run.run_dir)
+
+
+@pytest.mark.parametrize("ending", ["finish", "drain", "stop"])
+def test_the_tiles_of_a_run_that_has_ended_are_about_all_of_it(run: FixtureRun, ending: str) -> None:
+    records = view_of(run).iterations()
+    assert dict(view_of(run).facts())["train reward"] == f"{records[-1]['reward/mean']:.3f}"
+    run.recorder.event(ending, "")
+    tiles, printed = dict(view_of(run).facts()), render_summary(run.run_dir)
+    assert (tiles["iterations"], tiles["time"], tiles["rollout busy"]) == ("6 / 20", "24 s", "94%")
+    assert tiles["train reward"] == f"{records[0]['reward/mean']:.3f} \u2192 {records[-1]['reward/mean']:.3f}"
+    assert tiles["held-out reward"] == "0.400 \u2192 0.632"
+    generated = records[-1]["ledger/generated"]
+    assert tiles["tokens generated"] == f"{generated:,}" and tiles["tokens/s"] == f"{generated / 24:,.0f}"
+    assert f"{tiles['tokens/s']} generated tokens/s" in printed
+    masked = sum(record["staleness/masked_share"] for record in records) / 6
+    assert tiles["masked tokens"] == f"{100 * masked:.0f}%"
+    assert "groups ready" not in tiles
+    run.recorder.event("resume", "")
+    assert "groups ready" in dict(view_of(run).facts())
+
+
+def test_the_tiles_of_a_run_that_ended_before_its_first_iteration(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("run: {name: new}\n")
+    (tmp_path / "events.jsonl").write_text('{"kind": "stop", "time": 1.0}\n')
+    assert "0 / ?" in TestClient(make_app(tmp_path), base_url="http://127.0.0.1").get("/").text
+
+
 def test_the_diagnosis_finds_idle_rollout_and_balance(tmp_path: Path) -> None:
     for name, idle_s, words in (("a", 40, "learner-bound: rollout actors were idle 40%"), ("b", 5, "balanced")):
         made = FixtureRun(tmp_path / name, start=0.0)
@@ -149,7 +184,7 @@ def test_a_busy_port_is_one_clear_line(run: FixtureRun) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(PmdflowError, match=f"port {port} of 127.0.0.1 is taken") as caught:
-            serve(run.run_dir, port)
+            serve([run.run_dir], host="127.0.0.1", port=port)
     message, hint = str(caught.value).split("\n\nhint: ")
     assert "--port" in hint and "\n" not in message + hint
 
@@ -276,6 +311,9 @@ def test_charts_grow_in_a_browser_that_asks_no_other_host(tmp_path: Path) -> Non
         run.iterate()
         wait_for_points(page, 8)
         assert int(page.evaluate("document.body.dataset.updates")) >= 3
+        legend, toolbar = hovered_boxes(page)
+        assert toolbar["width"] > 50  # it is there
+        assert toolbar["y"] + toolbar["height"] <= legend["y"] or legend["x"] + legend["width"] <= toolbar["x"]
         page.click("#theme")
         page.goto(f"{url}/trajectories?multi_version=1")
         page.click("table.rows tbody tr:first-child td a")
@@ -304,6 +342,16 @@ def chromium_page() -> Iterator[tuple[Any, list[str], list[str]]]:
             yield page, problems, requests
         finally:
             browser.close()
+
+
+def hovered_boxes(page: Any) -> tuple[Any, Any]:
+    """Where the legend and the toolbar of a chart are while the mouse is over it, in a narrow window."""
+    page.set_viewport_size({"width": 420, "height": 900})
+    page.wait_for_timeout(500)
+    page.hover("#chart-reward", position={"x": 150, "y": 150})
+    page.wait_for_timeout(500)
+    boxes = [page.locator(f"#chart-reward {part}").first.bounding_box() for part in (".legend", ".modebar")]
+    return boxes[0], boxes[1]
 
 
 def wait_for_points(page: Any, number: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from typer.testing import CliRunner
 
 from pmdflow.cli import app
@@ -19,7 +22,7 @@ from pmdflow.config.recorded import RENAMED
 from pmdflow.errors import LaunchError
 from pmdflow.evaluate.checkpoint import find_checkpoint
 from pmdflow.evaluate.command import EvalOptions, eval_config, evaluate_checkpoint
-from pmdflow.evaluate.results import pass_at_k, summarize
+from pmdflow.evaluate.results import pass_at_k, print_table, summarize
 from pmdflow.evaluate.task import Sample
 from pmdflow.metrics.confidence import bootstrap_mean, wilson
 from tests.support.paths import ROOT
@@ -65,6 +68,30 @@ def test_an_attempt_that_was_not_scored_is_in_no_estimate() -> None:
     assert summary["pass"]["1"]["mean"] == pytest.approx(0.75)
     assert summary["pass"]["2"] | {"low": 0, "high": 0} == {"mean": 1.0, "low": 0, "high": 0, "prompts": 1}
     assert summary["infra_failures"] == 3
+    for answers, words in ((results, "NOT SCORED: 3 of 6 attempts, so the estimates are of the others"),
+                           (results[2:], "NOT SCORED: 2 of 2 attempts, so there is no estimate")):  # fmt: skip
+        answers[-1][0].message = "the judge [died]"
+        console = Console(file=io.StringIO(), width=200)
+        shown = summarize(answers[-1:] + answers[:-1], ks=[1], pass_reward=1.0)
+        print_table({**shown, "samples": 2, "checkpoint": "c", "task": "t", "tokens_per_s": 1.0}, console)
+        assert f"{words}; the first: the judge [died]" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("stored", "used"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16"), ({"torch_dtype": "bfloat16"}, "bfloat16"), ({}, "float32"),
+        ({"dtype": "float16"}, "float32"), ({"dtype": None}, "float32"),
+    ],
+)  # fmt: skip
+def test_a_bare_folder_is_computed_in_its_own_type(stored: dict[str, str | None], used: str, tmp_path: Path) -> None:
+    shutil.copytree(MODEL, tmp_path / "model")
+    values = json.loads((MODEL / "config.json").read_text())
+    values = {key: value for key, value in values.items() if "dtype" not in key} | stored
+    (tmp_path / "model" / "config.json").write_text(json.dumps(values))
+    checkpoint = find_checkpoint(tmp_path / "model")
+    assert eval_config(checkpoint, "reasoning_gym/chain_sum", EvalOptions()).model.dtype == used
+    assert eval_config(checkpoint, TASK, EvalOptions()).model.dtype == "float32"  # the configuration says so
 
 
 def test_a_folder_on_a_configuration_and_the_files_it_writes(tmp_path: Path) -> None:
@@ -102,6 +129,20 @@ def test_a_task_file_with_overrides_of_its_own(tmp_path: Path) -> None:
     assert all(s["completion"].endswith("answer") and s["stop"] == "stop" for s in found[1])
     assert all(s["tokens"] >= 31 for s in found[2])
     assert found[1][0]["reward"] == len(found[1][0]["completion"])
+
+
+def broken(*, completion: str, prompt: str, metadata: Any) -> float:
+    raise RuntimeError("the judge is away")
+
+
+def test_an_evaluation_in_which_nothing_was_scored_says_why_and_does_not_succeed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = EvalOptions(samples=1, prompts=2, max_tokens=2, reward=[f"{__name__}:broken"], out=tmp_path / "out")
+    assert evaluate_checkpoint(MODEL, "reasoning_gym/chain_sum", options) == 1
+    assert "NOT SCORED: 2 of 2 attempts, so there is no estimate; the first: " in (said := capsys.readouterr().out)
+    assert "the judge is away" in said
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["avg"] is None
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from pmdflow.learner.loading import check_loading
+from pmdflow.learner.loading import check_family, check_loading
 
 Weights = dict[str, Tensor]
 SMALL = {
@@ -84,3 +84,31 @@ def test_pickled_weights_are_judged_too(tmp_path: Path) -> None:
     torch.save({name: tensor for name, tensor in weights.items() if "0.mlp" not in name}, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"lack model\.layers\.0\.mlp"):
         check_loading(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        ("rwkv", "a recurrent state"),
+        ("mamba", "a recurrent state"),
+        ("nemotron_h", "a recurrent state"),
+        ("recurrent_gemma", "a recurrent state"),
+        ("qwen3_next", "a recurrent state"),
+        ("llama4_text", "layers of chunked_attention"),
+        ("falcon", "attention that cannot be replaced"),
+        ("bloom", "attention that cannot be replaced"),
+    ],
+)
+def test_families_are_refused_by_name_from_their_configuration(tmp_path: Path, kind: str, problem: str) -> None:
+    CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"a {kind} has {problem}.* cannot share a row; set learner.packing to false$"):
+        check_family(tmp_path, packing=True, slots=False)
+    with pytest.raises(ValueError, match=f"a {kind} has {problem}.* cannot cache it; set rollout.engine to vllm$"):
+        check_family(tmp_path, packing=False, slots=True)
+    check_family(tmp_path, packing=False, slots=False)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "gpt_oss", "mistral"])
+def test_families_with_windows_are_taken(tmp_path: Path, kind: str) -> None:
+    CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
+    check_family(tmp_path, packing=True, slots=True)

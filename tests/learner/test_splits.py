@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, MistralConfig
+from transformers.models.mistral.modeling_mistral import MistralAttention
 
 from pmdflow.learner.attention import Packed, packed_attention
 from pmdflow.learner.learner import Learner
@@ -91,23 +92,25 @@ def test_options_change_memory_or_speed_only(start, model_path, option):
     assert_trained_alike(learner.weights(), weights, lr=1e-3, steps=2)
 
 
-def test_a_model_with_other_attention_is_refused_unless_padded(start, tmp_path):
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 128}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=4)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"a sliding window.*set it to false"):
+def test_a_model_with_a_recurrent_state_is_refused_unless_padded(start, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 4, "vocab_size": 128}
+    MambaForCausalLM(MambaConfig(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"a mamba, has a recurrent state.*set it to false"):
         start(make_config(str(tmp_path)))
     torch.distributed.destroy_process_group()
     learner = start(make_config(str(tmp_path), packing=False))
     assert np.isfinite(learner.train(make_batch()).metrics["learner/grad_norm"])
 
 
-def test_flash_attention_is_called_with_what_it_takes():
+@pytest.mark.parametrize("window", [None, 3])
+def test_flash_attention_is_called_with_what_it_takes(window):
     """Without a GPU only the arguments and the shapes can be seen: on fake CUDA tensors."""
     with torch._subclasses.FakeTensorMode(), torch.no_grad():
         query = torch.empty(1, 4, 10, 16, device="cuda", dtype=torch.bfloat16)
         key, value = (torch.empty(1, 2, 10, 16, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         packed = Packed.of((4, 6), torch.device("cuda"))
-        output, _ = packed_attention(torch.nn.Module(), query, key, value, None, packed=packed, scaling=0.25)
+        layer = MistralAttention(MistralConfig(hidden_size=64, head_dim=16, sliding_window=window), layer_idx=0)
+        given = {"packed": packed, "scaling": 0.25, "sliding_window": window}
+        output, _ = packed_attention(layer, query, key, value, None, **given)
     assert output.shape == (1, 10, 4, 16)
     assert (output.dtype, output.device.type) == (torch.bfloat16, "cuda")

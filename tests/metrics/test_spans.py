@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import get_args
 
@@ -40,6 +41,13 @@ def test_a_full_buffer_drops_the_oldest_and_counts() -> None:
         thread.join()
     assert len(buffer.drain()) == 3
     assert buffer.dropped == 4 * 50 - 3
+    (event,) = buffer.losses()
+    assert event.kind == "spans_dropped" and event.attrs == {"actor": "reward", "spans": 197}
+    assert "197 oldest spans" in event.message
+    assert buffer.losses() == []
+    for i in range(4):
+        buffer.add("score", i, i + 1)
+    assert [event.attrs["spans"] for event in buffer.losses()] == [1]
     with pytest.raises(ValueError, match="capacity is 0"):
         SpanBuffer("reward", capacity=0)
 
@@ -48,6 +56,13 @@ def test_bubbles_are_the_names_that_begin_with_wait() -> None:
     assert all(is_bubble(name) for name in get_args(Wait))
     assert not any(is_bubble(name) for name in get_args(Work))
     assert is_bubble("wait_weights"), "a name of older runs"
+
+
+def test_every_actor_says_that_spans_were_dropped() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        text = file.read_text()
+        for name in re.findall(r"(self\.\w+) = SpanBuffer\(", text):
+            assert f"{name}.drain()" in text and f"{name}.losses()" in text, f"{file}: {name}"
 
 
 def test_every_name_is_given_by_some_actor() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pmdflow.config.sources import EvalSetConfig
-from pmdflow.run.held_out import EvaluationSet, summarize_round
+from pmdflow.run.held_out import EvaluationSet, failures, summarize_round
 from pmdflow.store.answers import EvalResult
 from pmdflow.types import Prompt, Stop
 
@@ -35,6 +35,7 @@ def test_an_empty_trajectory_has_no_version_and_a_failed_one_no_reward() -> None
     assert summarize_round([empty, failed, whole], HELD_OUT) == {
         "eval/reward_mean": 0.5,
         "eval/prompts": 3,
+        "eval/failed": 1,
         "eval/length_mean": 4.0,
         "eval/first_version": 1,
         "eval/last_version": 3,
@@ -44,6 +45,17 @@ def test_an_empty_trajectory_has_no_version_and_a_failed_one_no_reward() -> None
 def test_a_round_in_which_nothing_was_said_or_scored_has_none_instead_of_an_error() -> None:
     values = summarize_round([result(reward=None, length=0, versions=(None, None))], HELD_OUT)
     assert values["eval/reward_mean"] is values["eval/first_version"] is values["eval/last_version"] is None
+    assert values["eval/failed"] == 1
+
+
+def test_attempts_that_were_not_scored_are_said_and_neither_a_zero_nor_forgotten() -> None:
+    answers = [result(reward=reward, length=2, versions=(5, 5)) for reward in (1.0, None, None, None)]
+    values = summarize_round(answers, HELD_OUT)
+    assert (values["eval/reward_mean"], values["eval/failed"]) == (1.0, 3)
+    said = failures(answers, HELD_OUT, 5)
+    assert said.startswith("held-out evaluation of iteration 5: 3 of 4 attempts were not scored") and "others" in said
+    assert failures(answers[1:], HELD_OUT, 5).endswith("it has no reward")
+    assert failures(answers[:1], HELD_OUT, 5) == ""
 
 
 def test_a_named_set_has_the_mean_over_prompts_and_pass_at_k_under_its_own_keys() -> None:
@@ -60,6 +72,8 @@ def test_a_named_set_has_the_mean_over_prompts_and_pass_at_k_under_its_own_keys(
     assert values["eval/hard/pass_at_1"] == 0.25
     assert values["eval/hard/pass_at_2"] == 1.0
     assert values["eval/hard/prompts"] == 2
+    assert values["eval/hard/failed"] == 1
+    assert "evaluation set hard of iteration 5: 1 of 4" in failures(results, hard, 5)
 
 
 def test_no_round_finds_the_answers_of_another() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import MambaConfig
 
 from pmdflow.config.schema import Config
 from pmdflow.data.inputs import resolve_inputs
@@ -141,3 +142,11 @@ def test_whatever_is_wrong_with_model_or_data_is_a_launch_error(config: dict[str
     (tmp_path / "model" / "model.safetensors").unlink()
     with pytest.raises(LaunchError, match="it has no weights"):
         open_inputs(Config.model_validate(config))
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_recurrent_family_is_refused_by_name_before_anything_starts(config: dict[str, Any], weights: bool) -> None:
+    MambaConfig(vocab_size=1000).save_pretrained(config["model"]["path"])
+    with pytest.raises(LaunchError, match="a mamba has a recurrent state: sequences cannot share a row") as refused:
+        open_inputs(Config.model_validate(config), weights=weights)
+    assert "the transformers engine cannot cache it; set rollout.engine to vllm" in str(refused.value)

@@ -38,6 +38,7 @@ def cluster() -> Iterator[Cluster]:
     """Two nodes of three CPUs."""
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
     nodes.add_node(num_cpus=3)
+    nodes.wait_for_nodes()
     ray.init(address=nodes.address, log_to_driver=False)
     yield nodes
     ray.shutdown()

@@ -23,6 +23,8 @@ from tests.support.recorded_store import told
 FIXTURE = ROOT / "tests" / "fixtures" / "run-1fa6726.tar.xz"
 FORMAT_3 = ROOT / "tests" / "fixtures" / "store-format3.tar.xz"
 """Of the same commit, with a snapshot."""
+FORMAT_3_RESUMED = ROOT / "tests" / "fixtures" / "store-format3-resumed.tar.xz"
+"""Of 729fb9a: claims 2 and 3 were undone, claimed anew and committed; groups 3 and 4 are ready."""
 FORMAT_4 = ROOT / "tests" / "fixtures" / "store-format4.tar.xz"
 PROMPT = Prompt(id="new", text="1+1=", tokens=np.array([5, 6, 7], dtype=np.int32))
 
@@ -137,6 +139,26 @@ def test_a_snapshot_of_format_3_holds_what_it_held_and_goes_on(tmp_path: Path) -
     store = open_plain(tmp_path / "store", max_staleness=1)
     assert [group["group"] for group in told(store)["groups"]] == [3]
     assert before["ledger"] == store.ledger()
+
+
+def test_claims_that_format_3_undid_and_made_anew_are_not_made_a_third_time(tmp_path: Path) -> None:
+    with tarfile.open(FORMAT_3_RESUMED) as archive:
+        archive.extractall(tmp_path, filter="data")
+
+    def open_again() -> TrajectoryStore:
+        return TrajectoryStore(tmp_path / "store", groups_per_iteration=1, lookahead=1, max_staleness=8)
+
+    store = open_again()
+    assert store.claims() == {1: "committed", 2: "committed", 3: "committed"}
+    assert store.claim(4, 5, 0.0).groups == (3,)
+    store.publish(6, 4)
+    store.evict(3)
+    assert store.claim(5, 6, 0.0).groups == (4,)
+    store.publish(7, 5)
+    store.uncommit(3)
+    assert store.claim(6, 7, 0.0).groups == (3,)
+    store.close()
+    assert open_again().claims() == {6: "claimed"}
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 // Applies what the server sends; every figure and every fragment of HTML is made there.
 "use strict";
 const figures = {};
-const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
+const unused = ["lasso2d", "select2d", "zoomIn2d", "zoomOut2d", "autoScale2d"];
+const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: unused };
 
 function draw(name) {
   const element = document.getElementById(`chart-${name}`);
@@ -11,7 +12,12 @@ function draw(name) {
   const layout = structuredClone(figure.layout);
   layout.font = { color: style.color, family: style.fontFamily, size: 12 };
   const surface = style.getPropertyValue("--surface");
+  layout.modebar = { bgcolor: surface, color: style.getPropertyValue("--dim"), activecolor: style.color };
   layout.hoverlabel = { bgcolor: surface, font: { color: style.color } };
+  if (element.clientWidth < 480) { // a phone: room for the rows of the legend
+    layout.legend.font.size = 9;
+    layout.height += 9 * figure.data.length;
+  }
   Plotly.react(element, figure.data, layout, config);
 }
 

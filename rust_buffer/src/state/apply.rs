@@ -258,6 +258,9 @@ impl State {
         self.claims.insert(claimed.iteration, claim);
         if claimed.asked.is_some() {
             self.undone.pop_first();
+        } else {
+            // Format 3 forgot what it undid; here a new claim comes only after the last undone one.
+            self.undone.clear();
         }
         Ok(())
     }
@@ -313,13 +316,9 @@ impl State {
         self.forget(id)
     }
 
-    /// Moves the tokens of a group that no claim has to their last place, and takes it out of the claims to be made again.
+    /// Moves the tokens of a group that no claim has to their last place.
     fn move_discarded(&mut self, id: u64) -> Result<()> {
         let group = self.group(id)?.clone();
-        for undone in self.undone.values_mut() {
-            undone.groups.retain(|group| *group != id);
-        }
-        self.undone.retain(|_, undone| !undone.groups.is_empty());
         match group.phase {
             _ if group.kind == Kind::Eval => {}
             Phase::Ready => self.ledger.shift(Place::Ready, Place::EvictedDiscarded, group.tokens),
@@ -343,8 +342,12 @@ impl State {
         Ok(())
     }
 
-    /// Drops a group and its trajectories.
+    /// Drops a group and its trajectories, also out of the claims to be made again.
     fn forget(&mut self, id: u64) -> Result<()> {
+        for undone in self.undone.values_mut() {
+            undone.groups.retain(|group| *group != id);
+        }
+        self.undone.retain(|_, undone| !undone.groups.is_empty());
         let members = self.group(id)?.members();
         members.for_each(|member| drop(self.trajectories.remove(&member)));
         if let Some(group) = self.groups.remove(&id).filter(|group| group.kind == Kind::Train) {

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from pmdflow.learner.layers import attend, window_of
 
 ATTENTION = "pmdflow_slots"
 """Name of the attention function, for `attn_implementation`."""
@@ -25,12 +26,17 @@ def slot_attention(
     attention_mask: Tensor,
     *,
     slot_groups: Sequence[tuple[int, int, int]] | None = None,
+    window_masks: Mapping[int, Tensor] | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """SDPA that reads little more of the cache than it must when decoding.
 
     With one query position, the query heads [B, G * H, 1, D] that share a key head become G positions of it
-    [B, H, G, D], instead of the G copies of keys and values that transformers makes under a mask.
+    [B, H, G, D], instead of the G copies of keys and values that SDPA may make under a mask.
 
     Args:
         module: The attention layer.
@@ -39,31 +45,33 @@ def slot_attention(
         value: [B, H, L, D].
         attention_mask: Additive [B, 1, Q, L].
         slot_groups: `(first row, last row + 1, visible length)`, covering the batch; each reads only its own length.
+        window_masks: The mask of each sliding window that the model has.
+        scaling: Factor of the scores; None is D ** -0.5.
+        sliding_window: Tokens that a token sees, itself included; None is all before it.
+        softcap: Scores stay between this and its negative.
+        s_aux: The sink of each query head [G * H].
         kwargs: What transformers passes to attention functions.
 
     Returns:
         Output [B, Q, G * H, D], and None.
     """
     batch, num_heads, num_queries, head_dim = query.shape
+    window = window_of(module, sliding_window)
+    mask = attention_mask if window is None else (window_masks or {})[window]
+    plain = softcap is None and s_aux is None
     if slot_groups is None or num_queries > 1:
-        output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return output, weights
-    folded = query.reshape(batch, key.shape[1], -1, head_dim)
-    parts = [
-        _attend(folded, key, value, attention_mask, slice(first, end), length, scale=kwargs.get("scaling"))
-        for first, end, length in slot_groups
-    ]
-    return torch.cat(parts).reshape(batch, 1, num_heads, -1), None
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rows: slice, length: int, *, scale: float | None
-) -> Tensor:
-    """Attention of some rows over their first `length` positions."""
-    shown = key[rows, :, :length], value[rows, :, :length]
-    return torch.nn.functional.scaled_dot_product_attention(
-        query[rows], *shown, attn_mask=mask[rows, :, :, :length], scale=scale
-    )
+        slot_groups = [(0, batch, key.shape[2])]
+    elif plain:
+        query = query.reshape(batch, key.shape[1], -1, head_dim)
+    parts = []
+    for first, end, length in slot_groups:
+        keys, values = key[first:end, :, :length], value[first:end, :, :length]
+        shown = mask[first:end, :, :, :length]
+        parts.append(attend(query[first:end], keys, values, mask=shown, scaling=scaling, softcap=softcap, sinks=s_aux))
+    output = torch.cat(parts)
+    if num_queries == 1:
+        return output.reshape(batch, 1, num_heads, -1), None
+    return output.transpose(1, 2), None
 
 
 AttentionInterface.register(ATTENTION, slot_attention)

@@ -1,4 +1,4 @@
-"""Continuous batching of any full-attention Hugging Face causal language model, on a CPU or a GPU."""
+"""Continuous batching of a Hugging Face causal language model whose layers attend, on a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TransformersEngine:
             device: Torch device; None takes `cuda` if there is one.
 
         Raises:
-            ValueError: A layer without full attention, or no end-of-sequence token.
+            ValueError: A layer that keeps more than keys and values, or no end-of-sequence token.
         """
         torch.set_num_threads(threads)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

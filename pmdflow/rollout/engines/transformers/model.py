@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from pmdflow.learner.layers import family_problems, windows
 from pmdflow.rollout.engines.transformers.batch import DecodeBatch
 from pmdflow.rollout.engines.transformers.cache import ATTENTION, SlotCache
+from pmdflow.rollout.engines.transformers.self_check import check_cached
 from pmdflow.weights.lora import AdapterMerger
 
 
@@ -29,20 +31,23 @@ class CachedModel:
         """Load the model of a Hugging Face folder.
 
         Raises:
-            ValueError: A layer without full attention.
+            ValueError: A layer that keeps more than keys and values, or log-probs that the plain model does not give.
         """
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), attn_implementation=ATTENTION
         )
-        _require_full_attention(model.config, path)
+        _require_cacheable(model, path)
         self.device = device
         self._model = model.to(device).eval().requires_grad_(False)
         self.max_length: int | None = getattr(model.config, "max_position_embeddings", None)
         """Its positions; None if it names no bound."""
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        self._windows = windows(model.config)
         self._cache = SlotCache(num_slots)
         self._adapters = AdapterMerger()
         self._range = torch.arange(0, device=device)
+        check_cached(self, self._model, num_slots=num_slots)
+        self._cache = SlotCache(num_slots)
 
     def prefill(self, chunks: Sequence[Sequence[int]], *, slots: Sequence[int], starts: Sequence[int]) -> None:
         """Cache a chunk of tokens in each slot, from position `starts` on."""
@@ -56,7 +61,7 @@ class CachedModel:
         self._model.base_model(
             input_ids=ids,
             position_ids=positions,
-            attention_mask=self._mask(positions, length),
+            **self._masks(positions, length),
             past_key_values=self._cache,
             use_cache=True,
         )
@@ -71,7 +76,7 @@ class CachedModel:
         logits: Tensor = self._model(
             input_ids=batch.tokens[:, None],
             position_ids=positions,
-            attention_mask=self._mask(positions, length),
+            **self._masks(positions, length),
             past_key_values=self._cache,
             use_cache=True,
             slot_groups=groups,
@@ -108,9 +113,18 @@ class CachedModel:
         for name, tensor in weights.items():
             state[name].copy_(tensor)
 
-    def _mask(self, positions: Tensor, length: int) -> Tensor:
-        """Additive causal mask [B, 1, Q, length] of queries at `positions` [B, Q]."""
-        hidden = self._positions(length) > positions[:, None, :, None]
+    def _masks(self, positions: Tensor, length: int) -> dict[str, Any]:
+        """Additive masks [B, 1, Q, length] of queries at `positions` [B, Q]: of layers that see all, and of windows."""
+        keys, queries = self._positions(length), positions[:, None, :, None]
+        later = keys > queries
+        masks: dict[str, Any] = {"attention_mask": self._additive(later)}
+        if self._windows:
+            masks["window_masks"] = {
+                window: self._additive(later | (keys <= queries - window)) for window in self._windows
+            }
+        return masks
+
+    def _additive(self, hidden: Tensor) -> Tensor:
         mask = torch.zeros(hidden.shape, dtype=self._model.dtype, device=self.device)
         return mask.masked_fill_(hidden, -math.inf)
 
@@ -120,10 +134,10 @@ class CachedModel:
         return self._range[:length]
 
 
-def _require_full_attention(config: Any, path: str) -> None:
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if kinds or getattr(config, "sliding_window", None) is not None:
+def _require_cacheable(model: Any, path: str) -> None:
+    problems = list(family_problems(model.config, model))
+    if problems:
         raise ValueError(
-            f"{path} has layers without full attention ({', '.join(sorted(kinds)) or 'sliding window'}): "
-            "the transformers engine cannot cache them; choose another model"
+            f"{path}, a {model.config.model_type}, has {', '.join(problems)}: the transformers engine cannot cache it; "
+            "choose another model, or rollout.engine=vllm"
         )

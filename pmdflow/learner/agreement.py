@@ -1,0 +1,119 @@
+"""A self-check at start: a learner and an engine score a few tokens, alone and in company, as the plain model does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmdflow.learner.policy import Layout, Policy
+
+LENGTHS = (9, 5)
+FLOAT32_NATS = 1e-3
+"""Two float32 implementations of a model differ by less, and what sees a wrong token by far more."""
+
+
+def probe_tokens(model: Any) -> list[list[int]]:
+    """Short sequences of tokens that a model has."""
+    vocab = model.get_input_embeddings().weight.shape[0]
+    return [[(7 * index + 3 * row + 1) % vocab for index in range(length)] for row, length in enumerate(LENGTHS)]
+
+
+@torch.no_grad()
+def plain_scores(model: Any, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Log-probs of each sequence's tokens after its first, by a forward pass of it alone with its family's attention.
+
+    The model's weights are used in place; its attention function is put back.
+    """
+    device = model.get_input_embeddings().weight.device
+    with _own_attention(model):
+        return [
+            scores_of(model(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits[0, :-1], tokens)
+            for tokens in sequences
+        ]
+
+
+def scores_of(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Log-probs of the last tokens of a sequence under as many logits."""
+    targets = torch.tensor(tokens[-len(logits) :], device=logits.device)
+    return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+@torch.no_grad()
+def check_policy(policy: Policy, *, packing: bool) -> None:
+    """Refuse a model whose log-probs change with what shares its micro-batch; before it is sharded.
+
+    Raises:
+        ValueError: names the family and the difference.
+    """
+    sequences = probe_tokens(policy.model)
+    plain = plain_scores(policy.model, sequences)
+    for name, chosen in (("alone", [0]), ("in company", [0, 1])):
+        rows = [torch.tensor(sequences[index]) for index in chosen]
+        lengths = tuple(map(len, rows))
+        tokens = torch.cat(rows)[None] if packing else torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        starts = [sum(lengths[:row]) if packing else row * max(lengths) for row in range(len(rows))]
+        positions = torch.cat([start + torch.arange(n - 1) for start, n in zip(starts, lengths, strict=True)])
+        targets = torch.cat([row[1:] for row in rows])
+        layout = Layout.of(lengths, packed=packing, device=torch.device("cpu"))
+        scores = policy(tokens, layout, positions, targets, torch.ones(len(targets)))
+        require_agreement(
+            scores.logprobs,
+            torch.cat([plain[index] for index in chosen]),
+            what=f"the learner ({'packed' if packing else 'padded'} rows, {name})",
+            model=policy.model,
+            remedy="set learner.packing to false, or choose another model" if packing else "choose another model",
+        )
+
+
+def require_agreement(got: Tensor, expected: Tensor, *, what: str, model: Any, remedy: str) -> None:
+    """Refuse log-probs that differ from the plain model's by more than rounding.
+
+    In half precision an expert may be chosen by a rounding, which changes a few tokens much: there the median counts.
+
+    Raises:
+        ValueError: names who differs, by how much, the family and the remedy.
+    """
+    differences = (got - expected).abs()
+    half = model.dtype != torch.float32
+    limit = FLOAT32_NATS
+    if half:  # each layer rounds what it adds twice, by half a unit of a log-prob's size
+        layers = model.config.get_text_config().num_hidden_layers
+        size = float(expected.abs().max())
+        limit = max(limit, torch.finfo(model.dtype).eps * size * math.sqrt(2 * layers))
+    judged = differences.median() if half else differences.max()
+    if not judged <= limit:  # NaN is refused too
+        raise ValueError(
+            f"{what} and a plain forward pass of a {model.config.model_type} give log-probs that differ by up to "
+            f"{float(differences.max()):.2g} nats, {limit:.2g} would be rounding; {remedy}"
+        )
+
+
+@contextmanager
+def failures_named(model: Any, *, what: str, remedy: str) -> Iterator[None]:
+    """Whatever a model's code raises becomes a refusal of its family.
+
+    Raises:
+        ValueError: names the family, the error and the remedy.
+    """
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:  # the code of a family that knows nothing of ours can fail in any way
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"{what} cannot compute a {model.config.model_type} ({reason}); {remedy}") from error
+
+
+@contextmanager
+def _own_attention(model: Any) -> Iterator[None]:
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
