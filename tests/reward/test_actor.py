@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pmdflow.config.schema import Config
 from pmdflow.data.tokenizer import load_tokenizer
@@ -39,6 +40,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     nodes.add_node(num_cpus=1)
     nodes.wait_for_nodes()
     ray.init(address=nodes.address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
+    for node in ray.nodes():  # a soft affinity goes elsewhere while a node has not reported yet
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ray.get(ray.remote(lambda: None).options(num_cpus=0, scheduling_strategy=there).remote(), timeout=60)
     yield nodes
     ray.shutdown()
     nodes.shutdown()

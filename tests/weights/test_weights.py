@@ -25,7 +25,7 @@ def transport(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Transp
     if request.param == "filesystem":
         yield FilesystemTransport(tmp_path / "weights")
         return
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
     yield ObjectStoreTransport()
     ray.shutdown()
 
