@@ -46,7 +46,13 @@ class Conflict(StoreError):
     """A repeat with other content, a gap in offsets, or an operation in the wrong state."""
 
 class CorruptLog(StoreError):
-    """Damage before the tail of the log, a newer format or a failed sync; names file and offset."""
+    """Damage before the tail of the log, or another format; names file and offset."""
+
+class DiskFault(StoreError):
+    """The operating system failed to read, write or sync a file; names it. What was acknowledged is not lost."""
+
+class StorePoisoned(StoreError):
+    """A write or sync failed before, and the store takes no more records; names that failure. Open it again."""
 
 class StoreLocked(StoreError):
     """Another process has the store open for writing."""

@@ -1,8 +1,9 @@
 """Typed facade of the Rust trajectory store.
 
 Every method that changes state is safe to repeat with the same ids and offsets: Ray may lose a reply. Errors are those
-of the native module: `StoreError` is their root; `StoreFull`, `Conflict`, `CorruptLog` and `StoreLocked` say what
-was wrong. A closed store raises `StoreError`.
+of the native module, `StoreError` their root: `Conflict` where another call was first or this one cannot be meant,
+`StoreFull` where there is no room, `DiskFault` where the operating system fails, `StorePoisoned` after that,
+`CorruptLog` where bytes are not those that were written, `StoreLocked`. A closed store raises `StoreError`.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class TrajectoryStore(StoreView):
 
         Raises:
             CorruptLog: as at opening.
-            StoreError: there is no store.
+            DiskFault: there is no store.
         """
         reader = cls.__new__(cls)
         reader._native = _rust_buffer.TrajectoryStore(

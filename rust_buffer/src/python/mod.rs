@@ -294,7 +294,7 @@ mod _rust_buffer {
     #[pymodule_export]
     use super::TrajectoryStore;
     #[pymodule_export]
-    use super::errors::{Conflict, CorruptLog, StoreError, StoreFull, StoreLocked};
+    use super::errors::{Conflict, CorruptLog, DiskFault, StoreError, StoreFull, StoreLocked, StorePoisoned};
     #[pymodule_export]
     use super::packing::pack;
 }
