@@ -110,9 +110,16 @@ class StoreActor:
 
     @_in_group("claim")
     def read_claim(self, iteration: int) -> TrainBatch:
-        """The claimed groups as packed arrays, and the plan that deals them to optimizer steps."""
+        """The claimed groups as packed arrays, and the plan that deals them to optimizer steps.
+
+        The plan is made and recorded when the claim is first read; one that was undone at a resume has it already.
+        """
         batch = self._store.read_claim(iteration)
+        if batch.plan is not None:
+            return batch
         plan = in_claim_order(len(np.unique(batch.groups)), self._steps_per_iteration)
+        if self._store.claims()[iteration] == "claimed":  # else it was trained before plans were recorded
+            self._store.record_plan(iteration, plan)
         return replace(batch, plan=plan)
 
     def admit(

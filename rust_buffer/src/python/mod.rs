@@ -194,6 +194,16 @@ impl TrajectoryStore {
         rows::batch(py, iteration, version, &packed)
     }
 
+    fn record_plan(
+        &self, py: Python<'_>, iteration: i64, rule: String, seed: Option<i64>, num_steps: u32, steps: Vec<u32>,
+    ) -> PyResult<()> {
+        self.change(py, true, |store| store.record_plan(iteration, rule, seed, num_steps, &steps))
+    }
+
+    fn plan<'py>(&self, py: Python<'py>, iteration: i64) -> PyResult<Option<Row<'py>>> {
+        self.query(py, |store| store.plan(iteration))?.map(|plan| rows::plan(py, &plan)).transpose()
+    }
+
     fn commit(&self, py: Python<'_>, iteration: i64) -> PyResult<()> {
         self.change(py, true, |store| store.commit_claims(iteration))
     }

@@ -66,7 +66,7 @@ impl Store {
     }
 
     /// Claims `iteration`'s groups for a learner at `version`; None while it has to wait. Undone claims come first: the
-    /// oldest of them is made again as it was, groups, order, version and masks.
+    /// oldest of them is made again as it was, groups, order, version, masks and plan.
     ///
     /// # Errors
     /// `Conflict`: another claim is untrained, the iteration is not above every earlier one, the version was never
@@ -97,10 +97,17 @@ impl Store {
         if newest.is_some_and(|newest| iteration <= newest) {
             return conflict(format!("iteration {iteration} is not above the newest claim's, {newest:?}"));
         }
-        if let Some(undone) = self.state.undone.values().next() {
-            let Undone { version: recorded, max_staleness, segment_loss, groups } = undone.clone();
+        if let Some(undone) = self.state.undone.front() {
+            let Undone { version: recorded, max_staleness, segment_loss, groups, plan } = undone.clone();
+            for id in &groups {
+                let phase = self.state.group(*id)?.phase;
+                if phase != Phase::Ready {
+                    return conflict(format!("group {id} of an undone claim is not ready, but {phase:?}"));
+                }
+            }
             let (version, asked) = (recorded, Some(version));
-            let claimed = Claimed { iteration, version, max_staleness, segment_loss, groups: groups.clone(), asked };
+            let claimed =
+                Claimed { iteration, version, max_staleness, segment_loss, groups: groups.clone(), asked, plan };
             let (lsn, _) = self.record(&Record::Claim(claimed), &Arrays::default())?;
             return Ok(Some(ClaimAnswer::Claimed(groups, lsn)));
         }
@@ -112,8 +119,15 @@ impl Store {
         let closed = self.is_closed();
         if groups.len() == wanted || (closed && !groups.is_empty()) {
             let (max_staleness, segment_loss) = (self.settings.max_staleness, self.settings.segment_loss);
-            let claimed =
-                Claimed { iteration, version, max_staleness, segment_loss, groups: groups.clone(), asked: None };
+            let claimed = Claimed {
+                iteration,
+                version,
+                max_staleness,
+                segment_loss,
+                groups: groups.clone(),
+                asked: None,
+                plan: None,
+            };
             let (lsn, _) = self.record(&Record::Claim(claimed), &Arrays::default())?;
             return Ok(Some(ClaimAnswer::Claimed(groups, lsn)));
         }
