@@ -14,9 +14,11 @@ from typing_extensions import Buffer
 __all__ = [
     "Conflict",
     "CorruptLog",
+    "DiskFault",
     "StoreError",
     "StoreFull",
     "StoreLocked",
+    "StorePoisoned",
     "TrajectoryStore",
     "pack",
 ]

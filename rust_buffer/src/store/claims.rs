@@ -99,17 +99,9 @@ impl Store {
         }
         if let Some(undone) = self.state.undone.front() {
             let Undone { version: recorded, max_staleness, segment_loss, groups, plan } = undone.clone();
-            for id in &groups {
-                let phase = self.state.group(*id)?.phase;
-                if phase != Phase::Ready {
-                    return conflict(format!("group {id} of an undone claim is not ready, but {phase:?}"));
-                }
-            }
             let (version, asked) = (recorded, Some(version));
-            let claimed =
-                Claimed { iteration, version, max_staleness, segment_loss, groups: groups.clone(), asked, plan };
-            let (lsn, _) = self.record(&Record::Claim(claimed), &Arrays::default())?;
-            return Ok(Some(ClaimAnswer::Claimed(groups, lsn)));
+            let again = Claimed { iteration, version, max_staleness, segment_loss, groups, asked, plan };
+            return self.make_claim(again).map(Some);
         }
         let wanted = self.settings.groups_per_iteration;
         if self.index.ready.len() < wanted && !self.is_closed() {
@@ -119,20 +111,24 @@ impl Store {
         let closed = self.is_closed();
         if groups.len() == wanted || (closed && !groups.is_empty()) {
             let (max_staleness, segment_loss) = (self.settings.max_staleness, self.settings.segment_loss);
-            let claimed = Claimed {
-                iteration,
-                version,
-                max_staleness,
-                segment_loss,
-                groups: groups.clone(),
-                asked: None,
-                plan: None,
-            };
-            let (lsn, _) = self.record(&Record::Claim(claimed), &Arrays::default())?;
-            return Ok(Some(ClaimAnswer::Claimed(groups, lsn)));
+            let (asked, plan) = (None, None);
+            let new = Claimed { iteration, version, max_staleness, segment_loss, groups, asked, plan };
+            return self.make_claim(new).map(Some);
         }
         let why = if over_age > 0 { Some(Starvation::OverAge) } else { closed.then_some(Starvation::Closed) };
         Ok(why.map(ClaimAnswer::Starved))
+    }
+
+    fn make_claim(&mut self, claimed: Claimed) -> Result<ClaimAnswer> {
+        let groups = claimed.groups.clone();
+        for id in &groups {
+            let phase = self.state.group(*id)?.phase;
+            if phase != Phase::Ready {
+                return conflict(format!("group {id} cannot be claimed: it is not ready, but {phase:?}"));
+            }
+        }
+        let (lsn, _) = self.record(&Record::Claim(claimed), &Arrays::default())?;
+        Ok(ClaimAnswer::Claimed(groups, lsn))
     }
 
     /// The first `wanted` ready groups that have a token to train; those before them that have none are evicted, and
