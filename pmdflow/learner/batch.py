@@ -28,10 +28,12 @@ Indices = tuple[int, ...]
 class StepPlan:
     """One optimizer step: which trajectories each rank computes, and the denominators over all ranks."""
 
-    num_sequences: int
-    """Trajectories with a trained token."""
+    num_sequences: float
+    """Trajectories with a trained token, each by its share of its episode."""
     num_tokens: int
     """Trained tokens."""
+    weighted_tokens: float
+    """The same, each by the share of its trajectory."""
     ranks: tuple[tuple[Indices, ...], ...]
     """For each rank its micro-batches, equally many; each the indices of its trajectories, empty to keep pace."""
 
@@ -97,7 +99,7 @@ def plan_iteration(
     Raises:
         ValueError: one trajectory alone is longer than `tokens_per_microbatch`, or the plan is of another claim.
     """
-    counts = trained_counts(batch, trained)
+    counts, shares = trained_counts(batch, trained), batch.episode_shares()
     lengths = np.diff(batch.cu_seqlens)
     plans = []
     for dealt in _dealt(batch, steps):
@@ -107,8 +109,9 @@ def plan_iteration(
         pace = max(len(part) for part in parts)
         plans.append(
             StepPlan(
-                num_sequences=len(members),
+                num_sequences=float(shares[members].sum()),
                 num_tokens=int(counts[members].sum()),
+                weighted_tokens=float((shares * counts)[members].sum()),
                 ranks=tuple(tuple(part) + ((),) * (pace - len(part)) for part in parts),
             )
         )

@@ -12,12 +12,13 @@ from pmdflow.types import Int64, Mask, Stop, TrainBatch
 def claim_metrics(batch: TrainBatch) -> dict[str, Any]:
     """Compute the reward, trajectory and staleness keys of an iteration's metrics.
 
-    Lengths count generated tokens. Staleness runs over the tokens that have a gradient; `masked_share` is
-    generated tokens without one over generated tokens, `masked_share_by_decile` the same by decile of generated
-    length, shortest first (None where a decile is empty).
+    Rewards, stops and lengths, which count generated tokens, are those of episodes. Staleness runs over the tokens that
+    have a gradient; `masked_share` is generated tokens without one over generated tokens, `masked_share_by_decile` the
+    same by decile of generated length, shortest first (None where a decile is empty).
     """
-    count = len(batch.rewards)
-    owner = np.repeat(np.arange(count), np.diff(batch.cu_seqlens))
+    first = batch.first_branches()
+    rewards, stops, count = batch.rewards[first], batch.stops[first], len(first)
+    owner = np.repeat(batch.episode_of(), np.diff(batch.cu_seqlens))
     generated = (batch.mask & Mask.GENERATED) != 0
     trained = generated & ((batch.mask & Mask.TRAINED) != 0)
     lengths = np.bincount(owner[generated], minlength=count)
@@ -25,13 +26,13 @@ def claim_metrics(batch: TrainBatch) -> dict[str, Any]:
     staleness = batch.version - batch.versions[trained].astype(np.int64)
     ages, tokens = np.unique(staleness, return_counts=True)
     return {
-        "reward/mean": _mean(batch.rewards),
-        "reward/std": float(np.std(batch.rewards)) if count else None,
+        "reward/mean": _mean(rewards),
+        "reward/std": float(np.std(rewards)) if count else None,
         "trajectory/length_mean": _mean(lengths),
         "trajectory/length_p90": float(np.percentile(lengths, 90)) if count else None,
-        "trajectory/multi_version_share": _mean(_multi_version(batch, owner, generated)),
-        "trajectory/stop_share": _mean(batch.stops == Stop.STOP),
-        "trajectory/length_share": _mean(batch.stops == Stop.LENGTH),
+        "trajectory/multi_version_share": _mean(_multi_version(batch, owner, generated, count)),
+        "trajectory/stop_share": _mean(stops == Stop.STOP),
+        "trajectory/length_share": _mean(stops == Stop.LENGTH),
         "staleness/mean": _mean(staleness),
         "staleness/max": int(staleness.max()) if len(staleness) else None,
         "staleness/tokens": {str(age): int(number) for age, number in zip(ages, tokens, strict=True)},
@@ -40,9 +41,9 @@ def claim_metrics(batch: TrainBatch) -> dict[str, Any]:
     }
 
 
-def _multi_version(batch: TrainBatch, owner: Int64, generated: np.ndarray[Any, np.dtype[np.bool_]]) -> Any:
-    newest = np.full(len(batch.rewards), np.iinfo(np.int32).min, np.int64)
-    oldest = np.full(len(batch.rewards), np.iinfo(np.int32).max, np.int64)
+def _multi_version(batch: TrainBatch, owner: Int64, generated: np.ndarray[Any, np.dtype[np.bool_]], count: int) -> Any:
+    newest = np.full(count, np.iinfo(np.int32).min, np.int64)
+    oldest = np.full(count, np.iinfo(np.int32).max, np.int64)
     np.maximum.at(newest, owner[generated], batch.versions[generated])
     np.minimum.at(oldest, owner[generated], batch.versions[generated])
     return newest > oldest

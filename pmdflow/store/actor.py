@@ -15,7 +15,7 @@ from pmdflow._rust_buffer import Conflict, StoreFull, StoreLocked
 from pmdflow.errors import WaitTimeout
 from pmdflow.metrics.report import ActorReport, Event
 from pmdflow.metrics.spans import SpanBuffer
-from pmdflow.store.answers import ClaimAnswer, EvalResult, LateMembers
+from pmdflow.store.answers import ClaimAnswer, EvalResult, Forked, LateMembers
 from pmdflow.store.archive import write_part
 from pmdflow.store.facade import TrajectoryStore
 from pmdflow.store.plan import in_claim_order
@@ -86,6 +86,11 @@ class StoreActor:
     def append(self, batch: bytes) -> list[Grant]:
         """Append encoded segments; answers once they are durable."""
         return self._store.append(batch)[1]
+
+    @_in_group("append")
+    def fork(self, trajectory: int, epoch: int, offset: int) -> Forked:
+        """Go on in a new branch of a leased episode, which keeps `offset` tokens of the newest one's history."""
+        return self._store.fork(trajectory, epoch, offset)
 
     @_in_group("score")
     def unscored(self, max_items: int, ttl_s: float, timeout_s: float) -> list[Unscored]:

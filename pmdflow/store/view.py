@@ -11,7 +11,7 @@ import numpy as np
 from pmdflow import _rust_buffer
 from pmdflow.store.answers import BatchBuffers, EvalResult, GroupState, StoredTrajectory, TrajectoryState
 from pmdflow.store.metadata import unpack_metadata
-from pmdflow.types import ClaimPlan, Counts, Int32, LeaseKind, Stop, TrainBatch
+from pmdflow.types import Branches, ClaimPlan, Counts, Int32, LeaseKind, Stop, TrainBatch
 
 PAGE_ROWS = 1024
 """Trajectories that a query reads in one call."""
@@ -51,7 +51,8 @@ class StoreView:
         arrays = {name: np.frombuffer(row.pop(name), dtype=dtype) for name, dtype in _ROW_DTYPES.items()}
         arrays |= {name: getattr(buffers, name)[: arrays["cu_seqlens"][-1]] for name in names}
         components = {name: np.frombuffer(data, dtype="<f8") for name, data in row.pop("components").items()}
-        row |= {"components": components, "prompt_ids": tuple(row["prompt_ids"]), "plan": plan}
+        branches = None if row["branches"] is None else _branches(row["branches"])
+        row |= {"components": components, "prompt_ids": tuple(row["prompt_ids"]), "plan": plan, "branches": branches}
         return TrainBatch(**row | arrays)
 
     def plan(self, iteration: int) -> ClaimPlan | None:
@@ -136,7 +137,8 @@ class StoreView:
 
         Keys: trajectory, group, state (a `TrajectoryState`), prompt int32 [P], tokens int32 [S], logprobs float32 [S],
         observed uint8 [S], segments [(length, version, temperature, observed)], reward, components, stop, attempts,
-        epoch, extra {name: [(offset, length, values)]}.
+        epoch, extra {name: [(offset, length, values)]}, forks [(branch, start, offset)]: where branches of the episode
+        begin among its tokens, and how many each keeps of the history before it.
 
         Raises:
             Conflict: it is not in the store.
@@ -177,6 +179,14 @@ class StoreView:
     def close(self) -> None:
         """Sync, wake every waiter with `StoreError` and release the lock. Safe to repeat."""
         self._native.close()
+
+
+def _branches(row: dict[str, bytes]) -> Branches:
+    return Branches(
+        episodes=np.frombuffer(row["episodes"], "<i8"),
+        parents=np.frombuffer(row["parents"], "<i8"),
+        fork_offsets=int32(row["fork_offsets"]),
+    )
 
 
 def int32(data: bytes) -> Int32:

@@ -125,6 +125,10 @@ def _trajectory_columns(batch: TrainBatch, starts: Int64) -> Table:
     }
     if batch.components:
         columns["components"] = np.column_stack(list(batch.components.values()))
+    if batch.branches is not None:
+        columns["episode"] = batch.branches.episodes
+        columns["parent"] = batch.branches.parents
+        columns["fork_offset"] = batch.branches.fork_offsets
     return columns
 
 
@@ -193,6 +197,8 @@ def _digest(batch: TrainBatch) -> str:
     digest.update(json.dumps(head).encode())
     columns = [batch.tokens, batch.logprobs, batch.versions, batch.temperatures, batch.mask, batch.cu_seqlens]
     columns += [batch.prompt_lengths, batch.groups, batch.trajectories, batch.rewards, batch.stops]
+    if batch.branches is not None:
+        columns += [batch.branches.episodes, batch.branches.parents, batch.branches.fork_offsets]
     for values in (*columns, *batch.components.values()):
         digest.update(np.ascontiguousarray(values).data)
     return digest.hexdigest()

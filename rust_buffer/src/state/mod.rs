@@ -3,6 +3,7 @@
 
 pub mod apply;
 pub mod codec;
+pub mod fork;
 pub mod gone;
 pub mod group;
 pub mod ledger;
@@ -18,6 +19,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::{
     error::{Result, StoreError},
     log::Lsn,
+    state::fork::{Branch, Fork, Stretch},
     state::gone::Counted,
     state::group::{Group, Kind, Phase},
     state::ledger::Ledger,
@@ -170,6 +172,9 @@ pub struct State {
     /// Request ids that end in a number, of training groups that are gone.
     #[serde(default)]
     pub counted_gone: Counted,
+    /// Forks of the live trajectories that have some, in order.
+    #[serde(default, deserialize_with = "grown::<_, BTreeMap<u64, Vec<Fork>>, _>")]
+    pub forks: OrdMap<u64, Vec<Fork>>,
 }
 
 /// Decodes a persistent collection by way of one of the standard library, which makes room as items come: the other
@@ -217,6 +222,7 @@ impl Default for State {
             max_version: -1,
             undone: VecDeque::new(),
             counted_gone: Counted::default(),
+            forks: OrdMap::new(),
         }
     }
 }
@@ -248,6 +254,21 @@ impl State {
     /// `Conflict` when there is none.
     pub fn trajectory(&self, id: u64) -> Result<&Trajectory> {
         self.trajectories.get(&id).ok_or_else(|| StoreError::Conflict(format!("trajectory {id} is not in the store")))
+    }
+
+    /// Forks of a trajectory, in order.
+    pub fn forks(&self, id: u64) -> &[Fork] {
+        self.forks.get(&id).map_or(&[], Vec::as_slice)
+    }
+
+    /// The branches of a trajectory's episode.
+    pub fn branches(&self, id: u64, trajectory: &Trajectory) -> Vec<Branch> {
+        fork::branches(id, trajectory.len, self.forks(id))
+    }
+
+    /// What the newest branch of a trajectory's episode holds.
+    pub fn history(&self, id: u64, trajectory: &Trajectory) -> Vec<Stretch> {
+        self.branches(id, trajectory).pop().map_or_else(Vec::new, |newest| newest.history)
     }
 
     /// Reward components by name.

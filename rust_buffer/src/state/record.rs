@@ -189,6 +189,8 @@ pub enum Record {
     Drop(i64),
     /// Makes groups ready without the members that have no verdict; evicts those.
     Late(Vec<u64>),
+    /// Begins a branch of a trajectory's episode, which keeps so many tokens of the history; its epoch goes up by one.
+    Fork(u64, u32),
     /// Deals an iteration's claim to steps.
     Plan(i64, Plan),
 }
@@ -205,7 +207,9 @@ impl Record {
             | Self::Uncommit(_)
             | Self::Drop(_)
             | Self::Late(_) => true,
-            Self::Quota(..) | Self::Admit(_) | Self::Lease(_) | Self::Append(_) | Self::Score(_) => false,
+            Self::Quota(..) | Self::Admit(_) | Self::Lease(_) | Self::Append(_) | Self::Score(_) | Self::Fork(..) => {
+                false
+            }
         }
     }
 
@@ -224,6 +228,7 @@ impl Record {
             Self::Uncommit(_) => 10,
             Self::Drop(_) => 11,
             Self::Late(_) => 12,
+            Self::Fork(..) => 14,
             Self::Plan(..) => 18,
         }
     }

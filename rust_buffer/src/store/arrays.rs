@@ -6,6 +6,7 @@ use crate::{
     error::Result,
     log::{Bytes, Location, Log},
     state::codec,
+    state::fork::Stretch,
     state::record::Record,
     state::trajectory::Run,
 };
@@ -103,6 +104,24 @@ pub fn read_runs(log: &Log, runs: &[Run]) -> Result<Tokens> {
         tokens.logprobs.extend_from_slice(logprobs);
         tokens.logprobs.resize(tokens.ids.len(), 0);
         tokens.observed.resize(tokens.ids.len() / 4, u8::from(run.observed));
+    }
+    Ok(tokens)
+}
+
+/// Tokens of the history of a branch whose episode has these runs.
+///
+/// # Errors
+/// Those of the log.
+pub fn read_history(log: &Log, runs: &[Run], history: &[Stretch]) -> Result<Tokens> {
+    let (all, mut tokens) = (read_runs(log, runs)?, Tokens::default());
+    if matches!(history, [Stretch { from: 0, to, .. }] if 4 * *to as usize == all.ids.len()) {
+        return Ok(all);
+    }
+    for &Stretch { from, to, .. } in history {
+        let (from, to) = (from as usize, to as usize);
+        tokens.ids.extend_from_slice(&all.ids[4 * from..4 * to]);
+        tokens.logprobs.extend_from_slice(&all.logprobs[4 * from..4 * to]);
+        tokens.observed.extend_from_slice(&all.observed[from..to]);
     }
     Ok(tokens)
 }

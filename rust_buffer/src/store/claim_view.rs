@@ -7,6 +7,7 @@ use imbl::OrdMap;
 use crate::{
     error::{Result, StoreError},
     log::{Bytes, Log},
+    state::fork::{Branch, Fork, Stretch, parts, trained_branches},
     state::group::Group,
     state::mask::{self, GENERATED},
     state::trajectory::{Run, Trajectory, Verdict, Version},
@@ -24,6 +25,7 @@ pub struct ClaimView {
     claim: Claim,
     groups: OrdMap<u64, Group>,
     trajectories: OrdMap<u64, Trajectory>,
+    forks: OrdMap<u64, Vec<Fork>>,
     components: Vec<String>,
 }
 
@@ -60,7 +62,13 @@ pub struct Rows {
     /// Prompt tokens.
     pub prompt_lengths: Vec<i32>,
     pub groups: Vec<i64>,
+    /// Branches of episodes.
     pub trajectories: Vec<i64>,
+    pub episodes: Vec<i64>,
+    /// Branch that each was forked from; -1 for the first of an episode.
+    pub parents: Vec<i64>,
+    /// Tokens after the prompt that each keeps of that one.
+    pub fork_offsets: Vec<i32>,
     pub rewards: Vec<f64>,
     /// NaN where a member has no such component.
     pub components: BTreeMap<String, Vec<f64>>,
@@ -84,6 +92,7 @@ impl ClaimView {
             claim: state.claim(iteration)?.clone(),
             groups: state.groups.clone(),
             trajectories: state.trajectories.clone(),
+            forks: state.forks.clone(),
             components: state.components.clone(),
         })
     }
@@ -108,12 +117,19 @@ impl ClaimView {
         Ok(members)
     }
 
+    /// The branches of a member's episode.
+    fn branches(&self, member: &Member<'_>) -> Vec<Branch> {
+        let forks = self.forks.get(&member.id).map_or(&[][..], Vec::as_slice);
+        trained_branches(member.id, member.trajectory.len, forks)
+    }
+
     /// Tokens of all members, prompts included.
     ///
     /// # Errors
     /// An error of ours.
     pub fn num_tokens(&self) -> Result<usize> {
-        let tokens = |member: &Member<'_>| (member.admission.prompt_len + member.trajectory.len) as usize;
+        let branch = |member: &Member<'_>, branch: &Branch| (member.admission.prompt_len + branch.len()) as usize;
+        let tokens = |member: &Member<'_>| -> usize { self.branches(member).iter().map(|b| branch(member, b)).sum() };
         Ok(self.members()?.iter().map(tokens).sum())
     }
 
@@ -138,19 +154,26 @@ impl ClaimView {
                     prompt = (Some(member.group), read_prompt_tokens(log, member.admission.location)?);
                     rows.prompt_ids.push((member.admission.prompt_id.clone(), 0));
                 }
-                rows.cu_seqlens.push(packer.at as i64);
-                packer.push(&prompt.1, &[], (-1, 1.0, 0))?;
-                for (run, bytes) in member.trajectory.runs.iter().zip(sources.by_ref()) {
-                    if check {
-                        check_run(log, run, bytes)?;
-                    }
-                    let (ids, logprobs) = bytes.split_at(4 * run.len as usize);
-                    let flags = mask::mask(run, member.id, member.trajectory, &self.claim);
-                    let version =
-                        if flags & GENERATED == 0 { -1 } else { i32::try_from(run.version).unwrap_or(i32::MAX) };
-                    packer.push(ids, logprobs, (version, run.temperature, flags))?;
+                let runs = &member.trajectory.runs;
+                let sources: Vec<&Bytes> = sources.by_ref().take(runs.len()).collect();
+                if check {
+                    runs.iter().zip(&sources).try_for_each(|(run, bytes)| check_run(log, run, bytes))?;
                 }
-                push_row(&mut rows, &mut components, member);
+                for branch in self.branches(member) {
+                    rows.cu_seqlens.push(packer.at as i64);
+                    packer.push(&prompt.1, &[], (-1, 1.0, 0))?;
+                    for Stretch { from, to, own } in &branch.history {
+                        for (index, skip, count) in parts(runs, *from, *to) {
+                            let flags = if *own {
+                                mask::mask(&runs[index], branch.id, member.trajectory, &self.claim)
+                            } else {
+                                0
+                            };
+                            packer.push_part(&runs[index], sources[index], (skip, count), flags)?;
+                        }
+                    }
+                    push_row(&mut rows, &mut components, member, &branch);
+                }
             }
         }
         rows.cu_seqlens.push(packer.at as i64);
@@ -164,10 +187,13 @@ impl ClaimView {
     }
 }
 
-fn push_row(rows: &mut Rows, components: &mut BTreeMap<u32, Vec<f64>>, member: &Member<'_>) {
+fn push_row(rows: &mut Rows, components: &mut BTreeMap<u32, Vec<f64>>, member: &Member<'_>, branch: &Branch) {
     rows.prompt_lengths.push(member.admission.prompt_len as i32);
     rows.groups.push(member.group as i64);
-    rows.trajectories.push(member.id as i64);
+    rows.trajectories.push(branch.id as i64);
+    rows.episodes.push(member.id as i64);
+    rows.parents.push(branch.parent.map_or(-1, |(parent, _)| parent as i64));
+    rows.fork_offsets.push(branch.parent.map_or(0, |(_, offset)| offset as i32));
     rows.rewards.push(member.reward);
     rows.stops.push(member.trajectory.stop as u8);
     if let Some((_, count)) = rows.prompt_ids.last_mut() {
@@ -185,6 +211,16 @@ struct Packer<'a, 'b> {
 }
 
 impl Packer<'_, '_> {
+    /// Adds `count` tokens of a run, without log-probs where they were not generated.
+    fn push_part(&mut self, run: &Run, bytes: &[u8], (skip, count): (u32, u32), flags: u8) -> Result<()> {
+        let (skip, len) = (4 * skip as usize, 4 * run.len as usize);
+        let end = skip + 4 * count as usize;
+        let generated = flags & GENERATED != 0;
+        let version = if generated { i32::try_from(run.version).unwrap_or(i32::MAX) } else { -1 };
+        let logprobs = if generated { &bytes[len + skip..len + end] } else { &[] };
+        self.push(&bytes[skip..end], logprobs, (version, run.temperature, flags))
+    }
+
     /// Adds tokens; `logprobs` may be empty, then they are 0. `fill`: version, temperature and mask flags.
     fn push(&mut self, ids: &[u8], logprobs: &[u8], fill: (i32, f32, u8)) -> Result<()> {
         let count = ids.len() / 4;

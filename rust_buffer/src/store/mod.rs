@@ -12,6 +12,7 @@ pub mod claim_view;
 pub mod claims;
 pub mod counts;
 mod discard;
+pub mod forks;
 pub mod index;
 pub mod late;
 pub mod lease;

@@ -8,10 +8,11 @@ use crate::{
     clock::Micros,
     error::{Result, StoreError},
     state::State,
+    state::fork::Fork,
     state::group::Group,
     state::trajectory::{Trajectory, Verdict, Version},
     store::Store,
-    store::arrays::{Extra, StoredPrompt, Tokens, read_extras, read_prompt, read_runs},
+    store::arrays::{Extra, StoredPrompt, Tokens, read_extras, read_history, read_prompt, read_runs},
     store::claim_view::{ClaimView, Columns, Rows},
     store::counts::phase_name,
     store::rollout::Granted,
@@ -24,7 +25,7 @@ use crate::{
 pub struct LeaseView {
     pub granted: Granted,
     pub prompt: StoredPrompt,
-    /// Durable tokens so far.
+    /// Durable tokens so far: the history of the newest branch.
     pub prefix: Tokens,
 }
 
@@ -68,6 +69,8 @@ pub struct TrajectoryView {
     pub tokens: Tokens,
     /// Columns by name, one entry for each stored run that has the column.
     pub extras: BTreeMap<String, Vec<Extra>>,
+    /// Where branches begin among the tokens.
+    pub forks: Vec<Fork>,
 }
 
 impl Shared {
@@ -97,7 +100,7 @@ impl Shared {
         let mut leases = Vec::new();
         for granted in granted {
             let read = read_prompt(self.log(), granted.prompt)
-                .and_then(|prompt| Ok((prompt, read_runs(self.log(), &granted.runs)?)));
+                .and_then(|prompt| Ok((prompt, read_history(self.log(), &granted.runs, &granted.history)?)));
             if let Some((prompt, prefix)) = self.unless_gone(granted.trajectory, read)? {
                 leases.push(LeaseView { granted, prompt, prefix });
             }
@@ -113,12 +116,16 @@ impl Shared {
     pub fn unscored(&self, max_items: usize, ttl: Micros, timeout_s: f64, clock: Clock) -> Result<Vec<UnscoredView>> {
         let waiting = self.wait(timeout_s, clock, |store, now| {
             let ids = store.unscored(max_items, ttl, now);
-            ids.into_iter().map(|id| with_group(store.state(), id)).collect::<Result<_>>().map(some)
+            let waiting = |id| {
+                let (id, trajectory, group) = with_group(store.state(), id)?;
+                Ok((store.state().history(id, &trajectory), id, trajectory, group))
+            };
+            ids.into_iter().map(waiting).collect::<Result<_>>().map(some)
         })?;
         let mut items = Vec::new();
-        for (id, trajectory, group) in waiting.into_iter().flat_map(|(_, waiting): (_, Vec<_>)| waiting) {
+        for (history, id, trajectory, group) in waiting.into_iter().flat_map(|(_, waiting): (_, Vec<_>)| waiting) {
             let read = read_prompt(self.log(), group.location)
-                .and_then(|prompt| Ok((prompt, read_runs(self.log(), &trajectory.runs)?)));
+                .and_then(|prompt| Ok((prompt, read_history(self.log(), &trajectory.runs, &history)?)));
             if let Some((prompt, tokens)) = self.unless_gone(id, read)? {
                 items.push(UnscoredView { id, trajectory, group, prompt, tokens });
             }
@@ -153,10 +160,10 @@ impl Shared {
     /// # Errors
     /// `Conflict` when it is not there, those of the log, or `Closed`.
     pub fn trajectory(&self, id: u64) -> Result<TrajectoryView> {
-        let (trajectory, group, state, (reward, components)) = self.query(|store| {
+        let (trajectory, group, state, (reward, components), forks) = self.query(|store| {
             let (id, trajectory, group) = with_group(store.state(), id)?;
             let (state, verdict) = (store.state_of(id, &trajectory), verdict(store.state(), &trajectory));
-            Ok((trajectory, group, state, verdict))
+            Ok((trajectory, group, state, verdict, store.state().forks(id).to_vec()))
         })?;
         let read = || {
             let prompt = read_prompt(self.log(), group.location)?;
@@ -164,7 +171,7 @@ impl Shared {
         };
         let gone = || StoreError::Conflict(format!("trajectory {id} was evicted while it was read"));
         let (prompt, tokens, extras) = self.unless_gone(id, read())?.ok_or_else(gone)?;
-        Ok(TrajectoryView { id, trajectory, state, reward, components, prompt, tokens, extras })
+        Ok(TrajectoryView { id, trajectory, state, reward, components, prompt, tokens, extras, forks })
     }
 
     /// Packs the claim of `iteration` into `columns`; its version, and the other arrays. Checksums of tokens are tested

@@ -137,6 +137,7 @@ fn records() -> Vec<Record> {
         Record::Uncommit(1),
         Record::Drop(1),
         Record::Late(groups),
+        Record::Fork(1, 2),
         Record::Plan(1, planned),
     ]
 }
