@@ -152,7 +152,11 @@ def _prompts(config: Config, task: str, options: EvalOptions) -> list[Prompt]:
     """All rows of a file, a run's own read as it trains on them; the held-out prompts of anything else."""
     if not task.endswith(FILE_SUFFIXES):
         return make_prompts(config).held_out(config.eval.prompts)
-    return read_prompts(config, on_skip=lambda message: sys.stderr.write(f"{message}\n"))[: options.prompts]
+    return read_prompts(config, on_skip=_say)[: options.prompts]
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"{message}\n")
 
 
 def _samples(
