@@ -42,6 +42,8 @@ class RolloutActor:
         self._incoming = IncomingWeights()
         self._spans = SpanBuffer(self._worker)
         self._span_start: float | None = None
+        self._span_steps = 0
+        self._span_tokens = 0
         self._last_flush = 0.0
         self._generated = 0
         self._problems: deque[str] = deque(maxlen=MAX_PROBLEMS)
@@ -169,14 +171,18 @@ class RolloutActor:
 
     def _step(self) -> None:
         if self._span_start is None:
-            self._span_start = time.time()
-        self._generated += self._holder.step()
+            self._span_start, self._span_steps, self._span_tokens = time.time(), 0, 0
+        generated = self._holder.step()
+        self._generated += generated
+        self._span_steps += 1
+        self._span_tokens += generated
         if time.time() - self._span_start > SPAN_S:
             self._end_span()
 
     def _end_span(self) -> None:
         if self._span_start is not None:
-            self._spans.add("generate", self._span_start, time.time(), version=self._engine.version)
+            did = {"steps": self._span_steps, "tokens": self._span_tokens}
+            self._spans.add("generate", self._span_start, time.time(), version=self._engine.version, **did)
             self._span_start = None
 
     def _idle(self) -> None:

@@ -39,7 +39,8 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     directory = tmp_path_factory.mktemp("environment")
     config = small_config(
         directory, run__iterations=6, model__path=MODEL, data__max_tokens=64, rollout__stop=["]"],
-        rollout__tokens_per_segment=6, rollout__engine=request.param, scheduler__max_staleness=None,
+        rollout__tokens_per_segment=6, rollout__engine=request.param, scheduler__lookahead=0,
+        scheduler__max_staleness=None,
     )  # fmt: skip
     config["data"]["args"] = {"min_terms": 2, "max_terms": 4, "min_digits": 2, "max_digits": 3}
     config["environment"] = {"factory": "tests.support.environments:SometimesBegins"}
