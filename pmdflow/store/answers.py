@@ -19,7 +19,7 @@ class ClaimAnswer:
 
     status: Literal["claimed", "starved", "timeout"]
     reason: Literal["closed", "over_age", "no_signal"] | None
-    """Why it starves: rollout is closed, or groups were evicted because they were over-age or had no signal; None unless
+    """Why it starves: rollout is closed, or groups were evicted as over-age or without a signal; None unless
     it does."""
     groups: tuple[int, ...]
     """Group ids in claim order; empty unless claimed."""
