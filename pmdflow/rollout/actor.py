@@ -8,7 +8,7 @@ from collections import deque
 from pathlib import Path
 
 from pmdflow.config.schema import Config
-from pmdflow.errors import EngineDied
+from pmdflow.errors import EngineDied, PmdflowError
 from pmdflow.metrics.report import ActorReport, Event
 from pmdflow.metrics.spans import SpanBuffer, Wait
 from pmdflow.rollout.engines.make import make_engine
@@ -48,6 +48,9 @@ class RolloutActor:
         self._generated = 0
         self._problems: deque[str] = deque(maxlen=MAX_PROBLEMS)
         """What environments failed at since the last drain."""
+        self._environment = config.environment
+        self._failures: list[str] = []
+        """What environments have failed at since one of them answered."""
         self._stopping = threading.Event()
 
     def run(self, handle: WeightsHandle | None, worker: str) -> None:
@@ -61,6 +64,7 @@ class RolloutActor:
         Raises:
             EngineDied: the engine's process is gone or silent; everything generated is sent and every lease given back.
             WaitTimeout: the store does not answer.
+            PmdflowError: the environment only fails.
         """
         self._worker = worker
         if handle is not None:
@@ -159,8 +163,19 @@ class RolloutActor:
             self._holder.join(lease, grant=lease.grant if version == self._engine.version else 0)
 
     def _take_answers(self) -> None:
-        replies = self._holder.take_answers().values()
-        self._problems.extend(reply.problem for reply in replies if reply.problem)
+        for reply in self._holder.take_answers().values():
+            if not reply.problem:
+                self._failures.clear()
+                continue
+            self._problems.append(reply.problem)
+            self._failures.append(reply.problem)
+            environment = self._environment
+            if environment is not None and len(self._failures) >= environment.max_failures_in_a_row:
+                raise PmdflowError(
+                    f"{len(self._failures)} calls of environment.factory {environment.factory} failed in a row "
+                    f"(environment.max_failures_in_a_row); the first: {self._failures[0]}",
+                    hint="mend the environment; what is stored stays, and `pmdflow up` goes on",
+                )
 
     def _request_leases(self) -> None:
         slots, finish = self._engine.num_slots, self._config.on_new_weights == "finish"
