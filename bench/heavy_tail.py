@@ -76,7 +76,7 @@ def main() -> None:
     found = {}
     best = None
     print(
-        f"{'':<32} {'tokens/s':>9} {'share':>6} {'masked':>7} {'longest':>8} {'age':>5} {'most':>4} {'passed':>6} lag-1"
+        f"{'':<32} {'tokens/s':>9} {'share':>6} {'masked':>7} {'longest':>8} {'age':>5} {'most':>4} {'passed':>6} lag-1  varies"
     )
     for name, settings in rows(setting(iterations=options.iterations)):
         report = Simulation(settings).run()
@@ -87,7 +87,7 @@ def main() -> None:
         print(
             f"{name:<32} {steady.tokens_per_s * UNIT:>9,.0f} {steady.tokens_per_s / best:>6.1%} "
             f"{steady.masked_share:>7.2%} {steady.masked_by_decile[-1]:>8.2%} {steady.staleness_mean:>5.2f} "
-            f"{steady.staleness_max:>4} {steady.passed:>6} {lag_1}",
+            f"{steady.staleness_max:>4} {steady.passed:>6} {lag_1} {steady.variation or 0:>7.2f}",
             flush=True,
         )
     if options.out:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from statistics import linear_regression
+from statistics import fmean, linear_regression, variance
 
 FEWEST = 8
 """Claims below which an autocorrelation says nothing."""
@@ -36,3 +36,24 @@ def lag_1(values: Sequence[float]) -> float | None:
     if total <= 1e-12 * sum(value * value for value in values):
         return None
     return sum(one * other for one, other in pairwise(rest)) / total
+
+
+def variation(claims: Sequence[Sequence[float]]) -> float | None:
+    """How much the mean of claims varies, over how much it would if the same groups were dealt to them at random.
+
+    1 is a fair draw. The mean's straight line is removed; None for fewer than `FEWEST` claims, or groups all alike.
+
+    Args:
+        claims: A number of each group, such as its mean length, for each claim.
+
+    Example:
+        >>> variation([[1.0, 9.0]] * 10)
+        0.0
+    """
+    if len(claims) < FEWEST:
+        return None
+    each = variance([value for claim in claims for value in claim])
+    if each == 0:
+        return None
+    found = sum(value * value for value in residuals([fmean(claim) for claim in claims])) / (len(claims) - 2)
+    return float((found / (each * fmean(1 / len(claim) for claim in claims))) ** 0.5)

@@ -92,7 +92,7 @@ def simulate(config: Config, *, run: Path | None, iterations: int, out: Path | N
 def _table(results: Sequence[Result], unit: int) -> list[str]:
     head = (
         f"  {'policy':<14} {'s/iter':>8} {'tokens/s':>9} {'rollout':>8} {'learner':>8} {'age':>5} {'most':>4} "
-        f"{'masked':>7} {'longest':>8} {'passed':>6} {'lag-1':>6}  rollout waits for"
+        f"{'masked':>7} {'longest':>8} {'passed':>6} {'varies':>6}  rollout waits for"
     )
     rows = []
     for result in results:
@@ -103,7 +103,7 @@ def _table(results: Sequence[Result], unit: int) -> list[str]:
             f"  {result.name:<14} {steady.iteration_s:>8.3g} {steady.tokens_per_s * unit:>9,.0f} "
             f"{percent(result.rollout_busy):>8} {percent(steady.learner_busy):>8} {steady.staleness_mean:>5.2f} "
             f"{steady.staleness_max:>4} {percent(steady.masked_share, 1):>7} {longest:>8} "
-            f"{steady.passed:>6} {number(steady.lag_1, 2):>6}  {waits}"
+            f"{steady.passed:>6} {number(steady.variation, 2):>6}  {waits}"
         )
     return [head, *rows]
 

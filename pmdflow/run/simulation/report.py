@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from pmdflow.metrics.fairness import lag_1
+from pmdflow.metrics.fairness import lag_1, variation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,14 +19,14 @@ class SimulatedIteration:
     """Time that the learner waited for its groups."""
     train_s: float
     publish_s: float
-    groups: int
+    lengths: Sequence[float]
+    """Mean generated tokens of each group."""
     tokens: int
     """Generated tokens of its trajectories."""
     trained: int
     """Those with a gradient."""
     masked_by_decile: Sequence[float | None]
     """Share of generated tokens without one, by decile of length, shortest first."""
-    length_mean: float
     staleness_mean: float
     staleness_max: int
     """Over tokens with a gradient; 0 without one."""
@@ -74,7 +74,7 @@ class SimulationReport:
         return Steady(
             iteration_s=seconds / len(rest),
             tokens_per_s=tokens / seconds if seconds else 0.0,
-            groups_per_s=sum(iteration.groups for iteration in rest) / seconds if seconds else 0.0,
+            groups_per_s=sum(len(iteration.lengths) for iteration in rest) / seconds if seconds else 0.0,
             learner_busy=sum(iteration.train_s + iteration.publish_s for iteration in rest) / seconds
             if seconds
             else 0.0,
@@ -83,7 +83,8 @@ class SimulationReport:
             staleness_mean=fmean(iteration.staleness_mean for iteration in rest),
             staleness_max=max(iteration.staleness_max for iteration in rest),
             passed=max(iteration.passed for iteration in rest),
-            lag_1=lag_1([iteration.length_mean for iteration in rest]),
+            lag_1=lag_1([fmean(iteration.lengths) for iteration in rest]),
+            variation=variation([iteration.lengths for iteration in rest]),
         )
 
 
@@ -103,3 +104,6 @@ class Steady:
     staleness_max: int
     passed: int
     lag_1: float | None
+    """Of the mean length of claims; see `pmdflow.metrics.fairness`."""
+    variation: float | None
+    """Of the same, over that of a random draw."""

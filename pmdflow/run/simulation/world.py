@@ -327,11 +327,10 @@ class Simulation:
             wait_s=wait_s,
             train_s=train_s,
             publish_s=publish_s,
-            groups=len(places),
+            lengths=_group_means(batch),
             tokens=tokens,
             trained=int(((batch.mask & Mask.TRAINED) != 0).sum()),
             masked_by_decile=values["staleness/masked_share_by_decile"],
-            length_mean=values["trajectory/length_mean"],
             staleness_mean=values["staleness/mean"] or 0.0,
             staleness_max=values["staleness/max"] or 0,
             passed=passed,
@@ -364,3 +363,9 @@ class Simulation:
             if worker.waits_since is not None:
                 self._waited(worker, now)
         report.seconds, report.ledger = now, self._store.ledger()
+
+
+def _group_means(batch: TrainBatch) -> list[float]:
+    lengths = np.diff(batch.cu_seqlens) - batch.prompt_lengths
+    begins = np.flatnonzero(np.diff(batch.groups, prepend=-1))[1:]
+    return [float(part.mean()) for part in np.split(lengths, begins)]
