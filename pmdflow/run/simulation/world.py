@@ -19,7 +19,7 @@ from pmdflow.run.simulation.report import SimulatedIteration, SimulationReport
 from pmdflow.run.simulation.worker import Worker
 from pmdflow.store.facade import TrajectoryStore
 from pmdflow.store.segments import encode_segments
-from pmdflow.types import Mask, Outcome, Prompt
+from pmdflow.types import Mask, Outcome, Prompt, TrainBatch
 
 LEASE_TTL_S = 1e9
 """Leases of live actors never expire: a simulated one appends when sequences end, not several times a second."""
