@@ -149,14 +149,16 @@ def _page(config: Config, results: Sequence[Result], unit: int) -> str:
 
     names = [result.name for result in results]
     curve = Figure(
-        Scatter(
-            x=[result.steady.staleness_mean for result in results],
-            y=[result.steady.tokens_per_s * unit for result in results],
-            text=[f"{result.name}<br>{percent(result.steady.masked_share, 1)} masked" for result in results],
-            mode="markers+text",
-            textposition="bottom center",
-            marker={"size": 10, "color": [result.steady.masked_share for result in results], "showscale": True},
-        )
+        [
+            Scatter(
+                name=f"{result.name}, {percent(result.steady.masked_share, 1)} masked",
+                x=[result.steady.staleness_mean],
+                y=[result.steady.tokens_per_s * unit],
+                mode="markers",
+                marker={"size": 14, "symbol": place},
+            )
+            for place, result in enumerate(results)
+        ]
     )
     curve.update_layout(
         xaxis_title="mean age of a trained token, iterations", yaxis_title="generated tokens a second",
