@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pmdflow.types import Int64, Mask, Stop, TrainBatch
+from pmdflow.types import ClaimPlan, Int64, Mask, Stop, TrainBatch
 
 
 def claim_metrics(batch: TrainBatch) -> dict[str, Any]:
@@ -14,7 +14,8 @@ def claim_metrics(batch: TrainBatch) -> dict[str, Any]:
 
     Rewards, stops and lengths, which count generated tokens, are those of episodes. Staleness runs over the tokens that
     have a gradient; `masked_share` is generated tokens without one over generated tokens, `masked_share_by_decile` the
-    same by decile of generated length, shortest first (None where a decile is empty).
+    same by decile of generated length, shortest first (None where a decile is empty). The length by
+    step is a mean over the step's episodes.
     """
     first = batch.first_branches()
     rewards, stops, count = batch.rewards[first], batch.stops[first], len(first)
@@ -30,6 +31,7 @@ def claim_metrics(batch: TrainBatch) -> dict[str, Any]:
         "reward/std": float(np.std(rewards)) if count else None,
         "trajectory/length_mean": _mean(lengths),
         "trajectory/length_p90": float(np.percentile(lengths, 90)) if count else None,
+        "trajectory/length_by_step": None if batch.plan is None else _by_step(batch.groups[first], batch.plan, lengths),
         "trajectory/multi_version_share": _mean(_multi_version(batch, owner, generated, count)),
         "trajectory/stop_share": _mean(stops == Stop.STOP),
         "trajectory/length_share": _mean(stops == Stop.LENGTH),
@@ -47,6 +49,12 @@ def _multi_version(batch: TrainBatch, owner: Int64, generated: np.ndarray[Any, n
     np.maximum.at(newest, owner[generated], batch.versions[generated])
     np.minimum.at(oldest, owner[generated], batch.versions[generated])
     return newest > oldest
+
+
+def _by_step(groups: Int64, plan: ClaimPlan, lengths: Int64) -> list[float | None]:
+    group = np.cumsum(np.diff(groups, prepend=groups[:1]) != 0)
+    step = plan.steps[group]
+    return [_mean(lengths[step == number]) for number in range(plan.num_steps)]
 
 
 def _by_decile(lengths: Int64, untrained: Int64) -> list[float | None]:

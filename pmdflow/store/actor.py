@@ -18,7 +18,7 @@ from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.store.answers import ClaimAnswer, EvalResult, Forked, LateMembers
 from pmdflow.store.archive import write_part
 from pmdflow.store.facade import TrajectoryStore
-from pmdflow.store.plan import in_claim_order
+from pmdflow.store.plan import deal, in_claim_order
 from pmdflow.store.settings import StoreSettings
 from pmdflow.types import Counts, Grant, Lease, Outcome, Prompt, Quota, TrainBatch, Unscored
 
@@ -55,11 +55,13 @@ class StoreActor:
         settings: StoreSettings,
         archive_attrs: dict[str, Any],
         steps_per_iteration: int,
+        seed: int,
     ) -> None:
-        """Open the store in `directory`; `settings` are the keyword arguments of `TrajectoryStore`."""
+        """Open the store in `directory`; `settings` are those of `TrajectoryStore`, `seed` is the run's."""
         self._run_dir = Path(run_dir)
         self._archive_attrs = archive_attrs
         self._steps_per_iteration = steps_per_iteration
+        self._seed = seed
         self._archived: set[int] = set()
         """Iterations whose claims this process has archived: they need not be read again until they are undone."""
         self._spans = SpanBuffer("store")
@@ -122,9 +124,10 @@ class StoreActor:
         batch = self._store.read_claim(iteration)
         if batch.plan is not None:
             return batch
-        plan = in_claim_order(len(np.unique(batch.groups)), self._steps_per_iteration)
-        if self._store.claims()[iteration] == "claimed":  # else it was trained before plans were recorded
-            self._store.record_plan(iteration, plan)
+        if self._store.claims()[iteration] != "claimed":  # it was trained before plans were recorded
+            return replace(batch, plan=in_claim_order(len(np.unique(batch.groups)), self._steps_per_iteration))
+        plan = deal(batch, self._steps_per_iteration, seed=self._seed)
+        self._store.record_plan(iteration, plan)
         return replace(batch, plan=plan)
 
     def admit(

@@ -9,7 +9,7 @@ use crate::{
     state::group::{Group, Kind, MAX_GROUP_SIZE, Phase},
     state::ledger::Place,
     state::mask,
-    state::record::{Admit, Appended, Claimed, LeftOut, Plan, Quota, Reason, Record, Score},
+    state::record::{Admit, Appended, Claimed, LeftOut, Quota, Reason, Record, Score},
     state::trajectory::{Outcome, Run, Stop, Trajectory, Verdict, Version},
     state::{Claim, ClaimStatus, ClaimSums, KEPT_QUOTAS, Publication, State, Undone, gone},
 };
@@ -273,12 +273,6 @@ impl State {
         Ok(())
     }
 
-    fn apply_plan(&mut self, iteration: i64, plan: &Plan) -> Result<()> {
-        self.claim(iteration)?;
-        self.claims.entry(iteration).and_modify(|claim| claim.plan = Some(plan.clone()));
-        Ok(())
-    }
-
     fn apply_uncommit(&mut self, iteration: i64) -> Result<()> {
         let Some(first) = iteration.checked_add(1) else { return Ok(()) };
         // What was published of them does not stand any more: to say it again is no repeat.
@@ -328,6 +322,10 @@ impl State {
             Reason::OverAge => {
                 let tokens = self.group(id)?.tokens;
                 self.ledger.shift(Place::Ready, Place::EvictedOverAge, tokens);
+            }
+            Reason::NoSignal => {
+                let tokens = self.group(id)?.tokens;
+                self.ledger.shift(Place::Ready, Place::EvictedNoSignal, tokens);
             }
             Reason::Eval => {}
             Reason::Discarded(_) => self.move_discarded(id)?,

@@ -292,6 +292,12 @@ impl State {
             .ok_or_else(|| StoreError::Conflict(format!("iteration {iteration} has no claim in the store")))
     }
 
+    fn apply_plan(&mut self, iteration: i64, plan: &Plan) -> Result<()> {
+        self.claim(iteration)?;
+        self.claims.entry(iteration).and_modify(|claim| claim.plan = Some(plan.clone()));
+        Ok(())
+    }
+
     /// Iteration of the claim that is not trained yet; there is at most one, the newest.
     pub fn open_claim(&self) -> Option<i64> {
         self.claims.last_key_value().filter(|(_, claim)| claim.status == ClaimStatus::Claimed).map(|(i, _)| *i)
