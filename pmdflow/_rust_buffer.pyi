@@ -14,9 +14,11 @@ from typing_extensions import Buffer
 __all__ = [
     "Conflict",
     "CorruptLog",
+    "DiskFault",
     "StoreError",
     "StoreFull",
     "StoreLocked",
+    "StorePoisoned",
     "TrajectoryStore",
     "pack",
 ]
@@ -46,7 +48,13 @@ class Conflict(StoreError):
     """A repeat with other content, a gap in offsets, or an operation in the wrong state."""
 
 class CorruptLog(StoreError):
-    """Damage before the tail of the log, a newer format or a failed sync; names file and offset."""
+    """Damage before the tail of the log, or another format; names file and offset."""
+
+class DiskFault(StoreError):
+    """The operating system failed to read, write or sync a file; names it. What was acknowledged is not lost."""
+
+class StorePoisoned(StoreError):
+    """A write or sync failed before, and the store takes no more records; names that failure. Open it again."""
 
 class StoreLocked(StoreError):
     """Another process has the store open for writing."""
@@ -228,6 +236,20 @@ class TrajectoryStore:
             Conflict: they are too short.
             CorruptLog: with `check`, a token array is not the one that was written.
         """
+    def record_plan(self, iteration: int, rule: str, seed: int | None, num_steps: int, steps: list[int]) -> None:
+        """Record how `iteration`'s claim is dealt to `num_steps` optimizer steps. Safe to repeat.
+
+        `steps` has the 0-based step of each group with a reward, in claim order.
+
+        Raises:
+            Conflict: there is no such claim, it has another plan or is trained, or the numbers are not of it.
+        """
+    def plan(self, iteration: int) -> dict[str, Any] | None:
+        """The recorded plan as the fields of `pmdflow.types.ClaimPlan`; None where there is none.
+
+        Raises:
+            Conflict: there is no such claim.
+        """
     def commit(self, iteration: int) -> None:
         """A durable checkpoint covers every claim up to `iteration`, all of them trained. Safe to repeat.
 
@@ -237,7 +259,8 @@ class TrajectoryStore:
     def uncommit(self, iteration: int) -> list[int]:
         """Undo every claim after `iteration` (resume): their groups are ready again. Returns the undone iterations.
 
-        They are claimed again as they were (groups, order, version, masks), the oldest first, before any new claim.
+        They are claimed again as they were (groups, order, version, masks, plan), the oldest first, before any new
+        claim.
 
         Raises:
             Conflict: one of them is evicted.

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import ray
 
 from pmdflow._rust_buffer import Conflict, StoreFull, StoreLocked
@@ -17,7 +18,7 @@ from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.store.answers import ClaimAnswer, EvalResult, LateMembers
 from pmdflow.store.archive import write_part
 from pmdflow.store.facade import TrajectoryStore
-from pmdflow.store.plan import deal
+from pmdflow.store.plan import deal, in_claim_order
 from pmdflow.store.settings import StoreSettings
 from pmdflow.types import Counts, Grant, Lease, Outcome, Prompt, Quota, TrainBatch, Unscored
 
@@ -111,9 +112,19 @@ class StoreActor:
 
     @_in_group("claim")
     def read_claim(self, iteration: int) -> TrainBatch:
-        """The claimed groups as packed arrays, and the plan that deals them to optimizer steps."""
+        """The claimed groups as packed arrays, and the plan that deals them to optimizer steps.
+
+        The plan is made and recorded when the claim is first read; one that was undone at a resume has it already.
+        """
         batch = self._store.read_claim(iteration)
-        return replace(batch, plan=deal(batch, self._steps_per_iteration, seed=self._seed))
+        if batch.plan is not None:
+            return batch
+        if self._store.claims()[iteration] != "claimed":  # trained before plans were recorded, so by the rule of then
+            plan = in_claim_order(len(np.unique(batch.groups)), self._steps_per_iteration)
+        else:
+            plan = deal(batch, self._steps_per_iteration, seed=self._seed)
+            self._store.record_plan(iteration, plan)
+        return replace(batch, plan=plan)
 
     def admit(
         self,

@@ -1,8 +1,9 @@
 """Typed facade of the Rust trajectory store.
 
 Every method that changes state is safe to repeat with the same ids and offsets: Ray may lose a reply. Errors are those
-of the native module: `StoreError` is their root; `StoreFull`, `Conflict`, `CorruptLog` and `StoreLocked` say what
-was wrong. A closed store raises `StoreError`.
+of the native module, `StoreError` their root: `Conflict` where another call was first or this one cannot be meant,
+`StoreFull` where there is no room, `DiskFault` where the operating system fails, `StorePoisoned` after that,
+`CorruptLog` where bytes are not those that were written, `StoreLocked`. A closed store raises `StoreError`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pmdflow.store.segments import encode_segments
 from pmdflow.store.settings import StoreSettings
 from pmdflow.store.tokens import token_ids
 from pmdflow.store.view import StoreView, int32
-from pmdflow.types import Grant, Lease, LeaseKind, Outcome, Prompt, Quota, Segment, Stop, Unscored
+from pmdflow.types import ClaimPlan, Grant, Lease, LeaseKind, Outcome, Prompt, Quota, Segment, Stop, Unscored
 
 
 class TrajectoryStore(StoreView):
@@ -57,7 +58,7 @@ class TrajectoryStore(StoreView):
 
         Raises:
             CorruptLog: as at opening.
-            StoreError: there is no store.
+            DiskFault: there is no store.
         """
         reader = cls.__new__(cls)
         reader._native = _rust_buffer.TrajectoryStore(
@@ -253,7 +254,7 @@ class TrajectoryStore(StoreView):
     def claim(self, iteration: int, version: int, timeout_s: float, *, now_s: float | None = None) -> ClaimAnswer:
         """Claim `iteration`'s groups for a learner at `version`, waiting until they are ready or rollout is closed.
 
-        Undone claims come first, the oldest one each time: the same groups, order, version and masks as before.
+        Undone claims come first, the oldest one each time: the same groups, order, version, masks and plan as before.
 
         Raises:
             Conflict: another claim is untrained, the iteration is not above every earlier one, the version was never
@@ -261,6 +262,16 @@ class TrajectoryStore(StoreView):
         """
         row = self._native.claim(iteration, version, timeout_s, now_s)
         return ClaimAnswer(**row | {"groups": tuple(row["groups"])})
+
+    def record_plan(self, iteration: int, plan: ClaimPlan) -> None:
+        """Record how `iteration`'s claim is dealt to optimizer steps, before it is trained; `read_claim` then has it.
+
+        A claim that is undone is made again with its plan, whatever rule or settings are in force then.
+
+        Raises:
+            Conflict: there is no such claim, it has another plan or is trained, or the plan is of other groups.
+        """
+        self._native.record_plan(iteration, plan.rule, plan.seed, plan.num_steps, plan.steps.tolist())
 
     def commit(self, iteration: int) -> None:
         """A durable checkpoint covers every claim up to `iteration`.

@@ -28,19 +28,20 @@ def encode_segments(
 
     Args:
         segments: In the order in which they are to be appended.
-        extra: Named columns of each segment, stored with it and returned by `trajectory` (for example expert ids).
+        extra: Named columns of each segment, stored with it and returned by `trajectory` (for example expert ids): for
+            each token a number, or an array of them.
 
     Raises:
-        ValueError: `extra` has another length than `segments`, log-probs another shape than tokens, or a token id is
-            outside int32.
+        ValueError: `extra` has another length than `segments`, log-probs another shape than tokens, a column has not
+            one row for each token, or a token id is outside int32.
     """
     columns: Iterable[Mapping[str, np.ndarray[Any, Any]]] = extra if extra is not None else repeat({}, len(segments))
     rows: list[tuple[Any, ...]] = []
     arrays: list[Any] = []
     for segment, named in zip(segments, columns, strict=True):
         tokens = token_ids(segment.tokens, of=f"trajectory {segment.trajectory}")
-        others = [(name, np.ascontiguousarray(array)) for name, array in named.items()]
-        described = [(name, array.dtype.str, array.nbytes) for name, array in others]
+        others = [_column(name, array, segment) for name, array in named.items()]
+        described = [(name, dtype, array.nbytes) for name, dtype, array in others]
         temperature = float(segment.temperature)
         rows.append((*_place(segment), len(tokens), segment.version, temperature, *_end(segment), described))
         if len(tokens) == 0:
@@ -55,10 +56,28 @@ def encode_segments(
                     "give one for each"
                 )
             arrays.append(np.ascontiguousarray(segment.logprobs, _LOGPROB))
-        for _, array in others:
+        for *_, array in others:
             arrays += array, _padding(array.nbytes)
     header: bytes = msgpack.packb(rows)
     return b"".join([_WIRE.pack(b"PMDB", 1, 0, len(header), 0), header, _padding(len(header)), *arrays])
+
+
+def _column(name: str, values: np.ndarray[Any, Any], segment: Segment) -> tuple[str, str, np.ndarray[Any, Any]]:
+    """A column as it is sent: name, dtype of what each token has, and the values.
+
+    Raises:
+        ValueError: it is no row of numbers for each token, or has no name.
+    """
+    array = np.ascontiguousarray(values)
+    rows = array.ndim and len(array) == len(segment.tokens) and array.size > 0
+    if not (name and isinstance(name, str) and rows and array.dtype.kind in "biuf" and array.dtype.itemsize <= 8):
+        raise ValueError(
+            f"trajectory {segment.trajectory}: column {name!r} of type {array.dtype} and shape {np.shape(values)} for "
+            f"{len(segment.tokens)} tokens; give it a name, and for each token a number or an array of numbers"
+        )
+    array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    row = array.shape[1:]
+    return name, f"{row if row else ''}{array.dtype.str}", array
 
 
 def _padding(length: int) -> bytes:

@@ -11,7 +11,7 @@ import numpy as np
 from pmdflow import _rust_buffer
 from pmdflow.store.answers import BatchBuffers, EvalResult, GroupState, StoredTrajectory, TrajectoryState
 from pmdflow.store.metadata import unpack_metadata
-from pmdflow.types import Counts, Int32, LeaseKind, Stop, TrainBatch
+from pmdflow.types import ClaimPlan, Counts, Int32, LeaseKind, Stop, TrainBatch
 
 PAGE_ROWS = 1024
 """Trajectories that a query reads in one call."""
@@ -43,6 +43,7 @@ class StoreView:
             Conflict: the iteration has no claim, or `out` is too small for it.
             CorruptLog: bytes of it are not those that were written; names file and offset.
         """
+        plan = self.plan(iteration)
         buffers = BatchBuffers.allocate(self._native.claim_tokens(iteration)) if out is None else out
         names = [field.name for field in fields(BatchBuffers)]
         views = {name: getattr(buffers, name).view(np.uint8) for name in names}
@@ -50,7 +51,17 @@ class StoreView:
         arrays = {name: np.frombuffer(row.pop(name), dtype=dtype) for name, dtype in _ROW_DTYPES.items()}
         arrays |= {name: getattr(buffers, name)[: arrays["cu_seqlens"][-1]] for name in names}
         components = {name: np.frombuffer(data, dtype="<f8") for name, data in row.pop("components").items()}
-        return TrainBatch(**row | arrays | {"components": components, "prompt_ids": tuple(row["prompt_ids"])})
+        row |= {"components": components, "prompt_ids": tuple(row["prompt_ids"]), "plan": plan}
+        return TrainBatch(**row | arrays)
+
+    def plan(self, iteration: int) -> ClaimPlan | None:
+        """How a claim is dealt to optimizer steps; None where that is not recorded.
+
+        Raises:
+            Conflict: the iteration has no claim.
+        """
+        row = self._native.plan(iteration)
+        return None if row is None else ClaimPlan(**row | {"steps": np.array(row["steps"], np.int32)})
 
     def eval_results(self, prefix: str, timeout_s: float) -> list[EvalResult] | None:
         """Results of the evaluation groups whose request ids start with `prefix`; None if some are missing in time."""

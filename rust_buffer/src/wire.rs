@@ -5,7 +5,8 @@
 //! to 8 bytes: an array of items `[trajectory, epoch, offset, count, version, temperature, next_version, stop or nil,
 //! observed, [[name, dtype, bytes], ...]]`. The payload holds for each item with a count the token ids (int32), directly
 //! followed by the log-probs (float32; none if observed), padded with zeros to 8 bytes; then each extra column, padded
-//! likewise. It goes into the log as it is.
+//! likewise: for each token a number, or a row of numbers, as its dtype says (`<f4`, `(2, 3)<i2`). It goes into the log
+//! as it is.
 
 use std::ops::Range;
 
@@ -39,6 +40,21 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> std::result::Result<T, Strin
 
 fn words(bytes: &[u8]) -> impl Iterator<Item = u32> {
     bytes.chunks_exact(4).map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]))
+}
+
+/// Bytes of a column for each token, by `numpy`'s name of its dtype: a number, or a row of them; None for another one.
+fn row_bytes(dtype: &str) -> Option<u64> {
+    let (shape, number) = dtype.strip_prefix('(').map_or(Some(("", dtype)), |rest| rest.split_once(')'))?;
+    let size = match number.strip_prefix(['<', '|'])? {
+        "b1" | "i1" | "u1" => 1,
+        "i2" | "u2" | "f2" => 2,
+        "i4" | "u4" | "f4" => 4,
+        "i8" | "u8" | "f8" => 8,
+        _ => return None,
+    };
+    let sides = shape.split(',').map(str::trim).filter(|side| !side.is_empty());
+    let mut sides = sides.map(|side| side.parse().ok().filter(|side| *side > 0_u64));
+    sides.try_fold(size, |bytes: u64, side| bytes.checked_mul(side?))
 }
 
 /// The head of an item as it is sent.
@@ -144,13 +160,14 @@ impl<'a> Head<'a> {
         if self.count == 0 {
             return if self.extra.is_empty() { Ok(item) } else { Err(item.conflict("columns without tokens")) };
         }
-        for len in lens {
+        for (nth, len) in lens.into_iter().enumerate() {
             let end = usize::try_from(len).ok().and_then(|len| at.checked_add(len));
             let bytes = end.and_then(|end| payload.get(*at..end));
             let bytes = bytes.filter(|bytes| u32::try_from(bytes.len()).is_ok());
             let bytes = bytes.ok_or_else(|| item.conflict("the batch ends within its arrays"))?;
-            if item.entries.is_empty() {
-                item.check_numbers(bytes)?;
+            match nth.checked_sub(1) {
+                None => item.check_numbers(bytes)?,
+                Some(column) => item.check_column(column, len)?,
             }
             item.entries.push(Entry::of(bytes));
             *at = (*at + bytes.len()).next_multiple_of(8);
@@ -175,6 +192,24 @@ impl Item<'_> {
         if words(logprobs).any(|bits| !f32::from_bits(bits).is_finite()) {
             let value = words(logprobs).map(f32::from_bits).find(|value| !value.is_finite()).unwrap_or_default();
             return Err(self.conflict(&format!("log-prob {value} is not finite; leave that trajectory out")));
+        }
+        Ok(())
+    }
+
+    /// Refuses a column that has not what its dtype says for each token, or whose name does not tell it from the others.
+    fn check_column(&self, nth: usize, bytes: u64) -> Result<()> {
+        let (name, dtype) = self.extra[nth];
+        if name.is_empty() || self.extra[..nth].iter().any(|(other, _)| *other == name) {
+            return Err(self.conflict(&format!("column {name:?} comes twice, or has no name")));
+        }
+        let Some(row) = row_bytes(dtype) else {
+            return Err(self.conflict(&format!(
+                "column {name:?} has dtype {dtype:?}; numbers of 1 to 8 bytes, or rows of them, are kept"
+            )));
+        };
+        let count = self.count;
+        if row.checked_mul(u64::from(count)) != Some(bytes) {
+            return Err(self.conflict(&format!("column {name:?} has {bytes} bytes for {count} tokens of {row} each")));
         }
         Ok(())
     }

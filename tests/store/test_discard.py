@@ -105,6 +105,26 @@ class TestUndoneClaims:
             store.publish(4 + iteration, iteration)
         assert_exact(store)
 
+    def test_those_made_again_under_other_numbers_keep_their_order_when_undone_again(self) -> None:
+        store = trained(claims=3)
+        store.uncommit(0)
+        assert store.claim(3, 3, 0.0).groups == (0,)
+        store.uncommit(0)
+        for iteration in (1, 2, 3):
+            assert store.claim(iteration, 2 + iteration, 0.0).groups == (iteration - 1,)
+            store.publish(3 + iteration, iteration)
+        assert_exact(store)
+
+    def test_a_publication_of_what_is_undone_is_no_repeat(self) -> None:
+        store = trained(claims=1)
+        store.publish(1, 1, {"filter": [0]})  # this one is
+        store.uncommit(0)
+        store.claim(1, 1, 0.0)
+        with pytest.raises(Conflict, match="version 1 is not above the newest, 1; publish 2"):
+            store.publish(1, 1, {"filter": [0]})
+        store.publish(2, 1)
+        assert store.claims() == {1: "trained"}
+
 
 def test_a_commit_of_claims_that_are_not_there_names_them() -> None:
     store = trained()

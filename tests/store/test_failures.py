@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pmdflow.store import CorruptLog, StoreError, TrajectoryStore
+from pmdflow.store import CorruptLog, DiskFault, StoreError, StorePoisoned, TrajectoryStore
 from pmdflow.types import Lease, Prompt, Quota, Segment, StopReason
 
 FILE_BYTES = 4096
@@ -161,13 +161,13 @@ def test_a_failed_allocation_stops_the_store_and_loses_nothing_acknowledged(tmp_
                 store.append([segment(lease, count)])
                 acknowledged[lease.trajectory] = count
 
-        with pytest.raises(StoreError, match=str(directory)):
+        with pytest.raises(DiskFault, match=str(directory)):
             fill()
         assert acknowledged
         durable = store.counts().durable_lsn
-        with pytest.raises(StoreError, match="after a failure"):
+        with pytest.raises(StorePoisoned, match="after a failure"):
             admit(store, 100)
-        with pytest.raises(StoreError, match="after a failure"):
+        with pytest.raises(StorePoisoned, match="after a failure"):
             store.append([segment(leases[-1], 1)])
         assert store.counts().durable_lsn == durable
         with suppress(StoreError):
@@ -208,9 +208,9 @@ def test_a_read_only_directory_is_refused_and_still_readable() -> None:
         Path(top).chmod(0o755)
         before = Files.of(directory)
         with as_nobody():
-            with pytest.raises(StoreError, match=f"{directory}.*[Pp]ermission denied"):
+            with pytest.raises(DiskFault, match=f"{directory}.*[Pp]ermission denied"):
                 open_store(directory)
-            with pytest.raises(StoreError, match=f"{directory}.*[Pp]ermission denied"):
+            with pytest.raises(DiskFault, match=f"{directory}.*[Pp]ermission denied"):
                 open_store(directory / "new")
             reader = TrajectoryStore.read(directory)
             assert picture(reader) == wanted

@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,10 +34,10 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", directory], check=True)
 
 
-def open_store(directory: Path, file_bytes: int) -> TrajectoryStore:
+def open_store(directory: Path, file_bytes: int, groups_per_iteration: int = 1) -> TrajectoryStore:
     return TrajectoryStore(
         directory / "store",
-        groups_per_iteration=1,
+        groups_per_iteration=groups_per_iteration,
         lookahead=1000,
         max_staleness=None,
         grant_tokens=1 << 20,
@@ -113,6 +113,51 @@ def test_a_full_disk_is_emptied_by_commit_and_evict(disk: Path) -> None:
     assert open_store(disk, 1 << 20).ledger()["generated"] >= before["generated"]
 
 
+def until_full(call: Callable[[int], None]) -> None:
+    with contextlib.suppress(StoreFull):
+        for number in itertools.count():
+            call(number)
+
+
+def lease_and_give_back(store: TrajectoryStore) -> None:
+    """What workers do that find no room for tokens."""
+    version = store.counts().version
+    leases = store.lease("w", version, 8, 0.0)
+    store.append([segment(lease, len(lease.prefix), 0, stop="abort", version=version) for lease in leases])
+
+
+def test_leases_and_quotas_leave_the_room_in_which_a_full_disk_is_emptied(disk: Path) -> None:
+    store = open_store(disk, 64 << 10)
+    store.publish(0)
+    quota(store, 1000)
+    store.admit("idle", PROMPT, group_size=8, max_tokens=100, priority=-1)
+    trained, _ = train_until_full(store)
+    fill(disk)
+    until_full(lambda number: lease_and_give_back(store))
+    until_full(lambda number: quota(store, number))
+    store.commit(trained - 1)
+    files = len(list(disk.glob("store/*.log")))
+    assert store.evict(trained - 1) == trained
+    store.discard(0, "nobody begins it")
+    assert len(list(disk.glob("store/*.log"))) < files
+    quota(store, 1000)
+    store.close()
+
+
+def test_there_is_room_for_the_snapshot_that_an_eviction_needs_of_many_short_groups(disk: Path) -> None:
+    (disk / "others").write_bytes(bytes(4 << 20))
+    store = open_store(disk, 4096, groups_per_iteration=100)
+    until_full(lambda number: put(store, number, members=8, tokens=2))
+    fill(disk)
+    files = len(list(disk.glob("store/*.log")))
+    assert store.claim(1, 0, 0.0).status == "claimed"
+    store.publish(1, 1)
+    store.commit(1)
+    assert store.evict(1) == 100
+    assert len(list(disk.glob("store/*.log"))) < files - 10
+    store.close()
+
+
 def test_a_snapshot_without_room_is_left_out(disk: Path) -> None:
     file_bytes = 64 << 10
     store = open_store(disk, file_bytes)
@@ -121,7 +166,7 @@ def test_a_snapshot_without_room_is_left_out(disk: Path) -> None:
     aside = disk / "store" / "index.tmp"
     aside.unlink()
     fill(disk)
-    for groups in range(file_bytes // 40):
+    for groups in range(file_bytes // 64):
         quota(store, groups)
     assert aside.exists(), "a snapshot was begun"
     (disk / "others").unlink()
@@ -129,8 +174,9 @@ def test_a_snapshot_without_room_is_left_out(disk: Path) -> None:
     store.close()
 
 
-def put(store: TrajectoryStore, number: int) -> None:
-    store.put_group(PROMPT, [[1] * TOKENS] * 2, [[-1.0] * TOKENS] * 2, [1.0, 0.0], request_id=str(number))
+def put(store: TrajectoryStore, number: int, members: int = 2, tokens: int = TOKENS) -> None:
+    completions, logprobs = [[1] * tokens] * members, [[-1.0] * tokens] * members
+    store.put_group(PROMPT, completions, logprobs, [1.0] * members, request_id=str(number))
 
 
 def test_a_group_that_found_no_room_is_finished_by_its_repeat(disk: Path) -> None:

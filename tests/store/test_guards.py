@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,63 @@ def test_log_probs_that_are_not_finite_are_refused(value: float) -> None:
     with np.errstate(over="ignore"), pytest.raises(Conflict, match=r"trajectory 0 at offset 0: log-prob .*inf|NaN"):
         store.append(encode_segments([segment(epoch, [1, 2], [-1.0, value])]))
     assert store.ledger()["generated"] == 0
+
+
+COLUMNS = {
+    "objects": np.array([None, 1], object),
+    "records": np.zeros(2, [("a", "f4"), ("b", "i4")]),
+    "text": np.array(["a", "b"]),
+    "long doubles": np.zeros(2, np.longdouble),
+    "empty": np.zeros(0, np.float32),
+    "one too many": np.zeros(3, np.float32),
+    "one for all": np.zeros(1, np.float32),
+    "rows of nothing": np.zeros((2, 0), np.float32),
+    "": np.zeros(2, np.float32),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_columns_that_are_no_numbers_for_each_token_are_refused(name: str) -> None:
+    store, epoch = leased()
+    with pytest.raises(ValueError, match=r"trajectory 0: column .* for 2 tokens"):
+        encode_segments([segment(epoch, [1, 2])], extra=[{name: COLUMNS[name]}])
+    assert store.ledger()["generated"] == 0
+
+
+def test_columns_are_refused_before_the_log_is_written_whoever_encoded_them() -> None:
+    store, epoch = leased()
+    whole = encode_segments([segment(epoch, [1, 2])], extra=[{"a": np.ones(2, "<f4"), "b": np.ones((2, 2), "<i2")}])
+    for before, after in ((b"<f4", b"<f8"), (b"<f4", b"<O4"), (b"(2,)", b"(3,)"), (b"\xa1a", b"\xa1b")):
+        assert whole.count(before) == 1
+        with pytest.raises(Conflict, match="trajectory 0 at offset 0: column"):
+            store.append(whole.replace(before, after))
+    assert store.ledger()["generated"] == 0
+    store.append(whole)
+    (rows,) = store.trajectory(0)["extra"]["b"]
+    assert rows[2].tolist() == [[1, 1], [1, 1]]
+
+
+def test_a_repeat_compares_columns() -> None:
+    store, epoch = leased()
+
+    def append(offset: int, stop: int, column: Any) -> None:
+        tokens = list(range(offset, stop))
+        part = replace(segment(epoch, tokens, [-1.0] * len(tokens)), offset=offset)
+        store.append(encode_segments([part], extra=[column]))
+
+    append(0, 4, {"c": np.arange(4)})
+    append(0, 4, {"c": np.arange(4)})
+    append(2, 6, {"c": np.arange(2, 6)})
+    refused = [
+        {"c": np.array([0, 1, 2, 9, 4, 5])}, {"c": np.arange(6, dtype=np.int32)}, {"d": np.arange(6)}, {},
+        {"c": np.arange(6), "d": np.arange(6)},
+    ]  # fmt: skip
+    for column in refused:
+        with pytest.raises(Conflict, match="other content is durable there"):
+            append(0, 6, column)
+    append(0, 8, {"c": np.arange(8)})
+    pieces = store.trajectory(0)["extra"]["c"]
+    assert np.concatenate([values for _, _, values in pieces]).tolist() == list(range(8))
 
 
 def test_keys_of_metadata_may_be_numbers() -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmdflow.store import StoreSettings
+from pmdflow.store import Conflict, StoreSettings
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.archive import parts, read_part
 from pmdflow.store.plan import by_length, in_claim_order
-from pmdflow.types import Prompt, Quota, Segment
+from pmdflow.types import ClaimPlan, Prompt, Quota, Segment
 
 PROMPT = Prompt(id="p", text="?", tokens=np.array([5, 6], np.int32))
 SETTINGS: StoreSettings = {"groups_per_iteration": 3, "lookahead": 0, "max_staleness": 4, "durability": "os"}
@@ -65,6 +67,55 @@ def claimed(directory: Path) -> StoreActor:
     actor.score([(item.trajectory, item.attempt, "scored", 1.0, {}) for item in actor.unscored(6, 60.0, 0.0)])
     assert actor.claim(1, 0, 0.0).status == "claimed"
     return actor
+
+
+def reopened(directory: Path, steps_per_iteration: int) -> StoreActor:
+    return StoreActor(
+        directory=str(directory / "store"), run_dir=str(directory), settings=SETTINGS, archive_attrs={},
+        steps_per_iteration=steps_per_iteration,
+    )  # fmt: skip
+
+
+def test_an_undone_claim_is_dealt_as_it_was_recorded(tmp_path: Path) -> None:
+    actor = claimed(tmp_path)
+    plan = actor.read_claim(1).plan
+    assert plan is not None
+    actor.close()
+    for steps in (1, 3):
+        actor = reopened(tmp_path, steps)
+        actor.uncommit(0)
+        assert actor.claim(1, 0, 0.0).status == "claimed"
+        again = actor.read_claim(1).plan
+        assert again is not None
+        assert (again.steps.tolist(), again.num_steps, again.rule) == (plan.steps.tolist(), 2, plan.rule)
+        actor.close()
+
+
+def test_a_plan_is_recorded_once_and_is_of_the_claim(tmp_path: Path) -> None:
+    actor = claimed(tmp_path)
+    store = actor._store
+    assert store.plan(1) is None
+    plan = ClaimPlan(steps=np.array([1, 0, 1], np.int32), num_steps=2, rule="drawn", seed=2**40)
+    for wrong in (replace(plan, steps=plan.steps[1:]), replace(plan, num_steps=1), replace(plan, rule="")):
+        with pytest.raises(Conflict, match="plan of iteration 1"):
+            store.record_plan(1, wrong)
+    store.record_plan(1, plan)
+    store.record_plan(1, plan)
+    with pytest.raises(Conflict, match="another plan"):
+        store.record_plan(1, in_claim_order(3, 2))
+    with pytest.raises(Conflict, match="no claim"):
+        store.record_plan(2, plan)
+    read = actor.read_claim(1).plan
+    assert read is not None
+    assert (read.steps.tolist(), read.num_steps, read.rule, read.seed) == ([1, 0, 1], 2, "drawn", 2**40)
+    store.publish(1, 1)
+    store.uncommit(0)
+    store.discard(1, "its answer is wrong")
+    store.claim(1, 1, 0.0)
+    without = store.plan(1)
+    assert without is not None
+    assert (without.steps.tolist(), without.num_steps) == ([1, 1], 2)
+    actor.close()
 
 
 def test_a_claim_is_handed_out_and_archived_with_its_plan(tmp_path: Path) -> None:

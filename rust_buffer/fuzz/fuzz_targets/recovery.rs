@@ -2,10 +2,10 @@
 //! time, and what opens once opens again with the same records.
 #![no_main]
 
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 
 use _rust_buffer::{
-    log::{Arrays, Durability, Frame, Log, LogOptions, Lsn, Memory, Replay, Storage},
+    log::{Arrays, Durability, FORMAT, Frame, Log, LogOptions, Lsn, Memory, Replay, Storage},
     state::State,
     store::arrays::read_prompt,
 };
@@ -36,7 +36,7 @@ fn pad(bytes: &mut Vec<u8>) {
 
 fn file_header(number: u32, first: u64) -> Vec<u8> {
     let mut bytes =
-        [b"PMDFLOW\0", &2_u32.to_le_bytes()[..], &[0; 4], &number.to_le_bytes(), &[0; 4], &first.to_le_bytes()];
+        [b"PMDFLOW\0", &FORMAT.to_le_bytes()[..], &[0; 4], &number.to_le_bytes(), &[0; 4], &first.to_le_bytes()];
     let crc = crc32c::crc32c(&[&bytes[..2].concat()[..], &bytes[3..].concat()].concat()).to_le_bytes();
     bytes[2] = &crc;
     bytes.concat()
@@ -124,7 +124,20 @@ fn open(storage: &Arc<dyn Storage>) -> Option<(Log, Seen)> {
     Log::open(Arc::clone(storage), options, &mut seen).ok().map(|log| (log, seen))
 }
 
+/// A log without damage opens, or nothing of what follows is reached.
+fn plain_input_opens() {
+    let record = Piece::Next { unsynced: 1, header: b"header", arrays: vec![b"abc", b"12345678"], damage: None };
+    let pieces = [Piece::Header { number: None, first: 0 }, record, Piece::Mark { behind: 0 }];
+    let storage: Arc<dyn Storage> = Arc::new(Memory::default());
+    storage.replace("0000000001.log", &[&bytes(&pieces, 1, &mut 1)]).unwrap();
+    let (_, seen) = open(&storage).expect("a plain input opens");
+    assert_eq!(seen.records, [(1, 1, b"header".to_vec(), 2)]);
+}
+
+static PLAIN: Once = Once::new();
+
 fuzz_target!(|input: Input<'_>| {
+    PLAIN.call_once(plain_input_opens);
     let storage: Arc<dyn Storage> = Arc::new(Memory::default());
     let mut next = 1;
     for (pieces, offset) in input.files.iter().take(6).zip(0..) {

@@ -130,11 +130,21 @@ impl Storage for Disk {
         fs::rename(self.dir.join(from), self.dir.join(to))
     }
 
-    fn spare(&self, name: &str, bytes: u64) {
-        // Without it the next `replace` may find the disk full, and says so.
-        let Ok((_, file)) = self.aside(name) else { return };
-        let now = fs::metadata(self.dir.join(name)).map_or(0, |file| file.len());
-        let _ = preallocate(&file, 0, bytes.max(2 * now));
+    fn spare(&self, name: &str, wanted: &[u64]) -> io::Result<u64> {
+        let (_, file) = self.aside(name)?;
+        let mut refused = None;
+        for bytes in wanted {
+            match preallocate(&file, 0, *bytes) {
+                // A file system that cannot promise it has room or has not: `replace` finds out.
+                Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => return Ok(*bytes),
+                Err(error) => refused = Some(error.into()),
+            }
+        }
+        refused.map_or(Ok(0), Err)
+    }
+
+    fn size(&self, name: &str) -> u64 {
+        fs::metadata(self.dir.join(name)).map_or(0, |file| file.len())
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {

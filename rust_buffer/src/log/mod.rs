@@ -28,12 +28,14 @@ mod memory;
 mod network;
 mod reader;
 mod recovery;
+mod room;
 mod storage;
 mod sync;
 mod watermark;
 mod writer;
 
 use std::{
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
     time::Duration,
@@ -45,6 +47,7 @@ use self::{
     directory::{SNAPSHOT_NAME, file_name, remove},
     format::{MARK, SNAPSHOT},
     recovery::{recover, resume, write_snapshot},
+    room::SnapshotRoom,
     sync::Shared,
     writer::Writer,
 };
@@ -55,6 +58,7 @@ pub use self::{
     network::network_name,
     reader::{Frame, Part},
     recovery::Replay,
+    room::Room,
     storage::{Bytes, Medium, Storage},
 };
 use crate::error::{Result, StoreError};
@@ -113,9 +117,6 @@ impl Default for LogOptions {
     }
 }
 
-/// Room for a snapshot that is kept, as a share of a file's.
-const SNAPSHOT_SHARE: u64 = 8;
-
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -128,6 +129,7 @@ struct Inner {
     shared: Arc<Shared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     snapshot: Mutex<Position>,
+    room: SnapshotRoom,
     /// Held while a snapshot is written: the storage is not released meanwhile.
     snapshotting: Mutex<()>,
 }
@@ -155,7 +157,7 @@ impl Log {
         }
         // Where no thread can be had, files are made when they are needed.
         let _ = inner.spawn("log-ahead", Shared::keep_ahead);
-        inner.spare();
+        inner.room.renew(&*inner.shared.storage, options.file_bytes);
         Ok(Self(Arc::new(inner)))
     }
 
@@ -178,7 +180,7 @@ impl Log {
     /// # Errors
     /// `Closed`, `Poisoned` by an earlier failure, `Io` (which poisons), `Full` beyond 4 GiB or 65,535 arrays.
     pub fn append(&self, kind: u8, header: &[u8], arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
-        let written = self.write(kind, header, arrays)?;
+        let written = self.write(kind, header, arrays, Room::Usual)?;
         self.wake();
         Ok(written)
     }
@@ -188,12 +190,12 @@ impl Log {
     ///
     /// # Errors
     /// As `append`.
-    pub fn write(&self, kind: u8, header: &[u8], arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
+    pub fn write(&self, kind: u8, header: &[u8], arrays: &Arrays<'_>, room: Room) -> Result<(Lsn, Location)> {
         if kind == SNAPSHOT || kind == MARK {
             return Err(StoreError::Conflict(format!("record kind {kind} is the log's own; use 1 to 254")));
         }
         self.0.shared.own_process()?;
-        self.0.shared.write(kind, header, arrays)
+        self.0.shared.write(kind, header, arrays, room)
     }
 
     /// Begins a call of the store: its reads trust nothing that earlier ones found readable.
@@ -243,8 +245,22 @@ impl Log {
         shared.settle()?;
         write_snapshot(&*shared.storage, position, snapshot)?;
         *lock(&self.0.snapshot) = position;
-        self.0.spare();
+        self.0.room.renew(&*shared.storage, shared.options.file_bytes);
         Ok(())
+    }
+
+    /// Sees that there is room for a snapshot of `bytes`, which an eviction needs, also where others fill the disk; false
+    /// where there is none.
+    pub fn has_room(&self, bytes: u64) -> bool {
+        // Whoever writes a snapshot now uses the room up, and makes another: the next record asks anew.
+        let make =
+            || self.0.snapshotting.try_lock().map_or(true, |_one| self.0.room.make(&*self.0.shared.storage, bytes));
+        bytes <= self.0.room.bytes() || make()
+    }
+
+    /// Path of the snapshot.
+    pub fn snapshot_path(&self) -> PathBuf {
+        self.0.shared.storage.path_of(SNAPSHOT_NAME)
     }
 
     /// The record at `location`, its checksums checked now.
@@ -345,7 +361,8 @@ impl Log {
 
 impl Inner {
     fn new(shared: Arc<Shared>, snapshot: Position) -> Self {
-        Self { shared, threads: Mutex::default(), snapshot: Mutex::new(snapshot), snapshotting: Mutex::default() }
+        let (threads, snapshot) = (Mutex::default(), Mutex::new(snapshot));
+        Self { shared, threads, snapshot, room: SnapshotRoom::default(), snapshotting: Mutex::default() }
     }
 
     fn spawn(&self, name: &str, run: fn(&Shared)) -> std::io::Result<()> {
@@ -353,11 +370,6 @@ impl Inner {
         let thread = std::thread::Builder::new().name(name.into()).spawn(move || run(&shared))?;
         lock(&self.threads).push(thread);
         Ok(())
-    }
-
-    /// Keeps room for the next snapshot, which a full disk needs to be emptied.
-    fn spare(&self) {
-        self.shared.storage.spare(SNAPSHOT_NAME, self.shared.options.file_bytes / SNAPSHOT_SHARE);
     }
 
     fn close(&self) -> Result<()> {

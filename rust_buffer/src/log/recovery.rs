@@ -233,7 +233,7 @@ impl Image {
             return Ok(Some(image));
         }
         // Its first LSN is not known; but preallocated zeros are all that a torn creation leaves.
-        image.refuse_if_used(0, 1, |_| Lsn::MAX, "the file's header is not readable").map(|()| None)
+        image.refuse_if_used(0, 8, 1, |_| Lsn::MAX, "the file's header is not readable").map(|()| None)
     }
 
     fn corrupt(&self, at: u64, detail: impl Into<String>) -> StoreError {
@@ -309,16 +309,24 @@ impl Image {
         };
         // LSNs are dense, so between the unreadable record and a later one lies a frame for each LSN between theirs.
         let newest = |later| at.next + (later - at.offset) / FRAME_HEADER;
-        self.refuse_if_used(at.offset, at.next, newest, end)?;
+        self.refuse_if_used(at.offset, self.payload_end(at), at.next, newest, end)?;
         let unproven = offsets.get((proven + 1 - start) as usize).copied().unwrap_or(at.offset);
         Ok(Tail { next: at.next, end: at.offset, written: self.bytes.len() as u64, unproven })
     }
 
-    /// Fails if anything behind the unreadable record `lsn` at `at` says that the record was durable. What lies there
-    /// may be the record's own payload, any numbers at all: `newest` is the highest LSN that a frame at a place can have.
-    fn refuse_if_used(&self, at: u64, lsn: Lsn, newest: impl Fn(u64) -> Lsn, detail: &str) -> Result<()> {
+    /// Where something else than the unreadable record at `at` can begin: behind its payload, if its head is whole.
+    fn payload_end(&self, at: Position) -> u64 {
+        let head = parse_head(self.bytes.get(at.offset as usize..).unwrap_or_default()).ok();
+        let head = head.filter(|head| head.stamp.lsn == at.next && head.stamp.kind != MARK);
+        at.offset + head.map_or(8, |head| head.len as u64)
+    }
+
+    /// Fails if anything from `from` on says that the unreadable record `lsn` at `at`, before it, was durable. What lies
+    /// there may be the record's own payload, any numbers at all: `newest` is the highest LSN that a frame at a place can
+    /// have.
+    fn refuse_if_used(&self, at: u64, from: u64, lsn: Lsn, newest: impl Fn(u64) -> Lsn, detail: &str) -> Result<()> {
         let mut left = MOST_READ * self.bytes.len() as u64;
-        for later in (at as usize + 8..self.bytes.len()).step_by(8) {
+        for later in (from as usize..self.bytes.len()).step_by(8) {
             let rest = &self.bytes[later..];
             if rest.len() < FRAME_HEADER as usize {
                 break;

@@ -57,8 +57,19 @@ pub trait Storage: Send + Sync {
     /// Those of the operating system.
     fn rename(&self, from: &str, to: &str) -> io::Result<()>;
 
-    /// Keeps room for the next `replace` of `name`, `bytes` at least and twice what it has, as far as the disk has it.
-    fn spare(&self, _name: &str, _bytes: u64) {}
+    /// Keeps room for the next `replace` of `name`: the first of `wanted`, in bytes, that the disk has; none of them on an
+    /// error.
+    ///
+    /// # Errors
+    /// Those of the operating system.
+    fn spare(&self, _name: &str, wanted: &[u64]) -> io::Result<u64> {
+        Ok(wanted.first().copied().unwrap_or_default())
+    }
+
+    /// Bytes that `name` has; 0 where there is no such file.
+    fn size(&self, _name: &str) -> u64 {
+        0
+    }
 
     /// Makes the names durable.
     ///

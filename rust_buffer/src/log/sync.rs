@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    Durability, Location, LogOptions, Lsn, Position, Storage,
+    Durability, Location, LogOptions, Lsn, Position, Room, Storage,
     ahead::Ahead,
     directory::{NEXT_NAME, file_name},
     format::Arrays,
@@ -89,7 +89,7 @@ impl Shared {
     }
 
     /// Writes one record; level `Always` waits for the disk, otherwise nobody is told.
-    pub(super) fn write(&self, kind: u8, header: &[u8], arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
+    pub(super) fn write(&self, kind: u8, header: &[u8], arrays: &Arrays<'_>, room: Room) -> Result<(Lsn, Location)> {
         let mut writer = lock(&self.writer);
         while writer.is_full(self.options.file_bytes) {
             drop(writer);
@@ -102,7 +102,7 @@ impl Shared {
         }
         let synced = self.accepting()?;
         let lsn = writer.next;
-        let location = match writer.write(kind, synced, header, arrays) {
+        let location = match writer.write(kind, synced, header, arrays, room) {
             Err(error @ (StoreError::Full { .. } | StoreError::NoSpace { .. })) => return Err(error),
             written => written.map_err(|e| self.poison(e))?,
         };

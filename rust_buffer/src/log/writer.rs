@@ -3,7 +3,7 @@
 use std::{io, path::Path, sync::Arc};
 
 use super::{
-    Location, Lsn,
+    Location, Lsn, Room,
     directory::{NEXT_NAME, file_name},
     format::{Arrays, FILE_HEADER, FRAME_HEADER, MARK, Stamp, align, encode, file_header, raised},
     reader::LogFile,
@@ -20,7 +20,7 @@ pub(super) struct Writer {
     /// Where the next frame goes.
     tail: u64,
     allocated: u64,
-    /// Bytes behind the tail that records without arrays alone may take.
+    /// Bytes behind the tail that records without arrays alone may take, the last half of them those that make room.
     reserve: u64,
     /// LSN that the next frame gets.
     pub(super) next: Lsn,
@@ -41,8 +41,8 @@ pub(super) struct Tail {
     pub(super) unproven: u64,
 }
 
-/// Bytes of each file that records without arrays alone may take: commits and evictions, so that a full disk can be
-/// emptied.
+/// Bytes of each file that records without arrays alone may take, so that what is trained is not held up by a full disk.
+/// The last half is for those that lead to an eviction, and nothing else can use it up: a full disk can be emptied.
 const MOST_RESERVED: u64 = 1 << 20;
 
 fn reserve(file_bytes: u64) -> u64 {
@@ -172,11 +172,18 @@ impl Writer {
     ///
     /// # Errors
     /// `NoSpace` and `Full` before anything is written, `Io`.
-    pub(super) fn write(&mut self, kind: u8, synced: Lsn, header: &[u8], arrays: &Arrays<'_>) -> Result<Location> {
+    pub(super) fn write(
+        &mut self, kind: u8, synced: Lsn, header: &[u8], arrays: &Arrays<'_>, room: Room,
+    ) -> Result<Location> {
         let len = encode(&mut self.head, Stamp { lsn: self.next, durable: synced, kind }, header, arrays)?;
         let end = self.tail + u64::from(len);
+        let kept = match room {
+            Room::Last => 0,
+            Room::Usual if arrays.end() == 0 => self.reserve / 2,
+            Room::Usual => self.reserve,
+        };
         // Room for the mark too, so that writing one never needs space.
-        self.grow(end + FRAME_HEADER + if arrays.end() == 0 { 0 } else { self.reserve })?;
+        self.grow(end + FRAME_HEADER + kept)?;
         let mut parts = vec![&self.head[..]];
         parts.extend_from_slice(arrays.bytes());
         self.file.medium.write(self.tail, &parts).map_err(|e| StoreError::io(&self.file.path, e))?;

@@ -25,7 +25,19 @@ create_exception!(
     pmdflow._rust_buffer,
     CorruptLog,
     StoreError,
-    "Damage before the tail of the log, a newer format or a failed sync; names file and offset."
+    "Damage before the tail of the log, or another format; names file and offset."
+);
+create_exception!(
+    pmdflow._rust_buffer,
+    DiskFault,
+    StoreError,
+    "The operating system failed to read, write or sync a file; names it. What was acknowledged is not lost."
+);
+create_exception!(
+    pmdflow._rust_buffer,
+    StorePoisoned,
+    StoreError,
+    "A write or sync failed before, and the store takes no more records; names that failure. Open it again."
 );
 create_exception!(pmdflow._rust_buffer, StoreLocked, StoreError, "Another process has the store open for writing.");
 
@@ -35,14 +47,12 @@ impl From<Failure> for PyErr {
         match failure {
             Failure::Full { .. } | Failure::NoSpace { .. } => StoreFull::new_err(text),
             Failure::Conflict(_) => Conflict::new_err(text),
-            Failure::Corrupt { .. } | Failure::Version { .. } | Failure::Newer { .. } | Failure::Poisoned { .. } => {
-                CorruptLog::new_err(text)
-            }
+            Failure::Corrupt { .. } | Failure::Version { .. } | Failure::Newer { .. } => CorruptLog::new_err(text),
+            Failure::Io { .. } => DiskFault::new_err(text),
+            Failure::Poisoned { .. } => StorePoisoned::new_err(text),
             Failure::Locked { .. } => StoreLocked::new_err(text),
             Failure::Interrupted => raised().unwrap_or_else(|| PyKeyboardInterrupt::new_err(text)),
-            Failure::Io { .. } | Failure::Network { .. } | Failure::ReadOnly { .. } | Failure::Closed => {
-                StoreError::new_err(text)
-            }
+            Failure::Network { .. } | Failure::ReadOnly { .. } | Failure::Closed => StoreError::new_err(text),
         }
     }
 }

@@ -194,6 +194,16 @@ impl TrajectoryStore {
         rows::batch(py, iteration, version, &packed)
     }
 
+    fn record_plan(
+        &self, py: Python<'_>, iteration: i64, rule: String, seed: Option<i64>, num_steps: u32, steps: Vec<u32>,
+    ) -> PyResult<()> {
+        self.change(py, true, |store| store.record_plan(iteration, rule, seed, num_steps, &steps))
+    }
+
+    fn plan<'py>(&self, py: Python<'py>, iteration: i64) -> PyResult<Option<Row<'py>>> {
+        self.query(py, |store| store.plan(iteration))?.map(|plan| rows::plan(py, &plan)).transpose()
+    }
+
     fn commit(&self, py: Python<'_>, iteration: i64) -> PyResult<()> {
         self.change(py, true, |store| store.commit_claims(iteration))
     }
@@ -294,7 +304,7 @@ mod _rust_buffer {
     #[pymodule_export]
     use super::TrajectoryStore;
     #[pymodule_export]
-    use super::errors::{Conflict, CorruptLog, StoreError, StoreFull, StoreLocked};
+    use super::errors::{Conflict, CorruptLog, DiskFault, StoreError, StoreFull, StoreLocked, StorePoisoned};
     #[pymodule_export]
     use super::packing::pack;
 }

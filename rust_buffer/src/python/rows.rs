@@ -9,6 +9,7 @@ use pyo3::{
 
 use crate::{
     log::Lsn,
+    state::record::Plan,
     state::trajectory::Version,
     store::arrays::{Extra, StoredPrompt},
     store::claim_view::Rows,
@@ -102,6 +103,15 @@ pub fn batch<'py>(py: Python<'py>, iteration: i64, version: Version, rows: &Rows
     row.set_item("components", components)?;
     let prompt_ids = rows.prompt_ids.iter().flat_map(|(id, count)| repeat_n(PyString::new(py, id), *count));
     row.set_item("prompt_ids", PyList::new(py, prompt_ids.collect::<Vec<_>>())?)?;
+    Ok(row)
+}
+
+pub fn plan<'py>(py: Python<'py>, (plan, steps): &(Plan, Vec<u32>)) -> PyResult<Row<'py>> {
+    let row = PyDict::new(py);
+    row.set_item("rule", &plan.rule)?;
+    row.set_item("seed", plan.seed)?;
+    row.set_item("num_steps", plan.num_steps)?;
+    row.set_item("steps", steps)?;
     Ok(row)
 }
 

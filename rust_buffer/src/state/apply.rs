@@ -1,12 +1,14 @@
 //! How each record changes the state: deterministic, without settings or clock, so that replay gives the same state.
 
+use std::collections::VecDeque;
+
 use crate::{
     error::{Result, StoreError},
     log::{Frame, Location, Lsn},
     state::group::{Group, Kind, MAX_GROUP_SIZE, Phase},
     state::ledger::Place,
     state::mask,
-    state::record::{Admit, Appended, Claimed, LeftOut, Quota, Reason, Record, Score},
+    state::record::{Admit, Appended, Claimed, LeftOut, Plan, Quota, Reason, Record, Score},
     state::trajectory::{Outcome, Run, Stop, Trajectory, Verdict, Version},
     state::{Claim, ClaimStatus, ClaimSums, KEPT_QUOTAS, Publication, State, Undone, gone},
 };
@@ -48,6 +50,7 @@ impl State {
             Record::Uncommit(iteration) => self.apply_uncommit(*iteration)?,
             Record::Drop(iteration) => self.apply_drop(*iteration)?,
             Record::Late(groups) => groups.iter().try_for_each(|id| self.apply_late(*id))?,
+            Record::Plan(iteration, plan) => self.apply_plan(*iteration, plan)?,
         }
         Ok(())
     }
@@ -246,6 +249,7 @@ impl State {
             sums: ClaimSums::default(),
             left_out: LeftOut::default(),
             asked: claimed.asked,
+            plan: claimed.plan.clone(),
         };
         claim.sums = mask::sums(self, &claim)?;
         for id in &claimed.groups {
@@ -257,7 +261,8 @@ impl State {
         self.ledger.shift(Place::Ready, Place::EvictedFailed, claim.sums.failed);
         self.claims.insert(claimed.iteration, claim);
         if claimed.asked.is_some() {
-            self.undone.pop_first();
+            let again = self.undone.iter().position(|undone| undone.groups == claimed.groups);
+            again.map(|at| self.undone.remove(at));
         } else {
             // Format 3 forgot what it undid; here a new claim comes only after the last undone one.
             self.undone.clear();
@@ -265,9 +270,18 @@ impl State {
         Ok(())
     }
 
+    fn apply_plan(&mut self, iteration: i64, plan: &Plan) -> Result<()> {
+        self.claim(iteration)?;
+        self.claims.entry(iteration).and_modify(|claim| claim.plan = Some(plan.clone()));
+        Ok(())
+    }
+
     fn apply_uncommit(&mut self, iteration: i64) -> Result<()> {
         let Some(first) = iteration.checked_add(1) else { return Ok(()) };
-        for (iteration, claim) in self.claims.split_off(&first) {
+        // What was published of them does not stand any more: to say it again is no repeat.
+        self.publications.retain(|_, made| made.iteration.is_none_or(|trained| trained < first));
+        let mut undone = VecDeque::new();
+        for claim in self.claims.split_off(&first).into_values() {
             let sums = claim.sums;
             let place = if claim.status == ClaimStatus::Claimed { Place::Claimed } else { Place::Trained };
             self.ledger.shift(place, Place::Ready, sums.trainable);
@@ -280,9 +294,11 @@ impl State {
             for id in &claim.groups {
                 self.group_mut(*id)?.phase = Phase::Ready;
             }
-            let Claim { version, max_staleness, segment_loss, groups, .. } = claim;
-            self.undone.insert(iteration, Undone { version, max_staleness, segment_loss, groups });
+            let Claim { version, max_staleness, segment_loss, groups, plan, .. } = claim;
+            undone.push_back(Undone { version, max_staleness, segment_loss, groups, plan });
         }
+        undone.append(&mut self.undone);
+        self.undone = undone;
         Ok(())
     }
 
@@ -348,10 +364,11 @@ impl State {
 
     /// Drops a group and its trajectories, also out of the claims to be made again.
     fn forget(&mut self, id: u64) -> Result<()> {
-        for undone in self.undone.values_mut() {
+        for undone in &mut self.undone {
             undone.groups.retain(|group| *group != id);
+            undone.plan.as_mut().map(|plan| plan.steps.remove(&id));
         }
-        self.undone.retain(|_, undone| !undone.groups.is_empty());
+        self.undone.retain(|undone| !undone.groups.is_empty());
         let members = self.group(id)?.members();
         members.for_each(|member| drop(self.trajectories.remove(&member)));
         if let Some(group) = self.groups.remove(&id).filter(|group| group.kind == Kind::Train) {

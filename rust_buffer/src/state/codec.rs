@@ -11,20 +11,14 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
     error::{Result, StoreError},
-    state::record::{Claimed, LeftOut, Quota, Reason, Record},
+    state::record::{Claimed, LeftOut, Plan, Quota, Reason, Record},
     state::trajectory::Version,
 };
 use columns::Columns;
 
 /// Kinds that newer programs will write.
-const RESERVED: [(u8, &str); 6] = [
-    (13, "annotate"),
-    (14, "fork"),
-    (15, "turn"),
-    (16, "prompt history"),
-    (17, "iteration of a version"),
-    (18, "step plan"),
-];
+const RESERVED: [(u8, &str); 5] =
+    [(13, "annotate"), (14, "fork"), (15, "turn"), (16, "prompt history"), (17, "iteration of a version")];
 
 #[derive(Serialize, Deserialize)]
 struct QuotaFields {
@@ -69,6 +63,12 @@ struct Groups {
     groups: Vec<u64>,
 }
 
+#[derive(Serialize, Deserialize)]
+struct PlanFields {
+    iteration: i64,
+    plan: Plan,
+}
+
 /// The header of a record.
 ///
 /// # Errors
@@ -96,6 +96,7 @@ pub fn encode(record: &Record) -> Result<Vec<u8>> {
             named(&Iteration { iteration: *iteration })
         }
         Record::Late(groups) => named(&Groups { groups: groups.clone() }),
+        Record::Plan(iteration, plan) => named(&PlanFields { iteration: *iteration, plan: plan.clone() }),
     }
 }
 
@@ -129,13 +130,17 @@ pub fn decode(kind: u8, header: &[u8]) -> std::result::Result<Record, String> {
         10 => Record::Uncommit(fields::<Iteration>(header)?.iteration),
         11 => Record::Drop(fields::<Iteration>(header)?.iteration),
         12 => Record::Late(fields::<Groups>(header)?.groups),
+        18 => {
+            let PlanFields { iteration, plan } = fields(header)?;
+            Record::Plan(iteration, plan)
+        }
         other => return Err(unknown(other).unwrap_or_default()),
     })
 }
 
 /// What a record of this kind is, if this program does not know it: a newer one wrote it.
 pub fn unknown(kind: u8) -> Option<String> {
-    if (1..=12).contains(&kind) {
+    if matches!(kind, 1..=12 | 18) {
         return None;
     }
     let name = RESERVED.iter().find(|(reserved, _)| *reserved == kind).map_or("unknown here", |(_, name)| name);

@@ -10,7 +10,7 @@ pub mod mask;
 pub mod record;
 pub mod trajectory;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use imbl::{OrdMap, OrdSet};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -21,12 +21,16 @@ use crate::{
     state::gone::Counted,
     state::group::{Group, Kind, Phase},
     state::ledger::Ledger,
-    state::record::{LeftOut, Quota, SegmentLoss},
+    state::record::{LeftOut, Plan, Quota, Record, SegmentLoss},
     state::trajectory::{Trajectory, Version},
 };
 
 /// Quotas that are kept; a version below the oldest of them has no budget any more.
 pub(crate) const KEPT_QUOTAS: usize = 32;
+
+/// Bytes in a snapshot of a group, and of a trajectory with a few runs: about, and rather more than less.
+const GROUP_BYTES: u64 = 320;
+const TRAJECTORY_BYTES: u64 = 256;
 
 /// What has become of a claim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,6 +96,9 @@ pub struct Claim {
     /// Version that the caller named, if it is another than the claim's.
     #[serde(default)]
     pub asked: Option<Version>,
+    /// How its groups are dealt to steps; None until that is recorded.
+    #[serde(default)]
+    pub plan: Option<Plan>,
 }
 
 impl Claim {
@@ -110,6 +117,8 @@ pub struct Undone {
     pub segment_loss: SegmentLoss,
     /// Groups in claim order.
     pub groups: Vec<u64>,
+    #[serde(default)]
+    pub plan: Option<Plan>,
 }
 
 /// What a publication said, to answer its repeat.
@@ -155,9 +164,9 @@ pub struct State {
     pub version: Version,
     /// Newest version ever seen; -1 before the first.
     pub max_version: Version,
-    /// Undone claims by iteration: they are made again, as they were and in this order, before any new one.
-    #[serde(default)]
-    pub undone: BTreeMap<i64, Undone>,
+    /// Undone claims: they are made again, as they were and in this order, before any new one.
+    #[serde(default, deserialize_with = "in_order")]
+    pub undone: VecDeque<Undone>,
     /// Request ids that end in a number, of training groups that are gone.
     #[serde(default)]
     pub counted_gone: Counted,
@@ -172,6 +181,20 @@ where
     Persistent: FromIterator<Standard::Item>,
 {
     Ok(Standard::deserialize(from)?.into_iter().collect())
+}
+
+/// Undone claims as a list, or by iteration as they once were.
+fn in_order<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<VecDeque<Undone>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Kept {
+        List(VecDeque<Undone>),
+        ByIteration(BTreeMap<i64, Undone>),
+    }
+    Ok(match Kept::deserialize(from)? {
+        Kept::List(undone) => undone,
+        Kept::ByIteration(undone) => undone.into_values().collect(),
+    })
 }
 
 impl Default for State {
@@ -192,13 +215,20 @@ impl Default for State {
             next_cursor: 0,
             version: -1,
             max_version: -1,
-            undone: BTreeMap::new(),
+            undone: VecDeque::new(),
             counted_gone: Counted::default(),
         }
     }
 }
 
 impl State {
+    /// About how many bytes a snapshot has once `record` is applied.
+    pub fn snapshot_bytes(&self, record: &Record) -> u64 {
+        let (groups, members) = if let Record::Admit(admit) = record { (1, u64::from(admit.size)) } else { (0, 0) };
+        (self.groups.len() as u64 + groups) * GROUP_BYTES
+            + (self.trajectories.len() as u64 + members) * TRAJECTORY_BYTES
+    }
+
     /// Whether a training group was admitted by this request and is gone.
     pub fn is_gone(&self, request_id: &str) -> bool {
         gone::contains(&self.gone, &self.counted_gone, request_id)

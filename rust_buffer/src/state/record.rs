@@ -133,6 +133,20 @@ pub struct Score {
     pub phase: Option<Phase>,
 }
 
+/// How the groups of a claim are dealt to optimizer steps.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "fields that say themselves")]
+pub struct Plan {
+    /// Name of the rule that dealt them.
+    pub rule: String,
+    /// Of the rule's random numbers.
+    #[serde(default)]
+    pub seed: Option<i64>,
+    pub num_steps: u32,
+    /// 0-based step of each group.
+    pub steps: BTreeMap<u64, u32>,
+}
+
 /// A claim as decided.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "fields that say themselves")]
@@ -147,6 +161,9 @@ pub struct Claimed {
     /// Version that the caller named, where an undone claim is made again as it was recorded.
     #[serde(default)]
     pub asked: Option<Version>,
+    /// The undone claim's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plan: Option<Plan>,
 }
 
 /// One durable change; `codec` has its bytes.
@@ -176,9 +193,26 @@ pub enum Record {
     Drop(i64),
     /// Makes groups ready without the members that have no verdict; evicts those.
     Late(Vec<u64>),
+    /// Deals an iteration's claim to steps.
+    Plan(i64, Plan),
 }
 
 impl Record {
+    /// Whether it leads to an eviction: where the disk is full, nothing else may take the last of the room for it.
+    pub fn makes_room(&self) -> bool {
+        match self {
+            Self::Publish(..)
+            | Self::Claim(_)
+            | Self::Plan(..)
+            | Self::Evict(..)
+            | Self::Commit(_)
+            | Self::Uncommit(_)
+            | Self::Drop(_)
+            | Self::Late(_) => true,
+            Self::Quota(..) | Self::Admit(_) | Self::Lease(_) | Self::Append(_) | Self::Score(_) => false,
+        }
+    }
+
     /// Kind byte of the record's frame.
     pub fn kind(&self) -> u8 {
         match self {
@@ -194,6 +228,7 @@ impl Record {
             Self::Uncommit(_) => 10,
             Self::Drop(_) => 11,
             Self::Late(_) => 12,
+            Self::Plan(..) => 18,
         }
     }
 }

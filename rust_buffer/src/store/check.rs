@@ -116,7 +116,7 @@ fn check_claims(store: &Store) -> Result<()> {
             claimed += signed(claim.sums.trainable);
         }
     }
-    for id in state.undone.values().flat_map(|undone| &undone.groups) {
+    for id in state.undone.iter().flat_map(|undone| &undone.groups) {
         same("phase of a group whose claim was undone", state.group(*id)?.phase, Phase::Ready)?;
     }
     same("claimed", state.ledger.get(Place::Claimed), claimed)

@@ -69,7 +69,7 @@ impl Store {
     }
 
     /// Claims `iteration`'s groups for a learner at `version`; None while it has to wait. Undone claims come first: the
-    /// oldest of them is made again as it was, groups, order, version and masks.
+    /// oldest of them is made again as it was, groups, order, version, masks and plan.
     ///
     /// # Errors
     /// `Conflict`: another claim is untrained, the iteration is not above every earlier one, the version was never
@@ -100,12 +100,11 @@ impl Store {
         if newest.is_some_and(|newest| iteration <= newest) {
             return conflict(format!("iteration {iteration} is not above the newest claim's, {newest:?}"));
         }
-        if let Some(undone) = self.state.undone.values().next() {
-            let Undone { version: recorded, max_staleness, segment_loss, groups } = undone.clone();
+        if let Some(undone) = self.state.undone.front() {
+            let Undone { version: recorded, max_staleness, segment_loss, groups, plan } = undone.clone();
             let (version, asked) = (recorded, Some(version));
-            let claimed = Claimed { iteration, version, max_staleness, segment_loss, groups: groups.clone(), asked };
-            let (lsn, _) = self.record(&Record::Claim(claimed), &Arrays::default())?;
-            return Ok(Some(ClaimAnswer::Claimed(groups, lsn)));
+            let again = Claimed { iteration, version, max_staleness, segment_loss, groups, asked, plan };
+            return self.make_claim(again).map(Some);
         }
         if self.no_signal > std::mem::replace(&mut self.no_signal_told, self.no_signal) {
             return Ok(Some(ClaimAnswer::Starved(Starvation::NoSignal)));
@@ -118,13 +117,24 @@ impl Store {
         let closed = self.is_closed();
         if groups.len() == wanted || (closed && !groups.is_empty()) {
             let (max_staleness, segment_loss) = (self.settings.max_staleness, self.settings.segment_loss);
-            let claimed =
-                Claimed { iteration, version, max_staleness, segment_loss, groups: groups.clone(), asked: None };
-            let (lsn, _) = self.record(&Record::Claim(claimed), &Arrays::default())?;
-            return Ok(Some(ClaimAnswer::Claimed(groups, lsn)));
+            let (asked, plan) = (None, None);
+            let new = Claimed { iteration, version, max_staleness, segment_loss, groups, asked, plan };
+            return self.make_claim(new).map(Some);
         }
         let why = if over_age > 0 { Some(Starvation::OverAge) } else { closed.then_some(Starvation::Closed) };
         Ok(why.map(ClaimAnswer::Starved))
+    }
+
+    fn make_claim(&mut self, claimed: Claimed) -> Result<ClaimAnswer> {
+        let groups = claimed.groups.clone();
+        for id in &groups {
+            let phase = self.state.group(*id)?.phase;
+            if phase != Phase::Ready {
+                return conflict(format!("group {id} cannot be claimed: it is not ready, but {phase:?}"));
+            }
+        }
+        let (lsn, _) = self.record(&Record::Claim(claimed), &Arrays::default())?;
+        Ok(ClaimAnswer::Claimed(groups, lsn))
     }
 
     /// The first `wanted` ready groups of the window that have a token to train; those before them that have none are

@@ -15,6 +15,7 @@ mod discard;
 pub mod index;
 pub mod late;
 pub mod lease;
+mod plans;
 pub mod query;
 pub mod reads;
 mod repeats;
@@ -30,7 +31,7 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 use crate::{
     clock::Micros,
     error::{Result, StoreError},
-    log::{Arrays, Durability, Location, Log, LogOptions, Lsn, Storage},
+    log::{Arrays, Durability, Location, Log, LogOptions, Lsn, Room, Storage},
     state::State,
     state::apply::Placed,
     state::codec,
@@ -225,7 +226,13 @@ impl Store {
     /// Logs a record and applies it.
     pub(crate) fn record(&mut self, record: &Record, arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
         let header = codec::encode(record)?;
-        let (lsn, location) = self.log.write(record.kind(), &header, arrays)?;
+        let snapshot = self.state.snapshot_bytes(record);
+        if arrays.end() > 0 && !self.log.has_room(snapshot) {
+            // Taken now, it could not be evicted later.
+            return Err(StoreError::NoSpace { path: self.log.snapshot_path(), bytes: snapshot });
+        }
+        let room = if record.makes_room() { Room::Last } else { Room::Usual };
+        let (lsn, location) = self.log.write(record.kind(), &header, arrays, room)?;
         let placed = Placed { location, lsn, arrays: arrays.places(header.len()) };
         // The log has it already: whatever came after it would be decided on another state than replay has.
         self.apply(record, &placed).map_err(|error| self.log.poison(error))?;

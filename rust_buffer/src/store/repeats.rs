@@ -1,11 +1,13 @@
 //! Repeats: a worker that lost an answer sends again what is durable, alone or with new tokens behind it.
 
+use std::collections::BTreeMap;
+
 use crate::{
     error::Result,
     log::Entry,
     state::trajectory::{Trajectory, Version},
     store::Store,
-    store::arrays::read_run,
+    store::arrays::{Extra, read_extras, read_run},
     wire::Item,
 };
 
@@ -17,10 +19,20 @@ struct Piece<'a> {
     temperature: f32,
     observed: bool,
     bytes: &'a [u8],
+    columns: Vec<Column<'a>>,
+}
+
+/// A row of an extra column for each of some tokens that lie one behind the other.
+struct Column<'a> {
+    name: &'a str,
+    dtype: &'a str,
+    start: u32,
+    len: u32,
+    bytes: &'a [u8],
 }
 
 impl<'a> Piece<'a> {
-    fn sent(item: &Item<'_>, payload: &'a [u8]) -> Self {
+    fn sent(item: &Item<'a>, payload: &'a [u8]) -> Self {
         Self {
             start: item.offset,
             len: item.count,
@@ -28,11 +40,25 @@ impl<'a> Piece<'a> {
             temperature: item.temperature,
             observed: item.observed,
             bytes: payload.get(item.range.clone()).unwrap_or_default(),
+            columns: columns_sent(item, payload),
         }
     }
 
     fn end(&self) -> u32 {
         self.start + self.len
+    }
+
+    /// Columns of the tokens `from` to `to`: the row of each by name, dtype and token.
+    fn rows(&self, from: u32, to: u32) -> BTreeMap<(&str, &str, u32), &[u8]> {
+        let mut rows = BTreeMap::new();
+        for Column { name, dtype, start, len, bytes } in &self.columns {
+            let row = bytes.len() / *len as usize;
+            for token in from.max(*start)..to.min(start + len) {
+                let at = row * (token - start) as usize;
+                rows.insert((*name, *dtype, token), &bytes[at..at + row]);
+            }
+        }
+        rows
     }
 
     /// Ids, or log-probs if `nth` is 1, of the tokens `from` to `to`.
@@ -53,7 +79,8 @@ impl<'a> Piece<'a> {
                 && self.temperature.to_bits() == other.temperature.to_bits()
                 && self.observed == other.observed
                 && equal(0)
-                && (self.observed || equal(1)))
+                && (self.observed || equal(1))
+                && self.rows(from, to) == other.rows(from, to))
     }
 }
 
@@ -69,7 +96,9 @@ impl Store {
             if start < until.min(sent.end()) && start + run.len > sent.start {
                 let (bytes, len, version) = (read_run(&self.log, run)?, run.len, run.version);
                 let (temperature, observed) = (run.temperature, run.observed);
-                let stored = Piece { start, len, version, temperature, observed, bytes: &bytes };
+                let extras = read_extras(&self.log, std::slice::from_ref(run))?;
+                let columns = columns_stored(&extras, start);
+                let stored = Piece { start, len, version, temperature, observed, bytes: &bytes, columns };
                 if !stored.agrees(&sent, until) {
                     return Ok(false);
                 }
@@ -78,6 +107,28 @@ impl Store {
         }
         Ok(earlier.iter().all(|earlier| Piece::sent(earlier, payload).agrees(&sent, until)))
     }
+}
+
+fn columns_sent<'a>(item: &Item<'a>, payload: &'a [u8]) -> Vec<Column<'a>> {
+    let (start, len, mut at) = (item.offset, item.count, item.range.start);
+    let mut arrays = item.entries.iter().map(|entry| {
+        let bytes = payload.get(at..at + entry.len as usize).unwrap_or_default();
+        at = (at + bytes.len()).next_multiple_of(8);
+        bytes
+    });
+    let _tokens = arrays.next();
+    item.extra.iter().zip(arrays).map(|((name, dtype), bytes)| Column { name, dtype, start, len, bytes }).collect()
+}
+
+/// Columns of a stored run whose first token is `start`.
+fn columns_stored(extras: &BTreeMap<String, Vec<Extra>>, start: u32) -> Vec<Column<'_>> {
+    let mut columns = Vec::new();
+    for (name, pieces) in extras {
+        for Extra { offset, len, dtype, bytes } in pieces {
+            columns.push(Column { name, dtype, start: start + offset, len: *len, bytes });
+        }
+    }
+    columns
 }
 
 /// The arrays of an item's last `new` tokens, laid out as those of an item are.

@@ -11,7 +11,7 @@ use _rust_buffer::{
     log::{Arrays, FORMAT},
     state::codec,
     state::group::{Kind, Phase},
-    state::record::{Admit, Appended, Claimed, LeftOut, Quota, Reason, Record, Score, SegmentLoss},
+    state::record::{Admit, Appended, Claimed, LeftOut, Plan, Quota, Reason, Record, Score, SegmentLoss},
     state::trajectory::{Outcome, Stop},
 };
 use tempfile::tempdir;
@@ -121,7 +121,9 @@ fn records() -> Vec<Record> {
     let (outcome, components, phase) = (Outcome::Scored, BTreeMap::from([("a".into(), 1.0)]), Some(Phase::Claimed(1)));
     let score = Score { trajectory: 0, outcome, reward: 0.5, components, failed: false, phase };
     let (max_staleness, segment_loss, asked) = (Some(1), SegmentLoss::All, Some(2));
-    let claimed = Claimed { iteration: 1, version, max_staleness, segment_loss, groups: groups.clone(), asked };
+    let planned = Plan { rule: "rule".into(), seed: Some(7), num_steps: 2, steps: BTreeMap::from([(1, 1)]) };
+    let plan = Some(planned.clone());
+    let claimed = Claimed { iteration: 1, version, max_staleness, segment_loss, groups: groups.clone(), asked, plan };
     vec![
         Record::Quota(0, Quota { groups: 1, tokens: 1, tokens_per_segment: Some(1) }),
         Record::Admit(admit),
@@ -135,6 +137,7 @@ fn records() -> Vec<Record> {
         Record::Uncommit(1),
         Record::Drop(1),
         Record::Late(groups),
+        Record::Plan(1, planned),
     ]
 }
 
@@ -180,6 +183,7 @@ fn records_of_format_3_are_read() {
         segment_loss: SegmentLoss::All,
         groups: vec![1, 2],
         asked: None,
+        plan: None,
     };
     let appended = Appended {
         trajectory: 5,

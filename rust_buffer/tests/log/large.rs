@@ -82,6 +82,19 @@ fn a_record_in_a_payload_counts_only_if_it_can_be_there() {
     }
 }
 
+#[test]
+fn a_payload_that_looks_like_records_is_not_looked_at_behind_a_whole_head() {
+    let (mut bytes, last, records) = written(1 << 20, VOCABULARIES[0]);
+    // Length, checksum, LSN, stamp, kind and header length of a record, as token ids of a period of 8: to tell that it
+    // is none takes a checksum of 100 KB, at every 32nd byte.
+    let ids = [100_032_u32, 777, 60, 0, 50, 0, 198, 100_000].map(u32::to_le_bytes).concat();
+    let (first, end) = ((last + 8192).next_multiple_of(32), last + (1 << 20));
+    for place in bytes[first..end].chunks_exact_mut(32) {
+        place.copy_from_slice(&ids);
+    }
+    assert_eq!(open(&bytes).unwrap().records(), records[..40]);
+}
+
 /// A mark of `lsn`, as another log would have it.
 fn mark(lsn: u64) -> [u8; 32] {
     let mut frame = [0; 32];

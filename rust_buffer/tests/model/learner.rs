@@ -6,6 +6,7 @@ use _rust_buffer::{
     error::StoreError,
     state::record::LeftOut,
     state::trajectory::{Outcome, Verdict},
+    store::Store,
     store::claims::{ClaimAnswer, Starvation},
 };
 
@@ -18,6 +19,8 @@ pub struct Made {
     version: i64,
     /// None when a group of it was discarded since.
     mask: Option<Vec<u8>>,
+    /// Step of each group.
+    plan: BTreeMap<u64, u32>,
 }
 
 impl Model {
@@ -97,12 +100,37 @@ impl Model {
     fn check_made(&mut self, iteration: i64, groups: &[u64]) {
         let mask = Some(Packed::of(self.store(), iteration).mask);
         let version = self.store().state().claims[&iteration].version;
-        let made = Made { groups: groups.to_vec(), version, mask };
+        let mut made = Made { groups: groups.to_vec(), version, mask, plan: BTreeMap::new() };
+        let recorded = self.store().plan(iteration).unwrap().map(|(plan, _)| plan.steps);
         if let Some(undone) = self.undone.pop_front() {
             assert_eq!((&made.groups, made.version), (&undone.groups, undone.version));
             assert!(undone.mask.is_none() || made.mask == undone.mask);
+            assert_eq!(recorded.as_ref(), Some(&undone.plan));
+            made.plan = undone.plan;
+        } else {
+            assert_eq!(recorded, None);
+            made.plan = self.deal(iteration, groups);
         }
         self.made.insert(iteration, made);
+    }
+
+    /// Deals a claim to three steps in a way of its own.
+    fn deal(&mut self, iteration: i64, groups: &[u64]) -> BTreeMap<u64, u32> {
+        let steps: Vec<u32> = groups.iter().map(|group| (*group as u32 * 7 + iteration as u32) % 3).collect();
+        let record =
+            |store: &mut Store, steps: &[u32]| store.record_plan(iteration, "random".into(), Some(-1), 3, steps);
+        for refused in [&[3; GROUPS][..groups.len()], &steps[1..]] {
+            assert!(matches!(record(self.store(), refused), Err(StoreError::Conflict(_))));
+        }
+        record(self.store(), &steps).unwrap();
+        let lsn = self.store().lsn();
+        record(self.store(), &steps).unwrap();
+        assert_eq!(self.store().lsn(), lsn, "a repeat");
+        let other: Vec<u32> = steps.iter().map(|step| (step + 1) % 3).collect();
+        assert!(matches!(record(self.store(), &other), Err(StoreError::Conflict(_))));
+        let (plan, in_order) = self.store().plan(iteration).unwrap().unwrap();
+        assert_eq!((in_order, plan.num_steps), (steps, 3));
+        plan.steps
     }
 
     pub fn discard(&mut self, pick: usize) {
@@ -129,6 +157,7 @@ impl Model {
         for undone in self.undone.iter_mut().filter(|undone| undone.groups.contains(&group)) {
             undone.groups.retain(|other| *other != group);
             undone.mask = None;
+            undone.plan.remove(&group);
         }
         self.undone.retain(|undone| !undone.groups.is_empty());
     }
