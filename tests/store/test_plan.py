@@ -72,7 +72,7 @@ def claimed(directory: Path) -> StoreActor:
 def reopened(directory: Path, steps_per_iteration: int) -> StoreActor:
     return StoreActor(
         directory=str(directory / "store"), run_dir=str(directory), settings=SETTINGS, archive_attrs={},
-        steps_per_iteration=steps_per_iteration,
+        steps_per_iteration=steps_per_iteration, seed=6,
     )  # fmt: skip
 
 
