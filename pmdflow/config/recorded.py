@@ -31,7 +31,7 @@ def recorded_settings(run_dir: Path) -> dict[str, Any]:
     """The run's `config.yaml` as plain data, unchecked; empty if it is missing or unreadable."""
     try:
         loaded = yaml.safe_load((run_dir / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     rename_keys(loaded)
     return loaded if isinstance(loaded, dict) else {}

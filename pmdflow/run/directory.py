@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
 PROCESSOR_MODEL = ("cpu family", "model", "stepping", "CPU implementer", "CPU variant", "CPU part")
 """Fields of /proc/cpuinfo, on x86 and on Arm: generations that sum in another order may share a name."""
-FIXED_KEYS = (("run", "seed"), ("model",), ("data",))
-"""What a resumed run may not change: stored trajectories were made with it. Model and data are compared by content
-where the run recorded it (`check_inputs`).
-"""
+FIXED_KEYS = ("run.seed", "model.dtype", "learner.lora")
+"""What a resumed run may not change: stored trajectories and checkpoints were made with it. Everything else may differ,
+but for model and data, which are compared by content (`check_inputs`)."""
+FIXED_BY_NAME = ("model.path", "data")
+"""Likewise where the run is older than its record of what they hold."""
 
 
 class RunDirectory:
@@ -48,7 +49,7 @@ class RunDirectory:
         """Create or reopen the directory, lock it and write the resolved configuration.
 
         Raises:
-            LaunchError: it is not writable, is in use, or holds a run of another seed.
+            LaunchError: it is not writable, is in use, or holds a run with other settings that may not change.
         """
         path = cls.path_of(config)
         try:
@@ -73,14 +74,18 @@ class RunDirectory:
         import yaml  # only here, like `load_run` below: `down` waits for what this module imports
 
         run = cls(path, lock)
-        run._check_same_run(config)
-        durable.write(path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        try:
+            run._check_same_run(config)
+            durable.write(path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        except BaseException:
+            lock.close()
+            raise
         return run
 
     @staticmethod
     def path_of(config: Config) -> Path:
         """Where the run of a configuration is."""
-        return Path(config.run.dir).absolute() / config.run.name
+        return Path(config.run.dir).expanduser().absolute() / config.run.name
 
     @staticmethod
     def recorded_inputs(path: Path) -> dict[str, Any]:
@@ -89,8 +94,8 @@ class RunDirectory:
             meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        inputs: dict[str, Any] = meta.get("inputs", {})
-        return inputs
+        inputs = meta.get("inputs") if isinstance(meta, dict) else None
+        return inputs if isinstance(inputs, dict) else {}
 
     def check_inputs(self, inputs: dict[str, Any]) -> None:
         """Refuse another model or other data than the run was begun with; else remember them for meta.json.
@@ -124,7 +129,7 @@ class RunDirectory:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except OSError:
-                    return int(lock.read())
+                    return _pid(path, lock.read())
         except FileNotFoundError as error:
             raise LaunchError(f"{path} is no run directory (it has no run.lock)") from error
         return None
@@ -173,29 +178,53 @@ class RunDirectory:
     def _check_same_run(self, config: Config) -> None:
         if not (self.path / "config.yaml").is_file() or not (self.path / "store").is_dir():
             return
+        from pmdflow.config.errors import ConfigError
         from pmdflow.config.load import load_run
 
-        before, now = _comparable(load_run(self.path).config), _comparable(config)
-        for keys in FIXED_KEYS[:1] if self.recorded_inputs(self.path) else FIXED_KEYS:
-            old, new = before, now
-            for key in keys:
-                old, new = old[key], new[key]
-            if old != new:
-                name = ".".join(keys)
+        try:
+            recorded = load_run(self.path).config
+        except ConfigError as error:
+            raise LaunchError(
+                f"{self.path / 'config.yaml'} does not say any more what the run was begun with:\n{error}",
+                hint="delete it, and start the same `pmdflow up` again, which writes it anew",
+            ) from error
+        before, now = _comparable(recorded), _comparable(config)
+        by_name = () if self.recorded_inputs(self.path) else FIXED_BY_NAME
+        for name in (*FIXED_KEYS, *by_name):
+            if before[name] != now[name]:
                 raise LaunchError(
-                    f"{name} is {new!r}, but {self.path} was begun with {old!r}",
+                    f"{name} is {now[name]!r}, but {self.path} was begun with {before[name]!r}",
                     hint="resume with that value, or choose another run.name",
                 )
 
 
+def _pid(path: Path, text: str) -> int:
+    """The process that a lock names.
+
+    Raises:
+        LaunchError: it names none: an `up` that is just starting, or a file that was damaged.
+    """
+    if not text.strip().isdecimal():
+        raise LaunchError(
+            f"{path} is in use by a process that {path / 'run.lock'} does not name yet", hint="try again in a second"
+        )
+    return int(text)
+
+
 def _comparable(config: Config) -> dict[str, Any]:
-    """What `FIXED_KEYS` names, without what may change, paths absolute."""
+    """What may not change, by its name, without what may in it; paths are absolute."""
     from pmdflow.config.sources import FILE_SUFFIXES
 
     data = config.data.model_dump(mode="json", exclude={"max_prompt_tokens"})
     if isinstance(data["task"], str) and data["task"].endswith(FILE_SUFFIXES):
         data["task"] = str(Path(data["task"]).absolute())
-    return {"run": {"seed": config.run.seed}, "model": str(Path(config.model.path).absolute()), "data": data}
+    return {
+        "run.seed": config.run.seed,
+        "model.dtype": config.model.dtype,
+        "learner.lora": None if config.learner.lora is None else config.learner.lora.model_dump(mode="json"),
+        "model.path": str(Path(config.model.path).absolute()),
+        "data": data,
+    }
 
 
 def log_path(run: Path, actor: str) -> str:
