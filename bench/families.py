@@ -66,7 +66,29 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 """What is set wherever a family has it."""
 ENDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-OWN: dict[str, dict[str, Any]] = {}
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
+OWN: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": MIXED,
+    "cwm": {"bos_token_id": 2},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, **ROPE},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
+    "dots1": {**EXPERTS, "n_group": 1, "topk_group": 1},
+    "gemma3n_text": {**MIXED, "num_kv_shared_layers": 0},
+    "gemma4_text": {**MIXED, "head_dim": 8, "global_head_dim": 8, "num_key_value_heads": 2},
+    "gemma4_unified_text": {**MIXED, "head_dim": 8, "global_head_dim": 8, "num_key_value_heads": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
+    "hunyuan_v1_dense": {"head_dim": 8, **ROPE},
+    "hunyuan_v1_moe": {"head_dim": 8, **ROPE},
+    "ministral": {"head_dim": 8, **ROPE},
+    "modernbert-decoder": {"bos_token_id": 2},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
+    "xmod": {"default_language": "en_XX"},
+}
 """What is set for one family besides."""
 
 Outcome = Literal["trains", "refused", "not made", "WRONG", "FAILS"]
@@ -94,14 +116,24 @@ class Found:
 
 def sizes(config: Any) -> dict[str, Any]:
     """The settings of a tiny configuration, those of its parts included."""
-    tiny = {name: value for name, value in SIZES.items() if getattr(config, name, None) is not None}
+    tiny = {name: value for name, value in SIZES.items() if _has(config, name)}
     if "kv_lora_rank" in tiny:  # each head has keys of its own, made from what all share
         tiny["num_key_value_heads"] = tiny["num_attention_heads"]
     for name in getattr(config, "sub_configs", {}):
         part = getattr(config, name, None)
         if part is not None:
-            tiny[name] = sizes(part)
+            tiny[name] = sizes(part) | ({"pad_token_id": 0} if _has(part, "pad_token_id") else {})
     return tiny
+
+
+def _has(config: Any, name: str) -> bool:
+    """Whether a family has a setting of this name, and it can be set."""
+    try:
+        value = getattr(config, name, None)
+    except Exception:  # it is one for each layer
+        return False
+    derived = getattr(type(config), name, None)
+    return value is not None and not (isinstance(derived, property) and derived.fset is None)
 
 
 def make_folder(family: str, folder: Path) -> None:
@@ -138,7 +170,7 @@ def examine(family: str, folder: Path) -> Found:
     try:
         make_folder(family, folder)
     except Exception as error:
-        return Found(family=family, outcome="not made", words=_short(error))
+        return by_configuration(family, folder) or Found(family=family, outcome="not made", words=_short(error))
     config = settings(folder, packing=True)
     try:
         resolve_inputs(config, merged=folder / "merged")
@@ -146,10 +178,21 @@ def examine(family: str, folder: Path) -> Found:
         check_loading(folder)
         difference = train(config)
     except ValueError as error:
-        words = str(error).replace(f"model.path is {str(folder)!r}: ", "")
-        return Found(family=family, outcome="refused", words=words, padded=padded(folder))
+        return Found(family=family, outcome="refused", words=_words(error, folder), padded=padded(folder))
     outcome: Outcome = "trains" if difference <= ATOL else "WRONG"  # NaN is wrong too
     return Found(family=family, outcome=outcome, difference=difference)
+
+
+def by_configuration(family: str, folder: Path) -> Found | None:
+    """What the configuration alone of a family is refused for, in its usual size; None if it is not."""
+    try:
+        CONFIG_MAPPING[family]().save_pretrained(folder)
+        check_family(folder, packing=True, slots=True)
+    except ValueError as error:
+        return Found(family=family, outcome="refused", words=_words(error, folder))
+    except Exception:
+        return None
+    return None
 
 
 def padded(folder: Path) -> str:
@@ -160,7 +203,7 @@ def padded(folder: Path) -> str:
         with started(settings(folder, packing=False)) as learner:
             learner.train(batch_of(prompts(0), [[7, 5, 3]] * GROUPS * MEMBERS, [[-1.0] * 3] * GROUPS * MEMBERS, 0))
     except ValueError as error:
-        return "refused: " + str(error).splitlines()[0].replace(f"model.path is {str(folder)!r}: ", "")
+        return f"refused: {_words(error, folder).splitlines()[0]}"
     except Exception as error:
         return f"FAILS: {_short(error)}"
     return "trains"
@@ -259,6 +302,10 @@ def batch_of(
         stops=np.ones(len(starts), np.uint8),
         prompt_ids=tuple(f"p{number // MEMBERS}" for number in range(len(starts))),
     )
+
+
+def _words(error: ValueError, folder: Path) -> str:
+    return str(error).replace(f"model.path is {str(folder)!r}: ", "")
 
 
 def _short(error: BaseException) -> str:

