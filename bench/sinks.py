@@ -26,7 +26,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 WAYS = ("no sink", "a sink", "killed", "stopped")
-ITERATIONS = 16
+ITERATIONS = 10
 TIMEOUT_S = 600.0
 
 
@@ -41,7 +41,7 @@ def settings(folder: Path, *, sink: bool) -> dict[str, Any]:
         },
         "eval": {"prompts": 0},
         "reward": {"functions": [{"function": "pmdflow.reward.reasoning_gym:score"}]},
-        "scheduler": {"groups_per_iteration": 16, "tokens_per_iteration": 16384},
+        "scheduler": {"groups_per_iteration": 8, "tokens_per_iteration": 4096},
         "dashboard": {"port": None},
         "metrics": {"sinks": ["tensorboard"] if sink else []},
     }

@@ -13,11 +13,12 @@ from tests.support.paths import ROOT
 SCAN = [sys.executable, str(ROOT / "bench" / "families.py")]
 
 
+@pytest.mark.timeout(600)
 def test_the_scan_tells_what_trains_from_what_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "families.md"
-    done = subprocess.run([*SCAN, "llama", "gemma4_text", "mamba", "--out", str(out)], cwd=ROOT, check=False)
+    done = subprocess.run([*SCAN, "llama", "mamba", "--out", str(out)], cwd=ROOT, check=False)
     assert done.returncode == 0
-    assert "2 trains, 1 refused" in out.read_text()
+    assert "1 trains, 1 refused" in out.read_text()
     assert "a mamba has a recurrent state: sequences cannot share a row" in out.read_text()
 
 
