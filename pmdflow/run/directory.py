@@ -96,11 +96,9 @@ class RunDirectory:
     @staticmethod
     def recorded_inputs(path: Path) -> dict[str, Any]:
         """What a run was begun with, as `check_inputs` was told; empty if there is no run, or an older one."""
-        try:
-            meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        inputs = meta.get("inputs") if isinstance(meta, dict) else None
+        from pmdflow.config.recorded import recorded_meta  # with YAML, which `down` does not wait for
+
+        inputs = recorded_meta(path).get("inputs")
         return inputs if isinstance(inputs, dict) else {}
 
     def check_inputs(self, inputs: dict[str, Any]) -> None:

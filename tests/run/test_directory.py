@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -100,3 +102,27 @@ def test_a_home_in_the_path_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
     config = load(CONFIGS / "quickstart.yaml", ["run.dir=~/runs", "run.name=small"]).config
     with RunDirectory.prepare(config) as run:
         assert run.path == tmp_path / "runs" / "small"
+
+
+def test_a_full_disk_is_said_with_the_way_on(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount: {mounted.stderr.decode().strip()}")
+    try:
+        with RunDirectory.prepare(small(disk)) as run:
+            (run.path / "store").mkdir()
+        before = (run.path / "config.yaml").read_text()
+        with open(disk / "others", "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(1)):
+                pass
+        with pytest.raises(LaunchError, match=r"run\.dir: cannot write .*small: No space left on device") as caught:
+            RunDirectory.prepare(small(disk))
+        assert "free space" in str(caught.value.hint)
+        assert (run.path / "config.yaml").read_text() == before
+        (disk / "others").unlink()
+        with RunDirectory.prepare(small(disk)):
+            pass
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
