@@ -133,7 +133,8 @@ class RunDirectory:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except OSError:
-                    return _pid(path, lock.read())
+                    pid = lock.read().strip()
+                    return int(pid) if pid.isdecimal() else None  # it has only just taken the lock
         except FileNotFoundError as error:
             raise LaunchError(f"{path} is no run directory (it has no run.lock)") from error
         return None
@@ -200,19 +201,6 @@ class RunDirectory:
                     f"{name} is {now[name]!r}, but {self.path} was begun with {before[name]!r}",
                     hint="resume with that value, or choose another run.name",
                 )
-
-
-def _pid(path: Path, text: str) -> int:
-    """The process that a lock names.
-
-    Raises:
-        LaunchError: it names none: an `up` that is just starting, or a file that was damaged.
-    """
-    if not text.strip().isdecimal():
-        raise LaunchError(
-            f"{path} is in use by a process that {path / 'run.lock'} does not name yet", hint="try again in a second"
-        )
-    return int(text)
 
 
 def _comparable(config: Config) -> dict[str, Any]:

@@ -92,9 +92,7 @@ def test_other_torn_files_are_as_none(begun: Path, text: str) -> None:
     assert RunDirectory.recorded_inputs(begun) == {}
     with RunDirectory.prepare(small(begun.parent)):
         (begun / "run.lock").write_text("")
-        with pytest.raises(LaunchError, match=r"run\.lock does not name yet"):
-            RunDirectory.owner(begun)
-    assert RunDirectory.owner(begun) is None
+        assert RunDirectory.owner(begun) is None
 
 
 def test_a_home_in_the_path_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
