@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from pmdflow.config.schema import Config
+from pmdflow.errors import LaunchError
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.reward.actor import RewardActor
 from pmdflow.rollout.actor import RolloutActor
@@ -29,22 +31,57 @@ from pmdflow.store.settings import StoreSettings
 from pmdflow.weights.transport import WeightsHandle
 
 LEARNER_SETUP_TIMEOUT_S = 300.0
+RAY_ANSWER_S = 25.0
+"""A Ray that is to be joined answers within this time, that for importing its client included."""
 
 Actor = TypeVar("Actor")
 
 
 def start_ray(config: Config) -> None:
-    """Start Ray on this machine, or join the cluster that `cluster.address` names."""
+    """Start Ray on this machine, or join the cluster that `cluster.address` names.
+
+    Raises:
+        LaunchError: Ray does not start here, or none answers there within `RAY_ANSWER_S`.
+    """
     rollout, learner = config.rollout, config.learner
     cpus = rollout.actors * rollout.threads * rollout.tensor_parallel + learner.ranks * learner.threads
     local = config.cluster.address == "local"
-    ray.init(
-        address="local" if local else config.cluster.address,
-        num_cpus=max(cpus, os.cpu_count() or 1) if local else None,
-        include_dashboard=False if local else None,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    if not local:
+        _require_ray_at(config.cluster.address)
+    try:
+        ray.init(
+            address="local" if local else config.cluster.address,
+            num_cpus=max(cpus, os.cpu_count() or 1) if local else None,
+            include_dashboard=False if local else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise LaunchError(
+            f"Ray does not start: {str(error).strip().splitlines()[0]}",
+            hint="it keeps its files in /tmp/ray, or below RAY_TMPDIR: a short path on a disk with free space",
+        ) from error
+
+
+def _require_ray_at(address: str) -> None:
+    """Ask in a process of its own, which can be killed: Ray's client waits minutes for an address that is silent.
+
+    Raises:
+        LaunchError: nobody answers in time, or no Ray of this version.
+    """
+    hint = "start one there (`ray start --head`), or set cluster.address to local"
+    code = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False)"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, address], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=RAY_ANSWER_S, check=False, start_new_session=True,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        why = f"no Ray has answered within {RAY_ANSWER_S:g} s"
+        raise LaunchError(f"cluster.address is {address!r}: {why}", hint=hint) from None
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"Ray's client ended with {done.returncode}"]
+        raise LaunchError(f"cluster.address is {address!r}: {said[-1]}", hint=hint)
 
 
 def start_store(config: Config, run_dir: Path, *, archive_attrs: Mapping[str, object]) -> StoreHandle:
