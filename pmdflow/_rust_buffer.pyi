@@ -139,11 +139,12 @@ class TrajectoryStore:
         reopening, like leases: give each worker that takes over a name of its own.
         """
     def append(
-        self, batch: bytes, wait: bool = True, now_s: float | None = None
+        self, batch: Buffer, wait: bool = True, now_s: float | None = None
     ) -> tuple[int, list[tuple[int, bool, int]]]:
         """Append segments, extend grants, end leases. Returns (lsn, [(trajectory, stale, grant)]) in order.
 
-        `batch` is what `pmdflow.store.encode_segments` makes; rust_buffer/src/wire.rs describes it. A segment without
+        `batch` is what `pmdflow.store.encode_segments` makes; rust_buffer/src/wire.rs describes it. It is read without the
+        GIL: nobody may write to it during the call. A segment without
         tokens renews the lease and asks for a new grant. What a segment repeats is compared, the rest is taken; a whole
         repeat is a no-op that answers as the first time. Tokens beyond the grant are taken and counted (`overdraft` of
         the ledger). Without `wait` it answers before the batch is durable.
@@ -223,6 +224,22 @@ class TrajectoryStore:
         Raises:
             ValueError: the arrays are read-only, not contiguous or share memory.
             Conflict: they are too short.
+            CorruptLog: with `check`, a token array is not the one that was written.
+        """
+    def claim_rows(self, iteration: int) -> dict[str, Any]:
+        """The claim without its tokens: the fields of `pmdflow.types.Claim` but `plan`, arrays as bytes; reads no file."""
+    def token_counts(self, trajectories: list[int]) -> list[int]:
+        """Tokens of each of these live trajectories, prompts included: what `read_tokens` needs room for.
+
+        Raises:
+            Conflict: one of them is not in the store.
+        """
+    def read_tokens(self, trajectories: list[int], *, tokens: Buffer, logprobs: Buffer, check: bool) -> None:
+        """Pack prompt and tokens of live trajectories into the given byte arrays, without the GIL.
+
+        Raises:
+            ValueError: as `read_claim`.
+            Conflict: one of them is not in the store, or the arrays are too short.
             CorruptLog: with `check`, a token array is not the one that was written.
         """
     def commit(self, iteration: int) -> None:

@@ -76,7 +76,7 @@ def replay_claims(run: Path, config: Config, *, start: int, verify: bool = False
         for iteration, path in claims:
             batch = ray.put(claim_to_train(path, dealt_anew=dealt_anew))
             results: list[TrainResult] = ray.get(
-                [learner.train.remote(batch) for learner in learners], timeout=STEP_TIMEOUT_S
+                [learner.train_batch.remote(batch) for learner in learners], timeout=STEP_TIMEOUT_S
             )
             result = results[0]
             yield Replayed(

@@ -28,6 +28,8 @@ from pmdflow.store.settings import StoreSettings
 from pmdflow.weights.transport import WeightsHandle
 
 LEARNER_SETUP_TIMEOUT_S = 300.0
+MOST_READERS = 4
+"""Learner ranks that the store actor serves tokens at once: each has a part of a claim in its memory."""
 
 Actor = TypeVar("Actor")
 
@@ -149,7 +151,14 @@ def make_loops(config: Config, run_dir: Path, store: StoreHandle, places: Sequen
 def _store_threads(config: Config) -> ActorOptions:
     """A waiting call holds a thread of its group: rollout actors wait for leases, everybody else must not."""
     actors = config.rollout.actors
-    groups = {"lease": actors + 1, "append": actors + 1, "score": config.reward.actors + 1, "claim": 2, "archive": 1}
+    groups = {
+        "lease": actors + 1,
+        "append": actors + 1,
+        "score": config.reward.actors + 1,
+        "claim": 2,
+        "read": min(config.learner.ranks, MOST_READERS),
+        "archive": 1,
+    }
     return {"concurrency_groups": groups, "max_concurrency": 4}
 
 

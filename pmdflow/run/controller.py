@@ -26,7 +26,7 @@ from pmdflow.run.telemetry import Interval, store_values
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.answers import ClaimAnswer
 from pmdflow.store.client import call
-from pmdflow.types import Counts, TrainBatch
+from pmdflow.types import Claim, Counts
 from pmdflow.weights.transport import WeightsHandle
 
 CLAIM_WAIT_S = 1.0
@@ -148,9 +148,11 @@ class Controller:
         if not self._claim(iteration):
             return
         claimed = time.time()
-        batch_ref = call(self._store, StoreActor.read_claim, iteration)
+        claim_ref = call(self._store, StoreActor.read_rows, iteration)
         # Ray resolves a reference in the place of an argument.
-        refs: list[ObjectRef[TrainResult]] = [learner.train.remote(batch_ref) for learner in self._supervisor.learners]
+        refs: list[ObjectRef[TrainResult]] = [
+            learner.train.remote(claim_ref, self._store) for learner in self._supervisor.learners
+        ]
         results = self._learners.wait(refs, what=f"training iteration {iteration}", timeout_s=STEP_TIMEOUT_S)
         trained = time.time()
         self._checkpoints.commit()
@@ -162,7 +164,7 @@ class Controller:
         if iteration % self._config.learner.checkpoint_every == 0:
             self._checkpoints.save(iteration=iteration, version=self.version)
         self._held_out.turn(iteration)
-        batch = self._supervisor.get(batch_ref, what="reading the claim", timeout_s=APPLY_TIMEOUT_S)
+        claim = self._supervisor.get(claim_ref, what="reading the claim", timeout_s=APPLY_TIMEOUT_S)
         times = {
             "time/claim_wait_s": claimed - started,
             "time/train_s": trained - claimed,
@@ -170,7 +172,7 @@ class Controller:
             "time/checkpoint_s": committed - trained + time.time() - published,
             "time/iteration_s": time.time() - started,
         }
-        self._record(batch, {**results[0].metrics, **results[0].speed}, spent, times)
+        self._record(claim, {**results[0].metrics, **results[0].speed}, spent, times)
 
     def _admit(self) -> int:
         """Admit prompts up to the quota; only admission is ever refused, so a full store admits fewer."""
@@ -263,7 +265,7 @@ class Controller:
         return self._supervisor.get(call(self._store, StoreActor.sample), what="the store's counts")
 
     def _record(
-        self, batch: TrainBatch, metrics: Mapping[str, object], spent: Counts, times: Mapping[str, float]
+        self, claim: Claim, metrics: Mapping[str, object], spent: Counts, times: Mapping[str, float]
     ) -> None:
         counts, ledger = self._sample()
         interval = self._telemetry.take_interval()
@@ -272,7 +274,7 @@ class Controller:
                 **store_values(counts, ledger),
                 "iteration": self.iteration,
                 "version": self.version,
-                **claim_metrics(batch),
+                **claim_metrics(claim),
                 **metrics,
                 "scheduler/tokens_budget": spent.tokens_budget,
                 "scheduler/tokens_spent": spent.tokens_spent,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,7 +21,21 @@ from pmdflow.store.archive import write_part
 from pmdflow.store.facade import TrajectoryStore
 from pmdflow.store.plan import in_claim_order
 from pmdflow.store.settings import StoreSettings
-from pmdflow.types import Counts, Grant, Lease, Outcome, Prompt, Quota, TrainBatch, Unscored
+from pmdflow.types import (
+    Claim,
+    ClaimPlan,
+    ClaimRows,
+    ClaimTokens,
+    Counts,
+    Grant,
+    Int64,
+    Lease,
+    Outcome,
+    Prompt,
+    Quota,
+    UInt8,
+    Unscored,
+)
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -62,6 +77,7 @@ class StoreActor:
         self._steps_per_iteration = steps_per_iteration
         self._archived: set[int] = set()
         """Iterations whose claims this process has archived: they need not be read again until they are undone."""
+        self._room = _Room()
         self._spans = SpanBuffer("store")
         deadline = time.monotonic() + LOCK_TIMEOUT_S
         while True:
@@ -83,8 +99,8 @@ class StoreActor:
         return self._store.fence(worker)
 
     @_in_group("append")
-    def append(self, batch: bytes) -> list[Grant]:
-        """Append encoded segments; answers once they are durable."""
+    def append(self, batch: UInt8) -> list[Grant]:
+        """Append encoded segments, an array so that Ray moves their bytes as they are; answers once they are durable."""
         return self._store.append(batch)[1]
 
     @_in_group("score")
@@ -109,11 +125,19 @@ class StoreActor:
         return self._store.claim(iteration, version, timeout_s)
 
     @_in_group("claim")
-    def read_claim(self, iteration: int) -> TrainBatch:
-        """The claimed groups as packed arrays, and the plan that deals them to optimizer steps."""
-        batch = self._store.read_claim(iteration)
-        plan = in_claim_order(len(np.unique(batch.groups)), self._steps_per_iteration)
-        return replace(batch, plan=plan)
+    def read_rows(self, iteration: int) -> Claim:
+        """A claim without its tokens, and the plan that deals its groups to optimizer steps."""
+        claim = self._store.read_rows(iteration)
+        return replace(claim, plan=self._plan(claim))
+
+    @_in_group("read")
+    def read_tokens(self, trajectories: Int64) -> ClaimTokens:
+        """The tokens of trajectories, packed in that order.
+
+        They are read into memory that the thread uses again: Ray has copied an answer into shared memory, which whoever
+        asked maps, before the thread takes the next call.
+        """
+        return self._room.read(self._store, trajectories)
 
     def admit(
         self,
@@ -165,7 +189,9 @@ class StoreActor:
             if iteration in self._archived:
                 continue
             with self._spans.span("archive", iteration=iteration):
-                write_part(self._run_dir, self.read_claim(iteration), attrs=self._archive_attrs)
+                batch = self._store.read_claim(iteration)
+                batch = replace(batch, plan=self._plan(batch))
+                write_part(self._run_dir, batch, attrs=self._archive_attrs)
             self._archived.add(iteration)
         self._store.evict(evict_through)
 
@@ -179,6 +205,9 @@ class StoreActor:
     def sync(self) -> int:
         """Bring everything so far to the disk, whatever the durability; returns the log position up to which it is."""
         return self._store.sync()
+
+    def _plan(self, claim: ClaimRows) -> ClaimPlan:
+        return in_claim_order(len(np.unique(claim.groups)), self._steps_per_iteration)
 
     def _await_durable(self) -> None:
         """Wait until everything so far is as durable as the settings promise.
@@ -222,6 +251,19 @@ class StoreActor:
     def close(self) -> None:
         """Sync and let go of the directory."""
         self._store.close()
+
+
+class _Room(threading.local):
+    """Arrays of one thread, as long as the longest answer so far."""
+
+    def __init__(self) -> None:
+        self._arrays = ClaimTokens(tokens=np.empty(0, np.int32), logprobs=np.empty(0, np.float32))
+
+    def read(self, store: TrajectoryStore, trajectories: Int64) -> ClaimTokens:
+        needed = store.count_tokens(trajectories)
+        if needed > len(self._arrays.tokens):
+            self._arrays = ClaimTokens(tokens=np.empty(needed, np.int32), logprobs=np.empty(needed, np.float32))
+        return store.read_tokens(trajectories, out=self._arrays)
 
 
 def _late(late: LateMembers) -> Event:

@@ -25,7 +25,7 @@ from pmdflow.store.segments import encode_segments
 from pmdflow.store.settings import StoreSettings
 from pmdflow.store.tokens import token_ids
 from pmdflow.store.view import StoreView, int32
-from pmdflow.types import Grant, Lease, LeaseKind, Outcome, Prompt, Quota, Segment, Stop, Unscored
+from pmdflow.types import Grant, Lease, LeaseKind, Outcome, Prompt, Quota, Segment, Stop, UInt8, Unscored
 
 
 class TrajectoryStore(StoreView):
@@ -137,7 +137,7 @@ class TrajectoryStore(StoreView):
         return self._native.fence(worker)
 
     def append(
-        self, batch: bytes | Sequence[Segment], *, wait: bool = True, now_s: float | None = None
+        self, batch: bytes | memoryview | UInt8 | Sequence[Segment], *, wait: bool = True, now_s: float | None = None
     ) -> tuple[int, list[Grant]]:
         """Append segments (encoded or not), extend grants, end leases; returns the log position and a grant for each.
 
@@ -150,7 +150,7 @@ class TrajectoryStore(StoreView):
                 never published, a log-prob that is not finite, or a temperature that is not above 0 (evaluation: 0).
             ValueError: a token id is outside int32.
         """
-        encoded = batch if isinstance(batch, bytes) else encode_segments(batch)
+        encoded = batch if isinstance(batch, bytes | memoryview | np.ndarray) else encode_segments(batch)
         lsn, replies = self._native.append(encoded, wait, now_s)
         return lsn, [Grant(trajectory=trajectory, stale=stale, tokens=grant) for trajectory, stale, grant in replies]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from pmdflow import _rust_buffer
 from pmdflow.store.answers import BatchBuffers, EvalResult, GroupState, StoredTrajectory, TrajectoryState
 from pmdflow.store.metadata import unpack_metadata
-from pmdflow.types import Counts, Int32, LeaseKind, Stop, TrainBatch
+from pmdflow.types import Claim, ClaimTokens, Counts, Int32, Int64, LeaseKind, Stop, TrainBatch
 
 PAGE_ROWS = 1024
 """Trajectories that a query reads in one call."""
@@ -23,6 +23,13 @@ _ROW_DTYPES = {
     "trajectories": "<i8",
     "rewards": "<f8",
     "stops": "|u1",
+}
+_SEGMENT_DTYPES = {
+    "segment_offsets": "<i8",
+    "segment_lengths": "<i8",
+    "segment_versions": "<i4",
+    "segment_temperatures": "<f4",
+    "segment_masks": "|u1",
 }
 
 
@@ -49,8 +56,46 @@ class StoreView:
         row = self._native.read_claim(iteration, **views, check=check)
         arrays = {name: np.frombuffer(row.pop(name), dtype=dtype) for name, dtype in _ROW_DTYPES.items()}
         arrays |= {name: getattr(buffers, name)[: arrays["cu_seqlens"][-1]] for name in names}
-        components = {name: np.frombuffer(data, dtype="<f8") for name, data in row.pop("components").items()}
-        return TrainBatch(**row | arrays | {"components": components, "prompt_ids": tuple(row["prompt_ids"])})
+        return TrainBatch(**row | arrays | _named(row))
+
+    def read_rows(self, iteration: int) -> Claim:
+        """A claim without its tokens, whose masks are those of now: what `read_tokens` need not be asked; reads no file.
+
+        Raises:
+            Conflict: the iteration has no claim.
+        """
+        row = self._native.claim_rows(iteration)
+        arrays = {name: np.frombuffer(row.pop(name), dtype=dtype) for name, dtype in (_ROW_DTYPES | _SEGMENT_DTYPES).items()}
+        return Claim(**row | arrays | _named(row))
+
+    def count_tokens(self, trajectories: Sequence[int] | Int64) -> int:
+        """Tokens of live trajectories, prompts included: what `read_tokens` needs room for.
+
+        Raises:
+            Conflict: one of them is not in the store.
+        """
+        return sum(self._native.token_counts([int(number) for number in trajectories]))
+
+    def read_tokens(
+        self, trajectories: Sequence[int] | Int64, *, out: ClaimTokens | None = None, check: bool = True
+    ) -> ClaimTokens:
+        """Prompt and tokens of live trajectories, of a claim or not, packed in the order of their ids here.
+
+        Args:
+            trajectories: Their ids.
+            out: Filled, and the answer is of views of it; nobody else may touch it during the call.
+            check: Test the checksum of every token array.
+
+        Raises:
+            Conflict: one of them is not in the store, or `out` is too small for them.
+            CorruptLog: bytes of them are not those that were written; names file and offset.
+        """
+        ids, total = [int(number) for number in trajectories], self.count_tokens(trajectories)
+        if out is None:
+            out = ClaimTokens(tokens=np.empty(total, np.int32), logprobs=np.empty(total, np.float32))
+        tokens, logprobs = out.tokens.view(np.uint8), out.logprobs.view(np.uint8)
+        self._native.read_tokens(ids, tokens=tokens, logprobs=logprobs, check=check)
+        return ClaimTokens(tokens=out.tokens[:total], logprobs=out.logprobs[:total])
 
     def eval_results(self, prefix: str, timeout_s: float) -> list[EvalResult] | None:
         """Results of the evaluation groups whose request ids start with `prefix`; None if some are missing in time."""
@@ -166,6 +211,11 @@ class StoreView:
     def close(self) -> None:
         """Sync, wake every waiter with `StoreError` and release the lock. Safe to repeat."""
         self._native.close()
+
+
+def _named(row: Mapping[str, Any]) -> dict[str, Any]:
+    components = {name: np.frombuffer(data, dtype="<f8") for name, data in row["components"].items()}
+    return {"components": components, "prompt_ids": tuple(row["prompt_ids"])}
 
 
 def int32(data: bytes) -> Int32:

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from pmdflow.metrics.claim import claim_metrics
-from pmdflow.types import Mask, Stop, TrainBatch
+from pmdflow.types import Claim, Mask, Stop, TrainBatch
 from tests.support.fixture_run import MAX_STALENESS, make_batch
 
 
 def test_claim_metrics_agree_with_a_plain_loop() -> None:
     batch = make_batch(9, groups=16, size=8)
-    values = claim_metrics(batch)
+    values = claim_metrics(Claim.of(batch))
     lengths, multi, masked, ages = [], 0, 0, dict[str, int]()
     for i in range(len(batch.rewards)):
         own = slice(int(batch.cu_seqlens[i]) + int(batch.prompt_lengths[i]), int(batch.cu_seqlens[i + 1]))
@@ -51,4 +51,4 @@ def test_masked_share_by_decile_follows_length() -> None:
         trajectories=np.arange(count), rewards=np.zeros(count), components={}, stops=np.ones(count, np.uint8),
         prompt_ids=("p",) * count,
     )  # fmt: skip
-    assert claim_metrics(batch)["staleness/masked_share_by_decile"] == [0.0] * 9 + [1.0]
+    assert claim_metrics(Claim.of(batch))["staleness/masked_share_by_decile"] == [0.0] * 9 + [1.0]

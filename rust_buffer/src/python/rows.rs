@@ -11,7 +11,7 @@ use crate::{
     log::Lsn,
     state::trajectory::Version,
     store::arrays::{Extra, StoredPrompt},
-    store::claim_view::Rows,
+    store::claim_view::{Rows, Segments},
     store::claims::{ClaimAnswer, EvalResult},
     store::counts::Counts,
     store::late::LateReport,
@@ -103,6 +103,18 @@ pub fn batch<'py>(py: Python<'py>, iteration: i64, version: Version, rows: &Rows
     let prompt_ids = rows.prompt_ids.iter().flat_map(|(id, count)| repeat_n(PyString::new(py, id), *count));
     row.set_item("prompt_ids", PyList::new(py, prompt_ids.collect::<Vec<_>>())?)?;
     Ok(row)
+}
+
+/// Adds the segments of a claim to its row.
+pub fn set_segments(row: &Row<'_>, segments: &Segments) -> PyResult<()> {
+    let arrays: [(&str, &[u8]); 5] = [
+        ("segment_offsets", bytemuck::cast_slice(&segments.offsets)),
+        ("segment_lengths", bytemuck::cast_slice(&segments.lengths)),
+        ("segment_versions", bytemuck::cast_slice(&segments.versions)),
+        ("segment_temperatures", bytemuck::cast_slice(&segments.temperatures)),
+        ("segment_masks", &segments.masks),
+    ];
+    arrays.into_iter().try_for_each(|(name, bytes)| row.set_item(name, PyBytes::new(row.py(), bytes)))
 }
 
 pub fn eval_result<'py>(py: Python<'py>, result: &EvalResult) -> PyResult<Row<'py>> {

@@ -22,6 +22,7 @@ pub mod rollout;
 mod scoring;
 pub mod shared;
 mod snapshot;
+pub mod token_view;
 #[cfg(test)]
 mod tests;
 

@@ -12,10 +12,11 @@ use crate::{
     state::trajectory::{Trajectory, Verdict, Version},
     store::Store,
     store::arrays::{Extra, StoredPrompt, Tokens, read_extras, read_prompt, read_runs},
-    store::claim_view::{ClaimView, Columns, Rows},
+    store::claim_view::{ClaimView, Columns, Rows, Segments},
     store::counts::phase_name,
     store::rollout::Granted,
     store::shared::{Clock, Shared},
+    store::token_view::TokenView,
 };
 
 /// A lease with its arrays.
@@ -181,6 +182,39 @@ impl Shared {
             )));
         }
         packed.map(|rows| (view.version(), rows))
+    }
+
+    /// The claim of `iteration` without its tokens: its version, its rows, and the segments they consist of.
+    ///
+    /// # Errors
+    /// `Conflict` when there is no such claim; `Closed`.
+    pub fn claim_rows(&self, iteration: i64) -> Result<(Version, Rows, Segments)> {
+        let view = self.query(|store| ClaimView::new(store.state(), iteration))?;
+        let (rows, segments) = view.rows()?;
+        Ok((view.version(), rows, segments))
+    }
+
+    /// Tokens of each of the live trajectories `ids`, prompts included.
+    ///
+    /// # Errors
+    /// `Conflict` when one of them is not there; `Closed`.
+    pub fn token_counts(&self, ids: Vec<u64>) -> Result<Vec<i64>> {
+        self.query(|store| Ok(TokenView::new(store.state(), ids)))?.lengths()
+    }
+
+    /// Packs the ids and log-probs of the live trajectories `ids`; checksums are tested if `check`.
+    ///
+    /// # Errors
+    /// `Conflict` when one of them is not there, or no longer, or an array is too short; those of the log; `Closed`.
+    pub fn read_tokens(&self, ids: Vec<u64>, tokens: &mut [u8], logprobs: &mut [u8], check: bool) -> Result<()> {
+        let wanted = ids.clone();
+        let packed =
+            self.query(|store| Ok(TokenView::new(store.state(), ids)))?.pack(self.log(), tokens, logprobs, check);
+        let gone = |store: &Store| wanted.iter().find(|id| !store.state().trajectories.contains_key(id)).copied();
+        match (packed, self.query(|store| Ok(gone(store)))?) {
+            (Err(_), Some(id)) => Err(StoreError::Conflict(format!("trajectory {id} was evicted while it was read"))),
+            (packed, _) => packed,
+        }
     }
 
     /// What was read of a trajectory without holding the store; None when that failed because it was evicted meanwhile
