@@ -31,9 +31,7 @@ class OurActor:
         settings = {"groups_per_iteration": groups, "lookahead": 1_000_000, "max_staleness": None, "lease_ttl_s": 1e6}
         self.actor = cls.remote(
             directory=str(directory / "store"),
-            run_dir=str(directory),
             settings=settings,
-            archive_attrs={},
             steps_per_iteration=1,
         )
         for version in range(NUM_VERSIONS):

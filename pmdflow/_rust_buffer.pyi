@@ -310,6 +310,12 @@ class TrajectoryStore:
         """
     def claims(self) -> dict[int, str]:
         """State of every claim that is not evicted, by iteration: `claimed`, `trained` or `committed`."""
+    def claim_lsn(self, iteration: int) -> int:
+        """LSN of the record of a claim.
+
+        Raises:
+            Conflict: the iteration has none.
+        """
     def take_late(self) -> list[dict[str, Any]]:
         """Groups that became ready without late members since the last call, the newest 1,024 of them.
 

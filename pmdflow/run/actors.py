@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pmdflow.config.schema import DEFAULT_SLOTS, Config
 from pmdflow.learner.actor import LearnerActor
@@ -23,6 +24,7 @@ from pmdflow.run.directory import log_path
 from pmdflow.run.placement import ActorOptions, place_rewards
 from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Loop, LoopHandle
 from pmdflow.store.actor import StoreActor
+from pmdflow.store.archive.actor import ArchiveActor
 from pmdflow.store.client import StoreHandle, call
 from pmdflow.store.settings import StoreSettings
 from pmdflow.weights.transport import WeightsHandle
@@ -48,7 +50,7 @@ def start_ray(config: Config) -> None:
     )
 
 
-def start_store(config: Config, run_dir: Path, *, archive_attrs: Mapping[str, object]) -> StoreHandle:
+def start_store(config: Config, run_dir: Path) -> StoreHandle:
     """The store actor, which Ray restarts as often as it dies."""
     return make_actor(
         StoreActor,
@@ -56,9 +58,30 @@ def start_store(config: Config, run_dir: Path, *, archive_attrs: Mapping[str, ob
         options={"max_restarts": -1, "max_task_retries": -1, **_store_threads(config)},
         arguments={
             "directory": str(run_dir / "store"),
-            "run_dir": str(run_dir),
             "settings": store_settings(config),
-            "archive_attrs": archive_attrs,
+            "steps_per_iteration": config.learner.steps_per_iteration,
+        },
+    )
+
+
+def start_archive(
+    config: Config, run_dir: Path, store: StoreHandle, *, attrs: Mapping[str, object]
+) -> ActorHandle[ArchiveActor]:
+    """The archive actor, where the store is; Ray restarts it as often as it dies."""
+    node = ray.get(call(store, StoreActor.node), timeout=STARTUP_TIMEOUT_S)
+    return make_actor(
+        ArchiveActor,
+        log=log_path(run_dir, "archive"),
+        options={
+            "max_restarts": -1,
+            "max_task_retries": -1,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True),
+        },
+        arguments={
+            "store": store,
+            "directory": str(run_dir / "store"),
+            "run_dir": str(run_dir),
+            "attrs": attrs,
             "steps_per_iteration": config.learner.steps_per_iteration,
         },
     )

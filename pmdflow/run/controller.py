@@ -25,6 +25,7 @@ from pmdflow.run.supervision import Supervisor
 from pmdflow.run.telemetry import Interval, store_values
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.answers import ClaimAnswer
+from pmdflow.store.archive.actor import ArchiveActor
 from pmdflow.store.client import call
 from pmdflow.types import Claim, Counts
 from pmdflow.weights.transport import WeightsHandle
@@ -48,8 +49,9 @@ class Controller:
         supervisor: Supervisor,
         prompts: MixedPrompts,
         start_learners: Callable[[], list[ActorHandle[LearnerActor]]],
+        start_archive: Callable[[], ActorHandle[ArchiveActor]],
     ) -> None:
-        """Wire the parts; `start_learners` creates one actor a rank."""
+        """Wire the parts; `start_learners` creates one actor a rank, `start_archive` the one that writes parts."""
         self._config = config
         self._run_dir = run_dir
         self._supervisor = supervisor
@@ -58,7 +60,13 @@ class Controller:
         self._prompts = prompts
         self._settings = SchedulerSettings.of(config)
         self._learners = LearnerGroup(supervisor=supervisor, start=start_learners)
-        self._checkpoints = Checkpoints(config=config, run_dir=run_dir, supervisor=supervisor, learners=self._learners)
+        self._checkpoints = Checkpoints(
+            config=config,
+            run_dir=run_dir,
+            supervisor=supervisor,
+            learners=self._learners,
+            start_archive=start_archive,
+        )
         self._held_out = HeldOut(config=config, supervisor=supervisor, prompts=prompts)
         self.iteration = 0
         """Iterations trained in the surviving history."""

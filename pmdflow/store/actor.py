@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -15,27 +14,11 @@ import ray
 from pmdflow._rust_buffer import Conflict, StoreFull, StoreLocked
 from pmdflow.errors import WaitTimeout
 from pmdflow.metrics.report import ActorReport, Event
-from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.store.answers import ClaimAnswer, EvalResult, LateMembers
-from pmdflow.store.archive import write_part
 from pmdflow.store.facade import TrajectoryStore
 from pmdflow.store.plan import in_claim_order
 from pmdflow.store.settings import StoreSettings
-from pmdflow.types import (
-    Claim,
-    ClaimPlan,
-    ClaimRows,
-    ClaimTokens,
-    Counts,
-    Grant,
-    Int64,
-    Lease,
-    Outcome,
-    Prompt,
-    Quota,
-    UInt8,
-    Unscored,
-)
+from pmdflow.types import Claim, ClaimTokens, Counts, Grant, Int64, Lease, Outcome, Prompt, Quota, UInt8, Unscored
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -62,23 +45,10 @@ class StoreActor:
     Waits for nothing but its callers; a waiting caller is woken by the state change that it waits for.
     """
 
-    def __init__(
-        self,
-        *,
-        directory: str,
-        run_dir: str,
-        settings: StoreSettings,
-        archive_attrs: dict[str, Any],
-        steps_per_iteration: int,
-    ) -> None:
+    def __init__(self, *, directory: str, settings: StoreSettings, steps_per_iteration: int) -> None:
         """Open the store in `directory`; `settings` are the keyword arguments of `TrajectoryStore`."""
-        self._run_dir = Path(run_dir)
-        self._archive_attrs = archive_attrs
         self._steps_per_iteration = steps_per_iteration
-        self._archived: set[int] = set()
-        """Iterations whose claims this process has archived: they need not be read again until they are undone."""
         self._room = _Room()
-        self._spans = SpanBuffer("store")
         deadline = time.monotonic() + LOCK_TIMEOUT_S
         while True:
             try:
@@ -128,7 +98,8 @@ class StoreActor:
     def read_rows(self, iteration: int) -> Claim:
         """A claim without its tokens, and the plan that deals its groups to optimizer steps."""
         claim = self._store.read_rows(iteration)
-        return replace(claim, plan=self._plan(claim))
+        plan = in_claim_order(len(np.unique(claim.groups)), self._steps_per_iteration)
+        return replace(claim, plan=plan)
 
     @_in_group("read")
     def read_tokens(self, trajectories: Int64) -> ClaimTokens:
@@ -179,21 +150,16 @@ class StoreActor:
 
     def uncommit(self, iteration: int) -> list[int]:
         """Undo every claim after `iteration`."""
-        self._archived = {archived for archived in self._archived if archived <= iteration}
         return self._store.uncommit(iteration)
 
     @_in_group("archive")
-    def archive(self, iterations: Sequence[int], evict_through: int) -> None:
-        """Archive the committed claims of `iterations`, then evict what lies at or before `evict_through`."""
-        for iteration in iterations:
-            if iteration in self._archived:
-                continue
-            with self._spans.span("archive", iteration=iteration):
-                batch = self._store.read_claim(iteration)
-                batch = replace(batch, plan=self._plan(batch))
-                write_part(self._run_dir, batch, attrs=self._archive_attrs)
-            self._archived.add(iteration)
-        self._store.evict(evict_through)
+    def evict(self, iteration: int) -> int:
+        """Drop the groups of every committed claim up to `iteration`, all of them archived; returns how many."""
+        return self._store.evict(iteration)
+
+    def node(self) -> str:
+        """The node that it is on, where its files are read best."""
+        return str(ray.get_runtime_context().get_node_id())
 
     def discard(self, group: int, reason: str) -> str:
         """Drop a group that no claim has; returns what became of it, in words."""
@@ -205,9 +171,6 @@ class StoreActor:
     def sync(self) -> int:
         """Bring everything so far to the disk, whatever the durability; returns the log position up to which it is."""
         return self._store.sync()
-
-    def _plan(self, claim: ClaimRows) -> ClaimPlan:
-        return in_claim_order(len(np.unique(claim.groups)), self._steps_per_iteration)
 
     def _await_durable(self) -> None:
         """Wait until everything so far is as durable as the settings promise.
@@ -244,9 +207,8 @@ class StoreActor:
         return self._store.claims()
 
     def drain(self) -> ActorReport:
-        """Spans, and groups that became ready without late members, since the last call."""
-        late = [_late(members) for members in self._store.take_late()]
-        return ActorReport(spans=self._spans.drain(), events=[*late, *self._spans.losses()])
+        """Groups that became ready without late members since the last call."""
+        return ActorReport(spans=[], events=[_late(members) for members in self._store.take_late()])
 
     def close(self) -> None:
         """Sync and let go of the directory."""

@@ -165,6 +165,14 @@ class StoreView:
         """State of every claim that is not evicted: `claimed`, `trained` or `committed`."""
         return self._native.claims()
 
+    def claim_lsn(self, iteration: int) -> int:
+        """Log position of the record of a claim, which no other claim of the iteration has.
+
+        Raises:
+            Conflict: the iteration has no claim.
+        """
+        return self._native.claim_lsn(iteration)
+
     def trajectory(self, trajectory: int) -> dict[str, Any]:
         """One live trajectory with its arrays.
 

@@ -273,6 +273,10 @@ impl TrajectoryStore {
         self.query(py, |store| Ok(store.claims()))
     }
 
+    fn claim_lsn(&self, py: Python<'_>, iteration: i64) -> PyResult<u64> {
+        self.query(py, |store| Ok(store.state().claim(iteration)?.lsn))
+    }
+
     fn take_late<'py>(&self, py: Python<'py>) -> PyResult<Vec<Row<'py>>> {
         let reports = self.change(py, true, |store| Ok(store.take_late_reports()))?;
         reports.iter().map(|report| rows::late_report(py, report)).collect()
