@@ -242,6 +242,8 @@ class TrajectoryStore:
             Conflict: one of them is not in the store, or the arrays are too short.
             CorruptLog: with `check`, a token array is not the one that was written.
         """
+    def prefetch(self) -> int:
+        """Have the disk read what a claim would take now, without waiting for it; returns the number of its tokens."""
     def commit(self, iteration: int) -> None:
         """A durable checkpoint covers every claim up to `iteration`, all of them trained. Safe to repeat.
 

@@ -96,8 +96,12 @@ class StoreActor:
 
     @_in_group("claim")
     def read_rows(self, iteration: int) -> Claim:
-        """A claim without its tokens, and the plan that deals its groups to optimizer steps."""
+        """A claim without its tokens, and the plan that deals its groups to optimizer steps.
+
+        The next claim's tokens are read from the disk meanwhile.
+        """
         claim = self._store.read_rows(iteration)
+        self._store.prefetch()
         plan = in_claim_order(len(np.unique(claim.groups)), self._steps_per_iteration)
         return replace(claim, plan=plan)
 

@@ -41,6 +41,9 @@ class TrajectoryStore(StoreView):
         [8, 8]
     """
 
+    _read_from: Path | str | None = None
+    """The directory of one that only reads."""
+
     def __init__(self, path: Path | str | None, **settings: Unpack[StoreSettings]) -> None:
         """Open or create the store in directory `path`; None keeps it in memory.
 
@@ -60,10 +63,24 @@ class TrajectoryStore(StoreView):
             StoreError: there is no store.
         """
         reader = cls.__new__(cls)
+        reader._read_from = path
         reader._native = _rust_buffer.TrajectoryStore(
             str(path), groups_per_iteration=1, lookahead=0, max_staleness=None, read_only=True
         )
         return reader
+
+    def refresh(self) -> None:
+        """Show what the store in the directory is now; for one that `read` opened.
+
+        Raises:
+            ValueError: it was not: what may write it is always up to date.
+            StoreError: as `read`; what was shown before still is.
+        """
+        if self._read_from is None:
+            raise ValueError("only a store opened by `read` is refreshed; one that may be written always shows what is")
+        newer = type(self).read(self._read_from)
+        self._native.close()
+        self._native = newer._native
 
     def __enter__(self) -> Self:
         """Itself; the end of the context closes it."""
@@ -261,6 +278,14 @@ class TrajectoryStore(StoreView):
         """
         row = self._native.claim(iteration, version, timeout_s, now_s)
         return ClaimAnswer(**row | {"groups": tuple(row["groups"])})
+
+    def prefetch(self) -> int:
+        """Have the disk read the tokens of the next claim while this one is trained; returns how many, without waiting.
+
+        They are those of the groups that `claim` would take now, and need no claim: its masks are computed when it is
+        opened, by the version that it is opened with.
+        """
+        return self._native.prefetch()
 
     def commit(self, iteration: int) -> None:
         """A durable checkpoint covers every claim up to `iteration`.

@@ -219,6 +219,10 @@ impl TrajectoryStore {
         Ok(())
     }
 
+    fn prefetch(&self, py: Python<'_>) -> PyResult<u64> {
+        Ok(py.detach(|| self.shared.prefetch())?)
+    }
+
     fn commit(&self, py: Python<'_>, iteration: i64) -> PyResult<()> {
         self.change(py, true, |store| store.commit_claims(iteration))
     }

@@ -15,6 +15,7 @@ mod discard;
 pub mod index;
 pub mod late;
 pub mod lease;
+mod prefetch;
 pub mod query;
 pub mod reads;
 mod repeats;
