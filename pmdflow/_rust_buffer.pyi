@@ -143,11 +143,11 @@ class TrajectoryStore:
     ) -> tuple[int, list[tuple[int, bool, int]]]:
         """Append segments, extend grants, end leases. Returns (lsn, [(trajectory, stale, grant)]) in order.
 
-        `batch` is what `pmdflow.store.encode_segments` makes; rust_buffer/src/wire.rs describes it. It is read without the
-        GIL: nobody may write to it during the call. A segment without
-        tokens renews the lease and asks for a new grant. What a segment repeats is compared, the rest is taken; a whole
-        repeat is a no-op that answers as the first time. Tokens beyond the grant are taken and counted (`overdraft` of
-        the ledger). Without `wait` it answers before the batch is durable.
+        `batch` is what `pmdflow.store.encode_segments` makes; rust_buffer/src/wire.rs describes it. It is read without
+        the GIL: nobody may write to it during the call. A segment without tokens renews the lease and asks for a new
+        grant. What a segment repeats is compared, the rest is taken; a whole repeat is a no-op that answers as the
+        first time. Tokens beyond the grant are taken and counted (`overdraft` of the ledger). Without `wait` it answers
+        before the batch is durable.
 
         Raises:
             Conflict: a gap, other content at the same offset, more tokens than max_tokens, a version that decreases or
@@ -227,7 +227,7 @@ class TrajectoryStore:
             CorruptLog: with `check`, a token array is not the one that was written.
         """
     def claim_rows(self, iteration: int) -> dict[str, Any]:
-        """The claim without its tokens: the fields of `pmdflow.types.Claim` but `plan`, arrays as bytes; reads no file."""
+        """The fields of `pmdflow.types.Claim` but `plan`, arrays as bytes: a claim without its tokens."""
     def token_counts(self, trajectories: list[int]) -> list[int]:
         """Tokens of each of these live trajectories, prompts included: what `read_tokens` needs room for.
 
@@ -241,6 +241,12 @@ class TrajectoryStore:
             ValueError: as `read_claim`.
             Conflict: one of them is not in the store, or the arrays are too short.
             CorruptLog: with `check`, a token array is not the one that was written.
+        """
+    def read_extras(self, trajectories: list[int]) -> list[dict[str, list[tuple[int, int, str, bytes]]]]:
+        """The extra columns of live trajectories by name, one entry (offset, length, dtype, bytes) for each stored run.
+
+        Raises:
+            Conflict: one of them is not in the store.
         """
     def prefetch(self) -> int:
         """Have the disk read what a claim would take now, without waiting for it; returns the number of its tokens."""

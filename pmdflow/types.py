@@ -239,6 +239,10 @@ class TrainBatch(ClaimRows):
     """Sampling temperature of each token [T]; 1 at prompt tokens."""
     mask: UInt8
     """`Mask` flags [T]; 0 at prompt tokens."""
+    extra: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    """Extra columns of tokens by name, each [T, ...]; NaN, or 0 in whole numbers, where a token has none."""
+    trajectory_extra: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    """Extra values of trajectories by name, each [N, ...]; likewise."""
 
     def count(self, flags: Mask) -> Int64:
         """Tokens of each trajectory with one of `flags` [N]."""

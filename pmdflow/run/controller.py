@@ -272,9 +272,7 @@ class Controller:
     def _sample(self) -> tuple[Counts, dict[str, int]]:
         return self._supervisor.get(call(self._store, StoreActor.sample), what="the store's counts")
 
-    def _record(
-        self, claim: Claim, metrics: Mapping[str, object], spent: Counts, times: Mapping[str, float]
-    ) -> None:
+    def _record(self, claim: Claim, metrics: Mapping[str, object], spent: Counts, times: Mapping[str, float]) -> None:
         counts, ledger = self._sample()
         interval = self._telemetry.take_interval()
         self._telemetry.iteration(

@@ -70,7 +70,7 @@ class StoreActor:
 
     @_in_group("append")
     def append(self, batch: UInt8) -> list[Grant]:
-        """Append encoded segments, an array so that Ray moves their bytes as they are; answers once they are durable."""
+        """Append encoded segments, an array so that Ray moves bytes as they are; answers once they are durable."""
         return self._store.append(batch)[1]
 
     @_in_group("score")

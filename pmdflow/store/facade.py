@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from pmdflow import _rust_buffer
 from pmdflow.store.alone import attempts_of, put_attempts, sampled_at
 from pmdflow.store.answers import ClaimAnswer, LateMembers
+from pmdflow.store.columns import Columns
 from pmdflow.store.metadata import pack_metadata, unpack_metadata
 from pmdflow.store.segments import encode_segments
 from pmdflow.store.settings import StoreSettings
@@ -167,7 +168,7 @@ class TrajectoryStore(StoreView):
                 never published, a log-prob that is not finite, or a temperature that is not above 0 (evaluation: 0).
             ValueError: a token id is outside int32.
         """
-        encoded = batch if isinstance(batch, bytes | memoryview | np.ndarray) else encode_segments(batch)
+        encoded: Any = batch if isinstance(batch, bytes | memoryview | np.ndarray) else encode_segments(batch)
         lsn, replies = self._native.append(encoded, wait, now_s)
         return lsn, [Grant(trajectory=trajectory, stale=stale, tokens=grant) for trajectory, stale, grant in replies]
 
@@ -179,6 +180,8 @@ class TrajectoryStore(StoreView):
         rewards: Sequence[float],
         *,
         components: Sequence[Mapping[str, float]] | None = None,
+        extra: Sequence[Columns] | None = None,
+        trajectory_extra: Sequence[Columns] | None = None,
         request_id: str | None = None,
         version: int | None = None,
         temperature: float = 1.0,
@@ -199,19 +202,22 @@ class TrajectoryStore(StoreView):
             logprobs: Log-probs of logits / temperature, one for each token.
             rewards: One for each attempt.
             components: Parts of each reward by name.
+            extra: Named columns of each attempt, a value of any shape for each of its tokens.
+            trajectory_extra: Named values of each attempt, of any shape. Both are in the claim and in the archive.
             request_id: Names the group, so that the call can be repeated; default: a new one.
             version: Policy version that generated them; default: the newest published one.
             temperature: Of the sampling.
 
         Raises:
-            ValueError: lengths differ, a completion is empty, a number is not finite, the temperature is not above 0,
-                or the name of a component is no text; nothing is written then.
+            ValueError: lengths differ, a completion is empty, a number is not finite, the temperature is not above 0, a
+                name is no text, or a column has not one value for each token; nothing is written then.
             StoreFull: `max_bytes` is reached, or the disk is full.
             WaitTimeout: it is not on disk in time.
             Conflict: the id is that of another prompt or of other attempts, its group is gone, the version was never
                 published, or others lease or score here.
         """
-        attempts, kept = attempts_of(completions, logprobs, rewards, components), sampled_at(temperature)
+        attempts = attempts_of(completions, logprobs, rewards, components, extra, trajectory_extra)
+        kept = sampled_at(temperature)
         name, number = uuid4().hex if request_id is None else request_id, None if version is None else index(version)
         return put_attempts(self, name, prompt, attempts, version=number, temperature=kept)
 

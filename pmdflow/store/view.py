@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from pmdflow import _rust_buffer
+from pmdflow.store import columns
 from pmdflow.store.answers import BatchBuffers, EvalResult, GroupState, StoredTrajectory, TrajectoryState
+from pmdflow.store.columns import Extras
 from pmdflow.store.metadata import unpack_metadata
 from pmdflow.types import Claim, ClaimTokens, Counts, Int32, Int64, LeaseKind, Stop, TrainBatch
 
@@ -56,17 +58,30 @@ class StoreView:
         row = self._native.read_claim(iteration, **views, check=check)
         arrays = {name: np.frombuffer(row.pop(name), dtype=dtype) for name, dtype in _ROW_DTYPES.items()}
         arrays |= {name: getattr(buffers, name)[: arrays["cu_seqlens"][-1]] for name in names}
-        return TrainBatch(**row | arrays | _named(row))
+        return TrainBatch(**row | arrays | _named(row) | self._extras(arrays))
 
     def read_rows(self, iteration: int) -> Claim:
-        """A claim without its tokens, whose masks are those of now: what `read_tokens` need not be asked; reads no file.
+        """A claim without its tokens, which `read_tokens` gives; its masks are those of now, and no file is read.
 
         Raises:
             Conflict: the iteration has no claim.
         """
         row = self._native.claim_rows(iteration)
-        arrays = {name: np.frombuffer(row.pop(name), dtype=dtype) for name, dtype in (_ROW_DTYPES | _SEGMENT_DTYPES).items()}
+        arrays = {
+            name: np.frombuffer(row.pop(name), dtype=dtype) for name, dtype in (_ROW_DTYPES | _SEGMENT_DTYPES).items()
+        }
         return Claim(**row | arrays | _named(row))
+
+    def _extras(self, arrays: Mapping[str, Any]) -> dict[str, dict[str, columns.Column]]:
+        """The extra columns of a claim, whose rows are `arrays`."""
+        stored = self._native.read_extras(arrays["trajectories"].tolist())
+        if not any(stored):
+            return {}
+        extras, starts = [Extras.of(own) for own in stored], arrays["cu_seqlens"]
+        return {
+            "extra": columns.per_token(extras, starts[:-1] + arrays["prompt_lengths"], int(starts[-1])),
+            "trajectory_extra": columns.whole(extras),
+        }
 
     def count_tokens(self, trajectories: Sequence[int] | Int64) -> int:
         """Tokens of live trajectories, prompts included: what `read_tokens` needs room for.
@@ -93,8 +108,8 @@ class StoreView:
         ids, total = [int(number) for number in trajectories], self.count_tokens(trajectories)
         if out is None:
             out = ClaimTokens(tokens=np.empty(total, np.int32), logprobs=np.empty(total, np.float32))
-        tokens, logprobs = out.tokens.view(np.uint8), out.logprobs.view(np.uint8)
-        self._native.read_tokens(ids, tokens=tokens, logprobs=logprobs, check=check)
+        views: dict[str, Any] = {name: getattr(out, name).view(np.uint8) for name in ("tokens", "logprobs")}
+        self._native.read_tokens(ids, **views, check=check)
         return ClaimTokens(tokens=out.tokens[:total], logprobs=out.logprobs[:total])
 
     def eval_results(self, prefix: str, timeout_s: float) -> list[EvalResult] | None:
@@ -178,23 +193,20 @@ class StoreView:
 
         Keys: trajectory, group, state (a `TrajectoryState`), prompt int32 [P], tokens int32 [S], logprobs float32 [S],
         observed uint8 [S], segments [(length, version, temperature, observed)], reward, components, stop, attempts,
-        epoch, extra {name: [(offset, length, values)]}.
+        epoch, extra {name: [(offset, length, values)] of tokens, or the values of the trajectory}.
 
         Raises:
             Conflict: it is not in the store.
         """
         row = self._native.trajectory(trajectory)
-        extra = {
-            name: [(offset, length, np.frombuffer(data, dtype=dtype)) for offset, length, dtype, data in runs]
-            for name, runs in row["extra"].items()
-        }
+        own = Extras.of(row["extra"])
         arrays = {
             "prompt": int32(row["prompt"]),
             "tokens": int32(row["tokens"]),
             "logprobs": np.frombuffer(row["logprobs"], dtype="<f4"),
             "observed": np.frombuffer(row["observed"], np.uint8),
         }
-        return row | arrays | {"stop": Stop(row["stop"]), "extra": extra}
+        return row | arrays | {"stop": Stop(row["stop"]), "extra": {**own.per_token, **own.whole}}
 
     def trajectories(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
         """Live trajectories by id, each as `trajectory` gives it."""

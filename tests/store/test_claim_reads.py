@@ -1,4 +1,4 @@
-"""A claim in two parts: rows and segments without a file read, and the tokens of whichever trajectories are asked for."""
+"""A claim in two parts: rows and segments without a file read, and the tokens of the trajectories asked for."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 
 from pmdflow.store import Conflict, TrajectoryStore, encode_segments
 from pmdflow.types import Claim, ClaimTokens, Mask, TrainBatch
-from tests.support.fixture_run import make_batch
 from tests.support.filled_store import admit, lease_all, open_store, quota, ready_store, score_all, segment
+from tests.support.fixture_run import make_batch
 
 
 def claimed(path: Path | None = None) -> TrajectoryStore:

@@ -117,7 +117,7 @@ def test_extra_columns_come_back() -> None:
     store.append(encode_segments([segment(lease, 2)], extra=[{"experts": experts}]))
     store.append([segment(lease, 1, offset=2)])
     ((offset, length, values),) = store.trajectory(lease.trajectory)["extra"]["experts"]
-    assert (offset, length, values.dtype, values.tolist()) == (0, 2, np.int16, [0, 1, 2, 3])
+    assert (offset, length, values.dtype, values.tolist()) == (0, 2, np.int16, [[0, 1], [2, 3]])
 
 
 class TestLeases:

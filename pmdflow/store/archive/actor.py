@@ -37,7 +37,7 @@ class ArchiveActor:
         self._spans = SpanBuffer("archive")
 
     def archive(self, iterations: Sequence[int], evict_through: int) -> ActorReport:
-        """Archive the committed claims of `iterations`, then have the store evict what lies at or before `evict_through`.
+        """Archive the committed claims of `iterations`, then have the store evict those up to `evict_through`.
 
         Returns:
             The spans since the last call.

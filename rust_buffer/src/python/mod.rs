@@ -223,6 +223,11 @@ impl TrajectoryStore {
         Ok(py.detach(|| self.shared.prefetch())?)
     }
 
+    fn read_extras<'py>(&self, py: Python<'py>, trajectories: Vec<u64>) -> PyResult<Vec<Row<'py>>> {
+        let extras = py.detach(|| self.shared.read_extras(trajectories))?;
+        extras.iter().map(|extra| rows::extra(py, extra)).collect()
+    }
+
     fn commit(&self, py: Python<'_>, iteration: i64) -> PyResult<()> {
         self.change(py, true, |store| store.commit_claims(iteration))
     }

@@ -1,6 +1,6 @@
 //! Answers as Python dictionaries.
 
-use std::{collections::BTreeMap, iter::repeat_n};
+use std::iter::repeat_n;
 
 use pyo3::{
     prelude::*,
@@ -10,7 +10,7 @@ use pyo3::{
 use crate::{
     log::Lsn,
     state::trajectory::Version,
-    store::arrays::{Extra, StoredPrompt},
+    store::arrays::{Extra, Extras, StoredPrompt},
     store::claim_view::{Rows, Segments},
     store::claims::{ClaimAnswer, EvalResult},
     store::counts::Counts,
@@ -43,7 +43,7 @@ pub fn lease<'py>(py: Python<'py>, view: &LeaseView) -> PyResult<Row<'py>> {
     Ok(row)
 }
 
-fn extra<'py>(py: Python<'py>, extras: &BTreeMap<String, Vec<Extra>>) -> PyResult<Row<'py>> {
+pub fn extra<'py>(py: Python<'py>, extras: &Extras) -> PyResult<Row<'py>> {
     let row = PyDict::new(py);
     for (name, runs) in extras {
         let run = |run: &Extra| (run.offset, run.len, run.dtype.clone(), PyBytes::new(py, &run.bytes).unbind());

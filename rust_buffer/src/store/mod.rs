@@ -23,9 +23,9 @@ pub mod rollout;
 mod scoring;
 pub mod shared;
 mod snapshot;
-pub mod token_view;
 #[cfg(test)]
 mod tests;
+pub mod token_view;
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 

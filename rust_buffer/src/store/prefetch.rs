@@ -1,11 +1,6 @@
 //! What the next claim will read, asked of the disk beforehand; its masks are computed when it is opened.
 
-use crate::{
-    error::Result,
-    state::trajectory::Verdict,
-    store::Store,
-    store::shared::Shared,
-};
+use crate::{error::Result, state::trajectory::Verdict, store::Store, store::shared::Shared};
 
 /// Bytes between two places that are read too, rather than asked for apart.
 const GAP_BYTES: u64 = 64 << 10;

@@ -11,7 +11,7 @@ use crate::{
     state::group::Group,
     state::trajectory::{Trajectory, Verdict, Version},
     store::Store,
-    store::arrays::{Extra, StoredPrompt, Tokens, read_extras, read_prompt, read_runs},
+    store::arrays::{Extras, StoredPrompt, Tokens, read_extras, read_prompt, read_runs},
     store::claim_view::{ClaimView, Columns, Rows, Segments},
     store::counts::phase_name,
     store::rollout::Granted,
@@ -68,7 +68,7 @@ pub struct TrajectoryView {
     pub prompt: StoredPrompt,
     pub tokens: Tokens,
     /// Columns by name, one entry for each stored run that has the column.
-    pub extras: BTreeMap<String, Vec<Extra>>,
+    pub extras: Extras,
 }
 
 impl Shared {
@@ -207,13 +207,28 @@ impl Shared {
     /// # Errors
     /// `Conflict` when one of them is not there, or no longer, or an array is too short; those of the log; `Closed`.
     pub fn read_tokens(&self, ids: Vec<u64>, tokens: &mut [u8], logprobs: &mut [u8], check: bool) -> Result<()> {
-        let wanted = ids.clone();
-        let packed =
-            self.query(|store| Ok(TokenView::new(store.state(), ids)))?.pack(self.log(), tokens, logprobs, check);
-        let gone = |store: &Store| wanted.iter().find(|id| !store.state().trajectories.contains_key(id)).copied();
-        match (packed, self.query(|store| Ok(gone(store)))?) {
-            (Err(_), Some(id)) => Err(StoreError::Conflict(format!("trajectory {id} was evicted while it was read"))),
-            (packed, _) => packed,
+        let view = self.query(|store| Ok(TokenView::new(store.state(), ids)))?;
+        self.unless_evicted(&view, view.pack(self.log(), tokens, logprobs, check))
+    }
+
+    /// The extra columns of each of the live trajectories `ids`.
+    ///
+    /// # Errors
+    /// `Conflict` when one of them is not there, or no longer; those of the log; `Closed`.
+    pub fn read_extras(&self, ids: Vec<u64>) -> Result<Vec<Extras>> {
+        let view = self.query(|store| Ok(TokenView::new(store.state(), ids)))?;
+        self.unless_evicted(&view, view.extras(self.log()))
+    }
+
+    /// What was read of `view`; the error says so where that failed because something of it was evicted meanwhile.
+    fn unless_evicted<T>(&self, view: &TokenView, read: Result<T>) -> Result<T> {
+        let gone = |store: &Store| view.ids.iter().copied().find(|id| !store.state().trajectories.contains_key(id));
+        match read {
+            Ok(read) => Ok(read),
+            Err(error) => match self.query(|store| Ok(gone(store)))? {
+                Some(id) => Err(StoreError::Conflict(format!("trajectory {id} is not in the store (any more)"))),
+                None => Err(error),
+            },
         }
     }
 

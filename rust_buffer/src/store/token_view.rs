@@ -8,7 +8,7 @@ use crate::{
     state::State,
     state::group::Group,
     state::trajectory::{Run, Trajectory},
-    store::arrays::{check_run, read_prompt_tokens, run_bytes},
+    store::arrays::{Extras, check_run, read_extras, read_prompt_tokens, run_bytes},
 };
 
 /// Trajectories whose runs and pages are reached for before the first one is copied.
@@ -82,7 +82,7 @@ pub(super) fn part(bytes: &mut [u8], from: usize, to: usize) -> Result<&mut [u8]
 
 /// Trajectories as they were when they were asked for.
 pub struct TokenView {
-    ids: Vec<u64>,
+    pub(super) ids: Vec<u64>,
     groups: OrdMap<u64, Group>,
     trajectories: OrdMap<u64, Trajectory>,
 }
@@ -101,6 +101,18 @@ impl TokenView {
             Some(Source { group: trajectory.group, admission, trajectory })
         };
         self.ids.iter().map(|id| source(id).ok_or_else(|| gone(id))).collect()
+    }
+
+    /// The extra columns of each, by name.
+    ///
+    /// # Errors
+    /// `Conflict` when one of them is not in the store; those of the log.
+    pub fn extras(&self, log: &Log) -> Result<Vec<Extras>> {
+        let columns = |source: Source<'_>| {
+            let Trajectory { columns, runs, .. } = source.trajectory;
+            if *columns { read_extras(log, runs) } else { Ok(Extras::new()) }
+        };
+        self.sources()?.into_iter().map(columns).collect()
     }
 
     /// Tokens of each, its prompt included.
