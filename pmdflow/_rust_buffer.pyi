@@ -219,7 +219,8 @@ class TrajectoryStore:
     ) -> dict[str, Any]:
         """Pack the claim into the given byte arrays, without the GIL: nobody else may touch them during the call.
 
-        Returns the other fields of `pmdflow.types.TrainBatch`, arrays as bytes.
+        Returns the other fields of `pmdflow.types.TrainBatch`, arrays as bytes, but for extra columns: `columns` says
+        whether there are any, and `read_extras` gives them.
 
         Raises:
             ValueError: the arrays are read-only, not contiguous or share memory.
@@ -227,7 +228,7 @@ class TrajectoryStore:
             CorruptLog: with `check`, a token array is not the one that was written.
         """
     def claim_rows(self, iteration: int) -> dict[str, Any]:
-        """The fields of `pmdflow.types.Claim` but `plan`, arrays as bytes: a claim without its tokens."""
+        """The fields of `pmdflow.types.Claim` but `plan`, arrays as bytes, and `columns` as `read_claim`."""
     def token_counts(self, trajectories: list[int]) -> list[int]:
         """Tokens of each of these live trajectories, prompts included: what `read_tokens` needs room for.
 

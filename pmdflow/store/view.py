@@ -58,7 +58,8 @@ class StoreView:
         row = self._native.read_claim(iteration, **views, check=check)
         arrays = {name: np.frombuffer(row.pop(name), dtype=dtype) for name, dtype in _ROW_DTYPES.items()}
         arrays |= {name: getattr(buffers, name)[: arrays["cu_seqlens"][-1]] for name in names}
-        return TrainBatch(**row | arrays | _named(row) | self._extras(arrays))
+        extras = self._extras(arrays) if row.pop("columns") else {}
+        return TrainBatch(**row | arrays | _named(row) | extras)
 
     def read_rows(self, iteration: int) -> Claim:
         """A claim without its tokens, which `read_tokens` gives; its masks are those of now, and no file is read.
@@ -67,6 +68,7 @@ class StoreView:
             Conflict: the iteration has no claim.
         """
         row = self._native.claim_rows(iteration)
+        del row["columns"]
         arrays = {
             name: np.frombuffer(row.pop(name), dtype=dtype) for name, dtype in (_ROW_DTYPES | _SEGMENT_DTYPES).items()
         }
@@ -75,8 +77,6 @@ class StoreView:
     def _extras(self, arrays: Mapping[str, Any]) -> dict[str, dict[str, columns.Column]]:
         """The extra columns of a claim, whose rows are `arrays`."""
         stored = self._native.read_extras(arrays["trajectories"].tolist())
-        if not any(stored):
-            return {}
         extras, starts = [Extras.of(own) for own in stored], arrays["cu_seqlens"]
         return {
             "extra": columns.per_token(extras, starts[:-1] + arrays["prompt_lengths"], int(starts[-1])),

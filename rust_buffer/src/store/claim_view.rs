@@ -68,6 +68,8 @@ pub struct Rows {
     pub stops: Vec<u8>,
     /// Prompt ids, each with the number of neighbours that have it.
     pub prompt_ids: Vec<(String, usize)>,
+    /// Whether a trajectory has extra columns.
+    pub columns: bool,
 }
 
 /// The segments of which the trajectories of a claim consist: runs of tokens with equal version, temperature and mask.
@@ -230,6 +232,7 @@ fn push_row(rows: &mut Rows, components: &mut BTreeMap<u32, Vec<f64>>, member: &
     rows.trajectories.push(member.id as i64);
     rows.rewards.push(member.reward);
     rows.stops.push(member.trajectory.stop as u8);
+    rows.columns |= member.trajectory.columns;
     if let Some((_, count)) = rows.prompt_ids.last_mut() {
         *count += 1;
     }
