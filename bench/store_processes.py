@@ -33,6 +33,7 @@ class OurActor:
             directory=str(directory / "store"),
             settings=settings,
             steps_per_iteration=1,
+            seed=0,
         )
         for version in range(NUM_VERSIONS):
             self.call("publish", version, None, {})

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pmdflow.types import Claim, Int64, Mask, Stop
+from pmdflow.types import Claim, ClaimPlan, Int64, Mask, Stop
 
 
 def claim_metrics(claim: Claim) -> dict[str, Any]:
@@ -14,7 +14,7 @@ def claim_metrics(claim: Claim) -> dict[str, Any]:
 
     Lengths count generated tokens. Staleness runs over the tokens that have a gradient; `masked_share` is
     generated tokens without one over generated tokens, `masked_share_by_decile` the same by decile of generated
-    length, shortest first (None where a decile is empty).
+    length, shortest first (None where a decile is empty). The length by step is a mean over the step's trajectories.
     """
     count = len(claim.rewards)
     lengths = claim.count(Mask.GENERATED)
@@ -29,6 +29,7 @@ def claim_metrics(claim: Claim) -> dict[str, Any]:
         "reward/std": float(np.std(claim.rewards)) if count else None,
         "trajectory/length_mean": _mean(lengths),
         "trajectory/length_p90": float(np.percentile(lengths, 90)) if count else None,
+        "trajectory/length_by_step": None if claim.plan is None else _by_step(claim.groups, claim.plan, lengths),
         "trajectory/multi_version_share": _mean(_multi_version(claim)),
         "trajectory/stop_share": _mean(claim.stops == Stop.STOP),
         "trajectory/length_share": _mean(claim.stops == Stop.LENGTH),
@@ -48,6 +49,12 @@ def _multi_version(claim: Claim) -> Any:
     np.maximum.at(newest, owners, versions)
     np.minimum.at(oldest, owners, versions)
     return newest > oldest
+
+
+def _by_step(groups: Int64, plan: ClaimPlan, lengths: Int64) -> list[float | None]:
+    group = np.cumsum(np.diff(groups, prepend=groups[:1]) != 0)
+    step = plan.steps[group]
+    return [_mean(lengths[step == number]) for number in range(plan.num_steps)]
 
 
 def _by_decile(lengths: Int64, untrained: Int64) -> list[float | None]:

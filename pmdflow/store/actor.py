@@ -16,7 +16,7 @@ from pmdflow.errors import WaitTimeout
 from pmdflow.metrics.report import ActorReport, Event
 from pmdflow.store.answers import ClaimAnswer, EvalResult, LateMembers
 from pmdflow.store.facade import TrajectoryStore
-from pmdflow.store.plan import in_claim_order
+from pmdflow.store.plan import deal
 from pmdflow.store.settings import StoreSettings
 from pmdflow.types import Claim, ClaimTokens, Counts, Grant, Int64, Lease, Outcome, Prompt, Quota, UInt8, Unscored
 
@@ -45,9 +45,10 @@ class StoreActor:
     Waits for nothing but its callers; a waiting caller is woken by the state change that it waits for.
     """
 
-    def __init__(self, *, directory: str, settings: StoreSettings, steps_per_iteration: int) -> None:
-        """Open the store in `directory`; `settings` are the keyword arguments of `TrajectoryStore`."""
+    def __init__(self, *, directory: str, settings: StoreSettings, steps_per_iteration: int, seed: int) -> None:
+        """Open the store in `directory`; `settings` are those of `TrajectoryStore`, `seed` is the run's."""
         self._steps_per_iteration = steps_per_iteration
+        self._seed = seed
         self._room = _Room()
         deadline = time.monotonic() + LOCK_TIMEOUT_S
         while True:
@@ -102,8 +103,7 @@ class StoreActor:
         """
         claim = self._store.read_rows(iteration)
         self._store.prefetch()
-        plan = in_claim_order(len(np.unique(claim.groups)), self._steps_per_iteration)
-        return replace(claim, plan=plan)
+        return replace(claim, plan=deal(claim, self._steps_per_iteration, seed=self._seed))
 
     @_in_group("read")
     def read_tokens(self, trajectories: Int64) -> ClaimTokens:

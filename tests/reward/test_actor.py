@@ -154,7 +154,7 @@ def test_of_two_answers_to_one_attempt_the_first_stands(cluster: Cluster, tmp_pa
 
 
 def test_an_actor_says_why_it_cannot_score(cluster: Cluster, tmp_path: Path) -> None:
-    store = start_store(make_config(tmp_path), tmp_path, archive_attrs={})
+    store = start_store(make_config(tmp_path), tmp_path)
     _, loop = make_loops(make_config(tmp_path, "graders:obay"), tmp_path, store, [{}])
     with pytest.raises(ValueError, match="did you mean 'obey'"):
         ray.get(loop.start(None, "")[1], timeout=120)

@@ -31,7 +31,7 @@ def store(tmp_path: Path) -> Iterator[Any]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     groups = dict.fromkeys(("lease", "append", "score", "claim", "read", "archive"), 2)
     actor: Any = ray.remote(num_cpus=0, concurrency_groups=groups, max_concurrency=4)(StoreActor)
-    yield actor.remote(directory=str(tmp_path), settings=SETTINGS, steps_per_iteration=1)
+    yield actor.remote(directory=str(tmp_path), settings=SETTINGS, steps_per_iteration=1, seed=0)
     ray.shutdown()
 
 

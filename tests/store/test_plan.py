@@ -14,12 +14,12 @@ from pmdflow.store import Conflict, StoreSettings
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.archive import parts, read_part
 from pmdflow.store.archive.claims import archive_claims
-from pmdflow.store.plan import in_claim_order
+from pmdflow.store.plan import by_length, in_claim_order
 from pmdflow.types import Mask, Prompt, Quota, Segment
 
 PROMPT = Prompt(id="p", text="?", tokens=np.array([5, 6], np.int32))
 SETTINGS: StoreSettings = {"groups_per_iteration": 3, "lookahead": 0, "max_staleness": 4, "durability": "os"}
-STEPS = 2
+STEPS, SEED = 2, 5
 
 
 @given(num_groups=st.integers(0, 40), num_steps=st.integers(1, 9))
@@ -31,9 +31,30 @@ def test_claim_order_deals_every_group_evenly_and_in_order(num_groups: int, num_
     assert len(sizes) == num_steps and sizes.max() - sizes.min() <= 1
 
 
+@given(lengths=st.lists(st.integers(0, 9), max_size=40), num_steps=st.integers(1, 9), seed=st.integers(0, 99))
+def test_each_stratum_of_length_gives_each_step_one_group(lengths: list[int], num_steps: int, seed: int) -> None:
+    plan = by_length(np.array(lengths, np.int64), num_steps, seed=seed, iteration=3)
+    assert plan.num_steps == num_steps and plan.seed == seed
+    longest_first = plan.steps[np.argsort(-np.array(lengths), kind="stable")]
+    for begin in range(0, len(lengths), num_steps):
+        stratum = longest_first[begin : begin + num_steps]
+        assert len(set(stratum.tolist())) == len(stratum) and set(stratum.tolist()) <= set(range(num_steps))
+    again = by_length(np.array(lengths, np.int64), num_steps, seed=seed, iteration=3)
+    assert np.array_equal(plan.steps, again.steps)
+
+
+def test_over_the_iterations_every_group_is_equally_likely_in_every_step() -> None:
+    lengths, num_steps, draws = np.array([448, 30, 200, 31, 29, 90, 33]), 3, 3000
+    seen = np.zeros((len(lengths), num_steps))
+    for iteration in range(draws):
+        seen[np.arange(len(lengths)), by_length(lengths, num_steps, seed=1, iteration=iteration).steps] += 1
+    deviation = np.sqrt(draws * (1 / num_steps) * (1 - 1 / num_steps))
+    assert np.abs(seen - draws / num_steps).max() < 5 * deviation
+
+
 def claimed(directory: Path) -> StoreActor:
     """Three groups of one token a trajectory, claimed."""
-    actor = StoreActor(directory=str(directory / "store"), settings=SETTINGS, steps_per_iteration=STEPS)
+    actor = StoreActor(directory=str(directory / "store"), settings=SETTINGS, steps_per_iteration=STEPS, seed=SEED)
     actor.publish(0, None, {})
     actor.set_quota(Quota(version=0, groups=3, tokens=100, tokens_per_segment=None))
     assert actor.admit([(f"train-{number}", number, PROMPT) for number in range(3)], "train", 2, 4) == 3
@@ -51,11 +72,12 @@ def test_a_claim_is_handed_out_and_archived_with_its_plan(tmp_path: Path) -> Non
     actor = claimed(tmp_path)
     plan = actor.read_rows(1).plan
     assert plan is not None
-    assert (plan.steps.tolist(), plan.num_steps, plan.rule, plan.seed) == ([0, 0, 1], 2, "claim_order", None)
+    assert (plan.num_steps, plan.rule, plan.seed) == (2, "length_strata", 5)
+    assert sorted(plan.steps.tolist()) in ([0, 0, 1], [0, 1, 1])
     actor.publish(1, 1, {})
     actor.commit(1)
     spans = SpanBuffer("archive")
-    archive_claims(tmp_path / "store", tmp_path, [1], attrs={}, steps_per_iteration=STEPS, spans=spans)
+    archive_claims(tmp_path / "store", tmp_path, [1], attrs={}, steps_per_iteration=STEPS, seed=SEED, spans=spans)
     assert actor.evict(1) == 3
     actor.close()
     assert [span["name"] for span in spans.drain()] == ["archive"]
@@ -72,7 +94,7 @@ def test_what_is_archived_is_not_read_again_but_a_claim_made_anew_is(tmp_path: P
     actor, spans = claimed(tmp_path), SpanBuffer("archive")
 
     def archive() -> int:
-        archive_claims(tmp_path / "store", tmp_path, [1], attrs={}, steps_per_iteration=STEPS, spans=spans)
+        archive_claims(tmp_path / "store", tmp_path, [1], attrs={}, steps_per_iteration=STEPS, seed=SEED, spans=spans)
         return len(spans.drain())
 
     actor.publish(1, 1, {})

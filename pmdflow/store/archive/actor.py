@@ -26,14 +26,22 @@ class ArchiveActor:
     """
 
     def __init__(
-        self, *, store: StoreHandle, directory: str, run_dir: str, attrs: dict[str, Any], steps_per_iteration: int
+        self,
+        *,
+        store: StoreHandle,
+        directory: str,
+        run_dir: str,
+        attrs: dict[str, Any],
+        steps_per_iteration: int,
+        seed: int,
     ) -> None:
-        """Archive what `store` has in `directory` into `run_dir`; `attrs` are those of every part."""
+        """Archive what `store` has in `directory` into `run_dir`; `attrs` are those of every part, `seed` the run's."""
         self._store = store
         self._directory = Path(directory)
         self._run_dir = Path(run_dir)
         self._attrs = attrs
         self._steps_per_iteration = steps_per_iteration
+        self._seed = seed
         self._spans = SpanBuffer("archive")
 
     def archive(self, iterations: Sequence[int], evict_through: int) -> ActorReport:
@@ -48,6 +56,7 @@ class ArchiveActor:
             iterations,
             attrs=self._attrs,
             steps_per_iteration=self._steps_per_iteration,
+            seed=self._seed,
             spans=self._spans,
         )
         ray.get(call(self._store, StoreActor.evict, evict_through), timeout=EVICT_TIMEOUT_S)

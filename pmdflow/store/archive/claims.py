@@ -7,13 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.store.archive.parts import is_archived
 from pmdflow.store.archive.writing import write_part
 from pmdflow.store.facade import TrajectoryStore
-from pmdflow.store.plan import in_claim_order
+from pmdflow.store.plan import deal
 
 
 def archive_claims(
@@ -23,6 +21,7 @@ def archive_claims(
     *,
     attrs: Mapping[str, Any],
     steps_per_iteration: int,
+    seed: int,
     spans: SpanBuffer,
 ) -> None:
     """Write the parts of `iterations` that the archive of `run_dir` has not; repeating it is harmless.
@@ -33,6 +32,7 @@ def archive_claims(
         iterations: Their claims are committed.
         attrs: Of every part.
         steps_per_iteration: To which the groups of a claim are dealt.
+        seed: Of the run.
         spans: Gets one for each part that is written.
 
     Raises:
@@ -47,5 +47,5 @@ def archive_claims(
                 continue
             with spans.span("archive", iteration=iteration):
                 batch = reader.read_claim(iteration)
-                plan = in_claim_order(len(np.unique(batch.groups)), steps_per_iteration)
+                plan = deal(batch, steps_per_iteration, seed=seed)
                 write_part(run_dir, replace(batch, plan=plan), attrs=attrs, claim_lsn=lsn)
