@@ -52,7 +52,7 @@ def test_they_are_in_the_claim_of_a_store_that_was_opened_again(tmp_path: Path) 
 def test_the_archive_keeps_them_and_a_replay_reads_them(tmp_path: Path) -> None:
     batch = filled(tmp_path / "store").read_claim(1)
     path = write_part(tmp_path, batch, attrs={})
-    for found in (read_part(path), claim_to_train(path, dealt_anew=True)):
+    for found in (read_part(path), claim_to_train(path, anew=None)):
         for kept, given in ((found.extra, batch.extra), (found.trajectory_extra, batch.trajectory_extra)):
             assert kept.keys() == given.keys()
             for name in given:
