@@ -12,7 +12,7 @@ import torch
 from pmdflow.config.schema import Config
 from pmdflow.learner.batch import StepPlan
 from pmdflow.learner.layers import heads
-from pmdflow.types import TrainBatch
+from pmdflow.types import ClaimRows
 
 PEAK_BFLOAT16 = {
     "H200": 989e12,
@@ -68,9 +68,9 @@ class Speed:
         tokens = np.asarray(lengths, np.float64)
         return float(self.passes * (self.per_token * tokens.sum() + self.per_square * (tokens**2).sum()))
 
-    def metrics(self, batch: TrainBatch, plans: Sequence[StepPlan], *, seconds: float) -> dict[str, Any]:
+    def metrics(self, claim: ClaimRows, plans: Sequence[StepPlan], *, seconds: float) -> dict[str, Any]:
         """Tokens a second, prompt tokens counted, and the model FLOP utilization, None on unknown devices."""
         members = [index for plan in plans for rank in plan.ranks for micro in rank for index in micro]
-        lengths = np.diff(batch.cu_seqlens)[members]
+        lengths = np.diff(claim.cu_seqlens)[members]
         used = None if self.peak is None else self.operations(lengths) / (seconds * self.peak)
         return {"learner/tokens_per_s": float(lengths.sum() / seconds), "learner/mfu": used}

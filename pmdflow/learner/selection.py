@@ -17,13 +17,13 @@ from pmdflow.learner.correction import importance_weights, sequence_weights, vet
 from pmdflow.learner.layout import unpack
 from pmdflow.learner.steps import Tensors
 from pmdflow.learner.sums import added, all_sum, over_ranks
-from pmdflow.types import Float64, Int64, TrainBatch
+from pmdflow.types import ClaimRows, Float64, Int64
 
 
-def groups_left_out(batch: TrainBatch, rewards: Float64, learner: LearnerConfig) -> Bool:
+def groups_left_out(claim: ClaimRows, rewards: Float64, learner: LearnerConfig) -> Bool:
     """Trajectories [N] of groups whose mean reward the config leaves out."""
     low, high = learner.keep_groups_above, learner.keep_groups_below
-    return ~keep_groups(rewards, batch.groups, low=low, high=high)
+    return ~keep_groups(rewards, claim.groups, low=low, high=high)
 
 
 def veto_sequences(

@@ -6,46 +6,48 @@ from typing import Any
 
 import numpy as np
 
-from pmdflow.types import ClaimPlan, Int64, Mask, Stop, TrainBatch
+from pmdflow.types import Claim, ClaimPlan, Int64, Mask, Stop
 
 
-def claim_metrics(batch: TrainBatch) -> dict[str, Any]:
+def claim_metrics(claim: Claim) -> dict[str, Any]:
     """Compute the reward, trajectory and staleness keys of an iteration's metrics.
 
     Lengths count generated tokens. Staleness runs over the tokens that have a gradient; `masked_share` is
     generated tokens without one over generated tokens, `masked_share_by_decile` the same by decile of generated
     length, shortest first (None where a decile is empty). The length by step is a mean over the step's trajectories.
     """
-    count = len(batch.rewards)
-    owner = np.repeat(np.arange(count), np.diff(batch.cu_seqlens))
-    generated = (batch.mask & Mask.GENERATED) != 0
-    trained = generated & ((batch.mask & Mask.TRAINED) != 0)
-    lengths = np.bincount(owner[generated], minlength=count)
-    untrained = np.bincount(owner[generated & ~trained], minlength=count)
-    staleness = batch.version - batch.versions[trained].astype(np.int64)
-    ages, tokens = np.unique(staleness, return_counts=True)
+    count = len(claim.rewards)
+    lengths = claim.count(Mask.GENERATED)
+    untrained = lengths - claim.count(Mask.TRAINED)
+    trained = (claim.segment_masks & Mask.TRAINED) != 0
+    staleness = claim.version - claim.segment_versions[trained].astype(np.int64)
+    ages, which = np.unique(staleness, return_inverse=True)
+    tokens = np.zeros(len(ages), np.int64)
+    np.add.at(tokens, which, claim.segment_lengths[trained])
     return {
-        "reward/mean": _mean(batch.rewards),
-        "reward/std": float(np.std(batch.rewards)) if count else None,
+        "reward/mean": _mean(claim.rewards),
+        "reward/std": float(np.std(claim.rewards)) if count else None,
         "trajectory/length_mean": _mean(lengths),
         "trajectory/length_p90": float(np.percentile(lengths, 90)) if count else None,
-        "trajectory/length_by_step": None if batch.plan is None else _by_step(batch.groups, batch.plan, lengths),
-        "trajectory/multi_version_share": _mean(_multi_version(batch, owner, generated)),
-        "trajectory/stop_share": _mean(batch.stops == Stop.STOP),
-        "trajectory/length_share": _mean(batch.stops == Stop.LENGTH),
-        "staleness/mean": _mean(staleness),
-        "staleness/max": int(staleness.max()) if len(staleness) else None,
+        "trajectory/length_by_step": None if claim.plan is None else _by_step(claim.groups, claim.plan, lengths),
+        "trajectory/multi_version_share": _mean(_multi_version(claim)),
+        "trajectory/stop_share": _mean(claim.stops == Stop.STOP),
+        "trajectory/length_share": _mean(claim.stops == Stop.LENGTH),
+        "staleness/mean": _share((ages * tokens).sum(), tokens.sum()),
+        "staleness/max": int(ages.max()) if len(ages) else None,
         "staleness/tokens": {str(age): int(number) for age, number in zip(ages, tokens, strict=True)},
         "staleness/masked_share": _share(untrained.sum(), lengths.sum()),
         "staleness/masked_share_by_decile": _by_decile(lengths, untrained),
     }
 
 
-def _multi_version(batch: TrainBatch, owner: Int64, generated: np.ndarray[Any, np.dtype[np.bool_]]) -> Any:
-    newest = np.full(len(batch.rewards), np.iinfo(np.int32).min, np.int64)
-    oldest = np.full(len(batch.rewards), np.iinfo(np.int32).max, np.int64)
-    np.maximum.at(newest, owner[generated], batch.versions[generated])
-    np.minimum.at(oldest, owner[generated], batch.versions[generated])
+def _multi_version(claim: Claim) -> Any:
+    generated = (claim.segment_masks & Mask.GENERATED) != 0
+    owners, versions = claim.segment_owners[generated], claim.segment_versions[generated]
+    newest = np.full(len(claim.rewards), np.iinfo(np.int32).min, np.int64)
+    oldest = np.full(len(claim.rewards), np.iinfo(np.int32).max, np.int64)
+    np.maximum.at(newest, owners, versions)
+    np.minimum.at(oldest, owners, versions)
     return newest > oldest
 
 

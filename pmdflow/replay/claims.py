@@ -77,7 +77,7 @@ def replay_claims(run: Path, config: Config, *, start: int, verify: bool = False
         for iteration, path in claims:
             batch = ray.put(claim_to_train(path, anew=config if dealt_anew else None))
             results: list[TrainResult] = ray.get(
-                [learner.train.remote(batch) for learner in learners], timeout=STEP_TIMEOUT_S
+                [learner.train_batch.remote(batch) for learner in learners], timeout=STEP_TIMEOUT_S
             )
             result = results[0]
             yield Replayed(

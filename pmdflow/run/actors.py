@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pmdflow.config.schema import Config
 from pmdflow.errors import LaunchError
@@ -26,6 +27,7 @@ from pmdflow.run.placement import ActorOptions, place_rewards
 from pmdflow.run.scheduler import grant_tokens
 from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Loop, LoopHandle
 from pmdflow.store.actor import StoreActor
+from pmdflow.store.archive.actor import ArchiveActor
 from pmdflow.store.client import StoreHandle, call
 from pmdflow.store.settings import StoreSettings
 from pmdflow.weights.transport import WeightsHandle
@@ -33,6 +35,8 @@ from pmdflow.weights.transport import WeightsHandle
 LEARNER_SETUP_TIMEOUT_S = 300.0
 RAY_ANSWER_S = 25.0
 """A Ray that is to be joined answers within this time, that for importing its client included."""
+MOST_READERS = 4
+"""Learner ranks that the store actor serves tokens at once: each has a part of a claim in its memory."""
 
 Actor = TypeVar("Actor")
 
@@ -84,7 +88,7 @@ def _require_ray_at(address: str) -> None:
         raise LaunchError(f"cluster.address is {address!r}: {said[-1]}", hint=hint)
 
 
-def start_store(config: Config, run_dir: Path, *, archive_attrs: Mapping[str, object]) -> StoreHandle:
+def start_store(config: Config, run_dir: Path) -> StoreHandle:
     """The store actor, which Ray restarts as often as it dies."""
     return make_actor(
         StoreActor,
@@ -92,11 +96,32 @@ def start_store(config: Config, run_dir: Path, *, archive_attrs: Mapping[str, ob
         options={"max_restarts": -1, "max_task_retries": -1, **_store_threads(config)},
         arguments={
             "directory": str(run_dir / "store"),
-            "run_dir": str(run_dir),
             "settings": store_settings(config),
-            "archive_attrs": archive_attrs,
             "steps_per_iteration": config.learner.steps_per_iteration,
             "seed": config.run.seed,
+        },
+    )
+
+
+def start_archive(
+    config: Config, run_dir: Path, store: StoreHandle, *, attrs: Mapping[str, object]
+) -> ActorHandle[ArchiveActor]:
+    """The archive actor, where the store is; Ray restarts it as often as it dies."""
+    node = ray.get(call(store, StoreActor.node), timeout=STARTUP_TIMEOUT_S)
+    return make_actor(
+        ArchiveActor,
+        log=log_path(run_dir, "archive"),
+        options={
+            "max_restarts": -1,
+            "max_task_retries": -1,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True),
+        },
+        arguments={
+            "store": store,
+            "directory": str(run_dir / "store"),
+            "run_dir": str(run_dir),
+            "attrs": attrs,
+            "steps_per_iteration": config.learner.steps_per_iteration,
         },
     )
 
@@ -186,7 +211,14 @@ def make_loops(config: Config, run_dir: Path, store: StoreHandle, places: Sequen
 def _store_threads(config: Config) -> ActorOptions:
     """A waiting call holds a thread of its group: rollout actors wait for leases, everybody else must not."""
     actors = config.rollout.actors
-    groups = {"lease": actors + 1, "append": actors + 1, "score": config.reward.actors + 1, "claim": 2, "archive": 1}
+    groups = {
+        "lease": actors + 1,
+        "append": actors + 1,
+        "score": config.reward.actors + 1,
+        "claim": 2,
+        "read": min(config.learner.ranks, MOST_READERS),
+        "archive": 1,
+    }
     return {"concurrency_groups": groups, "max_concurrency": 4}
 
 

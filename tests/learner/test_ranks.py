@@ -36,8 +36,7 @@ def test_two_ranks_equal_one_and_resume_at_another_count(start, pool, model_path
     settings = {"steps_per_iteration": 4, "veto": True, "importance_weights": "token", "importance_normalize": True}
     one = start(make_config(model_path, **settings))
     expected = [one.train(first).metrics, one.train(second).metrics]
-    trained = (second.mask & Mask.TRAINED) != 0
-    plans = plan_iteration(second, trained=trained, steps=4, ranks=2, tokens_per_microbatch=64)
+    plans = plan_iteration(second, counts=second.count(Mask.TRAINED), steps=4, ranks=2, tokens_per_microbatch=64)
     assert len(plans[0].ranks[0][0]) == 1
     assert plans[0].ranks[1] == ((),), "one rank only keeps pace"
 

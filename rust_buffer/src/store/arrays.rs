@@ -33,6 +33,9 @@ pub struct Extra {
     pub bytes: Vec<u8>,
 }
 
+/// Extra columns by name, one entry for each stored run of tokens that has the column.
+pub type Extras = BTreeMap<String, Vec<Extra>>;
+
 /// Tokens after the prompt, as little-endian bytes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Tokens {
@@ -107,12 +110,12 @@ pub fn read_runs(log: &Log, runs: &[Run]) -> Result<Tokens> {
     Ok(tokens)
 }
 
-/// Extra columns by name, one entry for each stored run of tokens that has the column.
+/// The extra columns of consecutive runs.
 ///
 /// # Errors
 /// Those of the log.
-pub fn read_extras(log: &Log, runs: &[Run]) -> Result<BTreeMap<String, Vec<Extra>>> {
-    let (mut extras, mut offset) = (BTreeMap::<String, Vec<Extra>>::new(), 0);
+pub fn read_extras(log: &Log, runs: &[Run]) -> Result<Extras> {
+    let (mut extras, mut offset) = (Extras::new(), 0);
     for run in runs {
         let frame = log.frame_at(run.file, run.frame)?;
         let damaged = |detail| log.corrupt(run.file, run.frame, detail);
