@@ -43,12 +43,20 @@ def across_processes(bench: Bench) -> Answer:
     return across_processes(bench)
 
 
+def claim_to_ranks(bench: Bench) -> Answer:
+    """4.1M tokens from the store actor to two learner ranks: each its own part, or the whole to both."""
+    from store_claims import claim_to_ranks
+
+    return claim_to_ranks(bench)
+
+
 QUESTIONS: dict[str, Callable[[Bench], Answer]] = {
     "append": durable_appends,
     "pipelined": pipelined_appends,
     "always": appends_each_synced,
     "processes": across_processes,
     "read": packed_reads,
+    "claim": claim_to_ranks,
     "wakeup": wakeup,
     "open": opening,
     "memory": memory_and_disk,

@@ -80,7 +80,7 @@ class Ours:
         """Start them."""
         directory = Path(config.run.dir) / config.run.name
         (directory / "logs").mkdir(parents=True)
-        self._store = start_store(config, directory, archive_attrs={})
+        self._store = start_store(config, directory)
         self._call("publish", 0, None, {})
         self._call("set_quota", Quota(version=0, groups=10**6, tokens=10**9, tokens_per_segment=None))
         self._actor = start_rollout(config, directory, self._store, {"num_cpus": 1}, index=0)

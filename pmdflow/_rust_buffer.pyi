@@ -149,14 +149,15 @@ class TrajectoryStore:
         reopening, like leases: give each worker that takes over a name of its own.
         """
     def append(
-        self, batch: bytes, wait: bool = True, now_s: float | None = None
+        self, batch: Buffer, wait: bool = True, now_s: float | None = None
     ) -> tuple[int, list[tuple[int, bool, int]]]:
         """Append segments, extend grants, end leases. Returns (lsn, [(trajectory, stale, grant)]) in order.
 
-        `batch` is what `pmdflow.store.encode_segments` makes; rust_buffer/src/wire.rs describes it. A segment without
-        tokens renews the lease and asks for a new grant. What a segment repeats is compared, the rest is taken; a whole
-        repeat is a no-op that answers as the first time. Tokens beyond the grant are taken and counted (`overdraft` of
-        the ledger). Without `wait` it answers before the batch is durable.
+        `batch` is what `pmdflow.store.encode_segments` makes; rust_buffer/src/wire.rs describes it. It is read without
+        the GIL: nobody may write to it during the call. A segment without tokens renews the lease and asks for a new
+        grant. What a segment repeats is compared, the rest is taken; a whole repeat is a no-op that answers as the
+        first time. Tokens beyond the grant are taken and counted (`overdraft` of the ledger). Without `wait` it answers
+        before the batch is durable.
 
         Raises:
             Conflict: a gap, other content at the same offset, more tokens than max_tokens, a version that decreases or
@@ -241,7 +242,8 @@ class TrajectoryStore:
     ) -> dict[str, Any]:
         """Pack the claim into the given byte arrays, without the GIL: nobody else may touch them during the call.
 
-        Returns the other fields of `pmdflow.types.TrainBatch` but `plan`, arrays as bytes.
+        Returns the other fields of `pmdflow.types.TrainBatch` but `plan`, arrays as bytes, but for extra columns:
+        `columns` says whether there are any, and `read_extras` gives them.
 
         Raises:
             ValueError: the arrays are read-only, not contiguous or share memory.
@@ -262,6 +264,30 @@ class TrajectoryStore:
         Raises:
             Conflict: there is no such claim.
         """
+    def claim_rows(self, iteration: int) -> dict[str, Any]:
+        """The fields of `pmdflow.types.Claim` but `plan`, arrays as bytes, and `columns` as `read_claim`."""
+    def token_counts(self, trajectories: list[int]) -> list[int]:
+        """Tokens of each of these live trajectories, prompts included: what `read_tokens` needs room for.
+
+        Raises:
+            Conflict: one of them is not in the store.
+        """
+    def read_tokens(self, trajectories: list[int], *, tokens: Buffer, logprobs: Buffer, check: bool) -> None:
+        """Pack prompt and tokens of live trajectories into the given byte arrays, without the GIL.
+
+        Raises:
+            ValueError: as `read_claim`.
+            Conflict: one of them is not in the store, or the arrays are too short.
+            CorruptLog: with `check`, a token array is not the one that was written.
+        """
+    def read_extras(self, trajectories: list[int]) -> list[dict[str, list[tuple[int, int, str, bytes]]]]:
+        """The extra columns of live trajectories by name, one entry (offset, length, dtype, bytes) for each stored run.
+
+        Raises:
+            Conflict: one of them is not in the store.
+        """
+    def prefetch(self) -> int:
+        """Have the disk read what a claim would take now, without waiting for it; returns the number of its tokens."""
     def commit(self, iteration: int) -> None:
         """A durable checkpoint covers every claim up to `iteration`, all of them trained. Safe to repeat.
 
@@ -331,6 +357,12 @@ class TrajectoryStore:
         """
     def claims(self) -> dict[int, str]:
         """State of every claim that is not evicted, by iteration: `claimed`, `trained` or `committed`."""
+    def claim_lsn(self, iteration: int) -> int:
+        """LSN of the record of a claim.
+
+        Raises:
+            Conflict: the iteration has none.
+        """
     def take_late(self) -> list[dict[str, Any]]:
         """Groups that became ready without late members since the last call, the newest 1,024 of them.
 

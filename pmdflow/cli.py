@@ -253,6 +253,9 @@ def main() -> None:
         print(error.report(), file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) and error.filename is not None:
+            print(f"error: {error.filename}: {error.strerror}\n\nhint: free space on its disk", file=sys.stderr)
+            sys.exit(1)
         if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
             raise
         with open(os.devnull, "wb") as nowhere:

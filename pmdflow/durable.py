@@ -58,12 +58,19 @@ def rename(aside: Path, path: Path) -> None:
 def write(path: Path, content: str | bytes) -> None:
     """Replace the file `path`; whoever reads it sees the old content or the new one.
 
+    Raises:
+        OSError: the disk refuses; names the file.
+
     Example:
         >>> write(Path("/tmp/pmdflow-example.txt"), "whole")
         >>> Path("/tmp/pmdflow-example.txt").read_text()
         'whole'
     """
     aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(content.encode() if isinstance(content, str) else content)
-    sync(aside)
-    rename(aside, path)
+    try:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(aside)
+        rename(aside, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names none
+        raise

@@ -6,7 +6,7 @@ Shapes: T tokens of a batch, N trajectories, G groups. Arrays are NumPy; nothing
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import IntEnum, IntFlag
 from typing import Any, Literal
 
@@ -217,24 +217,14 @@ class Branches:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainBatch:
-    """One claim, packed: prompt and generated tokens, trajectory after trajectory, groups contiguous in claim order."""
+class ClaimRows:
+    """What is known of each trajectory of a claim; groups are contiguous, in claim order."""
 
     iteration: int
     version: int
     """Learner version at the claim; staleness of a token is this minus its version."""
-    tokens: Int32
-    """[T]"""
-    logprobs: Float32
-    """Behavior log-probs [T]; 0 at prompt tokens."""
-    versions: Int32
-    """Policy version of each token [T]; -1 at prompt tokens."""
-    temperatures: Float32
-    """Sampling temperature of each token [T]; 1 at prompt tokens."""
-    mask: UInt8
-    """`Mask` flags [T]; 0 at prompt tokens."""
     cu_seqlens: Int64
-    """Start of each trajectory and the end [N + 1]."""
+    """Where each trajectory begins among the tokens of all, its prompt first, and the end [N + 1]."""
     prompt_lengths: Int32
     """[N]"""
     groups: Int64
@@ -267,3 +257,125 @@ class TrainBatch:
     def episode_shares(self) -> Float64:
         """What each trajectory counts for [N]: 1 / branches of its episode."""
         return np.asarray(1.0 / np.bincount(self.episode_of())[self.episode_of()])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainBatch(ClaimRows):
+    """One claim, packed: prompt and generated tokens, trajectory after trajectory."""
+
+    tokens: Int32
+    """[T]"""
+    logprobs: Float32
+    """Behavior log-probs [T]; 0 at prompt tokens."""
+    versions: Int32
+    """Policy version of each token [T]; -1 at prompt tokens."""
+    temperatures: Float32
+    """Sampling temperature of each token [T]; 1 at prompt tokens."""
+    mask: UInt8
+    """`Mask` flags [T]; 0 at prompt tokens."""
+    extra: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    """Extra columns of tokens by name, each [T, ...]; NaN, or 0 in whole numbers, where a token has none."""
+    trajectory_extra: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    """Extra values of trajectories by name, each [N, ...]; likewise."""
+
+    def count(self, flags: Mask) -> Int64:
+        """Tokens of each trajectory with one of `flags` [N]."""
+        running = np.concatenate([[0], np.cumsum((self.mask & flags) != 0, dtype=np.int64)])
+        return np.asarray(running[self.cu_seqlens[1:]] - running[self.cu_seqlens[:-1]])
+
+    def segment_starts(self) -> Int64:
+        """First token of every segment: where trajectory, version, temperature or mask changes [S]."""
+        total = len(self.tokens)
+        if total == 0:
+            return np.empty(0, np.int64)
+        first = np.zeros(total, np.bool_)
+        first[self.cu_seqlens[:-1][np.diff(self.cu_seqlens) > 0]] = True
+        bits = self.temperatures.view(np.uint32)  # so that any value round-trips
+        for column in (self.versions, bits, self.mask):
+            first[1:] |= column[1:] != column[:-1]
+        return np.flatnonzero(first).astype(np.int64)
+
+    def read(self, rows: Int64) -> ClaimTokens:
+        """The tokens of the trajectories at `rows`, packed in that order."""
+        parts = [slice(*self.cu_seqlens[row : row + 2]) for row in rows]
+        return ClaimTokens(
+            tokens=np.concatenate([np.empty(0, np.int32), *(self.tokens[part] for part in parts)]),
+            logprobs=np.concatenate([np.empty(0, np.float32), *(self.logprobs[part] for part in parts)]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimTokens:
+    """The tokens of trajectories of a claim, packed, 8 bytes each; all else of a token is in its segment."""
+
+    tokens: Int32
+    """[T]"""
+    logprobs: Float32
+    """Behavior log-probs [T]; 0 at prompt tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim(ClaimRows):
+    """One claim without its tokens: its rows, and the S segments of which these consist.
+
+    A segment is a maximal run of tokens of a trajectory with equal version, temperature and mask; the prompt is one.
+    """
+
+    segment_offsets: Int64
+    """First segment of each trajectory, and the end [N + 1]."""
+    segment_lengths: Int64
+    """Tokens [S]."""
+    segment_versions: Int32
+    """[S]; -1 at prompts and observed tokens."""
+    segment_temperatures: Float32
+    """[S]; 1 at prompts."""
+    segment_masks: UInt8
+    """`Mask` flags [S]; 0 at prompts and observed tokens."""
+
+    @classmethod
+    def of(cls, batch: TrainBatch) -> Claim:
+        """The claim whose tokens `batch` has."""
+        starts = batch.segment_starts()
+        return cls(
+            **{field.name: getattr(batch, field.name) for field in fields(ClaimRows)},
+            segment_offsets=np.searchsorted(starts, batch.cu_seqlens),
+            segment_lengths=np.diff(np.append(starts, len(batch.tokens))),
+            segment_versions=batch.versions[starts],
+            segment_temperatures=batch.temperatures[starts],
+            segment_masks=batch.mask[starts],
+        )
+
+    @property
+    def segment_owners(self) -> Int64:
+        """The trajectory of each segment [S], by its index."""
+        return np.repeat(np.arange(len(self.rewards)), np.diff(self.segment_offsets))
+
+    def count(self, flags: Mask) -> Int64:
+        """Tokens of each trajectory with one of `flags` [N]."""
+        chosen = np.where(self.segment_masks & flags, self.segment_lengths, 0)
+        running = np.concatenate([[0], np.cumsum(chosen, dtype=np.int64)])
+        return np.asarray(running[self.segment_offsets[1:]] - running[self.segment_offsets[:-1]])
+
+    def batch(self, rows: Int64, own: ClaimTokens) -> TrainBatch:
+        """The trajectories at `rows` with their tokens, as a batch of their own; without components and plan."""
+        counts = np.diff(self.segment_offsets)[rows]
+        skipped = np.cumsum(counts) - counts
+        chosen = np.arange(counts.sum()) + np.repeat(self.segment_offsets[rows] - skipped, counts)
+        lengths = self.segment_lengths[chosen]
+        return TrainBatch(
+            iteration=self.iteration,
+            version=self.version,
+            cu_seqlens=np.concatenate([[0], np.cumsum(np.diff(self.cu_seqlens)[rows])]).astype(np.int64),
+            prompt_lengths=self.prompt_lengths[rows],
+            groups=self.groups[rows],
+            trajectories=self.trajectories[rows],
+            rewards=self.rewards[rows],
+            components={},
+            stops=self.stops[rows],
+            prompt_ids=tuple(self.prompt_ids[row] for row in rows),
+            tokens=own.tokens,
+            logprobs=own.logprobs,
+            versions=np.repeat(self.segment_versions[chosen], lengths),
+            temperatures=np.repeat(self.segment_temperatures[chosen], lengths),
+            mask=np.repeat(self.segment_masks[chosen], lengths),
+        )

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from pmdflow.config.imports import IMPORT_PATH
 from pmdflow.config.sinks import SETTINGS
 from pmdflow.config.source_problems import source_problems
 
@@ -189,7 +190,7 @@ def _schedule_problems(learner: LearnerConfig) -> Iterator[str]:
 
 def _algorithm_problems(learner: LearnerConfig) -> Iterator[str]:
     name = learner.algorithm
-    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+    if re.fullmatch(IMPORT_PATH, name):
         return
     if name not in ALGORITHM_NAMES:
         near = difflib.get_close_matches(name, ALGORITHM_NAMES, n=1)

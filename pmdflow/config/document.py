@@ -124,8 +124,9 @@ def parse(text: str, *, name: str) -> Document:
     Raises:
         ConfigError: It is not YAML; the error names line and column.
     """
-    loader = _CoreLoader(text)
+    loader = None
     try:
+        loader = _CoreLoader(text)  # refuses what is no text
         node = loader.get_single_node()
         document = Document(name=name, data=None)
         if node is not None:
@@ -136,7 +137,8 @@ def parse(text: str, *, name: str) -> Document:
         place = _place(name, mark, text.splitlines()) if mark else Place(source=name)
         raise ConfigError([ConfigIssue(message=f"not YAML: {_problem(error)}", place=place)]) from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     return document
 
 

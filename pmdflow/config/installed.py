@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from pmdflow.config.errors import ConfigError, ConfigIssue, KeyPath, dotted
+from pmdflow.config.imports import shown
 from pmdflow.config.load import leaves
 from pmdflow.config.try_import import Finding
 from pmdflow.config.variables import variables
@@ -179,5 +180,5 @@ def _try_imports(wanted: Sequence[tuple[str, bool]]) -> list[Finding]:
     if len(findings) < len(wanted):
         path, _ = wanted[len(findings)]
         hint = "let the module only define what it offers, and compute when it is called"
-        findings.append((f"importing `{path}` {ending}", hint))
+        findings.append((f"importing `{shown(path)}` {ending}", hint))
     return findings + [(None, None)] * (len(wanted) - len(findings))  # the others could not be tried

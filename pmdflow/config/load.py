@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 
 from pmdflow.config.document import Document, parse
 from pmdflow.config.errors import ConfigError, ConfigIssue, KeyPath, Place, did_you_mean, dotted, explain
+from pmdflow.config.imports import IMPORT_PATH, locate
 from pmdflow.config.recorded import rename_keys
 from pmdflow.config.schema import RECORDED, Config
 from pmdflow.config.sources import FILE_SUFFIXES
@@ -35,7 +37,8 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Loaded:
     """Read and check a configuration file.
 
     A relative `model.path`, `learner.ptx_data` or file in `data.task` and `eval.sets` is looked for in the current
-    directory first, then beside the configuration file; if it is in neither, it is left as written.
+    directory first, then beside the configuration file; if it is in neither, it is left as written. The same holds for
+    the module of an import path, to which the folder that holds it is added.
 
     Args:
         path: The YAML file.
@@ -63,6 +66,10 @@ def load_run(run_dir: Path | str, overrides: Sequence[str] = ()) -> Loaded:
     """
     path = Path(run_dir) / "config.yaml"
     document = parse(_read(path), name=str(path))
+    if not isinstance(document.data, dict):
+        message = "it holds no settings: it was emptied or cut short"
+        hint = "the run's own `pmdflow up` writes it again; to read the run alone, bring it back from a copy"
+        raise ConfigError([ConfigIssue(message=message, place=Place(source=str(path)), hint=hint)])
     for old, new in rename_keys(document.data).items():
         document.move_places(tuple(old.split(".")), tuple(new.split(".")))
     return _check(document, path, overrides, context=RECORDED)
@@ -71,6 +78,7 @@ def load_run(run_dir: Path | str, overrides: Sequence[str] = ()) -> Loaded:
 def _check(document: Document, path: Path, overrides: Sequence[str], *, context: str | None = None) -> Loaded:
     issues = [*document.duplicates, *filter(None, map(document.override, overrides))]
     _find_paths(document.data, beside=path.parent)
+    _find_modules(document.data, beside=path.parent)
     try:
         config = Config.model_validate({} if document.data is None else document.data, strict=True, context=context)
     except ValidationError as error:
@@ -127,6 +135,13 @@ def _find_paths(data: Any, *, beside: Path) -> None:
                 settings[key] = str(found)
 
 
+def _find_modules(data: Any, *, beside: Path) -> None:
+    for settings, key in _import_settings(data):
+        written = settings.get(key)
+        if isinstance(written, str) and re.fullmatch(IMPORT_PATH, written):
+            settings[key] = locate(written, [Path(), beside])
+
+
 def _path_settings(data: Any) -> Iterator[tuple[dict[str, Any], str]]:
     """Mappings in which a key may name a file or folder, as far as the file's shape can be made out."""
     sections = data if isinstance(data, dict) else {}
@@ -138,6 +153,25 @@ def _path_settings(data: Any) -> Iterator[tuple[dict[str, Any], str]]:
     for settings, key in ((model, "path"), (learner, "ptx_data"), *((task, "task") for task in tasks)):
         if isinstance(settings, dict):
             yield settings, key
+
+
+def _import_settings(data: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """Mappings in which a key may be an import path, as far as the file's shape can be made out."""
+    sections = data if isinstance(data, dict) else {}
+    reward, source, evaluation = (sections.get(name) for name in ("reward", "data", "eval"))
+    mixture = source.get("task") if isinstance(source, dict) else None
+    sets = evaluation.get("sets") if isinstance(evaluation, dict) else None
+    lists = [reward.get("functions") if isinstance(reward, dict) else None]
+    holders = [
+        source,
+        *(mixture if isinstance(mixture, list) else ()),
+        *(sets.values() if isinstance(sets, dict) else ()),
+    ]
+    lists += [holder.get("reward") for holder in holders if isinstance(holder, dict)]
+    functions = [item for functions in lists if isinstance(functions, list) for item in functions]
+    named = [(item, "function") for item in functions]
+    named += [(sections.get("environment"), "factory"), (sections.get("learner"), "algorithm")]
+    yield from ((settings, key) for settings, key in named if isinstance(settings, dict))
 
 
 def _origins(config: Config, document: Document) -> dict[str, str]:

@@ -5,6 +5,7 @@ A configuration that a user writes is never read like this: there an old name is
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,16 @@ def recorded_settings(run_dir: Path) -> dict[str, Any]:
     """The run's `config.yaml` as plain data, unchecked; empty if it is missing or unreadable."""
     try:
         loaded = yaml.safe_load((run_dir / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     rename_keys(loaded)
     return loaded if isinstance(loaded, dict) else {}
+
+
+def recorded_meta(run_dir: Path) -> dict[str, Any]:
+    """The run's `meta.json`; empty if it is missing or torn."""
+    try:
+        meta = json.loads((run_dir / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return meta if isinstance(meta, dict) else {}

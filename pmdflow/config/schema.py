@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, model_validator
 
 from pmdflow.config.combinations import combination_problems
+from pmdflow.config.imports import IMPORT_PATH
 from pmdflow.config.scheduling import SchedulerConfig
 from pmdflow.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from pmdflow.config.sinks import MetricsConfig
@@ -172,9 +173,10 @@ class RolloutConfig(Section):
 class EnvironmentConfig(Section):
     """What trajectories of several turns talk to, such as a tool."""
 
-    factory: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-    """Import path `package.module:name` of what makes an `Environment`, one for each trajectory. A turn of the model
-    ends with an end of sequence or with one of `rollout.stop` and `rollout.stop_token_ids`."""
+    factory: str = Field(pattern=IMPORT_PATH)
+    """Import path `package.module:name`, found like a reward function, of what makes an `Environment`, one for each
+    trajectory. A turn of the model ends with an end of sequence or with one of `rollout.stop` and
+    `rollout.stop_token_ids`."""
     args: dict[str, Any] = {}
     """Arguments of the factory; `${NAME}` is a variable of the environment, which is shown by its name everywhere."""
     timeout_s: PositiveFloat = 10.0

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag
 
+from pmdflow.config.imports import IMPORT_PATH
 from pmdflow.config.section import PositiveFloat, PositiveInt, Section
 
 GYM_PREFIX, HUB_PREFIX = "reasoning_gym/", "hf:"
@@ -26,10 +27,11 @@ INHERITED = ("system", "suffix", "template_args", "reward")
 class RewardFunctionConfig(Section):
     """One weighted reward function."""
 
-    function: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-    """Import path `package.module:name`. Its parameters name what it gets: `completion`, `raw_completion`, `token_ids`,
-    `stop`, `prompt`, `messages`, `metadata`, `timeout_s`. Shipped are `pmdflow.reward.math:score`, `.code:score`,
-    `.tool_call:score`, `.judge:score` and `.reasoning_gym:score`."""
+    function: str = Field(pattern=IMPORT_PATH)
+    """Import path `package.module:name`, of a module in the current directory, beside this file or installed; a run
+    records the folder that it was found in. Its parameters name what it gets: `completion`, `raw_completion`,
+    `token_ids`, `stop`, `prompt`, `messages`, `metadata`, `timeout_s`. Shipped are `pmdflow.reward.math:score`,
+    `.code:score`, `.tool_call:score`, `.judge:score` and `.reasoning_gym:score`."""
     args: dict[str, Any] = {}
     """Its other arguments, such as the model of a judge; `${NAME}` is a variable of the environment, such as a key,
     which is shown by its name everywhere."""

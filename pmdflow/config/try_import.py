@@ -6,13 +6,14 @@ knows by the lines that are missing which import has hung or has ended the proce
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import pkgutil
 import sys
 import traceback
 from difflib import get_close_matches
+
+from pmdflow.config.imports import load_module, parts, shown
 
 Finding = tuple[str | None, str | None]
 """What is wrong with an import path, and the remedy; both None if nothing is."""
@@ -25,9 +26,9 @@ def try_import(path: str, *, called: bool) -> Finding:
         >>> try_import("math:sqr", called=True)
         ('the module `math` has no `sqr`', 'did you mean `sqrt`?')
     """
-    module_name, _, name = path.partition(":")
+    _, module_name, name = parts(path)
     try:
-        module = importlib.import_module(module_name)
+        module = load_module(path)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
             return f"there is no module `{error.name}`", _similar_module(error.name)
@@ -40,7 +41,7 @@ def try_import(path: str, *, called: bool) -> Finding:
         hint = f"did you mean `{near[0]}`?" if near else f"its file is {getattr(module, '__file__', None)}"
         return f"the module `{module_name}` has no `{name}`", hint
     if called and not callable(getattr(module, name)):
-        return f"`{path}` is a {type(getattr(module, name)).__name__}", "name a function or a class"
+        return f"`{shown(path)}` is a {type(getattr(module, name)).__name__}", "name a function or a class"
     return None, None
 
 
@@ -50,7 +51,7 @@ def _similar_module(missing: str) -> str:
     near = get_close_matches(name, [module.name for module in pkgutil.iter_modules(found)], n=1)
     if near:
         return f"did you mean `{parent}.{near[0]}`?" if parent else f"did you mean `{near[0]}`?"
-    return f"modules are looked for in {os.getcwd()} and among the installed packages"
+    return f"modules are looked for in {os.getcwd()}, beside the configuration file and among the installed packages"
 
 
 def _place(error: BaseException) -> str:

@@ -132,14 +132,14 @@ def store(samples: Sequence[Mapping[str, Any]], origin: float) -> Figure:
     ]  # fmt: skip
     ready = make_line("groups ready", x, column(samples, "store/groups_ready"), BLUE)
     ready["line"]["shape"] = "hv"
-    layout = make_layout(_axis("seconds since the start"), "trajectories, groups")
+    layout = make_layout(_axis("seconds since the start", tickformat=","), "trajectories, groups")
     return {"data": [*data, ready], "layout": layout | {"yaxis": _axis("trajectories, groups", rangemode="tozero")}}
 
 
 def rate(samples: Sequence[Mapping[str, Any]], origin: float) -> Figure:
     """Generated tokens a second over time."""
     line = make_line("tokens/s", _since(samples, origin), column(samples, "rollout/tokens_per_s"), GREEN)
-    layout = make_layout(_axis("seconds since the start"), "tokens/s")
+    layout = make_layout(_axis("seconds since the start", tickformat=","), "tokens/s")
     return {"data": [line], "layout": layout | {"yaxis": _axis("tokens/s", rangemode="tozero")}}
 
 
@@ -153,9 +153,11 @@ def timeline(spans: Sequence[Mapping[str, Any]], origin: float, window_s: float 
         bars[span[1]].append((span[0], max(span[2], start), span[3]))
     actors = sorted({span["actor"] for span in recent}, key=_lane)
     data = [_bars(name, bars[name], origin) for name in sorted(bars, key=_work_first)]
-    layout = make_layout(_axis("seconds since the start"), "") | {
+    layout = make_layout(_axis("seconds since the start", tickformat=","), "") | {
         "barmode": "overlay", "bargap": 0.25, "hovermode": "closest",
-        "xaxis": _axis("seconds since the start", range=[start - origin, max(end - origin, start - origin + 1)]),
+        "xaxis": _axis(
+            "seconds since the start", tickformat=",", range=[start - origin, max(end - origin, start - origin + 1)]
+        ),
         "yaxis": _axis("", categoryorder="array", categoryarray=actors[::-1], type="category", automargin=True),
         "height": 130 + 34 * max(len(actors), 2),
     }  # fmt: skip
@@ -201,9 +203,11 @@ def _colour(name: str) -> str:
     return SPAN_COLOURS.get(name) or _OTHER_COLOURS[zlib.crc32(name.encode()) % len(_OTHER_COLOURS)]
 
 
-def _lane(actor: str) -> tuple[int, str]:
+def _lane(actor: str) -> tuple[int, int, str]:
     roles = ("rollout", "reward", "store", "controller", "learner")
-    return next((i for i, role in enumerate(roles) if actor.startswith(role)), len(roles)), actor
+    role = next((i for i, role in enumerate(roles) if actor.startswith(role)), len(roles))
+    number = actor.rpartition("-")[2]
+    return role, int(number) if number.isdecimal() else 0, actor
 
 
 def _work_first(name: str) -> tuple[bool, int, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
@@ -23,11 +24,16 @@ from starlette.templating import Jinja2Templates
 from pmdflow.dashboard import trajectories
 from pmdflow.dashboard.access import LocalNames, RequireToken, is_local, shown_link, token_of, url_of
 from pmdflow.dashboard.comparison import CHARTS, HELD_OUT, Comparison
+from pmdflow.dashboard.live import live_detail, live_rows
 from pmdflow.dashboard.panels import figures
 from pmdflow.dashboard.queries import RunView
 from pmdflow.dashboard.stream import streamed
 from pmdflow.errors import LaunchError
 from pmdflow.metrics.companion import bind
+from pmdflow.store import StoreError
+
+FIRST_WAIT_S = 0.3
+"""So long the run page waits for the files; a longer reading does not keep the page from being seen."""
 
 _HERE = Path(__file__).parent
 _PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
@@ -94,9 +100,11 @@ class Pages:
     """The handlers of one run's pages."""
 
     def __init__(self, run: Path) -> None:
-        """Read nothing yet."""
+        """Begin to read the run's files."""
         self.view = RunView(run)
         self._charts: tuple[int, dict[str, str]] = (-1, {})
+        self._reading = threading.Thread(target=self.view.refresh, name="first-reading", daemon=True)
+        self._reading.start()
 
     def routes(self) -> list[Route]:
         """Where each page is."""
@@ -106,10 +114,14 @@ class Pages:
             Route("/events", streamed(self.snapshot)),
             Route("/trajectories", self.table),
             Route("/trajectories/{iteration:int}/{trajectory:int}", self.trajectory),
+            Route("/trajectories/live/{trajectory:int}", self.live),
         ]
 
     def overview(self, request: Request) -> Response:
-        """The run page."""
+        """The run page; while the files of a long run are read for the first time, without its parts, which follow."""
+        self._reading.join(FIRST_WAIT_S)
+        if self._reading.is_alive():
+            return self._page(request, "overview.html", reading=True)
         self.view.refresh()
         return self._page(request, "overview.html", **self._parts())
 
@@ -118,15 +130,16 @@ class Pages:
         return JSONResponse({key: json.loads(value) for key, value in self.snapshot().items()})
 
     def table(self, request: Request) -> Response:
-        """The table of archived trajectories."""
+        """The table of archived trajectories, or of those in the store."""
         wanted, page = _filter(request.query_params)
-        rows = trajectories.search(self.view.run_dir, wanted)
+        rows, problem = self._rows(wanted)
         last = max(0, math.ceil(len(rows) / trajectories.PAGE_ROWS) - 1)
         page = min(page, last)
         shown = rows[page * trajectories.PAGE_ROWS : (page + 1) * trajectories.PAGE_ROWS]
         return self._page(
             request, "table.html", rows=shown, total=len(rows), page=page, last=last, wanted=wanted,
             query=dict(request.query_params), sort_keys=trajectories.SORT_KEYS, newest=trajectories.NEWEST_PARTS,
+            problem=problem,
         )  # fmt: skip
 
     def trajectory(self, request: Request) -> Response:
@@ -138,6 +151,34 @@ class Pages:
         if found is None:
             raise HTTPException(404, f"the archive holds no trajectory {trajectory} in iteration {iteration}")
         return self._page(request, "trajectory.html", detail=found, decoded=tokenizer is not None)
+
+    def live(self, request: Request) -> Response:
+        """One trajectory of the store, token by token; once it is archived, its place there."""
+        trajectory = request.path_params["trajectory"]
+        self.view.refresh()
+        tokenizer = trajectories.load_tokenizer(self.view.run_dir, self.view.setting("model", "path"))
+        try:
+            found = live_detail(self.view.run_dir, trajectory, tokenizer)
+        except StoreError as error:
+            raise HTTPException(503, f"the store cannot be read: {error}") from error
+        if found is not None:
+            growing = found.row.state == "generating" and self.view.diagnosis().state == "running"
+            return self._page(
+                request, "trajectory.html", detail=found, decoded=tokenizer is not None, growing=growing,
+            )  # fmt: skip
+        archived = trajectories.find(self.view.run_dir, trajectory)
+        if archived is None:
+            raise HTTPException(404, f"neither store nor archive holds trajectory {trajectory}")
+        return RedirectResponse(f"/trajectories/{archived.iteration}/{trajectory}")
+
+    def _rows(self, wanted: trajectories.Filter) -> tuple[list[trajectories.Row], str | None]:
+        """What the table shows, and why it cannot."""
+        if not wanted.live:
+            return trajectories.search(self.view.run_dir, wanted), None
+        try:
+            return trajectories.select(live_rows(self.view.run_dir), wanted), None
+        except StoreError as error:
+            return [], f"the store cannot be read: {error}"
 
     def _page(self, request: Request, template: str, **context: Any) -> Response:
         values = {"run": self.view.name, "path": str(self.view.run_dir), **context}
@@ -210,6 +251,7 @@ def _filter(query: Mapping[str, str]) -> tuple[trajectories.Filter, int]:
     sort = query.get("sort", "iteration")
     iteration = _read(query.get("iteration"), math.nan)
     wanted = trajectories.Filter(
+        live=query.get("where") == "live",
         iteration=None if math.isnan(iteration) else int(iteration),
         reward_min=_read(query.get("reward_min"), -math.inf),
         reward_max=_read(query.get("reward_max"), math.inf),

@@ -1,9 +1,9 @@
-"""Trajectories of the archive as rows of a table, and one of them token by token."""
+"""Trajectories as rows of a table, and one of them token by token: those of the archive; `live` has the store's."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +23,7 @@ NEWEST_PARTS = 50
 SortKey = Literal["iteration", "trajectory", "reward", "length", "versions", "stop"]
 SORT_KEYS: tuple[SortKey, ...] = ("iteration", "trajectory", "reward", "length", "versions", "stop")
 
-_STOP_NAMES = {Stop.NONE: "partial", Stop.STOP: "stop", Stop.LENGTH: "length", Stop.REPETITION: "repetition"}
+STOP_NAMES = {Stop.NONE: "partial", Stop.STOP: "stop", Stop.LENGTH: "length", Stop.REPETITION: "repetition"}
 _MASK_REASONS = (
     (Mask.OVER_AGE, "over-age"), (Mask.SEGMENT, "older segment"), (Mask.FILTER, "filtered"), (Mask.VETO, "veto"),
 )  # fmt: skip
@@ -33,24 +33,31 @@ _MASK_REASONS = (
 class Row:
     """One trajectory in the table."""
 
-    iteration: int
+    iteration: int | None
+    """The one that claimed it; None while none has."""
     trajectory: int
     group: int
     prompt_id: str
-    reward: float
+    reward: float | None
+    """None without one."""
     length: int
     """Generated tokens."""
     first_version: int
+    """-1 without a token."""
     last_version: int
     versions: int
-    """Policy versions that generated it."""
+    """Policy versions that generated it; of a live one, 2 may be more."""
     stop: str
+    state: str = "archived"
+    """Where it is, in words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filter:
     """What the table shows."""
 
+    live: bool = False
+    """Those that the store has, instead of the archived ones."""
     iteration: int | None = None
     reward_min: float = -math.inf
     reward_max: float = math.inf
@@ -79,7 +86,8 @@ class Detail:
     """One trajectory with its tokens."""
 
     row: Row
-    claim_version: int
+    claim_version: int | None
+    """None while it is not claimed."""
     components: dict[str, float]
     temperature: float
     tokens: list[Token]
@@ -90,14 +98,27 @@ class Detail:
 
 
 def search(run_dir: Path, wanted: Filter) -> list[Row]:
-    """All rows that match, sorted."""
+    """All archived rows that match, sorted."""
     paths = parts(run_dir)
     if wanted.iteration is not None:
         paths = [path for path in paths if part_iteration(path) == wanted.iteration]
-    found = [row for path in paths[-NEWEST_PARTS:] for row in part_rows(path) if _matches(row, wanted)]
-    found.sort(key=lambda row: (row.iteration, row.trajectory))
-    found.sort(key=lambda row: getattr(row, wanted.sort), reverse=wanted.descending)
-    return found
+    return select((row for path in paths[-NEWEST_PARTS:] for row in part_rows(path)), wanted)
+
+
+def select(rows: Iterable[Row], wanted: Filter) -> list[Row]:
+    """Those that match, sorted; what has no value comes last."""
+    found = [row for row in rows if _matches(row, wanted)]
+    found.sort(key=lambda row: (math.inf if row.iteration is None else row.iteration, row.trajectory))
+    name = "state" if wanted.live and wanted.sort == "stop" else wanted.sort
+    known = [row for row in found if getattr(row, name) is not None]
+    known.sort(key=lambda row: getattr(row, name), reverse=wanted.descending)
+    return known + [row for row in found if getattr(row, name) is None]
+
+
+def find(run_dir: Path, trajectory: int) -> Row | None:
+    """An archived trajectory by its number alone, among the newest parts."""
+    newest = reversed(parts(run_dir)[-NEWEST_PARTS:])
+    return next((row for path in newest for row in part_rows(path) if row.trajectory == trajectory), None)
 
 
 def part_rows(path: Path) -> tuple[Row, ...]:
@@ -124,14 +145,14 @@ def detail(run_dir: Path, iteration: int, trajectory: int, tokenizer: Tokenizer 
     names = root.attrs["components"]
     values = root["trajectory/components"][index] if names else []
     in_prompt = np.arange(high - low) < root["trajectory/prompt_length"][index]
-    columns = zip(_texts(ids.tolist(), tokenizer), ids, logprobs, mask, versions, starts, in_prompt, strict=True)
+    columns = zip(texts(ids.tolist(), tokenizer), ids, logprobs, mask, versions, starts, in_prompt, strict=True)
     return Detail(
         row=rows[index],
         claim_version=int(root.attrs["version"]),
         components={name: float(value) for name, value in zip(names, values, strict=True) if not np.isnan(value)},
         temperature=float(temperatures[-1]) if high > low else 1.0,
-        tokens=[_token(*column) for column in columns],
-        versions=_version_counts(versions, mask),
+        tokens=[make_token(*column) for column in columns],
+        versions=version_counts(versions, mask),
         siblings=[row for row in rows if row.group == rows[index].group],
     )
 
@@ -168,7 +189,7 @@ def _part_rows(path: Path, _written_ns: int) -> tuple[Row, ...]:
             first_version=int(used[0]) if len(used) else -1,
             last_version=int(used[-1]) if len(used) else -1,
             versions=len(used),
-            stop=_STOP_NAMES.get(Stop(int(trajectory["stop"][i])), "?"),
+            stop=STOP_NAMES.get(Stop(int(trajectory["stop"][i])), "?"),
         )
         rows.append(row)
     return tuple(rows)
@@ -176,13 +197,18 @@ def _part_rows(path: Path, _written_ns: int) -> tuple[Row, ...]:
 
 def _matches(row: Row, wanted: Filter) -> bool:
     return (
-        wanted.reward_min <= row.reward <= wanted.reward_max
+        _between(wanted.reward_min, row.reward, wanted.reward_max)
         and row.length >= wanted.length_min
         and (row.versions >= 2 or not wanted.multi_version)
     )
 
 
-def _texts(ids: list[int], tokenizer: Tokenizer | None) -> Iterator[str]:
+def _between(low: float, value: float | None, high: float) -> bool:
+    """Whether a value is within bounds; none is within open ones alone."""
+    return low <= value <= high if value is not None else (low, high) == (-math.inf, math.inf)
+
+
+def texts(ids: list[int], tokenizer: Tokenizer | None) -> Iterator[str]:
     """The text that each token adds; a token that only begins a character adds none yet."""
     if tokenizer is None:
         yield from (f"{token} " for token in ids)
@@ -192,19 +218,24 @@ def _texts(ids: list[int], tokenizer: Tokenizer | None) -> Iterator[str]:
         yield stream.step(tokenizer, token) or ""
 
 
-def _token(text: str, token: int, logprob: float, mask: int, version: int, starts: bool, in_prompt: bool) -> Token:
-    generated, trained = bool(mask & Mask.GENERATED), bool(mask & Mask.TRAINED)
+def make_token(
+    text: str, token: int, logprob: float, mask: int, version: int, starts: bool, in_prompt: bool, *, live: bool = False
+) -> Token:
+    """A token as shown; one of a live trajectory has not been trained yet, whatever its mask."""
+    generated, trained = bool(mask & Mask.GENERATED), bool(mask & Mask.TRAINED) or live
     if not generated:
         hint = f"{'prompt' if in_prompt else 'observed'}, id {token}"
     else:
         reasons = ", ".join(reason for flag, reason in _MASK_REASONS if mask & flag) or "masked"
-        hint = f"version {version}, logprob {logprob:.4f}, {'trained' if trained else reasons}, id {token}"
+        use = "not trained yet" if live else "trained" if trained else reasons
+        hint = f"version {version}, logprob {logprob:.4f}, {use}, id {token}"
     return Token(
         text=text, generated=generated, trained=trained, starts_segment=bool(starts), version=int(version), hint=hint
     )
 
 
-def _version_counts(versions: Any, mask: Any) -> list[tuple[int, int, int]]:
+def version_counts(versions: Any, mask: Any) -> list[tuple[int, int, int]]:
+    """Policy versions with their tokens, and those of them with a gradient."""
     generated, trained = (mask & Mask.GENERATED) != 0, (mask & Mask.TRAINED) != 0
     return [
         (int(version), int(np.sum(generated & (versions == version))), int(np.sum(trained & (versions == version))))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pmdflow.config.imports import load_named
 from pmdflow.config.variables import hide, resolve
 
 if TYPE_CHECKING:
@@ -51,9 +51,8 @@ def load_environment(config: EnvironmentConfig) -> Callable[[], Environment]:
         ValueError: it cannot be imported, does not take `environment.args`, or names a variable that is not set.
     """
     args = resolve(config.args)
-    module, _, name = config.factory.partition(":")
     try:
-        factory = getattr(importlib.import_module(module), name)
+        factory = load_named(config.factory)
         factory(**args)
     except Exception as error:  # a factory raises whatever it likes
         why = hide(f"{type(error).__name__}: {error}", config.args)

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 from rich.console import Console
 
+from pmdflow.config.imports import locate
 from pmdflow.config.installed import require_engine
 from pmdflow.config.load import load, load_run
 from pmdflow.config.schema import Config
@@ -113,7 +114,8 @@ def eval_config(checkpoint: Checkpoint, task: str, options: EvalOptions) -> Conf
         values["data"]["max_tokens"] = options.max_tokens
     values["learner"] = {"tokens_per_microbatch": values["data"]["max_tokens"] + 1}  # nothing is learnt
     if options.reward:
-        values["reward"]["functions"] = [{"function": name} for name in options.reward]
+        folders = [Path(), Path(task).parent]
+        values["reward"]["functions"] = [{"function": locate(name, folders)} for name in options.reward]
         sources = values["data"]["task"] if isinstance(values["data"]["task"], list) else ()
         for source in (values["data"], *sources):
             source["reward"] = None  # what a source has of its own would come first
@@ -132,7 +134,7 @@ def eval_config(checkpoint: Checkpoint, task: str, options: EvalOptions) -> Conf
 def _values_for(checkpoint: Checkpoint, task: str, options: EvalOptions) -> dict[str, Any]:
     """Settings for a task without a configuration file of its own."""
     run = checkpoint.run
-    same = run is not None and run.data.task == task
+    same = run is not None and _is_same_task(run.data.task, task)
     if not (options.reward or same or task.startswith(GYM_PREFIX)):
         raise LaunchError(f"{task} does not say how an answer is judged", hint="name a function: --reward MODULE:NAME")
     values: dict[str, Any] = {} if run is None else run.model_dump()
@@ -147,6 +149,13 @@ def _values_for(checkpoint: Checkpoint, task: str, options: EvalOptions) -> dict
     }
     data = values["data"] if same else {"task": task, "max_tokens": max_tokens}
     return {**defaults, **values, "data": data, "reward": values["reward"] if same else reward}
+
+
+def _is_same_task(of_run: object, task: str) -> bool:
+    """Whether a task is the one that a run trains on, of which the run records where it is."""
+    if not isinstance(of_run, str) or not task.endswith(FILE_SUFFIXES):
+        return of_run == task
+    return Path(of_run).expanduser().resolve() == Path(task).expanduser().resolve()
 
 
 def _prompts(config: Config, task: str, options: EvalOptions) -> list[Prompt]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from pmdflow.config.recorded import recorded_settings
+from pmdflow.config.recorded import recorded_meta, recorded_settings
 from pmdflow.metrics.history import History
 
 CURVE_ROWS = 20
@@ -59,13 +58,8 @@ def model_card(run: Path, *, iteration: int, version: int, dtype: str, adapter: 
 
 def hub_model(run: Path) -> tuple[str, str] | None:
     """Id and commit of the run's model if it is one of the Hub's; None for a folder of this machine."""
-    model: dict[str, str] = (_meta(run).get("inputs") or {}).get("model") or {}
+    model: dict[str, str] = (recorded_meta(run).get("inputs") or {}).get("model") or {}
     return (model["id"], model["commit"]) if "id" in model else None
-
-
-def _meta(run: Path) -> dict[str, Any]:
-    meta: dict[str, Any] = json.loads((run / "meta.json").read_text(encoding="utf-8"))
-    return meta
 
 
 def _settings(config: Mapping[str, Any]) -> Iterator[str]:
@@ -88,7 +82,7 @@ def _tasks(task: Any) -> str:
 
 
 def _versions(run: Path) -> Iterator[str]:
-    meta = _meta(run)
+    meta = recorded_meta(run)
     hardware, packages = meta.get("hardware") or {}, meta.get("packages") or {}
     versions = {"pmdflow": meta.get("pmdflow"), **packages}
     versions |= {name: hardware.get(name) for name in ("torch", "transformers")}

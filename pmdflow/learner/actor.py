@@ -9,14 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError
 
 from pmdflow.config.schema import Config
+from pmdflow.errors import WaitTimeout
 from pmdflow.learner.result import TrainResult
 from pmdflow.metrics.report import ActorReport
 from pmdflow.metrics.spans import SpanBuffer, Wait
-from pmdflow.types import TrainBatch
+from pmdflow.store.actor import StoreActor
+from pmdflow.store.client import StoreHandle, call
+from pmdflow.types import Claim, ClaimTokens, Int64, TrainBatch
 from pmdflow.weights.make import make_transport
 from pmdflow.weights.transport import WeightsHandle
+
+READ_TIMEOUT_S = 600.0
+"""Tokens that are not there after this long never will be; it outlasts a restart of the store actor."""
 
 
 class LearnerActor:
@@ -56,8 +63,29 @@ class LearnerActor:
         """See `Learner.load`."""
         self._learner.load(directory)
 
-    def train(self, batch: TrainBatch) -> TrainResult:
-        """Train on a claim; the time since the last call was spent waiting for it."""
+    def train(self, claim: Claim, store: StoreHandle) -> TrainResult:
+        """Train on a claim of `store`, from which this rank reads the tokens of its own trajectories alone.
+
+        The time since the last call was spent waiting for it.
+
+        Raises:
+            WaitTimeout: the store did not give the tokens in time.
+        """
+
+        def read(rows: Int64) -> ClaimTokens:
+            asked = call(store, StoreActor.read_tokens, claim.trajectories[rows])
+            try:
+                return ray.get(asked, timeout=READ_TIMEOUT_S)
+            except GetTimeoutError as error:
+                raise WaitTimeout(
+                    f"the store actor did not give iteration {claim.iteration} within {READ_TIMEOUT_S:g} s"
+                ) from error
+
+        with self._busy("wait_claim"):
+            return self._learner.train_claim(claim, read)
+
+    def train_batch(self, batch: TrainBatch) -> TrainResult:
+        """Train on a claim that is given whole, as a replay does."""
         with self._busy("wait_claim"):
             return self._learner.train(batch)
 

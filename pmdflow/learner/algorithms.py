@@ -6,7 +6,6 @@ A new algorithm is a pure function and a line in `ALGORITHMS`; one of your own i
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from pmdflow.config.combinations import ALGORITHM_NAMES
+from pmdflow.config.imports import load_named
 from pmdflow.config.schema import LearnerConfig
 from pmdflow.learner import advantage, objective
 from pmdflow.types import Float64, Int64
@@ -204,9 +204,8 @@ def find_algorithm(name: str) -> Algorithm:
                 f"learner.algorithm is {name!r}: use one of {known}, or an import path package.module:name"
             )
         return ALGORITHMS[name]
-    module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found = load_named(name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"learner.algorithm {name!r} cannot be imported: {error}") from error
     if not isinstance(found, Algorithm):

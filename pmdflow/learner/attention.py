@@ -94,7 +94,7 @@ def packed_attention(
         attend(q, k, v, mask=_window_mask(q, window), scaling=scaling, softcap=softcap, sinks=s_aux)
         for q, k, v in zip(queries, keys, values, strict=True)
     ]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None  # some families view it
 
 
 def _window_mask(query: Tensor, window: int | None) -> Tensor | None:

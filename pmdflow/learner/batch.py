@@ -7,21 +7,23 @@ per-token values packed over those: P of them, in the order of its rows.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from pmdflow import _rust_buffer
 from pmdflow.store.plan import in_claim_order
-from pmdflow.types import Float32, Int32, Int64, Mask, TrainBatch
+from pmdflow.types import Claim, ClaimRows, ClaimTokens, Float32, Int32, Int64, Mask, TrainBatch
 
 BUCKET = 0.6
 """A padded row shorter than this share of the longest begins a new micro-batch: padding costs as much as tokens."""
 
 Bool = npt.NDArray[np.bool_]
 Indices = tuple[int, ...]
+ReadTokens = Callable[[Int64], ClaimTokens]
+"""The tokens of the trajectories at some indices of a claim, packed in that order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +68,7 @@ class MicroBatch:
     """Whether the sequences lie one after another in a single row."""
 
 
-def group_slices(batch: TrainBatch) -> list[slice]:
+def group_slices(batch: ClaimRows) -> list[slice]:
     """The trajectories of each group, in claim order.
 
     Raises:
@@ -75,12 +77,12 @@ def group_slices(batch: TrainBatch) -> list[slice]:
     starts = [0, *(np.flatnonzero(np.diff(batch.groups)) + 1).tolist(), len(batch.groups)]
     slices = [slice(first, last) for first, last in itertools.pairwise(starts) if last > first]
     if len(slices) != len(np.unique(batch.groups)):
-        raise ValueError("the members of a group must be adjacent in a TrainBatch: sort trajectories by group")
+        raise ValueError("the members of a group must be adjacent in a claim: sort trajectories by group")
     return slices
 
 
 def plan_iteration(
-    batch: TrainBatch, *, trained: Bool, steps: int, ranks: int, tokens_per_microbatch: int, packing: bool = True
+    batch: ClaimRows, *, counts: Int64, steps: int, ranks: int, tokens_per_microbatch: int, packing: bool = True
 ) -> list[StepPlan]:
     """Split a claim into steps, ranks and micro-batches.
 
@@ -90,7 +92,7 @@ def plan_iteration(
 
     Args:
         batch: The claim.
-        trained: Which tokens have a gradient [T].
+        counts: Tokens of each trajectory that have a gradient [N].
         steps: Optimizer steps of a claim that brings no plan.
         ranks: Learner ranks.
         tokens_per_microbatch: Most tokens of a micro-batch, padding included.
@@ -99,7 +101,7 @@ def plan_iteration(
     Raises:
         ValueError: one trajectory alone is longer than `tokens_per_microbatch`, or the plan is of another claim.
     """
-    counts, shares = trained_counts(batch, trained), batch.episode_shares()
+    shares = batch.episode_shares()
     lengths = np.diff(batch.cu_seqlens)
     plans = []
     for dealt in _dealt(batch, steps):
@@ -118,7 +120,7 @@ def plan_iteration(
     return plans
 
 
-def _dealt(batch: TrainBatch, steps: int) -> list[Int64]:
+def _dealt(batch: ClaimRows, steps: int) -> list[Int64]:
     """The trajectories of each step."""
     slices = group_slices(batch)
     plan = batch.plan or in_claim_order(len(slices), steps)
@@ -129,12 +131,6 @@ def _dealt(batch: TrainBatch, steps: int) -> list[Int64]:
         )
     step_of = np.repeat(plan.steps, [group.stop - group.start for group in slices])
     return [np.flatnonzero(step_of == step) for step in range(plan.num_steps)]
-
-
-def trained_counts(batch: TrainBatch, flags: Bool) -> Int64:
-    """How many tokens of each trajectory have the flag set [N]."""
-    running = np.concatenate([[0], np.cumsum(flags, dtype=np.int64)])
-    return np.asarray(running[batch.cu_seqlens[1:]] - running[batch.cu_seqlens[:-1]])
 
 
 def _refuse_longer(lengths: Int64, limit: int) -> None:
@@ -167,6 +163,38 @@ def _fill_padded(members: Sequence[int], lengths: Int64, limit: int) -> list[Ind
         else:
             filled.append([member])
     return [tuple(rows) for rows in filled]
+
+
+def pack_rank(
+    claim: Claim, read: ReadTokens, plans: Sequence[StepPlan], *, rank: int, packing: bool
+) -> list[list[MicroBatch]]:
+    """The micro-batches of one rank, step by step. It reads its own trajectories, in their order, and no others.
+
+    Args:
+        claim: All trajectories, without tokens.
+        read: Gives the tokens of the trajectories at some indices.
+        plans: Every step.
+        rank: Which one.
+        packing: Whether a micro-batch is one row without padding.
+
+    Raises:
+        ValueError: as `pack`.
+    """
+    steps = [plan.ranks[rank] for plan in plans]
+    own = read(np.array([row for micros in steps for micro in micros for row in micro], np.int64))
+    lengths, end = np.diff(claim.cu_seqlens), 0
+    packed: list[list[MicroBatch]] = []
+    for micros in steps:
+        packed.append([])
+        for micro in micros:
+            rows = np.array(micro, np.int64)
+            start, end = end, end + int(lengths[rows].sum())
+            tokens = ClaimTokens(tokens=own.tokens[start:end], logprobs=own.logprobs[start:end])
+            batch = claim.batch(rows, tokens)
+            trained = (batch.mask & Mask.TRAINABLE) != 0
+            filled = pack(batch, trained=trained, trajectories=tuple(range(len(rows))), packing=packing)
+            packed[-1].append(replace(filled, trajectories=rows))
+    return packed
 
 
 def pack(batch: TrainBatch, *, trained: Bool, trajectories: Indices, packing: bool = True) -> MicroBatch:

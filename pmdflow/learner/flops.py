@@ -11,7 +11,8 @@ import torch
 
 from pmdflow.config.schema import Config
 from pmdflow.learner.batch import StepPlan
-from pmdflow.types import TrainBatch
+from pmdflow.learner.layers import heads
+from pmdflow.types import ClaimRows
 
 PEAK_BFLOAT16 = {
     "H200": 989e12,
@@ -48,8 +49,6 @@ class Speed:
     def of(cls, model: Any, *, config: Config, device: torch.device) -> Speed:
         """Count those of a Hugging Face model, at the learner's settings."""
         text = model.config.get_text_config()
-        heads = getattr(text, "num_attention_heads", 0)  # a recurrent family may have none
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1)
         weights = sum(parameter.numel() for parameter in model.parameters())
         if not text.tie_word_embeddings:
             weights -= model.get_input_embeddings().weight.numel()
@@ -59,7 +58,7 @@ class Speed:
         return cls(
             per_token=2.0 * weights,
             # Scores and values, each 2 operations for every pair of tokens, of which half are seen.
-            per_square=2.0 * text.num_hidden_layers * heads * head_dim,
+            per_square=2.0 * sum(number * size for number, size in heads(text)),
             passes=4 if config.learner.anchor == "reference" else 3,
             peak=peak * config.learner.ranks if known and peak is not None else None,
         )
@@ -69,9 +68,9 @@ class Speed:
         tokens = np.asarray(lengths, np.float64)
         return float(self.passes * (self.per_token * tokens.sum() + self.per_square * (tokens**2).sum()))
 
-    def metrics(self, batch: TrainBatch, plans: Sequence[StepPlan], *, seconds: float) -> dict[str, Any]:
+    def metrics(self, claim: ClaimRows, plans: Sequence[StepPlan], *, seconds: float) -> dict[str, Any]:
         """Tokens a second, prompt tokens counted, and the model FLOP utilization, None on unknown devices."""
         members = [index for plan in plans for rank in plan.ranks for micro in rank for index in micro]
-        lengths = np.diff(batch.cu_seqlens)[members]
+        lengths = np.diff(claim.cu_seqlens)[members]
         used = None if self.peak is None else self.operations(lengths) / (seconds * self.peak)
         return {"learner/tokens_per_s": float(lengths.sum() / seconds), "learner/mfu": used}

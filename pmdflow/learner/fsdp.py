@@ -106,10 +106,9 @@ def build_policy(path: str, *, dtype: str, learner: LearnerConfig, mesh: DeviceM
     model = load_model(path, packing=learner.packing)
     if learner.lora is not None:
         add_adapters(model, learner.lora)
-    remedy = "set learner.packing to false, or choose another model" if learner.packing else "choose another model"
-    with failures_named(model, what="the learner", remedy=remedy):
+    with failures_named(model, what="the learner", remedy=_remedy(packing=learner.packing)):
         policy = Policy(model.eval())
-        check_policy(policy, packing=learner.packing)
+    _check_on_first_rank(policy, packing=learner.packing)
     layers = _outermost(model, set(model._no_split_modules or ()))
     for layer in layers:
         if learner.activation_checkpointing:
@@ -118,6 +117,28 @@ def build_policy(path: str, *, dtype: str, learner: LearnerConfig, mesh: DeviceM
             layer.compile(dynamic=True)
     _shard(policy, layers, dtype=DTYPES[dtype], cpu_offload=learner.cpu_offload, mesh=mesh)
     return policy
+
+
+def _check_on_first_rank(policy: Policy, *, packing: bool) -> None:
+    """The self-check, which is the same for all ranks; what rank 0 finds, every rank refuses.
+
+    Raises:
+        ValueError: as `check_policy`, on every rank.
+    """
+    refusal: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            with failures_named(policy.model, what="the learner", remedy=_remedy(packing=packing)):
+                check_policy(policy, packing=packing)
+        except ValueError as error:
+            refusal[0] = str(error)
+    dist.broadcast_object_list(refusal, src=0, device=torch.device("cpu"))
+    if refusal[0] is not None:
+        raise ValueError(refusal[0])
+
+
+def _remedy(*, packing: bool) -> str:
+    return "set learner.packing to false, or choose another model" if packing else "choose another model"
 
 
 def _outermost(module: nn.Module, names: set[str]) -> list[Any]:

@@ -37,6 +37,15 @@ def has_soft_cap(config: Any) -> bool:
     return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
+def heads(config: Any) -> list[tuple[int, int]]:
+    """Attention heads of each layer, and their size; layers of a family need not be alike."""
+    found = []
+    for layer in config.get_text_config().per_layer_config:
+        number = getattr(layer, "num_attention_heads", 0)  # a recurrent family may have none
+        found.append((number, getattr(layer, "head_dim", None) or layer.hidden_size // max(number, 1)))
+    return found
+
+
 def window_of(module: Any, given: int | None) -> int | None:
     """The sliding window of an attention layer; None if it sees all.
 

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from pmdflow.config.schema import Config
 from pmdflow.learner.algorithms import find_algorithm
-from pmdflow.learner.batch import Bool, StepPlan, pack, plan_iteration, trained_counts
+from pmdflow.learner.batch import ReadTokens, StepPlan, pack_rank, plan_iteration
 from pmdflow.learner.checkpoint.files import AsyncSaver, load_training, training_state
 from pmdflow.learner.flops import Speed
 from pmdflow.learner.fsdp import build_policy, free_address, full_state_dict, join_ranks, learner_device
@@ -28,7 +28,7 @@ from pmdflow.learner.supervised import SupervisedData
 from pmdflow.metrics.report import ActorReport
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.reward.total import total_rewards
-from pmdflow.types import Float64, Mask, TrainBatch
+from pmdflow.types import Claim, Float64, Int64, Mask, TrainBatch
 
 
 class Learner:
@@ -94,7 +94,11 @@ class Learner:
             self._build()
 
     def train(self, batch: TrainBatch) -> TrainResult:
-        """Take the iteration's optimizer steps on one claim; every rank gets the whole claim.
+        """Take the iteration's optimizer steps on a claim that is here whole; as `train_claim`."""
+        return self.train_claim(Claim.of(batch), batch.read)
+
+    def train_claim(self, claim: Claim, read: ReadTokens) -> TrainResult:
+        """Take the iteration's optimizer steps on one claim; each rank reads the tokens of its own trajectories alone.
 
         Raises:
             ValueError: a reward is not finite, or a trajectory does not fit `learner.tokens_per_microbatch`.
@@ -104,20 +108,19 @@ class Learner:
         sums = Sums(max_grad_norm=learner.max_grad_norm)
         started = time.perf_counter()
         torch.set_num_threads(learner.threads)  # Also for this thread: it need not be the one that ran setup.
-        rewards = total_rewards(batch, self._config.reward)
-        first, episode, portions = batch.first_branches(), batch.episode_of(), batch.episode_shares()
-        arguments = (rewards.total[first], batch.groups[first], learner)
+        rewards = total_rewards(claim, self._config.reward)
+        first, episode, portions = claim.first_branches(), claim.episode_of(), claim.episode_shares()
+        arguments = (rewards.total[first], claim.groups[first], learner)
         advantages = self._algorithm.advantages(*arguments)[episode]
         weights = portions
         if self._algorithm.weights is not None:
             weights = portions * self._algorithm.weights(*arguments)[episode]
-        claimed = (batch.mask & Mask.TRAINABLE) != 0
-        filtered = groups_left_out(batch, rewards.task, learner)
-        trained = claimed & ~np.repeat(filtered, np.diff(batch.cu_seqlens))
-        plans = self._plan(batch, trained, steps=learner.steps_per_iteration)
-        steps = [self._load(batch, plan, trained, advantages, weights) for plan in plans]
-        anchors = self._anchors(batch, steps, sums)
-        counts, kept = trained_counts(batch, claimed), trained_counts(batch, trained)
+        filtered = groups_left_out(claim, rewards.task, learner)
+        counts = claim.count(Mask.TRAINABLE)
+        kept = np.where(filtered, 0, counts)
+        plans = self._plan(claim, kept, steps=learner.steps_per_iteration)
+        steps = self._load(claim, read, plans, advantages, weights)
+        anchors = self._anchors(claim, steps, sums)
         vetoed = np.zeros_like(filtered)
         weighed: list[Weighed] = []
         if learner.veto:
@@ -125,15 +128,15 @@ class Learner:
         if learner.importance_weights != "none":
             pairs = [weigh(micros, own, learner, self._device) for micros, own in zip(steps, anchors, strict=True)]
             steps, weighed = [micros for micros, _ in pairs], [total for _, total in pairs]
-        self._take_steps(batch, plans, steps, anchors, sums)
+        self._take_steps(claim, plans, steps, anchors, sums)
         left_out = {"filter": filtered, "veto": vetoed}
         total = max(int(counts.sum()), 1)
         own = sums.metrics(clips=self._algorithm.clipped is not None, supervised=self._ptx is not None)
         shares = {f"learner/{reason}_share": int(counts[out].sum()) / total for reason, out in left_out.items()}
         return TrainResult(
             metrics={**own, **importance_metrics(weighed), **rewards.metrics(), **shares},
-            speed=self._speed.metrics(batch, plans, seconds=time.perf_counter() - started),
-            left_out={reason: batch.trajectories[out].tolist() for reason, out in left_out.items()},
+            speed=self._speed.metrics(claim, plans, seconds=time.perf_counter() - started),
+            left_out={reason: claim.trajectories[out].tolist() for reason, out in left_out.items()},
             advantages=advantages,
         )
 
@@ -193,11 +196,11 @@ class Learner:
         self._num_steps = 0
         self._pristine = True
 
-    def _plan(self, batch: TrainBatch, trained: Bool, *, steps: int) -> list[StepPlan]:
+    def _plan(self, claim: Claim, counts: Int64, *, steps: int) -> list[StepPlan]:
         learner = self._config.learner
         return plan_iteration(
-            batch,
-            trained=trained,
+            claim,
+            counts=counts,
             steps=steps,
             ranks=learner.ranks,
             tokens_per_microbatch=learner.tokens_per_microbatch,
@@ -205,18 +208,20 @@ class Learner:
         )
 
     def _load(
-        self, batch: TrainBatch, plan: StepPlan, trained: Bool, advantages: Float64, weights: Float64
-    ) -> list[Tensors]:
-        packing = self._config.learner.packing
-        micros = (pack(batch, trained=trained, trajectories=part, packing=packing) for part in plan.ranks[self._rank])
+        self, claim: Claim, read: ReadTokens, plans: list[StepPlan], advantages: Float64, weights: Float64
+    ) -> list[list[Tensors]]:
+        steps = pack_rank(claim, read, plans, rank=self._rank, packing=self._config.learner.packing)
         values = {"advantages": advantages, "weights": weights}
-        return [Tensors.of(micro, **values, version=batch.version, device=self._device) for micro in micros]
+        return [
+            [Tensors.of(micro, **values, version=claim.version, device=self._device) for micro in micros]
+            for micros in steps
+        ]
 
-    def _anchors(self, batch: TrainBatch, steps: list[list[Tensors]], sums: Sums) -> list[list[Tensor]]:
+    def _anchors(self, claim: Claim, steps: list[list[Tensors]], sums: Sums) -> list[list[Tensor]]:
         """The log-probs to compare with; log pi_i of the whole claim is computed before the first step."""
         if self._config.learner.anchor == "behavior":
             return [[micro.behavior for micro in micros] for micros in steps]
-        with self._spans.span("reference", iteration=batch.iteration):
+        with self._spans.span("reference", iteration=claim.iteration):
             anchors = [reference_pass(self._policy, micros) for micros in steps]
             pairs = zip(chain(*steps), chain(*anchors), strict=True)
             sums.mismatch = over_ranks(added(StepSums, (mismatch_sums(*pair) for pair in pairs)), self._device)
@@ -224,7 +229,7 @@ class Learner:
 
     def _take_steps(
         self,
-        batch: TrainBatch,
+        claim: Claim,
         plans: list[StepPlan],
         steps: list[list[Tensors]],
         anchors: list[list[Tensor]],
@@ -234,8 +239,8 @@ class Learner:
             self._optimizer.state.clear()
         self._pristine = False
         for index, (plan, micros) in enumerate(zip(plans, steps, strict=True)):
-            where = f"iteration {batch.iteration}, step {index + 1} of {len(plans)}"
-            with self._spans.span("step", iteration=batch.iteration, step=index, tokens=plan.num_tokens):
+            where = f"iteration {claim.iteration}, step {index + 1} of {len(plans)}"
+            with self._spans.span("step", iteration=claim.iteration, step=index, tokens=plan.num_tokens):
                 self._step(plan, micros, anchors[index], sums, where)
 
     def _supervised(self) -> Supervised | None:
@@ -243,10 +248,11 @@ class Learner:
         if self._ptx is None:
             return None
         batch = self._ptx.batch(self._num_steps)
-        trained = (batch.mask & Mask.TRAINED) != 0
-        plan = self._plan(batch, trained, steps=1)[0]
-        ones = np.ones(len(batch.rewards))
-        return Supervised(micros=self._load(batch, plan, trained, ones, ones), num_sequences=plan.num_sequences)
+        claim = Claim.of(batch)
+        (plan,) = self._plan(claim, claim.count(Mask.TRAINED), steps=1)
+        ones = np.ones(len(claim.rewards))
+        (micros,) = self._load(claim, batch.read, [plan], ones, ones)
+        return Supervised(micros=micros, num_sequences=plan.num_sequences)
 
     def _step(self, plan: StepPlan, micros: list[Tensors], anchors: list[Tensor], sums: Sums, where: str) -> None:
         """One optimizer step, or none: AdamW moves weights even on zero gradients."""

@@ -17,14 +17,14 @@ from pmdflow.learner.correction import importance_weights, sequence_weights, vet
 from pmdflow.learner.layout import unpack
 from pmdflow.learner.steps import Tensors
 from pmdflow.learner.sums import added, all_sum, over_ranks
-from pmdflow.types import Float64, Int64, TrainBatch
+from pmdflow.types import ClaimRows, Float64, Int64
 
 
-def groups_left_out(batch: TrainBatch, rewards: Float64, learner: LearnerConfig) -> Bool:
+def groups_left_out(claim: ClaimRows, rewards: Float64, learner: LearnerConfig) -> Bool:
     """Trajectories [N] of groups whose mean reward the config leaves out."""
     low, high = learner.keep_groups_above, learner.keep_groups_below
-    first = batch.first_branches()
-    return ~keep_groups(rewards[first], batch.groups[first], low=low, high=high)[batch.episode_of()]
+    first = claim.first_branches()
+    return ~keep_groups(rewards[first], claim.groups[first], low=low, high=high)[claim.episode_of()]
 
 
 def veto_sequences(

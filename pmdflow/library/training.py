@@ -42,11 +42,12 @@ def up(config: str | PathLike[str] | Mapping[str, Any] | Config, *overrides: str
     require_engine(loaded.config.rollout)
     require_imports(loaded)
     require_variables(loaded)
+    from pmdflow.run.directory import RunDirectory
     from pmdflow.run.launch import up as train
 
     if train(loaded) != 0:
         raise KeyboardInterrupt
-    return open_run(Path(loaded.config.run.dir) / loaded.config.run.name)
+    return open_run(RunDirectory.path_of(loaded.config))
 
 
 def _loaded(config: str | PathLike[str] | Mapping[str, Any] | Config, overrides: tuple[str, ...]) -> Loaded:
@@ -55,5 +56,7 @@ def _loaded(config: str | PathLike[str] | Mapping[str, Any] | Config, overrides:
     if overrides:
         raise ValueError(f"overrides {list(overrides)} are for a file: change the configuration itself")
     checked = config if isinstance(config, Config) else Config.model_validate(config)
-    written = Path(checked.run.dir) / checked.run.name / "config.yaml"  # what resumes it from the command line
+    written = (
+        Path(checked.run.dir).expanduser() / checked.run.name / "config.yaml"
+    )  # what resumes it from the command line
     return Loaded(config=checked, origins={}, path=written, place=lambda _: Place(source="pmdflow.up"))

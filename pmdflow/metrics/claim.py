@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from pmdflow.types import ClaimPlan, Int64, Mask, Stop, TrainBatch
+from pmdflow.types import Claim, ClaimPlan, Int64, Mask, Stop
 
 
-def claim_metrics(batch: TrainBatch) -> dict[str, Any]:
+def claim_metrics(claim: Claim) -> dict[str, Any]:
     """Compute the reward, trajectory and staleness keys of an iteration's metrics.
 
     Rewards, stops and lengths, which count generated tokens, are those of episodes. Staleness runs over the tokens that
@@ -17,37 +17,45 @@ def claim_metrics(batch: TrainBatch) -> dict[str, Any]:
     same by decile of generated length, shortest first (None where a decile is empty). The length by
     step is a mean over the step's episodes.
     """
-    first = batch.first_branches()
-    rewards, stops, count = batch.rewards[first], batch.stops[first], len(first)
-    owner = np.repeat(batch.episode_of(), np.diff(batch.cu_seqlens))
-    generated = (batch.mask & Mask.GENERATED) != 0
-    trained = generated & ((batch.mask & Mask.TRAINED) != 0)
-    lengths = np.bincount(owner[generated], minlength=count)
-    untrained = np.bincount(owner[generated & ~trained], minlength=count)
-    staleness = batch.version - batch.versions[trained].astype(np.int64)
-    ages, tokens = np.unique(staleness, return_counts=True)
+    first = claim.first_branches()
+    rewards, stops, count = claim.rewards[first], claim.stops[first], len(first)
+    lengths = _per_episode(claim, claim.count(Mask.GENERATED))
+    untrained = lengths - _per_episode(claim, claim.count(Mask.TRAINED))
+    trained = (claim.segment_masks & Mask.TRAINED) != 0
+    staleness = claim.version - claim.segment_versions[trained].astype(np.int64)
+    ages, which = np.unique(staleness, return_inverse=True)
+    tokens = np.zeros(len(ages), np.int64)
+    np.add.at(tokens, which, claim.segment_lengths[trained])
     return {
         "reward/mean": _mean(rewards),
         "reward/std": float(np.std(rewards)) if count else None,
         "trajectory/length_mean": _mean(lengths),
         "trajectory/length_p90": float(np.percentile(lengths, 90)) if count else None,
-        "trajectory/length_by_step": None if batch.plan is None else _by_step(batch.groups[first], batch.plan, lengths),
-        "trajectory/multi_version_share": _mean(_multi_version(batch, owner, generated, count)),
+        "trajectory/length_by_step": None if claim.plan is None else _by_step(claim.groups[first], claim.plan, lengths),
+        "trajectory/multi_version_share": _mean(_multi_version(claim)),
         "trajectory/stop_share": _mean(stops == Stop.STOP),
         "trajectory/length_share": _mean(stops == Stop.LENGTH),
-        "staleness/mean": _mean(staleness),
-        "staleness/max": int(staleness.max()) if len(staleness) else None,
+        "staleness/mean": _share((ages * tokens).sum(), tokens.sum()),
+        "staleness/max": int(ages.max()) if len(ages) else None,
         "staleness/tokens": {str(age): int(number) for age, number in zip(ages, tokens, strict=True)},
         "staleness/masked_share": _share(untrained.sum(), lengths.sum()),
         "staleness/masked_share_by_decile": _by_decile(lengths, untrained),
     }
 
 
-def _multi_version(batch: TrainBatch, owner: Int64, generated: np.ndarray[Any, np.dtype[np.bool_]], count: int) -> Any:
-    newest = np.full(count, np.iinfo(np.int32).min, np.int64)
-    oldest = np.full(count, np.iinfo(np.int32).max, np.int64)
-    np.maximum.at(newest, owner[generated], batch.versions[generated])
-    np.minimum.at(oldest, owner[generated], batch.versions[generated])
+def _per_episode(claim: Claim, counts: Int64) -> Int64:
+    total = np.zeros(len(claim.first_branches()), np.int64)
+    np.add.at(total, claim.episode_of(), counts)
+    return total
+
+
+def _multi_version(claim: Claim) -> Any:
+    generated = (claim.segment_masks & Mask.GENERATED) != 0
+    owners, versions = claim.episode_of()[claim.segment_owners[generated]], claim.segment_versions[generated]
+    newest = np.full(len(claim.first_branches()), np.iinfo(np.int32).min, np.int64)
+    oldest = np.full(len(newest), np.iinfo(np.int32).max, np.int64)
+    np.maximum.at(newest, owners, versions)
+    np.minimum.at(oldest, owners, versions)
     return newest > oldest
 
 

@@ -15,8 +15,8 @@ Work = Literal[
     "generate", "apply_weights", "reference", "step", "publish", "checkpoint", "start", "score", "archive",
 ]  # fmt: skip
 """What an actor does in a span: a rollout actor generates and applies weights; a learner recomputes reference
-log-probs, takes steps, publishes and writes checkpoints; the reward actor starts its subprocesses and scores; the store
-archives."""
+log-probs, takes steps, publishes and writes checkpoints; the reward actor starts its subprocesses and scores; the
+archive actor archives."""
 Wait = Literal[
     "wait_lease", "wait_grant", "wait_environment", "wait_claim", "wait_controller", "wait_unscored", "wait_groups",
 ]  # fmt: skip

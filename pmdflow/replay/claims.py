@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import ray
 from ray.actor import ActorHandle
 
 from pmdflow.config.load import load_run
+from pmdflow.config.recorded import recorded_meta
 from pmdflow.config.schema import Config
 from pmdflow.errors import PmdflowError
 from pmdflow.learner.actor import LearnerActor
@@ -77,7 +77,7 @@ def replay_claims(run: Path, config: Config, *, start: int, verify: bool = False
         for iteration, path in claims:
             batch = ray.put(claim_to_train(path, anew=config if dealt_anew else None))
             results: list[TrainResult] = ray.get(
-                [learner.train.remote(batch) for learner in learners], timeout=STEP_TIMEOUT_S
+                [learner.train_batch.remote(batch) for learner in learners], timeout=STEP_TIMEOUT_S
             )
             result = results[0]
             yield Replayed(
@@ -130,7 +130,12 @@ def check_same(run: Path, what: str, here: Mapping[str, Any]) -> None:
     """Refuse to compare bit for bit where floating point may differ from what meta.json says of the run."""
     if not (run / "meta.json").is_file():
         raise PmdflowError(f"{run} has no meta.json: its learner never started, so there is nothing to verify")
-    recorded = json.loads((run / "meta.json").read_text())[what]
+    recorded = recorded_meta(run).get(what)
+    if not isinstance(recorded, dict):
+        raise PmdflowError(
+            f"{run}/meta.json is torn: it does not say on what the run was made",
+            hint="bring it back from a copy, or replay without --verify to compare",
+        )
     for name, now in here.items():
         if recorded.get(name, now) != now:
             raise PmdflowError(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsFloat
+
+from pmdflow.config.imports import load_module, parts
 
 INPUTS: Mapping[str, str] = {
     "completion": "the generated text, and what an environment said, without special tokens",
@@ -124,9 +125,9 @@ def load_function(path: str) -> Function:
     Raises:
         ValueError: it cannot be imported, or is not callable.
     """
-    module_name, _, name = path.partition(":")  # the configuration's schema sees to the form
+    _, module_name, name = parts(path)  # the configuration's schema sees to the form
     try:
-        module = importlib.import_module(module_name)
+        module = load_module(path)
     except Exception as error:
         raise ValueError(f"cannot import {module_name}: {type(error).__name__}: {error}") from error
     function: Function | None = getattr(module, name, None)

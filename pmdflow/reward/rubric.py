@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from pmdflow.config.imports import shown
 from pmdflow.config.sources import SOURCE_KEY
 from pmdflow.config.variables import hide, resolve
 from pmdflow.reward.function import RewardFunction, bind, load_function
@@ -181,5 +182,6 @@ def _component_names(paths: Sequence[str]) -> list[str]:
             raise ValueError(
                 f"reward.functions[{index}]: {path!r} is listed twice; give it once, with its whole weight"
             )
-    short = [path.replace(":", ".").rsplit(".", 2)[-2:] for path in paths]
-    return [".".join(name) if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
+    whole = [shown(path) for path in paths]  # the folder says where, not what
+    short = [path.replace(":", ".").rsplit(".", 2)[-2:] for path in whole]
+    return [".".join(name) if short.count(name) == 1 else path for name, path in zip(short, whole, strict=True)]

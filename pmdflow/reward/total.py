@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmdflow.reward.length import length_reward
-from pmdflow.types import Float64, Int64, Mask, Stop, TrainBatch
+from pmdflow.types import Claim, Float64, Mask, Stop, TrainBatch
 
 if TYPE_CHECKING:
     from pmdflow.config.schema import RewardConfig
@@ -38,7 +38,7 @@ class TotalRewards:
         return {"reward/total_mean": self.mean, "reward/length_weight": self.length_weight}
 
 
-def total_rewards(batch: TrainBatch, reward: RewardConfig) -> TotalRewards:
+def total_rewards(batch: TrainBatch | Claim, reward: RewardConfig) -> TotalRewards:
     """Apply the rewards that need the end of a trajectory or its whole group.
 
     - A trajectory cut at `data.max_tokens` gets `cut_reward`, if that is set, and counts as wrong.
@@ -55,14 +55,8 @@ def total_rewards(batch: TrainBatch, reward: RewardConfig) -> TotalRewards:
     total = task
     if weight > 0:
         correct, episode = (batch.rewards >= CORRECT_REWARD) & ~cut, batch.episode_of()
-        lengths = np.bincount(episode, weights=generated_lengths(batch)).astype(np.int64)
+        lengths = np.bincount(episode, weights=batch.count(Mask.GENERATED)).astype(np.int64)
         total = task + weight * length_reward(lengths, correct[first], batch.groups[first])[episode]
     return TotalRewards(
         task=task, total=total, mean=float(total[first].mean()) if len(first) else 0.0, length_weight=weight
     )
-
-
-def generated_lengths(batch: TrainBatch) -> Int64:
-    """Generated tokens of each trajectory [N]."""
-    running = np.concatenate([[0], np.cumsum((batch.mask & Mask.GENERATED) != 0, dtype=np.int64)])
-    return np.asarray(running[batch.cu_seqlens[1:]] - running[batch.cu_seqlens[:-1]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
+import numpy as np
 import ray
 from ray import ObjectRef
 from ray.exceptions import GetTimeoutError
@@ -52,7 +53,8 @@ class StoreRequests:
     def send(self, segments: Sequence[Segment]) -> None:
         """Append in one call; only while no append is in flight."""
         assert self._grants is None
-        self._grants = call(self._store, StoreActor.append, encode_segments(segments))
+        encoded = np.frombuffer(encode_segments(segments), np.uint8)
+        self._grants = call(self._store, StoreActor.append, encoded)
 
     def answered(self) -> tuple[bool, bool]:
         """Whether the request for leases, and whether the append, has its answer."""

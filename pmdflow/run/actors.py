@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,10 @@ from typing import Any, TypeVar
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pmdflow.config.schema import Config
+from pmdflow.errors import LaunchError
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.reward.actor import RewardActor
 from pmdflow.rollout.actor import RolloutActor
@@ -24,30 +27,68 @@ from pmdflow.run.placement import ActorOptions, place_rewards
 from pmdflow.run.scheduler import grant_tokens
 from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Loop, LoopHandle
 from pmdflow.store.actor import StoreActor
+from pmdflow.store.archive.actor import ArchiveActor
 from pmdflow.store.client import StoreHandle, call
 from pmdflow.store.settings import StoreSettings
 from pmdflow.weights.transport import WeightsHandle
 
 LEARNER_SETUP_TIMEOUT_S = 300.0
+RAY_ANSWER_S = 25.0
+"""A Ray that is to be joined answers within this time, that for importing its client included."""
+MOST_READERS = 4
+"""Learner ranks that the store actor serves tokens at once: each has a part of a claim in its memory."""
 
 Actor = TypeVar("Actor")
 
 
 def start_ray(config: Config) -> None:
-    """Start Ray on this machine, or join the cluster that `cluster.address` names."""
+    """Start Ray on this machine, or join the cluster that `cluster.address` names.
+
+    Raises:
+        LaunchError: Ray does not start here, or none answers there within `RAY_ANSWER_S`.
+    """
     rollout, learner = config.rollout, config.learner
     cpus = rollout.actors * rollout.threads * rollout.tensor_parallel + learner.ranks * learner.threads
     local = config.cluster.address == "local"
-    ray.init(
-        address="local" if local else config.cluster.address,
-        num_cpus=max(cpus, os.cpu_count() or 1) if local else None,
-        include_dashboard=False if local else None,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    if not local:
+        _require_ray_at(config.cluster.address)
+    try:
+        ray.init(
+            address="local" if local else config.cluster.address,
+            num_cpus=max(cpus, os.cpu_count() or 1) if local else None,
+            include_dashboard=False if local else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise LaunchError(
+            f"Ray does not start: {str(error).strip().splitlines()[0]}",
+            hint="it keeps its files in /tmp/ray, or below RAY_TMPDIR: a short path on a disk with free space",
+        ) from error
 
 
-def start_store(config: Config, run_dir: Path, *, archive_attrs: Mapping[str, object]) -> StoreHandle:
+def _require_ray_at(address: str) -> None:
+    """Ask in a process of its own, which can be killed: Ray's client waits minutes for an address that is silent.
+
+    Raises:
+        LaunchError: nobody answers in time, or no Ray of this version.
+    """
+    hint = "start one there (`ray start --head`), or set cluster.address to local"
+    code = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False)"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, address], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=RAY_ANSWER_S, check=False, start_new_session=True,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        why = f"no Ray has answered within {RAY_ANSWER_S:g} s"
+        raise LaunchError(f"cluster.address is {address!r}: {why}", hint=hint) from None
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"Ray's client ended with {done.returncode}"]
+        raise LaunchError(f"cluster.address is {address!r}: {said[-1]}", hint=hint)
+
+
+def start_store(config: Config, run_dir: Path) -> StoreHandle:
     """The store actor, which Ray restarts as often as it dies."""
     return make_actor(
         StoreActor,
@@ -55,11 +96,32 @@ def start_store(config: Config, run_dir: Path, *, archive_attrs: Mapping[str, ob
         options={"max_restarts": -1, "max_task_retries": -1, **_store_threads(config)},
         arguments={
             "directory": str(run_dir / "store"),
-            "run_dir": str(run_dir),
             "settings": store_settings(config),
-            "archive_attrs": archive_attrs,
             "steps_per_iteration": config.learner.steps_per_iteration,
             "seed": config.run.seed,
+        },
+    )
+
+
+def start_archive(
+    config: Config, run_dir: Path, store: StoreHandle, *, attrs: Mapping[str, object]
+) -> ActorHandle[ArchiveActor]:
+    """The archive actor, where the store is; Ray restarts it as often as it dies."""
+    node = ray.get(call(store, StoreActor.node), timeout=STARTUP_TIMEOUT_S)
+    return make_actor(
+        ArchiveActor,
+        log=log_path(run_dir, "archive"),
+        options={
+            "max_restarts": -1,
+            "max_task_retries": -1,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True),
+        },
+        arguments={
+            "store": store,
+            "directory": str(run_dir / "store"),
+            "run_dir": str(run_dir),
+            "attrs": attrs,
+            "steps_per_iteration": config.learner.steps_per_iteration,
         },
     )
 
@@ -149,7 +211,14 @@ def make_loops(config: Config, run_dir: Path, store: StoreHandle, places: Sequen
 def _store_threads(config: Config) -> ActorOptions:
     """A waiting call holds a thread of its group: rollout actors wait for leases, everybody else must not."""
     actors = config.rollout.actors
-    groups = {"lease": actors + 1, "append": actors + 1, "score": config.reward.actors + 1, "claim": 2, "archive": 1}
+    groups = {
+        "lease": actors + 1,
+        "append": actors + 1,
+        "score": config.reward.actors + 1,
+        "claim": 2,
+        "read": min(config.learner.ranks, MOST_READERS),
+        "archive": 1,
+    }
     return {"concurrency_groups": groups, "max_concurrency": 4}
 
 

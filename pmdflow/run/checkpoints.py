@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from ray import ObjectRef
+from ray.actor import ActorHandle
 
 from pmdflow.config.schema import Config
 from pmdflow.errors import PmdflowError
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.learner.checkpoint.manifest import Manifest, commit_checkpoint, newest_manifest, oldest_manifest, prune
+from pmdflow.metrics.report import ActorReport
 from pmdflow.run.learner_group import LearnerGroup
 from pmdflow.run.supervision import Supervisor
 from pmdflow.store.actor import StoreActor
+from pmdflow.store.archive.actor import ArchiveActor
 from pmdflow.store.archive.pruning import prune_parts
 from pmdflow.store.client import call
 
@@ -24,8 +28,16 @@ WRITE_TIMEOUT_S = 7200.0
 class Checkpoints:
     """Saves beside training; what the newest one covers is committed before the next one begins."""
 
-    def __init__(self, *, config: Config, run_dir: Path, supervisor: Supervisor, learners: LearnerGroup) -> None:
-        """Use `run_dir`/checkpoints."""
+    def __init__(
+        self,
+        *,
+        config: Config,
+        run_dir: Path,
+        supervisor: Supervisor,
+        learners: LearnerGroup,
+        start_archive: Callable[[], ActorHandle[ArchiveActor]],
+    ) -> None:
+        """Use `run_dir`/checkpoints; `start_archive` creates the actor that archives, when there is something to."""
         self._root = run_dir / "checkpoints"
         self._keep = config.learner.keep_checkpoints
         self._supervisor = supervisor
@@ -34,8 +46,11 @@ class Checkpoints:
         """The checkpoint whose files are being written, and what the ranks answer when they are whole."""
         self._keep_parts = config.archive.keep
         self._run_dir = run_dir
-        self._archiving: tuple[ObjectRef[None], int] | None = None
-        """What the store answers when it has archived and evicted, and the iteration up to which it evicts."""
+        self._start_archive = start_archive
+        self._archive: ActorHandle[ArchiveActor] | None = None
+        """None until there is something to archive: its process need not start while all others do."""
+        self._archiving: tuple[ObjectRef[ActorReport], int] | None = None
+        """What is answered when all is archived and evicted, and the iteration up to which it is evicted."""
         self.saved_iteration = 0
         """Newest iteration whose checkpoint is committed or being written."""
 
@@ -96,14 +111,16 @@ class Checkpoints:
         claims = self._supervisor.get(call(self._supervisor.store, StoreActor.claims), what="the store's claims")
         committed = sorted(iteration for iteration, state in claims.items() if state == "committed")
         if oldest is not None and committed:
-            archived = call(self._supervisor.store, StoreActor.archive, committed, oldest.iteration)
+            self._archive = self._archive or self._start_archive()
+            archived = call(self._archive, ArchiveActor.archive, committed, oldest.iteration)
             self._archiving = archived, oldest.iteration
 
     def await_archive(self) -> None:
         """Wait until what was to be archived is, and what it covers is evicted; then old parts may go."""
         if self._archiving is not None:
             archived, evicted_through = self._archiving
-            self._supervisor.get(archived, what="archiving claims", timeout_s=WRITE_TIMEOUT_S)
+            report = self._supervisor.get(archived, what="archiving claims", timeout_s=WRITE_TIMEOUT_S)
+            self._supervisor.telemetry.take(report, source="archive")
             self._archiving = None
             if self._keep_parts is not None:
                 prune_parts(self._run_dir, keep=self._keep_parts, through=evicted_through)

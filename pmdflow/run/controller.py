@@ -26,8 +26,9 @@ from pmdflow.run.supervision import Supervisor
 from pmdflow.run.telemetry import Interval, store_values
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.answers import ClaimAnswer
+from pmdflow.store.archive.actor import ArchiveActor
 from pmdflow.store.client import call
-from pmdflow.types import Counts, TrainBatch
+from pmdflow.types import Claim, Counts
 from pmdflow.weights.transport import WeightsHandle
 
 CLAIM_WAIT_S = 1.0
@@ -49,8 +50,9 @@ class Controller:
         supervisor: Supervisor,
         prompts: MixedPrompts,
         start_learners: Callable[[], list[ActorHandle[LearnerActor]]],
+        start_archive: Callable[[], ActorHandle[ArchiveActor]],
     ) -> None:
-        """Wire the parts; `start_learners` creates one actor a rank."""
+        """Wire the parts; `start_learners` creates one actor a rank, `start_archive` the one that writes parts."""
         self._config = config
         self._run_dir = run_dir
         self._supervisor = supervisor
@@ -59,7 +61,13 @@ class Controller:
         self._prompts = prompts
         self._settings = SchedulerSettings.of(config)
         self._learners = LearnerGroup(supervisor=supervisor, start=start_learners)
-        self._checkpoints = Checkpoints(config=config, run_dir=run_dir, supervisor=supervisor, learners=self._learners)
+        self._checkpoints = Checkpoints(
+            config=config,
+            run_dir=run_dir,
+            supervisor=supervisor,
+            learners=self._learners,
+            start_archive=start_archive,
+        )
         self._held_out = HeldOut(config=config, supervisor=supervisor, prompts=prompts)
         self.iteration = 0
         """Iterations trained in the surviving history."""
@@ -149,9 +157,11 @@ class Controller:
         if not self._claim(iteration):
             return
         claimed = time.time()
-        batch_ref = call(self._store, StoreActor.read_claim, iteration)
+        claim_ref = call(self._store, StoreActor.read_rows, iteration)
         # Ray resolves a reference in the place of an argument.
-        refs: list[ObjectRef[TrainResult]] = [learner.train.remote(batch_ref) for learner in self._supervisor.learners]
+        refs: list[ObjectRef[TrainResult]] = [
+            learner.train.remote(claim_ref, self._store) for learner in self._supervisor.learners
+        ]
         results = self._learners.wait(refs, what=f"training iteration {iteration}", timeout_s=STEP_TIMEOUT_S)
         trained = time.time()
         self._checkpoints.commit()
@@ -163,7 +173,7 @@ class Controller:
         if iteration % self._config.learner.checkpoint_every == 0:
             self._checkpoints.save(iteration=iteration, version=self.version)
         self._held_out.turn(iteration)
-        batch = self._supervisor.get(batch_ref, what="reading the claim", timeout_s=APPLY_TIMEOUT_S)
+        claim = self._supervisor.get(claim_ref, what="reading the claim", timeout_s=APPLY_TIMEOUT_S)
         times = {
             "time/claim_wait_s": claimed - started,
             "time/train_s": trained - claimed,
@@ -171,7 +181,7 @@ class Controller:
             "time/checkpoint_s": committed - trained + time.time() - published,
             "time/iteration_s": time.time() - started,
         }
-        self._record(batch, {**results[0].metrics, **results[0].speed}, spent, times)
+        self._record(claim, {**results[0].metrics, **results[0].speed}, spent, times)
 
     def _admit(self, most: int = sys.maxsize) -> int:
         """Admit prompts up to the quota; only admission is ever refused, so a full store admits fewer."""
@@ -278,9 +288,7 @@ class Controller:
     def _sample(self) -> tuple[Counts, dict[str, int]]:
         return self._supervisor.get(call(self._store, StoreActor.sample), what="the store's counts")
 
-    def _record(
-        self, batch: TrainBatch, metrics: Mapping[str, object], spent: Counts, times: Mapping[str, float]
-    ) -> None:
+    def _record(self, claim: Claim, metrics: Mapping[str, object], spent: Counts, times: Mapping[str, float]) -> None:
         counts, ledger = self._sample()
         interval = self._telemetry.take_interval()
         self._telemetry.iteration(
@@ -288,7 +296,7 @@ class Controller:
                 **store_values(counts, ledger),
                 "iteration": self.iteration,
                 "version": self.version,
-                **claim_metrics(batch),
+                **claim_metrics(claim),
                 **metrics,
                 "scheduler/tokens_budget": spent.tokens_budget,
                 "scheduler/tokens_spent": spent.tokens_spent,

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
 PROCESSOR_MODEL = ("cpu family", "model", "stepping", "CPU implementer", "CPU variant", "CPU part")
 """Fields of /proc/cpuinfo, on x86 and on Arm: generations that sum in another order may share a name."""
-FIXED_KEYS = (("run", "seed"), ("model",), ("data",))
-"""What a resumed run may not change: stored trajectories were made with it. Model and data are compared by content
-where the run recorded it (`check_inputs`).
-"""
+FIXED_KEYS = ("run.seed", "model.dtype", "learner.lora")
+"""What a resumed run may not change: stored trajectories and checkpoints were made with it. Everything else may differ,
+but for model and data, which are compared by content (`check_inputs`)."""
+FIXED_BY_NAME = ("model.path", "data")
+"""Likewise where the run is older than its record of what they hold."""
 
 
 class RunDirectory:
@@ -48,7 +49,7 @@ class RunDirectory:
         """Create or reopen the directory, lock it and write the resolved configuration.
 
         Raises:
-            LaunchError: it is not writable, is in use, or holds a run of another seed.
+            LaunchError: it is not writable, is in use, or holds a run with other settings that may not change.
         """
         path = cls.path_of(config)
         try:
@@ -67,30 +68,38 @@ class RunDirectory:
                 f"{path} is in use by process {lock.read().strip()}",
                 hint=f"stop it with `pmdflow down {path}`, or choose another run.name",
             ) from error
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        import yaml  # only here, like `load_run` below: `down` waits for what this module imports
-
         run = cls(path, lock)
-        run._check_same_run(config)
-        durable.write(path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        try:
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            run._check_same_run(config)
+            import yaml  # only here, like `load_run` below: `down` waits for what this module imports
+
+            durable.write(path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        except OSError as error:
+            lock.close()
+            raise LaunchError(
+                f"run.dir: cannot write {path}: {error.strerror}",
+                hint="free space on its disk, and start the same `pmdflow up` again; or choose another run.dir",
+            ) from error
+        except BaseException:
+            lock.close()
+            raise
         return run
 
     @staticmethod
     def path_of(config: Config) -> Path:
         """Where the run of a configuration is."""
-        return Path(config.run.dir).absolute() / config.run.name
+        return Path(config.run.dir).expanduser().absolute() / config.run.name
 
     @staticmethod
     def recorded_inputs(path: Path) -> dict[str, Any]:
         """What a run was begun with, as `check_inputs` was told; empty if there is no run, or an older one."""
-        try:
-            meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        inputs: dict[str, Any] = meta.get("inputs", {})
-        return inputs
+        from pmdflow.config.recorded import recorded_meta  # with YAML, which `down` does not wait for
+
+        inputs = recorded_meta(path).get("inputs")
+        return inputs if isinstance(inputs, dict) else {}
 
     def check_inputs(self, inputs: dict[str, Any]) -> None:
         """Refuse another model or other data than the run was begun with; else remember them for meta.json.
@@ -174,29 +183,40 @@ class RunDirectory:
     def _check_same_run(self, config: Config) -> None:
         if not (self.path / "config.yaml").is_file() or not (self.path / "store").is_dir():
             return
+        from pmdflow.config.errors import ConfigError
         from pmdflow.config.load import load_run
 
-        before, now = _comparable(load_run(self.path).config), _comparable(config)
-        for keys in FIXED_KEYS[:1] if self.recorded_inputs(self.path) else FIXED_KEYS:
-            old, new = before, now
-            for key in keys:
-                old, new = old[key], new[key]
-            if old != new:
-                name = ".".join(keys)
+        try:
+            recorded = load_run(self.path).config
+        except ConfigError as error:
+            raise LaunchError(
+                f"{self.path / 'config.yaml'} does not say any more what the run was begun with:\n{error}",
+                hint="delete it, and start the same `pmdflow up` again, which writes it anew",
+            ) from error
+        before, now = _comparable(recorded), _comparable(config)
+        by_name = () if self.recorded_inputs(self.path) else FIXED_BY_NAME
+        for name in (*FIXED_KEYS, *by_name):
+            if before[name] != now[name]:
                 raise LaunchError(
-                    f"{name} is {new!r}, but {self.path} was begun with {old!r}",
+                    f"{name} is {now[name]!r}, but {self.path} was begun with {before[name]!r}",
                     hint="resume with that value, or choose another run.name",
                 )
 
 
 def _comparable(config: Config) -> dict[str, Any]:
-    """What `FIXED_KEYS` names, without what may change, paths absolute."""
+    """What may not change, by its name, without what may in it; paths are absolute."""
     from pmdflow.config.sources import FILE_SUFFIXES
 
     data = config.data.model_dump(mode="json", exclude={"max_prompt_tokens"})
     if isinstance(data["task"], str) and data["task"].endswith(FILE_SUFFIXES):
         data["task"] = str(Path(data["task"]).absolute())
-    return {"run": {"seed": config.run.seed}, "model": str(Path(config.model.path).absolute()), "data": data}
+    return {
+        "run.seed": config.run.seed,
+        "model.dtype": config.model.dtype,
+        "learner.lora": None if config.learner.lora is None else config.learner.lora.model_dump(mode="json"),
+        "model.path": str(Path(config.model.path).absolute()),
+        "data": data,
+    }
 
 
 def log_path(run: Path, actor: str) -> str:

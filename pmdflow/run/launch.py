@@ -20,7 +20,7 @@ from pmdflow.metrics.live import LiveView
 from pmdflow.metrics.recorder import Recorder
 from pmdflow.metrics.sinks.process import SinkProcesses
 from pmdflow.metrics.summary import render_summary
-from pmdflow.run.actors import make_loops, start_learners, start_ray, start_store
+from pmdflow.run.actors import make_loops, start_archive, start_learners, start_ray, start_store
 from pmdflow.run.controller import Controller
 from pmdflow.run.directory import RunDirectory
 from pmdflow.run.inputs import merge, open_inputs, open_prompts
@@ -97,7 +97,7 @@ def _train(inputs: Inputs, run: RunDirectory, telemetry: Telemetry, signals: Sto
         run.write_meta(config, device)
         return learners
 
-    store = start_store(config, run.path, archive_attrs=run.archive_attrs(config))
+    store = start_store(config, run.path)
     supervisor = Supervisor(store=store, telemetry=telemetry)
     signals.drain(supervisor)
     try:
@@ -109,6 +109,7 @@ def _train(inputs: Inputs, run: RunDirectory, telemetry: Telemetry, signals: Sto
             supervisor=supervisor,
             prompts=prompts,
             start_learners=start,
+            start_archive=partial(start_archive, config, run.path, store, attrs=run.archive_attrs(config)),
         )
         controller.run()
         supervisor.stop_learners()

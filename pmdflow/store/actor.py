@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -14,13 +14,11 @@ import ray
 from pmdflow._rust_buffer import Conflict, StoreFull, StoreLocked
 from pmdflow.errors import WaitTimeout
 from pmdflow.metrics.report import ActorReport, Event
-from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.store.answers import ClaimAnswer, EvalResult, Forked, LateMembers
-from pmdflow.store.archive import write_part
 from pmdflow.store.facade import TrajectoryStore
 from pmdflow.store.plan import deal, in_claim_order
 from pmdflow.store.settings import StoreSettings
-from pmdflow.types import Counts, Grant, Lease, Outcome, Prompt, Quota, TrainBatch, Unscored
+from pmdflow.types import Claim, ClaimTokens, Counts, Grant, Int64, Lease, Outcome, Prompt, Quota, UInt8, Unscored
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -47,24 +45,11 @@ class StoreActor:
     Waits for nothing but its callers; a waiting caller is woken by the state change that it waits for.
     """
 
-    def __init__(
-        self,
-        *,
-        directory: str,
-        run_dir: str,
-        settings: StoreSettings,
-        archive_attrs: dict[str, Any],
-        steps_per_iteration: int,
-        seed: int,
-    ) -> None:
+    def __init__(self, *, directory: str, settings: StoreSettings, steps_per_iteration: int, seed: int) -> None:
         """Open the store in `directory`; `settings` are those of `TrajectoryStore`, `seed` is the run's."""
-        self._run_dir = Path(run_dir)
-        self._archive_attrs = archive_attrs
         self._steps_per_iteration = steps_per_iteration
         self._seed = seed
-        self._archived: set[int] = set()
-        """Iterations whose claims this process has archived: they need not be read again until they are undone."""
-        self._spans = SpanBuffer("store")
+        self._room = _Room()
         deadline = time.monotonic() + LOCK_TIMEOUT_S
         while True:
             try:
@@ -85,8 +70,8 @@ class StoreActor:
         return self._store.fence(worker)
 
     @_in_group("append")
-    def append(self, batch: bytes) -> list[Grant]:
-        """Append encoded segments; answers once they are durable."""
+    def append(self, batch: UInt8) -> list[Grant]:
+        """Append encoded segments, an array so that Ray moves bytes as they are; answers once they are durable."""
         return self._store.append(batch)[1]
 
     @_in_group("append")
@@ -116,19 +101,31 @@ class StoreActor:
         return self._store.claim(iteration, version, timeout_s)
 
     @_in_group("claim")
-    def read_claim(self, iteration: int) -> TrainBatch:
-        """The claimed groups as packed arrays, and the plan that deals them to optimizer steps.
+    def read_rows(self, iteration: int) -> Claim:
+        """A claim without its tokens, and the plan that deals its groups to optimizer steps.
 
         The plan is made and recorded when the claim is first read; one that was undone at a resume has it already.
+        The next claim's tokens are read from the disk meanwhile.
         """
-        batch = self._store.read_claim(iteration)
-        if batch.plan is not None:
-            return batch
-        if self._store.claims()[iteration] != "claimed":  # it was trained before plans were recorded
-            return replace(batch, plan=in_claim_order(len(np.unique(batch.groups)), self._steps_per_iteration))
-        plan = deal(batch, self._steps_per_iteration, seed=self._seed)
-        self._store.record_plan(iteration, plan)
-        return replace(batch, plan=plan)
+        claim = self._store.read_rows(iteration)
+        self._store.prefetch()
+        if claim.plan is not None:
+            return claim
+        if self._store.claims()[iteration] != "claimed":  # trained before plans were recorded, so by the rule of then
+            plan = in_claim_order(len(np.unique(claim.groups)), self._steps_per_iteration)
+        else:
+            plan = deal(claim, self._steps_per_iteration, seed=self._seed)
+            self._store.record_plan(iteration, plan)
+        return replace(claim, plan=plan)
+
+    @_in_group("read")
+    def read_tokens(self, trajectories: Int64) -> ClaimTokens:
+        """The tokens of trajectories, packed in that order.
+
+        They are read into memory that the thread uses again: Ray has copied an answer into shared memory, which whoever
+        asked maps, before the thread takes the next call.
+        """
+        return self._room.read(self._store, trajectories)
 
     def admit(
         self,
@@ -170,19 +167,16 @@ class StoreActor:
 
     def uncommit(self, iteration: int) -> list[int]:
         """Undo every claim after `iteration`."""
-        self._archived = {archived for archived in self._archived if archived <= iteration}
         return self._store.uncommit(iteration)
 
     @_in_group("archive")
-    def archive(self, iterations: Sequence[int], evict_through: int) -> None:
-        """Archive the committed claims of `iterations`, then evict what lies at or before `evict_through`."""
-        for iteration in iterations:
-            if iteration in self._archived:
-                continue
-            with self._spans.span("archive", iteration=iteration):
-                write_part(self._run_dir, self.read_claim(iteration), attrs=self._archive_attrs)
-            self._archived.add(iteration)
-        self._store.evict(evict_through)
+    def evict(self, iteration: int) -> int:
+        """Drop the groups of every committed claim up to `iteration`, all of them archived; returns how many."""
+        return self._store.evict(iteration)
+
+    def node(self) -> str:
+        """The node that it is on, where its files are read best."""
+        return str(ray.get_runtime_context().get_node_id())
 
     def discard(self, group: int, reason: str) -> str:
         """Drop a group that no claim has; returns what became of it, in words."""
@@ -230,13 +224,25 @@ class StoreActor:
         return self._store.claims()
 
     def drain(self) -> ActorReport:
-        """Spans, and groups that became ready without late members, since the last call."""
-        late = [_late(members) for members in self._store.take_late()]
-        return ActorReport(spans=self._spans.drain(), events=[*late, *self._spans.losses()])
+        """Groups that became ready without late members since the last call."""
+        return ActorReport(spans=[], events=[_late(members) for members in self._store.take_late()])
 
     def close(self) -> None:
         """Sync and let go of the directory."""
         self._store.close()
+
+
+class _Room(threading.local):
+    """Arrays of one thread, as long as the longest answer so far."""
+
+    def __init__(self) -> None:
+        self._arrays = ClaimTokens(tokens=np.empty(0, np.int32), logprobs=np.empty(0, np.float32))
+
+    def read(self, store: TrajectoryStore, trajectories: Int64) -> ClaimTokens:
+        needed = store.count_tokens(trajectories)
+        if needed > len(self._arrays.tokens):
+            self._arrays = ClaimTokens(tokens=np.empty(needed, np.int32), logprobs=np.empty(needed, np.float32))
+        return store.read_tokens(trajectories, out=self._arrays)
 
 
 def _late(late: LateMembers) -> Event:

@@ -12,6 +12,8 @@ from numpy.typing import ArrayLike
 
 from pmdflow._rust_buffer import Conflict
 from pmdflow.errors import WaitTimeout
+from pmdflow.store.columns import Column, Columns, encoded
+from pmdflow.store.segments import encode_segments
 from pmdflow.store.tokens import token_ids
 from pmdflow.types import Float32, Int32, Prompt, Quota, Segment
 
@@ -35,6 +37,10 @@ class Attempt:
     reward: float
     components: Mapping[str, float]
     """Parts of the reward by name."""
+    extra: Mapping[str, Column]
+    """Extra columns of its tokens."""
+    trajectory_extra: Mapping[str, Column]
+    """Extra values of the attempt itself."""
 
 
 def attempts_of(
@@ -42,24 +48,36 @@ def attempts_of(
     logprobs: Sequence[ArrayLike],
     rewards: Sequence[float],
     components: Sequence[Mapping[str, float]] | None,
+    extra: Sequence[Columns] | None,
+    trajectory_extra: Sequence[Columns] | None,
 ) -> list[Attempt]:
     """What the caller of `put_group` gave, checked before anything is written.
 
     Raises:
         ValueError: lengths differ, a completion is empty, a number is none or not finite, or a name is no text.
     """
-    parts = components if components is not None else [{}] * len(completions)
-    if not 0 < len(completions) == len(logprobs) == len(rewards) == len(parts):
-        raise ValueError(
-            f"{len(completions)} completions, {len(logprobs)} log-probs, {len(rewards)} rewards and {len(parts)} "
-            "components; give one of each for each attempt"
+    count = len(completions)
+    parts = components if components is not None else [{}] * count
+    columns = extra if extra is not None else [{}] * count
+    values = trajectory_extra if trajectory_extra is not None else [{}] * count
+    counts = [count, *map(len, (logprobs, rewards, parts, columns, values))]
+    if not 0 < min(counts) == max(counts):
+        given = "{} completions, {} log-probs, {} rewards, {} components, {} extra and {} trajectory_extra".format(
+            *counts
         )
-    given = zip(completions, logprobs, rewards, parts, strict=True)
-    return [_attempt(number, *values) for number, values in enumerate(given)]
+        raise ValueError(f"{given}; give one of each for each attempt")
+    attempts = zip(completions, logprobs, rewards, parts, columns, values, strict=True)
+    return [_attempt(number, *attempt) for number, attempt in enumerate(attempts)]
 
 
 def _attempt(
-    number: int, completion: ArrayLike, logprobs: ArrayLike, reward: float, components: Mapping[str, float]
+    number: int,
+    completion: ArrayLike,
+    logprobs: ArrayLike,
+    reward: float,
+    components: Mapping[str, float],
+    extra: Columns,
+    trajectory_extra: Columns,
 ) -> Attempt:
     tokens = token_ids(completion, of=f"attempt {number}")
     with np.errstate(over="ignore"):  # what float32 cannot hold is refused below as not finite
@@ -77,7 +95,10 @@ def _attempt(
         raise ValueError(f"attempt {number}: reward and its components must be numbers: {error}") from error
     if not np.isfinite(scores).all() or not np.isfinite([worth, *named.values()]).all():
         raise ValueError(f"attempt {number}: log-probs, reward and its components must be finite")
-    return Attempt(tokens, scores, worth, named)
+    of = f"attempt {number}"
+    columns = {name: encoded(name, values, tokens=len(tokens), of=of)[1] for name, values in extra.items()}
+    whole = {name: encoded(name, value, tokens=None, of=of)[1] for name, value in trajectory_extra.items()}
+    return Attempt(tokens, scores, worth, named, columns, whole)
 
 
 def sampled_at(temperature: float) -> float:
@@ -154,7 +175,12 @@ class _Put:
             epochs = {lease.trajectory: lease.epoch for lease in self.store.lease_group(worker, self.group)}
             if taken := [member for member in missing if member not in epochs]:
                 raise self._conflict(f"another worker holds trajectories {taken}; {_ALONE}")
-            _, grants = self.store.append([self._segment(member, epochs[member]) for member in missing], wait=False)
+            batch = encode_segments(
+                [self._segment(member, epochs[member]) for member in missing],
+                extra=[self.attempts[member].extra for member in missing],
+                trajectory_extra=[self.attempts[member].trajectory_extra for member in missing],
+            )
+            _, grants = self.store.append(batch, wait=False)
             if stale := [grant.trajectory for grant in grants if grant.stale]:
                 raise self._conflict(f"the leases of trajectories {stale} ended before the append; repeat the call")
         except BaseException:
@@ -194,6 +220,9 @@ class _Put:
             return "has other tokens"
         if not np.array_equal(row["logprobs"], attempt.logprobs):
             return "has other log-probs"
+        kept = {name: own[0][2] if isinstance(own, list) else own for name, own in row["extra"].items()}
+        if not _same(kept, {**attempt.extra, **attempt.trajectory_extra}):
+            return "has other extra columns"
         for _, version, temperature, _ in row["segments"]:
             if temperature != self.temperature:
                 return f"has temperature {temperature:g}, not {self.temperature:g}"
@@ -225,6 +254,13 @@ def _open_version(store: TrajectoryStore, request_id: str) -> int:
     newest = max(counts.version, 0)
     store.set_quota(Quota(version=newest, groups=_UNBOUNDED, tokens=0, tokens_per_segment=None))
     return newest
+
+
+def _same(kept: Mapping[str, Column], given: Mapping[str, Column]) -> bool:
+    return kept.keys() == given.keys() and all(
+        kept[name].dtype == given[name].dtype and np.array_equal(kept[name], given[name], equal_nan=True)
+        for name in kept
+    )
 
 
 def _is_text(name: object) -> bool:

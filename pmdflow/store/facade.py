@@ -21,12 +21,13 @@ from numpy.typing import ArrayLike
 from pmdflow import _rust_buffer
 from pmdflow.store.alone import attempts_of, put_attempts, sampled_at
 from pmdflow.store.answers import ClaimAnswer, Forked, LateMembers
+from pmdflow.store.columns import Columns
 from pmdflow.store.metadata import pack_metadata, unpack_metadata
 from pmdflow.store.segments import encode_segments
 from pmdflow.store.settings import StoreSettings
 from pmdflow.store.tokens import token_ids
 from pmdflow.store.view import StoreView, int32
-from pmdflow.types import ClaimPlan, Grant, Lease, LeaseKind, Outcome, Prompt, Quota, Segment, Stop, Unscored
+from pmdflow.types import ClaimPlan, Grant, Lease, LeaseKind, Outcome, Prompt, Quota, Segment, Stop, UInt8, Unscored
 
 
 class TrajectoryStore(StoreView):
@@ -41,6 +42,9 @@ class TrajectoryStore(StoreView):
         >>> [lease.grant for lease in store.lease("worker", version=0, max_leases=2, timeout_s=0.0)]
         [8, 8]
     """
+
+    _read_from: Path | str | None = None
+    """The directory of one that only reads."""
 
     def __init__(self, path: Path | str | None, **settings: Unpack[StoreSettings]) -> None:
         """Open or create the store in directory `path`; None keeps it in memory.
@@ -61,10 +65,24 @@ class TrajectoryStore(StoreView):
             DiskFault: there is no store.
         """
         reader = cls.__new__(cls)
+        reader._read_from = path
         reader._native = _rust_buffer.TrajectoryStore(
             str(path), groups_per_iteration=1, lookahead=0, max_staleness=None, read_only=True
         )
         return reader
+
+    def refresh(self) -> None:
+        """Show what the store in the directory is now; for one that `read` opened.
+
+        Raises:
+            ValueError: it was not: what may write it is always up to date.
+            StoreError: as `read`; what was shown before still is.
+        """
+        if self._read_from is None:
+            raise ValueError("only a store opened by `read` is refreshed; one that may be written always shows what is")
+        newer = type(self).read(self._read_from)
+        self._native.close()
+        self._native = newer._native
 
     def __enter__(self) -> Self:
         """Itself; the end of the context closes it."""
@@ -138,7 +156,7 @@ class TrajectoryStore(StoreView):
         return self._native.fence(worker)
 
     def append(
-        self, batch: bytes | Sequence[Segment], *, wait: bool = True, now_s: float | None = None
+        self, batch: bytes | memoryview | UInt8 | Sequence[Segment], *, wait: bool = True, now_s: float | None = None
     ) -> tuple[int, list[Grant]]:
         """Append segments (encoded or not), extend grants, end leases; returns the log position and a grant for each.
 
@@ -151,7 +169,7 @@ class TrajectoryStore(StoreView):
                 never published, a log-prob that is not finite, or a temperature that is not above 0 (evaluation: 0).
             ValueError: a token id is outside int32.
         """
-        encoded = batch if isinstance(batch, bytes) else encode_segments(batch)
+        encoded: Any = batch if isinstance(batch, bytes | memoryview | np.ndarray) else encode_segments(batch)
         lsn, replies = self._native.append(encoded, wait, now_s)
         return lsn, [Grant(trajectory=trajectory, stale=stale, tokens=grant) for trajectory, stale, grant in replies]
 
@@ -180,6 +198,8 @@ class TrajectoryStore(StoreView):
         rewards: Sequence[float],
         *,
         components: Sequence[Mapping[str, float]] | None = None,
+        extra: Sequence[Columns] | None = None,
+        trajectory_extra: Sequence[Columns] | None = None,
         request_id: str | None = None,
         version: int | None = None,
         temperature: float = 1.0,
@@ -200,19 +220,22 @@ class TrajectoryStore(StoreView):
             logprobs: Log-probs of logits / temperature, one for each token.
             rewards: One for each attempt.
             components: Parts of each reward by name.
+            extra: Named columns of each attempt, a value of any shape for each of its tokens.
+            trajectory_extra: Named values of each attempt, of any shape. Both are in the claim and in the archive.
             request_id: Names the group, so that the call can be repeated; default: a new one.
             version: Policy version that generated them; default: the newest published one.
             temperature: Of the sampling.
 
         Raises:
-            ValueError: lengths differ, a completion is empty, a number is not finite, the temperature is not above 0,
-                or the name of a component is no text; nothing is written then.
+            ValueError: lengths differ, a completion is empty, a number is not finite, the temperature is not above 0, a
+                name is no text, or a column has not one value for each token; nothing is written then.
             StoreFull: `max_bytes` is reached, or the disk is full.
             WaitTimeout: it is not on disk in time.
             Conflict: the id is that of another prompt or of other attempts, its group is gone, the version was never
                 published, or others lease or score here.
         """
-        attempts, kept = attempts_of(completions, logprobs, rewards, components), sampled_at(temperature)
+        attempts = attempts_of(completions, logprobs, rewards, components, extra, trajectory_extra)
+        kept = sampled_at(temperature)
         name, number = uuid4().hex if request_id is None else request_id, None if version is None else index(version)
         return put_attempts(self, name, prompt, attempts, version=number, temperature=kept)
 
@@ -289,6 +312,14 @@ class TrajectoryStore(StoreView):
             Conflict: there is no such claim, it has another plan or is trained, or the plan is of other groups.
         """
         self._native.record_plan(iteration, plan.rule, plan.seed, plan.num_steps, plan.steps.tolist())
+
+    def prefetch(self) -> int:
+        """Have the disk read the tokens of the next claim while this one is trained; returns how many, without waiting.
+
+        They are those of the groups that `claim` would take now, and need no claim: its masks are computed when it is
+        opened, by the version that it is opened with.
+        """
+        return self._native.prefetch()
 
     def commit(self, iteration: int) -> None:
         """A durable checkpoint covers every claim up to `iteration`.

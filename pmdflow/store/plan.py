@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pmdflow.types import ClaimPlan, Int64, TrainBatch
+from pmdflow.types import ClaimPlan, ClaimRows, Int64
 
 
 def in_claim_order(num_groups: int, num_steps: int) -> ClaimPlan:
@@ -45,7 +45,7 @@ def by_length(lengths: Int64, num_steps: int, *, seed: int, iteration: int) -> C
     return ClaimPlan(steps=steps, num_steps=num_steps, rule="length_strata", seed=seed)
 
 
-def deal(batch: TrainBatch, num_steps: int, *, seed: int) -> ClaimPlan:
+def deal(batch: ClaimRows, num_steps: int, *, seed: int) -> ClaimPlan:
     """The plan of a claim by today's rule; `seed` is the run's."""
     after_prompt: Int64 = np.diff(batch.cu_seqlens) - batch.prompt_lengths.astype(np.int64)
     begins = np.flatnonzero(np.diff(batch.groups, prepend=-1))

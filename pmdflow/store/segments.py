@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 from operator import attrgetter
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from pmdflow.store.columns import Columns, encoded
 from pmdflow.store.tokens import token_ids
 from pmdflow.types import Segment
 
@@ -22,25 +23,35 @@ _LOGPROB = np.dtype("<f4")
 
 
 def encode_segments(
-    segments: Sequence[Segment], *, extra: Sequence[Mapping[str, np.ndarray[Any, Any]]] | None = None
+    segments: Sequence[Segment],
+    *,
+    extra: Sequence[Columns] | None = None,
+    trajectory_extra: Sequence[Columns] | None = None,
 ) -> bytes:
     """Encode segments as the batch that `TrajectoryStore.append` takes.
 
     Args:
         segments: In the order in which they are to be appended.
-        extra: Named columns of each segment, stored with it and returned by `trajectory` (for example expert ids): for
-            each token a number, or an array of them.
+        extra: Named columns of each segment, a value of any shape for each of its tokens (for example expert ids); they
+            are stored with it and in every claim and archive part.
+        trajectory_extra: Named values of the trajectory of each segment, likewise; a segment with tokens brings them.
 
     Raises:
-        ValueError: `extra` has another length than `segments`, log-probs another shape than tokens, a column has not
-            one row for each token, or a token id is outside int32.
+        ValueError: `extra` or `trajectory_extra` has another length than `segments`, log-probs another shape than
+            tokens, a column a value too few or too many, or a token id is outside int32.
     """
-    columns: Iterable[Mapping[str, np.ndarray[Any, Any]]] = extra if extra is not None else repeat({}, len(segments))
+    count = len(segments)
+    columns: Iterable[Columns] = extra if extra is not None else repeat({}, count)
+    values: Iterable[Columns] = trajectory_extra if trajectory_extra is not None else repeat({}, count)
     rows: list[tuple[Any, ...]] = []
     arrays: list[Any] = []
-    for segment, named in zip(segments, columns, strict=True):
-        tokens = token_ids(segment.tokens, of=f"trajectory {segment.trajectory}")
-        others = [_column(name, array, segment) for name, array in named.items()]
+    for segment, named, whole in zip(segments, columns, values, strict=True):
+        of = f"trajectory {segment.trajectory}"
+        tokens = token_ids(segment.tokens, of=of)
+        if twice := named.keys() & whole.keys():
+            raise ValueError(f"{of}: {sorted(twice)} in both extra and trajectory_extra; give each name once")
+        others = [(name, *encoded(name, column, tokens=len(tokens), of=of)) for name, column in named.items()]
+        others += [(name, *encoded(name, value, tokens=None, of=of)) for name, value in whole.items()]
         described = [(name, dtype, array.nbytes) for name, dtype, array in others]
         temperature = float(segment.temperature)
         rows.append((*_place(segment), len(tokens), segment.version, temperature, *_end(segment), described))
@@ -56,7 +67,7 @@ def encode_segments(
                     "give one for each"
                 )
             arrays.append(np.ascontiguousarray(segment.logprobs, _LOGPROB))
-        for *_, array in others:
+        for _, _, array in others:
             arrays += array, _padding(array.nbytes)
     header: bytes = msgpack.packb(rows)
     return b"".join([_WIRE.pack(b"PMDB", 1, 0, len(header), 0), header, _padding(len(header)), *arrays])

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
 from pmdflow import _rust_buffer
+from pmdflow.store import columns
 from pmdflow.store.answers import BatchBuffers, EvalResult, GroupState, StoredTrajectory, TrajectoryState
+from pmdflow.store.columns import Extras
 from pmdflow.store.metadata import unpack_metadata
-from pmdflow.types import Branches, ClaimPlan, Counts, Int32, LeaseKind, Stop, TrainBatch
+from pmdflow.types import Branches, Claim, ClaimPlan, ClaimTokens, Counts, Int32, Int64, LeaseKind, Stop, TrainBatch
 
 PAGE_ROWS = 1024
 """Trajectories that a query reads in one call."""
@@ -23,6 +25,13 @@ _ROW_DTYPES = {
     "trajectories": "<i8",
     "rewards": "<f8",
     "stops": "|u1",
+}
+_SEGMENT_DTYPES = {
+    "segment_offsets": "<i8",
+    "segment_lengths": "<i8",
+    "segment_versions": "<i4",
+    "segment_temperatures": "<f4",
+    "segment_masks": "|u1",
 }
 
 
@@ -50,10 +59,8 @@ class StoreView:
         row = self._native.read_claim(iteration, **views, check=check)
         arrays = {name: np.frombuffer(row.pop(name), dtype=dtype) for name, dtype in _ROW_DTYPES.items()}
         arrays |= {name: getattr(buffers, name)[: arrays["cu_seqlens"][-1]] for name in names}
-        components = {name: np.frombuffer(data, dtype="<f8") for name, data in row.pop("components").items()}
-        branches = None if row["branches"] is None else _branches(row["branches"])
-        row |= {"components": components, "prompt_ids": tuple(row["prompt_ids"]), "plan": plan, "branches": branches}
-        return TrainBatch(**row | arrays)
+        extras = self._extras(arrays) if row.pop("columns") else {}
+        return TrainBatch(**row | arrays | _named(row) | extras, plan=plan)
 
     def plan(self, iteration: int) -> ClaimPlan | None:
         """How a claim is dealt to optimizer steps; None where that is not recorded.
@@ -63,6 +70,57 @@ class StoreView:
         """
         row = self._native.plan(iteration)
         return None if row is None else ClaimPlan(**row | {"steps": np.array(row["steps"], np.int32)})
+
+    def read_rows(self, iteration: int) -> Claim:
+        """A claim without its tokens, which `read_tokens` gives; its masks are those of now, and no file is read.
+
+        Raises:
+            Conflict: the iteration has no claim.
+        """
+        row = self._native.claim_rows(iteration)
+        del row["columns"]
+        arrays = {
+            name: np.frombuffer(row.pop(name), dtype=dtype) for name, dtype in (_ROW_DTYPES | _SEGMENT_DTYPES).items()
+        }
+        return Claim(**row | arrays | _named(row), plan=self.plan(iteration))
+
+    def _extras(self, arrays: Mapping[str, Any]) -> dict[str, dict[str, columns.Column]]:
+        """The extra columns of a claim, whose rows are `arrays`."""
+        stored = self._native.read_extras(arrays["trajectories"].tolist())
+        extras, starts = [Extras.of(own) for own in stored], arrays["cu_seqlens"]
+        return {
+            "extra": columns.per_token(extras, starts[:-1] + arrays["prompt_lengths"], int(starts[-1])),
+            "trajectory_extra": columns.whole(extras),
+        }
+
+    def count_tokens(self, trajectories: Sequence[int] | Int64) -> int:
+        """Tokens of live trajectories, prompts included: what `read_tokens` needs room for.
+
+        Raises:
+            Conflict: one of them is not in the store.
+        """
+        return sum(self._native.token_counts([int(number) for number in trajectories]))
+
+    def read_tokens(
+        self, trajectories: Sequence[int] | Int64, *, out: ClaimTokens | None = None, check: bool = True
+    ) -> ClaimTokens:
+        """Prompt and tokens of live trajectories, of a claim or not, packed in the order of their ids here.
+
+        Args:
+            trajectories: Their ids.
+            out: Filled, and the answer is of views of it; nobody else may touch it during the call.
+            check: Test the checksum of every token array.
+
+        Raises:
+            Conflict: one of them is not in the store, or `out` is too small for them.
+            CorruptLog: bytes of them are not those that were written; names file and offset.
+        """
+        ids, total = [int(number) for number in trajectories], self.count_tokens(trajectories)
+        if out is None:
+            out = ClaimTokens(tokens=np.empty(total, np.int32), logprobs=np.empty(total, np.float32))
+        views: dict[str, Any] = {name: getattr(out, name).view(np.uint8) for name in ("tokens", "logprobs")}
+        self._native.read_tokens(ids, **views, check=check)
+        return ClaimTokens(tokens=out.tokens[:total], logprobs=out.logprobs[:total])
 
     def eval_results(self, prefix: str, timeout_s: float) -> list[EvalResult] | None:
         """Results of the evaluation groups whose request ids start with `prefix`; None if some are missing in time."""
@@ -132,29 +190,35 @@ class StoreView:
         """State of every claim that is not evicted: `claimed`, `trained` or `committed`."""
         return self._native.claims()
 
+    def claim_lsn(self, iteration: int) -> int:
+        """Log position of the record of a claim, which no other claim of the iteration has.
+
+        Raises:
+            Conflict: the iteration has no claim.
+        """
+        return self._native.claim_lsn(iteration)
+
     def trajectory(self, trajectory: int) -> dict[str, Any]:
         """One live trajectory with its arrays.
 
         Keys: trajectory, group, state (a `TrajectoryState`), prompt int32 [P], tokens int32 [S], logprobs float32 [S],
         observed uint8 [S], segments [(length, version, temperature, observed)], reward, components, stop, attempts,
-        epoch, extra {name: [(offset, length, values)]}, forks [(branch, start, offset)]: where branches of the episode
-        begin among its tokens, and how many each keeps of the history before it.
+        epoch, extra {name: [(offset, length, values)] of tokens, or the values of the trajectory}, forks [(branch,
+        start, offset)]: where branches of the episode begin among its tokens, and how many each keeps of the history
+        before it.
 
         Raises:
             Conflict: it is not in the store.
         """
         row = self._native.trajectory(trajectory)
-        extra = {
-            name: [(offset, length, np.frombuffer(data, dtype=dtype)) for offset, length, dtype, data in runs]
-            for name, runs in row["extra"].items()
-        }
+        own = Extras.of(row["extra"])
         arrays = {
             "prompt": int32(row["prompt"]),
             "tokens": int32(row["tokens"]),
             "logprobs": np.frombuffer(row["logprobs"], dtype="<f4"),
             "observed": np.frombuffer(row["observed"], np.uint8),
         }
-        return row | arrays | {"stop": Stop(row["stop"]), "extra": extra}
+        return row | arrays | {"stop": Stop(row["stop"]), "extra": {**own.per_token, **own.whole}}
 
     def trajectories(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
         """Live trajectories by id, each as `trajectory` gives it."""
@@ -181,7 +245,13 @@ class StoreView:
         self._native.close()
 
 
-def _branches(row: dict[str, bytes]) -> Branches:
+def _named(row: Mapping[str, Any]) -> dict[str, Any]:
+    components = {name: np.frombuffer(data, dtype="<f8") for name, data in row["components"].items()}
+    branches = None if row["branches"] is None else _branches(row["branches"])
+    return {"components": components, "prompt_ids": tuple(row["prompt_ids"]), "branches": branches}
+
+
+def _branches(row: Mapping[str, bytes]) -> Branches:
     return Branches(
         episodes=np.frombuffer(row["episodes"], "<i8"),
         parents=np.frombuffer(row["parents"], "<i8"),

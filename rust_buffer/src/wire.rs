@@ -5,8 +5,9 @@
 //! to 8 bytes: an array of items `[trajectory, epoch, offset, count, version, temperature, next_version, stop or nil,
 //! observed, [[name, dtype, bytes], ...]]`. The payload holds for each item with a count the token ids (int32), directly
 //! followed by the log-probs (float32; none if observed), padded with zeros to 8 bytes; then each extra column, padded
-//! likewise: for each token a number, or a row of numbers, as its dtype says (`<f4`, `(2, 3)<i2`). It goes into the log
-//! as it is.
+//! likewise. It goes into the log as it is.
+//! A dtype is text that `pmdflow/store/columns.py` reads: the one of `NumPy`, before it the shape of a value
+//! (`(2,)<i2`), and before that `trajectory ` where the column is one value of the trajectory.
 
 use std::ops::Range;
 

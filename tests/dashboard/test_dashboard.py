@@ -358,3 +358,21 @@ def wait_for_points(page: Any, number: int) -> None:
     page.wait_for_function(
         "n => (document.getElementById('chart-reward').data || [{x: []}])[0].x.length === n", arg=number, timeout=30_000
     )
+
+
+def test_the_page_of_a_long_run_is_seen_before_its_files_are_read(
+    run: FixtureRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, go = RunView.refresh, threading.Event()
+
+    def slowly(self: RunView) -> int:
+        assert go.wait(30)
+        return read(self)
+
+    monkeypatch.setattr(RunView, "refresh", slowly)
+    client = client_of(run)
+    page = client.get("/")
+    assert page.status_code == 200 and "Reading the files of the run" in page.text and "chart-reward" in page.text
+    go.set()
+    assert "6 / 20" in client.get("/api/update").json()["html:facts"]
+    assert "sums match" in client.get("/").text

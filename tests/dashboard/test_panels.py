@@ -61,3 +61,10 @@ def test_the_colour_of_an_unknown_span_does_not_change_while_one_looks() -> None
     after = colours("step", "another", "generate", "prefill", "flush", "wait_weights", "wait_lease")
     assert before.items() <= after.items()
     assert len(before) == 3 and before["generate"] == panels.SPAN_COLOURS["generate"]
+
+
+def test_lanes_of_many_actors_are_in_the_order_of_their_numbers() -> None:
+    spans = [span("generate", 0.0, 1.0, f"rollout-{number}") for number in (10, 2, 0)]
+    figure = panels.timeline([*spans, span("step", 0.0, 1.0, "learner-0")], 0.0)
+    lanes = figure["layout"]["yaxis"]["categoryarray"][::-1]
+    assert lanes == ["rollout-0", "rollout-2", "rollout-10", "learner-0"]

@@ -222,3 +222,19 @@ def test_rewards_of_the_command_line_come_before_those_of_sources(mixed: bool, t
     config = eval_config(checkpoint, str(tmp_path / "task.yaml"), options)
     assert [given.function for given in config.reward.functions] == ["math:sqrt"] and not config.own_rewards
     assert eval_config(checkpoint, str(tmp_path / "task.yaml"), EvalOptions()).own_rewards
+
+
+def test_the_file_of_a_run_is_known_from_wherever_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run records the place, and whoever evaluates it writes another path to it, and a reward that lies beside."""
+    write_jsonl(tmp_path / "own.jsonl", [{"question": f"{number} + 1 ="} for number in range(4)])
+    (tmp_path / "judged_there.py").write_text("def score(*, completion):\n    return 1.0\n")
+    run = make_config(str(MODEL), str(tmp_path / "own.jsonl"), columns={"prompt": "question"})
+    checkpoint = Checkpoint(model=str(MODEL), directory=None, version=0, name="own", run=run)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = eval_config(checkpoint, "../own.jsonl", EvalOptions())
+    assert config.data.columns == run.data.columns and config.reward.functions == run.reward.functions
+    config = eval_config(checkpoint, "../own.jsonl", EvalOptions(reward=["judged_there:score"]))
+    assert Path(config.reward.functions[0].function.split(":")[0]).resolve() == tmp_path.resolve()
+    with pytest.raises(LaunchError, match="does not say how an answer is judged"):
+        eval_config(checkpoint, "../other.jsonl", EvalOptions())

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from pmdflow.export.card import CURVE_ROWS, model_card
+from pmdflow.config.recorded import recorded_meta
+from pmdflow.export.card import CURVE_ROWS, hub_model, model_card
 from tests.support.fixture_run import FixtureRun
 
 
@@ -75,3 +76,10 @@ def test_a_mixture_is_told_by_its_sources(run: Path) -> None:
     settings["data"]["task"] = [{"task": "reasoning_gym/chain_sum", "args": {"key": "hidden"}}, {"task": "/a/b.jsonl"}]
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     assert "| `reasoning_gym/chain_sum, b.jsonl` |" in card(run) and "hidden" not in card(run)
+
+
+def test_a_torn_meta_json_leaves_out_what_it_said(tmp_path: Path) -> None:
+    assert recorded_meta(tmp_path) == {}
+    for text in ('{"hardware": {"proc', "[]"):
+        (tmp_path / "meta.json").write_text(text)
+        assert recorded_meta(tmp_path) == {} and hub_model(tmp_path) is None

@@ -30,7 +30,7 @@ def test_plan_covers_every_trained_trajectory_once(seed, steps, ranks, limit, pa
     trained = (batch.mask & Mask.TRAINED) != 0
     lengths = np.diff(batch.cu_seqlens)
     plans = plan_iteration(
-        batch, trained=trained, steps=steps, ranks=ranks, tokens_per_microbatch=limit, packing=packing
+        batch, counts=batch.count(Mask.TRAINED), steps=steps, ranks=ranks, tokens_per_microbatch=limit, packing=packing
     )
     assert len(plans) == steps
     seen, last_group = [], -1
@@ -58,26 +58,25 @@ def test_plan_covers_every_trained_trajectory_once(seed, steps, ranks, limit, pa
 
 def test_plan_is_balanced_and_refuses_what_does_not_fit():
     batch = make_batch()
-    trained = (batch.mask & Mask.TRAINED) != 0
+    trained = batch.count(Mask.TRAINED)
     counts = [
         len(set(batch.groups[[i for m in p.ranks[0] for i in m]]))
-        for p in plan_iteration(batch, trained=trained, steps=4, ranks=1, tokens_per_microbatch=64)
+        for p in plan_iteration(batch, counts=trained, steps=4, ranks=1, tokens_per_microbatch=64)
     ]
     assert counts == [2, 2, 1, 1]
     with pytest.raises(ValueError, match="tokens_per_microbatch is 4"):
-        plan_iteration(batch, trained=trained, steps=1, ranks=1, tokens_per_microbatch=4)
+        plan_iteration(batch, counts=trained, steps=1, ranks=1, tokens_per_microbatch=4)
     with pytest.raises(ValueError, match="adjacent"):
         plan_iteration(
-            replace(batch, groups=batch.groups[::-1] % 2), trained=trained, steps=1, ranks=1, tokens_per_microbatch=64
+            replace(batch, groups=batch.groups[::-1] % 2), counts=trained, steps=1, ranks=1, tokens_per_microbatch=64
         )
 
 
 def test_a_recorded_plan_deals_the_groups_and_not_the_number_of_steps():
     batch = make_batch()
-    trained = (batch.mask & Mask.TRAINED) != 0
 
     def dealt(plan, steps):
-        options = {"trained": trained, "steps": steps, "ranks": 1, "tokens_per_microbatch": 64}
+        options = {"counts": batch.count(Mask.TRAINED), "steps": steps, "ranks": 1, "tokens_per_microbatch": 64}
         plans = plan_iteration(replace(batch, plan=plan), **options)
         return [sorted({int(batch.groups[i]) for micro in plan.ranks[0] for i in micro}) for plan in plans]
 

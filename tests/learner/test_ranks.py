@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 from pydantic import ValidationError
+from transformers import AutoModelForCausalLM
 
 from pmdflow.learner.batch import plan_iteration
 from pmdflow.types import Mask
@@ -34,8 +36,7 @@ def test_two_ranks_equal_one_and_resume_at_another_count(start, pool, model_path
     settings = {"steps_per_iteration": 4, "veto": True, "importance_weights": "token", "importance_normalize": True}
     one = start(make_config(model_path, **settings))
     expected = [one.train(first).metrics, one.train(second).metrics]
-    trained = (second.mask & Mask.TRAINED) != 0
-    plans = plan_iteration(second, trained=trained, steps=4, ranks=2, tokens_per_microbatch=64)
+    plans = plan_iteration(second, counts=second.count(Mask.TRAINED), steps=4, ranks=2, tokens_per_microbatch=64)
     assert len(plans[0].ranks[0][0]) == 1
     assert plans[0].ranks[1] == ((),), "one rank only keeps pace"
 
@@ -84,3 +85,13 @@ def test_one_rank_resumed_by_two_and_again_by_one(start, pool, model_path, tmp_p
 def test_replicas_must_divide_the_ranks(model_path):
     with pytest.raises(ValidationError, match=r"learner\.ranks \(4\) is not a multiple of learner\.replicas \(3\)"):
         make_config(model_path, ranks=4, replicas=3)
+
+
+def test_what_the_first_rank_finds_wrong_with_a_model_every_rank_refuses(pool, model_path, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    with torch.no_grad():
+        model.model.norm.weight[2] = torch.nan
+    model.save_pretrained(tmp_path)
+    refusals = pool.refusals(make_config(str(tmp_path), ranks=2))
+    assert len(refusals) == 2
+    assert all("the learner (packed rows, alone)" in text and "nan nats" in text for text in refusals)

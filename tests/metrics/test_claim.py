@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from pmdflow.metrics.claim import claim_metrics
-from pmdflow.types import ClaimPlan, Mask, Stop, TrainBatch
+from pmdflow.types import Claim, ClaimPlan, Mask, Stop, TrainBatch
 from tests.support.fixture_run import MAX_STALENESS, make_batch
 
 
 def test_claim_metrics_agree_with_a_plain_loop() -> None:
     batch = make_batch(9, groups=16, size=8)
-    values = claim_metrics(batch)
+    values = claim_metrics(Claim.of(batch))
     lengths, multi, masked, ages = [], 0, 0, dict[str, int]()
     for i in range(len(batch.rewards)):
         own = slice(int(batch.cu_seqlens[i]) + int(batch.prompt_lengths[i]), int(batch.cu_seqlens[i + 1]))
@@ -39,9 +39,9 @@ def test_length_by_step_follows_the_plan() -> None:
     batch = make_batch(3, groups=4, size=2)
     plan = ClaimPlan(steps=np.array([2, 0, 2, 0], np.int32), num_steps=3, rule="by_hand", seed=None)
     lengths = (np.diff(batch.cu_seqlens) - batch.prompt_lengths).reshape(4, 2)
-    by_step = claim_metrics(dataclasses.replace(batch, plan=plan))["trajectory/length_by_step"]
+    by_step = claim_metrics(Claim.of(dataclasses.replace(batch, plan=plan)))["trajectory/length_by_step"]
     assert by_step == [lengths[[1, 3]].mean(), None, lengths[[0, 2]].mean()]
-    assert claim_metrics(dataclasses.replace(batch, plan=None))["trajectory/length_by_step"] is None
+    assert claim_metrics(Claim.of(dataclasses.replace(batch, plan=None)))["trajectory/length_by_step"] is None
 
 
 def test_masked_share_by_decile_follows_length() -> None:
@@ -62,4 +62,4 @@ def test_masked_share_by_decile_follows_length() -> None:
         trajectories=np.arange(count), rewards=np.zeros(count), components={}, stops=np.ones(count, np.uint8),
         prompt_ids=("p",) * count,
     )  # fmt: skip
-    assert claim_metrics(batch)["staleness/masked_share_by_decile"] == [0.0] * 9 + [1.0]
+    assert claim_metrics(Claim.of(batch))["staleness/masked_share_by_decile"] == [0.0] * 9 + [1.0]

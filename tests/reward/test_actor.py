@@ -100,7 +100,7 @@ def test_actors_on_two_nodes_score_what_the_store_hands_them(cluster: Cluster, t
     told = tmp_path / "told.jsonl"
     functions = [{"function": "graders:obey"}, {"function": "graders:tell", "weight": 100.0}]
     config = make_config(tmp_path, functions=functions, actors=2)
-    store = start_store(config, tmp_path, archive_attrs={})
+    store = start_store(config, tmp_path)
     metadata = {"told": str(told), "messages": [{"role": "user", "content": "What is it?"}]}
     generate(store, config, [*map(str, range(40)), "invalid", "raise", "sleep", "<think>40</think>"], metadata)
     loops = make_loops(config, tmp_path, store, [{}])[1:]
@@ -135,7 +135,7 @@ def test_actors_on_two_nodes_score_what_the_store_hands_them(cluster: Cluster, t
 
 def test_of_two_answers_to_one_attempt_the_first_stands(cluster: Cluster, tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    store = start_store(config, tmp_path, archive_attrs={})
+    store = start_store(config, tmp_path)
     generate(store, config, ["a", "b"], {})
     handed = [item for _ in range(2) for item in ray.get(call(store, StoreActor.unscored, 2, 0.0, 10.0))]
     first, second = handed[:2]
@@ -154,7 +154,7 @@ def test_of_two_answers_to_one_attempt_the_first_stands(cluster: Cluster, tmp_pa
 
 
 def test_an_actor_says_why_it_cannot_score(cluster: Cluster, tmp_path: Path) -> None:
-    store = start_store(make_config(tmp_path), tmp_path, archive_attrs={})
+    store = start_store(make_config(tmp_path), tmp_path)
     _, loop = make_loops(make_config(tmp_path, "graders:obay"), tmp_path, store, [{}])
     with pytest.raises(ValueError, match="did you mean 'obey'"):
         ray.get(loop.start(None, "")[1], timeout=120)

@@ -10,14 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.store import Conflict, StoreSettings
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.archive import parts, read_part
+from pmdflow.store.archive.claims import archive_claims
 from pmdflow.store.plan import by_length, in_claim_order
-from pmdflow.types import ClaimPlan, Prompt, Quota, Segment
+from pmdflow.types import ClaimPlan, Mask, Prompt, Quota, Segment
 
 PROMPT = Prompt(id="p", text="?", tokens=np.array([5, 6], np.int32))
 SETTINGS: StoreSettings = {"groups_per_iteration": 3, "lookahead": 0, "max_staleness": 4, "durability": "os"}
+STEPS, SEED = 2, 5
 
 
 @given(num_groups=st.integers(0, 40), num_steps=st.integers(1, 9))
@@ -52,10 +55,7 @@ def test_over_the_iterations_every_group_is_equally_likely_in_every_step() -> No
 
 def claimed(directory: Path) -> StoreActor:
     """Three groups of one token a trajectory, claimed."""
-    actor = StoreActor(
-        directory=str(directory / "store"), run_dir=str(directory), settings=SETTINGS, archive_attrs={},
-        steps_per_iteration=2, seed=5,
-    )  # fmt: skip
+    actor = StoreActor(directory=str(directory / "store"), settings=SETTINGS, steps_per_iteration=STEPS, seed=SEED)
     actor.publish(0, None, {})
     actor.set_quota(Quota(version=0, groups=3, tokens=100, tokens_per_segment=None))
     assert actor.admit([(f"train-{number}", number, PROMPT) for number in range(3)], "train", 2, 4) == 3
@@ -71,21 +71,20 @@ def claimed(directory: Path) -> StoreActor:
 
 def reopened(directory: Path, steps_per_iteration: int) -> StoreActor:
     return StoreActor(
-        directory=str(directory / "store"), run_dir=str(directory), settings=SETTINGS, archive_attrs={},
-        steps_per_iteration=steps_per_iteration, seed=5,
-    )  # fmt: skip
+        directory=str(directory / "store"), settings=SETTINGS, steps_per_iteration=steps_per_iteration, seed=6
+    )
 
 
 def test_an_undone_claim_is_dealt_as_it_was_recorded(tmp_path: Path) -> None:
     actor = claimed(tmp_path)
-    plan = actor.read_claim(1).plan
+    plan = actor.read_rows(1).plan
     assert plan is not None
     actor.close()
     for steps in (1, 3):
         actor = reopened(tmp_path, steps)
         actor.uncommit(0)
         assert actor.claim(1, 0, 0.0).status == "claimed"
-        again = actor.read_claim(1).plan
+        again = actor.read_rows(1).plan
         assert again is not None
         assert (again.steps.tolist(), again.num_steps, again.rule) == (plan.steps.tolist(), 2, plan.rule)
         actor.close()
@@ -105,7 +104,7 @@ def test_a_plan_is_recorded_once_and_is_of_the_claim(tmp_path: Path) -> None:
         store.record_plan(1, in_claim_order(3, 2))
     with pytest.raises(Conflict, match="no claim"):
         store.record_plan(2, plan)
-    read = actor.read_claim(1).plan
+    read = actor.read_rows(1).plan
     assert read is not None
     assert (read.steps.tolist(), read.num_steps, read.rule, read.seed) == ([1, 0, 1], 2, "drawn", 2**40)
     store.publish(1, 1)
@@ -120,17 +119,46 @@ def test_a_plan_is_recorded_once_and_is_of_the_claim(tmp_path: Path) -> None:
 
 def test_a_claim_is_handed_out_and_archived_with_its_plan(tmp_path: Path) -> None:
     actor = claimed(tmp_path)
-    plan = actor.read_claim(1).plan
+    plan = actor.read_rows(1).plan
     assert plan is not None
     assert (plan.num_steps, plan.rule, plan.seed) == (2, "length_strata", 5)
     assert sorted(plan.steps.tolist()) in ([0, 0, 1], [0, 1, 1])
     actor.publish(1, 1, {})
     actor.commit(1)
-    actor.archive([1], evict_through=1)
+    spans = SpanBuffer("archive")
+    archive_claims(tmp_path / "store", tmp_path, [1], attrs={}, steps_per_iteration=STEPS, spans=spans)
+    assert actor.evict(1) == 3
     actor.close()
+    assert [span["name"] for span in spans.drain()] == ["archive"]
     (part,) = parts(tmp_path)
     archived = read_part(part).plan
     assert archived is not None
     assert (archived.steps.tolist(), archived.num_steps, archived.rule, archived.seed) == (
         plan.steps.tolist(), plan.num_steps, plan.rule, plan.seed,
     )  # fmt: skip
+
+
+def test_what_is_archived_is_not_read_again_but_a_claim_made_anew_is(tmp_path: Path) -> None:
+    """Beside the store that is open: the archive asks it nothing, and leaves it nothing to wait for."""
+    actor, spans = claimed(tmp_path), SpanBuffer("archive")
+
+    def archive() -> int:
+        archive_claims(tmp_path / "store", tmp_path, [1], attrs={}, steps_per_iteration=STEPS, spans=spans)
+        return len(spans.drain())
+
+    actor.publish(1, 1, {})
+    actor.commit(1)
+    before = actor.counts().lsn
+    assert (archive(), archive()) == (1, 0)
+    assert actor.counts().lsn == before
+    actor.uncommit(0)  # as a resume from an older checkpoint does
+    assert actor.claim(1, 1, 0.0).status == "claimed"
+    actor.publish(2, 1, {"veto": [0]})
+    actor.commit(1)
+    assert archive() == 1
+    (part,) = parts(tmp_path)
+    assert (read_part(part).mask == Mask.GENERATED | Mask.VETO).sum() == 1
+    actor.evict(1)
+    with pytest.raises(Conflict, match="no claim"):
+        archive()
+    actor.close()

@@ -14,7 +14,7 @@ from pmdflow.metrics.claim import claim_metrics
 from pmdflow.metrics.recorder import Recorder
 from pmdflow.metrics.spans import SpanBuffer, SpanName
 from pmdflow.store.archive import write_part
-from pmdflow.types import Mask, Stop, TrainBatch
+from pmdflow.types import Claim, Mask, Stop, TrainBatch
 
 MAX_STALENESS = 3
 BUDGET = 8192
@@ -178,4 +178,4 @@ class FixtureRun:
         budget = {"scheduler/tokens_budget": BUDGET, "scheduler/tokens_spent": int(BUDGET * self.rng.uniform(0.7, 1))}
         learner = {"learner/loss": float("nan"), "learner/grad_norm": np.float32(0.7)}
         identity = {"iteration": batch.iteration, "version": batch.version}
-        return {**identity, **claim_metrics(batch), **times, **rollout, **budget, **learner, **self.ledger()}
+        return {**identity, **claim_metrics(Claim.of(batch)), **times, **rollout, **budget, **learner, **self.ledger()}

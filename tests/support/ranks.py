@@ -60,6 +60,12 @@ class Ranks:
             raise TimeoutError(f"{len(pending)} of {len(ranks)} ranks did not train within {TIMEOUT_S:g} s")
         return [rank.result() for rank in ranks]
 
+    def refusals(self, config: Config) -> list[str]:
+        """What each rank says when it refuses its model."""
+        master = free_address("127.0.0.1")
+        ranks = [self._processes[rank].submit(_refusal, rank, config, master) for rank in range(config.learner.ranks)]
+        return [rank.result(TIMEOUT_S) for rank in ranks]
+
     def kill(self) -> None:
         """End all processes."""
         for pool in self._processes:
@@ -95,3 +101,14 @@ def _train(
         )
     finally:
         learner.close()
+
+
+def _refusal(rank: int, config: Config, master: str) -> str:
+    learner = Learner(config=config, rank=rank)
+    try:
+        learner.setup(master)
+    except ValueError as error:
+        return str(error)
+    finally:
+        learner.close()
+    return ""

@@ -117,7 +117,7 @@ def rollout_alone(config: Config, directory: Path) -> Iterator[RolloutAlone]:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")  # Ray's processes inherit it
         start_ray(config)
     try:
-        store = start_store(config, directory, archive_attrs={})
+        store = start_store(config, directory)
         yield RolloutAlone(config=config, directory=directory, store=store, place=place_rollouts(config)[0])
     finally:
         ray.shutdown()

@@ -17,6 +17,7 @@ from pmdflow.metrics.claim import claim_metrics
 from pmdflow.metrics.recorder import Recorder
 from pmdflow.run.directory import RunDirectory
 from pmdflow.store.archive import write_part
+from pmdflow.types import Claim
 from tests.support.fixture_run import make_batch
 from tests.support.paths import TINY
 from tests.support.runs import small_config
@@ -60,7 +61,7 @@ class TrainedRun:
             prune(manifest.root, keep)
             write_part(self.path, batch, attrs=self._owner.archive_attrs(self.config))
             identity = {"iteration": self.done, "version": self.done, "learner/lr": np.float64(1e-2)}
-            self._recorder.metric("iteration", {**identity, **claim_metrics(batch), **result.metrics})
+            self._recorder.metric("iteration", {**identity, **claim_metrics(Claim.of(batch)), **result.metrics})
             self._evaluate(self.done)
 
     def _evaluate(self, iteration: int) -> None:

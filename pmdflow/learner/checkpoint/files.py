@@ -57,7 +57,10 @@ class AsyncSaver:
             raise WaitTimeout(f"checkpoint {self._directory} was not written in {WRITE_TIMEOUT_S:g} s") from error
         except CheckpointException as error:  # a BaseException
             causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in sorted(error.failures.items()))
-            raise PmdflowError(f"checkpoint {self._directory} cannot be written: {causes}") from error
+            raise PmdflowError(
+                f"checkpoint {self._directory} cannot be written: {causes}",
+                hint="free space on its disk, then start the same `pmdflow up` again: it resumes",
+            ) from error
 
 
 def training_state(policy: Policy, optimizer: torch.optim.Optimizer, num_steps: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pmdflow.run.simulation.report import SimulatedIteration, SimulationReport
 from pmdflow.run.simulation.worker import Worker
 from pmdflow.store.facade import TrajectoryStore
 from pmdflow.store.segments import encode_segments
-from pmdflow.types import Mask, Outcome, Prompt, TrainBatch
+from pmdflow.types import Claim, Mask, Outcome, Prompt, TrainBatch
 
 LEASE_TTL_S = 1e9
 """Leases of live actors never expire: a simulated one appends when sequences end, not several times a second."""
@@ -314,7 +314,7 @@ class Simulation:
         assert self._free_since is not None
         wait_s, self._free_since = now - self._free_since, None
         batch = self._store.read_claim(iteration)
-        values = claim_metrics(batch)
+        values = claim_metrics(Claim.of(batch))
         tokens = int(((batch.mask & Mask.GENERATED) != 0).sum())
         places = sorted({int(place) for place in batch.prompt_ids})
         passed = max((len(self._trained) - bisect(self._trained, place) for place in places), default=0)

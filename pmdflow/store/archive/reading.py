@@ -49,7 +49,14 @@ def read_part(path: str | Path) -> TrainBatch:
         prompt_ids=tuple(prompts.tolist()),
         plan=_plan(attrs, group),
         branches=_branches(trajectory),
+        extra=_extra(path, "token_extra"),
+        trajectory_extra=_extra(path, "trajectory_extra"),
     )
+
+
+def _extra(path: str | Path, name: str) -> Table:
+    """{} where the claim had no such columns."""
+    return read_table(path, name) if name in open_part(path) else {}
 
 
 def _plan(attrs: Mapping[str, Any], group: Table) -> ClaimPlan | None:

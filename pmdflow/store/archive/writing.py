@@ -81,6 +81,9 @@ def _write_tables(path: Path, batch: TrainBatch, attrs: Mapping[str, Any]) -> No
     _write_table(root, "segment", _segment_columns(batch, starts), counted={"length": "token"})
     _write_table(root, "trajectory", _trajectory_columns(batch, starts), counted={"num_segments": "segment"})
     _write_table(root, "group", _group_columns(batch), counted={"size": "trajectory"})
+    for name, columns in (("token_extra", batch.extra), ("trajectory_extra", batch.trajectory_extra)):
+        if columns:
+            _write_table(root, name, columns, rows=name.removesuffix("_extra"))
 
 
 def _segment_starts(batch: TrainBatch) -> Int64:
@@ -167,19 +170,27 @@ def _plan_attrs(batch: TrainBatch) -> dict[str, Any]:
     return {} if plan is None else {"plan": {"rule": plan.rule, "seed": plan.seed, "steps": plan.num_steps}}
 
 
-def _write_table(root: zarr.Group, name: str, columns: Table, counted: Mapping[str, str] | None = None) -> None:
+def _write_table(
+    root: zarr.Group,
+    name: str,
+    columns: Mapping[str, Any],
+    counted: Mapping[str, str] | None = None,
+    rows: str | None = None,
+) -> None:
+    """Write a table whose rows are `rows`; None: they have its name."""
     table = root.create_group(name)
     for column, values in columns.items():
-        dimensions = [name] if column != "token_offset" else ["trajectory_boundary"]
-        dimensions += ["component"] if values.ndim == 2 else []
-        rows = max(1, min(CHUNK_ROWS, len(values)))
+        dimensions = [rows or name] if column != "token_offset" else ["trajectory_boundary"]
+        inner = [f"{column}_{axis}" for axis in range(1, values.ndim)]
+        dimensions += ["component"] if column == "components" else inner
+        chunk = max(1, min(CHUNK_ROWS, len(values)))
         sharded = len(values) > CHUNK_ROWS
-        shard = min(SHARD_ROWS, -(-len(values) // rows) * rows)
+        shard = min(SHARD_ROWS, -(-len(values) // chunk) * chunk)
         array = table.create_array(
             column,
             shape=values.shape,
             dtype="string" if values.dtype == object else values.dtype,
-            chunks=(rows, *values.shape[1:]),
+            chunks=(chunk, *values.shape[1:]),
             shards=(shard, *values.shape[1:]) if sharded else None,
             compressors=[ZstdCodec(level=_ZSTD_LEVEL)],
             dimension_names=dimensions,
@@ -199,7 +210,10 @@ def _digest(batch: TrainBatch) -> str:
     columns += [batch.prompt_lengths, batch.groups, batch.trajectories, batch.rewards, batch.stops]
     if batch.branches is not None:
         columns += [batch.branches.episodes, batch.branches.parents, batch.branches.fork_offsets]
-    for values in (*columns, *batch.components.values()):
+    extras = [*batch.extra.items(), *batch.trajectory_extra.items()]
+    if extras:
+        digest.update(json.dumps([(name, values.dtype.str, values.shape) for name, values in extras]).encode())
+    for values in (*columns, *batch.components.values(), *(values for _, values in extras)):
         digest.update(np.ascontiguousarray(values).data)
     return digest.hexdigest()
 

@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, IoSlice},
+    num::NonZeroU64,
     os::{fd::AsRawFd, unix::fs::FileExt},
     path::{Path, PathBuf},
     sync::{
@@ -13,7 +14,7 @@ use std::{
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 use rustix::{
-    fs::{FallocateFlags, FlockOperation, SeekFrom, fallocate, flock, seek},
+    fs::{Advice as FileAdvice, FallocateFlags, FlockOperation, SeekFrom, fadvise, fallocate, flock, seek},
     io::{Errno, pwritev},
 };
 
@@ -28,6 +29,9 @@ use crate::error::{Result, StoreError};
 const MAX_PARTS: usize = 512;
 
 const PAGE_BYTES: u64 = 4096;
+
+/// Most bytes that Linux reads ahead when it is asked once.
+const READ_AHEAD_BYTES: usize = 128 << 10;
 
 /// Bytes that are copied at once from a file that may be written meanwhile.
 const COPY_BYTES: usize = 4096;
@@ -349,6 +353,18 @@ impl Medium for DiskFile {
             read_whole(file, at, &mut bytes)?;
             Ok((bytes.len() == len).then(|| Bytes::from(&bytes[..])))
         })
+    }
+
+    fn will_need(&self, from: u64, to: u64) {
+        let ask = |file: &File| {
+            for at in (from..to).step_by(READ_AHEAD_BYTES) {
+                let len = NonZeroU64::new((to - at).min(READ_AHEAD_BYTES as u64));
+                fadvise(file, at, len, FileAdvice::WillNeed)?;
+            }
+            Ok(())
+        };
+        // What is not read now is read when it is wanted.
+        let _ = self.with(ask);
     }
 
     fn copy(&self, len: u64) -> io::Result<Bytes> {

@@ -289,6 +289,13 @@ impl Log {
         self.file(file, offset)?.read(offset, len)
     }
 
+    /// Has the medium begin to read bytes that are wanted soon, where it can; a file that is gone needs none.
+    pub fn will_need(&self, file: u32, from: u64, to: u64) {
+        if let Ok(file) = self.file(file, from) {
+            file.medium.will_need(from, to);
+        }
+    }
+
     /// Damage at `offset` of `file`.
     pub fn corrupt(&self, file: u32, offset: u64, detail: impl Into<String>) -> StoreError {
         StoreError::corrupt(self.0.shared.storage.path_of(&file_name(file)), offset, detail)

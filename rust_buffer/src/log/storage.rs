@@ -141,6 +141,9 @@ pub trait Medium: Send + Sync {
     /// Those of the operating system.
     fn read(&self, at: u64, len: usize) -> io::Result<Option<Bytes>>;
 
+    /// Begins to read the range, where the medium can; `read` then has less to wait for.
+    fn will_need(&self, _from: u64, _to: u64) {}
+
     /// A copy of the first `len` bytes, zeros beyond the end, while another process may write them or cut the file;
     /// whatever was written before a byte that is in it is in it too.
     ///

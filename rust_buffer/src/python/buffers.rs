@@ -33,3 +33,27 @@ impl<const N: usize> Buffers<N> {
         })
     }
 }
+
+/// A byte array that is only read, pinned while self lives. The caller leaves it alone meanwhile.
+pub struct View(PyBuffer<u8>);
+
+impl View {
+    /// Pins the array.
+    pub fn new(buffer: PyBuffer<u8>) -> PyResult<Self> {
+        if buffer.is_c_contiguous() {
+            return Ok(Self(buffer));
+        }
+        Err(PyValueError::new_err("an array to be read must be contiguous"))
+    }
+
+    /// Its bytes.
+    #[allow(unsafe_code)]
+    pub fn bytes(&self) -> &[u8] {
+        if self.0.len_bytes() == 0 {
+            return &[];
+        }
+        // SAFETY: the buffer protocol keeps the memory where it is while `self.0` is held, and `new` has checked that
+        // it is contiguous. That no thread of the caller writes to it is the documented duty of `append`'s caller.
+        unsafe { std::slice::from_raw_parts(self.0.buf_ptr().cast::<u8>(), self.0.len_bytes()) }
+    }
+}

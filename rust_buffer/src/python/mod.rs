@@ -26,7 +26,7 @@ use crate::{
     store::{Settings, Store},
     wire::Batch,
 };
-use buffers::Buffers;
+use buffers::{Buffers, View};
 use parse::{seconds, ticks};
 use rows::Row;
 use settings::Given;
@@ -126,9 +126,12 @@ impl TrajectoryStore {
     }
 
     #[pyo3(signature = (batch, wait = true, now_s = None))]
-    fn append(&self, py: Python<'_>, batch: &[u8], wait: bool, now_s: Option<f64>) -> PyResult<(u64, Vec<Answer>)> {
+    fn append(
+        &self, py: Python<'_>, batch: PyBuffer<u8>, wait: bool, now_s: Option<f64>,
+    ) -> PyResult<(u64, Vec<Answer>)> {
+        let view = View::new(batch)?;
         let (lsn, replies) = py.detach(|| {
-            let batch = Batch::decode(batch)?;
+            let batch = Batch::decode(view.bytes())?;
             let now = self.shared.clock(now_s).base();
             self.shared.change(wait, |store| store.append(&batch, now))
         })?;
@@ -213,6 +216,37 @@ impl TrajectoryStore {
         self.query(py, |store| store.plan(iteration))?.map(|plan| rows::plan(py, &plan)).transpose()
     }
 
+    fn claim_rows<'py>(&self, py: Python<'py>, iteration: i64) -> PyResult<Row<'py>> {
+        let (version, packed, segments) = py.detach(|| self.shared.claim_rows(iteration))?;
+        let row = rows::batch(py, iteration, version, &packed)?;
+        rows::set_segments(&row, &segments).map(|()| row)
+    }
+
+    fn token_counts(&self, py: Python<'_>, trajectories: Vec<u64>) -> PyResult<Vec<i64>> {
+        Ok(py.detach(|| self.shared.token_counts(trajectories))?)
+    }
+
+    #[pyo3(signature = (trajectories, *, tokens, logprobs, check))]
+    fn read_tokens(
+        &self, py: Python<'_>, trajectories: Vec<u64>, tokens: PyBuffer<u8>, logprobs: PyBuffer<u8>, check: bool,
+    ) -> PyResult<()> {
+        let mut buffers = Buffers::new([tokens, logprobs])?;
+        py.detach(|| {
+            let [tokens, logprobs] = buffers.slices();
+            self.shared.read_tokens(trajectories, tokens, logprobs, check)
+        })?;
+        Ok(())
+    }
+
+    fn prefetch(&self, py: Python<'_>) -> PyResult<u64> {
+        Ok(py.detach(|| self.shared.prefetch())?)
+    }
+
+    fn read_extras<'py>(&self, py: Python<'py>, trajectories: Vec<u64>) -> PyResult<Vec<Row<'py>>> {
+        let extras = py.detach(|| self.shared.read_extras(trajectories))?;
+        extras.iter().map(|extra| rows::extra(py, extra)).collect()
+    }
+
     fn commit(&self, py: Python<'_>, iteration: i64) -> PyResult<()> {
         self.change(py, true, |store| store.commit_claims(iteration))
     }
@@ -265,6 +299,10 @@ impl TrajectoryStore {
 
     fn claims(&self, py: Python<'_>) -> PyResult<BTreeMap<i64, &'static str>> {
         self.query(py, |store| Ok(store.claims()))
+    }
+
+    fn claim_lsn(&self, py: Python<'_>, iteration: i64) -> PyResult<u64> {
+        self.query(py, |store| Ok(store.state().claim(iteration)?.lsn))
     }
 
     fn take_late<'py>(&self, py: Python<'py>) -> PyResult<Vec<Row<'py>>> {

@@ -1,6 +1,6 @@
 //! Answers as Python dictionaries.
 
-use std::{collections::BTreeMap, iter::repeat_n};
+use std::iter::repeat_n;
 
 use pyo3::{
     prelude::*,
@@ -11,8 +11,8 @@ use crate::{
     log::Lsn,
     state::record::Plan,
     state::trajectory::Version,
-    store::arrays::{Extra, StoredPrompt},
-    store::claim_view::Rows,
+    store::arrays::{Extra, Extras, StoredPrompt},
+    store::claim_view::{Rows, Segments},
     store::claims::{ClaimAnswer, EvalResult},
     store::counts::Counts,
     store::late::LateReport,
@@ -44,7 +44,7 @@ pub fn lease<'py>(py: Python<'py>, view: &LeaseView) -> PyResult<Row<'py>> {
     Ok(row)
 }
 
-fn extra<'py>(py: Python<'py>, extras: &BTreeMap<String, Vec<Extra>>) -> PyResult<Row<'py>> {
+pub fn extra<'py>(py: Python<'py>, extras: &Extras) -> PyResult<Row<'py>> {
     let row = PyDict::new(py);
     for (name, runs) in extras {
         let run = |run: &Extra| (run.offset, run.len, run.dtype.clone(), PyBytes::new(py, &run.bytes).unbind());
@@ -108,6 +108,7 @@ pub fn batch<'py>(py: Python<'py>, iteration: i64, version: Version, rows: &Rows
     row.set_item("branches", rows.parents.iter().any(|parent| *parent >= 0).then_some(branches))?;
     let prompt_ids = rows.prompt_ids.iter().flat_map(|(id, count)| repeat_n(PyString::new(py, id), *count));
     row.set_item("prompt_ids", PyList::new(py, prompt_ids.collect::<Vec<_>>())?)?;
+    row.set_item("columns", rows.columns)?;
     Ok(row)
 }
 
@@ -118,6 +119,18 @@ pub fn plan<'py>(py: Python<'py>, (plan, steps): &(Plan, Vec<u32>)) -> PyResult<
     row.set_item("num_steps", plan.num_steps)?;
     row.set_item("steps", steps)?;
     Ok(row)
+}
+
+/// Adds the segments of a claim to its row.
+pub fn set_segments(row: &Row<'_>, segments: &Segments) -> PyResult<()> {
+    let arrays: [(&str, &[u8]); 5] = [
+        ("segment_offsets", bytemuck::cast_slice(&segments.offsets)),
+        ("segment_lengths", bytemuck::cast_slice(&segments.lengths)),
+        ("segment_versions", bytemuck::cast_slice(&segments.versions)),
+        ("segment_temperatures", bytemuck::cast_slice(&segments.temperatures)),
+        ("segment_masks", &segments.masks),
+    ];
+    arrays.into_iter().try_for_each(|(name, bytes)| row.set_item(name, PyBytes::new(row.py(), bytes)))
 }
 
 pub fn eval_result<'py>(py: Python<'py>, result: &EvalResult) -> PyResult<Row<'py>> {

@@ -131,6 +131,7 @@ impl State {
                 let missing = || StoreError::Conflict(format!("no tokens for trajectory {}", item.trajectory));
                 let &(at, crc) = arrays.next().ok_or_else(missing)?;
                 (&mut arrays).take(item.extra.len()).for_each(drop);
+                trajectory.columns |= !item.extra.is_empty();
                 trajectory.push(Run {
                     len: item.len,
                     version: item.version,

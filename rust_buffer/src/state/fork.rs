@@ -46,7 +46,28 @@ pub struct Branch {
     pub history: Vec<Stretch>,
 }
 
+/// Tokens of a run that are in the history of a branch.
+#[derive(Debug, Clone, Copy)]
+#[allow(missing_docs, reason = "fields that say themselves")]
+pub struct Part<'a> {
+    pub run: &'a Run,
+    /// Tokens of the run before them.
+    pub skip: u32,
+    pub len: u32,
+    /// Whether they came in this branch.
+    pub own: bool,
+}
+
 impl Branch {
+    /// What it holds after the prompt; `runs` are its episode's.
+    pub fn parts<'a>(&'a self, runs: &'a [Run]) -> impl Iterator<Item = Part<'a>> {
+        let of = move |stretch: &'a Stretch| {
+            let Stretch { from, to, own } = *stretch;
+            parts(runs, from, to).map(move |(index, skip, len)| Part { run: &runs[index], skip, len, own })
+        };
+        self.history.iter().flat_map(of)
+    }
+
     /// Tokens after the prompt.
     pub fn len(&self) -> u32 {
         self.history.iter().map(|stretch| stretch.to - stretch.from).sum()

@@ -153,6 +153,9 @@ pub struct Trajectory {
     pub verdict: Verdict,
     /// Stored runs of tokens in order; versions never decrease.
     pub runs: Vec<Run>,
+    /// Whether one of them has extra columns.
+    #[serde(default)]
+    pub columns: bool,
 }
 
 impl Trajectory {
@@ -168,6 +171,7 @@ impl Trajectory {
             attempts: 0,
             verdict: Verdict::Pending,
             runs: Vec::new(),
+            columns: false,
         }
     }
 

@@ -34,6 +34,9 @@ pub struct Extra {
     pub bytes: Vec<u8>,
 }
 
+/// Extra columns by name, one entry for each stored run of tokens that has the column.
+pub type Extras = BTreeMap<String, Vec<Extra>>;
+
 /// Tokens after the prompt, as little-endian bytes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Tokens {
@@ -126,12 +129,12 @@ pub fn read_history(log: &Log, runs: &[Run], history: &[Stretch]) -> Result<Toke
     Ok(tokens)
 }
 
-/// Extra columns by name, one entry for each stored run of tokens that has the column.
+/// The extra columns of consecutive runs.
 ///
 /// # Errors
 /// Those of the log.
-pub fn read_extras(log: &Log, runs: &[Run]) -> Result<BTreeMap<String, Vec<Extra>>> {
-    let (mut extras, mut offset) = (BTreeMap::<String, Vec<Extra>>::new(), 0);
+pub fn read_extras(log: &Log, runs: &[Run]) -> Result<Extras> {
+    let (mut extras, mut offset) = (Extras::new(), 0);
     for run in runs {
         let frame = log.frame_at(run.file, run.frame)?;
         let damaged = |detail| log.corrupt(run.file, run.frame, detail);

@@ -6,19 +6,14 @@ use imbl::OrdMap;
 
 use crate::{
     error::{Result, StoreError},
-    log::{Bytes, Log},
-    state::fork::{Branch, Fork, Stretch, parts, trained_branches},
+    log::Log,
+    state::fork::{Fork, Part, trained_branches},
     state::group::Group,
     state::mask::{self, GENERATED},
-    state::trajectory::{Run, Trajectory, Verdict, Version},
+    state::trajectory::{Trajectory, Verdict, Version},
     state::{Claim, State},
-    store::arrays::{check_run, read_prompt_tokens, run_bytes},
+    store::token_view::{Piece, Source, part, walk},
 };
-
-/// Members of a claim whose runs and pages are reached for before the first one is copied.
-const MEMBERS_AHEAD: usize = 64;
-
-const PAGE_BYTES: usize = 4096;
 
 /// A claim and all that it refers to, as it was when it was asked for.
 pub struct ClaimView {
@@ -29,12 +24,11 @@ pub struct ClaimView {
     components: Vec<String>,
 }
 
-/// One member of a claim.
+/// One branch of a member of a claim.
 struct Member<'a> {
-    group: u64,
+    /// Of the episode.
     id: u64,
-    admission: &'a Group,
-    trajectory: &'a Trajectory,
+    source: Source<'a>,
     reward: f64,
     components: &'a [(u32, f64)],
 }
@@ -75,12 +69,28 @@ pub struct Rows {
     pub stops: Vec<u8>,
     /// Prompt ids, each with the number of neighbours that have it.
     pub prompt_ids: Vec<(String, usize)>,
+    /// Whether a trajectory has extra columns.
+    pub columns: bool,
 }
 
-/// Reads a byte of each page.
-fn touch(bytes: &Bytes) {
-    std::hint::black_box(bytes.iter().step_by(PAGE_BYTES).fold(0_u8, |sum, byte| sum.wrapping_add(*byte)));
+/// The segments of which the trajectories of a claim consist: runs of tokens with equal version, temperature and mask.
+#[derive(Debug, Clone, Default, PartialEq)]
+#[allow(missing_docs, reason = "fields that say themselves")]
+pub struct Segments {
+    /// First segment of each trajectory, and the end.
+    pub offsets: Vec<i64>,
+    /// Tokens.
+    pub lengths: Vec<i64>,
+    pub versions: Vec<i32>,
+    pub temperatures: Vec<f32>,
+    pub masks: Vec<u8>,
 }
+
+/// Version, temperature and mask flags of tokens.
+type Fill = (i32, f32, u8);
+
+/// Those of a prompt.
+const PROMPT: Fill = (-1, 1.0, 0);
 
 impl ClaimView {
     /// The claim of `iteration`.
@@ -102,7 +112,7 @@ impl ClaimView {
         self.claim.version
     }
 
-    /// Members in claim order, without those given up by scoring.
+    /// Branches of the members in claim order, without those given up by scoring.
     fn members(&self) -> Result<Vec<Member<'_>>> {
         let mut members = Vec::new();
         for group in &self.claim.groups {
@@ -110,17 +120,15 @@ impl ClaimView {
             let admission = self.groups.get(group).ok_or_else(gone)?;
             for (id, trajectory) in self.trajectories.range(admission.members()) {
                 if let Verdict::Scored { reward, components, .. } = &trajectory.verdict {
-                    members.push(Member { group: *group, id: *id, admission, trajectory, reward: *reward, components });
+                    let forks = self.forks.get(id).map_or(&[][..], Vec::as_slice);
+                    for branch in trained_branches(*id, trajectory.len, forks) {
+                        let source = Source { group: *group, admission, trajectory, branch };
+                        members.push(Member { id: *id, source, reward: *reward, components });
+                    }
                 }
             }
         }
         Ok(members)
-    }
-
-    /// The branches of a member's episode.
-    fn branches(&self, member: &Member<'_>) -> Vec<Branch> {
-        let forks = self.forks.get(&member.id).map_or(&[][..], Vec::as_slice);
-        trained_branches(member.id, member.trajectory.len, forks)
     }
 
     /// Tokens of all members, prompts included.
@@ -128,9 +136,30 @@ impl ClaimView {
     /// # Errors
     /// An error of ours.
     pub fn num_tokens(&self) -> Result<usize> {
-        let branch = |member: &Member<'_>, branch: &Branch| (member.admission.prompt_len + branch.len()) as usize;
-        let tokens = |member: &Member<'_>| -> usize { self.branches(member).iter().map(|b| branch(member, b)).sum() };
-        Ok(self.members()?.iter().map(tokens).sum())
+        Ok(self.members()?.iter().map(|member| member.source.len() as usize).sum())
+    }
+
+    /// The claim without its tokens: no byte of the log is read.
+    ///
+    /// # Errors
+    /// An error of ours.
+    pub fn rows(&self) -> Result<(Rows, Segments)> {
+        let (members, mut rows, mut segments) = (self.members()?, Rows::default(), Segments::default());
+        let (mut components, mut at) = (components_of(&members), 0);
+        for member in &members {
+            rows.begin(member, at);
+            segments.offsets.push(segments.lengths.len() as i64);
+            segments.push(i64::from(member.source.admission.prompt_len), PROMPT, true);
+            for (index, part) in member.source.branch.parts(&member.source.trajectory.runs).enumerate() {
+                segments.push(i64::from(part.len), self.fill(part, member), index == 0);
+            }
+            at += member.source.len();
+            push_row(&mut rows, &mut components, member);
+        }
+        rows.cu_seqlens.push(at);
+        segments.offsets.push(segments.lengths.len() as i64);
+        rows.components = self.named(components);
+        Ok((rows, segments))
     }
 
     /// Packs the claim; checksums of tokens are tested if `check`.
@@ -139,46 +168,29 @@ impl ClaimView {
     /// Those of the log, or `Conflict` when the columns are too short.
     pub fn pack(&self, log: &Log, columns: &mut Columns<'_>, check: bool) -> Result<Rows> {
         let (members, mut rows) = (self.members()?, Rows::default());
-        let used = members.iter().flat_map(|member| member.components);
-        let mut components: BTreeMap<u32, Vec<f64>> = used.map(|(name, _)| (*name, Vec::new())).collect();
+        let mut components = components_of(&members);
         let mut packer = Packer { columns, at: 0 };
-        let mut prompt = (None, Vec::new());
-        for ahead in members.chunks(MEMBERS_AHEAD) {
-            // Each step reaches for many places at once: the processor waits for all of them together.
-            let runs: Vec<Run> = ahead.iter().flat_map(|m| &m.trajectory.runs).copied().collect();
-            let sources: Vec<Bytes> = runs.iter().map(|s| run_bytes(log, s)).collect::<Result<_>>()?;
-            sources.iter().for_each(touch);
-            let mut sources = sources.iter();
-            for member in ahead {
-                if prompt.0 != Some(member.group) {
-                    prompt = (Some(member.group), read_prompt_tokens(log, member.admission.location)?);
-                    rows.prompt_ids.push((member.admission.prompt_id.clone(), 0));
-                }
-                let runs = &member.trajectory.runs;
-                let sources: Vec<&Bytes> = sources.by_ref().take(runs.len()).collect();
-                if check {
-                    runs.iter().zip(&sources).try_for_each(|(run, bytes)| check_run(log, run, bytes))?;
-                }
-                for branch in self.branches(member) {
-                    rows.cu_seqlens.push(packer.at as i64);
-                    packer.push(&prompt.1, &[], (-1, 1.0, 0))?;
-                    for Stretch { from, to, own } in &branch.history {
-                        for (index, skip, count) in parts(runs, *from, *to) {
-                            let flags = if *own {
-                                mask::mask(&runs[index], branch.id, member.trajectory, &self.claim)
-                            } else {
-                                0
-                            };
-                            packer.push_part(&runs[index], sources[index], (skip, count), flags)?;
-                        }
-                    }
-                    push_row(&mut rows, &mut components, member, &branch);
-                }
+        let sources: Vec<&Source<'_>> = members.iter().map(|member| &member.source).collect();
+        walk(log, &sources, check, |index, piece| match piece {
+            Piece::Prompt(ids) => {
+                let member = &members[index];
+                rows.begin(member, packer.at as i64);
+                push_row(&mut rows, &mut components, member);
+                packer.push(ids, &[], PROMPT)
             }
-        }
+            Piece::Part(part, ids, logprobs) => packer.push(ids, logprobs, self.fill(part, &members[index])),
+        })?;
         rows.cu_seqlens.push(packer.at as i64);
         rows.components = self.named(components);
         Ok(rows)
+    }
+
+    /// Version, temperature and mask flags of tokens of a run.
+    fn fill(&self, Part { run, own, .. }: Part<'_>, member: &Member<'_>) -> Fill {
+        let Source { trajectory, branch, .. } = &member.source;
+        let flags = if own { mask::mask(run, branch.id, trajectory, &self.claim) } else { 0 };
+        let version = if flags & GENERATED == 0 { -1 } else { i32::try_from(run.version).unwrap_or(i32::MAX) };
+        (version, run.temperature, flags)
     }
 
     fn named(&self, components: BTreeMap<u32, Vec<f64>>) -> BTreeMap<String, Vec<f64>> {
@@ -187,15 +199,50 @@ impl ClaimView {
     }
 }
 
-fn push_row(rows: &mut Rows, components: &mut BTreeMap<u32, Vec<f64>>, member: &Member<'_>, branch: &Branch) {
-    rows.prompt_lengths.push(member.admission.prompt_len as i32);
-    rows.groups.push(member.group as i64);
+fn components_of(members: &[Member<'_>]) -> BTreeMap<u32, Vec<f64>> {
+    let used = members.iter().flat_map(|member| member.components);
+    used.map(|(name, _)| (*name, Vec::new())).collect()
+}
+
+impl Rows {
+    /// Notes where a branch begins, and its prompt.
+    fn begin(&mut self, member: &Member<'_>, at: i64) {
+        self.cu_seqlens.push(at);
+        if self.groups.last() != Some(&(member.source.group as i64)) {
+            self.prompt_ids.push((member.source.admission.prompt_id.clone(), 0));
+        }
+    }
+}
+
+impl Segments {
+    /// Adds tokens of one kind; `begins`: what is before them is of another trajectory, or its prompt.
+    fn push(&mut self, len: i64, fill: Fill, begins: bool) {
+        let (version, temperature, flags) = fill;
+        let last = (self.versions.last(), self.temperatures.last().map(|t| t.to_bits()), self.masks.last());
+        if !begins && last == (Some(&version), Some(temperature.to_bits()), Some(&flags)) {
+            if let Some(length) = self.lengths.last_mut() {
+                *length += len;
+            }
+            return;
+        }
+        self.lengths.push(len);
+        self.versions.push(version);
+        self.temperatures.push(temperature);
+        self.masks.push(flags);
+    }
+}
+
+fn push_row(rows: &mut Rows, components: &mut BTreeMap<u32, Vec<f64>>, member: &Member<'_>) {
+    let Source { group, admission, trajectory, branch } = &member.source;
+    rows.prompt_lengths.push(admission.prompt_len as i32);
+    rows.groups.push(*group as i64);
     rows.trajectories.push(branch.id as i64);
     rows.episodes.push(member.id as i64);
     rows.parents.push(branch.parent.map_or(-1, |(parent, _)| parent as i64));
     rows.fork_offsets.push(branch.parent.map_or(0, |(_, offset)| offset as i32));
     rows.rewards.push(member.reward);
-    rows.stops.push(member.trajectory.stop as u8);
+    rows.stops.push(trajectory.stop as u8);
+    rows.columns |= trajectory.columns;
     if let Some((_, count)) = rows.prompt_ids.last_mut() {
         *count += 1;
     }
@@ -211,43 +258,24 @@ struct Packer<'a, 'b> {
 }
 
 impl Packer<'_, '_> {
-    /// Adds `count` tokens of a run, without log-probs where they were not generated.
-    fn push_part(&mut self, run: &Run, bytes: &[u8], (skip, count): (u32, u32), flags: u8) -> Result<()> {
-        let (skip, len) = (4 * skip as usize, 4 * run.len as usize);
-        let end = skip + 4 * count as usize;
-        let generated = flags & GENERATED != 0;
-        let version = if generated { i32::try_from(run.version).unwrap_or(i32::MAX) } else { -1 };
-        let logprobs = if generated { &bytes[len + skip..len + end] } else { &[] };
-        self.push(&bytes[skip..end], logprobs, (version, run.temperature, flags))
-    }
-
     /// Adds tokens; `logprobs` may be empty, then they are 0. `fill`: version, temperature and mask flags.
-    fn push(&mut self, ids: &[u8], logprobs: &[u8], fill: (i32, f32, u8)) -> Result<()> {
+    fn push(&mut self, ids: &[u8], logprobs: &[u8], fill: Fill) -> Result<()> {
         let count = ids.len() / 4;
         let (from, to) = (4 * self.at, 4 * (self.at + count));
         let columns = &mut *self.columns;
-        column(columns.tokens, from, to)?.copy_from_slice(ids);
-        let stored = column(columns.logprobs, from, to)?;
+        part(columns.tokens, from, to)?.copy_from_slice(ids);
+        let stored = part(columns.logprobs, from, to)?;
         if logprobs.is_empty() {
             stored.fill(0);
         } else {
             stored.copy_from_slice(logprobs);
         }
-        repeat(column(columns.versions, from, to)?, fill.0.to_le_bytes());
-        repeat(column(columns.temperatures, from, to)?, fill.1.to_le_bytes());
-        column(columns.mask, self.at, self.at + count)?.fill(fill.2);
+        repeat(part(columns.versions, from, to)?, fill.0.to_le_bytes());
+        repeat(part(columns.temperatures, from, to)?, fill.1.to_le_bytes());
+        part(columns.mask, self.at, self.at + count)?.fill(fill.2);
         self.at += count;
         Ok(())
     }
-}
-
-fn column(bytes: &mut [u8], from: usize, to: usize) -> Result<&mut [u8]> {
-    let len = bytes.len();
-    bytes.get_mut(from..to).ok_or_else(|| {
-        StoreError::Conflict(format!(
-            "a column of `out` has {len} bytes, the claim needs at least {to}; make it longer"
-        ))
-    })
 }
 
 fn repeat(bytes: &mut [u8], value: [u8; 4]) {

@@ -17,6 +17,7 @@ pub mod index;
 pub mod late;
 pub mod lease;
 mod plans;
+mod prefetch;
 pub mod query;
 pub mod reads;
 mod repeats;
@@ -26,6 +27,7 @@ pub mod shared;
 mod snapshot;
 #[cfg(test)]
 mod tests;
+pub mod token_view;
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 

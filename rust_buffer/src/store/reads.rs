@@ -12,11 +12,12 @@ use crate::{
     state::group::Group,
     state::trajectory::{Trajectory, Verdict, Version},
     store::Store,
-    store::arrays::{Extra, StoredPrompt, Tokens, read_extras, read_history, read_prompt, read_runs},
-    store::claim_view::{ClaimView, Columns, Rows},
+    store::arrays::{Extras, StoredPrompt, Tokens, read_extras, read_history, read_prompt, read_runs},
+    store::claim_view::{ClaimView, Columns, Rows, Segments},
     store::counts::phase_name,
     store::rollout::Granted,
     store::shared::{Clock, Shared},
+    store::token_view::TokenView,
 };
 
 /// A lease with its arrays.
@@ -68,7 +69,7 @@ pub struct TrajectoryView {
     pub prompt: StoredPrompt,
     pub tokens: Tokens,
     /// Columns by name, one entry for each stored run that has the column.
-    pub extras: BTreeMap<String, Vec<Extra>>,
+    pub extras: Extras,
     /// Where branches begin among the tokens.
     pub forks: Vec<Fork>,
 }
@@ -188,6 +189,53 @@ impl Shared {
             )));
         }
         packed.map(|rows| (view.version(), rows))
+    }
+
+    /// The claim of `iteration` without its tokens: its version, its rows, and the segments they consist of.
+    ///
+    /// # Errors
+    /// `Conflict` when there is no such claim; `Closed`.
+    pub fn claim_rows(&self, iteration: i64) -> Result<(Version, Rows, Segments)> {
+        let view = self.query(|store| ClaimView::new(store.state(), iteration))?;
+        let (rows, segments) = view.rows()?;
+        Ok((view.version(), rows, segments))
+    }
+
+    /// Tokens of each of the live trajectories `ids`, prompts included.
+    ///
+    /// # Errors
+    /// `Conflict` when one of them is not there; `Closed`.
+    pub fn token_counts(&self, ids: Vec<u64>) -> Result<Vec<i64>> {
+        self.query(|store| Ok(TokenView::new(store.state(), ids)))?.lengths()
+    }
+
+    /// Packs the ids and log-probs of the live trajectories `ids`; checksums are tested if `check`.
+    ///
+    /// # Errors
+    /// `Conflict` when one of them is not there, or no longer, or an array is too short; those of the log; `Closed`.
+    pub fn read_tokens(&self, ids: Vec<u64>, tokens: &mut [u8], logprobs: &mut [u8], check: bool) -> Result<()> {
+        let view = self.query(|store| Ok(TokenView::new(store.state(), ids)))?;
+        self.unless_evicted(&view, view.pack(self.log(), tokens, logprobs, check))
+    }
+
+    /// The extra columns of each of the live trajectories `ids`.
+    ///
+    /// # Errors
+    /// `Conflict` when one of them is not there, or no longer; those of the log; `Closed`.
+    pub fn read_extras(&self, ids: Vec<u64>) -> Result<Vec<Extras>> {
+        let view = self.query(|store| Ok(TokenView::new(store.state(), ids)))?;
+        self.unless_evicted(&view, view.extras(self.log()))
+    }
+
+    /// What was read of `view`; the error says so where that failed because something of it was evicted meanwhile.
+    fn unless_evicted<T>(&self, view: &TokenView, read: Result<T>) -> Result<T> {
+        match read {
+            Ok(read) => Ok(read),
+            Err(error) => match self.query(|store| Ok(view.gone(store.state())))? {
+                Some(id) => Err(StoreError::Conflict(format!("trajectory {id} is not in the store (any more)"))),
+                None => Err(error),
+            },
+        }
     }
 
     /// What was read of a trajectory without holding the store; None when that failed because it was evicted meanwhile

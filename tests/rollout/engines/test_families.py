@@ -3,54 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from pmdflow.learner.loading import load_model
 from pmdflow.learner.policy import Layout, Policy
 from pmdflow.rollout.engines.transformers.engine import TransformersEngine
-from tests.support.engine import EOS, Record, full_logprobs, make_engine, prompt, request
+from tests.support.engine import Record, full_logprobs, make_engine, prompt, request
+from tests.support.families import FAMILIES, write_family
 
-WINDOW = 4
-"""Every sequence is longer, so that a layer which sees all gives other log-probs."""
 ATOL = 1e-4
 """Log-probs of one model by two float32 implementations; what a token too many or too few changes is above 1e-2."""
-SIZES = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
-    "num_key_value_heads": 2, "vocab_size": 384, "max_position_embeddings": 128, "moe_intermediate_size": 16,
-    "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0, "eos_token_id": EOS,
-    "bos_token_id": None, "initializer_range": 0.3,
-}  # fmt: skip
-MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {"use_sliding_window": True, **MIXED},
-    "qwen3": {"use_sliding_window": True, **MIXED},
-    "qwen3_moe": {},
-    "gemma2": {**MIXED, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
-    "gemma3_text": {**MIXED, "query_pre_attn_scalar": 8},
-    "gpt_oss": MIXED,
-    "mistral": {"sliding_window": WINDOW},
-    "mixtral": {"sliding_window": WINDOW},
-    "olmo3": MIXED,
-    "phi3": {"sliding_window": WINDOW},
-}
 PROMPTS = [prompt(length, seed=length) for length in (3, 21, 10)]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
     """A folder, and its model with the family's own attention, spelled out."""
-    torch.manual_seed(0)
     folder = str(tmp_path_factory.mktemp(request.param))
-    made = AutoModelForCausalLM.from_config(CONFIG_MAPPING[request.param](**{**SIZES, **FAMILIES[request.param]}))
-    for name, parameter in made.named_parameters():
-        if name.endswith("sinks"):
-            torch.nn.init.normal_(parameter)
-    made.save_pretrained(folder)
+    write_family(request.param, Path(folder))
     return folder, AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
 

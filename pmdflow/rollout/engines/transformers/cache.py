@@ -71,7 +71,7 @@ def slot_attention(
     output = torch.cat(parts)
     if num_queries == 1:
         return output.reshape(batch, 1, num_heads, -1), None
-    return output.transpose(1, 2), None
+    return output.transpose(1, 2).contiguous(), None  # some families view it
 
 
 AttentionInterface.register(ATTENTION, slot_attention)

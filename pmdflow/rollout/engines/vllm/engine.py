@@ -19,6 +19,7 @@ from pmdflow.errors import PmdflowError
 from pmdflow.rollout.checks import check_extends, check_joins, check_logprobs, check_request
 from pmdflow.rollout.engine import OnNewWeights, Output, Request
 from pmdflow.rollout.engines.vllm.process import VllmProcess
+from pmdflow.rollout.engines.vllm.self_check import check_served
 from pmdflow.rollout.engines.vllm.settings import VllmSettings
 from pmdflow.rollout.engines.vllm.shared_memory import StagedWeights
 from pmdflow.weights.lora import AdapterMerger, has_adapters, load_base
@@ -57,7 +58,8 @@ class VllmEngine:
         """Start vLLM and wait until it has loaded the model.
 
         Raises:
-            ValueError: the model or the settings do not fit the machine, or there is no end-of-sequence token.
+            ValueError: the model or the settings do not fit the machine, there is no end-of-sequence token, or vLLM
+                gives other log-probs than the plain model.
         """
         self._model_path = settings.model_path
         ends = end_ids(settings.model_path)
@@ -77,6 +79,12 @@ class VllmEngine:
         """vLLM requests to abort in the next step."""
         self.version = 0
         self.num_slots = settings.slots or self._process.capacity
+        self.prefill_tokens = self.drafted_tokens = self.accepted_tokens = 0
+        try:
+            self._check(settings)
+        except ValueError:
+            self.close()
+            raise
         self.prefill_tokens = self.drafted_tokens = self.accepted_tokens = 0
 
     def add(self, request: Request) -> None:
@@ -152,6 +160,15 @@ class VllmEngine:
     def close(self) -> None:
         """End vLLM's processes."""
         self._process.close()
+
+    def _check(self, settings: VllmSettings) -> None:
+        check_served(
+            self,
+            model_path=settings.model_path,
+            dtype=settings.dtype,
+            max_length=self._process.max_length,
+            temperature=1.0 if self._inexact is None else 0.0,
+        )
 
     def _unsent(self) -> tuple[list[str], list[EngineCoreRequest]]:
         """vLLM requests to abort, and those to add, since the last call."""

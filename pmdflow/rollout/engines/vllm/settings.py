@@ -16,6 +16,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from pmdflow.config.model_size import measure_model
 from pmdflow.config.schema import Config
+from pmdflow.learner.layers import heads
 from pmdflow.rollout.engines.vllm.worker import BACKEND
 
 MAX_SLOTS = 256
@@ -111,11 +112,12 @@ def _cpu_arguments(settings: VllmSettings) -> dict[str, Any]:
         ValueError: the model's heads have a size that vLLM's attention on a CPU does not have.
     """
     config = AutoConfig.from_pretrained(settings.model_path)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if head not in CPUAttentionBackend.get_supported_head_sizes():
+    known = CPUAttentionBackend.get_supported_head_sizes()
+    foreign = sorted({size for number, size in heads(config) if number and size not in known})
+    if foreign:
         raise ValueError(
-            f"{settings.model_path} has attention heads of size {head}; on a CPU vLLM has sizes "
-            f"{CPUAttentionBackend.get_supported_head_sizes()}: use rollout.engine=transformers"
+            f"{settings.model_path} has attention heads of size {foreign[0]}; on a CPU vLLM has sizes "
+            f"{known}: use rollout.engine=transformers"
         )
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     most = int(settings.memory_share * machine / settings.tensor_parallel)
