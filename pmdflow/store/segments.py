@@ -73,23 +73,5 @@ def encode_segments(
     return b"".join([_WIRE.pack(b"PMDB", 1, 0, len(header), 0), header, _padding(len(header)), *arrays])
 
 
-def _column(name: str, values: np.ndarray[Any, Any], segment: Segment) -> tuple[str, str, np.ndarray[Any, Any]]:
-    """A column as it is sent: name, dtype of what each token has, and the values.
-
-    Raises:
-        ValueError: it is no row of numbers for each token, or has no name.
-    """
-    array = np.ascontiguousarray(values)
-    rows = array.ndim and len(array) == len(segment.tokens) and array.size > 0
-    if not (name and isinstance(name, str) and rows and array.dtype.kind in "biuf" and array.dtype.itemsize <= 8):
-        raise ValueError(
-            f"trajectory {segment.trajectory}: column {name!r} of type {array.dtype} and shape {np.shape(values)} for "
-            f"{len(segment.tokens)} tokens; give it a name, and for each token a number or an array of numbers"
-        )
-    array = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    row = array.shape[1:]
-    return name, f"{row if row else ''}{array.dtype.str}", array
-
-
 def _padding(length: int) -> bytes:
     return bytes(-length % 8)

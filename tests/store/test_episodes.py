@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pmdflow.store import Conflict, TrajectoryStore
+from pmdflow.store import Conflict, TrajectoryStore, encode_segments
 from pmdflow.store.archive import read_part, read_table, write_part
-from pmdflow.types import Lease, Segment, StopReason, TrainBatch
+from pmdflow.types import Lease, Mask, Segment, StopReason, TrainBatch
 from tests.support.filled_store import admit, assert_exact, complete, lease_all, quota, ready_store
 
 
@@ -81,6 +81,44 @@ def test_each_branch_is_a_trajectory_of_the_claim_that_trains_what_came_in_it(tm
     assert (batch.first_branches().tolist(), batch.episode_of().tolist()) == ([0, 3], [0, 0, 0, 1])
     ledger = assert_exact(store)
     assert (ledger["generated"], ledger["claimed"], ledger["observed"]) == (10, 10, 1)
+
+
+def test_a_claim_comes_as_rows_and_tokens_as_it_comes_whole(tmp_path: Path) -> None:
+    claimed(tmp_path).close()
+    store = ready_store(tmp_path)
+    batch, claim = store.read_claim(1), store.read_rows(1)
+    assert claim.branches is not None and batch.branches is not None
+    assert claim.branches.episodes.tolist() == batch.branches.episodes.tolist() == [0, 0, 0, 1]
+    assert claim.branches.parents.tolist() == batch.branches.parents.tolist()
+    assert claim.branches.fork_offsets.tolist() == batch.branches.fork_offsets.tolist()
+    assert store.count_tokens(claim.trajectories) == len(batch.tokens)
+    for order in (np.arange(4), np.array([3, 2, 0, 1]), np.array([1])):
+        own = claim.batch(order, store.read_tokens(claim.trajectories[order]))
+        parts = [slice(*batch.cu_seqlens[row : row + 2]) for row in order]
+        for name in ("tokens", "logprobs", "versions", "temperatures", "mask"):
+            whole = np.concatenate([getattr(batch, name)[part] for part in parts])
+            np.testing.assert_array_equal(getattr(own, name), whole, err_msg=name)
+    for flags in (Mask.GENERATED, Mask.TRAINED):
+        assert claim.count(flags).tolist() == batch.count(flags).tolist() == [4, 2, 1, 3]
+    with pytest.raises(Conflict, match="trajectory 4 is not in the store"):
+        store.read_tokens([2, 4])
+
+
+def test_a_token_has_its_extra_columns_in_the_branch_in_which_it_came() -> None:
+    store = ready_store()
+    admit(store)
+    first, second = lease_all(store)
+    store.append(encode_segments([said(first, 0, 10, 11, 12)], extra=[{"layer": [1, 2, 3]}]))
+    again = forked(store, first, 2)
+    last = said(again, 2, 20, 21, stop="stop")
+    store.append(encode_segments([last], extra=[{"layer": [4, 5]}], trajectory_extra=[{"hard": 0.5}]))
+    store.append([said(second, 0, 40, stop="stop")])
+    for item in store.unscored(9, 60.0, 0.0):
+        store.score(item.trajectory, 0, "scored", 1.0)
+    assert store.claim(1, 0, 0.0).status == "claimed"
+    batch = store.read_claim(1)
+    assert rows(replace(batch, tokens=batch.extra["layer"])) == [[1, 2, 3], [0, 0, 4, 5], [0]]
+    np.testing.assert_array_equal(batch.trajectory_extra["hard"], [0.5, 0.5, np.nan])
 
 
 def test_a_branch_may_be_left_out_alone() -> None:

@@ -12,15 +12,13 @@ use crate::{
     state::group::Group,
     state::trajectory::Trajectory,
     store::arrays::{Extra, Extras, check_run, read_extras, read_prompt_tokens, run_bytes},
+    wire::WHOLE,
 };
 
 /// Trajectories whose runs and pages are reached for before the first one is copied.
 const AHEAD: usize = 64;
 
 const PAGE_BYTES: usize = 4096;
-
-/// How the dtype of a column begins that is the whole trajectory's.
-const WHOLE: &str = "trajectory ";
 
 /// A branch of an episode, and the admission that has its prompt.
 pub(super) struct Source<'a> {
