@@ -156,10 +156,15 @@ impl TokenView {
                 if extra.dtype.starts_with(WHOLE) {
                     return Some(extra);
                 }
-                // A fork begins no run in its middle.
-                let inside = from <= extra.offset && extra.offset < to;
-                extra.offset = extra.offset.wrapping_sub(from).wrapping_add(len - (to - from));
-                inside.then_some(extra)
+                let (first, last) = (from.max(extra.offset), to.min(extra.offset + extra.len));
+                if first >= last {
+                    return None;
+                }
+                let size = extra.bytes.len() / extra.len as usize;
+                let [begin, end] = [first, last].map(|at| size * (at - extra.offset) as usize);
+                (extra.offset, extra.len) = (first - from + len - (to - from), last - first);
+                extra.bytes = extra.bytes[begin..end].to_vec();
+                Some(extra)
             };
             let kept = |(name, all): (String, Vec<Extra>)| (name, all.into_iter().filter_map(own).collect());
             Ok(extras.into_iter().map(kept).collect())
