@@ -37,7 +37,14 @@ type Answer = (u64, bool, u32);
 /// The trajectory store; `pmdflow/_rust_buffer.pyi` documents it.
 #[pyclass(frozen, module = "pmdflow._rust_buffer")]
 struct TrajectoryStore {
-    shared: Shared,
+    shared: Arc<Shared>,
+}
+
+impl Drop for TrajectoryStore {
+    fn drop(&mut self) {
+        // Whoever wants to know calls `close` first.
+        let _ = self.shared.close();
+    }
 }
 
 impl TrajectoryStore {
@@ -76,6 +83,7 @@ impl TrajectoryStore {
             groups_per_iteration, lookahead, max_staleness, segment_loss, min_group_size, straggler, max_attempts,
             lease_ttl_s, grant_tokens, durability, max_bytes, file_bytes, sync_interval_s,
         })?;
+        let on_disk = path.is_some();
         let open = || {
             let storage: Arc<dyn Storage> = match path {
                 Some(path) if read_only => Arc::new(Disk::existing(&path)),
@@ -84,7 +92,11 @@ impl TrajectoryStore {
             };
             if read_only { Store::read(&storage, settings) } else { Store::open(storage, settings) }
         };
-        Ok(Self { shared: Shared::new(py.detach(open)?) })
+        let shared = Arc::new(Shared::new(py.detach(open)?));
+        if on_disk && !read_only {
+            shared.keep_compact();
+        }
+        Ok(Self { shared })
     }
 
     fn set_quota(
