@@ -248,7 +248,9 @@ class Model:
         """Every call that was answered, called again: the first answer, and nothing changes."""
 
         def snapshot() -> tuple[Any, ...]:
-            return store.counts().lsn, store.ledger(), store.groups()
+            members = [store.trajectory(trajectory) for trajectory in rows]
+            states = [(row["epoch"], row["attempts"], row["state"], len(row["tokens"])) for row in members]
+            return store.ledger(), store.groups(), states
 
         before = snapshot()
         for number, group in self.admitted.items():

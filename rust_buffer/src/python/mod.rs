@@ -31,6 +31,9 @@ use parse::{seconds, ticks};
 use rows::Row;
 use settings::Given;
 
+/// Rows that are made while the GIL is held.
+const ROWS_AT_ONCE: usize = 64;
+
 /// Trajectory, stale, grant.
 type Answer = (u64, bool, u32);
 
@@ -239,7 +242,13 @@ impl TrajectoryStore {
     #[pyo3(signature = (state = None))]
     fn groups<'py>(&self, py: Python<'py>, state: Option<&str>) -> PyResult<Vec<Row<'py>>> {
         let groups = py.detach(|| self.shared.groups(state))?;
-        groups.iter().map(|group| rows::group(py, group)).collect()
+        let mut rows = Vec::with_capacity(groups.len());
+        for some in groups.chunks(ROWS_AT_ONCE) {
+            // There may be very many, and others of the process want the interpreter for an append.
+            py.detach(|| ());
+            rows.extend(some.iter().map(|group| rows::group(py, group)).collect::<PyResult<Vec<_>>>()?);
+        }
+        Ok(rows)
     }
 
     #[pyo3(signature = (after, limit, *, iteration, version, reward, length, stop, prompt_id, group, kind, state))]

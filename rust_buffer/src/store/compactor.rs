@@ -15,9 +15,6 @@ use crate::{
     store::snapshot::Task,
 };
 
-/// Dead files wait for a snapshot until they hold so many times its bytes: it adds that share to what is written.
-const RELEASED_PER_SNAPSHOT: u64 = 4;
-
 /// Time until it is tried again, where the disk has no room for a copy.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -81,7 +78,7 @@ impl Shared {
     }
 
     /// Deletes the log files of which nothing is needed, once nobody reads in them; writes a snapshot first where
-    /// recovery would need them, if they hold much more than that.
+    /// recovery would need them, if they hold more than that.
     ///
     /// # Errors
     /// Those of the log, or `Closed`.
@@ -114,7 +111,7 @@ impl Store {
         dead.retain(|file, _| self.is_dead(*file));
         let snapshot = self.log.snapshot_position().file;
         let behind: u64 = dead.range(snapshot..).map(|(_, bytes)| bytes).sum();
-        if behind > RELEASED_PER_SNAPSHOT * self.snapshots.len() {
+        if behind > self.live.snapshot_bytes(&self.state) {
             let task = self.snapshots.task(&self.state, &self.log);
             return (dead.into_keys().collect(), Some(task));
         }

@@ -10,11 +10,21 @@ use crate::{
     state::{ClaimStatus, State},
 };
 
+/// A file is emptied whatever the others hold, if so many times as much of it is dead or more.
+const WORTH: u64 = 16;
+
+/// Bytes of a snapshot for each group, trajectory, and prompt or run: about.
+const GROUP_BYTES: usize = 250;
+const TRAJECTORY_BYTES: usize = 150;
+const PLACE_BYTES: u64 = 25;
+
 /// What is derived from the state, kept up to date with each record.
 #[derive(Debug, Clone, Default)]
 pub struct Live {
     /// Bytes of prompts and tokens by log file.
     bytes: BTreeMap<u32, u64>,
+    /// Prompts and runs of tokens.
+    places: u64,
     /// Complete trajectories whose tokens came in more than one append, and perhaps some that are gone.
     scattered: BTreeSet<u64>,
     /// Bytes became dead since somebody looked.
@@ -50,6 +60,12 @@ impl Live {
         self.bytes.values().sum()
     }
 
+    /// About the bytes of a snapshot of the state.
+    pub fn snapshot_bytes(&self, state: &State) -> u64 {
+        (GROUP_BYTES * state.groups.len() + TRAJECTORY_BYTES * state.trajectories.len()) as u64
+            + PLACE_BYTES * self.places
+    }
+
     /// Whether there may be something to be done.
     pub fn is_due(&self) -> bool {
         self.released || !self.scattered.is_empty()
@@ -73,16 +89,14 @@ impl Live {
         self.scattered.extend(trajectories);
     }
 
-    /// Of the sealed files, which have these bytes, the one of which the least is needed, if more of all is dead than is
-    /// needed at all.
+    /// Of the sealed files, which have these bytes, the one of which the least is needed: if that is very little, or more
+    /// of all files is dead than is needed at all.
     pub(crate) fn sparsest(&mut self, sealed: &BTreeMap<u32, u64>) -> Option<u32> {
         self.released = false;
         // Dead ones go as they are.
         let held = sealed.iter().filter_map(|(file, size)| Some((*file, *size, *self.bytes.get(file)?)));
-        if held.clone().map(|(_, size, _)| size).sum::<u64>() <= 2 * self.total() {
-            return None;
-        }
-        let sparse = held.filter(|(file, size, needed)| 2 * needed < *size && !self.stuck.contains(file));
+        let least = if held.clone().map(|(_, size, _)| size).sum::<u64>() > 2 * self.total() { 2 } else { WORTH };
+        let sparse = held.filter(|(file, size, needed)| least * needed < *size && !self.stuck.contains(file));
         sparse.min_by_key(|(_, size, needed)| needed.saturating_mul(1 << 20) / size).map(|(file, ..)| file)
     }
 
@@ -100,12 +114,14 @@ impl Live {
 
     fn add(&mut self, file: u32, bytes: u64) {
         if bytes > 0 {
+            self.places += 1;
             *self.bytes.entry(file).or_default() += bytes;
         }
     }
 
     fn subtract(&mut self, file: u32, bytes: u64) {
         self.released = true;
+        self.places -= 1;
         if let Some(left) = self.bytes.get_mut(&file) {
             *left -= bytes;
             if *left == 0 {

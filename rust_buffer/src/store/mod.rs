@@ -224,7 +224,7 @@ impl Store {
         let placed = Placed { location, lsn, arrays: arrays.places(header.len()) };
         // The log has it already: whatever came after it would be decided on another state than replay has.
         self.apply(record, &placed).map_err(|error| self.log.poison(error))?;
-        if self.snapshots.is_due(location.len) {
+        if self.snapshots.is_due(location.len, self.live.snapshot_bytes(&self.state)) {
             self.snapshots.take(&self.state, &self.log);
         }
         Ok((lsn, location))

@@ -3,10 +3,7 @@
 use std::{
     collections::BTreeMap,
     iter::{from_fn, once_with},
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     thread::JoinHandle,
 };
 
@@ -88,7 +85,8 @@ fn chunks<T: Clone>(map: &OrdMap<u64, T>, most: usize) -> impl Iterator<Item = B
 
 /// When snapshots are due, and the thread that writes one beside the store.
 pub(crate) struct Snapshots {
-    writer: Arc<Writer>,
+    /// Held while one is written.
+    one: Arc<Mutex<()>>,
     thread: Option<JoinHandle<()>>,
     /// Bytes of records since the last one was begun.
     since: u64,
@@ -96,23 +94,15 @@ pub(crate) struct Snapshots {
     least: u64,
 }
 
-#[derive(Default)]
-struct Writer {
-    /// Held while one is written.
-    one: Mutex<()>,
-    /// Bytes of the last one.
-    len: AtomicU64,
-}
-
 impl Snapshots {
     pub(crate) fn new(least: u64) -> Self {
-        Self { writer: Arc::default(), thread: None, since: 0, least }
+        Self { one: Arc::default(), thread: None, since: 0, least }
     }
 
-    /// Whether one is due after a record of `len` bytes.
-    pub(crate) fn is_due(&mut self, len: u32) -> bool {
+    /// Whether one of about `bytes` is due after a record of `len` bytes.
+    pub(crate) fn is_due(&mut self, len: u32, bytes: u64) -> bool {
         self.since += u64::from(len);
-        self.since >= self.least.max(RECORDS_PER_SNAPSHOT * self.writer.len.load(Ordering::Relaxed))
+        self.since >= self.least.max(RECORDS_PER_SNAPSHOT * bytes)
             && self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
@@ -129,14 +119,9 @@ impl Snapshots {
         self.thread = std::thread::Builder::new().name("log-snapshot".into()).spawn(run).ok();
     }
 
-    /// Bytes of the last snapshot.
-    pub(crate) fn len(&self) -> u64 {
-        self.writer.len.load(Ordering::Relaxed)
-    }
-
     /// The snapshot of `state`, for a caller that need not hold the store while it is written.
     pub(crate) fn task(&self, state: &State, log: &Log) -> Task {
-        Task { writer: Arc::clone(&self.writer), state: state.clone(), position: log.position() }
+        Task { one: Arc::clone(&self.one), state: state.clone(), position: log.position() }
     }
 
     /// Waits for the thread.
@@ -150,7 +135,7 @@ impl Snapshots {
 
 /// A snapshot that is yet to be written.
 pub(crate) struct Task {
-    writer: Arc<Writer>,
+    one: Arc<Mutex<()>>,
     state: State,
     position: Position,
 }
@@ -161,16 +146,11 @@ impl Task {
     /// # Errors
     /// Those of the log.
     pub(crate) fn write(&self, log: &Log) -> Result<()> {
-        let _one = self.writer.one.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one = self.one.lock().unwrap_or_else(PoisonError::into_inner);
         if log.snapshot_position().next >= self.position.next {
             return Ok(());
         }
-        let (count, parts) = parts(&self.state);
-        let mut len = 0;
-        let mut counted = parts.inspect(|part| len += part.as_ref().map_or(0, Vec::len) as u64);
-        log.write_snapshot_parts(self.position, count, &mut counted)?;
-        drop(counted);
-        self.writer.len.store(len, Ordering::Relaxed);
-        Ok(())
+        let (count, mut parts) = parts(&self.state);
+        log.write_snapshot_parts(self.position, count, &mut *parts)
     }
 }
