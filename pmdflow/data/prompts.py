@@ -16,7 +16,7 @@ from pmdflow.data.mixture import EvaluationSet, MixedPrompts, shares
 from pmdflow.data.sampling import KEY, check_overrides
 from pmdflow.data.stamp import Stamp
 from pmdflow.data.table import TablePrompts, open_rows
-from pmdflow.data.tokenizer import PromptTokenizer, load_tokenizer, make_tokenize
+from pmdflow.data.tokenizer import load_tokenizer, make_tokenize
 from pmdflow.types import Prompt
 
 if TYPE_CHECKING:
@@ -88,14 +88,21 @@ def make_prompts(config: Config, *, on_skip: Callable[[str], None] = lambda mess
     return prompts
 
 
-def read_prompts(path: Path, tokenize: PromptTokenizer) -> list[Prompt]:
-    """Every prompt of a `.jsonl` or `.parquet` file, in its order, for evaluation.
+def read_prompts(config: Config, *, on_skip: Callable[[str], None] = lambda message: None) -> list[Prompt]:
+    """Every prompt of the one file that `data.task` names, in its order, for evaluation.
+
+    They are read and worded as they would be for training: columns, system message, suffix, arguments of the template.
+
+    Args:
+        config: The configuration; `model.path` is a folder.
+        on_skip: Told of prompts that are left out because they are too long.
 
     Raises:
-        ValueError: a malformed row (`file:line: cause`), or no prompt.
+        ValueError: a malformed row (`file:line: cause`), no prompt, no tokenizer, or a chat template that fails.
     """
-    table = TablePrompts(rows=open_rows([path]), name=path.stem, tokenize=tokenize, num_held_out=None)
-    return table.held_out(table.num_held_out)
+    (given,) = config.data.sources
+    source = _make_source(config, load_tokenizer(config.model.path), on_skip, given, num_held_out=None, stamp=Stamp())
+    return source.held_out(source.num_held_out)
 
 
 def _make_set(make: Callable[..., Source], name: str, given: EvalSetConfig) -> EvaluationSet:

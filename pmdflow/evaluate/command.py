@@ -20,7 +20,7 @@ from pmdflow.config.load import load, load_run
 from pmdflow.config.schema import Config
 from pmdflow.config.sources import FILE_SUFFIXES, GYM_PREFIX
 from pmdflow.data.prompts import make_prompts, read_prompts
-from pmdflow.data.tokenizer import load_tokenizer, make_tokenize
+from pmdflow.data.tokenizer import load_tokenizer
 from pmdflow.errors import LaunchError
 from pmdflow.evaluate.checkpoint import Checkpoint, find_checkpoint, is_run, make_engine_of, stored_dtype
 from pmdflow.evaluate.results import print_table, summarize, write_results
@@ -113,6 +113,9 @@ def eval_config(checkpoint: Checkpoint, task: str, options: EvalOptions) -> Conf
     values["learner"] = {"tokens_per_microbatch": values["data"]["max_tokens"] + 1}  # nothing is learnt
     if options.reward:
         values["reward"]["functions"] = [{"function": name} for name in options.reward]
+        sources = values["data"]["task"] if isinstance(values["data"]["task"], list) else ()
+        for source in (values["data"], *sources):
+            source["reward"] = None  # what a source has of its own would come first
     if options.engine is not None:
         values["rollout"]["engine"] = options.engine
     given = {name: getattr(options, name) for name in ("prompts", "temperature", "top_p", "min_tokens")}
@@ -146,11 +149,14 @@ def _values_for(checkpoint: Checkpoint, task: str, options: EvalOptions) -> dict
 
 
 def _prompts(config: Config, task: str, options: EvalOptions) -> list[Prompt]:
-    """All rows of a file; the held-out prompts of anything else."""
+    """All rows of a file, a run's own read as it trains on them; the held-out prompts of anything else."""
     if not task.endswith(FILE_SUFFIXES):
         return make_prompts(config).held_out(config.eval.prompts)
-    tokenize = make_tokenize(config.model.path, max_tokens=config.data.max_prompt_tokens)
-    return read_prompts(Path(task), tokenize)[: options.prompts]
+    return read_prompts(config, on_skip=_say)[: options.prompts]
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"{message}\n")
 
 
 def _samples(

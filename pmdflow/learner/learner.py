@@ -1,4 +1,4 @@
-"""The learner: one FSDP2 rank that trains on claims, and the Ray actor around it."""
+"""The learner: one FSDP2 rank that trains on claims; `actor` puts it in a process of its own."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ray
 import torch
 from ray.exceptions import GetTimeoutError
+from torch.utils.dlpack import from_dlpack
 
 from pmdflow.errors import WaitTimeout
 from pmdflow.weights.transport import Weights, WeightsHandle
@@ -25,9 +26,10 @@ class ObjectStoreTransport:
         return WeightsHandle(version=version, location=ray.put(arrays))
 
     def fetch(self, handle: WeightsHandle, *, timeout_s: float) -> Weights:
-        """Read-only views of the shared memory; copy before writing."""
+        """Views of the shared memory, which lives as long as they do; never write to them."""
         try:
             arrays = ray.get(handle.location, timeout=timeout_s)
         except GetTimeoutError as error:
             raise WaitTimeout(f"weights of version {handle.version} did not arrive within {timeout_s:g} s") from error
-        return {name: torch.tensor(array).view(getattr(torch, dtype)) for name, (dtype, array) in arrays.items()}
+        # DLPack carries what is read-only without a copy; `from_numpy` warns of it.
+        return {name: from_dlpack(array).view(getattr(torch, dtype)) for name, (dtype, array) in arrays.items()}

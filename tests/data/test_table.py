@@ -162,7 +162,7 @@ def test_files_that_are_no_text_or_no_parquet_are_refused_by_name(model: str, tm
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(model: str, tmp_path: Path) -> None:
     (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps({"prompt": "é"}).encode() + b"\r\n\r\n")
-    assert [prompt.text for prompt in read_prompts(tmp_path / "bom.jsonl", make_tokenize(model))] == ["é"]
+    assert [prompt.text for prompt in read_prompts(make_config(model, str(tmp_path / "bom.jsonl")))] == ["é"]
 
 
 def test_what_a_table_is_changes_with_its_content_and_not_with_its_place(model: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -19,12 +20,14 @@ from typer.testing import CliRunner
 
 from pmdflow.cli import app
 from pmdflow.config.recorded import RENAMED
+from pmdflow.data.prompts import make_prompts, read_prompts
 from pmdflow.errors import LaunchError
-from pmdflow.evaluate.checkpoint import find_checkpoint
+from pmdflow.evaluate.checkpoint import Checkpoint, find_checkpoint
 from pmdflow.evaluate.command import EvalOptions, eval_config, evaluate_checkpoint
 from pmdflow.evaluate.results import pass_at_k, print_table, summarize
 from pmdflow.evaluate.task import Sample
 from pmdflow.metrics.confidence import bootstrap_mean, wilson
+from tests.support.data import make_config, same, write_jsonl
 from tests.support.paths import ROOT
 
 MODEL = ROOT / "configs" / "tiny-arithmetic"
@@ -185,3 +188,37 @@ def test_an_environment_is_part_of_the_task(tmp_path: Path) -> None:
     called = [s for row in rows for s in row["samples"] if s["observed"]]
     assert called and np.mean([s["reward"] for s in called]) > 0.5
     assert all("] = " in s["completion"] for s in called)
+
+
+@pytest.mark.parametrize(
+    ("row", "data"),
+    [
+        ({"prompt": "{} + 1 ="}, {"suffix": " Think."}),
+        ({"question": "{} + 1 =", "truth": "x"}, {"columns": {"prompt": "question", "answer": "truth"}}),
+    ],
+)
+def test_the_file_of_a_run_is_read_as_the_run_trains_on_it(
+    row: dict[str, str], data: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = [{name: text.format(number) for name, text in row.items()} for number in range(4)]
+    task = write_jsonl(tmp_path / "own.jsonl", rows)
+    run = make_config(str(MODEL), task, held_out=1, **data)
+    checkpoint = Checkpoint(model=str(MODEL), directory=None, version=0, name="own", run=run)
+    evaluated = {prompt.id: prompt for prompt in read_prompts(eval_config(checkpoint, task, EvalOptions()))}
+    trained = [make_prompts(run).prompt(cursor) for cursor in range(3)]
+    assert len(evaluated) == 4
+    assert all(same(evaluated[prompt.id], prompt) for prompt in trained)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_rewards_of_the_command_line_come_before_those_of_sources(mixed: bool, tmp_path: Path) -> None:
+    own = {"reward": [{"function": "pmdflow.reward.math:score"}]}
+    task = write_jsonl(tmp_path / "own.jsonl", [{"prompt": f"{number} + 1 ="} for number in range(4)])
+    sources = [{"task": task, "name": name, **own} for name in "ab"] if mixed else task
+    run = make_config(str(MODEL), sources, held_out=0, **({} if mixed else own))
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    options = EvalOptions(reward=["math:sqrt"])
+    checkpoint = Checkpoint(model=str(MODEL), directory=None, version=0, name="own", run=run)
+    config = eval_config(checkpoint, str(tmp_path / "task.yaml"), options)
+    assert [given.function for given in config.reward.functions] == ["math:sqrt"] and not config.own_rewards
+    assert eval_config(checkpoint, str(tmp_path / "task.yaml"), EvalOptions()).own_rewards

@@ -74,3 +74,26 @@ def test_every_room_is_on_the_map() -> None:
     on_map = set(re.findall(r"^\| `(\w+)/`", (ROOT / "README.md").read_text(), re.MULTILINE))
     rooms = {path.parent.name for path in (ROOT / "pmdflow").glob("*/__init__.py")}
     assert rooms <= on_map
+
+
+def map_rows() -> list[list[str]]:
+    """Rooms of the map, with what they own and, of Python's, what they may import beside rooms below."""
+    lines = re.findall(r"^\| `\w+/` \|.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+@pytest.mark.parametrize("row", map_rows(), ids=lambda row: row[0].strip("`"))
+def test_a_room_of_the_map_has_what_it_is_said_to_own(row: list[str]) -> None:
+    name, owns, *rest = row
+    is_python = bool(rest)
+    room = (ROOT / "pmdflow" if is_python else ROOT / "rust_buffer" / "src") / name.strip("`")
+    found = {path.stem for path in room.rglob("*")}
+    text = "".join(path.read_text() for path in room.rglob("*.py" if is_python else "*.rs"))
+    for named in re.findall(r"`([a-z_]+)/?`", owns):
+        assert named in found or f"def {named}(" in text or (ROOT / named).is_dir(), named
+    if not is_python:
+        return
+    users = {path.stem for path in room.rglob("*.py") if re.search(r"^(?:import|from) ray\b", path.read_text(), re.M)}
+    allowed = re.search(r"(?<!no )Ray(?: in ((?:`\w+`(?: and )?)+))?", rest[0])
+    listed = re.findall(r"`(\w+)`", allowed[1]) if allowed and allowed[1] else None
+    assert users == set(listed) if listed else bool(users) == bool(allowed)

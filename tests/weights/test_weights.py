@@ -55,3 +55,15 @@ def test_the_directory_shows_whole_files_only_and_forgets_old_versions(tmp_path:
     ]
     with pytest.raises(WaitTimeout, match="version 0"):
         transport.fetch(handles[0], timeout_s=1.0)
+
+
+def test_what_comes_through_the_object_store_is_not_copied() -> None:
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
+    weights = {"a": torch.arange(1 << 18, dtype=torch.float32), "b": torch.zeros(1 << 18, dtype=torch.bfloat16)}
+    transport = ObjectStoreTransport()
+    handle = transport.publish(1, weights)
+    first, second = (transport.fetch(handle, timeout_s=10.0) for _ in range(2))
+    assert all(first[name].data_ptr() == second[name].data_ptr() for name in weights)
+    del handle, second  # the views keep the memory
+    assert torch.equal(first["a"], weights["a"])
+    ray.shutdown()
