@@ -20,6 +20,9 @@ use crate::{
 /// Bytes of one record, unless one trajectory has more: nobody who appends waits for long.
 const MOST_BYTES: usize = 256 << 10;
 
+/// Arrays of one record: the log takes no more.
+const MOST_ARRAYS: usize = 65_535;
+
 /// Trajectories of one record, and prompts that are written while the store is held.
 const MOST_SOURCES: usize = 64;
 
@@ -140,19 +143,28 @@ impl Store {
         for copied in &copies.tokens {
             let trajectory = self.state.trajectories.get(&copied.trajectory);
             if trajectory.is_some_and(|trajectory| trajectory.runs.starts_with(&copied.runs)) {
+                if arrays.len() + copied.arrays.len() > MOST_ARRAYS {
+                    self.write_compact(&mut items, &mut arrays)?;
+                }
                 items.extend_from_slice(&copied.items);
                 arrays.extend(copied.arrays.iter().map(Vec::as_slice));
             }
         }
-        if !items.is_empty() {
-            self.record(&Record::Compact(items), &Arrays::of(&arrays))?;
-        }
+        self.write_compact(&mut items, &mut arrays)?;
         for (group, location, arrays) in &copies.prompts {
             if self.state.groups.get(group).is_some_and(|group| group.location == *location) {
                 let arrays: Vec<&[u8]> = arrays.iter().map(Vec::as_slice).collect();
                 self.record(&Record::Move(*group), &Arrays::of(&arrays))?;
             }
         }
+        Ok(())
+    }
+
+    fn write_compact(&mut self, items: &mut Vec<Appended>, arrays: &mut Vec<&[u8]>) -> Result<()> {
+        if !items.is_empty() {
+            self.record(&Record::Compact(std::mem::take(items)), &Arrays::of(arrays))?;
+        }
+        arrays.clear();
         Ok(())
     }
 
@@ -240,7 +252,7 @@ fn copied(log: &Log, trajectory: u64, runs: Vec<Run>) -> Result<Copied> {
         arrays.extend(columns.into_iter().map(|column| column.bytes));
         items.push(item);
     }
-    if arrays.len() > usize::from(u16::MAX) {
+    if arrays.len() > MOST_ARRAYS {
         let detail = format!("trajectory {trajectory} lies in {} arrays, too many for one record", arrays.len());
         return Err(StoreError::Conflict(detail));
     }
