@@ -77,6 +77,15 @@ impl Shared {
             .is_ok_and(|(guarded, _)| !guarded.closed)
     }
 
+    /// Writes a snapshot now, beside those who use the store.
+    ///
+    /// # Errors
+    /// Those of the log, or `Closed`.
+    pub fn write_snapshot(&self) -> Result<()> {
+        let task = self.query(|store| Ok(store.snapshots.task(&store.state, &store.log)))?;
+        task.write(self.log())
+    }
+
     /// Deletes the log files of which nothing is needed, once nobody reads in them; writes a snapshot first where
     /// recovery would need them, if they hold more than that.
     ///
