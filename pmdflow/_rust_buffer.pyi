@@ -61,6 +61,8 @@ class TrajectoryStore:
         lookahead: int,
         max_staleness: int | None,
         segment_loss: Literal["all", "current_only"] = "all",
+        window: int | None = None,
+        signal: tuple[float | None, float | None] | None = None,
         min_group_size: int = 2,
         straggler: tuple[int, float] | None = None,
         max_attempts: int = 3,
@@ -196,7 +198,8 @@ class TrajectoryStore:
         A ready group without any token to train is evicted with the reason `over_age`.
         Returns {status: "claimed" | "starved" | "timeout", reason: str | None, groups: list[int], lsn: int}.
         "starved" says why waiting would not help: `closed`, rollout is closed and no group is ready (grant the budget
-        again or admit), or `over_age`, this call evicted groups and too few are left (admit others in their place).
+        again or admit), `over_age`, this call evicted groups and too few are left (admit others in their place), or
+        `no_signal`, groups were evicted since the last call because their rewards lie outside of `signal`.
         A repeat for an iteration already claimed returns the first answer.
 
         Raises:

@@ -84,6 +84,25 @@ def up(
 
 
 @app.command()
+def simulate(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings over the file's.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--from", metavar="RUN", help="Fit engine, learner and lengths to this run.")
+    ] = None,
+    iterations: Annotated[int, typer.Option(min=1, help="Iterations of each policy.")] = 40,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Also write a plot.")] = None,
+) -> None:
+    """Say how a configuration would run, beside other modes: throughput, waiting, age and masking of tokens."""
+    from pmdflow.config.load import load
+    from pmdflow.run.simulation.command import simulate as report
+
+    typer.echo(report(load(config, overrides or ()).config, run=run, iterations=iterations, out=out))
+
+
+@app.command()
 def down(run: Run) -> None:
     """Stop a run, also from another terminal; `up` resumes it."""
     from pmdflow.run.status import down as ask_to_drain

@@ -172,6 +172,8 @@ class Counts:
     trajectories_unscored: int
     trajectories_late: int
     """Evicted since the store began because their groups did not wait for them (the straggler rule)."""
+    groups_no_signal: int
+    """Evicted since the store was opened because their rewards said nothing to the learner (`scheduler.refill`)."""
     scores_ignored: int
     """Second, differing outcomes of scoring attempts since the store was opened: the first ones stand."""
     eval_pending: int

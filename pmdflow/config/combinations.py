@@ -25,13 +25,17 @@ BYTES_PER_TOKEN = 8
 """Bytes of one generated token in the store: an int32 id and a float32 log-prob."""
 
 
-def combination_problems(config: Config) -> Iterator[str]:
+def combination_problems(config: Config, *, recorded: bool) -> Iterator[str]:
     """Everything that contradicts itself in a configuration whose keys are right one by one.
 
-    Each is one line `key ...: why; remedy`; the first key of it that the file names is where the error is shown.
+    Each is one line `key ...: why; remedy`; the first key of it that the file names is where the error is shown. What
+    earlier releases started is not refused where it is `recorded` in a run directory.
     """
     yield from _staleness_problems(config)
+    if not recorded:
+        yield from _segment_problems(config)
     yield from _group_problems(config)
+    yield from _refill_problems(config)
     yield from _room_problems(config)
     yield from _learner_problems(config.learner)
     yield from _sampling_problems(config.rollout, config.reward)
@@ -59,6 +63,37 @@ def _staleness_problems(config: Config) -> Iterator[str]:
         )
 
 
+def _refill_problems(config: Config) -> Iterator[str]:
+    learner = config.learner
+    if not config.scheduler.refill:
+        return
+    if learner.keep_groups_above is None and learner.keep_groups_below is None:
+        yield (
+            "scheduler.refill is true while learner.keep_groups_above and keep_groups_below are null: no group would "
+            "be left out; set keep_groups_above to 0 and keep_groups_below to 1 for rewards of 0 and 1"
+        )
+    if config.reward.cut_reward is not None or config.reward.repetition_penalty:
+        yield (
+            "scheduler.refill judges groups by their stored rewards, which reward.cut_reward and "
+            "reward.repetition_penalty change in training; set refill to false, or leave both out"
+        )
+
+
+def _segment_problems(config: Config) -> Iterator[str]:
+    """Where rollout runs ahead, a budget a version makes long answers wait for the learner's clock."""
+    segment, ahead = config.rollout.tokens_per_segment, config.scheduler.lookahead
+    if segment is None or ahead == 0:
+        return
+    most = config.data.max_tokens
+    if -(-most // segment) > ahead + 1:
+        yield (
+            f"rollout.tokens_per_segment ({segment}) lets an answer of data.max_tokens ({most}) grow only with "
+            f"{-(-most // segment)} policy versions, more than the {ahead + 1} of scheduler.lookahead ({ahead}): long "
+            "answers would finish in cohorts and batches alternate between long and short ones; set it to null, new "
+            f"weights end segments already, or to {-(-most // (ahead + 1))} or more"
+        )
+
+
 def _group_problems(config: Config) -> Iterator[str]:
     scheduler, data = config.scheduler, config.data
     if config.learner.steps_per_iteration > scheduler.groups_per_iteration:
@@ -66,6 +101,11 @@ def _group_problems(config: Config) -> Iterator[str]:
             f"learner.steps_per_iteration ({config.learner.steps_per_iteration}) is above "
             f"scheduler.groups_per_iteration ({scheduler.groups_per_iteration}): a group is never split; "
             "lower steps_per_iteration"
+        )
+    if scheduler.window is not None and scheduler.window < scheduler.groups_per_iteration:
+        yield (
+            f"scheduler.window ({scheduler.window}) is below scheduler.groups_per_iteration "
+            f"({scheduler.groups_per_iteration}): no claim could be whole; raise window, or set it to null"
         )
     if scheduler.min_group_size > data.group_size:
         yield (

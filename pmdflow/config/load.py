@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pmdflow.config.document import Document, parse
 from pmdflow.config.errors import ConfigError, ConfigIssue, KeyPath, Place, did_you_mean, dotted, explain
 from pmdflow.config.recorded import rename_keys
-from pmdflow.config.schema import Config
+from pmdflow.config.schema import RECORDED, Config
 from pmdflow.config.sources import FILE_SUFFIXES
 
 
@@ -56,6 +56,8 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Loaded:
 def load_run(run_dir: Path | str, overrides: Sequence[str] = ()) -> Loaded:
     """Read the configuration that a run directory holds; keys that were called otherwise then have today's names.
 
+    What earlier releases ran and today's refuse to start is taken.
+
     Raises:
         ConfigError: as in `load`.
     """
@@ -63,14 +65,14 @@ def load_run(run_dir: Path | str, overrides: Sequence[str] = ()) -> Loaded:
     document = parse(_read(path), name=str(path))
     for old, new in rename_keys(document.data).items():
         document.move_places(tuple(old.split(".")), tuple(new.split(".")))
-    return _check(document, path, overrides)
+    return _check(document, path, overrides, context=RECORDED)
 
 
-def _check(document: Document, path: Path, overrides: Sequence[str]) -> Loaded:
+def _check(document: Document, path: Path, overrides: Sequence[str], *, context: str | None = None) -> Loaded:
     issues = [*document.duplicates, *filter(None, map(document.override, overrides))]
     _find_paths(document.data, beside=path.parent)
     try:
-        config = Config.model_validate({} if document.data is None else document.data, strict=True)
+        config = Config.model_validate({} if document.data is None else document.data, strict=True, context=context)
     except ValidationError as error:
         issues += explain(
             error,

@@ -8,15 +8,18 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from pmdflow.config.combinations import combination_problems
+from pmdflow.config.scheduling import SchedulerConfig
 from pmdflow.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from pmdflow.config.sinks import MetricsConfig
 from pmdflow.config.sources import EVAL_PREFIX, NAME, DataConfig, EvalSetConfig, RewardFunctionConfig
 
 DEFAULT_SLOTS = 64
 """Sequences of an engine whose cache does not decide."""
+RECORDED = "recorded"
+"""Context of the validation of a configuration that a run directory holds."""
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
@@ -130,7 +133,8 @@ class RolloutConfig(Section):
     """Sequences that one engine generates at a time; null is 64, or with `vllm` as many of full length as its
     key-value cache holds, at most 256."""
     tokens_per_segment: PositiveInt | None = None
-    """Most tokens that one trajectory may generate in one iteration (the budget of Kimi k1.5); null is unlimited."""
+    """Most tokens that one trajectory may generate in one iteration: the budget of Kimi k1.5, for `lookahead` 0. Where
+    rollout runs ahead, new weights end segments already, and a budget makes batches alternate. null is unlimited."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature; recorded with every segment and applied by the learner."""
     final_temperature: PositiveFloat | None = None
@@ -166,15 +170,6 @@ class RolloutConfig(Section):
     back and is replaced."""
 
 
-class StragglerConfig(Section):
-    """When a group is trained without its late members, which biases training towards short answers."""
-
-    members: PositiveInt
-    """Scored members of a group from which on it waits no longer than `wait_s` for the others."""
-    wait_s: NonNegativeFloat
-    """Time that it still waits; then late members are evicted, whatever they have generated."""
-
-
 class EnvironmentConfig(Section):
     """What trajectories of several turns talk to, such as a tool."""
 
@@ -185,25 +180,11 @@ class EnvironmentConfig(Section):
     """Arguments of the factory; `${NAME}` is a variable of the environment, which is shown by its name everywhere."""
     timeout_s: PositiveFloat = 10.0
     """Wall-clock limit of one call; meanwhile other trajectories go on."""
+    max_failures_in_a_row: PositiveInt = 100
+    """Calls of one rollout actor that fail without an answer between them, after which the run ends with the first
+    one's message."""
     failure: str = Field(default=" error\n", min_length=1)
     """What the model reads when a call fails or is late."""
-
-
-class SchedulerConfig(Section):
-    """Budgets and staleness."""
-
-    groups_per_iteration: PositiveInt
-    """Groups that one iteration trains."""
-    tokens_per_iteration: PositiveInt
-    """Most tokens that all rollout actors may generate under one policy version."""
-    lookahead: NonNegativeInt = 1
-    """Iterations that rollout may run ahead of the learner; 0 alternates rollout and training."""
-    max_staleness: NonNegativeInt | None = 4
-    """Tokens older than this many versions at the claim have no gradient; null is unbounded."""
-    min_group_size: PositiveInt = 2
-    """A group with fewer scored members is evicted."""
-    straggler: StragglerConfig | None = None
-    """Train groups without their late members, which biases towards short answers; null waits for every member."""
 
 
 class LoraConfig(Section):
@@ -382,8 +363,8 @@ class Config(Section):
         return {name: functions for name, functions in given.items() if functions is not None}
 
     @model_validator(mode="after")
-    def _refuse_impossible(self) -> Config:
-        if problems := list(combination_problems(self)):
+    def _refuse_impossible(self, info: ValidationInfo) -> Config:
+        if problems := list(combination_problems(self, recorded=info.context == RECORDED)):
             raise ValueError("\n".join(problems))
         return self
 

@@ -55,7 +55,7 @@ def load_environment(config: EnvironmentConfig) -> Callable[[], Environment]:
     try:
         factory = getattr(importlib.import_module(module), name)
         factory(**args)
-    except (ImportError, AttributeError, TypeError) as error:
-        why = hide(str(error), config.args)
+    except Exception as error:  # a factory raises whatever it likes
+        why = hide(f"{type(error).__name__}: {error}", config.args)
         raise ValueError(f"environment.factory {config.factory} with {config.args}: {why}") from error
     return lambda: factory(**args)

@@ -108,6 +108,7 @@ def eval_config(checkpoint: Checkpoint, task: str, options: EvalOptions) -> Conf
         )
     values["model"]["path"] = checkpoint.model
     values["run"]["name"] = f"eval-{uuid.uuid4().hex}"  # begins the keys of environments: no two evaluations share them
+    values["rollout"]["tokens_per_segment"] = None  # there are no iterations
     if options.max_tokens is not None:
         values["data"]["max_tokens"] = options.max_tokens
     values["learner"] = {"tokens_per_microbatch": values["data"]["max_tokens"] + 1}  # nothing is learnt

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pmdflow import durable
+
 
 def merge_adapter(adapter: Path, *, base: Path, out: Path) -> None:
     """Write the base model with the adapter's update as a Hugging Face folder; nothing is there until it is whole.
@@ -46,4 +48,5 @@ def merge_adapter(adapter: Path, *, base: Path, out: Path) -> None:
     merged.save_pretrained(aside)
     own = (adapter / "tokenizer_config.json").is_file()
     AutoTokenizer.from_pretrained(adapter if own else base, local_files_only=True).save_pretrained(aside)
-    aside.rename(out)
+    durable.sync_tree(aside)
+    durable.rename(aside, out)

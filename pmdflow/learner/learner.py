@@ -100,7 +100,8 @@ class Learner:
             ValueError: a reward is not finite, or a trajectory does not fit `learner.tokens_per_microbatch`.
             PmdflowError: a gradient is not finite.
         """
-        learner, sums = self._config.learner, Sums()
+        learner = self._config.learner
+        sums = Sums(max_grad_norm=learner.max_grad_norm)
         started = time.perf_counter()
         torch.set_num_threads(learner.threads)  # Also for this thread: it need not be the one that ran setup.
         rewards = total_rewards(batch, self._config.reward)

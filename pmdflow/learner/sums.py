@@ -40,8 +40,10 @@ class Sums:
 
     step_losses: list[float] = field(default_factory=list)
     """Loss of each step, 0.0 for a skipped one."""
+    max_grad_norm: float
+    """What each step's gradient is clipped to."""
     grad_norms: list[float] = field(default_factory=list)
-    """Of each step taken."""
+    """Of each step taken, before clipping."""
     skipped: int = 0
     trained_tokens: int = 0
     lr: float = 0.0
@@ -84,6 +86,7 @@ class Sums:
             "learner/loss": sum(self.step_losses) / taken if taken else 0.0,
             "learner/step_losses": self.step_losses,
             "learner/grad_norm": sum(self.grad_norms) / taken if taken else 0.0,
+            "learner/clip_factors": [min(1.0, self.max_grad_norm / norm) if norm else 1.0 for norm in self.grad_norms],
             "learner/u_mean": mean,
             "learner/u_std": max(variance, 0.0) ** 0.5,
             "learner/reference_kl": -total.u / total.generated if total.generated else 0.0,

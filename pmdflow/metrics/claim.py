@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pmdflow.types import Int64, Mask, Stop, TrainBatch
+from pmdflow.types import ClaimPlan, Int64, Mask, Stop, TrainBatch
 
 
 def claim_metrics(batch: TrainBatch) -> dict[str, Any]:
@@ -14,7 +14,7 @@ def claim_metrics(batch: TrainBatch) -> dict[str, Any]:
 
     Lengths count generated tokens. Staleness runs over the tokens that have a gradient; `masked_share` is
     generated tokens without one over generated tokens, `masked_share_by_decile` the same by decile of generated
-    length, shortest first (None where a decile is empty).
+    length, shortest first (None where a decile is empty). The length by step is a mean over the step's trajectories.
     """
     count = len(batch.rewards)
     owner = np.repeat(np.arange(count), np.diff(batch.cu_seqlens))
@@ -29,6 +29,7 @@ def claim_metrics(batch: TrainBatch) -> dict[str, Any]:
         "reward/std": float(np.std(batch.rewards)) if count else None,
         "trajectory/length_mean": _mean(lengths),
         "trajectory/length_p90": float(np.percentile(lengths, 90)) if count else None,
+        "trajectory/length_by_step": None if batch.plan is None else _by_step(batch.groups, batch.plan, lengths),
         "trajectory/multi_version_share": _mean(_multi_version(batch, owner, generated)),
         "trajectory/stop_share": _mean(batch.stops == Stop.STOP),
         "trajectory/length_share": _mean(batch.stops == Stop.LENGTH),
@@ -46,6 +47,12 @@ def _multi_version(batch: TrainBatch, owner: Int64, generated: np.ndarray[Any, n
     np.maximum.at(newest, owner[generated], batch.versions[generated])
     np.minimum.at(oldest, owner[generated], batch.versions[generated])
     return newest > oldest
+
+
+def _by_step(groups: Int64, plan: ClaimPlan, lengths: Int64) -> list[float | None]:
+    group = np.cumsum(np.diff(groups, prepend=groups[:1]) != 0)
+    step = plan.steps[group]
+    return [_mean(lengths[step == number]) for number in range(plan.num_steps)]
 
 
 def _by_decile(lengths: Int64, untrained: Int64) -> list[float | None]:

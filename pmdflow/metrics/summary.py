@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from pmdflow.config.recorded import recorded_settings
+from pmdflow.metrics.fairness import lag_1
 from pmdflow.metrics.history import History, Record
 from pmdflow.metrics.intervals import UNRECORDED, busy_share, overlap_share, seconds_by_name
 from pmdflow.metrics.ledger import OUTSIDE_SUM, latest_ledger, ledger_gap, ledger_places
@@ -56,8 +57,20 @@ def _learning_lines(history: History, iterations: Sequence[Record]) -> list[str]
         ),
         f"  train reward      {reward[0]} -> {reward[1]} ({numbers})",
         f"  response length   {length[0]} -> {length[1]} tokens",
+        *_fairness_lines(iterations),
         f"  iterations        {len(iterations)} in {duration(seconds)}{rate}",
     ]
+
+
+def _fairness_lines(iterations: Sequence[Record]) -> list[str]:
+    """Whether batches alternate, and whether a step gets longer answers than another."""
+    lengths = [length for record in iterations if (length := record.get("trajectory/length_mean")) is not None]
+    correlation = lag_1(lengths)
+    by_step = [steps for record in iterations if (steps := record.get("trajectory/length_by_step"))]
+    if correlation is None or not by_step:
+        return []
+    steps = " / ".join(number(_mean(column), 1) for column in zip(*by_step, strict=True))
+    return [f"  batch lengths     lag-1 {number(correlation, 2)} (fair: about 0); mean by optimizer step {steps}"]
 
 
 def _held_out_lines(title: str, key: str, evals: Mapping[int, Record]) -> list[str]:

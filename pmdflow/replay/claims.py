@@ -23,6 +23,7 @@ from pmdflow.run.actors import start_learners, start_ray
 from pmdflow.run.placement import place_learners
 from pmdflow.store.archive import part_iteration, parts, read_part
 from pmdflow.store.client import call
+from pmdflow.store.plan import deal
 from pmdflow.types import TrainBatch
 
 STEP_TIMEOUT_S = 7200.0
@@ -66,7 +67,7 @@ def replay_claims(run: Path, config: Config, *, start: int, verify: bool = False
             print(result.iteration, result.losses)
     """
     recorded, claims = iterations(run), _claims_after(run, start)
-    dealt_anew = load_run(run).config.learner.steps_per_iteration != config.learner.steps_per_iteration
+    dealt_anew = config.learner.steps_per_iteration != load_run(run).config.learner.steps_per_iteration
     start_ray(config)
     try:
         learners = start_learners(config, run, place_learners(config), log_prefix="replay-")
@@ -74,7 +75,7 @@ def replay_claims(run: Path, config: Config, *, start: int, verify: bool = False
             check_same(run, "learner", ray.get(call(learners[0], LearnerActor.device_info), timeout=STEP_TIMEOUT_S))
         _load(learners, run, start=start)
         for iteration, path in claims:
-            batch = ray.put(claim_to_train(path, dealt_anew=dealt_anew))
+            batch = ray.put(claim_to_train(path, anew=config if dealt_anew else None))
             results: list[TrainResult] = ray.get(
                 [learner.train.remote(batch) for learner in learners], timeout=STEP_TIMEOUT_S
             )
@@ -89,10 +90,12 @@ def replay_claims(run: Path, config: Config, *, start: int, verify: bool = False
         ray.shutdown()
 
 
-def claim_to_train(path: Path, *, dealt_anew: bool) -> TrainBatch:
-    """An archived claim with the plan by which it was trained, or without one, so that the learner deals it."""
+def claim_to_train(path: Path, *, anew: Config | None) -> TrainBatch:
+    """An archived claim with the plan by which it was trained, or dealt anew to the steps of another configuration."""
     claim = read_part(path)
-    return replace(claim, plan=None) if dealt_anew else claim
+    if anew is None:
+        return claim
+    return replace(claim, plan=deal(claim, anew.learner.steps_per_iteration, seed=anew.run.seed))
 
 
 def _load(learners: Sequence[ActorHandle[LearnerActor]], run: Path, *, start: int) -> None:

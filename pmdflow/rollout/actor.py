@@ -8,7 +8,7 @@ from collections import deque
 from pathlib import Path
 
 from pmdflow.config.schema import Config
-from pmdflow.errors import EngineDied
+from pmdflow.errors import EngineDied, PmdflowError
 from pmdflow.metrics.report import ActorReport, Event
 from pmdflow.metrics.spans import SpanBuffer, Wait
 from pmdflow.rollout.engines.make import make_engine
@@ -42,10 +42,15 @@ class RolloutActor:
         self._incoming = IncomingWeights()
         self._spans = SpanBuffer(self._worker)
         self._span_start: float | None = None
+        self._span_steps = 0
+        self._span_tokens = 0
         self._last_flush = 0.0
         self._generated = 0
         self._problems: deque[str] = deque(maxlen=MAX_PROBLEMS)
         """What environments failed at since the last drain."""
+        self._environment = config.environment
+        self._failures: list[str] = []
+        """What environments have failed at since one of them answered."""
         self._stopping = threading.Event()
 
     def run(self, handle: WeightsHandle | None, worker: str) -> None:
@@ -59,6 +64,7 @@ class RolloutActor:
         Raises:
             EngineDied: the engine's process is gone or silent; everything generated is sent and every lease given back.
             WaitTimeout: the store does not answer.
+            PmdflowError: the environment only fails.
         """
         self._worker = worker
         if handle is not None:
@@ -157,8 +163,19 @@ class RolloutActor:
             self._holder.join(lease, grant=lease.grant if version == self._engine.version else 0)
 
     def _take_answers(self) -> None:
-        replies = self._holder.take_answers().values()
-        self._problems.extend(reply.problem for reply in replies if reply.problem)
+        for reply in self._holder.take_answers().values():
+            if not reply.problem:
+                self._failures.clear()
+                continue
+            self._problems.append(reply.problem)
+            self._failures.append(reply.problem)
+            environment = self._environment
+            if environment is not None and len(self._failures) >= environment.max_failures_in_a_row:
+                raise PmdflowError(
+                    f"{len(self._failures)} calls of environment.factory {environment.factory} failed in a row "
+                    f"(environment.max_failures_in_a_row); the first: {self._failures[0]}",
+                    hint="mend the environment; what is stored stays, and `pmdflow up` goes on",
+                )
 
     def _request_leases(self) -> None:
         slots, finish = self._engine.num_slots, self._config.on_new_weights == "finish"
@@ -169,14 +186,18 @@ class RolloutActor:
 
     def _step(self) -> None:
         if self._span_start is None:
-            self._span_start = time.time()
-        self._generated += self._holder.step()
+            self._span_start, self._span_steps, self._span_tokens = time.time(), 0, 0
+        generated = self._holder.step()
+        self._generated += generated
+        self._span_steps += 1
+        self._span_tokens += generated
         if time.time() - self._span_start > SPAN_S:
             self._end_span()
 
     def _end_span(self) -> None:
         if self._span_start is not None:
-            self._spans.add("generate", self._span_start, time.time(), version=self._engine.version)
+            did = {"steps": self._span_steps, "tokens": self._span_tokens}
+            self._spans.add("generate", self._span_start, time.time(), version=self._engine.version, **did)
             self._span_start = None
 
     def _idle(self) -> None:

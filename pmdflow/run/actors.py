@@ -15,12 +15,13 @@ import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from pmdflow.config.schema import DEFAULT_SLOTS, Config
+from pmdflow.config.schema import Config
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.reward.actor import RewardActor
 from pmdflow.rollout.actor import RolloutActor
 from pmdflow.run.directory import log_path
 from pmdflow.run.placement import ActorOptions, place_rewards
+from pmdflow.run.scheduler import grant_tokens
 from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Loop, LoopHandle
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.client import StoreHandle, call
@@ -58,6 +59,7 @@ def start_store(config: Config, run_dir: Path, *, archive_attrs: Mapping[str, ob
             "settings": store_settings(config),
             "archive_attrs": archive_attrs,
             "steps_per_iteration": config.learner.steps_per_iteration,
+            "seed": config.run.seed,
         },
     )
 
@@ -82,21 +84,19 @@ def store_settings(config: Config) -> StoreSettings:
         "lookahead": config.scheduler.lookahead,
         "max_staleness": config.scheduler.max_staleness,
         "segment_loss": config.learner.segment_loss,
+        "window": config.scheduler.window,
+        "signal": (config.learner.keep_groups_above, config.learner.keep_groups_below)
+        if config.scheduler.refill
+        else None,
         "min_group_size": config.scheduler.min_group_size,
         "straggler": None if straggler is None else (straggler.members, straggler.wait_s),
         "max_attempts": config.reward.max_attempts,
         "lease_ttl_s": config.rollout.lease_ttl_s,
-        "grant_tokens": _grant_tokens(config),
+        "grant_tokens": grant_tokens(config),
         "durability": config.store.durability,
         "sync_interval_s": config.store.sync_interval_s,
         "max_bytes": config.store.limit_bytes,
     }
-
-
-def _grant_tokens(config: Config) -> int:
-    """Tokens of one grant: many, so that it is extended before it ends; but all held ones leave half of the budget."""
-    held = config.rollout.actors * (config.rollout.slots or DEFAULT_SLOTS)
-    return min(max(config.scheduler.tokens_per_iteration // (2 * held), 64), 1024)
 
 
 def start_learners(

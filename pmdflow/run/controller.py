@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -172,10 +173,10 @@ class Controller:
         }
         self._record(batch, {**results[0].metrics, **results[0].speed}, spent, times)
 
-    def _admit(self) -> int:
+    def _admit(self, most: int = sys.maxsize) -> int:
         """Admit prompts up to the quota; only admission is ever refused, so a full store admits fewer."""
         counts = self._counts()
-        cursors = range(counts.next_cursor, counts.next_cursor + self._settings.room(counts))
+        cursors = range(counts.next_cursor, counts.next_cursor + min(self._settings.room(counts), most))
         batch = [(f"train-{cursor}", cursor, self._prompts.prompt(cursor)) for cursor in cursors]
         data = self._config.data
         answer = call(self._store, StoreActor.admit, batch, "train", data.group_size, data.max_tokens)
@@ -183,7 +184,7 @@ class Controller:
         if admitted == 0 and counts.groups_untrained == 0 and self._checkpoints.is_saving:
             self._checkpoints.commit()
             self._checkpoints.await_archive()
-            return self._admit()
+            return self._admit(most)
         if admitted == 0 and counts.groups_untrained == 0:
             raise PmdflowError(
                 "the store admits no group although none is waiting: store.max_bytes "
@@ -196,6 +197,8 @@ class Controller:
         """Wait for the iteration's groups; False if a drain came first."""
         last_lsn, last_change = -1, time.monotonic()
         start = time.time()
+        scheduler = self._config.scheduler
+        refills = scheduler.refill_limit * scheduler.groups_per_iteration if scheduler.refill else sys.maxsize
         while not self._supervisor.draining:
             asked = call(self._store, StoreActor.claim, iteration, self.version, CLAIM_WAIT_S)
             answer = self._supervisor.get(asked, what="claiming the iteration's groups")
@@ -203,7 +206,7 @@ class Controller:
                 self._telemetry.waited("wait_groups", start)
                 return True
             counts = self._counts()
-            self._unblock(answer, counts)
+            refills -= self._unblock(answer, counts, refills)
             self._take_discards()
             if counts.lsn != last_lsn:
                 last_lsn, last_change = counts.lsn, time.monotonic()
@@ -214,11 +217,23 @@ class Controller:
                 )
         return False
 
-    def _unblock(self, answer: ClaimAnswer, counts: Counts) -> None:
-        """Let rollout go on where a claim starves: by new groups, or else by the same budget once more."""
+    def _unblock(self, answer: ClaimAnswer, counts: Counts, most: int) -> int:
+        """Let rollout go on where a claim starves: by at most so many new groups, or by the same budget once more.
+
+        Returns:
+            Groups admitted.
+        """
         if answer.status != "starved":
-            return
-        admitted = self._admit()
+            return 0
+        if most == 0 and counts.groups_untrained == 0:
+            raise PmdflowError(
+                f"no group is left to train: {counts.groups_no_signal} were evicted since the start because their "
+                f"rewards lie outside of learner.keep_groups_above ({self._config.learner.keep_groups_above}) and "
+                f"keep_groups_below ({self._config.learner.keep_groups_below}), and scheduler.refill_limit "
+                f"({self._config.scheduler.refill_limit}) is reached",
+                hint="look at the rewards: the task is solved, too hard, or its reward function is wrong",
+            )
+        admitted = self._admit(most) if most else 0
         if answer.reason == "over_age":
             self._telemetry.event(
                 "over_age",
@@ -231,6 +246,7 @@ class Controller:
                 "budget_regranted",
                 f"version {self.version}: {counts.tokens_spent} tokens spent without a ready group",
             )
+        return admitted
 
     def _publish(self, iteration: int, left_out: dict[str, list[int]]) -> None:
         """The next version: its weights whole, its number in the store, its budget granted, then the actors told."""

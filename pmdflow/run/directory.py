@@ -124,7 +124,8 @@ class RunDirectory:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except OSError:
-                    return int(lock.read())
+                    pid = lock.read().strip()
+                    return int(pid) if pid.isdecimal() else None  # it has only just taken the lock
         except FileNotFoundError as error:
             raise LaunchError(f"{path} is no run directory (it has no run.lock)") from error
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pmdflow.config.schema import DEFAULT_SLOTS
 from pmdflow.config.window import active_groups
 from pmdflow.store.answers import ClaimAnswer
 from pmdflow.types import Counts, Quota
@@ -72,6 +73,12 @@ def next_quota(settings: SchedulerSettings, counts: Counts) -> Quota:
         tokens=settings.tokens_per_iteration * grants,
         tokens_per_segment=None if segment is None else segment * grants,
     )
+
+
+def grant_tokens(config: Config) -> int:
+    """Tokens of one grant: many, so that it is extended before it ends; but all held ones leave half of the budget."""
+    held = config.rollout.actors * (config.rollout.slots or DEFAULT_SLOTS)
+    return min(max(config.scheduler.tokens_per_iteration // (2 * held), 64), 1024)
 
 
 def must_regrant(answer: ClaimAnswer, *, admitted: int) -> bool:

@@ -16,7 +16,11 @@ def down(run: Path) -> int:
     if pid is None:
         sys.stderr.write(f"{run} is not running\n")
         return 1
-    os.kill(pid, signal.SIGINT)
+    try:
+        os.kill(pid, signal.SIGINT)
+    except ProcessLookupError:
+        sys.stderr.write(f"{run} has just ended\n")
+        return 1
     sys.stdout.write(f"asked process {pid} to drain {run}\n")
     return 0
 

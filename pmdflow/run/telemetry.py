@@ -113,8 +113,8 @@ def store_values(counts: Counts, ledger: Mapping[str, int]) -> dict[str, object]
     """Counts and ledger by metric key."""
     names = (
         "groups_ready", "groups_untrained", "groups_claimed", "trajectories_leased", "trajectories_idle",
-        "trajectories_partial", "trajectories_unscored", "trajectories_late", "scores_ignored",
-        "bytes",
+        "trajectories_partial", "trajectories_unscored", "trajectories_late", "groups_no_signal",
+        "scores_ignored", "bytes",
     )  # fmt: skip
     return {
         **{f"store/{name}": getattr(counts, name) for name in names},

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import ray
 
 from pmdflow._rust_buffer import Conflict, StoreFull, StoreLocked
@@ -18,7 +17,7 @@ from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.store.answers import ClaimAnswer, EvalResult, LateMembers
 from pmdflow.store.archive import write_part
 from pmdflow.store.facade import TrajectoryStore
-from pmdflow.store.plan import in_claim_order
+from pmdflow.store.plan import deal
 from pmdflow.store.settings import StoreSettings
 from pmdflow.types import Counts, Grant, Lease, Outcome, Prompt, Quota, TrainBatch, Unscored
 
@@ -55,11 +54,13 @@ class StoreActor:
         settings: StoreSettings,
         archive_attrs: dict[str, Any],
         steps_per_iteration: int,
+        seed: int,
     ) -> None:
-        """Open the store in `directory`; `settings` are the keyword arguments of `TrajectoryStore`."""
+        """Open the store in `directory`; `settings` are those of `TrajectoryStore`, `seed` is the run's."""
         self._run_dir = Path(run_dir)
         self._archive_attrs = archive_attrs
         self._steps_per_iteration = steps_per_iteration
+        self._seed = seed
         self._archived: set[int] = set()
         """Iterations whose claims this process has archived: they need not be read again until they are undone."""
         self._spans = SpanBuffer("store")
@@ -112,8 +113,7 @@ class StoreActor:
     def read_claim(self, iteration: int) -> TrainBatch:
         """The claimed groups as packed arrays, and the plan that deals them to optimizer steps."""
         batch = self._store.read_claim(iteration)
-        plan = in_claim_order(len(np.unique(batch.groups)), self._steps_per_iteration)
-        return replace(batch, plan=plan)
+        return replace(batch, plan=deal(batch, self._steps_per_iteration, seed=self._seed))
 
     def admit(
         self,

@@ -18,8 +18,9 @@ class ClaimAnswer:
     """The answer to `TrajectoryStore.claim`."""
 
     status: Literal["claimed", "starved", "timeout"]
-    reason: Literal["closed", "over_age"] | None
-    """Why it starves: rollout is closed, or ready groups were over-age and are evicted; None unless it does."""
+    reason: Literal["closed", "over_age", "no_signal"] | None
+    """Why it starves: rollout is closed, or groups were evicted as over-age or without a signal; None unless
+    it does."""
     groups: tuple[int, ...]
     """Group ids in claim order; empty unless claimed."""
     lsn: int

@@ -50,6 +50,8 @@ fn open(dir: &Path, file_bytes: u64) -> Store {
         max_staleness: None,
         segment_loss: SegmentLoss::All,
         min_group_size: 1,
+        window: None,
+        signal: None,
         straggler: None,
         max_attempts: 1,
         lease_ttl: i64::MAX,

@@ -28,6 +28,8 @@ fn open(dir: &Path) -> Store {
         lookahead: 1,
         max_staleness: None,
         segment_loss: SegmentLoss::All,
+        window: None,
+        signal: None,
         min_group_size: 2,
         straggler: None,
         max_attempts: 3,

@@ -26,6 +26,8 @@ fn leased(kind: Kind) -> Store {
         lookahead: 1,
         max_staleness: None,
         segment_loss: SegmentLoss::All,
+        window: None,
+        signal: None,
         min_group_size: 1,
         straggler: None,
         max_attempts: 1,

@@ -33,6 +33,8 @@ fn settings() -> Settings {
         max_staleness: None,
         segment_loss: SegmentLoss::All,
         min_group_size: 1,
+        window: None,
+        signal: None,
         straggler: None,
         max_attempts: 1,
         lease_ttl: i64::MAX,

@@ -25,6 +25,8 @@ fn open() -> Store {
         lookahead: 1,
         max_staleness: Some(1),
         segment_loss: SegmentLoss::All,
+        window: None,
+        signal: None,
         min_group_size: 1,
         straggler: None,
         max_attempts: 2,

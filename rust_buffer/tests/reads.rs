@@ -31,6 +31,8 @@ fn open_with(dir: &Path, file_bytes: u64) -> Shared {
         lookahead: 1,
         max_staleness: None,
         segment_loss: SegmentLoss::All,
+        window: None,
+        signal: None,
         min_group_size: 1,
         straggler: None,
         max_attempts: 1,

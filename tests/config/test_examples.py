@@ -43,7 +43,7 @@ def test_what_shipped_examples_name_can_be_imported() -> None:
 
 def test_examples_are_the_three_modes() -> None:
     quickstart, synchronous, k15 = (example(name).config for name in ("quickstart", "synchronous", "k15"))
-    assert quickstart.scheduler.lookahead >= 1
+    assert quickstart.scheduler.lookahead >= 1 and quickstart.rollout.tokens_per_segment is None
     assert (synchronous.scheduler.lookahead, synchronous.rollout.tokens_per_segment) == (0, None)
     assert (k15.scheduler.lookahead, k15.scheduler.max_staleness) == (0, None)
     assert k15.rollout.tokens_per_segment

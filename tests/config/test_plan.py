@@ -21,19 +21,20 @@ def test_derived_numbers(cluster_yaml: Path) -> None:
         cluster_yaml,
         [
             "rollout.tokens_per_segment=20",
+            "scheduler.lookahead=3",
             "learner.checkpoint_every=2",
             "learner.keep_checkpoints=3",
             "learner.ranks=2",
         ],
     )
     result = plan(loaded, ModelSize(num_parameters=1000, kv_numbers_per_token=10, vocab_size=5))
-    assert result.active_groups == 8  # 4 groups, lookahead 1
-    assert result.active_trajectories == 64
+    assert result.active_groups == 16  # 4 groups, lookahead 3
+    assert result.active_trajectories == 128
     assert result.trajectories_per_iteration == 32
     assert result.tokens_per_trajectory == 1000 / 32
     assert result.versions_per_trajectory == 4  # 64 tokens in segments of 20
     assert result.optimizer_steps == 12
-    assert result.store_bytes == (64 + 6 * 32) * 64 * 8
+    assert result.store_bytes == (128 + 6 * 32) * 64 * 8
     memory = {actor.role: (actor.count, actor.memory_bytes) for actor in result.actors}
     assert memory["rollout"] == (1, 4 * (1000 + 64 * 64 * 10))
     assert memory["learner"] == (2, 1000 * 16 // 2 + 8192 * 5 * 12)
@@ -43,7 +44,7 @@ def test_derived_numbers(cluster_yaml: Path) -> None:
     ("overrides", "words"),
     [
         (["learner.steps_per_iteration=1"], "learner.tau has no effect"),
-        (["rollout.tokens_per_segment=8"], "raise scheduler.max_staleness (4)"),
+        (["rollout.tokens_per_segment=8", "scheduler.lookahead=0"], "raise scheduler.max_staleness (4)"),
         (["rollout.tokens_per_segment=64"], "rollout.tokens_per_segment has no effect"),
         (["rollout.engine=simulated"], "tokens are random"),
         (["learner.algorithm=pmd_partition", "learner.tau=0.05"], "is small for pmd_partition"),

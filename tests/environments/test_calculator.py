@@ -24,10 +24,20 @@ def test_the_calculator(action: str, text: str) -> None:
     assert Calculator().step(key="k", action="answer: 42") == Observation(done=True)
 
 
+class Broken(Calculator):
+    """Cannot be made."""
+
+    def __init__(self) -> None:
+        """Fail."""
+        raise RuntimeError("no display")
+
+
 def test_a_wrong_factory_is_named() -> None:
     with pytest.raises(ValueError, match=r"environment.factory pmdflow.environments.calculator:Abacus"):
         load_environment(EnvironmentConfig(factory="pmdflow.environments.calculator:Abacus"))
     with pytest.raises(ValueError, match="base"):
         load_environment(EnvironmentConfig(factory="pmdflow.environments.calculator:Calculator", args={"base": 2}))
+    with pytest.raises(ValueError, match=r"environment.factory .*Broken.*RuntimeError: no display"):
+        load_environment(EnvironmentConfig(factory=f"{__name__}:Broken"))
     environment: Environment = load_environment(EnvironmentConfig(factory=f"{Calculator.__module__}:Calculator"))()
     assert environment.reset(key="k", prompt="", metadata={}) == Observation()

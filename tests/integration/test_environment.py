@@ -39,7 +39,8 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     directory = tmp_path_factory.mktemp("environment")
     config = small_config(
         directory, run__iterations=6, model__path=MODEL, data__max_tokens=64, rollout__stop=["]"],
-        rollout__tokens_per_segment=6, rollout__engine=request.param, scheduler__max_staleness=None,
+        rollout__tokens_per_segment=6, rollout__engine=request.param, scheduler__lookahead=0,
+        scheduler__max_staleness=None,
     )  # fmt: skip
     config["data"]["args"] = {"min_terms": 2, "max_terms": 4, "min_digits": 2, "max_digits": 3}
     config["environment"] = {"factory": "tests.support.environments:SometimesBegins"}
@@ -110,3 +111,13 @@ def test_the_newest_checkpoint_of_the_run_is_evaluated(finished: Up, tmp_path: P
     trained = checkpoint_weights(folder, lora=None, tied=True)
     assert trained.keys() == before.keys()
     assert any(not torch.equal(trained[name], before[name]) for name in before)
+
+
+@pytest.mark.nightly
+def test_an_environment_that_only_fails_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    config = small_config(tmp_path, model__path=MODEL, data__max_tokens=64, rollout__stop=["]"])
+    config["environment"] = {"factory": "tests.support.environments:NeverBegins", "max_failures_in_a_row": 12}
+    up = Up(tmp_path, config)
+    assert up.wait(DEADLINE_S) == 1, up.output
+    assert "12 calls of environment.factory tests.support.environments:NeverBegins failed in a row" in up.output
+    assert "the calculator is down" in up.output

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from pmdflow.metrics.claim import claim_metrics
-from pmdflow.types import Mask, Stop, TrainBatch
+from pmdflow.types import ClaimPlan, Mask, Stop, TrainBatch
 from tests.support.fixture_run import MAX_STALENESS, make_batch
 
 
@@ -31,6 +33,15 @@ def test_claim_metrics_agree_with_a_plain_loop() -> None:
     assert values["staleness/masked_share"] == pytest.approx(masked / sum(lengths)) and masked > 0
     assert values["trajectory/stop_share"] == np.mean(batch.stops == Stop.STOP)
     assert values["reward/mean"] == batch.rewards.mean()
+
+
+def test_length_by_step_follows_the_plan() -> None:
+    batch = make_batch(3, groups=4, size=2)
+    plan = ClaimPlan(steps=np.array([2, 0, 2, 0], np.int32), num_steps=3, rule="by_hand", seed=None)
+    lengths = (np.diff(batch.cu_seqlens) - batch.prompt_lengths).reshape(4, 2)
+    by_step = claim_metrics(dataclasses.replace(batch, plan=plan))["trajectory/length_by_step"]
+    assert by_step == [lengths[[1, 3]].mean(), None, lengths[[0, 2]].mean()]
+    assert claim_metrics(dataclasses.replace(batch, plan=None))["trajectory/length_by_step"] is None
 
 
 def test_masked_share_by_decile_follows_length() -> None:

@@ -56,8 +56,9 @@ def test_its_archive_is_readable(recorded: Path) -> None:
     assert [len(batch.rewards) for batch in batches] == [24, 24, 24]
 
 
-def test_the_recorded_plan_is_kept_unless_the_number_of_steps_is_another(tmp_path: Path) -> None:
+def test_the_recorded_plan_is_kept_unless_the_number_of_steps_is_another(recorded: Path, tmp_path: Path) -> None:
     path = write_part(tmp_path, replace(make_batch(1), plan=in_claim_order(4, 2)), attrs={})
-    kept = claim_to_train(path, dealt_anew=False).plan
+    kept = claim_to_train(path, anew=None).plan
     assert kept is not None and kept.steps.tolist() == [0, 0, 1, 1]
-    assert claim_to_train(path, dealt_anew=True).plan is None
+    dealt = claim_to_train(path, anew=load_run(recorded, ["learner.steps_per_iteration=4"]).config).plan
+    assert dealt is not None and sorted(dealt.steps) == [0, 1, 2, 3] and dealt.rule == "length_strata"

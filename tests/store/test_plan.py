@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pmdflow.store import StoreSettings
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.archive import parts, read_part
-from pmdflow.store.plan import in_claim_order
+from pmdflow.store.plan import by_length, in_claim_order
 from pmdflow.types import Prompt, Quota, Segment
 
 PROMPT = Prompt(id="p", text="?", tokens=np.array([5, 6], np.int32))
@@ -27,11 +27,32 @@ def test_claim_order_deals_every_group_evenly_and_in_order(num_groups: int, num_
     assert len(sizes) == num_steps and sizes.max() - sizes.min() <= 1
 
 
+@given(lengths=st.lists(st.integers(0, 9), max_size=40), num_steps=st.integers(1, 9), seed=st.integers(0, 99))
+def test_each_stratum_of_length_gives_each_step_one_group(lengths: list[int], num_steps: int, seed: int) -> None:
+    plan = by_length(np.array(lengths, np.int64), num_steps, seed=seed, iteration=3)
+    assert plan.num_steps == num_steps and plan.seed == seed
+    longest_first = plan.steps[np.argsort(-np.array(lengths), kind="stable")]
+    for begin in range(0, len(lengths), num_steps):
+        stratum = longest_first[begin : begin + num_steps]
+        assert len(set(stratum.tolist())) == len(stratum) and set(stratum.tolist()) <= set(range(num_steps))
+    again = by_length(np.array(lengths, np.int64), num_steps, seed=seed, iteration=3)
+    assert np.array_equal(plan.steps, again.steps)
+
+
+def test_over_the_iterations_every_group_is_equally_likely_in_every_step() -> None:
+    lengths, num_steps, draws = np.array([448, 30, 200, 31, 29, 90, 33]), 3, 3000
+    seen = np.zeros((len(lengths), num_steps))
+    for iteration in range(draws):
+        seen[np.arange(len(lengths)), by_length(lengths, num_steps, seed=1, iteration=iteration).steps] += 1
+    deviation = np.sqrt(draws * (1 / num_steps) * (1 - 1 / num_steps))
+    assert np.abs(seen - draws / num_steps).max() < 5 * deviation
+
+
 def claimed(directory: Path) -> StoreActor:
     """Three groups of one token a trajectory, claimed."""
     actor = StoreActor(
         directory=str(directory / "store"), run_dir=str(directory), settings=SETTINGS, archive_attrs={},
-        steps_per_iteration=2,
+        steps_per_iteration=2, seed=5,
     )  # fmt: skip
     actor.publish(0, None, {})
     actor.set_quota(Quota(version=0, groups=3, tokens=100, tokens_per_segment=None))
@@ -50,7 +71,8 @@ def test_a_claim_is_handed_out_and_archived_with_its_plan(tmp_path: Path) -> Non
     actor = claimed(tmp_path)
     plan = actor.read_claim(1).plan
     assert plan is not None
-    assert (plan.steps.tolist(), plan.num_steps, plan.rule, plan.seed) == ([0, 0, 1], 2, "claim_order", None)
+    assert (plan.num_steps, plan.rule, plan.seed) == (2, "length_strata", 5)
+    assert sorted(plan.steps.tolist()) in ([0, 0, 1], [0, 1, 1])
     actor.publish(1, 1, {})
     actor.commit(1)
     actor.archive([1], evict_through=1)

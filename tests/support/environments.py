@@ -69,6 +69,14 @@ def fails_to_begin(key: str) -> bool:
     return crc32(key.encode()) % 3 == 0
 
 
+class NeverBegins(Calculator):
+    """A calculator whose server is down."""
+
+    def reset(self, *, key: str, prompt: str, metadata: Mapping[str, Any]) -> Observation:
+        """Fail."""
+        raise ConnectionError("the calculator is down")
+
+
 class SometimesBegins(Calculator):
     """A calculator whose `reset` often fails."""
 

@@ -39,7 +39,7 @@ def small_config(directory: Path, **overrides: Any) -> dict[str, Any]:
         },
         "eval": {"prompts": 8, "every": 2},
         "reward": {"functions": [{"function": "pmdflow.reward.reasoning_gym:score"}]},
-        "rollout": {"slots": 16, "tokens_per_segment": 24, "flush_interval_s": 0.1},
+        "rollout": {"slots": 16, "flush_interval_s": 0.1},
         "scheduler": {"groups_per_iteration": 4, "tokens_per_iteration": 2000, "lookahead": 1, "max_staleness": 4},
         "learner": {"steps_per_iteration": 2, "lr": 1e-4, "checkpoint_every": 2},
         "dashboard": {"port": None},

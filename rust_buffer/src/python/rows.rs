@@ -198,6 +198,7 @@ pub fn counts<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Row<'py>> {
     row.set_item("trajectories_partial", counts.trajectories_partial)?;
     row.set_item("trajectories_unscored", counts.trajectories_unscored)?;
     row.set_item("trajectories_late", counts.trajectories_late)?;
+    row.set_item("groups_no_signal", counts.groups_no_signal)?;
     row.set_item("scores_ignored", counts.scores_ignored)?;
     row.set_item("eval_pending", counts.eval_pending)?;
     row.set_item("tokens_budget", counts.tokens_budget)?;

@@ -5,7 +5,12 @@ use std::time::Duration;
 use pyo3::{exceptions::PyValueError, prelude::*};
 
 use super::parse::{choose, seconds, ticks};
-use crate::{log::Durability, state::group::Straggler, state::record::SegmentLoss, store::Settings};
+use crate::{
+    log::Durability,
+    state::group::{Signal, Straggler},
+    state::record::SegmentLoss,
+    store::Settings,
+};
 
 /// Longest interval between two syncs.
 const MAX_SYNC_INTERVAL_S: f64 = 3600.0;
@@ -16,6 +21,9 @@ pub struct Given<'a> {
     pub lookahead: u32,
     pub max_staleness: Option<u32>,
     pub segment_loss: &'a str,
+    pub window: Option<u64>,
+    /// Open interval of mean rewards.
+    pub signal: Option<(Option<f64>, Option<f64>)>,
     pub min_group_size: u32,
     /// Members, and seconds to wait for the others.
     pub straggler: Option<(u32, f64)>,
@@ -41,6 +49,12 @@ impl TryFrom<Given<'_>> for Settings {
                 "groups_per_iteration, max_attempts, grant_tokens and file_bytes must be >= 1",
             ));
         }
+        if let Some(window) = given.window.filter(|window| *window < given.groups_per_iteration as u64) {
+            return Err(PyValueError::new_err(format!(
+                "window is {window}, below groups_per_iteration ({}): no claim could be whole",
+                given.groups_per_iteration
+            )));
+        }
         let losses = [("all", SegmentLoss::All), ("current_only", SegmentLoss::CurrentOnly)];
         let levels = [("os", Durability::Os), ("group", Durability::Group), ("always", Durability::Always)];
         let sync_interval_s = seconds("sync_interval_s", given.sync_interval_s)?.min(MAX_SYNC_INTERVAL_S);
@@ -49,6 +63,8 @@ impl TryFrom<Given<'_>> for Settings {
             lookahead: given.lookahead,
             max_staleness: given.max_staleness,
             segment_loss: choose("segment_loss", given.segment_loss, &losses)?,
+            window: given.window,
+            signal: given.signal.map(|(above, below)| Signal { above, below }),
             min_group_size: given.min_group_size,
             straggler: given.straggler.map(|rule| straggler(rule, given.min_group_size)).transpose()?,
             max_attempts: given.max_attempts,

@@ -284,6 +284,10 @@ impl State {
                 let tokens = self.group(id)?.tokens;
                 self.ledger.shift(Place::Ready, Place::EvictedOverAge, tokens);
             }
+            Reason::NoSignal => {
+                let tokens = self.group(id)?.tokens;
+                self.ledger.shift(Place::Ready, Place::EvictedNoSignal, tokens);
+            }
             Reason::Eval => {}
             Reason::Discarded(_) => self.move_discarded(id)?,
         }

@@ -37,6 +37,22 @@ pub struct Straggler {
     pub wait: Micros,
 }
 
+/// Mean rewards between which a group says something to the learner; None is unbounded.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Signal {
+    /// The mean is above this.
+    pub above: Option<f64>,
+    /// The mean is below this.
+    pub below: Option<f64>,
+}
+
+impl Signal {
+    /// Whether a group with this mean reward has it.
+    pub fn is_in(self, mean: f64) -> bool {
+        self.above.is_none_or(|above| mean > above) && self.below.is_none_or(|below| mean < below)
+    }
+}
+
 /// Where a live group is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Phase {
@@ -81,6 +97,11 @@ pub struct Group {
 }
 
 impl Group {
+    /// Place in the order of admission of the training prompts; that of a group without a cursor is its id.
+    pub fn place(&self, id: u64) -> u64 {
+        self.cursor.unwrap_or(id)
+    }
+
     /// Trajectory ids of the members.
     pub fn members(&self) -> Range<u64> {
         self.first..self.first.saturating_add(u64::from(self.size))

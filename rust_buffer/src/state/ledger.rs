@@ -35,11 +35,13 @@ pub enum Place {
     EvictedMinGroupSize,
     /// Group that somebody discarded.
     EvictedDiscarded,
+    /// Group whose rewards say nothing to the learner.
+    EvictedNoSignal,
 }
 
 impl Place {
     /// Every place and its key in Python; `Partial` is split into leased and idle there.
-    pub const ALL: [(Self, &'static str); 15] = [
+    pub const ALL: [(Self, &'static str); 16] = [
         (Self::Partial, "partial"),
         (Self::Unscored, "unscored"),
         (Self::WaitingGroup, "waiting_group"),
@@ -55,6 +57,7 @@ impl Place {
         (Self::EvictedOverAge, "evicted_over_age"),
         (Self::EvictedMinGroupSize, "evicted_min_group_size"),
         (Self::EvictedDiscarded, "evicted_discarded"),
+        (Self::EvictedNoSignal, "evicted_no_signal"),
     ];
 }
 

@@ -37,6 +37,8 @@ pub enum SegmentLoss {
 pub enum Reason {
     /// No token to train.
     OverAge,
+    /// Rewards that say nothing to the learner.
+    NoSignal,
     /// The caller dropped an evaluation.
     Eval,
     /// Somebody wanted it gone, for the reason told.
@@ -48,6 +50,7 @@ impl Reason {
     pub fn name(&self) -> &'static str {
         match self {
             Self::OverAge => "over_age",
+            Self::NoSignal => "no_signal",
             Self::Eval => "eval",
             Self::Discarded(_) => "discarded",
         }
@@ -60,6 +63,7 @@ impl Reason {
     pub fn named(name: &str, detail: Option<String>) -> std::result::Result<Self, String> {
         match name {
             "over_age" => Ok(Self::OverAge),
+            "no_signal" => Ok(Self::NoSignal),
             "eval" => Ok(Self::Eval),
             "discarded" => Ok(Self::Discarded(detail.unwrap_or_default())),
             other => Err(format!("groups are evicted for the unknown reason {other:?}")),

@@ -111,10 +111,11 @@ impl Store {
 
     fn check_room(&self, admit: &Admit, bytes: usize) -> Result<()> {
         let groups = self.state.quotas.get(&self.state.version).map_or(0, |quota| quota.groups);
-        if self.index.groups_untrained >= groups {
+        let untrained = self.index.untrained.len() as u64;
+        if untrained >= groups {
             return Err(StoreError::Full {
                 what: "the number of untrained groups",
-                value: self.index.groups_untrained + 1,
+                value: untrained + 1,
                 limit: groups,
                 remedy: "train some or set the newest version's quota",
             });

@@ -30,6 +30,8 @@ pub enum Starvation {
     Closed,
     /// Ready groups had nothing left to train and were evicted: others may be admitted in their place.
     OverAge,
+    /// Groups were evicted since the last call because their rewards say nothing: others may be admitted in their place.
+    NoSignal,
 }
 
 impl Starvation {
@@ -38,6 +40,7 @@ impl Starvation {
         match self {
             Self::Closed => "closed",
             Self::OverAge => "over_age",
+            Self::NoSignal => "no_signal",
         }
     }
 }
@@ -104,6 +107,9 @@ impl Store {
             let (lsn, _) = self.record(&Record::Claim(claimed), &Arrays::default())?;
             return Ok(Some(ClaimAnswer::Claimed(groups, lsn)));
         }
+        if self.no_signal > std::mem::replace(&mut self.no_signal_told, self.no_signal) {
+            return Ok(Some(ClaimAnswer::Starved(Starvation::NoSignal)));
+        }
         let wanted = self.settings.groups_per_iteration;
         if self.index.ready.len() < wanted && !self.is_closed() {
             return Ok(None);
@@ -121,15 +127,16 @@ impl Store {
         Ok(why.map(ClaimAnswer::Starved))
     }
 
-    /// The first `wanted` ready groups that have a token to train; those before them that have none are evicted, and
-    /// counted.
+    /// The first `wanted` ready groups of the window that have a token to train; those before them that have none are
+    /// evicted, and counted.
     fn pick(&mut self, wanted: usize, version: Version) -> Result<(Vec<u64>, usize)> {
         let (mut groups, mut over_age) = (Vec::new(), Vec::new());
+        let end = self.window_end()?;
         for id in &self.index.ready {
-            if groups.len() == wanted {
+            let group = self.state.group(*id)?;
+            if groups.len() == wanted || group.place(*id) >= end {
                 break;
             }
-            let group = self.state.group(*id)?;
             let trainable = mask::is_trainable(&self.state, group, version, self.settings.max_staleness);
             if trainable { groups.push(*id) } else { over_age.push(*id) }
         }
@@ -138,6 +145,26 @@ impl Store {
             self.record(&Record::Evict(over_age, Reason::OverAge), &Arrays::default())?;
         }
         Ok((groups, evicted))
+    }
+
+    /// The place at which the window ends: it is anchored at the oldest untrained group.
+    ///
+    /// What it bounds, with P groups a claim, W places and lookahead L: no group is passed by more than W - 1 younger
+    /// ones, and while claims are full, what they train is at most L + ceil((W - 1) / P) iterations old, and as much more
+    /// as the weights of its worker were behind.
+    ///
+    /// Proof. Places follow the order of admission without a gap. Let g be at place c. While g is untrained, the oldest
+    /// untrained group is at most at c, so every claim takes places below c + W: of younger groups at most the W - 1
+    /// between. If claim j (from 1, each of P groups) takes g, the (j - 1)P groups of the earlier ones are of the c places
+    /// below g and the W - 1 above: (j - 1)P <= c + W - 1. When g was admitted, fewer than P(L + 1) groups were untrained
+    /// (`pmdflow.config.window`): of the c below it, more than c - P(L + 1) were trained, in i iterations: iP > c - P(L +
+    /// 1). So j - 1 - i < (W - 1) / P + L + 1, and nothing of g was generated before i iterations were trained. An
+    /// evicted group is one less on both sides.
+    fn window_end(&self) -> Result<u64> {
+        let Some((window, oldest)) = self.settings.window.zip(self.index.untrained.first()) else {
+            return Ok(u64::MAX);
+        };
+        Ok(self.state.group(*oldest)?.place(*oldest).saturating_add(window))
     }
 
     /// Makes `version` the newest and `iteration`'s claim trained, but for what the learner left out of it.

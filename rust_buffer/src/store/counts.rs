@@ -37,6 +37,8 @@ pub struct Counts {
     pub trajectories_unscored: u64,
     /// Those that their groups did not wait for, since the store began.
     pub trajectories_late: u64,
+    /// Training groups evicted since the store was opened because their rewards said nothing to the learner.
+    pub groups_no_signal: u64,
     /// Second, differing outcomes of scoring attempts since the store was opened: the first ones stand.
     pub scores_ignored: u64,
     /// Evaluation trajectories without a verdict.
@@ -61,7 +63,7 @@ impl Store {
             next_cursor: state.next_cursor,
             lsn: self.log.lsn(),
             durable_lsn: self.log.durable_lsn(),
-            groups_untrained: index.groups_untrained,
+            groups_untrained: index.untrained.len() as u64,
             groups_ready: index.ready.len(),
             groups_claimed: claimed.map_or(0, |claim| claim.groups.len()),
             trajectories_leased: index.leased,
@@ -69,6 +71,7 @@ impl Store {
             trajectories_partial: partial,
             trajectories_unscored: index.unscored_train,
             trajectories_late: state.ledger.late,
+            groups_no_signal: self.no_signal,
             scores_ignored: self.scores_ignored,
             eval_pending: index.eval_pending,
             tokens_budget: state.quotas.get(&state.version).map_or(0, |quota| quota.tokens),

@@ -2,7 +2,8 @@
 //!
 //! Leases: evaluation first; then training trajectories that hold tokens, oldest group first; then those not started,
 //! highest priority first, then oldest group. Claims: a first-in first-out queue of groups with a window: of the ready
-//! ones the oldest, however many older ones are still being generated (the quota of untrained groups is the window).
+//! ones the oldest, however many older ones are still being generated, as far as `Settings::window` reaches (the quota of
+//! untrained groups bounds it too).
 
 mod upkeep;
 
@@ -42,7 +43,7 @@ pub struct Index {
     /// Ready training groups.
     pub ready: BTreeSet<u64>,
     /// Training groups that count against the quota.
-    pub groups_untrained: u64,
+    pub untrained: BTreeSet<u64>,
     /// Idle evaluation trajectories.
     eval: ByVersion,
     /// Idle training trajectories with tokens, whose newest version leaves them room in its segment budget.
@@ -86,16 +87,17 @@ impl Index {
     /// Adds a group to what its phase decides; nothing when there is none.
     pub fn add_group(&mut self, state: &State, id: u64) {
         let Some(group) = state.groups.get(&id) else { return };
-        self.groups_untrained += u64::from(state.is_untrained(group));
+        if state.is_untrained(group) {
+            self.untrained.insert(id);
+        }
         if group.kind == Kind::Train && group.phase == Phase::Ready {
             self.ready.insert(id);
         }
     }
 
-    /// Removes a group as it is in `state` from what its phase decides.
-    pub fn remove_group(&mut self, state: &State, id: u64) {
-        let Some(group) = state.groups.get(&id) else { return };
-        self.groups_untrained -= u64::from(state.is_untrained(group));
+    /// Removes a group from what its phase decides.
+    pub fn remove_group(&mut self, id: u64) {
+        self.untrained.remove(&id);
         self.ready.remove(&id);
     }
 

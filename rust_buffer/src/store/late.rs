@@ -79,10 +79,9 @@ impl Store {
             group.members().try_for_each(|member| self.end_lease(member))?;
         }
         self.record(&Record::Late(expired.clone()), &Arrays::default())?;
-        if let Some(overdue) = &mut self.overdue {
-            for id in expired {
-                overdue.remove(id);
-            }
+        for id in expired {
+            self.forget_overdue(id);
+            self.judge(id)?;
         }
         self.late_reports.extend(reports);
         self.late_reports.drain(..self.late_reports.len().saturating_sub(KEPT_REPORTS));

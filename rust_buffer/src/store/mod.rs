@@ -37,7 +37,7 @@ use crate::{
     log::{Arrays, Durability, Location, Log, LogOptions, Lsn, Storage},
     state::State,
     state::codec,
-    state::group::Straggler,
+    state::group::{Signal, Straggler},
     state::placed::Placed,
     state::record::{Record, SegmentLoss},
     state::trajectory::Version,
@@ -63,6 +63,10 @@ pub struct Settings {
     /// Greatest staleness of a trained token; None is unbounded.
     pub max_staleness: Option<u32>,
     pub segment_loss: SegmentLoss,
+    /// Places, from that of the oldest untrained group on, out of which groups are claimed; None: all.
+    pub window: Option<u64>,
+    /// Training groups without it are evicted as soon as all their rewards are there; None: none is.
+    pub signal: Option<Signal>,
     /// Scored members below which a group is evicted.
     pub min_group_size: u32,
     /// When a group does not wait for its late members; None: it waits for all.
@@ -97,6 +101,10 @@ pub struct Store {
     quota_changes: u64,
     /// Second, differing outcomes of scoring attempts since the store was opened.
     pub(crate) scores_ignored: u64,
+    /// Groups evicted without a signal since the store was opened.
+    pub(crate) no_signal: u64,
+    /// Those of which a claim was told.
+    pub(crate) no_signal_told: u64,
 }
 
 /// What waits look at.
@@ -114,6 +122,7 @@ pub(crate) struct Signature {
     version: Version,
     open_claim: Option<i64>,
     budgets: Vec<bool>,
+    no_signal: u64,
     quotas: u64,
 }
 
@@ -173,6 +182,8 @@ impl Store {
             snapshots,
             quota_changes: 0,
             scores_ignored: 0,
+            no_signal: 0,
+            no_signal_told: 0,
         })
     }
 
@@ -207,6 +218,7 @@ impl Store {
             version: self.state.version,
             open_claim: self.state.open_claim(),
             budgets: budgets.collect(),
+            no_signal: self.no_signal,
             quotas: self.quota_changes,
         }
     }

@@ -6,9 +6,9 @@ use crate::{
     clock::Micros,
     error::Result,
     log::Arrays,
-    state::group::Phase,
-    state::record::{Record, Score},
-    state::trajectory::{Outcome, Verdict},
+    state::group::{Kind, Phase},
+    state::record::{Reason, Record, Score},
+    state::trajectory::{Outcome, Trajectory, Verdict},
     store::{Store, conflict},
 };
 
@@ -72,6 +72,22 @@ impl Store {
         let score = Score { trajectory: id, outcome, reward, components, failed, phase };
         self.record(&Record::Score(score), &Arrays::default())?;
         self.watch_group(id_of_group, now);
+        self.judge(id_of_group)
+    }
+
+    /// Evicts a group that has become ready if its rewards say nothing to the learner.
+    pub(crate) fn judge(&mut self, id: u64) -> Result<()> {
+        let (Some(signal), Some(group)) = (self.settings.signal, self.state.groups.get(&id)) else { return Ok(()) };
+        if group.kind != Kind::Train || group.phase != Phase::Ready {
+            return Ok(());
+        }
+        let members = group.members().filter_map(|member| self.state.trajectories.get(&member));
+        let rewards: Vec<f64> = members.filter_map(Trajectory::reward).collect();
+        if signal.is_in(rewards.iter().sum::<f64>() / rewards.len() as f64) {
+            return Ok(());
+        }
+        self.record(&Record::Evict(vec![id], Reason::NoSignal), &Arrays::default())?;
+        self.no_signal += 1;
         Ok(())
     }
 }

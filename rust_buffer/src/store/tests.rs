@@ -19,6 +19,8 @@ fn a_record_that_is_written_and_cannot_be_applied_ends_the_log() {
         lookahead: 1,
         max_staleness: None,
         segment_loss: SegmentLoss::All,
+        window: None,
+        signal: None,
         min_group_size: 1,
         straggler: None,
         max_attempts: 1,

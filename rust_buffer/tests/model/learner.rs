@@ -92,6 +92,7 @@ impl Model {
                 let counts = self.store().counts();
                 assert_eq!((counts.groups_ready, counts.trajectories_leased, counts.trajectories_unscored), (0, 0, 0));
             }
+            Ok(Some(ClaimAnswer::Starved(Starvation::NoSignal))) => panic!("no group is judged here"),
             Ok(None) => {}
             Err(StoreError::Conflict(_)) => assert!(self.store().state().open_claim().is_some()),
             Err(error) => panic!("{error}"),

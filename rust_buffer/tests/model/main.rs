@@ -36,6 +36,8 @@ fn settings(lookahead: u32, current_only: bool, straggler: Option<Straggler>) ->
         lookahead,
         max_staleness: Some(2),
         segment_loss: if current_only { SegmentLoss::CurrentOnly } else { SegmentLoss::All },
+        window: None,
+        signal: None,
         min_group_size: 2,
         straggler,
         max_attempts: 2,

@@ -62,6 +62,8 @@ fn settings(durability: Durability) -> Settings {
         lookahead: 1,
         max_staleness: Some(2),
         segment_loss: SegmentLoss::All,
+        window: None,
+        signal: None,
         min_group_size: 1,
         max_attempts: 2,
         lease_ttl: 1_000,

@@ -37,7 +37,7 @@ impl Index {
             self.remove(state, *id, leases.contains(*id))?;
         }
         for id in &groups {
-            self.remove_group(state, *id);
+            self.remove_group(*id);
         }
         // Most records remove no group, and claims of many groups should not look up their names.
         let leaving = match record {

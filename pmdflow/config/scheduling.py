@@ -1,0 +1,40 @@
+"""The settings of the scheduler."""
+
+from __future__ import annotations
+
+from pmdflow.config.section import NonNegativeFloat, NonNegativeInt, PositiveInt, Section
+
+
+class StragglerConfig(Section):
+    """When a group is trained without its late members, which biases training towards short answers."""
+
+    members: PositiveInt
+    """Scored members of a group from which on it waits no longer than `wait_s` for the others."""
+    wait_s: NonNegativeFloat
+    """Time that it still waits; then late members are evicted, whatever they have generated."""
+
+
+class SchedulerConfig(Section):
+    """Budgets and staleness."""
+
+    groups_per_iteration: PositiveInt
+    """Groups that one iteration trains."""
+    tokens_per_iteration: PositiveInt
+    """Most tokens that all rollout actors may generate under one policy version."""
+    lookahead: NonNegativeInt = 1
+    """Iterations that rollout may run ahead of the learner; 0 alternates rollout and training."""
+    max_staleness: NonNegativeInt | None = 4
+    """Tokens older than this many versions at the claim have no gradient; null is unbounded."""
+    window: PositiveInt | None = None
+    """Groups in the order of admission, from the oldest untrained one on, out of which a claim takes what is ready: a
+    group is passed by fewer younger ones than this. null is all that are admitted."""
+    refill: bool = False
+    """Evict groups that `learner.keep_groups_above` and `keep_groups_below` leave out as soon as they are scored, and
+    admit others in their place: every claim is full of groups that teach something (DAPO's dynamic sampling)."""
+    refill_limit: PositiveInt = 4
+    """Most groups, times `groups_per_iteration`, that are admitted in the place of others in one iteration; then what
+    is ready is trained."""
+    min_group_size: PositiveInt = 2
+    """A group with fewer scored members is evicted."""
+    straggler: StragglerConfig | None = None
+    """Train groups without their late members, which biases towards short answers; null waits for every member."""

@@ -1,0 +1,144 @@
+"""Models of engine, learner and answers fitted to what a finished or live run recorded."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+
+from pmdflow.config.load import load_run
+from pmdflow.config.schema import DEFAULT_SLOTS
+from pmdflow.errors import PmdflowError
+from pmdflow.metrics.history import History
+from pmdflow.metrics.intervals import overlap_s, union
+from pmdflow.run.simulation.models import EngineModel, LearnerModel, Lengths, RecordedLengths
+from pmdflow.store.archive import catalog, parts, read_table
+
+WARM_UP = 2
+"""First iterations, in which processes and caches warm up."""
+FEWEST = 3
+"""Iterations after these that a fit needs."""
+ALONE, TOGETHER = 0.1, 0.9
+"""Shares of a span in which the learner trains, up to and from which it counts as without and with it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """Models in tokens and seconds, and where they are from."""
+
+    engine: EngineModel
+    learner: LearnerModel
+    lengths: Lengths
+    prompt_tokens: int
+    score_s: float
+    origin: str
+
+
+def calibrate(run: Path) -> Calibration:
+    """Fit the models to a run.
+
+    Raises:
+        PmdflowError: the run is too short, or of a release whose spans do not say what was generated.
+    """
+    history = History(run)
+    history.update()
+    numbers = sorted(history.iterations)[WARM_UP:]
+    archived = parts(run)[WARM_UP:]
+    if len(numbers) < FEWEST or len(archived) < FEWEST:
+        raise PmdflowError(
+            f"{run} has {len(numbers)} iterations after the first {WARM_UP}, {len(archived)} of them archived: too few "
+            "to fit models to",
+            hint=f"take a run of {WARM_UP + FEWEST} iterations or more whose checkpoints were archived",
+        )
+    records = [history.iterations[number] for number in numbers]
+    since = records[0]["time"] - records[0]["time/iteration_s"]
+    spans = [span for span in history.spans if span["start"] >= since]
+    lengths, prompts = _lengths(archived)
+    scored = [span["end"] - span["start"] for span in spans if span["name"] == "score"]
+    return Calibration(
+        engine=_engine(spans, slots=load_run(run).config.rollout.slots or DEFAULT_SLOTS, run=run),
+        learner=_learner(records, {row["iteration"]: row["tokens"] for row in catalog(run)}),
+        lengths=lengths,
+        prompt_tokens=prompts,
+        score_s=fmean(scored) if scored else 0.0,
+        origin=f"fitted to iterations {numbers[0]} to {numbers[-1]} of {run}",
+    )
+
+
+def _engine(spans: Sequence[Mapping[str, Any]], *, slots: int, run: Path) -> EngineModel:
+    """Seconds of a step and of a sequence in it, by least squares over the spans of all rollout actors."""
+    training = union((span["start"], span["end"]) for span in spans if span["name"] in ("step", "reference"))
+    rows, alone, together = [], [], []
+    for span in spans:
+        did, seconds = span.get("attrs", {}), span["end"] - span["start"]
+        if span["name"] != "generate" or not did.get("steps") or seconds <= 0:
+            continue
+        row = (float(did["steps"]), float(did["tokens"]), seconds)
+        share = overlap_s(_reaching_into(training, span), [(span["start"], span["end"])]) / seconds
+        rows.append(row)
+        if share <= ALONE:
+            alone.append(row)
+        elif share >= TOGETHER:
+            together.append(row)
+    if not rows:
+        raise PmdflowError(
+            f"the spans of {run} do not say how many tokens they generated: it is older than `pmdflow simulate`",
+            hint="take a run of this release",
+        )
+    step_s, sequence_s = _fit(alone or rows)
+    factor = 1.0
+    if alone and together:
+        expected = sum(step_s * steps + sequence_s * tokens for steps, tokens, _ in together)
+        factor = max(sum(seconds for *_, seconds in together) / expected, 1.0)
+    applied = [span["end"] - span["start"] for span in spans if span["name"] == "apply_weights"]
+    return EngineModel(
+        slots=slots,
+        step_s=step_s,
+        sequence_s=sequence_s,
+        apply_s=fmean(applied) if applied else 0.0,
+        training_factor=factor,
+    )
+
+
+def _reaching_into(intervals: Sequence[tuple[float, float]], span: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """The intervals that reach into a span; both ascend, so that few are looked at."""
+    first = bisect_right(intervals, span["start"], key=lambda interval: interval[1])
+    last = bisect_left(intervals, span["end"], key=lambda interval: interval[0])
+    return list(intervals[first:last])
+
+
+def _fit(rows: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """Seconds a step and a token, neither below 0, that give the rows' seconds best."""
+    steps, tokens, seconds = np.array(rows).T
+    (step_s, token_s), *_ = np.linalg.lstsq(np.stack([steps, tokens], axis=1), seconds, rcond=None)
+    if token_s < 0:
+        step_s, token_s = seconds.sum() / steps.sum(), 0.0
+    elif step_s < 0:
+        step_s, token_s = 0.0, seconds.sum() / tokens.sum()
+    return float(step_s), float(token_s)
+
+
+def _learner(records: Sequence[Mapping[str, Any]], tokens: Mapping[int, int]) -> LearnerModel:
+    known = [record for record in records if record["iteration"] in tokens]
+    rows = [(1.0, float(tokens[record["iteration"]]), float(record["time/train_s"])) for record in known]
+    iteration_s, token_s = _fit(rows)
+    rest = [record["time/iteration_s"] - record["time/claim_wait_s"] - record["time/train_s"] for record in records]
+    return LearnerModel(iteration_s=iteration_s, token_s=token_s, publish_s=max(median(rest), 0.0))
+
+
+def _lengths(archived: Sequence[Path]) -> tuple[RecordedLengths, int]:
+    """Lengths of each archived group's answers, and the mean tokens of a prompt."""
+    groups: list[list[int]] = []
+    prompts: list[float] = []
+    for path in archived:
+        table = read_table(path, "trajectory")
+        own = np.diff(table["token_offset"]) - table["prompt_length"]
+        begins = np.flatnonzero(np.diff(table["group"], prepend=-1))[1:]
+        groups += [part.tolist() for part in np.split(own, begins)]
+        prompts.append(float(table["prompt_length"].mean()))
+    return RecordedLengths(groups=groups), round(fmean(prompts))

@@ -1,0 +1,181 @@
+"""`pmdflow simulate`: how a configuration would run, and what would run better."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pmdflow.config.schema import Config
+from pmdflow.metrics.text import number, percent
+from pmdflow.run.simulation.calibration import calibrate
+from pmdflow.run.simulation.policies import AS_CONFIGURED, UNBOUNDED, assumed, configured, splits, unit_of, variants
+from pmdflow.run.simulation.report import SimulationReport, Steady
+from pmdflow.run.simulation.world import Simulation, SimulationSettings
+
+SKIPPED = 4
+"""First iterations that the table leaves out: the pipeline fills."""
+ENOUGH, RARELY = 0.97, 0.01
+"""Share of the unbounded throughput that a bound should reach, and of tokens that it may mask."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One simulated policy."""
+
+    name: str
+    settings: SimulationSettings
+    report: SimulationReport
+    steady: Steady
+
+    @classmethod
+    def of(cls, name: str, settings: SimulationSettings) -> Result:
+        """Simulate it."""
+        report = Simulation(settings).run()
+        return cls(name=name, settings=settings, report=report, steady=report.steady(skip=SKIPPED))
+
+    @property
+    def rollout_busy(self) -> float:
+        """Share of the rollout actors' time with something to generate."""
+        return self.report.busy_s / (self.report.seconds * self.report.actors) if self.report.seconds else 0.0
+
+    @property
+    def waits(self) -> list[tuple[str, float]]:
+        """Shares of the rollout actors' time with nothing to generate, by cause, the greatest first."""
+        whole = self.report.seconds * self.report.actors
+        shares = ((cause, seconds / whole) for cause, seconds in self.report.waits_s.items() if whole)
+        return sorted(shares, key=lambda item: -item[1])
+
+
+def simulate(config: Config, *, run: Path | None, iterations: int, out: Path | None) -> str:
+    """Simulate a configuration and its alternatives; the report as text.
+
+    Args:
+        config: The configuration.
+        run: A run of the same model and machine, to which engine, learner and lengths are fitted; None assumes some.
+        iterations: Iterations of each simulation.
+        out: An HTML file for the plot.
+
+    Raises:
+        PmdflowError: the run does not say enough.
+    """
+    models = assumed(config) if run is None else calibrate(run)
+    given = configured(config, models, iterations=iterations + SKIPPED)
+    results = [Result.of(name, settings) for name, settings in variants(given)]
+    divided = [Result.of(name, settings) for name, settings in splits(given, ranks=config.learner.ranks)]
+    unit = unit_of(config)
+    if out is not None:
+        out.write_text(_page(config, results, unit))
+    engine, learner = models.engine, models.learner
+    step = f"{engine.step_s * 1e3:.2f} ms a step + {engine.sequence_s * 1e3:.3f} ms a sequence in it"
+    slower = f", {engine.training_factor:.2f} times that while the learner trains" if engine.training_factor > 1 else ""
+    trains = (
+        f"{learner.iteration_s:.3g} s + {learner.token_s * 1e6:.3g} us a token, {learner.publish_s:.3g} s to publish"
+    )
+    lines = [
+        f"simulation of {config.run.name}, {iterations} iterations a policy, the first {SKIPPED} left out",
+        f"  models    {models.origin}",
+        f"  engine    {step}{slower}; {given.actors} rollout actors of {given.engine.slots} slots",
+        f"  learner   {trains}",
+        *([f"  unit      {unit} tokens: answers are long, so that times are exact to as many"] if unit > 1 else []),
+        "",
+        *_table(results, unit),
+        "",
+        *(["  rollout actors + learner ranks, as configured otherwise", *_table(divided, unit), ""] if divided else []),
+        *(f"  {line}" for line in _advice(results, divided, config, unit)),
+        *([f"  plot: {out}"] if out is not None else []),
+    ]
+    return "\n".join(lines)
+
+
+def _table(results: Sequence[Result], unit: int) -> list[str]:
+    head = (
+        f"  {'policy':<14} {'s/iter':>8} {'tokens/s':>9} {'rollout':>8} {'learner':>8} {'age':>5} {'most':>4} "
+        f"{'masked':>7} {'longest':>8} {'passed':>6} {'varies':>6}  rollout waits for"
+    )
+    rows = []
+    for result in results:
+        steady = result.steady
+        longest = percent(steady.masked_by_decile[-1], 1)
+        waits = ", ".join(f"{cause} {percent(share)}" for cause, share in result.waits[:2] if share >= 0.005)
+        rows.append(
+            f"  {result.name:<14} {steady.iteration_s:>8.3g} {steady.tokens_per_s * unit:>9,.0f} "
+            f"{percent(result.rollout_busy):>8} {percent(steady.learner_busy):>8} {steady.staleness_mean:>5.2f} "
+            f"{steady.staleness_max:>4} {percent(steady.masked_share, 1):>7} {longest:>8} "
+            f"{steady.passed:>6} {number(steady.variation, 2):>6}  {waits}"
+        )
+    return [head, *rows]
+
+
+def _advice(results: Sequence[Result], divided: Sequence[Result], config: Config, unit: int) -> list[str]:
+    by_name = {result.name: result for result in results}
+    now, best = by_name[AS_CONFIGURED], by_name[UNBOUNDED].steady.tokens_per_s
+    bounded = [result for result in results if result.name.startswith("lookahead")]
+    fits = [
+        result
+        for result in bounded
+        if result.steady.tokens_per_s >= ENOUGH * best and result.steady.masked_share <= RARELY
+    ]
+    share = now.steady.tokens_per_s / best if best else 1.0
+    lines = [f"as configured: {percent(share)} of the throughput without a bound on age"]
+    if fits and now.steady.tokens_per_s < ENOUGH * fits[0].steady.tokens_per_s:
+        chosen = fits[0]
+        gain = chosen.steady.tokens_per_s / now.steady.tokens_per_s
+        spent = max(iteration.tokens for iteration in chosen.report.iterations) * unit
+        lines.append(
+            f"scheduler.lookahead={chosen.settings.scheduler.lookahead}, rollout.tokens_per_segment=null and "
+            f"scheduler.tokens_per_iteration={_round_up(2 * spent)} or more: {gain:.2f} times the tokens a second, "
+            f"{percent(chosen.steady.masked_share, 1)} of them masked"
+        )
+    better = max(divided, key=lambda result: result.steady.tokens_per_s, default=now)
+    if better.steady.tokens_per_s > now.steady.tokens_per_s / ENOUGH:
+        ranks = config.rollout.actors + config.learner.ranks - better.settings.actors
+        lines.append(
+            f"rollout.actors={better.settings.actors} and learner.ranks={ranks}: "
+            f"{better.steady.tokens_per_s / now.steady.tokens_per_s:.2f} times the tokens a second"
+        )
+    return lines
+
+
+def _round_up(tokens: int) -> int:
+    digit: int = 10 ** max(len(str(tokens)) - 2, 0)
+    return -(-tokens // digit) * digit
+
+
+def _page(config: Config, results: Sequence[Result], unit: int) -> str:
+    """Throughput against age and masked tokens, and where the rollout actors' time goes."""
+    from plotly.graph_objects import Bar, Figure, Scatter
+
+    names = [result.name for result in results]
+    curve = Figure(
+        [
+            Scatter(
+                name=f"{result.name}, {percent(result.steady.masked_share, 1)} masked",
+                x=[result.steady.staleness_mean],
+                y=[result.steady.tokens_per_s * unit],
+                mode="markers",
+                marker={"size": 14, "symbol": place},
+            )
+            for place, result in enumerate(results)
+        ]
+    )
+    curve.update_layout(
+        xaxis_title="mean age of a trained token, iterations", yaxis_title="generated tokens a second",
+        yaxis_rangemode="tozero", template="plotly_white",
+    )  # fmt: skip
+    causes = list(dict.fromkeys(cause for result in results for cause, _ in result.waits))
+    shares = {result.name: dict(result.waits) for result in results}
+    bars = [Bar(name="generating", x=names, y=[result.rollout_busy for result in results])]
+    bars += [
+        Bar(name=f"waits: {cause}", x=names, y=[shares[name].get(cause, 0.0) for name in names]) for cause in causes
+    ]
+    times = Figure(bars)
+    times.update_layout(
+        barmode="stack", yaxis_tickformat=".0%", yaxis_title="rollout actors' time", template="plotly_white"
+    )
+    title = html.escape(f"pmdflow simulate: {config.run.name}")
+    figures = curve.to_html(full_html=False, include_plotlyjs=True) + times.to_html(
+        full_html=False, include_plotlyjs=False
+    )
+    return f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><h1>{title}</h1>{figures}</html>\n"

@@ -1,0 +1,121 @@
+"""From a configuration to simulations: as it is, and as others would run the same job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from pmdflow.config.schema import DEFAULT_SLOTS, Config
+from pmdflow.run.scheduler import SchedulerSettings, grant_tokens
+from pmdflow.run.simulation.calibration import Calibration
+from pmdflow.run.simulation.models import EngineModel, LearnerModel, Lengths, LognormalLengths, RecordedLengths
+from pmdflow.run.simulation.world import SimulationSettings
+
+UNITS = 512
+"""Units of a simulated trajectory of full length: where answers are longer, a unit is several tokens."""
+AS_CONFIGURED, UNBOUNDED = "as configured", "unbounded"
+K15_SEGMENTS = 4
+"""Iterations over which k1.5 generates an answer of full length."""
+FAR_AHEAD = 8
+"""Lookahead that stands for no bound."""
+DECODE_STEP_S = 0.025
+LENGTH_SHARE = 8
+"""Without a run to learn from, the median answer has this part of `max_tokens`, and the 99th percentile all of it."""
+
+
+def assumed(config: Config) -> Calibration:
+    """Models without a run to fit them to; training takes half the time of generation without a bubble."""
+    most = config.data.max_tokens
+    lengths = LognormalLengths(median=most / LENGTH_SHARE, p99=most)
+    slots = config.rollout.slots or DEFAULT_SLOTS
+    tokens = config.scheduler.groups_per_iteration * config.data.group_size * lengths.mean(most)
+    generation_s = tokens * DECODE_STEP_S / (config.rollout.actors * slots)
+    return Calibration(
+        engine=EngineModel(slots=slots, step_s=DECODE_STEP_S),
+        learner=LearnerModel(iteration_s=0.0, token_s=generation_s / 2 / tokens),
+        lengths=lengths,
+        prompt_tokens=0,
+        score_s=0.0,
+        origin=(
+            f"assumed: lengths lognormal with median {most / LENGTH_SHARE:,.0f} and 99th percentile {most:,}, "
+            f"{DECODE_STEP_S * 1e3:g} ms a step, training in half the time of generation; --from RUN fits them to a run"
+        ),
+    )
+
+
+def unit_of(config: Config) -> int:
+    """Tokens that one simulated token stands for."""
+    return max(1, config.data.max_tokens // UNITS)
+
+
+def configured(config: Config, models: Calibration, *, iterations: int) -> SimulationSettings:
+    """The simulation of a configuration; its tokens are units."""
+    unit = unit_of(config)
+    scheduler = SchedulerSettings.of(config)
+    segment = scheduler.tokens_per_segment
+    engine, learner = models.engine, models.learner
+    return SimulationSettings(
+        scheduler=replace(
+            scheduler,
+            tokens_per_iteration=max(1, scheduler.tokens_per_iteration // unit),
+            tokens_per_segment=None if segment is None else max(1, segment // unit),
+        ),
+        max_staleness=config.scheduler.max_staleness,
+        window=config.scheduler.window,
+        iterations=iterations,
+        group_size=config.data.group_size,
+        max_tokens=-(-config.data.max_tokens // unit),
+        lengths=_in_units(models.lengths, unit),
+        engine=replace(
+            engine,
+            slots=config.rollout.slots or engine.slots,
+            step_s=engine.step_s * unit,
+            sequence_s=engine.sequence_s * unit,
+            context_s=engine.context_s * unit * unit,
+            prefill_s=engine.prefill_s * unit,
+        ),
+        learner=replace(learner, token_s=learner.token_s * unit),
+        actors=config.rollout.actors,
+        prompt_tokens=max(1, round(models.prompt_tokens / unit)),
+        score_s=models.score_s,
+        grant_tokens=max(1, grant_tokens(config) // unit),
+        refill_limit=config.scheduler.refill_limit if config.scheduler.refill else None,
+        seed=config.run.seed,
+    )
+
+
+def variants(given: SimulationSettings) -> Iterator[tuple[str, SimulationSettings]]:
+    """The configuration, then the modes of the field on the same job and machine, then no bound at all."""
+    scheduler = given.scheduler
+    whole = scheduler.groups_per_iteration * given.group_size * given.max_tokens
+    plenty = replace(scheduler, tokens_per_segment=None, tokens_per_iteration=whole * (FAR_AHEAD + 1))
+    yield AS_CONFIGURED, given
+    yield "synchronous", replace(given, scheduler=replace(plenty, lookahead=0), max_staleness=0, window=None)
+    segment = max(1, given.max_tokens // K15_SEGMENTS)
+    k15 = replace(scheduler, lookahead=0, tokens_per_segment=segment)
+    yield "Kimi k1.5", replace(given, scheduler=k15, max_staleness=None, window=None)
+    for lookahead in (1, 2, 3, 4):
+        bound = None if given.max_staleness is None else max(given.max_staleness, lookahead)
+        yield (
+            f"lookahead {lookahead}",
+            replace(given, scheduler=replace(plenty, lookahead=lookahead), max_staleness=bound),
+        )
+    yield UNBOUNDED, replace(given, scheduler=replace(plenty, lookahead=FAR_AHEAD), max_staleness=None, window=None)
+
+
+def splits(given: SimulationSettings, *, ranks: int) -> Iterator[tuple[str, SimulationSettings]]:
+    """The same processors divided otherwise; training takes time in inverse proportion to its ranks."""
+    total = given.actors + ranks
+    for actors in sorted({max(1, total * part // 8) for part in range(1, 8)} - {given.actors}):
+        scale = ranks / (total - actors)
+        learner = replace(
+            given.learner, iteration_s=given.learner.iteration_s * scale, token_s=given.learner.token_s * scale
+        )
+        yield f"{actors} + {total - actors}", replace(given, actors=actors, learner=learner)
+
+
+def _in_units(lengths: Lengths, unit: int) -> Lengths:
+    if isinstance(lengths, RecordedLengths):
+        return RecordedLengths(groups=[[-(-length // unit) for length in group] for group in lengths.groups])
+    assert isinstance(lengths, LognormalLengths)
+    return replace(lengths, median=lengths.median / unit, p99=lengths.p99 / unit)

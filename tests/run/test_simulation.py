@@ -1,0 +1,116 @@
+"""Models fitted to a run whose times are known, and what `pmdflow simulate` makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from pmdflow.cli import app
+from pmdflow.config.load import load
+from pmdflow.errors import PmdflowError
+from pmdflow.metrics.spans import SpanBuffer
+from pmdflow.run.simulation.calibration import calibrate
+from pmdflow.run.simulation.command import simulate
+from pmdflow.run.simulation.models import LognormalLengths, RecordedLengths
+from pmdflow.run.simulation.policies import assumed, configured, splits, unit_of, variants
+from pmdflow.store.archive import parts, read_part
+from tests.support.fixture_run import FixtureRun
+from tests.support.paths import CONFIGS
+
+STEP_S, SEQUENCE_S, FACTOR = 0.004, 0.0005, 1.5
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten iterations of 4 s; `rollout-2` generates alone at their beginning, and longer beside the learner later."""
+    fixture = FixtureRun(tmp_path_factory.mktemp("runs") / "fitted", iterations=10, start=1e9)
+    rng = np.random.default_rng(0)
+    with open(fixture.run_dir / "config.yaml", "a") as config:
+        config.write("reward: {functions: [{function: 'pmdflow.reward.reasoning_gym:score'}]}\n")
+    for _ in range(10):
+        begin = fixture.now
+        fixture.iterate()
+        spans = SpanBuffer("rollout-2")
+        for offset, factor in ((0.1, 1.0), (0.7, 1.0), (1.8, FACTOR)):
+            steps = int(rng.integers(10, 40))
+            tokens = steps * int(rng.integers(1, 17))
+            seconds = (STEP_S * steps + SEQUENCE_S * tokens) * factor
+            spans.add("generate", begin + offset, begin + offset + seconds, version=0, steps=steps, tokens=tokens)
+        fixture.recorder.spans(spans.drain())
+    fixture.finish()
+    return fixture.run_dir
+
+
+def test_the_models_are_those_that_made_the_times(run: Path) -> None:
+    models = calibrate(run)
+    assert models.engine.step_s == pytest.approx(STEP_S, rel=1e-3)
+    assert models.engine.sequence_s == pytest.approx(SEQUENCE_S, rel=1e-3)
+    assert models.engine.training_factor == pytest.approx(FACTOR, rel=1e-3)
+    assert models.learner.train_s(1) == pytest.approx(2.0, abs=0.2)
+    assert models.learner.publish_s == pytest.approx(4.0 - 1.6 - 2.0)
+    assert isinstance(models.lengths, RecordedLengths)
+    batch = read_part(parts(run)[2])
+    lengths = (np.diff(batch.cu_seqlens) - batch.prompt_lengths)[:4].tolist()
+    assert models.lengths.groups[0] == lengths
+    assert "iterations 3 to 10" in models.origin
+
+
+def test_a_run_that_says_too_little_is_refused(tmp_path: Path) -> None:
+    short = FixtureRun(tmp_path / "short", iterations=4, start=1e9)
+    short.iterate(4)
+    with pytest.raises(PmdflowError, match="2 iterations after the first 2"):
+        calibrate(short.run_dir)
+    short.iterate(4)
+    with open(short.run_dir / "config.yaml", "a") as config:
+        config.write("reward: {functions: [{function: 'pmdflow.reward.reasoning_gym:score'}]}\n")
+    with pytest.raises(PmdflowError, match="do not say how many tokens"):
+        calibrate(short.run_dir)
+
+
+def test_the_report_compares_modes_and_the_plot_is_whole(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.html"
+    config = load(CONFIGS / "quickstart.yaml").config
+    report = simulate(config, run=run, iterations=12, out=out)
+    assert f"fitted to iterations 3 to 10 of {run}" in report
+    for name in ("as configured", "synchronous", "Kimi k1.5", "lookahead 2", "unbounded"):
+        assert name in report
+    page = out.read_text()
+    assert page.startswith("<!doctype html>") and "Plotly.newPlot" in page and page.endswith("</html>\n")
+
+
+def test_the_command_runs_without_a_run_and_says_what_it_assumes() -> None:
+    answer = CliRunner().invoke(app, ["simulate", str(CONFIGS / "k15.yaml"), "--iterations", "8"])
+    assert answer.exit_code == 0, answer.output
+    assert "assumed: lengths lognormal with median 56" in answer.output
+
+
+def test_long_answers_are_simulated_in_units_of_several_tokens() -> None:
+    config = load(CONFIGS / "cluster.yaml").config
+    models = assumed(config)
+    assert unit_of(config) == 64
+    given = configured(config, models, iterations=1)
+    assert given.max_tokens == 512 and given.engine.step_s == pytest.approx(64 * models.engine.step_s)
+    whole, scaled = models.learner.train_s(64_000), given.learner.train_s(1000)
+    assert scaled == pytest.approx(whole)
+    assert isinstance(given.lengths, LognormalLengths) and given.lengths.p99 == pytest.approx(512)
+
+
+def test_the_processors_are_divided_otherwise_and_all_used() -> None:
+    given = configured(load(CONFIGS / "gpu8.yaml").config, assumed(load(CONFIGS / "gpu8.yaml").config), iterations=1)
+    ranks = 8 - given.actors
+    for name, settings in splits(given, ranks=ranks):
+        actors, others = map(int, name.split(" + "))
+        assert actors + others == 8 and settings.actors == actors
+        assert settings.learner.token_s * others == pytest.approx(given.learner.token_s * ranks)
+    assert dict(variants(given))["synchronous"].scheduler.lookahead == 0
+
+
+@pytest.mark.parametrize(("median", "p99"), [(100.0, 1000.0), (20.0, 30.0)])
+def test_the_mean_of_cut_lognormal_lengths(median: float, p99: float) -> None:
+    lengths = LognormalLengths(median=median, p99=p99)
+    drawn = np.array([lengths.group(np.random.default_rng(seed), 64) for seed in range(4000)], float)
+    assert np.minimum(drawn, p99).mean() == pytest.approx(lengths.mean(p99), rel=0.03)
+    assert np.percentile(drawn, 99) == pytest.approx(p99, rel=0.06)
