@@ -6,7 +6,7 @@
 //! observed, [[name, dtype, bytes], ...]]`. The payload holds for each item with a count the token ids (int32), directly
 //! followed by the log-probs (float32; none if observed), padded with zeros to 8 bytes; then each extra column, padded
 //! likewise. It goes into the log as it is.
-//! A dtype is text of which only `pmdflow/store/columns.py` knows what it says: NumPy's, before it the shape of a value
+//! A dtype is text of which only `pmdflow/store/columns.py` knows what it says: `NumPy`'s, before it the shape of a value
 //! (`(2,)<i2`), and before that `trajectory ` where the column is one value of the trajectory.
 
 use std::ops::Range;
@@ -42,6 +42,9 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> std::result::Result<T, Strin
 fn words(bytes: &[u8]) -> impl Iterator<Item = u32> {
     bytes.chunks_exact(4).map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]))
 }
+
+/// Before the dtype of a column that is one value of the trajectory.
+pub const WHOLE: &str = "trajectory ";
 
 /// Bytes of a column for each token, by `numpy`'s name of its dtype: a number, or a row of them; None for another one.
 fn row_bytes(dtype: &str) -> Option<u64> {
@@ -203,14 +206,14 @@ impl Item<'_> {
         if name.is_empty() || self.extra[..nth].iter().any(|(other, _)| *other == name) {
             return Err(self.conflict(&format!("column {name:?} comes twice, or has no name")));
         }
-        let Some(row) = row_bytes(dtype) else {
+        let (count, value) = dtype.strip_prefix(WHOLE).map_or((self.count, dtype), |value| (1, value));
+        let Some(row) = row_bytes(value) else {
             return Err(self.conflict(&format!(
                 "column {name:?} has dtype {dtype:?}; numbers of 1 to 8 bytes, or rows of them, are kept"
             )));
         };
-        let count = self.count;
         if row.checked_mul(u64::from(count)) != Some(bytes) {
-            return Err(self.conflict(&format!("column {name:?} has {bytes} bytes for {count} tokens of {row} each")));
+            return Err(self.conflict(&format!("column {name:?} has {bytes} bytes for {count} values of {row} each")));
         }
         Ok(())
     }

@@ -3,10 +3,12 @@
 
 pub mod apply;
 pub mod codec;
+mod compact;
 pub mod gone;
 pub mod group;
 pub mod ledger;
 pub mod mask;
+pub mod placed;
 pub mod record;
 pub mod trajectory;
 

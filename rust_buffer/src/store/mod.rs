@@ -1,8 +1,8 @@
 //! The store: each operation is checked against the state, logged as a record, and applied.
 //!
 //! This file holds opening and the path of every record; `admission`, `rollout`, `append` and `scoring` hold what a
-//! trajectory goes through, `claims` the learner's side, `counts`, `query` and `reads` what is only looked at. Nothing here blocks:
-//! waits are in `shared`.
+//! trajectory goes through, `claims` the learner's side, `counts`, `query` and `reads` what is only looked at,
+//! `compaction` the upkeep of the log. Nothing here blocks: waits are in `shared`, and `compactor` works beside.
 
 pub mod admission;
 pub mod append;
@@ -10,11 +10,15 @@ pub mod arrays;
 pub mod check;
 pub mod claim_view;
 pub mod claims;
+mod compaction;
+mod compactor;
 pub mod counts;
 mod discard;
 pub mod index;
 pub mod late;
 pub mod lease;
+pub mod live;
+mod pins;
 mod plans;
 mod prefetch;
 pub mod query;
@@ -35,14 +39,15 @@ use crate::{
     error::{Result, StoreError},
     log::{Arrays, Durability, Location, Log, LogOptions, Lsn, Room, Storage},
     state::State,
-    state::apply::Placed,
     state::codec,
     state::group::{Signal, Straggler},
+    state::placed::Placed,
     state::record::{Record, SegmentLoss},
     state::trajectory::Version,
     store::index::Index,
     store::late::{LateReport, Overdue},
     store::lease::Leases,
+    store::live::Live,
     store::snapshot::Snapshots,
 };
 
@@ -90,6 +95,7 @@ pub struct Store {
     pub(crate) settings: Settings,
     pub(crate) state: State,
     pub(crate) index: Index,
+    pub(crate) live: Live,
     pub(crate) leases: Leases,
     /// None until the first call that has a clock.
     pub(crate) overdue: Option<Overdue>,
@@ -164,7 +170,7 @@ impl Store {
     }
 
     fn with(log: Log, state: State, settings: Settings) -> Result<Self> {
-        let index = Index::of(&state)?;
+        let (index, live) = (Index::of(&state)?, Live::of(&state));
         let (leases, snapshots) = (Leases::default(), Snapshots::new(settings.file_bytes));
         let late_reports = VecDeque::new();
         Ok(Self {
@@ -172,6 +178,7 @@ impl Store {
             settings,
             state,
             index,
+            live,
             leases,
             overdue: None,
             late_reports,
@@ -238,7 +245,7 @@ impl Store {
         let placed = Placed { location, lsn, arrays: arrays.places(header.len()) };
         // The log has it already: whatever came after it would be decided on another state than replay has.
         self.apply(record, &placed).map_err(|error| self.log.poison(error))?;
-        if self.snapshots.is_due(location.len) {
+        if self.snapshots.is_due(location.len, self.live.snapshot_bytes(&self.state)) {
             self.snapshots.take(&self.state, &self.log);
         }
         Ok((lsn, location))
@@ -246,15 +253,11 @@ impl Store {
 
     fn apply(&mut self, record: &Record, placed: &Placed) -> Result<()> {
         let taken = self.index.take_out(&self.state, &self.leases, record)?;
+        let leaving = self.live.take_out(&self.state, record);
         self.state.apply(record, placed)?;
+        self.live.put_back(&self.state, record, placed, &leaving);
         self.leases.end_complete(record);
         self.index.put_back(&self.state, &self.leases, taken)
-    }
-
-    /// First log file that a live group needs. Runs lie after their group's admission, and groups are admitted in the
-    /// order of their ids.
-    pub fn first_live_file(&self) -> u32 {
-        self.state.groups.get_min().map_or(self.log.position().file, |(_, group)| group.location.file)
     }
 
     /// Recomputes everything that is kept incrementally.

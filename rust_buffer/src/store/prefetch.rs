@@ -31,7 +31,7 @@ fn joined(mut places: Vec<Place>) -> Vec<Place> {
 impl Store {
     /// The groups that a claim would take now: those of the oldest undone one, or the first that are ready.
     fn next_groups(&self) -> Vec<u64> {
-        match self.state.undone.values().next() {
+        match self.state.undone.front() {
             Some(undone) => undone.groups.clone(),
             None => self.index.ready.iter().take(self.settings.groups_per_iteration).copied().collect(),
         }
