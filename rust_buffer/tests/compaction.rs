@@ -105,7 +105,8 @@ fn column(item: &Sent) -> Vec<u8> {
 
 fn encode(trajectory: u64, item: &Sent) -> Vec<u8> {
     let count = item.last - item.first;
-    let columns = if item.width > 0 { vec![("column", "|u1", item.width * count)] } else { Vec::new() };
+    let dtype = format!("({},)|u1", item.width);
+    let columns = if item.width > 0 { vec![("column", &dtype, item.width * count)] } else { Vec::new() };
     let (version, stop) = (item.version, item.stop);
     let head = (trajectory, 1_u64, item.first, count, version, item.temperature, 2_i64, stop, item.observed, columns);
     let header = rmp_serde::to_vec(&[head]).unwrap();

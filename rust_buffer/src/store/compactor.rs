@@ -120,7 +120,7 @@ impl Store {
         dead.retain(|file, _| self.is_dead(*file));
         let snapshot = self.log.snapshot_position().file;
         let behind: u64 = dead.range(snapshot..).map(|(_, bytes)| bytes).sum();
-        if behind > self.live.snapshot_bytes(&self.state) {
+        if behind > self.live.snapshot_bytes(&self.state) || (self.is_full && behind > 0) {
             let task = self.snapshots.task(&self.state, &self.log);
             return (dead.into_keys().collect(), Some(task));
         }

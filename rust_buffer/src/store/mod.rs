@@ -106,6 +106,8 @@ pub struct Store {
     pub(crate) scores_ignored: u64,
     /// Groups evicted without a signal since the store was opened.
     pub(crate) no_signal: u64,
+    /// Whether the disk had no room for the last record with arrays: then each file that can go counts.
+    pub(crate) is_full: bool,
     /// Those of which a claim was told.
     pub(crate) no_signal_told: u64,
 }
@@ -186,6 +188,7 @@ impl Store {
             quota_changes: 0,
             scores_ignored: 0,
             no_signal: 0,
+            is_full: false,
             no_signal_told: 0,
         })
     }
@@ -235,13 +238,11 @@ impl Store {
     /// Logs a record and applies it.
     pub(crate) fn record(&mut self, record: &Record, arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
         let header = codec::encode(record)?;
-        let snapshot = self.state.snapshot_bytes(record);
-        if arrays.end() > 0 && !self.log.has_room(snapshot) {
-            // Taken now, it could not be evicted later.
-            return Err(StoreError::NoSpace { path: self.log.snapshot_path(), bytes: snapshot });
+        let written = self.log_record(record, &header, arrays);
+        if arrays.end() > 0 || written.is_err() {
+            self.is_full = matches!(written, Err(StoreError::NoSpace { .. }));
         }
-        let room = if record.makes_room() { Room::Last } else { Room::Usual };
-        let (lsn, location) = self.log.write(record.kind(), &header, arrays, room)?;
+        let (lsn, location) = written?;
         let placed = Placed { location, lsn, arrays: arrays.places(header.len()) };
         // The log has it already: whatever came after it would be decided on another state than replay has.
         self.apply(record, &placed).map_err(|error| self.log.poison(error))?;
@@ -249,6 +250,16 @@ impl Store {
             self.snapshots.take(&self.state, &self.log);
         }
         Ok((lsn, location))
+    }
+
+    fn log_record(&self, record: &Record, header: &[u8], arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
+        let snapshot = self.state.snapshot_bytes(record);
+        if arrays.end() > 0 && !self.log.has_room(snapshot) {
+            // Taken now, it could not be evicted later.
+            return Err(StoreError::NoSpace { path: self.log.snapshot_path(), bytes: snapshot });
+        }
+        let room = if record.makes_room() { Room::Last } else { Room::Usual };
+        self.log.write(record.kind(), header, arrays, room)
     }
 
     fn apply(&mut self, record: &Record, placed: &Placed) -> Result<()> {
