@@ -164,6 +164,18 @@ class TrajectoryStore:
                 was never published, a negative id, a log-prob that is not finite, or a temperature that is not finite
                 and above 0 (evaluation and observed tokens: at least 0).
         """
+    def fork(
+        self, trajectory: int, epoch: int, offset: int, wait: bool = True, now_s: float | None = None
+    ) -> tuple[bool, int, int]:
+        """Begin a new branch of a leased episode. Returns (stale, branch, epoch).
+
+        It keeps `offset` tokens of the history of the newest branch; the next append has that offset, and the epoch
+        that is answered. A repeat is answered as the first time. Renews the lease.
+
+        Raises:
+            Conflict: an epoch never given out, an offset beyond the history, a branch without a token, a repeat with
+                another offset, or more than 1,024 branches.
+        """
     def unscored(
         self, max_items: int, ttl_s: float, timeout_s: float, now_s: float | None = None
     ) -> list[dict[str, Any]]:
@@ -230,8 +242,8 @@ class TrajectoryStore:
     ) -> dict[str, Any]:
         """Pack the claim into the given byte arrays, without the GIL: nobody else may touch them during the call.
 
-        Returns the other fields of `pmdflow.types.TrainBatch`, arrays as bytes, but for extra columns: `columns` says
-        whether there are any, and `read_extras` gives them.
+        Returns the other fields of `pmdflow.types.TrainBatch` but `plan`, arrays as bytes, but for extra columns:
+        `columns` says whether there are any, and `read_extras` gives them.
 
         Raises:
             ValueError: the arrays are read-only, not contiguous or share memory.
@@ -362,7 +374,7 @@ class TrajectoryStore:
         Keys: trajectory, group, state (`leased`, `idle`, `unscored`, `scored`, `failed` or `late`), prompt, tokens,
         logprobs, observed, segments: [(length, version, temperature, observed)], reward, components, stop, attempts,
         epoch,
-        extra: {name: [(offset, length, dtype, bytes)]}.
+        extra: {name: [(offset, length, dtype, bytes)]}, forks: [(branch, start, offset)].
         """
     def counts(self) -> dict[str, int]:
         """The fields of `pmdflow.types.Counts`."""

@@ -201,6 +201,22 @@ class ClaimPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Branches:
+    """Which trajectories of a claim are branches of one episode: forks of a history that an agent rewrote.
+
+    The tokens that a branch keeps of its parent are in it too, with mask 0 as observed ones are: they are trained where
+    they were generated. Reward, components and stop are the episode's.
+    """
+
+    episodes: Int64
+    """Episode of each trajectory [N], by its first branch; those of an episode are adjacent, in the order of forks."""
+    parents: Int64
+    """Trajectory that each was forked from [N]; -1 for the first of an episode."""
+    fork_offsets: Int32
+    """Tokens after the prompt that each keeps of its parent [N]; 0 for the first of an episode."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimRows:
     """What is known of each trajectory of a claim; groups are contiguous, in claim order."""
 
@@ -225,6 +241,22 @@ class ClaimRows:
     """Prompt id of each trajectory [N]."""
     plan: ClaimPlan | None = None
     """None: recorded before plans were, or made up; then the learner deals the groups in claim order."""
+    branches: Branches | None = None
+    """None: each trajectory is an episode of its own."""
+
+    def first_branches(self) -> Int64:
+        """Index of the first trajectory of each episode [E]."""
+        count = len(self.trajectories)
+        return np.arange(count) if self.branches is None else np.flatnonzero(self.branches.parents < 0)
+
+    def episode_of(self) -> Int64:
+        """Index of the episode of each trajectory [N]: its place among the episodes of the claim."""
+        count = len(self.trajectories)
+        return np.arange(count) if self.branches is None else np.cumsum(self.branches.parents < 0) - 1
+
+    def episode_shares(self) -> Float64:
+        """What each trajectory counts for [N]: 1 / branches of its episode."""
+        return np.asarray(1.0 / np.bincount(self.episode_of())[self.episode_of()])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

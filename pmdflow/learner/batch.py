@@ -30,10 +30,12 @@ ReadTokens = Callable[[Int64], ClaimTokens]
 class StepPlan:
     """One optimizer step: which trajectories each rank computes, and the denominators over all ranks."""
 
-    num_sequences: int
-    """Trajectories with a trained token."""
+    num_sequences: float
+    """Trajectories with a trained token, each by its share of its episode."""
     num_tokens: int
     """Trained tokens."""
+    weighted_tokens: float
+    """The same, each by the share of its trajectory."""
     ranks: tuple[tuple[Indices, ...], ...]
     """For each rank its micro-batches, equally many; each the indices of its trajectories, empty to keep pace."""
 
@@ -99,6 +101,7 @@ def plan_iteration(
     Raises:
         ValueError: one trajectory alone is longer than `tokens_per_microbatch`, or the plan is of another claim.
     """
+    shares = batch.episode_shares()
     lengths = np.diff(batch.cu_seqlens)
     plans = []
     for dealt in _dealt(batch, steps):
@@ -108,8 +111,9 @@ def plan_iteration(
         pace = max(len(part) for part in parts)
         plans.append(
             StepPlan(
-                num_sequences=len(members),
+                num_sequences=float(shares[members].sum()),
                 num_tokens=int(counts[members].sum()),
+                weighted_tokens=float((shares * counts)[members].sum()),
                 ranks=tuple(tuple(part) + ((),) * (pace - len(part)) for part in parts),
             )
         )

@@ -109,9 +109,12 @@ class Learner:
         started = time.perf_counter()
         torch.set_num_threads(learner.threads)  # Also for this thread: it need not be the one that ran setup.
         rewards = total_rewards(claim, self._config.reward)
-        arguments = (rewards.total, claim.groups, learner)
-        advantages = self._algorithm.advantages(*arguments)
-        weights = np.ones(len(advantages)) if self._algorithm.weights is None else self._algorithm.weights(*arguments)
+        first, episode, portions = claim.first_branches(), claim.episode_of(), claim.episode_shares()
+        arguments = (rewards.total[first], claim.groups[first], learner)
+        advantages = self._algorithm.advantages(*arguments)[episode]
+        weights = portions
+        if self._algorithm.weights is not None:
+            weights = portions * self._algorithm.weights(*arguments)[episode]
         filtered = groups_left_out(claim, rewards.task, learner)
         counts = claim.count(Mask.TRAINABLE)
         kept = np.where(filtered, 0, counts)
@@ -121,7 +124,7 @@ class Learner:
         vetoed = np.zeros_like(filtered)
         weighed: list[Weighed] = []
         if learner.veto:
-            plans, steps, vetoed = veto_sequences(plans, steps, anchors, kept, self._device)
+            plans, steps, vetoed = veto_sequences(plans, steps, anchors, kept, portions, self._device)
         if learner.importance_weights != "none":
             pairs = [weigh(micros, own, learner, self._device) for micros, own in zip(steps, anchors, strict=True)]
             steps, weighed = [micros for micros, _ in pairs], [total for _, total in pairs]

@@ -23,7 +23,8 @@ from pmdflow.types import ClaimRows, Float64, Int64
 def groups_left_out(claim: ClaimRows, rewards: Float64, learner: LearnerConfig) -> Bool:
     """Trajectories [N] of groups whose mean reward the config leaves out."""
     low, high = learner.keep_groups_above, learner.keep_groups_below
-    return ~keep_groups(rewards, claim.groups, low=low, high=high)
+    first = claim.first_branches()
+    return ~keep_groups(rewards[first], claim.groups[first], low=low, high=high)[claim.episode_of()]
 
 
 def veto_sequences(
@@ -31,6 +32,7 @@ def veto_sequences(
     steps: Sequence[Sequence[Tensors]],
     anchors: Sequence[Sequence[Tensor]],
     counts: Int64,
+    shares: Float64,
     device: torch.device,
 ) -> tuple[list[StepPlan], list[list[Tensors]], Bool]:
     """Empty the masks of vetoed trajectories and take them out of the denominators.
@@ -40,6 +42,7 @@ def veto_sequences(
         steps: This rank's micro-batches of each.
         anchors: The learner's log-probs of each micro-batch, log pi_i.
         counts: Trained tokens of each trajectory [N].
+        shares: What each counts for [N].
         device: For the sum over ranks.
 
     Returns:
@@ -51,14 +54,18 @@ def veto_sequences(
             drop = veto(anchor, micro.behavior, micro.trained, cu_seqlens=micro.cu_seqlens).cpu().numpy()
             found[micro.trajectories[drop[: len(micro.trajectories)]]] = 1.0
     vetoed = np.array(all_sum(found.tolist(), device)) > 0
-    left = [_without(plan, vetoed, counts) for plan in plans]
+    left = [_without(plan, vetoed, counts, shares) for plan in plans]
     return left, [[_emptied(micro, vetoed) for micro in micros] for micros in steps], vetoed
 
 
-def _without(plan: StepPlan, vetoed: Bool, counts: Int64) -> StepPlan:
+def _without(plan: StepPlan, vetoed: Bool, counts: Int64, shares: Float64) -> StepPlan:
     gone = [index for rank in plan.ranks for micro in rank for index in micro if vetoed[index]]
-    tokens = int(counts[gone].sum())
-    return replace(plan, num_sequences=plan.num_sequences - len(gone), num_tokens=plan.num_tokens - tokens)
+    return replace(
+        plan,
+        num_sequences=plan.num_sequences - float(shares[gone].sum()),
+        num_tokens=plan.num_tokens - int(counts[gone].sum()),
+        weighted_tokens=plan.weighted_tokens - float((shares * counts)[gone].sum()),
+    )
 
 
 def _emptied(micro: Tensors, vetoed: Bool) -> Tensors:

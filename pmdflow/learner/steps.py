@@ -71,7 +71,7 @@ class Supervised:
 
     micros: Sequence[Tensors]
     """This rank's."""
-    num_sequences: int
+    num_sequences: float
     """Over all ranks."""
 
 
@@ -162,7 +162,7 @@ def _backward(
     if learner.entropy_weight > 0:
         bonus = learner.entropy_weight * masked(micro.trained, entropies).sum() / plan.num_tokens
     terms = _terms(micro, logprobs, anchor, config)
-    denominator = plan.num_sequences if algorithm.mean_over == "sequences" else plan.num_tokens
+    denominator = plan.num_sequences if algorithm.mean_over == "sequences" else plan.weighted_tokens
     loss = algorithm.loss(terms, learner) * (_count(terms, algorithm) / denominator) - bonus
     loss.backward()
     real = len(micro.trajectories) > 0

@@ -26,6 +26,8 @@ class Trajectory:
     """
 
     id: int
+    episode: int
+    """Its own id; of a branch that was forked from another that of the episode's first branch."""
     group: int
     prompt_id: str
     iteration: int | None
@@ -63,9 +65,9 @@ class Group:
 
     @property
     def rewards(self) -> Float64:
-        """Rewards of those that have one, [N]."""
-        known = [trajectory.reward for trajectory in self.trajectories if trajectory.reward is not None]
-        return np.array(known, np.float64)
+        """Rewards of the episodes that have one, [N]."""
+        first = [trajectory for trajectory in self.trajectories if trajectory.id == trajectory.episode]
+        return np.array([trajectory.reward for trajectory in first if trajectory.reward is not None], np.float64)
 
 
 def archived(run: Path, iteration: int | None) -> Iterator[Trajectory]:
@@ -102,6 +104,7 @@ def _of_batch(batch: TrainBatch) -> Iterator[Trajectory]:
         start = low + batch.prompt_lengths[index]
         yield Trajectory(
             id=int(batch.trajectories[index]),
+            episode=int(batch.trajectories[index] if batch.branches is None else batch.branches.episodes[index]),
             group=int(batch.groups[index]),
             prompt_id=batch.prompt_ids[index],
             iteration=batch.iteration,
@@ -124,6 +127,7 @@ def _of_store(store: TrajectoryStore, number: int, *, iteration: int | None, pro
     generated = row["observed"] == 0
     return Trajectory(
         id=number,
+        episode=number,
         group=row["group"],
         prompt_id=prompt_id,
         iteration=iteration,

@@ -12,27 +12,29 @@ from pmdflow.types import Claim, ClaimPlan, Int64, Mask, Stop
 def claim_metrics(claim: Claim) -> dict[str, Any]:
     """Compute the reward, trajectory and staleness keys of an iteration's metrics.
 
-    Lengths count generated tokens. Staleness runs over the tokens that have a gradient; `masked_share` is
-    generated tokens without one over generated tokens, `masked_share_by_decile` the same by decile of generated
-    length, shortest first (None where a decile is empty). The length by step is a mean over the step's trajectories.
+    Rewards, stops and lengths, which count generated tokens, are those of episodes. Staleness runs over the tokens that
+    have a gradient; `masked_share` is generated tokens without one over generated tokens, `masked_share_by_decile` the
+    same by decile of generated length, shortest first (None where a decile is empty). The length by
+    step is a mean over the step's episodes.
     """
-    count = len(claim.rewards)
-    lengths = claim.count(Mask.GENERATED)
-    untrained = lengths - claim.count(Mask.TRAINED)
+    first = claim.first_branches()
+    rewards, stops, count = claim.rewards[first], claim.stops[first], len(first)
+    lengths = _per_episode(claim, claim.count(Mask.GENERATED))
+    untrained = lengths - _per_episode(claim, claim.count(Mask.TRAINED))
     trained = (claim.segment_masks & Mask.TRAINED) != 0
     staleness = claim.version - claim.segment_versions[trained].astype(np.int64)
     ages, which = np.unique(staleness, return_inverse=True)
     tokens = np.zeros(len(ages), np.int64)
     np.add.at(tokens, which, claim.segment_lengths[trained])
     return {
-        "reward/mean": _mean(claim.rewards),
-        "reward/std": float(np.std(claim.rewards)) if count else None,
+        "reward/mean": _mean(rewards),
+        "reward/std": float(np.std(rewards)) if count else None,
         "trajectory/length_mean": _mean(lengths),
         "trajectory/length_p90": float(np.percentile(lengths, 90)) if count else None,
-        "trajectory/length_by_step": None if claim.plan is None else _by_step(claim.groups, claim.plan, lengths),
+        "trajectory/length_by_step": None if claim.plan is None else _by_step(claim.groups[first], claim.plan, lengths),
         "trajectory/multi_version_share": _mean(_multi_version(claim)),
-        "trajectory/stop_share": _mean(claim.stops == Stop.STOP),
-        "trajectory/length_share": _mean(claim.stops == Stop.LENGTH),
+        "trajectory/stop_share": _mean(stops == Stop.STOP),
+        "trajectory/length_share": _mean(stops == Stop.LENGTH),
         "staleness/mean": _share((ages * tokens).sum(), tokens.sum()),
         "staleness/max": int(ages.max()) if len(ages) else None,
         "staleness/tokens": {str(age): int(number) for age, number in zip(ages, tokens, strict=True)},
@@ -41,11 +43,17 @@ def claim_metrics(claim: Claim) -> dict[str, Any]:
     }
 
 
+def _per_episode(claim: Claim, counts: Int64) -> Int64:
+    total = np.zeros(len(claim.first_branches()), np.int64)
+    np.add.at(total, claim.episode_of(), counts)
+    return total
+
+
 def _multi_version(claim: Claim) -> Any:
     generated = (claim.segment_masks & Mask.GENERATED) != 0
-    owners, versions = claim.segment_owners[generated], claim.segment_versions[generated]
-    newest = np.full(len(claim.rewards), np.iinfo(np.int32).min, np.int64)
-    oldest = np.full(len(claim.rewards), np.iinfo(np.int32).max, np.int64)
+    owners, versions = claim.episode_of()[claim.segment_owners[generated]], claim.segment_versions[generated]
+    newest = np.full(len(claim.first_branches()), np.iinfo(np.int32).min, np.int64)
+    oldest = np.full(len(newest), np.iinfo(np.int32).max, np.int64)
     np.maximum.at(newest, owners, versions)
     np.minimum.at(oldest, owners, versions)
     return newest > oldest

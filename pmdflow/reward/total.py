@@ -28,12 +28,14 @@ class TotalRewards:
     """With the penalties for how a trajectory ended, without the length reward; the group filter reads these."""
     total: Float64
     """What advantages are made of."""
+    mean: float
+    """Of `total` over episodes."""
     length_weight: float
     """Weight of the length reward in `total`; 0 during its warm-up."""
 
     def metrics(self) -> dict[str, float]:
-        """Mean of `total`, and the weight that the length reward had."""
-        return {"reward/total_mean": float(self.total.mean()), "reward/length_weight": self.length_weight}
+        """Mean of `total` over episodes, and the weight that the length reward had."""
+        return {"reward/total_mean": self.mean, "reward/length_weight": self.length_weight}
 
 
 def total_rewards(batch: TrainBatch | Claim, reward: RewardConfig) -> TotalRewards:
@@ -45,12 +47,16 @@ def total_rewards(batch: TrainBatch | Claim, reward: RewardConfig) -> TotalRewar
 
     Source: arXiv:2501.12599 sec. 2.3.3 and fig. 3b; arXiv:2507.20534 sec. 3.2.
     """
+    first = batch.first_branches()
     cut = (batch.stops == Stop.LENGTH) & (reward.cut_reward is not None)
     task = np.where(cut, reward.cut_reward or 0.0, batch.rewards)
     task = task - reward.repetition_penalty * (batch.stops == Stop.REPETITION)
     weight = reward.length_weight if batch.iteration > reward.length_warmup_iterations else 0.0
     total = task
     if weight > 0:
-        correct = (batch.rewards >= CORRECT_REWARD) & ~cut
-        total = task + weight * length_reward(batch.count(Mask.GENERATED), correct, batch.groups)
-    return TotalRewards(task=task, total=total, length_weight=weight)
+        correct, episode = (batch.rewards >= CORRECT_REWARD) & ~cut, batch.episode_of()
+        lengths = np.bincount(episode, weights=batch.count(Mask.GENERATED)).astype(np.int64)
+        total = task + weight * length_reward(lengths, correct[first], batch.groups[first])[episode]
+    return TotalRewards(
+        task=task, total=total, mean=float(total[first].mean()) if len(first) else 0.0, length_weight=weight
+    )

@@ -10,6 +10,7 @@ from pmdflow._rust_buffer import StorePoisoned as StorePoisoned
 from pmdflow.store.answers import BatchBuffers as BatchBuffers
 from pmdflow.store.answers import ClaimAnswer as ClaimAnswer
 from pmdflow.store.answers import EvalResult as EvalResult
+from pmdflow.store.answers import Forked as Forked
 from pmdflow.store.answers import LateMembers as LateMembers
 from pmdflow.store.answers import StoredTrajectory as StoredTrajectory
 from pmdflow.store.facade import TrajectoryStore as TrajectoryStore

@@ -14,7 +14,7 @@ import ray
 from pmdflow._rust_buffer import Conflict, StoreFull, StoreLocked
 from pmdflow.errors import WaitTimeout
 from pmdflow.metrics.report import ActorReport, Event
-from pmdflow.store.answers import ClaimAnswer, EvalResult, LateMembers
+from pmdflow.store.answers import ClaimAnswer, EvalResult, Forked, LateMembers
 from pmdflow.store.facade import TrajectoryStore
 from pmdflow.store.plan import deal, in_claim_order
 from pmdflow.store.settings import StoreSettings
@@ -73,6 +73,11 @@ class StoreActor:
     def append(self, batch: UInt8) -> list[Grant]:
         """Append encoded segments, an array so that Ray moves bytes as they are; answers once they are durable."""
         return self._store.append(batch)[1]
+
+    @_in_group("append")
+    def fork(self, trajectory: int, epoch: int, offset: int) -> Forked:
+        """Go on in a new branch of a leased episode, which keeps `offset` tokens of the newest one's history."""
+        return self._store.fork(trajectory, epoch, offset)
 
     @_in_group("score")
     def unscored(self, max_items: int, ttl_s: float, timeout_s: float) -> list[Unscored]:

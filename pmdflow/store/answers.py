@@ -28,6 +28,18 @@ class ClaimAnswer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Forked:
+    """The answer to `TrajectoryStore.fork`."""
+
+    stale: bool
+    """The lease was fenced: nothing was written, drop the sequence."""
+    branch: int
+    """Id of the new branch: a trajectory of its own in claims and in the archive."""
+    epoch: int
+    """Of the next appends, which still name the leased trajectory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvalResult:
     """Result of one evaluation trajectory."""
 

@@ -13,7 +13,7 @@ from pmdflow.store import columns
 from pmdflow.store.answers import BatchBuffers, EvalResult, GroupState, StoredTrajectory, TrajectoryState
 from pmdflow.store.columns import Extras
 from pmdflow.store.metadata import unpack_metadata
-from pmdflow.types import Claim, ClaimPlan, ClaimTokens, Counts, Int32, Int64, LeaseKind, Stop, TrainBatch
+from pmdflow.types import Branches, Claim, ClaimPlan, ClaimTokens, Counts, Int32, Int64, LeaseKind, Stop, TrainBatch
 
 PAGE_ROWS = 1024
 """Trajectories that a query reads in one call."""
@@ -203,7 +203,9 @@ class StoreView:
 
         Keys: trajectory, group, state (a `TrajectoryState`), prompt int32 [P], tokens int32 [S], logprobs float32 [S],
         observed uint8 [S], segments [(length, version, temperature, observed)], reward, components, stop, attempts,
-        epoch, extra {name: [(offset, length, values)] of tokens, or the values of the trajectory}.
+        epoch, extra {name: [(offset, length, values)] of tokens, or the values of the trajectory}, forks [(branch,
+        start, offset)]: where branches of the episode begin among its tokens, and how many each keeps of the history
+        before it.
 
         Raises:
             Conflict: it is not in the store.
@@ -245,7 +247,16 @@ class StoreView:
 
 def _named(row: Mapping[str, Any]) -> dict[str, Any]:
     components = {name: np.frombuffer(data, dtype="<f8") for name, data in row["components"].items()}
-    return {"components": components, "prompt_ids": tuple(row["prompt_ids"])}
+    branches = None if row["branches"] is None else _branches(row["branches"])
+    return {"components": components, "prompt_ids": tuple(row["prompt_ids"]), "branches": branches}
+
+
+def _branches(row: Mapping[str, bytes]) -> Branches:
+    return Branches(
+        episodes=np.frombuffer(row["episodes"], "<i8"),
+        parents=np.frombuffer(row["parents"], "<i8"),
+        fork_offsets=int32(row["fork_offsets"]),
+    )
 
 
 def int32(data: bytes) -> Int32:

@@ -6,7 +6,7 @@
 //! observed, [[name, dtype, bytes], ...]]`. The payload holds for each item with a count the token ids (int32), directly
 //! followed by the log-probs (float32; none if observed), padded with zeros to 8 bytes; then each extra column, padded
 //! likewise. It goes into the log as it is.
-//! A dtype is text of which only `pmdflow/store/columns.py` knows what it says: `NumPy`'s, before it the shape of a value
+//! A dtype is text that `pmdflow/store/columns.py` reads: the one of `NumPy`, before it the shape of a value
 //! (`(2,)<i2`), and before that `trajectory ` where the column is one value of the trajectory.
 
 use std::ops::Range;

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from pmdflow.config.schema import Config
 from pmdflow.learner.advantage import pmd_mean
 from pmdflow.reward.length import length_reward
-from pmdflow.types import Mask, TrainBatch
+from pmdflow.types import Branches, Mask, TrainBatch
 from tests.support.learner import LOGPROB_SIZE, assert_metrics_alike, make_batch, make_config, same_weights
 from tests.support.numeric import assert_close, assert_trained_alike
 
@@ -27,7 +27,10 @@ def independent_iteration(config: Config, batch: TrainBatch):
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float64).eval()
     learner = config.learner
     optimizer = torch.optim.AdamW(model.parameters(), lr=learner.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    advantages = pmd_mean(batch.rewards, batch.groups)
+    own = batch.trajectories if batch.branches is None else batch.branches.episodes
+    episodes, first, counts = np.unique(own, return_index=True, return_counts=True)
+    advantages = pmd_mean(batch.rewards[first], batch.groups[first])[np.searchsorted(episodes, own)]
+    shares = 1 / counts[np.searchsorted(episodes, own)]
 
     def logprobs(index):
         part = slice(batch.cu_seqlens[index], batch.cu_seqlens[index + 1])
@@ -39,7 +42,7 @@ def independent_iteration(config: Config, batch: TrainBatch):
         reference = [logprobs(index) for index in range(len(batch.rewards))]
     losses, norms, u_values, tokens = [], [], [], 0
     for chunk in np.array_split(np.unique(batch.groups), learner.steps_per_iteration):
-        terms = []
+        terms, weights = [], []
         for index in np.flatnonzero(np.isin(batch.groups, chunk)):
             flags = torch.from_numpy(batch.mask[batch.cu_seqlens[index] : batch.cu_seqlens[index + 1]])[1:]
             trained, generated = (flags & Mask.TRAINED) != 0, (flags & Mask.GENERATED) != 0
@@ -49,9 +52,10 @@ def independent_iteration(config: Config, batch: TrainBatch):
             u = ((lp - reference[index])[trained]).sum() + (lp - reference[index]).detach()[generated & ~trained].sum()
             u_values.append(u.item())
             tokens += int(generated.sum())
-            terms.append(learner.tau / 2 * (advantages[index] / learner.tau - u) ** 2 / generated.sum())
+            weights.append(shares[index])
+            terms.append(shares[index] * learner.tau / 2 * (advantages[index] / learner.tau - u) ** 2 / generated.sum())
         optimizer.zero_grad()
-        loss = torch.stack(terms).mean()
+        loss = torch.stack(terms).sum() / sum(weights)
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), learner.max_grad_norm).item())
         optimizer.step()
@@ -59,8 +63,17 @@ def independent_iteration(config: Config, batch: TrainBatch):
     return losses, norms, u_values, tokens, model.state_dict()
 
 
-def test_train_matches_an_independent_float64_computation(start, model_path):
-    config, batch = make_config(model_path), make_batch()
+def with_branches(batch: TrainBatch) -> TrainBatch:
+    """The same with the first two trajectories of each group as branches of one episode."""
+    parents = np.where(np.arange(len(batch.trajectories)) % 3 == 1, batch.trajectories - 1, -1)
+    episodes = np.where(parents < 0, batch.trajectories, parents)
+    branches = Branches(episodes=episodes, parents=parents, fork_offsets=np.zeros(len(parents), np.int32))
+    return replace(batch, branches=branches, rewards=batch.rewards[episodes])
+
+
+@pytest.mark.parametrize("batch", [make_batch(), with_branches(make_batch())], ids=["whole", "branches"])
+def test_train_matches_an_independent_float64_computation(start, model_path, batch):
+    config = make_config(model_path)
     losses, norms, u_values, tokens, state = independent_iteration(config, batch)
     learner = start(config)
     result = learner.train(batch)
@@ -75,7 +88,8 @@ def test_train_matches_an_independent_float64_computation(start, model_path):
     assert_metrics_alike(metrics, expected)
     assert metrics["learner/trained_tokens"] == ((batch.mask & Mask.TRAINED) != 0).sum()
     assert metrics["learner/skipped_steps"] == 0
-    np.testing.assert_array_equal(result.advantages, pmd_mean(batch.rewards, batch.groups))
+    if batch.branches is None:
+        np.testing.assert_array_equal(result.advantages, pmd_mean(batch.rewards, batch.groups))
     assert json.loads(json.dumps(metrics))["learner/step_losses"] == metrics["learner/step_losses"]
     weights = learner.weights()
     assert set(weights) == {name for name in state if name != "lm_head.weight"}

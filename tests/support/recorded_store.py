@@ -54,7 +54,7 @@ def fill(directory: Path) -> TrajectoryStore:
 def told(store: TrajectoryStore) -> dict[str, Any]:
     """All that it says of itself, as JSON has it."""
     trajectories = [number for group in store.groups() for number in group["trajectories"]]
-    views = {number: store.trajectory(number) for number in trajectories}
+    views = {number: _plain(store.trajectory(number)) for number in trajectories}
     told = {
         "counts": asdict(store.counts()) | {"bytes": 0, "lsn": 0, "durable_lsn": 0},
         "ledger": store.ledger(),
@@ -64,6 +64,11 @@ def told(store: TrajectoryStore) -> dict[str, Any]:
     }
     values: dict[str, Any] = json.loads(json.dumps(told, default=lambda array: array.tolist()))
     return values
+
+
+def _plain(view: dict[str, Any]) -> dict[str, Any]:
+    """A trajectory as it was told before there were forks, if it has none."""
+    return {key: value for key, value in view.items() if key != "forks" or value}
 
 
 def main(directory: Path) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import zarr
 
 from pmdflow.errors import PmdflowError
-from pmdflow.types import ClaimPlan, TrainBatch
+from pmdflow.types import Branches, ClaimPlan, TrainBatch
 
 FORMAT = "pmdflow-rollouts/1"
 
@@ -48,6 +48,7 @@ def read_part(path: str | Path) -> TrainBatch:
         stops=trajectory["stop"],
         prompt_ids=tuple(prompts.tolist()),
         plan=_plan(attrs, group),
+        branches=_branches(trajectory),
         extra=_extra(path, "token_extra"),
         trajectory_extra=_extra(path, "trajectory_extra"),
     )
@@ -64,6 +65,14 @@ def _plan(attrs: Mapping[str, Any], group: Table) -> ClaimPlan | None:
     if plan is None:
         return None
     return ClaimPlan(steps=group["step"], num_steps=plan["steps"], rule=plan["rule"], seed=plan["seed"])
+
+
+def _branches(trajectory: Table) -> Branches | None:
+    """None: no episode of the part was forked."""
+    if "episode" not in trajectory:
+        return None
+    episodes, parents, fork_offsets = (trajectory[name] for name in ("episode", "parent", "fork_offset"))
+    return Branches(episodes=episodes, parents=parents, fork_offsets=fork_offsets)
 
 
 def open_part(path: str | Path) -> zarr.Group:

@@ -128,6 +128,10 @@ def _trajectory_columns(batch: TrainBatch, starts: Int64) -> Table:
     }
     if batch.components:
         columns["components"] = np.column_stack(list(batch.components.values()))
+    if batch.branches is not None:
+        columns["episode"] = batch.branches.episodes
+        columns["parent"] = batch.branches.parents
+        columns["fork_offset"] = batch.branches.fork_offsets
     return columns
 
 
@@ -204,6 +208,8 @@ def _digest(batch: TrainBatch) -> str:
     digest.update(json.dumps(head).encode())
     columns = [batch.tokens, batch.logprobs, batch.versions, batch.temperatures, batch.mask, batch.cu_seqlens]
     columns += [batch.prompt_lengths, batch.groups, batch.trajectories, batch.rewards, batch.stops]
+    if batch.branches is not None:
+        columns += [batch.branches.episodes, batch.branches.parents, batch.branches.fork_offsets]
     extras = [*batch.extra.items(), *batch.trajectory_extra.items()]
     if extras:
         digest.update(json.dumps([(name, values.dtype.str, values.shape) for name, values in extras]).encode())

@@ -42,6 +42,9 @@ impl SnapshotRoom {
     /// Makes room of the usual size, after a snapshot was read or written; as far as the disk has it.
     pub(super) fn renew(&self, storage: &dyn Storage, file_bytes: u64) {
         let now = storage.size(SNAPSHOT_NAME);
-        self.make(storage, now.saturating_mul(2).max(file_bytes / SNAPSHOT_SHARE));
+        if !self.make(storage, now.saturating_mul(2).max(file_bytes / SNAPSHOT_SHARE)) {
+            // The one that was replaced has left as much.
+            self.make(storage, now);
+        }
     }
 }

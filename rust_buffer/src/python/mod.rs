@@ -153,6 +153,15 @@ impl TrajectoryStore {
         Ok((lsn, replies.into_iter().map(|reply| (reply.trajectory, reply.stale, reply.grant)).collect()))
     }
 
+    #[pyo3(signature = (trajectory, epoch, offset, wait = true, now_s = None))]
+    fn fork(
+        &self, py: Python<'_>, trajectory: u64, epoch: u64, offset: u32, wait: bool, now_s: Option<f64>,
+    ) -> PyResult<(bool, u64, u64)> {
+        let now = self.shared.clock(now_s).base();
+        let forked = self.change(py, wait, |store| store.fork(trajectory, epoch, offset, now))?;
+        Ok((forked.stale, forked.branch, forked.epoch))
+    }
+
     #[pyo3(signature = (max_items, ttl_s, timeout_s, now_s = None))]
     fn unscored<'py>(
         &self, py: Python<'py>, max_items: usize, ttl_s: f64, timeout_s: f64, now_s: Option<f64>,

@@ -101,6 +101,11 @@ pub fn batch<'py>(py: Python<'py>, iteration: i64, version: Version, rows: &Rows
         components.set_item(name, PyBytes::new(py, bytemuck::cast_slice(values)))?;
     }
     row.set_item("components", components)?;
+    let branches = PyDict::new(py);
+    branches.set_item("episodes", PyBytes::new(py, bytemuck::cast_slice(&rows.episodes)))?;
+    branches.set_item("parents", PyBytes::new(py, bytemuck::cast_slice(&rows.parents)))?;
+    branches.set_item("fork_offsets", PyBytes::new(py, bytemuck::cast_slice(&rows.fork_offsets)))?;
+    row.set_item("branches", rows.parents.iter().any(|parent| *parent >= 0).then_some(branches))?;
     let prompt_ids = rows.prompt_ids.iter().flat_map(|(id, count)| repeat_n(PyString::new(py, id), *count));
     row.set_item("prompt_ids", PyList::new(py, prompt_ids.collect::<Vec<_>>())?)?;
     row.set_item("columns", rows.columns)?;
@@ -203,6 +208,7 @@ pub fn trajectory<'py>(py: Python<'py>, view: &TrajectoryView) -> PyResult<Row<'
     row.set_item("attempts", trajectory.attempts)?;
     row.set_item("epoch", trajectory.epoch)?;
     row.set_item("extra", extra(py, &view.extras)?)?;
+    row.set_item("forks", view.forks.iter().map(|fork| (fork.branch, fork.start, fork.offset)).collect::<Vec<_>>())?;
     Ok(row)
 }
 

@@ -5,11 +5,12 @@ use std::collections::VecDeque;
 use crate::{
     error::{Result, StoreError},
     log::{Location, Lsn},
+    state::fork::Branch,
     state::group::{Group, Kind, MAX_GROUP_SIZE, Phase},
     state::ledger::Place,
     state::mask,
     state::placed::Placed,
-    state::record::{Admit, Appended, Claimed, LeftOut, Plan, Quota, Reason, Record, Score},
+    state::record::{Admit, Appended, Claimed, LeftOut, Quota, Reason, Record, Score},
     state::trajectory::{Outcome, Stop, Trajectory, Verdict, Version},
     state::{Claim, ClaimStatus, ClaimSums, KEPT_QUOTAS, Publication, State, Undone, gone},
 };
@@ -35,6 +36,7 @@ impl State {
             Record::Uncommit(iteration) => self.apply_uncommit(*iteration)?,
             Record::Drop(iteration) => self.apply_drop(*iteration)?,
             Record::Late(groups) => groups.iter().try_for_each(|id| self.apply_late(*id))?,
+            Record::Fork(id, offset) => self.apply_fork(*id, *offset)?,
             Record::Plan(iteration, plan) => self.apply_plan(*iteration, plan)?,
             Record::Compact(items) => self.apply_compact(items, place)?,
             Record::Move(group) => self.apply_move(*group, place)?,
@@ -94,8 +96,9 @@ impl State {
     }
 
     fn apply_lease(&mut self, id: u64) -> Result<()> {
+        let held = self.branches(id, self.trajectory(id)?).last().map_or(0, Branch::len);
         let (trajectory, group) = self.pair_mut(id)?;
-        let reprefilled = if trajectory.epoch > 0 && group.kind == Kind::Train { trajectory.len } else { 0 };
+        let reprefilled = if trajectory.epoch > 0 && group.kind == Kind::Train { held } else { 0 };
         trajectory.epoch += 1;
         self.ledger.reprefill += u64::from(reprefilled);
         Ok(())
@@ -245,12 +248,6 @@ impl State {
         Ok(())
     }
 
-    fn apply_plan(&mut self, iteration: i64, plan: &Plan) -> Result<()> {
-        self.claim(iteration)?;
-        self.claims.entry(iteration).and_modify(|claim| claim.plan = Some(plan.clone()));
-        Ok(())
-    }
-
     fn apply_uncommit(&mut self, iteration: i64) -> Result<()> {
         let Some(first) = iteration.checked_add(1) else { return Ok(()) };
         // What was published of them does not stand any more: to say it again is no repeat.
@@ -344,8 +341,10 @@ impl State {
             undone.plan.as_mut().map(|plan| plan.steps.remove(&id));
         }
         self.undone.retain(|undone| !undone.groups.is_empty());
-        let members = self.group(id)?.members();
-        members.for_each(|member| drop(self.trajectories.remove(&member)));
+        for member in self.group(id)?.members() {
+            self.trajectories.remove(&member);
+            self.forks.remove(&member);
+        }
         if let Some(group) = self.groups.remove(&id).filter(|group| group.kind == Kind::Train) {
             gone::insert(&mut self.gone, &mut self.counted_gone, &group.request_id);
         }
@@ -365,7 +364,7 @@ impl State {
         self.groups.get_mut(&id).ok_or_else(|| StoreError::Conflict(format!("group {id} is not in the store")))
     }
 
-    fn pair_mut(&mut self, id: u64) -> Result<(&mut Trajectory, &mut Group)> {
+    pub(super) fn pair_mut(&mut self, id: u64) -> Result<(&mut Trajectory, &mut Group)> {
         let missing = || StoreError::Conflict(format!("trajectory {id} is not in the store"));
         let trajectory = self.trajectories.get_mut(&id).ok_or_else(missing)?;
         let group = self.groups.get_mut(&trajectory.group).ok_or_else(missing)?;

@@ -17,8 +17,8 @@ use crate::{
 use columns::Columns;
 
 /// Kinds that newer programs will write.
-const RESERVED: [(u8, &str); 5] =
-    [(13, "annotate"), (14, "fork"), (15, "turn"), (16, "prompt history"), (17, "iteration of a version")];
+const RESERVED: [(u8, &str); 4] =
+    [(13, "annotate"), (15, "turn"), (16, "prompt history"), (17, "iteration of a version")];
 
 #[derive(Serialize, Deserialize)]
 struct QuotaFields {
@@ -64,6 +64,12 @@ struct Groups {
 }
 
 #[derive(Serialize, Deserialize)]
+struct ForkFields {
+    trajectory: u64,
+    offset: u32,
+}
+
+#[derive(Serialize, Deserialize)]
 struct PlanFields {
     iteration: i64,
     plan: Plan,
@@ -101,6 +107,7 @@ pub fn encode(record: &Record) -> Result<Vec<u8>> {
             named(&Iteration { iteration: *iteration })
         }
         Record::Late(groups) => named(&Groups { groups: groups.clone() }),
+        Record::Fork(trajectory, offset) => named(&ForkFields { trajectory: *trajectory, offset: *offset }),
         Record::Plan(iteration, plan) => named(&PlanFields { iteration: *iteration, plan: plan.clone() }),
         Record::Move(group) => named(&Group { group: *group }),
     }
@@ -136,6 +143,10 @@ pub fn decode(kind: u8, header: &[u8]) -> std::result::Result<Record, String> {
         10 => Record::Uncommit(fields::<Iteration>(header)?.iteration),
         11 => Record::Drop(fields::<Iteration>(header)?.iteration),
         12 => Record::Late(fields::<Groups>(header)?.groups),
+        14 => {
+            let ForkFields { trajectory, offset } = fields(header)?;
+            Record::Fork(trajectory, offset)
+        }
         18 => {
             let PlanFields { iteration, plan } = fields(header)?;
             Record::Plan(iteration, plan)
@@ -148,7 +159,7 @@ pub fn decode(kind: u8, header: &[u8]) -> std::result::Result<Record, String> {
 
 /// What a record of this kind is, if this program does not know it: a newer one wrote it.
 pub fn unknown(kind: u8) -> Option<String> {
-    if matches!(kind, 1..=12 | 18..=PACKED) {
+    if matches!(kind, 1..=12 | 14 | 18..=PACKED) {
         return None;
     }
     let name = RESERVED.iter().find(|(reserved, _)| *reserved == kind).map_or("unknown here", |(_, name)| name);

@@ -4,6 +4,7 @@ use crate::{
     error::Result,
     state::{
         Claim, ClaimSums, State,
+        fork::parts,
         group::Group,
         record::SegmentLoss,
         trajectory::{Run, Trajectory, Verdict, Version},
@@ -23,7 +24,7 @@ pub const FILTER: u8 = 16;
 /// Mask flag: left out by the learner's veto.
 pub const VETO: u8 = 32;
 
-/// Mask flags of the tokens of a run of the trajectory `id` in `claim`.
+/// Mask flags of the tokens of a run in the branch `id` of the episode `trajectory` in `claim`, where they came.
 pub fn mask(run: &Run, id: u64, trajectory: &Trajectory, claim: &Claim) -> u8 {
     let over_age = |limit| claim.version.saturating_sub(run.version) > i64::from(limit);
     let current_only = claim.segment_loss == SegmentLoss::CurrentOnly;
@@ -54,6 +55,19 @@ pub fn sums(state: &State, claim: &Claim) -> Result<ClaimSums> {
     Ok(sums)
 }
 
+/// The generated tokens of an episode: their run, the branch in which they came, and how many.
+fn generated<'a>(state: &State, id: u64, episode: &'a Trajectory) -> Vec<(&'a Run, u64, u32)> {
+    let mut all = Vec::new();
+    for branch in state.branches(id, episode) {
+        let (from, to) = branch.own();
+        for (index, _, tokens) in parts(&episode.runs, from, to) {
+            all.push((&episode.runs[index], branch.id, tokens));
+        }
+    }
+    all.retain(|(run, _, _)| !run.observed);
+    all
+}
+
 fn add_sums(sums: &mut ClaimSums, state: &State, group: &Group, claim: &Claim) {
     for (id, trajectory) in state.members(group) {
         match trajectory.verdict {
@@ -64,7 +78,7 @@ fn add_sums(sums: &mut ClaimSums, state: &State, group: &Group, claim: &Claim) {
             }
             _ => {}
         }
-        for run in trajectory.runs.iter().filter(|run| !run.observed) {
+        for (run, id, tokens) in generated(state, id, trajectory) {
             let sum = match mask(run, id, trajectory, claim) & !GENERATED {
                 OVER_AGE => &mut sums.over_age,
                 SEGMENT => &mut sums.segment,
@@ -72,7 +86,7 @@ fn add_sums(sums: &mut ClaimSums, state: &State, group: &Group, claim: &Claim) {
                 VETO => &mut sums.veto,
                 _ => &mut sums.trainable,
             };
-            *sum += u64::from(run.len);
+            *sum += u64::from(tokens);
         }
     }
 }

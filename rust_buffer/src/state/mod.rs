@@ -4,6 +4,7 @@
 pub mod apply;
 pub mod codec;
 mod compact;
+pub mod fork;
 pub mod gone;
 pub mod group;
 pub mod ledger;
@@ -20,6 +21,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::{
     error::{Result, StoreError},
     log::Lsn,
+    state::fork::{Branch, Fork, Stretch},
     state::gone::Counted,
     state::group::{Group, Kind, Phase},
     state::ledger::Ledger,
@@ -172,6 +174,9 @@ pub struct State {
     /// Request ids that end in a number, of training groups that are gone.
     #[serde(default)]
     pub counted_gone: Counted,
+    /// Forks of the live trajectories that have some, in order.
+    #[serde(default, deserialize_with = "grown::<_, BTreeMap<u64, Vec<Fork>>, _>")]
+    pub forks: OrdMap<u64, Vec<Fork>>,
 }
 
 /// Decodes a persistent collection by way of one of the standard library, which makes room as items come: the other
@@ -219,6 +224,7 @@ impl Default for State {
             max_version: -1,
             undone: VecDeque::new(),
             counted_gone: Counted::default(),
+            forks: OrdMap::new(),
         }
     }
 }
@@ -252,6 +258,21 @@ impl State {
         self.trajectories.get(&id).ok_or_else(|| StoreError::Conflict(format!("trajectory {id} is not in the store")))
     }
 
+    /// Forks of a trajectory, in order.
+    pub fn forks(&self, id: u64) -> &[Fork] {
+        self.forks.get(&id).map_or(&[], Vec::as_slice)
+    }
+
+    /// The branches of a trajectory's episode.
+    pub fn branches(&self, id: u64, trajectory: &Trajectory) -> Vec<Branch> {
+        fork::branches(id, trajectory.len, self.forks(id))
+    }
+
+    /// What the newest branch of a trajectory's episode holds.
+    pub fn history(&self, id: u64, trajectory: &Trajectory) -> Vec<Stretch> {
+        self.branches(id, trajectory).pop().map_or_else(Vec::new, |newest| newest.history)
+    }
+
     /// Reward components by name.
     pub fn components(&self, stored: &[(u32, f64)]) -> BTreeMap<String, f64> {
         let name = |index: u32| self.components.get(index as usize).cloned().unwrap_or_default();
@@ -271,6 +292,12 @@ impl State {
         self.claims
             .get(&iteration)
             .ok_or_else(|| StoreError::Conflict(format!("iteration {iteration} has no claim in the store")))
+    }
+
+    fn apply_plan(&mut self, iteration: i64, plan: &Plan) -> Result<()> {
+        self.claim(iteration)?;
+        self.claims.entry(iteration).and_modify(|claim| claim.plan = Some(plan.clone()));
+        Ok(())
     }
 
     /// Iteration of the claim that is not trained yet; there is at most one, the newest.

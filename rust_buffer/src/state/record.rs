@@ -200,6 +200,8 @@ pub enum Record {
     Drop(i64),
     /// Makes groups ready without the members that have no verdict; evicts those.
     Late(Vec<u64>),
+    /// Begins a branch of a trajectory's episode, which keeps so many tokens of the history; its epoch goes up by one.
+    Fork(u64, u32),
     /// Deals an iteration's claim to steps.
     Plan(i64, Plan),
     /// Gives the oldest tokens of trajectories another place: these runs, and no others, are theirs from now on.
@@ -225,6 +227,7 @@ impl Record {
             | Self::Lease(_)
             | Self::Append(_)
             | Self::Score(_)
+            | Self::Fork(..)
             | Self::Compact(_)
             | Self::Move(_) => false,
         }
@@ -246,6 +249,7 @@ impl Record {
             Self::Uncommit(_) => 10,
             Self::Drop(_) => 11,
             Self::Late(_) => 12,
+            Self::Fork(..) => 14,
             Self::Plan(..) => 18,
             Self::Compact(_) => 19,
             Self::Move(_) => 20,

@@ -64,6 +64,8 @@ impl Store {
     /// published, or a temperature that cannot be.
     pub fn append(&mut self, batch: &Batch<'_>, now: Micros) -> Result<Vec<Reply>> {
         self.expire(now)?;
+        let in_episodes = self.in_episodes(batch)?;
+        let batch = in_episodes.as_ref().unwrap_or(batch);
         let mut ahead = BTreeMap::new();
         let decide = |item| self.decide(item, batch.payload, &mut ahead);
         let decisions = batch.items.iter().map(decide).collect::<Result<Vec<_>>>()?;

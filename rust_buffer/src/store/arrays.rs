@@ -6,6 +6,7 @@ use crate::{
     error::Result,
     log::{Bytes, Location, Log, Part},
     state::codec,
+    state::fork::Stretch,
     state::record::{PACKED, Record},
     state::trajectory::Run,
 };
@@ -143,6 +144,24 @@ pub fn read_columns(log: &Log, run: &Run) -> Result<Vec<Column>> {
         }
     }
     Ok(Vec::new())
+}
+
+/// Tokens of the history of a branch whose episode has these runs.
+///
+/// # Errors
+/// Those of the log.
+pub fn read_history(log: &Log, runs: &[Run], history: &[Stretch]) -> Result<Tokens> {
+    let (all, mut tokens) = (read_runs(log, runs)?, Tokens::default());
+    if matches!(history, [Stretch { from: 0, to, .. }] if 4 * *to as usize == all.ids.len()) {
+        return Ok(all);
+    }
+    for &Stretch { from, to, .. } in history {
+        let (from, to) = (from as usize, to as usize);
+        tokens.ids.extend_from_slice(&all.ids[4 * from..4 * to]);
+        tokens.logprobs.extend_from_slice(&all.logprobs[4 * from..4 * to]);
+        tokens.observed.extend_from_slice(&all.observed[from..to]);
+    }
+    Ok(tokens)
 }
 
 /// The extra columns of consecutive runs.

@@ -7,9 +7,10 @@ use imbl::OrdMap;
 use crate::{
     error::{Result, StoreError},
     log::Log,
+    state::fork::{Fork, Part, trained_branches},
     state::group::Group,
     state::mask::{self, GENERATED},
-    state::trajectory::{Run, Trajectory, Verdict, Version},
+    state::trajectory::{Trajectory, Verdict, Version},
     state::{Claim, State},
     store::token_view::{Piece, Source, part, walk},
 };
@@ -19,23 +20,17 @@ pub struct ClaimView {
     claim: Claim,
     groups: OrdMap<u64, Group>,
     trajectories: OrdMap<u64, Trajectory>,
+    forks: OrdMap<u64, Vec<Fork>>,
     components: Vec<String>,
 }
 
-/// One member of a claim.
+/// One branch of a member of a claim.
 struct Member<'a> {
-    group: u64,
+    /// Of the episode.
     id: u64,
-    admission: &'a Group,
-    trajectory: &'a Trajectory,
+    source: Source<'a>,
     reward: f64,
     components: &'a [(u32, f64)],
-}
-
-impl Member<'_> {
-    fn source(&self) -> Source<'_> {
-        Source { group: self.group, admission: self.admission, trajectory: self.trajectory }
-    }
 }
 
 /// The per-token arrays of `pmdflow.types.TrainBatch`, little-endian, to be filled; they may be longer than needed.
@@ -61,7 +56,13 @@ pub struct Rows {
     /// Prompt tokens.
     pub prompt_lengths: Vec<i32>,
     pub groups: Vec<i64>,
+    /// Branches of episodes.
     pub trajectories: Vec<i64>,
+    pub episodes: Vec<i64>,
+    /// Branch that each was forked from; -1 for the first of an episode.
+    pub parents: Vec<i64>,
+    /// Tokens after the prompt that each keeps of that one.
+    pub fork_offsets: Vec<i32>,
     pub rewards: Vec<f64>,
     /// NaN where a member has no such component.
     pub components: BTreeMap<String, Vec<f64>>,
@@ -101,6 +102,7 @@ impl ClaimView {
             claim: state.claim(iteration)?.clone(),
             groups: state.groups.clone(),
             trajectories: state.trajectories.clone(),
+            forks: state.forks.clone(),
             components: state.components.clone(),
         })
     }
@@ -110,7 +112,7 @@ impl ClaimView {
         self.claim.version
     }
 
-    /// Members in claim order, without those given up by scoring.
+    /// Branches of the members in claim order, without those given up by scoring.
     fn members(&self) -> Result<Vec<Member<'_>>> {
         let mut members = Vec::new();
         for group in &self.claim.groups {
@@ -118,7 +120,11 @@ impl ClaimView {
             let admission = self.groups.get(group).ok_or_else(gone)?;
             for (id, trajectory) in self.trajectories.range(admission.members()) {
                 if let Verdict::Scored { reward, components, .. } = &trajectory.verdict {
-                    members.push(Member { group: *group, id: *id, admission, trajectory, reward: *reward, components });
+                    let forks = self.forks.get(id).map_or(&[][..], Vec::as_slice);
+                    for branch in trained_branches(*id, trajectory.len, forks) {
+                        let source = Source { group: *group, admission, trajectory, branch };
+                        members.push(Member { id: *id, source, reward: *reward, components });
+                    }
                 }
             }
         }
@@ -130,8 +136,7 @@ impl ClaimView {
     /// # Errors
     /// An error of ours.
     pub fn num_tokens(&self) -> Result<usize> {
-        let tokens = |member: &Member<'_>| (member.admission.prompt_len + member.trajectory.len) as usize;
-        Ok(self.members()?.iter().map(tokens).sum())
+        Ok(self.members()?.iter().map(|member| member.source.len() as usize).sum())
     }
 
     /// The claim without its tokens: no byte of the log is read.
@@ -144,11 +149,11 @@ impl ClaimView {
         for member in &members {
             rows.begin(member, at);
             segments.offsets.push(segments.lengths.len() as i64);
-            segments.push(i64::from(member.admission.prompt_len), PROMPT, true);
-            for (index, run) in member.trajectory.runs.iter().enumerate() {
-                segments.push(i64::from(run.len), self.fill(run, member), index == 0);
+            segments.push(i64::from(member.source.admission.prompt_len), PROMPT, true);
+            for (index, part) in member.source.branch.parts(&member.source.trajectory.runs).enumerate() {
+                segments.push(i64::from(part.len), self.fill(part, member), index == 0);
             }
-            at += i64::from(member.admission.prompt_len + member.trajectory.len);
+            at += member.source.len();
             push_row(&mut rows, &mut components, member);
         }
         rows.cu_seqlens.push(at);
@@ -165,7 +170,7 @@ impl ClaimView {
         let (members, mut rows) = (self.members()?, Rows::default());
         let mut components = components_of(&members);
         let mut packer = Packer { columns, at: 0 };
-        let sources: Vec<Source<'_>> = members.iter().map(Member::source).collect();
+        let sources: Vec<&Source<'_>> = members.iter().map(|member| &member.source).collect();
         walk(log, &sources, check, |index, piece| match piece {
             Piece::Prompt(ids) => {
                 let member = &members[index];
@@ -173,16 +178,17 @@ impl ClaimView {
                 push_row(&mut rows, &mut components, member);
                 packer.push(ids, &[], PROMPT)
             }
-            Piece::Run(run, ids, logprobs) => packer.push(ids, logprobs, self.fill(run, &members[index])),
+            Piece::Part(part, ids, logprobs) => packer.push(ids, logprobs, self.fill(part, &members[index])),
         })?;
         rows.cu_seqlens.push(packer.at as i64);
         rows.components = self.named(components);
         Ok(rows)
     }
 
-    /// Version, temperature and mask flags of the tokens of a run.
-    fn fill(&self, run: &Run, member: &Member<'_>) -> Fill {
-        let flags = mask::mask(run, member.id, member.trajectory, &self.claim);
+    /// Version, temperature and mask flags of tokens of a run.
+    fn fill(&self, Part { run, own, .. }: Part<'_>, member: &Member<'_>) -> Fill {
+        let Source { trajectory, branch, .. } = &member.source;
+        let flags = if own { mask::mask(run, branch.id, trajectory, &self.claim) } else { 0 };
         let version = if flags & GENERATED == 0 { -1 } else { i32::try_from(run.version).unwrap_or(i32::MAX) };
         (version, run.temperature, flags)
     }
@@ -199,11 +205,11 @@ fn components_of(members: &[Member<'_>]) -> BTreeMap<u32, Vec<f64>> {
 }
 
 impl Rows {
-    /// Notes where a member begins, and its prompt.
+    /// Notes where a branch begins, and its prompt.
     fn begin(&mut self, member: &Member<'_>, at: i64) {
         self.cu_seqlens.push(at);
-        if self.groups.last() != Some(&(member.group as i64)) {
-            self.prompt_ids.push((member.admission.prompt_id.clone(), 0));
+        if self.groups.last() != Some(&(member.source.group as i64)) {
+            self.prompt_ids.push((member.source.admission.prompt_id.clone(), 0));
         }
     }
 }
@@ -227,12 +233,16 @@ impl Segments {
 }
 
 fn push_row(rows: &mut Rows, components: &mut BTreeMap<u32, Vec<f64>>, member: &Member<'_>) {
-    rows.prompt_lengths.push(member.admission.prompt_len as i32);
-    rows.groups.push(member.group as i64);
-    rows.trajectories.push(member.id as i64);
+    let Source { group, admission, trajectory, branch } = &member.source;
+    rows.prompt_lengths.push(admission.prompt_len as i32);
+    rows.groups.push(*group as i64);
+    rows.trajectories.push(branch.id as i64);
+    rows.episodes.push(member.id as i64);
+    rows.parents.push(branch.parent.map_or(-1, |(parent, _)| parent as i64));
+    rows.fork_offsets.push(branch.parent.map_or(0, |(_, offset)| offset as i32));
     rows.rewards.push(member.reward);
-    rows.stops.push(member.trajectory.stop as u8);
-    rows.columns |= member.trajectory.columns;
+    rows.stops.push(trajectory.stop as u8);
+    rows.columns |= trajectory.columns;
     if let Some((_, count)) = rows.prompt_ids.last_mut() {
         *count += 1;
     }

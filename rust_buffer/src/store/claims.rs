@@ -1,6 +1,9 @@
 //! The learner's side of the store: claims, publications, commits and eviction; and evaluation results.
 
-use std::ops::Bound::{Excluded, Unbounded};
+use std::{
+    collections::BTreeSet,
+    ops::Bound::{Excluded, Unbounded},
+};
 
 use crate::{
     clock::Micros,
@@ -210,10 +213,18 @@ impl Store {
         if let Some(id) = filter.intersection(veto).next() {
             return conflict(format!("trajectory {id} is left out by filter and by veto; name one reason"));
         }
+        if filter.is_empty() && veto.is_empty() {
+            return Ok(());
+        }
+        let mut claimed = BTreeSet::new();
+        for group in
+            publication.iteration.map_or(Ok(&[][..]), |i| self.state.claim(i).map(|claim| &claim.groups[..]))?
+        {
+            let scored = self.state.members(self.state.group(*group)?).filter(|(_, t)| t.reward().is_some());
+            claimed.extend(scored.flat_map(|(id, episode)| self.state.branches(id, episode)).map(|branch| branch.id));
+        }
         for id in filter.union(veto) {
-            let scored = self.state.trajectories.get(id).filter(|trajectory| trajectory.reward().is_some());
-            let phase = scored.and_then(|trajectory| self.state.groups.get(&trajectory.group)).map(|group| group.phase);
-            if publication.iteration.is_none_or(|iteration| phase != Some(Phase::Claimed(iteration))) {
+            if !claimed.contains(id) {
                 return conflict(format!(
                     "trajectory {id}, which the learner left out, is not in the claim that is published (iteration {:?})",
                     publication.iteration

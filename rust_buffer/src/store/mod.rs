@@ -14,6 +14,7 @@ mod compaction;
 mod compactor;
 pub mod counts;
 mod discard;
+pub mod forks;
 pub mod index;
 pub mod late;
 pub mod lease;

@@ -8,10 +8,11 @@ use crate::{
     clock::Micros,
     error::{Result, StoreError},
     state::State,
+    state::fork::Fork,
     state::group::Group,
     state::trajectory::{Trajectory, Verdict, Version},
     store::Store,
-    store::arrays::{Extras, StoredPrompt, Tokens, read_extras, read_prompt, read_runs},
+    store::arrays::{Extras, StoredPrompt, Tokens, read_extras, read_history, read_prompt, read_runs},
     store::claim_view::{ClaimView, Columns, Rows, Segments},
     store::counts::phase_name,
     store::rollout::Granted,
@@ -25,7 +26,7 @@ use crate::{
 pub struct LeaseView {
     pub granted: Granted,
     pub prompt: StoredPrompt,
-    /// Durable tokens so far.
+    /// Durable tokens so far: the history of the newest branch.
     pub prefix: Tokens,
 }
 
@@ -69,6 +70,8 @@ pub struct TrajectoryView {
     pub tokens: Tokens,
     /// Columns by name, one entry for each stored run that has the column.
     pub extras: Extras,
+    /// Where branches begin among the tokens.
+    pub forks: Vec<Fork>,
 }
 
 impl Shared {
@@ -102,7 +105,7 @@ impl Shared {
         let mut leases = Vec::new();
         for granted in granted {
             let read = read_prompt(self.log(), granted.prompt)
-                .and_then(|prompt| Ok((prompt, read_runs(self.log(), &granted.runs)?)));
+                .and_then(|prompt| Ok((prompt, read_history(self.log(), &granted.runs, &granted.history)?)));
             if let Some((prompt, prefix)) = self.unless_gone(granted.trajectory, read)? {
                 leases.push(LeaseView { granted, prompt, prefix });
             }
@@ -118,14 +121,18 @@ impl Shared {
     pub fn unscored(&self, max_items: usize, ttl: Micros, timeout_s: f64, clock: Clock) -> Result<Vec<UnscoredView>> {
         let waiting = self.wait(timeout_s, clock, |store, now| {
             let ids = store.unscored(max_items, ttl, now);
-            let waiting = ids.into_iter().map(|id| with_group(store.state(), id)).collect::<Result<Vec<_>>>()?;
+            let waiting = |id| {
+                let (id, trajectory, group) = with_group(store.state(), id)?;
+                Ok((store.state().history(id, &trajectory), id, trajectory, group))
+            };
+            let waiting = ids.into_iter().map(waiting).collect::<Result<Vec<_>>>()?;
             Ok(some(waiting).map(|waiting| (waiting, self.pins.pin())))
         })?;
         let Some((_, (waiting, _pin))) = waiting else { return Ok(Vec::new()) };
         let mut items = Vec::new();
-        for (id, trajectory, group) in waiting {
+        for (history, id, trajectory, group) in waiting {
             let read = read_prompt(self.log(), group.location)
-                .and_then(|prompt| Ok((prompt, read_runs(self.log(), &trajectory.runs)?)));
+                .and_then(|prompt| Ok((prompt, read_history(self.log(), &trajectory.runs, &history)?)));
             if let Some((prompt, tokens)) = self.unless_gone(id, read)? {
                 items.push(UnscoredView { id, trajectory, group, prompt, tokens });
             }
@@ -162,10 +169,10 @@ impl Shared {
     /// `Conflict` when it is not there, those of the log, or `Closed`.
     pub fn trajectory(&self, id: u64) -> Result<TrajectoryView> {
         let _pin = self.pins.pin();
-        let (trajectory, group, state, (reward, components)) = self.query(|store| {
+        let (trajectory, group, state, (reward, components), forks) = self.query(|store| {
             let (id, trajectory, group) = with_group(store.state(), id)?;
             let (state, verdict) = (store.state_of(id, &trajectory), verdict(store.state(), &trajectory));
-            Ok((trajectory, group, state, verdict))
+            Ok((trajectory, group, state, verdict, store.state().forks(id).to_vec()))
         })?;
         let read = || {
             let prompt = read_prompt(self.log(), group.location)?;
@@ -173,7 +180,7 @@ impl Shared {
         };
         let gone = || StoreError::Conflict(format!("trajectory {id} was evicted while it was read"));
         let (prompt, tokens, extras) = self.unless_gone(id, read())?.ok_or_else(gone)?;
-        Ok(TrajectoryView { id, trajectory, state, reward, components, prompt, tokens, extras })
+        Ok(TrajectoryView { id, trajectory, state, reward, components, prompt, tokens, extras, forks })
     }
 
     /// Packs the claim of `iteration` into `columns`; its version, and the other arrays. Checksums of tokens are tested
@@ -231,10 +238,9 @@ impl Shared {
 
     /// What was read of `view`; the error says so where that failed because something of it was evicted meanwhile.
     fn unless_evicted<T>(&self, view: &TokenView, read: Result<T>) -> Result<T> {
-        let gone = |store: &Store| view.ids.iter().copied().find(|id| !store.state().trajectories.contains_key(id));
         match read {
             Ok(read) => Ok(read),
-            Err(error) => match self.query(|store| Ok(gone(store)))? {
+            Err(error) => match self.query(|store| Ok(view.gone(store.state())))? {
                 Some(id) => Err(StoreError::Conflict(format!("trajectory {id} is not in the store (any more)"))),
                 None => Err(error),
             },

@@ -4,6 +4,7 @@ use crate::{
     clock::Micros,
     error::Result,
     log::{Arrays, Location},
+    state::fork::Stretch,
     state::group::Kind,
     state::record::Record,
     state::trajectory::{Run, Version},
@@ -22,8 +23,9 @@ pub struct Granted {
     pub kind: Kind,
     /// Frame of the prompt.
     pub prompt: Location,
-    /// Durable tokens so far.
+    /// Durable tokens of the episode so far, and which of them are the history of its newest branch.
     pub runs: Vec<Run>,
+    pub history: Vec<Stretch>,
     /// Generated tokens that the trajectory may reach.
     pub max_tokens: u32,
     /// Tokens that may be generated now.
@@ -181,6 +183,7 @@ impl Store {
             kind: group.kind,
             prompt: group.location,
             runs: trajectory.runs.clone(),
+            history: self.state.history(id, trajectory),
             max_tokens: group.max_tokens,
             grant,
         })

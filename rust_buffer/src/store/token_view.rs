@@ -1,14 +1,17 @@
 //! Tokens of trajectories, read from the log without holding the store.
 
+use std::collections::BTreeMap;
+
 use imbl::OrdMap;
 
 use crate::{
     error::{Result, StoreError},
     log::{Bytes, Log},
     state::State,
+    state::fork::{self, Branch, Fork, Part},
     state::group::Group,
-    state::trajectory::{Run, Trajectory},
-    store::arrays::{Extras, check_run, read_extras, read_prompt_tokens, run_bytes},
+    state::trajectory::Trajectory,
+    store::arrays::{Extra, Extras, check_run, read_extras, read_prompt_tokens, run_bytes},
 };
 
 /// Trajectories whose runs and pages are reached for before the first one is copied.
@@ -16,20 +19,35 @@ const AHEAD: usize = 64;
 
 const PAGE_BYTES: usize = 4096;
 
-/// A trajectory, and the admission that has its prompt.
-#[derive(Clone, Copy)]
+/// How the dtype of a column begins that is the whole trajectory's.
+const WHOLE: &str = "trajectory ";
+
+/// A branch of an episode, and the admission that has its prompt.
 pub(super) struct Source<'a> {
     pub(super) group: u64,
     pub(super) admission: &'a Group,
+    /// The episode.
     pub(super) trajectory: &'a Trajectory,
+    pub(super) branch: Branch,
 }
 
-/// What a trajectory consists of, in order.
+impl Source<'_> {
+    /// Tokens of the branch, its prompt included.
+    pub(super) fn len(&self) -> i64 {
+        i64::from(self.admission.prompt_len) + i64::from(self.branch.len())
+    }
+
+    fn parts(&self) -> impl Iterator<Item = Part<'_>> {
+        self.branch.parts(&self.trajectory.runs)
+    }
+}
+
+/// What a branch consists of, in order.
 pub(super) enum Piece<'a> {
     /// Ids of its prompt.
     Prompt(&'a [u8]),
-    /// A stored run, its ids and its log-probs, which are none if it is observed.
-    Run(&'a Run, &'a [u8], &'a [u8]),
+    /// Tokens of a stored run, their ids and log-probs, which are none unless they were generated in the branch.
+    Part(Part<'a>, &'a [u8], &'a [u8]),
 }
 
 /// Reads a byte of each page.
@@ -37,18 +55,18 @@ fn touch(bytes: &Bytes) {
     std::hint::black_box(bytes.iter().step_by(PAGE_BYTES).fold(0_u8, |sum, byte| sum.wrapping_add(*byte)));
 }
 
-/// Hands the pieces of trajectories to `take`, with the index of each; checksums of runs are tested if `check`.
+/// Hands the pieces of branches to `take`, with the index of each; checksums of runs are tested if `check`.
 ///
 /// # Errors
 /// Those of the log and of `take`.
 pub(super) fn walk(
-    log: &Log, sources: &[Source<'_>], check: bool, mut take: impl FnMut(usize, Piece<'_>) -> Result<()>,
+    log: &Log, sources: &[&Source<'_>], check: bool, mut take: impl FnMut(usize, Piece<'_>) -> Result<()>,
 ) -> Result<()> {
     let mut prompt = (None, Vec::new());
     for (chunk, ahead) in sources.chunks(AHEAD).enumerate() {
         // Each step reaches for many places at once: the processor waits for all of them together.
-        let runs = ahead.iter().flat_map(|source| &source.trajectory.runs);
-        let bytes: Vec<Bytes> = runs.map(|run| run_bytes(log, run)).collect::<Result<_>>()?;
+        let parts = ahead.iter().flat_map(|source| source.parts());
+        let bytes: Vec<Bytes> = parts.map(|part| run_bytes(log, part.run)).collect::<Result<_>>()?;
         bytes.iter().for_each(touch);
         let mut bytes = bytes.iter();
         for (index, source) in ahead.iter().enumerate() {
@@ -57,12 +75,14 @@ pub(super) fn walk(
                 prompt = (Some(source.group), read_prompt_tokens(log, source.admission.location)?);
             }
             take(index, Piece::Prompt(&prompt.1))?;
-            for (run, bytes) in source.trajectory.runs.iter().zip(bytes.by_ref()) {
+            for (part, bytes) in source.parts().zip(bytes.by_ref()) {
                 if check {
-                    check_run(log, run, bytes)?;
+                    check_run(log, part.run, bytes)?;
                 }
-                let (ids, logprobs) = bytes.split_at(4 * run.len as usize);
-                take(index, Piece::Run(run, ids, logprobs))?;
+                let (from, to) = (4 * part.skip as usize, 4 * (part.skip + part.len) as usize);
+                let (ids, logprobs) = bytes.split_at(4 * part.run.len as usize);
+                let generated = part.own && !part.run.observed;
+                take(index, Piece::Part(part, &ids[from..to], if generated { &logprobs[from..to] } else { &[] }))?;
             }
         }
     }
@@ -80,9 +100,12 @@ pub(super) fn part(bytes: &mut [u8], from: usize, to: usize) -> Result<&mut [u8]
     })
 }
 
-/// Trajectories as they were when they were asked for.
+/// Trajectories, which may be branches of episodes, as they were when they were asked for.
 pub struct TokenView {
-    pub(super) ids: Vec<u64>,
+    ids: Vec<u64>,
+    /// Those of which they are branches.
+    episodes: Vec<u64>,
+    forks: OrdMap<u64, Vec<Fork>>,
     groups: OrdMap<u64, Group>,
     trajectories: OrdMap<u64, Trajectory>,
 }
@@ -90,27 +113,58 @@ pub struct TokenView {
 impl TokenView {
     /// The trajectories `ids`, in that order.
     pub fn new(state: &State, ids: Vec<u64>) -> Self {
-        Self { ids, groups: state.groups.clone(), trajectories: state.trajectories.clone() }
+        let (groups, trajectories, forks) = (state.groups.clone(), state.trajectories.clone(), state.forks.clone());
+        let mut later = BTreeMap::new();
+        if ids.iter().any(|id| !trajectories.contains_key(id)) {
+            let of = |(episode, forks): (&u64, &Vec<Fork>)| -> Vec<_> {
+                forks.iter().map(|fork| (fork.branch, *episode)).collect()
+            };
+            later.extend(forks.iter().flat_map(of));
+        }
+        let episodes = ids.iter().map(|id| later.get(id).copied().unwrap_or(*id)).collect();
+        Self { ids, episodes, forks, groups, trajectories }
+    }
+
+    /// One of them that is not in the store any more.
+    pub fn gone(&self, state: &State) -> Option<u64> {
+        let mut pairs = self.ids.iter().zip(&self.episodes);
+        pairs.find(|(_, episode)| !state.trajectories.contains_key(*episode)).map(|(id, _)| *id)
     }
 
     fn sources(&self) -> Result<Vec<Source<'_>>> {
         let gone = |id: &u64| StoreError::Conflict(format!("trajectory {id} is not in the store"));
-        let source = |id: &u64| {
-            let trajectory = self.trajectories.get(id)?;
+        let source = |id: &u64, episode: &u64| {
+            let trajectory = self.trajectories.get(episode)?;
             let admission = self.groups.get(&trajectory.group)?;
-            Some(Source { group: trajectory.group, admission, trajectory })
+            let forks = self.forks.get(episode).map_or(&[][..], Vec::as_slice);
+            let branch = fork::branches(*episode, trajectory.len, forks).into_iter().find(|branch| branch.id == *id)?;
+            Some(Source { group: trajectory.group, admission, trajectory, branch })
         };
-        self.ids.iter().map(|id| source(id).ok_or_else(|| gone(id))).collect()
+        let pairs = self.ids.iter().zip(&self.episodes);
+        pairs.map(|(id, episode)| source(id, episode).ok_or_else(|| gone(id))).collect()
     }
 
-    /// The extra columns of each, by name.
+    /// The extra columns of each, by name. Those of a token are in the branch in which it came, those of an episode in
+    /// all its branches.
     ///
     /// # Errors
     /// `Conflict` when one of them is not in the store; those of the log.
     pub fn extras(&self, log: &Log) -> Result<Vec<Extras>> {
         let columns = |source: Source<'_>| {
             let Trajectory { columns, runs, .. } = source.trajectory;
-            if *columns { read_extras(log, runs) } else { Ok(Extras::new()) }
+            let extras = if *columns { read_extras(log, runs)? } else { Extras::new() };
+            let ((from, to), len) = (source.branch.own(), source.branch.len());
+            let own = |mut extra: Extra| {
+                if extra.dtype.starts_with(WHOLE) {
+                    return Some(extra);
+                }
+                // A fork begins no run in its middle.
+                let inside = from <= extra.offset && extra.offset < to;
+                extra.offset = extra.offset.wrapping_sub(from).wrapping_add(len - (to - from));
+                inside.then_some(extra)
+            };
+            let kept = |(name, all): (String, Vec<Extra>)| (name, all.into_iter().filter_map(own).collect());
+            Ok(extras.into_iter().map(kept).collect())
         };
         self.sources()?.into_iter().map(columns).collect()
     }
@@ -120,8 +174,7 @@ impl TokenView {
     /// # Errors
     /// `Conflict` when one of them is not in the store.
     pub fn lengths(&self) -> Result<Vec<i64>> {
-        let length = |source: Source<'_>| i64::from(source.admission.prompt_len) + i64::from(source.trajectory.len);
-        Ok(self.sources()?.into_iter().map(length).collect())
+        Ok(self.sources()?.iter().map(Source::len).collect())
     }
 
     /// Packs ids (int32) and log-probs (float32, 0 at prompts and observed tokens), little-endian, into arrays that may
@@ -131,10 +184,11 @@ impl TokenView {
     /// `Conflict` when a trajectory is not in the store or an array is too short; those of the log.
     pub fn pack(&self, log: &Log, ids: &mut [u8], logprobs: &mut [u8], check: bool) -> Result<()> {
         let mut at = 0;
-        walk(log, &self.sources()?, check, |_, piece| {
+        let sources = self.sources()?;
+        walk(log, &sources.iter().collect::<Vec<_>>(), check, |_, piece| {
             let (own_ids, own_logprobs) = match piece {
                 Piece::Prompt(ids) => (ids, &[][..]),
-                Piece::Run(_, ids, logprobs) => (ids, logprobs),
+                Piece::Part(_, ids, logprobs) => (ids, logprobs),
             };
             let to = at + own_ids.len();
             part(ids, at, to)?.copy_from_slice(own_ids);

@@ -140,6 +140,7 @@ fn records() -> Vec<Record> {
         Record::Uncommit(1),
         Record::Drop(1),
         Record::Late(groups),
+        Record::Fork(1, 2),
         Record::Plan(1, planned),
         Record::Compact(vec![copied.clone(), Appended { version: 1, ..copied }]),
         Record::Move(1),

@@ -184,9 +184,20 @@ impl Model {
         assert_eq!(trained.len() as u64, self.store().state().claims[&iteration].sums.trainable);
         assert!(packed.versions.iter().zip(&packed.mask).all(|(v, mask)| (*v < 0) == (*mask == 0)));
         let (mut all, mut generated) = (Vec::new(), Vec::new());
-        for id in &packed.rows.trajectories {
-            all.extend([7, 8].into_iter().chain(self.tokens[&(*id as u64)].iter().map(|token| token.id)));
-            generated.extend([false, false].into_iter().chain(self.tokens[&(*id as u64)].iter().map(|t| !t.observed)));
+        let mut rows = Vec::new();
+        for episode in &packed.rows.episodes {
+            if rows.last().is_none_or(|(_, last, _)| last != episode) {
+                rows.extend(self.branches_of(*episode as u64).into_iter().map(|branch| (branch.id, *episode, branch)));
+            }
+        }
+        assert_eq!(packed.rows.trajectories, rows.iter().map(|(id, ..)| *id as i64).collect::<Vec<_>>());
+        for (index, (_, episode, branch)) in rows.iter().enumerate() {
+            let kept = branch.parent.map_or((-1, 0), |(parent, offset)| (parent as i64, offset as i32));
+            assert_eq!((packed.rows.episodes[index], packed.rows.parents[index]), (*episode, kept.0));
+            assert_eq!(packed.rows.fork_offsets[index], kept.1);
+            all.extend([7, 8].into_iter().chain(branch.history.iter().map(|(token, _)| token.id)));
+            let own = branch.history.iter().map(|(token, own)| *own && !token.observed);
+            generated.extend([false, false].into_iter().chain(own));
         }
         assert_eq!(packed.tokens, all);
         assert!(generated.iter().zip(&packed.mask).all(|(generated, mask)| *generated == (mask & 1 != 0)));

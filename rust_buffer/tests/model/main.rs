@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod branches;
 mod bytes;
 mod late;
 mod learner;
@@ -22,6 +23,7 @@ use _rust_buffer::{
     state::record::{LeftOut, SegmentLoss},
     store::{Settings, Store},
 };
+use branches::Branch;
 use late::Stragglers;
 use learner::Made;
 use ops::{Op, op};
@@ -79,6 +81,7 @@ struct Model {
     evals: u64,
     /// Tokens of each trajectory; evaluation apart.
     tokens: BTreeMap<u64, Vec<Token>>,
+    branches: BTreeMap<u64, Vec<Branch>>,
     eval: BTreeSet<u64>,
     /// Text of each group's prompt.
     texts: BTreeMap<u64, Option<String>>,
@@ -119,6 +122,7 @@ impl Model {
             admitted: 0,
             evals: 0,
             tokens: BTreeMap::new(),
+            branches: BTreeMap::new(),
             eval: BTreeSet::new(),
             texts: BTreeMap::new(),
             held: Vec::new(),
@@ -167,6 +171,7 @@ impl Model {
             Op::Append { pick, count, stop, newer, observed } => {
                 self.append(*pick, *count, *stop, (*newer, *observed));
             }
+            Op::Fork { pick, keep } => self.fork(*pick, *keep),
             Op::StaleAppend { pick } => self.stale_append(*pick),
             Op::Wait { time } => {
                 self.now += time;

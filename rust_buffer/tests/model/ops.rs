@@ -15,6 +15,7 @@ pub enum Op {
     Lease { max: usize, lag: i64 },
     Fence,
     Append { pick: usize, count: u32, stop: Option<&'static str>, newer: bool, observed: bool },
+    Fork { pick: usize, keep: u32 },
     Work { stop: Option<&'static str> },
     StaleAppend { pick: usize },
     Wait { time: i64 },
@@ -84,6 +85,7 @@ pub fn op() -> impl Strategy<Value = Op> {
         8 => (0..8_usize, 0..5_u32, stop, prop::bool::weighted(0.2), prop::bool::weighted(0.2))
             .prop_map(|(pick, count, stop, newer, observed)| Op::Append { pick, count, stop, newer, observed }),
         8 => prop::option::of(Just("stop")).prop_map(|stop| Op::Work { stop }),
+        2 => (0..8_usize, 0..9_u32).prop_map(|(pick, keep)| Op::Fork { pick, keep }),
         1 => (0..8_usize).prop_map(|pick| Op::StaleAppend { pick }),
         2 => (1..1000_i64).prop_map(|time| Op::Wait { time }),
         10 => (0..8_usize, outcome).prop_map(|(pick, outcome)| Op::Score { pick, outcome }),

@@ -15,7 +15,7 @@ use _rust_buffer::{
 };
 
 use crate::{
-    Held, Model, TTL, Token,
+    Branch, Held, Model, TTL, Token,
     bytes::{Sent, ids},
 };
 
@@ -57,6 +57,7 @@ impl Model {
                 }
                 for id in members {
                     self.tokens.insert(id, Vec::new());
+                    self.branches.insert(id, vec![Branch::first(id)]);
                     if eval {
                         self.eval.insert(id);
                     }
@@ -80,9 +81,10 @@ impl Model {
             assert!(!self.held.iter().any(|held| held.trajectory == lease.trajectory));
             let prompt = arrays::read_prompt(self.store().log(), lease.prompt).unwrap();
             assert_eq!(Some(&prompt.text), self.texts.get(&lease.group));
-            let prefix = arrays::read_runs(self.store().log(), &lease.runs).unwrap();
-            assert_eq!(prefix.ids, ids(&self.tokens[&lease.trajectory]));
-            let observed: Vec<u8> = self.tokens[&lease.trajectory].iter().map(|t| u8::from(t.observed)).collect();
+            let prefix = arrays::read_history(self.store().log(), &lease.runs, &lease.history).unwrap();
+            let history: Vec<Token> = self.history(lease.trajectory).into_iter().map(|(token, _)| token).collect();
+            assert_eq!(prefix.ids, ids(&history));
+            let observed: Vec<u8> = history.iter().map(|token| u8::from(token.observed)).collect();
             assert_eq!(prefix.observed, observed);
             self.held.push(Held {
                 trajectory: lease.trajectory,
@@ -141,7 +143,8 @@ impl Model {
         let count = count.min(if observed { room } else { held.grant });
         let new: Vec<i32> = (0..count).map(|i| (held.trajectory * 100) as i32 + (offset + i) as i32).collect();
         let next_version = if newer { self.newest().max(held.version) } else { held.version };
-        let sent = Sent { held: &held, offset, tokens: &new, next_version, stop, observed }.encode();
+        let at = self.offset(held.trajectory, offset);
+        let sent = Sent { held: &held, offset: at, tokens: &new, next_version, stop, observed }.encode();
         let (item, now) = (Batch::decode(&sent).unwrap(), self.now);
         let reply = self.store().append(&item, now).unwrap()[0];
         assert!(!reply.stale);
@@ -167,6 +170,7 @@ impl Model {
         for skip in 0..new.len() {
             let (offset, tokens) = (offset + skip as u32, &new[skip..]);
             let observed = self.tokens[&held.trajectory][offset as usize].observed;
+            let offset = self.offset(held.trajectory, offset);
             let sent = Sent { held: &held, offset, tokens, next_version, stop, observed }.encode();
             let replies = self.store().append(&Batch::decode(&sent).unwrap(), now).unwrap();
             assert!(!replies[0].stale);

@@ -92,6 +92,7 @@ impl Index {
             Record::Admit(_)
             | Record::Commit(_)
             | Record::Lease(_)
+            | Record::Fork(..)
             | Record::Plan(..)
             | Record::Compact(_)
             | Record::Move(_) => (none.clone(), none),
