@@ -23,6 +23,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from store_beside import beside
+from store_fragments import fragments
 from store_paired import Answer
 from store_speed import (
     Bench,
@@ -62,6 +64,8 @@ QUESTIONS: dict[str, Callable[[Bench], Answer]] = {
     "memory": memory_and_disk,
     "flat": flat_cost,
     "threads": appending_threads,
+    "fragments": fragments,
+    "beside": beside,
 }
 
 

@@ -150,8 +150,9 @@ class RolloutConfig(Section):
     """End trajectories that only repeat themselves (`{}` takes the defaults); null never does."""
     on_new_weights: Literal["keep_kv", "reprefill", "finish"] = "keep_kv"
     """What running sequences do when weights arrive: go on, recompute their prefix, or finish on the old ones."""
-    flush_interval_s: PositiveFloat = 0.25
-    """Tokens are in the store within this time; a killed worker loses at most what it generated in it."""
+    flush_interval_s: PositiveFloat = 2.0
+    """Tokens are in the store within this time, those that end a trajectory or a turn, and 64 of one trajectory, at
+    once; a killed worker loses at most what it generated in it."""
     lease_ttl_s: PositiveFloat = 30.0
     """A worker silent for this long loses its leases; one that is seen to die loses them at once."""
     threads: PositiveInt = 1

@@ -216,11 +216,11 @@ class RolloutActor:
     def _flush_when_due(self) -> None:
         # Half an interval until tokens are sent leaves the other half to make them durable. A store that is slower is
         # waited for: what is generated meanwhile would be lost too.
-        due = time.monotonic() - self._last_flush >= self._config.flush_interval_s / 2
-        if due:
+        if time.monotonic() - self._last_flush >= self._config.flush_interval_s / 2:
             self._await_append()
-        if due or (self._holder.urgent and not self._requests.sending):
             self._send(next_version=self._engine.version)
+        elif self._holder.urgent and not self._requests.sending:
+            self._requests.send(self._holder.segments(next_version=self._engine.version, urgent=True))
 
     def _send(self, *, next_version: int) -> None:
         """Append everything unsent, and renew every lease, in one call."""

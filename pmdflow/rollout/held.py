@@ -18,6 +18,9 @@ from pmdflow.types import Lease, Segment, StopReason
 
 Phase = Literal["waiting", "generating", "ended", "calling", "answered", "over", "closed"]
 
+FLUSH_TOKENS = 64
+"""Unsent tokens of one trajectory that are sent at once, however large its grant is."""
+
 
 @dataclass(slots=True)
 class HeldTrajectory:
@@ -83,8 +86,14 @@ class HeldTrajectory:
 
     @property
     def urgent(self) -> bool:
-        """The environment, or the trajectory's next turn, waits for what is unsent."""
-        return self.phase == "answered" or (self.phase == "ended" and bool(self.tokens))
+        """What is unsent is to be sent at once: somebody waits for it, it is half of the grant, or it is much.
+
+        The other half is generated while the store makes it durable.
+        """
+        if self.phase == "over" or self.observed or len(self.tokens) >= FLUSH_TOKENS:
+            return True
+        half_used = len(self.tokens) >= self.limit < self.room
+        return bool(self.tokens) and (self.phase == "ended" or half_used)
 
     @property
     def call(self) -> Future[Any] | None:

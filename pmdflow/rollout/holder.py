@@ -56,7 +56,7 @@ class Holder:
 
     @property
     def urgent(self) -> bool:
-        """Some environment, or some next turn, waits for what is unsent."""
+        """Something unsent is to be sent at once."""
         return any(held.urgent for held in self._held.values())
 
     def join(self, lease: Lease, *, grant: int) -> None:
@@ -95,16 +95,17 @@ class Holder:
         calls = [held.call for held in self._held.values()]
         wait([call for call in calls if call is not None], timeout=CALL_WAIT_S, return_when=FIRST_COMPLETED)
 
-    def segments(self, *, next_version: int) -> list[Segment]:
-        """A segment of each trajectory, with everything unsent and, if it is over, its end.
+    def segments(self, *, next_version: int, urgent: bool = False) -> list[Segment]:
+        """A segment of each trajectory, or of the urgent ones, with everything unsent and, if it is over, its end.
 
         An empty one renews the lease. `next_version` is the version that further tokens will be generated under.
         """
-        for held in self._held.values():
+        sent = [held for held in self._held.values() if held.urgent or not urgent]
+        for held in sent:
             if held.end_repetition():
                 self._engine.abort(held.id)
         version = self._engine.version
-        return [held.segment(version=version, next_version=next_version) for held in self._held.values()]
+        return [held.segment(version=version, next_version=next_version) for held in sent]
 
     def resume(self, grants: Iterable[Grant]) -> list[HeldTrajectory]:
         """Go on with what the store answered to the last segments.

@@ -63,7 +63,9 @@ def encoded(name: str, values: npt.ArrayLike, *, tokens: int | None, of: str) ->
         raise ValueError(f"{of}: a column cannot have the name {name!r}; use letters, digits, '_', '.' and '-'")
     array = np.ascontiguousarray(values).reshape(np.shape(values))
     if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8 or array.size == 0:
-        raise ValueError(f"{of}: column {name!r} is {array.size} values of type {array.dtype}; give numbers")
+        raise ValueError(
+            f"{of}: column {name!r} is {array.size} values of type {array.dtype}; give numbers of 1 to 8 bytes"
+        )
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
     if tokens is None:
         return f"{_WHOLE}{_shaped(array.shape, array.dtype)}", array

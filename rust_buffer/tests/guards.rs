@@ -7,8 +7,8 @@ use _rust_buffer::{
     error::{Result, StoreError},
     log::{Durability, Location, Memory},
     state::State,
-    state::apply::Placed,
     state::group::{Kind, MAX_GROUP_SIZE, Phase},
+    state::placed::Placed,
     state::record::{Admit, Appended, LeftOut, Quota, Record, Score, SegmentLoss},
     state::trajectory::Outcome,
     store::admission::Prompt,
@@ -191,6 +191,7 @@ fn records_that_no_store_wrote_are_errors() {
         stop: None,
         extra: Vec::new(),
         over: 0,
+        crc: None,
     };
     conflicts(state.apply(&Record::Append(vec![item]), &placed()));
     let (components, phase) = (BTreeMap::new(), Some(Phase::Partial));

@@ -8,9 +8,9 @@ from pmdflow.config.schema import EnvironmentConfig
 from pmdflow.data.sampling import SamplingControl
 from pmdflow.environments.protocol import Observation
 from pmdflow.rollout.engine import Output
-from pmdflow.rollout.held import HeldTrajectory
+from pmdflow.rollout.held import FLUSH_TOKENS, HeldTrajectory
 from pmdflow.rollout.turns import Session
-from pmdflow.types import Lease
+from pmdflow.types import Lease, StopReason
 from tests.support.environments import tokenizer, tokens_of
 
 WAIT_S = 30.0
@@ -113,3 +113,16 @@ def test_without_a_grant_it_is_given_back_once_everything_is_sent() -> None:
     assert (held.phase, held.stop) == ("over", "budget")
     held.abort()
     assert held.segment(version=0, next_version=0).stop == "budget"
+
+
+def test_many_tokens_an_end_and_a_used_up_grant_are_sent_at_once_and_little_is_not() -> None:
+    def after(count: int, *, grant: int, stop: StopReason | None = None) -> bool:
+        held = make_held(max_tokens=999, answer=Observation())
+        held.resume(grant=grant)
+        held.take(Output(id=7, tokens=(11,) * count, logprobs=(-1.0,) * count, stop=stop))
+        return held.urgent
+
+    assert [after(count, grant=900) for count in (1, FLUSH_TOKENS - 1, FLUSH_TOKENS)] == [False, False, True]
+    assert [after(count, grant=40) for count in (1, 19, 20, 40)] == [False, False, True, True], "half of the grant"
+    assert [after(count, grant=999) for count in (1, 63)] == [False, False]
+    assert after(3, grant=999, stop="length")

@@ -96,6 +96,14 @@ class World:
     def send(self) -> None:
         self.holder.resume(self.store.append(self.holder.segments(next_version=self.version))[1])
 
+    def send_urgent(self) -> None:
+        """What is not urgent stays unsent, and goes on."""
+        quiet = {one.id: len(one.tokens) for one in self.holder._held.values() if not one.urgent}
+        segments = self.holder.segments(next_version=self.version, urgent=True)
+        assert all(len(self.holder._held[id].tokens) == count for id, count in quiet.items())
+        assert self.holder.urgent is False and quiet.keys().isdisjoint(one.trajectory for one in segments)
+        self.holder.resume(self.store.append(segments)[1])
+
     def swap(self) -> None:
         self.version += 1
         self.publish(self.version)
@@ -119,8 +127,8 @@ class World:
 
     def run(self) -> None:
         """Let things happen until every trajectory is complete."""
-        often, seldom = [self.lease, self.step, self.step, self.answer, self.send], [self.swap, self.fence]
-        seldom += [self.vanish, self.give_back]
+        often, seldom = [self.lease, self.step, self.step, self.answer, self.send_urgent], [self.swap, self.fence]
+        seldom += [self.vanish, self.give_back, self.send, self.send]
         for _ in range(10_000):
             if self.store.counts().trajectories_unscored == GROUPS * SIZE:
                 return

@@ -76,10 +76,8 @@ COLUMNS = {
 @pytest.mark.parametrize("name", COLUMNS)
 def test_columns_that_are_no_numbers_for_each_token_are_refused(name: str) -> None:
     store, epoch = leased()
-    with pytest.raises(
-        ValueError, match=r"trajectory 0: (column 'column' .*(give numbers|for 2 tokens)|a column cannot have the name)"
-    ):
-        encode_segments([segment(epoch, [1, 2])], extra=[{name and "column": COLUMNS[name]}])
+    with pytest.raises(ValueError, match=r"trajectory 0: .*column"):
+        encode_segments([segment(epoch, [1, 2])], extra=[{name.replace(" ", "_"): COLUMNS[name]}])
     assert store.ledger()["generated"] == 0
 
 

@@ -157,7 +157,7 @@ class Model:
     def verify(self, store: TrajectoryStore) -> None:
         """Compare a store opened after the kill with the promises; what was under way is then settled."""
         counts = store.counts()
-        assert counts.durable_lsn == counts.lsn >= self.lsn
+        assert counts.durable_lsn >= self.lsn
         groups = {row["group"]: row for row in store.groups()}
         self._verify_admissions(groups)
         rows = {t: store.trajectory(t) for row in groups.values() for t in row["trajectories"]}
@@ -248,7 +248,9 @@ class Model:
         """Every call that was answered, called again: the first answer, and nothing changes."""
 
         def snapshot() -> tuple[Any, ...]:
-            return store.counts().lsn, store.ledger(), store.groups()
+            members = [store.trajectory(trajectory) for trajectory in rows]
+            states = [(row["epoch"], row["attempts"], row["state"], len(row["tokens"])) for row in members]
+            return store.ledger(), store.groups(), states
 
         before = snapshot()
         for number, group in self.admitted.items():

@@ -2,7 +2,10 @@
 //! time, and what opens once opens again with the same records.
 #![no_main]
 
-use std::sync::{Arc, Once};
+use std::{
+    iter::once,
+    sync::{Arc, Once},
+};
 
 use _rust_buffer::{
     log::{Arrays, Durability, FORMAT, Frame, Log, LogOptions, Lsn, Memory, Replay, Storage},
@@ -142,10 +145,10 @@ fuzz_target!(|input: Input<'_>| {
     let mut next = 1;
     for (pieces, offset) in input.files.iter().take(6).zip(0..) {
         let number = u32::from(input.first_file) + offset;
-        storage.replace(&format!("{number:010}.log"), &[&bytes(pieces, number, &mut next)]).unwrap();
+        storage.replace(&format!("{number:010}.log"), &mut once(Ok(bytes(pieces, number, &mut next)))).unwrap();
     }
     if let Some(pieces) = &input.snapshot {
-        storage.replace("index", &[&bytes(pieces, 1, &mut next)]).unwrap();
+        storage.replace("index", &mut once(Ok(bytes(pieces, 1, &mut next)))).unwrap();
     }
     // The store's own reader of records and of prompts: any answer but a panic.
     let mut state = State::default();

@@ -121,10 +121,18 @@ impl Storage for Disk {
         Ok(self.medium(path, file))
     }
 
-    fn replace(&self, name: &str, bytes: &[&[u8]]) -> io::Result<()> {
+    fn replace(&self, name: &str, parts: &mut dyn Iterator<Item = io::Result<Vec<u8>>>) -> io::Result<()> {
         let (aside, file) = self.aside(name)?;
-        write_all(&file, 0, bytes)?;
-        file.set_len(bytes.iter().map(|part| part.len() as u64).sum())?;
+        let mut end = 0;
+        for part in parts {
+            let part = part?;
+            if end > 0 {
+                file.sync_data()?;
+            }
+            write_all(&file, end, &[&part])?;
+            end += part.len() as u64;
+        }
+        file.set_len(end)?;
         file.sync_all()?;
         fs::rename(&aside, self.dir.join(name))?;
         self.sync_names()

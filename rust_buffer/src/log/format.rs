@@ -20,7 +20,7 @@ pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(word)
 }
 
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
+pub(super) fn u64_at(bytes: &[u8], at: usize) -> u64 {
     let mut word = [0; 8];
     word.copy_from_slice(&bytes[at..at + 8]);
     u64::from_le_bytes(word)
@@ -120,6 +120,15 @@ impl<'a> Arrays<'a> {
         self.table.extend_from_slice(entries);
         self.bytes.push(bytes);
         self.len += bytes.len() as u64;
+    }
+
+    /// One array, of the pieces behind one another; empty pieces are none.
+    pub fn joined(pieces: Vec<&'a [u8]>) -> Self {
+        let len: usize = pieces.iter().map(|piece| piece.len()).sum();
+        let crc = pieces.iter().fold(0, |crc, piece| crc32c::crc32c_append(crc, piece));
+        let mut joined = Self { table: vec![Entry { len: len as u32, crc }], bytes: pieces, len: align(len as u64) };
+        joined.bytes.push(padding(len));
+        joined
     }
 
     /// Where the next array will begin, from the first one's start.

@@ -46,8 +46,9 @@ impl Storage for Memory {
         Ok(file)
     }
 
-    fn replace(&self, name: &str, bytes: &[&[u8]]) -> io::Result<()> {
-        lock(&self.files).insert(name.to_owned(), Arc::new(MemoryFile(RwLock::new(bytes.concat()))));
+    fn replace(&self, name: &str, parts: &mut dyn Iterator<Item = io::Result<Vec<u8>>>) -> io::Result<()> {
+        let bytes = parts.collect::<io::Result<Vec<_>>>()?.concat();
+        lock(&self.files).insert(name.to_owned(), Arc::new(MemoryFile(RwLock::new(bytes))));
         Ok(())
     }
 

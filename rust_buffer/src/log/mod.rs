@@ -6,7 +6,7 @@
 //!    write). A failed write or sync poisons the log: nothing is retried and nothing later is reported durable.
 //! 3. A file is synced before the first record of the next one is written. That one is made ahead, under another name
 //!    and with a header that says LSN 0; its header and name are durable before any record of it is. Sealed files are
-//!    immutable and deleted whole, oldest first, never recycled.
+//!    immutable and deleted whole, never recycled.
 //! 4. The snapshot (of the state, with the position of the first record that it does not cover) is replaced
 //!    atomically, and only once every record that it covers is on disk. Opening reads it and the records after it; no
 //!    file from its position on is ever deleted.
@@ -23,12 +23,14 @@
 mod ahead;
 mod directory;
 mod disk;
+mod files;
 mod format;
 mod memory;
 mod network;
 mod reader;
 mod recovery;
 mod room;
+mod snapshot;
 mod storage;
 mod sync;
 mod watermark;
@@ -44,10 +46,11 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use self::{
-    directory::{SNAPSHOT_NAME, file_name, remove},
+    directory::SNAPSHOT_NAME,
     format::{MARK, SNAPSHOT},
-    recovery::{recover, resume, write_snapshot},
+    recovery::{recover, resume},
     room::SnapshotRoom,
+    snapshot::write_snapshot,
     sync::Shared,
     writer::Writer,
 };
@@ -237,13 +240,23 @@ impl Log {
     /// # Errors
     /// As `append`; after `Io` recovery starts where it did.
     pub fn write_snapshot(&self, position: Position, snapshot: &[u8]) -> Result<()> {
+        self.write_snapshot_parts(position, 1, &mut std::iter::once(Ok(snapshot.to_vec())))
+    }
+
+    /// The same with a snapshot in `count` parts, of which one is in memory at a time.
+    ///
+    /// # Errors
+    /// As `append`, and those of the parts; recovery then starts where it did.
+    pub fn write_snapshot_parts(
+        &self, position: Position, count: u64, parts: &mut dyn Iterator<Item = Result<Vec<u8>>>,
+    ) -> Result<()> {
         let shared = &self.0.shared;
         self.0.shared.own_process()?;
         let _one = lock(&self.0.snapshotting);
         shared.accepting()?;
         shared.sync()?;
         shared.settle()?;
-        write_snapshot(&*shared.storage, position, snapshot)?;
+        write_snapshot(&*shared.storage, position, count, parts)?;
         *lock(&self.0.snapshot) = position;
         self.0.room.renew(&*shared.storage, shared.options.file_bytes);
         Ok(())
@@ -263,49 +276,6 @@ impl Log {
         self.0.shared.storage.path_of(SNAPSHOT_NAME)
     }
 
-    /// The record at `location`, its checksums checked now.
-    ///
-    /// # Errors
-    /// `Corrupt` when the bytes are damaged or gone, `Io`.
-    pub fn frame(&self, location: Location) -> Result<Frame> {
-        self.file(location.file, location.offset)?.frame(location)
-    }
-
-    /// The record that starts at `offset` of file `file`, its checksums checked now.
-    ///
-    /// # Errors
-    /// `Corrupt` when the bytes are damaged or gone, `Io`.
-    pub fn frame_at(&self, file: u32, offset: u64) -> Result<Frame> {
-        let log_file = self.file(file, offset)?;
-        let len = format::u32_at(&log_file.read(offset, 4)?, 0);
-        log_file.frame(Location { file, offset, len })
-    }
-
-    /// `len` bytes of file `file` at `offset`, unchecked: an array whose CRC the caller knows.
-    ///
-    /// # Errors
-    /// `Corrupt` when they are gone, `Io`.
-    pub fn bytes_at(&self, file: u32, offset: u64, len: usize) -> Result<Bytes> {
-        self.file(file, offset)?.read(offset, len)
-    }
-
-    /// Has the medium begin to read bytes that are wanted soon, where it can; a file that is gone needs none.
-    pub fn will_need(&self, file: u32, from: u64, to: u64) {
-        if let Ok(file) = self.file(file, from) {
-            file.medium.will_need(from, to);
-        }
-    }
-
-    /// Damage at `offset` of `file`.
-    pub fn corrupt(&self, file: u32, offset: u64, detail: impl Into<String>) -> StoreError {
-        StoreError::corrupt(self.0.shared.storage.path_of(&file_name(file)), offset, detail)
-    }
-
-    fn file(&self, number: u32, offset: u64) -> Result<Arc<reader::LogFile>> {
-        let file = lock(&self.0.shared.files).get(&number).cloned();
-        file.ok_or_else(|| self.corrupt(number, offset, "the file is gone, a record in it is wanted"))
-    }
-
     /// LSN of the last record written.
     pub fn lsn(&self) -> Lsn {
         self.0.shared.watermark.written()
@@ -322,33 +292,6 @@ impl Log {
     /// `Poisoned` when they will never be, `Conflict` when `lsn` is not yet written.
     pub fn wait_durable(&self, lsn: Lsn, timeout: Duration) -> Result<bool> {
         self.0.shared.watermark.wait(lsn, timeout)
-    }
-
-    /// Deletes the sealed files numbered below `file` and below the snapshot's position, oldest first; returns how
-    /// many. The caller keeps every file that holds live data; what was read stays readable.
-    ///
-    /// # Errors
-    /// As `append`.
-    pub fn remove_before(&self, file: u32) -> Result<usize> {
-        let shared = &self.0.shared;
-        self.0.shared.own_process()?;
-        shared.accepting()?;
-        let end = file.min(self.snapshot_position().file);
-        let doomed: Vec<_> = lock(&shared.files).range(..end).map(|(&number, _)| number).collect();
-        if !doomed.is_empty() {
-            // The records that say why must be on disk first.
-            shared.sync()?;
-        }
-        for &number in &doomed {
-            remove(&*shared.storage, number)?;
-            lock(&shared.files).remove(&number);
-        }
-        Ok(doomed.len())
-    }
-
-    /// Bytes of all files, without what is preallocated.
-    pub fn bytes(&self) -> u64 {
-        lock(&self.0.shared.files).values().map(|file| file.end()).sum()
     }
 
     /// Refuses records from now on, whatever the cause: what is in memory may differ from what is written.

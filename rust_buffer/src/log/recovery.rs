@@ -8,12 +8,13 @@ use std::{
 
 use super::{
     Location, Lsn, Position,
-    directory::{SNAPSHOT_NAME, file_name, list, remove},
+    directory::{file_name, list, remove},
     format::{
-        Arrays, FILE_HEADER, FRAME_HEADER, Head, MARK, SNAPSHOT, Stamp, checksummed, encode, file_header, narrays,
-        parse, parse_head, read_file_header, stamp, u32_at,
+        FILE_HEADER, FRAME_HEADER, Head, MARK, SNAPSHOT, checksummed, narrays, parse, parse_head, read_file_header,
+        stamp, u32_at,
     },
     reader::{Frame, LogFile},
+    snapshot::read_snapshot,
     storage::{Bytes, Medium, Storage},
     writer::{Tail, Writer},
 };
@@ -26,11 +27,19 @@ const MOST_READ: u64 = 64;
 /// Takes in what opening finds: first the snapshot, if there is one, then each record after it. An error is the
 /// reason why the bytes make no sense.
 pub trait Replay {
-    /// The bytes given to the last `write_snapshot`.
+    /// The bytes given to the last `write_snapshot`, or the first part of them.
     ///
     /// # Errors
     /// They make no sense.
     fn snapshot(&mut self, bytes: &[u8]) -> std::result::Result<(), String>;
+
+    /// The next part.
+    ///
+    /// # Errors
+    /// They make no sense, or nothing here is in parts.
+    fn snapshot_part(&mut self, bytes: &[u8]) -> std::result::Result<(), String> {
+        Err(format!("it has a part of {} bytes that nothing here can read", bytes.len()))
+    }
 
     /// What a record of this kind is, if nothing here can read it: a newer program wrote it.
     fn unknown(&self, kind: u8) -> Option<String> {
@@ -53,42 +62,6 @@ pub(super) struct Found {
     pub(super) last: Option<(u32, Tail)>,
     /// Where the snapshot stands.
     pub(super) snapshot: Position,
-}
-
-/// The bytes of the snapshot's file.
-pub(super) fn write_snapshot(storage: &dyn Storage, position: Position, snapshot: &[u8]) -> Result<()> {
-    let mut head = Vec::new();
-    let (lsn, arrays) = (position.next - 1, Arrays::of(&[snapshot]));
-    encode(&mut head, Stamp { lsn, durable: lsn, kind: SNAPSHOT }, &position.offset.to_le_bytes(), &arrays)?;
-    let header = file_header(position.file, position.next);
-    let mut parts = vec![&header[..], &head];
-    parts.extend_from_slice(arrays.bytes());
-    storage.replace(SNAPSHOT_NAME, &parts).map_err(|e| StoreError::io(storage.path_of(SNAPSHOT_NAME), e))
-}
-
-fn read_snapshot(storage: &dyn Storage, replay: &mut dyn Replay) -> Result<Position> {
-    let path = storage.path_of(SNAPSHOT_NAME);
-    let read = || {
-        let medium = storage.open(SNAPSHOT_NAME, false)?;
-        medium.read(0, medium.len()? as usize)
-    };
-    let bytes = read().map_err(|e| StoreError::io(&path, e))?;
-    let damaged = |detail: &str| StoreError::corrupt(&path, 0, detail);
-    let bytes = bytes.ok_or_else(|| damaged("it shrank while it was read"))?;
-    let number = if bytes.len() < FILE_HEADER as usize { 0 } else { u32_at(&bytes, 16) };
-    let Some(next) = read_file_header(&path, &bytes, number)? else {
-        return Err(damaged("the header is not readable"));
-    };
-    let frame = &bytes[FILE_HEADER as usize..];
-    let head = parse(frame).map_err(damaged)?;
-    if head.stamp.kind != SNAPSHOT || head.stamp.lsn + 1 != next || number == 0 {
-        return Err(damaged("it is not the snapshot that its header names"));
-    }
-    let location = Location { file: 0, offset: FILE_HEADER, len: head.len as u32 };
-    let frame = Frame::new(bytes.slice(FILE_HEADER as usize, head.len), location);
-    let offset = frame.header().try_into().map(u64::from_le_bytes).map_err(|_| damaged("it has no position"))?;
-    replay.snapshot(frame.array(0).unwrap_or_default()).map_err(|detail| damaged(&detail))?;
-    Ok(Position { file: number, offset, next })
 }
 
 /// Reads the log in `storage`: nothing is changed but the remains of a file's torn creation, and these only if `repair`.

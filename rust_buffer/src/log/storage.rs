@@ -39,11 +39,12 @@ pub trait Storage: Send + Sync {
     /// Also when there is none.
     fn open(&self, name: &str, write: bool) -> io::Result<Arc<dyn Medium>>;
 
-    /// Gives `name` the content `bytes`, durably, and never anything between the old and the new.
+    /// Gives `name` the content of `parts`, durably, and never anything between the old and the new. Each part goes to
+    /// the disk before the next one is asked for, so that others who sync have little to wait for.
     ///
     /// # Errors
     /// The old content stands.
-    fn replace(&self, name: &str, bytes: &[&[u8]]) -> io::Result<()>;
+    fn replace(&self, name: &str, parts: &mut dyn Iterator<Item = io::Result<Vec<u8>>>) -> io::Result<()>;
 
     /// Deletes a file where there is one.
     ///

@@ -31,13 +31,23 @@ use parse::{seconds, ticks};
 use rows::Row;
 use settings::Given;
 
+/// Rows that are made while the GIL is held.
+const ROWS_AT_ONCE: usize = 64;
+
 /// Trajectory, stale, grant.
 type Answer = (u64, bool, u32);
 
 /// The trajectory store; `pmdflow/_rust_buffer.pyi` documents it.
 #[pyclass(frozen, module = "pmdflow._rust_buffer")]
 struct TrajectoryStore {
-    shared: Shared,
+    shared: Arc<Shared>,
+}
+
+impl Drop for TrajectoryStore {
+    fn drop(&mut self) {
+        // Whoever wants to know calls `close` first.
+        let _ = self.shared.close();
+    }
 }
 
 impl TrajectoryStore {
@@ -76,6 +86,7 @@ impl TrajectoryStore {
             groups_per_iteration, lookahead, max_staleness, segment_loss, window, signal, min_group_size, straggler, max_attempts,
             lease_ttl_s, grant_tokens, durability, max_bytes, file_bytes, sync_interval_s,
         })?;
+        let on_disk = path.is_some();
         let open = || {
             let storage: Arc<dyn Storage> = match path {
                 Some(path) if read_only => Arc::new(Disk::existing(&path)),
@@ -84,7 +95,11 @@ impl TrajectoryStore {
             };
             if read_only { Store::read(&storage, settings) } else { Store::open(storage, settings) }
         };
-        Ok(Self { shared: Shared::new(py.detach(open)?) })
+        let shared = Arc::new(Shared::new(py.detach(open)?));
+        if on_disk && !read_only {
+            shared.keep_compact();
+        }
+        Ok(Self { shared })
     }
 
     fn set_quota(
@@ -280,7 +295,13 @@ impl TrajectoryStore {
     #[pyo3(signature = (state = None))]
     fn groups<'py>(&self, py: Python<'py>, state: Option<&str>) -> PyResult<Vec<Row<'py>>> {
         let groups = py.detach(|| self.shared.groups(state))?;
-        groups.iter().map(|group| rows::group(py, group)).collect()
+        let mut rows = Vec::with_capacity(groups.len());
+        for some in groups.chunks(ROWS_AT_ONCE) {
+            // There may be very many, and others of the process want the interpreter for an append.
+            py.detach(|| ());
+            rows.extend(some.iter().map(|group| rows::group(py, group)).collect::<PyResult<Vec<_>>>()?);
+        }
+        Ok(rows)
     }
 
     #[pyo3(signature = (after, limit, *, iteration, version, reward, length, stop, prompt_id, group, kind, state))]

@@ -4,31 +4,16 @@ use std::collections::VecDeque;
 
 use crate::{
     error::{Result, StoreError},
-    log::{Frame, Location, Lsn},
+    log::{Location, Lsn},
     state::fork::Branch,
     state::group::{Group, Kind, MAX_GROUP_SIZE, Phase},
     state::ledger::Place,
     state::mask,
+    state::placed::Placed,
     state::record::{Admit, Appended, Claimed, LeftOut, Quota, Reason, Record, Score},
-    state::trajectory::{Outcome, Run, Stop, Trajectory, Verdict, Version},
+    state::trajectory::{Outcome, Stop, Trajectory, Verdict, Version},
     state::{Claim, ClaimStatus, ClaimSums, KEPT_QUOTAS, Publication, State, Undone, gone},
 };
-
-/// Where a record is.
-#[allow(missing_docs, reason = "fields that say themselves")]
-pub struct Placed {
-    pub location: Location,
-    pub lsn: Lsn,
-    /// Offset in the frame and checksum of each array.
-    pub arrays: Vec<(u32, u32)>,
-}
-
-impl From<&Frame> for Placed {
-    fn from(frame: &Frame) -> Self {
-        let arrays = frame.parts().map(|part| (part.at, part.crc)).collect();
-        Self { location: frame.location(), lsn: frame.lsn(), arrays }
-    }
-}
 
 impl State {
     /// Changes the state by one record at `place`.
@@ -53,6 +38,8 @@ impl State {
             Record::Late(groups) => groups.iter().try_for_each(|id| self.apply_late(*id))?,
             Record::Fork(id, offset) => self.apply_fork(*id, *offset)?,
             Record::Plan(iteration, plan) => self.apply_plan(*iteration, plan)?,
+            Record::Compact(items) => self.apply_compact(items, place)?,
+            Record::Move(group) => self.apply_move(*group, place)?,
         }
         Ok(())
     }
@@ -118,8 +105,7 @@ impl State {
     }
 
     fn apply_append(&mut self, items: &[Appended], place: &Placed) -> Result<()> {
-        let mut arrays = place.arrays.iter();
-        for item in items {
+        for (item, run) in items.iter().zip(place.runs(items)?) {
             let (trajectory, group) = self.pair_mut(item.trajectory)?;
             let generated = u64::from(if item.observed { 0 } else { item.len });
             let room = group.max_tokens.saturating_sub(trajectory.len);
@@ -127,21 +113,9 @@ impl State {
                 let detail = format!("trajectory {}: {} tokens, it has room for {room}", item.trajectory, item.len);
                 return Err(StoreError::Conflict(detail));
             }
-            if item.len > 0 {
-                let missing = || StoreError::Conflict(format!("no tokens for trajectory {}", item.trajectory));
-                let &(at, crc) = arrays.next().ok_or_else(missing)?;
-                (&mut arrays).take(item.extra.len()).for_each(drop);
+            if let Some(run) = run {
                 trajectory.columns |= !item.extra.is_empty();
-                trajectory.push(Run {
-                    len: item.len,
-                    version: item.version,
-                    temperature: item.temperature,
-                    observed: item.observed,
-                    file: place.location.file,
-                    frame: place.location.offset,
-                    at,
-                    crc,
-                });
+                trajectory.push(run);
                 group.tokens += generated;
             }
             let all = u64::from(trajectory.generated());
@@ -386,7 +360,7 @@ impl State {
         }) as u32
     }
 
-    fn group_mut(&mut self, id: u64) -> Result<&mut Group> {
+    pub(super) fn group_mut(&mut self, id: u64) -> Result<&mut Group> {
         self.groups.get_mut(&id).ok_or_else(|| StoreError::Conflict(format!("group {id} is not in the store")))
     }
 

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
     error::{Result, StoreError},
-    state::record::{Claimed, LeftOut, Plan, Quota, Reason, Record},
+    state::record::{Claimed, LeftOut, PACKED, Plan, Quota, Reason, Record},
     state::trajectory::Version,
 };
 use columns::Columns;
@@ -75,6 +75,11 @@ struct PlanFields {
     plan: Plan,
 }
 
+#[derive(Serialize, Deserialize)]
+struct Group {
+    group: u64,
+}
+
 /// The header of a record.
 ///
 /// # Errors
@@ -87,7 +92,7 @@ pub fn encode(record: &Record) -> Result<Vec<u8>> {
         }
         Record::Admit(admit) => named(admit),
         Record::Lease(trajectories) => named(&Trajectories { trajectories: trajectories.clone() }),
-        Record::Append(items) => named(&Columns::of(items)),
+        Record::Append(items) | Record::Compact(items) => named(&Columns::of(items)),
         Record::Score(score) => named(score),
         Record::Publish(version, iteration, LeftOut { filter, veto }) => {
             let (filter, veto) = (filter.clone(), veto.clone());
@@ -104,6 +109,7 @@ pub fn encode(record: &Record) -> Result<Vec<u8>> {
         Record::Late(groups) => named(&Groups { groups: groups.clone() }),
         Record::Fork(trajectory, offset) => named(&ForkFields { trajectory: *trajectory, offset: *offset }),
         Record::Plan(iteration, plan) => named(&PlanFields { iteration: *iteration, plan: plan.clone() }),
+        Record::Move(group) => named(&Group { group: *group }),
     }
 }
 
@@ -122,7 +128,7 @@ pub fn decode(kind: u8, header: &[u8]) -> std::result::Result<Record, String> {
         }
         2 => Record::Admit(fields(header)?),
         3 => Record::Lease(fields::<Trajectories>(header)?.trajectories),
-        4 => Record::Append(fields::<Columns>(header)?.items()?),
+        4 | PACKED => Record::Append(fields::<Columns>(header)?.items()?),
         5 => Record::Score(fields(header)?),
         6 => {
             let PublishFields { version, iteration, filter, veto } = fields(header)?;
@@ -145,13 +151,15 @@ pub fn decode(kind: u8, header: &[u8]) -> std::result::Result<Record, String> {
             let PlanFields { iteration, plan } = fields(header)?;
             Record::Plan(iteration, plan)
         }
+        19 => Record::Compact(fields::<Columns>(header)?.items()?),
+        20 => Record::Move(fields::<Group>(header)?.group),
         other => return Err(unknown(other).unwrap_or_default()),
     })
 }
 
 /// What a record of this kind is, if this program does not know it: a newer one wrote it.
 pub fn unknown(kind: u8) -> Option<String> {
-    if matches!(kind, 1..=12 | 14 | 18) {
+    if matches!(kind, 1..=12 | 14 | 18..=PACKED) {
         return None;
     }
     let name = RESERVED.iter().find(|(reserved, _)| *reserved == kind).map_or("unknown here", |(_, name)| name);

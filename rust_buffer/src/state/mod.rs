@@ -3,11 +3,13 @@
 
 pub mod apply;
 pub mod codec;
+mod compact;
 pub mod fork;
 pub mod gone;
 pub mod group;
 pub mod ledger;
 pub mod mask;
+pub mod placed;
 pub mod record;
 pub mod trajectory;
 

@@ -9,6 +9,9 @@ use crate::{
     state::trajectory::{Outcome, Stop, Version},
 };
 
+/// Kind of an append whose items lie in one array.
+pub const PACKED: u8 = 21;
+
 /// What rollout may do under one version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Quota {
@@ -97,7 +100,8 @@ pub struct Admit {
     pub priority: i32,
 }
 
-/// New tokens of one trajectory; arrays: tokens with log-probs, extra columns (none of them when `len` is 0).
+/// New tokens of one trajectory; arrays: tokens with log-probs, extra columns (none of them when `len` is 0); or one
+/// array in which those of all items lie.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "fields that say themselves")]
 pub struct Appended {
@@ -116,6 +120,9 @@ pub struct Appended {
     /// Those of its tokens that were beyond the lease's grant.
     #[serde(default)]
     pub over: u32,
+    /// CRC32C of its tokens, where all items of the record lie in one array.
+    #[serde(default)]
+    pub crc: Option<u32>,
 }
 
 /// The outcome of one scoring attempt.
@@ -197,6 +204,10 @@ pub enum Record {
     Fork(u64, u32),
     /// Deals an iteration's claim to steps.
     Plan(i64, Plan),
+    /// Gives the oldest tokens of trajectories another place: these runs, and no others, are theirs from now on.
+    Compact(Vec<Appended>),
+    /// Gives the prompt of a group another place.
+    Move(u64),
 }
 
 impl Record {
@@ -211,9 +222,14 @@ impl Record {
             | Self::Uncommit(_)
             | Self::Drop(_)
             | Self::Late(_) => true,
-            Self::Quota(..) | Self::Admit(_) | Self::Lease(_) | Self::Append(_) | Self::Score(_) | Self::Fork(..) => {
-                false
-            }
+            Self::Quota(..)
+            | Self::Admit(_)
+            | Self::Lease(_)
+            | Self::Append(_)
+            | Self::Score(_)
+            | Self::Fork(..)
+            | Self::Compact(_)
+            | Self::Move(_) => false,
         }
     }
 
@@ -223,6 +239,7 @@ impl Record {
             Self::Quota(..) => 1,
             Self::Admit(_) => 2,
             Self::Lease(_) => 3,
+            Self::Append(items) if items.iter().any(|item| item.crc.is_some()) => PACKED,
             Self::Append(_) => 4,
             Self::Score(_) => 5,
             Self::Publish(..) => 6,
@@ -234,6 +251,8 @@ impl Record {
             Self::Late(_) => 12,
             Self::Fork(..) => 14,
             Self::Plan(..) => 18,
+            Self::Compact(_) => 19,
+            Self::Move(_) => 20,
         }
     }
 }

@@ -223,20 +223,52 @@ impl Trajectory {
         self.runs.push(run);
     }
 
-    /// Segments as readers see them: (length, version, temperature, observed), neighbours merged.
-    pub fn merged(&self) -> Vec<(u32, Version, f32, bool)> {
-        let mut merged: Vec<(u32, Version, f32, bool)> = Vec::new();
-        for run in &self.runs {
-            match merged.last_mut() {
-                Some((len, version, temperature, observed))
-                    if (*version, *observed) == (run.version, run.observed)
-                        && temperature.to_bits() == run.temperature.to_bits() =>
-                {
-                    *len += run.len;
-                }
-                _ => merged.push((run.len, run.version, run.temperature, run.observed)),
-            }
-        }
-        merged
+    /// Segments as readers see them.
+    pub fn merged(&self) -> Vec<Segment> {
+        merged(&self.runs)
     }
+
+    /// Whether its tokens came in more than one append and lie there still.
+    pub fn is_scattered(&self) -> bool {
+        let frame = |run: &Run| (run.file, run.frame);
+        self.runs.first().map(frame) != self.runs.last().map(frame)
+    }
+
+    /// Lets the oldest tokens lie elsewhere; false, and nothing is changed, when `new` is not as many of the same
+    /// segments or ends within a stored run.
+    pub fn replace_oldest(&mut self, mut new: Vec<Run>) -> bool {
+        let tokens: u32 = new.iter().map(|run| run.len).fold(0, u32::saturating_add);
+        let (mut old, mut count) = (0, 0);
+        while old < tokens && count < self.runs.len() {
+            old += self.runs[count].len;
+            count += 1;
+        }
+        if old != tokens || merged(&self.runs[..count]) != merged(&new) {
+            return false;
+        }
+        new.extend_from_slice(&self.runs[count..]);
+        new.shrink_to_fit();
+        self.runs = new;
+        true
+    }
+}
+
+/// Length, version, temperature, observed.
+pub type Segment = (u32, Version, f32, bool);
+
+/// Neighbours of equal version, temperature and origin, as one.
+fn merged(runs: &[Run]) -> Vec<Segment> {
+    let mut merged: Vec<Segment> = Vec::new();
+    for run in runs {
+        match merged.last_mut() {
+            Some((len, version, temperature, observed))
+                if (*version, *observed) == (run.version, run.observed)
+                    && temperature.to_bits() == run.temperature.to_bits() =>
+            {
+                *len += run.len;
+            }
+            _ => merged.push((run.len, run.version, run.temperature, run.observed)),
+        }
+    }
+    merged
 }

@@ -9,8 +9,8 @@ use crate::{
     store::{Store, conflict},
 };
 
-/// Room kept in `max_bytes` for a token to come: 8 bytes of payload, the rest for headers and alignment.
-pub const BYTES_PER_TOKEN: u64 = 16;
+/// Room kept in `max_bytes` for a token to come: 8 bytes of payload, twice if it comes in pieces, and for headers.
+pub const BYTES_PER_TOKEN: u64 = 18;
 
 /// What an admission keeps of its prompt: the arrays of its record.
 #[derive(Debug, Clone, Copy)]

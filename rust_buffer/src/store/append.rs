@@ -14,6 +14,9 @@ use crate::{
     wire::{Batch, Item},
 };
 
+/// Tokens of an item, on average, below which a record has one array for all.
+const SHORT_TOKENS: u64 = 64;
+
 /// The answer to one appended item.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reply {
@@ -101,6 +104,7 @@ impl Store {
                 stop,
                 extra: columns.iter().map(|(name, dtype)| ((*name).to_owned(), (*dtype).to_owned())).collect(),
                 over,
+                crc: None,
             });
             if new > 0 {
                 written.add(item, batch.payload, new)?;
@@ -109,7 +113,9 @@ impl Store {
         if items.is_empty() {
             return Ok(());
         }
-        self.record(&Record::Append(items), &written.arrays(batch.payload)).map(drop)
+        let packed = written.pack(&mut items);
+        let arrays = if packed { written.joined(batch.payload) } else { written.arrays(batch.payload) };
+        self.record(&Record::Append(items), &arrays).map(drop)
     }
 
     fn decide<'a>(&self, item: &'a Item<'a>, payload: &[u8], ahead: &mut BTreeMap<u64, Ahead<'a>>) -> Result<Decision> {
@@ -241,17 +247,35 @@ impl Written {
         Ok(())
     }
 
+    /// Has items that are short and have no columns lie in one array: an entry for each in the table of arrays would be
+    /// a good part of the record. False if they are not such items.
+    fn pack(&self, items: &mut [Appended]) -> bool {
+        let tokens: u64 = items.iter().map(|item| u64::from(item.len)).sum();
+        let entries = || self.0.iter().flat_map(|(entries, _)| entries);
+        let short = tokens < entries().count() as u64 * SHORT_TOKENS;
+        if !short || items.iter().any(|item| !item.extra.is_empty()) {
+            return false;
+        }
+        for (item, entry) in items.iter_mut().filter(|item| item.len > 0).zip(entries()) {
+            item.crc = Some(entry.crc);
+        }
+        true
+    }
+
+    fn joined<'a>(&'a self, payload: &'a [u8]) -> Arrays<'a> {
+        Arrays::joined(self.parts(payload).map(|(_, bytes)| bytes).collect())
+    }
+
     fn arrays<'a>(&'a self, payload: &'a [u8]) -> Arrays<'a> {
         let mut arrays = Arrays::default();
-        for (entries, part) in &self.0 {
-            arrays.extend(
-                entries,
-                match part {
-                    Part::Sent(range) => &payload[range.clone()],
-                    Part::Copied(bytes) => bytes,
-                },
-            );
-        }
+        self.parts(payload).for_each(|(entries, bytes)| arrays.extend(entries, bytes));
         arrays
+    }
+
+    fn parts<'a>(&'a self, payload: &'a [u8]) -> impl Iterator<Item = (&'a [Entry], &'a [u8])> {
+        self.0.iter().map(|(entries, part)| match part {
+            Part::Sent(range) => (&entries[..], &payload[range.clone()]),
+            Part::Copied(bytes) => (&entries[..], &bytes[..]),
+        })
     }
 }

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use crate::{
     error::Result,
-    log::{Bytes, Location, Log},
+    log::{Bytes, Location, Log, Part},
     state::codec,
     state::fork::Stretch,
-    state::record::Record,
+    state::record::{PACKED, Record},
     state::trajectory::Run,
 };
 
@@ -111,6 +111,41 @@ pub fn read_runs(log: &Log, runs: &[Run]) -> Result<Tokens> {
     Ok(tokens)
 }
 
+/// A column of a run, and what it is called.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs, reason = "fields that say themselves")]
+pub struct Column {
+    pub name: String,
+    pub dtype: String,
+    pub bytes: Vec<u8>,
+}
+
+/// The extra columns of a run.
+///
+/// # Errors
+/// Those of the log.
+pub fn read_columns(log: &Log, run: &Run) -> Result<Vec<Column>> {
+    if log.kind_at(run.file, run.frame)? == PACKED {
+        return Ok(Vec::new());
+    }
+    let frame = log.frame_at(run.file, run.frame)?;
+    let damaged = |detail| log.corrupt(run.file, run.frame, detail);
+    let record = codec::decode(frame.kind(), frame.header()).map_err(damaged)?;
+    let (Record::Append(items) | Record::Compact(items)) = record else { return Ok(Vec::new()) };
+    let mut arrays = frame.parts();
+    for item in items.into_iter().filter(|item| item.len > 0) {
+        let main = arrays.next();
+        let columns = item.extra.into_iter().zip(arrays.by_ref());
+        let column =
+            |((name, dtype), part): ((String, String), Part<'_>)| Column { name, dtype, bytes: part.bytes.to_vec() };
+        let columns: Vec<Column> = columns.map(column).collect();
+        if main.is_some_and(|main| main.at == run.at) {
+            return Ok(columns);
+        }
+    }
+    Ok(Vec::new())
+}
+
 /// Tokens of the history of a branch whose episode has these runs.
 ///
 /// # Errors
@@ -136,19 +171,8 @@ pub fn read_history(log: &Log, runs: &[Run], history: &[Stretch]) -> Result<Toke
 pub fn read_extras(log: &Log, runs: &[Run]) -> Result<Extras> {
     let (mut extras, mut offset) = (Extras::new(), 0);
     for run in runs {
-        let frame = log.frame_at(run.file, run.frame)?;
-        let damaged = |detail| log.corrupt(run.file, run.frame, detail);
-        let record = codec::decode(frame.kind(), frame.header()).map_err(damaged)?;
-        let mut arrays = frame.parts();
-        let items = if let Record::Append(items) = record { items } else { Vec::new() };
-        for item in items.into_iter().filter(|item| item.len > 0) {
-            let main = arrays.next();
-            for ((name, dtype), part) in item.extra.into_iter().zip(arrays.by_ref()) {
-                if main.as_ref().is_some_and(|main| main.at == run.at) {
-                    let extra = Extra { offset, len: run.len, dtype, bytes: part.bytes.to_vec() };
-                    extras.entry(name).or_default().push(extra);
-                }
-            }
+        for Column { name, dtype, bytes } in read_columns(log, run)? {
+            extras.entry(name).or_default().push(Extra { offset, len: run.len, dtype, bytes });
         }
         offset += run.len;
     }

@@ -10,6 +10,7 @@ use crate::{
     state::mask,
     state::trajectory::{Run, Verdict, Version},
     store::index::Index,
+    store::live::Live,
     store::{Store, conflict},
 };
 
@@ -22,6 +23,7 @@ pub fn check(store: &Store) -> Result<()> {
     check_ledger(store)?;
     check_claims(store)?;
     check_index(store)?;
+    same("bytes that are needed, by file", store.live.bytes(), Live::of(&store.state).bytes())?;
     check_overdue(store)?;
     check_reservations(store)
 }

@@ -280,7 +280,7 @@ impl Store {
 
     /// Drops the groups of every committed claim up to `iteration`; returns how many.
     ///
-    /// The caller then deletes the log files before `first_live_file`, once the record is durable.
+    /// The caller then deletes the log files of which nothing is needed, once the record is durable.
     ///
     /// # Errors
     /// Those of the log.

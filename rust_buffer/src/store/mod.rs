@@ -1,8 +1,8 @@
 //! The store: each operation is checked against the state, logged as a record, and applied.
 //!
 //! This file holds opening and the path of every record; `admission`, `rollout`, `append` and `scoring` hold what a
-//! trajectory goes through, `claims` the learner's side, `counts`, `query` and `reads` what is only looked at. Nothing here blocks:
-//! waits are in `shared`.
+//! trajectory goes through, `claims` the learner's side, `counts`, `query` and `reads` what is only looked at,
+//! `compaction` the upkeep of the log. Nothing here blocks: waits are in `shared`, and `compactor` works beside.
 
 pub mod admission;
 pub mod append;
@@ -10,12 +10,16 @@ pub mod arrays;
 pub mod check;
 pub mod claim_view;
 pub mod claims;
+mod compaction;
+mod compactor;
 pub mod counts;
 mod discard;
 pub mod forks;
 pub mod index;
 pub mod late;
 pub mod lease;
+pub mod live;
+mod pins;
 mod plans;
 mod prefetch;
 pub mod query;
@@ -36,14 +40,15 @@ use crate::{
     error::{Result, StoreError},
     log::{Arrays, Durability, Location, Log, LogOptions, Lsn, Room, Storage},
     state::State,
-    state::apply::Placed,
     state::codec,
     state::group::{Signal, Straggler},
+    state::placed::Placed,
     state::record::{Record, SegmentLoss},
     state::trajectory::Version,
     store::index::Index,
     store::late::{LateReport, Overdue},
     store::lease::Leases,
+    store::live::Live,
     store::snapshot::Snapshots,
 };
 
@@ -91,6 +96,7 @@ pub struct Store {
     pub(crate) settings: Settings,
     pub(crate) state: State,
     pub(crate) index: Index,
+    pub(crate) live: Live,
     pub(crate) leases: Leases,
     /// None until the first call that has a clock.
     pub(crate) overdue: Option<Overdue>,
@@ -101,6 +107,8 @@ pub struct Store {
     pub(crate) scores_ignored: u64,
     /// Groups evicted without a signal since the store was opened.
     pub(crate) no_signal: u64,
+    /// Whether the disk had no room for the last record with arrays: then each file that can go counts.
+    pub(crate) is_full: bool,
     /// Those of which a claim was told.
     pub(crate) no_signal_told: u64,
 }
@@ -165,7 +173,7 @@ impl Store {
     }
 
     fn with(log: Log, state: State, settings: Settings) -> Result<Self> {
-        let index = Index::of(&state)?;
+        let (index, live) = (Index::of(&state)?, Live::of(&state));
         let (leases, snapshots) = (Leases::default(), Snapshots::new(settings.file_bytes));
         let late_reports = VecDeque::new();
         Ok(Self {
@@ -173,6 +181,7 @@ impl Store {
             settings,
             state,
             index,
+            live,
             leases,
             overdue: None,
             late_reports,
@@ -180,6 +189,7 @@ impl Store {
             quota_changes: 0,
             scores_ignored: 0,
             no_signal: 0,
+            is_full: false,
             no_signal_told: 0,
         })
     }
@@ -229,33 +239,37 @@ impl Store {
     /// Logs a record and applies it.
     pub(crate) fn record(&mut self, record: &Record, arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
         let header = codec::encode(record)?;
+        let written = self.log_record(record, &header, arrays);
+        if arrays.end() > 0 || written.is_err() {
+            self.is_full = matches!(written, Err(StoreError::NoSpace { .. }));
+        }
+        let (lsn, location) = written?;
+        let placed = Placed { location, lsn, arrays: arrays.places(header.len()) };
+        // The log has it already: whatever came after it would be decided on another state than replay has.
+        self.apply(record, &placed).map_err(|error| self.log.poison(error))?;
+        if self.snapshots.is_due(location.len, self.live.snapshot_bytes(&self.state)) {
+            self.snapshots.take(&self.state, &self.log);
+        }
+        Ok((lsn, location))
+    }
+
+    fn log_record(&self, record: &Record, header: &[u8], arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
         let snapshot = self.state.snapshot_bytes(record);
         if arrays.end() > 0 && !self.log.has_room(snapshot) {
             // Taken now, it could not be evicted later.
             return Err(StoreError::NoSpace { path: self.log.snapshot_path(), bytes: snapshot });
         }
         let room = if record.makes_room() { Room::Last } else { Room::Usual };
-        let (lsn, location) = self.log.write(record.kind(), &header, arrays, room)?;
-        let placed = Placed { location, lsn, arrays: arrays.places(header.len()) };
-        // The log has it already: whatever came after it would be decided on another state than replay has.
-        self.apply(record, &placed).map_err(|error| self.log.poison(error))?;
-        if self.snapshots.is_due(location.len) {
-            self.snapshots.take(&self.state, &self.log);
-        }
-        Ok((lsn, location))
+        self.log.write(record.kind(), header, arrays, room)
     }
 
     fn apply(&mut self, record: &Record, placed: &Placed) -> Result<()> {
         let taken = self.index.take_out(&self.state, &self.leases, record)?;
+        let leaving = self.live.take_out(&self.state, record);
         self.state.apply(record, placed)?;
+        self.live.put_back(&self.state, record, placed, &leaving);
         self.leases.end_complete(record);
         self.index.put_back(&self.state, &self.leases, taken)
-    }
-
-    /// First log file that a live group needs. Runs lie after their group's admission, and groups are admitted in the
-    /// order of their ids.
-    pub fn first_live_file(&self) -> u32 {
-        self.state.groups.get_min().map_or(self.log.position().file, |(_, group)| group.location.file)
     }
 
     /// Recomputes everything that is kept incrementally.

@@ -83,9 +83,12 @@ impl Shared {
     pub fn lease(
         &self, worker: &str, version: Version, max_leases: usize, timeout_s: f64, clock: Clock,
     ) -> Result<Vec<LeaseView>> {
-        let granted =
-            self.wait(timeout_s, clock, |store, now| store.lease(worker, version, max_leases, now).map(some))?;
-        self.read_leases(granted.into_iter().flat_map(|(_, granted)| granted))
+        let granted = self.wait(timeout_s, clock, |store, now| {
+            let granted = store.lease(worker, version, max_leases, now).map(some)?;
+            Ok(granted.map(|granted| (granted, self.pins.pin())))
+        })?;
+        let Some((_, (granted, _pin))) = granted else { return Ok(Vec::new()) };
+        self.read_leases(granted)
     }
 
     /// Leases the members of a group that can still grow, whatever the order and the budgets say.
@@ -93,6 +96,7 @@ impl Shared {
     /// # Errors
     /// Those of `Store::lease_group` and of the log, or `Closed`.
     pub fn lease_group(&self, worker: &str, group: u64, clock: Clock) -> Result<Vec<LeaseView>> {
+        let _pin = self.pins.pin();
         let (_, granted) = self.change(true, |store| store.lease_group(worker, group, clock.base()))?;
         self.read_leases(granted)
     }
@@ -121,10 +125,12 @@ impl Shared {
                 let (id, trajectory, group) = with_group(store.state(), id)?;
                 Ok((store.state().history(id, &trajectory), id, trajectory, group))
             };
-            ids.into_iter().map(waiting).collect::<Result<_>>().map(some)
+            let waiting = ids.into_iter().map(waiting).collect::<Result<Vec<_>>>()?;
+            Ok(some(waiting).map(|waiting| (waiting, self.pins.pin())))
         })?;
+        let Some((_, (waiting, _pin))) = waiting else { return Ok(Vec::new()) };
         let mut items = Vec::new();
-        for (history, id, trajectory, group) in waiting.into_iter().flat_map(|(_, waiting): (_, Vec<_>)| waiting) {
+        for (history, id, trajectory, group) in waiting {
             let read = read_prompt(self.log(), group.location)
                 .and_then(|prompt| Ok((prompt, read_history(self.log(), &trajectory.runs, &history)?)));
             if let Some((prompt, tokens)) = self.unless_gone(id, read)? {
@@ -139,6 +145,7 @@ impl Shared {
     /// # Errors
     /// Those of the log, or `Closed`.
     pub fn groups(&self, state: Option<&str>) -> Result<Vec<GroupView>> {
+        let _pin = self.pins.pin();
         let (groups, claims) = self.query(|store: &Store| {
             let claims = store.state().claims.iter().map(|(iteration, claim)| (*iteration, claim.status));
             Ok((store.state().groups.clone(), claims.collect()))
@@ -161,6 +168,7 @@ impl Shared {
     /// # Errors
     /// `Conflict` when it is not there, those of the log, or `Closed`.
     pub fn trajectory(&self, id: u64) -> Result<TrajectoryView> {
+        let _pin = self.pins.pin();
         let (trajectory, group, state, (reward, components), forks) = self.query(|store| {
             let (id, trajectory, group) = with_group(store.state(), id)?;
             let (state, verdict) = (store.state_of(id, &trajectory), verdict(store.state(), &trajectory));
@@ -181,6 +189,7 @@ impl Shared {
     /// # Errors
     /// `Conflict` when there is no such claim, or no longer, or the columns are too short; those of the log; `Closed`.
     pub fn read_claim(&self, iteration: i64, columns: &mut Columns<'_>, check: bool) -> Result<(Version, Rows)> {
+        let _pin = self.pins.pin();
         let view = self.query(|store| ClaimView::new(store.state(), iteration))?;
         let packed = view.pack(self.log(), columns, check);
         if packed.is_err() && self.query(|store| Ok(!store.state().claims.contains_key(&iteration)))? {

@@ -2,6 +2,7 @@
 
 use std::{
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -10,6 +11,7 @@ use crate::{
     error::{Result, StoreError},
     log::{Durability, Log, Lsn},
     store::Store,
+    store::pins::Pins,
 };
 
 /// Time that a record may take to be durable before its call fails.
@@ -18,15 +20,20 @@ const SYNC_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest time that a wait goes without asking whether it is interrupted.
 const SLICE: Duration = Duration::from_millis(100);
 
-struct Guarded {
-    store: Store,
-    closed: bool,
+/// The store, and whether it is closed.
+pub(super) struct Guarded {
+    pub(super) store: Store,
+    pub(super) closed: bool,
 }
 
 /// The store and its waiters.
 pub struct Shared {
     guarded: Mutex<Guarded>,
     changed: Condvar,
+    /// Wakes the compactor.
+    pub(super) work: Condvar,
+    pub(super) compactor: Mutex<Option<JoinHandle<()>>>,
+    pub(super) pins: Pins,
     log: Log,
     durability: Durability,
     start: Instant,
@@ -65,7 +72,8 @@ impl Shared {
     pub fn new(store: Store) -> Self {
         let (log, durability) = (store.log().clone(), store.settings.durability);
         let guarded = Mutex::new(Guarded { store, closed: false });
-        Self { guarded, changed: Condvar::new(), log, durability, start: Instant::now() }
+        let (changed, work, compactor, pins) = (Condvar::new(), Condvar::new(), Mutex::default(), Pins::default());
+        Self { guarded, changed, work, compactor, pins, log, durability, start: Instant::now() }
     }
 
     /// The log, for reads that need not hold the store.
@@ -80,10 +88,16 @@ impl Shared {
         Clock { base: micros(base), since, interrupted: None }
     }
 
-    fn lock(&self) -> Result<MutexGuard<'_, Guarded>> {
+    pub(super) fn lock(&self) -> Result<MutexGuard<'_, Guarded>> {
         self.log.begin()?;
         let guarded = self.guarded.lock().map_err(|_| StoreError::Poisoned { detail: "a call panicked".to_owned() })?;
         if guarded.closed { Err(StoreError::Closed) } else { Ok(guarded) }
+    }
+
+    fn wake_compactor(&self, guarded: &Guarded) {
+        if guarded.store.live.is_due() {
+            self.work.notify_one();
+        }
     }
 
     /// Runs a query.
@@ -103,6 +117,7 @@ impl Shared {
         let before = guarded.store.signature();
         let answer = run(&mut guarded.store);
         let (lsn, after) = (guarded.store.lsn(), guarded.store.signature());
+        self.wake_compactor(&guarded);
         drop(guarded);
         if before != after {
             self.changed.notify_all();
@@ -130,6 +145,7 @@ impl Shared {
         loop {
             let (before, signature) = (guarded.store.lsn(), guarded.store.signature());
             let answer = guarded.store.expire(now).and_then(|()| attempt(&mut guarded.store, now));
+            self.wake_compactor(&guarded);
             let lsn = guarded.store.lsn();
             // What is handed out changes no record, but the deadline that others wait for.
             if lsn != before || guarded.store.signature() != signature {
@@ -208,22 +224,6 @@ impl Shared {
         Err(StoreError::Poisoned { detail })
     }
 
-    /// Deletes the log files without live groups; writes a snapshot first where recovery would need them.
-    ///
-    /// # Errors
-    /// Those of the log, or `Closed`.
-    pub fn remove_dead_files(&self) -> Result<()> {
-        let (file, snapshot) = self.query(|store| {
-            let file = store.first_live_file();
-            let needed = store.log().snapshot_position().file < file;
-            Ok((file, needed.then(|| store.snapshots.task(store.state(), store.log()))))
-        })?;
-        if let Some(snapshot) = snapshot {
-            snapshot(&self.log)?;
-        }
-        self.log.remove_before(file).map(drop)
-    }
-
     /// Syncs, wakes every waiter with `Closed` and releases the lock. Safe to repeat.
     ///
     /// # Errors
@@ -239,6 +239,11 @@ impl Shared {
         guarded.store.snapshots.finish();
         drop(guarded);
         self.changed.notify_all();
+        self.work.notify_all();
+        if let Some(compactor) = self.compactor.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            // A panic there has nothing to tell that the log does not know.
+            let _ = compactor.join();
+        }
         self.log.close()
     }
 }

@@ -117,7 +117,10 @@ fn records() -> Vec<Record> {
     let (cursor, kind, groups) = (Some(1), Kind::Train, vec![1]);
     let admit = Admit { request_id, cursor, kind, prompt_id, prompt_len: 1, size: 1, max_tokens: 1, priority: 1 };
     let (version, temperature, stop, extra) = (0, 1.0, Some(Stop::Stop), vec![("a".into(), "<i4".into())]);
-    let item = Appended { trajectory: 0, len: 1, version, temperature, observed: true, stop, extra, over: 1 };
+    let item =
+        Appended { trajectory: 0, len: 1, version, temperature, observed: true, stop, extra, over: 1, crc: None };
+    let short = Appended { extra: Vec::new(), crc: Some(7), ..item.clone() };
+    let copied = Appended { stop: None, over: 0, ..item.clone() };
     let (outcome, components, phase) = (Outcome::Scored, BTreeMap::from([("a".into(), 1.0)]), Some(Phase::Claimed(1)));
     let score = Score { trajectory: 0, outcome, reward: 0.5, components, failed: false, phase };
     let (max_staleness, segment_loss, asked) = (Some(1), SegmentLoss::All, Some(2));
@@ -139,6 +142,9 @@ fn records() -> Vec<Record> {
         Record::Late(groups),
         Record::Fork(1, 2),
         Record::Plan(1, planned),
+        Record::Compact(vec![copied.clone(), Appended { version: 1, ..copied }]),
+        Record::Move(1),
+        Record::Append(vec![short.clone(), Appended { trajectory: 300, version: 1, ..short.clone() }, short]),
     ]
 }
 
@@ -195,6 +201,7 @@ fn records_of_format_3_are_read() {
         stop: None,
         extra: Vec::new(),
         over: 0,
+        crc: None,
     };
     let written = [
         (header("Quota", (3_i64, (8_u64, 100_u64, None::<u32>))), quota),

@@ -1,6 +1,6 @@
 //! Large appends, torn: whatever is left of them is never taken for records.
 
-use std::sync::Arc;
+use std::{iter::once, sync::Arc};
 
 use _rust_buffer::log::{Arrays, Durability, Log, LogOptions, Memory, Storage};
 
@@ -16,7 +16,7 @@ const OPTIONS: LogOptions =
 
 fn open(bytes: &[u8]) -> Result<Seen, String> {
     let storage = Memory::default();
-    storage.replace("0000000001.log", &[bytes]).unwrap();
+    storage.replace("0000000001.log", &mut once(Ok(bytes.to_vec()))).unwrap();
     let mut seen = Seen::default();
     Log::open(Arc::new(storage), OPTIONS, &mut seen).map(|_| seen).map_err(|error| error.to_string())
 }

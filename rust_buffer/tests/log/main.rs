@@ -67,12 +67,18 @@ fn cases(quick: u32) -> ProptestConfig {
 #[derive(Default)]
 struct Seen {
     snapshot: Option<Vec<u8>>,
+    parts: Vec<Vec<u8>>,
     frames: Vec<Frame>,
 }
 
 impl Replay for Seen {
     fn snapshot(&mut self, bytes: &[u8]) -> Result<(), String> {
         assert!(self.snapshot.replace(bytes.to_vec()).is_none() && self.frames.is_empty());
+        Ok(())
+    }
+
+    fn snapshot_part(&mut self, bytes: &[u8]) -> Result<(), String> {
+        self.parts.push(bytes.to_vec());
         Ok(())
     }
 

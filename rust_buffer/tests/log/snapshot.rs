@@ -314,3 +314,32 @@ fn a_reader_beside_a_writer_sees_a_prefix_of_what_is_written() {
         assert!(seen_most > 0);
     });
 }
+
+#[test]
+fn a_snapshot_in_parts_is_read_whole_or_refused() {
+    let dir = scratch();
+    let (log, _) = open(dir.path());
+    fill(&log, 0..5);
+    let parts = [b"first".to_vec(), vec![7; 100_000], Vec::new(), b"last".to_vec()];
+    log.write_snapshot_parts(log.position(), 4, &mut parts.iter().cloned().map(Ok)).unwrap();
+    let before = log.snapshot_position();
+    let failing = [Ok(b"more".to_vec()), Err(StoreError::Conflict("it cannot be encoded".into()))];
+    let failed = log.write_snapshot_parts(log.position(), 2, &mut failing.into_iter());
+    assert!(failed.unwrap_err().to_string().contains("it cannot be encoded"));
+    assert_eq!(log.snapshot_position(), before);
+    log.close().unwrap();
+    let (_, seen) = open(dir.path());
+    assert_eq!((seen.snapshot.unwrap(), &seen.parts[..]), (parts[0].clone(), &parts[1..]));
+    let index = dir.path().join("index");
+    let bytes = fs::read(&index).unwrap();
+    for len in [bytes.len() - 8, bytes.len() - 64, 1000, 100] {
+        fs::write(&index, &bytes[..len]).unwrap();
+        assert_eq!(damage(dir.path()), ("index".to_owned(), 0), "cut at {len}");
+    }
+    for at in (32..bytes.len()).step_by(997) {
+        let mut damaged = bytes.clone();
+        damaged[at] ^= 1;
+        fs::write(&index, &damaged).unwrap();
+        assert_eq!(damage(dir.path()), ("index".to_owned(), 0), "a bit flipped at {at}");
+    }
+}

@@ -4,13 +4,19 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use _rust_buffer::{
     error::StoreError,
+    state::State,
+    state::group::Group,
     state::record::LeftOut,
-    state::trajectory::{Outcome, Verdict},
+    state::trajectory::{Outcome, Trajectory, Verdict},
     store::Store,
+    store::arrays,
     store::claims::{ClaimAnswer, Starvation},
 };
 
-use crate::{GROUPS, Model, bytes::Packed};
+use crate::{
+    GROUPS, Model,
+    bytes::{Packed, ids},
+};
 
 /// A claim as it was made.
 #[derive(Debug, Clone, PartialEq)]
@@ -276,7 +282,38 @@ impl Model {
         self.claims.retain(|iteration, _| !dropped.contains(iteration));
         self.masks.retain(|iteration, _| !dropped.contains(iteration));
         self.evicted = self.evicted.max(dropped.iter().max().copied().unwrap_or(0));
-        let first = self.store().first_live_file();
-        self.store().log().remove_before(first).unwrap();
+        self.remove_dead_files();
+    }
+
+    /// Tokens and prompts lie elsewhere, and nothing else changes: `check` and every later read compare them.
+    pub fn compact(&mut self) {
+        let before = self.store().state().clone();
+        self.store().compact().unwrap();
+        let after = self.store().state().clone();
+        for (id, trajectory) in &after.trajectories {
+            assert_eq!(trajectory.merged(), before.trajectories[id].merged());
+            let whole = trajectory.is_partial() || trajectory.verdict == Verdict::Late || self.eval.contains(id);
+            assert!(whole || !trajectory.is_scattered(), "a complete trajectory lies in pieces");
+            let read = arrays::read_runs(self.store.as_ref().unwrap().log(), &trajectory.runs).unwrap();
+            assert_eq!(read.ids, ids(&self.tokens[id]));
+        }
+        let places = |state: &State| {
+            let mut state = state.clone();
+            state.trajectories =
+                state.trajectories.into_iter().map(|(id, t)| (id, Trajectory { runs: Vec::new(), ..t })).collect();
+            state.groups = state
+                .groups
+                .into_iter()
+                .map(|(id, g)| (id, Group { location: before.groups[&id].location, ..g }))
+                .collect();
+            state
+        };
+        assert_eq!(places(&after), places(&before));
+        self.remove_dead_files();
+    }
+
+    fn remove_dead_files(&mut self) {
+        let store = self.store.as_ref().unwrap();
+        store.log().remove_files(|file| store.is_dead(file)).unwrap();
     }
 }

@@ -189,6 +189,7 @@ impl Model {
             Op::Commit => self.commit(),
             Op::Uncommit { back } => self.uncommit(*back),
             Op::Evict => self.evict(),
+            Op::Compact => self.compact(),
             Op::DropEval => {
                 let live = self.store().drop_eval("eval-").unwrap();
                 assert!(live as u64 <= self.evals);

@@ -280,12 +280,16 @@ impl Storage for Process {
         file.map(|file| self.handle(file)).ok_or_else(|| failure(io::ErrorKind::NotFound))
     }
 
-    fn replace(&self, name: &str, bytes: &[&[u8]]) -> io::Result<()> {
+    fn replace(&self, name: &str, parts: &mut dyn Iterator<Item = io::Result<Vec<u8>>>) -> io::Result<()> {
         let (mut inner, aside) = (self.inner()?, format!("{name}.tmp"));
-        let file = inner.create();
+        let (file, mut end) = (inner.create(), 0);
         inner.rename(&aside, Some(file));
-        inner.write(file, 0, bytes)?;
-        inner.sync(file)?;
+        for part in parts {
+            let part = part?;
+            inner.write(file, end, &[&part])?;
+            inner.sync(file)?;
+            end += part.len() as u64;
+        }
         if inner.dies() {
             return Err(failure(io::ErrorKind::BrokenPipe));
         }

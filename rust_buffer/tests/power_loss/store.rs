@@ -12,7 +12,7 @@ use _rust_buffer::{
     store::admission::Prompt,
     store::arrays,
     store::{Settings, Store},
-    wire::Batch,
+    wire::{self, Batch},
 };
 use proptest::prelude::*;
 
@@ -33,6 +33,7 @@ enum Op {
     Publish,
     Commit,
     Evict,
+    Compact,
     Wait,
     Arm(Fault),
     End(End),
@@ -48,6 +49,7 @@ fn op() -> impl Strategy<Value = Op> {
         4 => Just(Op::Publish),
         2 => Just(Op::Commit),
         2 => Just(Op::Evict),
+        3 => Just(Op::Compact),
         2 => Just(Op::Wait),
         1 => fault().prop_map(Op::Arm),
         2 => end().prop_map(Op::End),
@@ -134,6 +136,7 @@ impl Run {
             Op::Publish => self.publish(),
             Op::Commit => self.trained().map_or(Ok(()), |iteration| self.store().commit_claims(iteration)),
             Op::Evict => self.evict(),
+            Op::Compact => self.compact(),
             Op::Wait => self.wait(),
             Op::Arm(fault) => {
                 self.disk.arm(*fault);
@@ -255,8 +258,23 @@ impl Run {
         if let Some(iteration) = self.trained() {
             self.store().evict(iteration)?;
         }
-        let first = self.store().first_live_file();
-        self.store().log().remove_before(first).map(drop)
+        self.remove_dead_files()
+    }
+
+    /// What the compactor does, up to any point of it.
+    fn compact(&mut self) -> Result<()> {
+        self.store().compact()?;
+        if self.serial % 2 == 0 {
+            return Ok(());
+        }
+        let (position, state) = (self.store().log().position(), self.store().state().clone());
+        self.store().log().write_snapshot(position, &wire::encode(&state)?)?;
+        self.remove_dead_files()
+    }
+
+    fn remove_dead_files(&mut self) -> Result<()> {
+        let store = self.store.as_ref().unwrap();
+        store.log().remove_files(|file| store.is_dead(file)).map(drop)
     }
 
     fn wait(&mut self) -> Result<()> {

@@ -88,9 +88,14 @@ impl Index {
         let none = BTreeSet::new();
         match record {
             Record::Quota(version, quota) => (self.moved_by_quota(state, *version, *quota), none),
-            Record::Admit(_) | Record::Commit(_) | Record::Lease(_) | Record::Fork(..) | Record::Plan(..) => {
-                (none.clone(), none)
-            }
+            // What lies elsewhere has its places as before.
+            Record::Admit(_)
+            | Record::Commit(_)
+            | Record::Lease(_)
+            | Record::Fork(..)
+            | Record::Plan(..)
+            | Record::Compact(_)
+            | Record::Move(_) => (none.clone(), none),
             Record::Append(items) => (items.iter().map(|item| item.trajectory).collect(), none),
             Record::Score(score) => {
                 let group = state.trajectories.get(&score.trajectory).map(|trajectory| trajectory.group);
