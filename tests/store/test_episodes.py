@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,21 +105,32 @@ def test_a_claim_comes_as_rows_and_tokens_as_it_comes_whole(tmp_path: Path) -> N
         store.read_tokens([2, 4])
 
 
-def test_a_token_has_its_extra_columns_in_the_branch_in_which_it_came() -> None:
-    store = ready_store()
+@pytest.mark.parametrize("values", [{}, {"hard": 0.5}])
+def test_a_token_has_its_extra_columns_in_the_branch_in_which_it_came(tmp_path: Path, values: dict[str, float]) -> None:
+    store = ready_store(tmp_path)
     admit(store)
     first, second = lease_all(store)
     store.append(encode_segments([said(first, 0, 10, 11, 12)], extra=[{"layer": [1, 2, 3]}]))
     again = forked(store, first, 2)
     last = said(again, 2, 20, 21, stop="stop")
-    store.append(encode_segments([last], extra=[{"layer": [4, 5]}], trajectory_extra=[{"hard": 0.5}]))
+    store.append(encode_segments([last], extra=[{"layer": [4, 5]}], trajectory_extra=[values]))
     store.append([said(second, 0, 40, stop="stop")])
     for item in store.unscored(9, 60.0, 0.0):
         store.score(item.trajectory, 0, "scored", 1.0)
     assert store.claim(1, 0, 0.0).status == "claimed"
-    batch = store.read_claim(1)
+    deadline = time.monotonic() + 20.0
+    while not values and len(store.trajectory(0)["extra"]["layer"]) > 1:  # its runs become one, across the fork
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    batch, claim = store.read_claim(1), store.read_rows(1)
+    assert rows(batch) == [[10, 11, 12], [10, 11, 20, 21], [40]]
+    assert batch.mask.tolist() == [*[0] * 3, 3, 3, 3, *[0] * 5, 3, 3, *[0] * 3, 3]
+    assert (store.read_tokens(claim.trajectories).logprobs == batch.logprobs).all()
+    assert claim.count(Mask.TRAINED).tolist() == [3, 2, 1]
     assert rows(replace(batch, tokens=batch.extra["layer"])) == [[1, 2, 3], [0, 0, 4, 5], [0]]
-    np.testing.assert_array_equal(batch.trajectory_extra["hard"], [0.5, 0.5, np.nan])
+    for name, value in values.items():
+        np.testing.assert_array_equal(batch.trajectory_extra[name], [value, value, np.nan])
+    assert_exact(store)
 
 
 def test_a_branch_may_be_left_out_alone() -> None:
