@@ -75,13 +75,11 @@ def join_ranks(master: str, *, rank: int, ranks: int, device: torch.device, repl
         ) from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
+    backend, deadline = (
         "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
-        store=store,
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+        timedelta(seconds=COLLECTIVE_TIMEOUT_S),
     )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=deadline)
     if replicas == 1:
         return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
     return init_device_mesh(device.type, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
