@@ -109,12 +109,8 @@ class Learner:
         started = time.perf_counter()
         torch.set_num_threads(learner.threads)  # Also for this thread: it need not be the one that ran setup.
         rewards = total_rewards(claim, self._config.reward)
-        first, episode, portions = claim.first_branches(), claim.episode_of(), claim.episode_shares()
-        arguments = (rewards.total[first], claim.groups[first], learner)
-        advantages = self._algorithm.advantages(*arguments)[episode]
-        weights = portions
-        if self._algorithm.weights is not None:
-            weights = portions * self._algorithm.weights(*arguments)[episode]
+        portions = claim.episode_shares()
+        advantages, weights = self._values(claim, rewards.total)
         filtered = groups_left_out(claim, rewards.task, learner)
         counts = claim.count(Mask.TRAINABLE)
         kept = np.where(filtered, 0, counts)
@@ -206,6 +202,14 @@ class Learner:
             tokens_per_microbatch=learner.tokens_per_microbatch,
             packing=learner.packing,
         )
+
+    def _values(self, claim: Claim, rewards: Float64) -> tuple[Float64, Float64]:
+        """The advantage of each trajectory, which is its episode's, and its weight, a share of the episode's [N]."""
+        first, episode, weights = claim.first_branches(), claim.episode_of(), claim.episode_shares()
+        arguments = (rewards[first], claim.groups[first], self._config.learner)
+        if self._algorithm.weights is not None:
+            weights = weights * self._algorithm.weights(*arguments)[episode]
+        return self._algorithm.advantages(*arguments)[episode], weights
 
     def _load(
         self, claim: Claim, read: ReadTokens, plans: list[StepPlan], advantages: Float64, weights: Float64
