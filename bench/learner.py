@@ -36,7 +36,7 @@ from pmdflow.config.schema import Config
 from pmdflow.learner.learner import Learner
 from pmdflow.learner.steps import reference_pass
 from pmdflow.learner.sums import Sums
-from pmdflow.types import Mask, TrainBatch
+from pmdflow.types import Claim, Mask, TrainBatch
 
 PEERS = ("padded", "sorted")
 SIZES: dict[str, dict[str, Any]] = {
@@ -113,15 +113,14 @@ class Ours:
         self.learner = Learner(config=config, rank=0)
         self.learner.setup(self.learner.address())
         torch.use_deterministic_algorithms(False)
-        trained = (batch.mask & Mask.TRAINED) != 0
-        ones = np.ones(len(batch.rewards))
-        (self.plan,) = self.learner._plan(batch, trained, steps=1)
-        self.micros = self.learner._load(batch, self.plan, trained, advantages=batch.rewards, weights=ones)
+        claim, ones = Claim.of(batch), np.ones(len(batch.rewards))
+        (self.plan,) = self.learner._plan(claim, claim.count(Mask.TRAINED), steps=1)
+        (self.micros,) = self.learner._load(claim, batch.read, [self.plan], batch.rewards, ones)
         self.anchors = [micro.behavior for micro in self.micros]
 
     def step(self) -> None:
         """One optimizer step."""
-        self.learner._step(self.plan, self.micros, self.anchors, Sums(), "the benchmark")
+        self.learner._step(self.plan, self.micros, self.anchors, Sums(max_grad_norm=1.0), "the benchmark")
 
     def reference(self) -> None:
         """The no-grad pass over the batch."""

@@ -71,7 +71,7 @@ def test_every_call_was_answered_rightly_also_across_versions_and_workers(batche
                     calls += 1
             used = batch.versions[low:end][observed == 0]
             versions += observed.any() and len(np.unique(used)) > 1
-    assert calls > 10 and versions > 0
+    assert calls > 5 and versions > 0
 
 
 def test_the_ledger_is_exact_and_counts_observed_tokens_apart(finished: Up, batches: list[TrainBatch]) -> None:

@@ -282,7 +282,7 @@ def test_a_flipped_bit_is_refused_or_does_no_harm(scratch: Path) -> None:
     wanted = picture(store)
     store.close()
     files, random, refused = Files.of(home), np.random.default_rng(0), 0
-    names = [name for name, content in files.contents.items() if content]
+    names = [name for name, content in files.contents.items() if content and name != "index.tmp"]  # room, unread
     sizes = np.array([len(files.contents[name]) for name in names])
     for _ in range(FLIPS):
         name = names[int(random.choice(len(names), p=sizes / sizes.sum()))]
