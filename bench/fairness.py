@@ -112,13 +112,13 @@ class Claim:
 def _groups(run: Path, part: Path) -> Claim:
     batch = read_part(part)
     lengths = np.diff(batch.cu_seqlens) - batch.prompt_lengths
-    begins = np.flatnonzero(np.diff(batch.groups, prepend=-1))
-    sizes = np.diff(np.append(begins, len(batch.groups)))
-    plan = batch.plan or in_claim_order(len(begins), load_run(run).config.learner.steps_per_iteration)
+    starts = batch.group_starts()
+    sizes = np.diff(np.append(starts, len(batch.groups)))
+    plan = batch.plan or in_claim_order(len(starts), load_run(run).config.learner.steps_per_iteration)
     generated = (batch.mask & Mask.GENERATED) != 0
     return Claim(
         iteration=batch.iteration,
-        lengths=np.add.reduceat(lengths, begins) / sizes,
+        lengths=np.add.reduceat(lengths, starts) / sizes,
         sizes=sizes,
         steps=plan.steps.astype(np.int64),
         generated=int(generated.sum()),

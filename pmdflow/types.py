@@ -244,6 +244,10 @@ class ClaimRows:
     branches: Branches | None = None
     """None: each trajectory is an episode of its own."""
 
+    def group_starts(self) -> Int64:
+        """Index of the first trajectory of each group, in claim order [G]."""
+        return np.flatnonzero(np.diff(self.groups, prepend=-1))
+
     def first_branches(self) -> Int64:
         """Index of the first trajectory of each episode [E]."""
         count = len(self.trajectories)

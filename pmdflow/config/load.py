@@ -145,33 +145,31 @@ def _find_modules(data: Any, *, beside: Path) -> None:
 def _path_settings(data: Any) -> Iterator[tuple[dict[str, Any], str]]:
     """Mappings in which a key may name a file or folder, as far as the file's shape can be made out."""
     sections = data if isinstance(data, dict) else {}
-    model, source, evaluation, learner = (sections.get(name) for name in ("model", "data", "eval", "learner"))
-    mixture = source.get("task") if isinstance(source, dict) else None
-    sets = evaluation.get("sets") if isinstance(evaluation, dict) else None
-    tasks = [source, *(mixture if isinstance(mixture, list) else ())]
-    tasks += sets.values() if isinstance(sets, dict) else ()
-    for settings, key in ((model, "path"), (learner, "ptx_data"), *((task, "task") for task in tasks)):
-        if isinstance(settings, dict):
-            yield settings, key
+    named = [(sections.get("model"), "path"), (sections.get("learner"), "ptx_data")]
+    named += [(source, "task") for source in _sources(sections)]
+    yield from ((settings, key) for settings, key in named if isinstance(settings, dict))
 
 
 def _import_settings(data: Any) -> Iterator[tuple[dict[str, Any], str]]:
     """Mappings in which a key may be an import path, as far as the file's shape can be made out."""
     sections = data if isinstance(data, dict) else {}
-    reward, source, evaluation = (sections.get(name) for name in ("reward", "data", "eval"))
-    mixture = source.get("task") if isinstance(source, dict) else None
-    sets = evaluation.get("sets") if isinstance(evaluation, dict) else None
+    reward = sections.get("reward")
     lists = [reward.get("functions") if isinstance(reward, dict) else None]
-    holders = [
-        source,
-        *(mixture if isinstance(mixture, list) else ()),
-        *(sets.values() if isinstance(sets, dict) else ()),
-    ]
-    lists += [holder.get("reward") for holder in holders if isinstance(holder, dict)]
+    lists += [source.get("reward") for source in _sources(sections)]
     functions = [item for functions in lists if isinstance(functions, list) for item in functions]
     named = [(item, "function") for item in functions]
     named += [(sections.get("environment"), "factory"), (sections.get("learner"), "algorithm")]
     yield from ((settings, key) for settings, key in named if isinstance(settings, dict))
+
+
+def _sources(sections: dict[str, Any]) -> list[dict[str, Any]]:
+    """What may be a source of prompts: `data`, each part of its mixture, each evaluation set."""
+    source, evaluation = sections.get("data"), sections.get("eval")
+    mixture = source.get("task") if isinstance(source, dict) else None
+    sets = evaluation.get("sets") if isinstance(evaluation, dict) else None
+    found = [source, *(mixture if isinstance(mixture, list) else ())]
+    found += sets.values() if isinstance(sets, dict) else ()
+    return [each for each in found if isinstance(each, dict)]
 
 
 def _origins(config: Config, document: Document) -> dict[str, str]:

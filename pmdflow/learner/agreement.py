@@ -66,8 +66,13 @@ def check_policy(policy: Policy, *, packing: bool) -> None:
             torch.cat([plain[index] for index in chosen]),
             what=f"the learner ({'packed' if packing else 'padded'} rows, {name})",
             model=policy.model,
-            remedy="set learner.packing to false, or choose another model" if packing else "choose another model",
+            remedy=remedy(packing=packing),
         )
+
+
+def remedy(*, packing: bool) -> str:
+    """What to do where a learner cannot compute a model."""
+    return "set learner.packing to false, or choose another model" if packing else "choose another model"
 
 
 def require_agreement(got: Tensor, expected: Tensor, *, what: str, model: Any, remedy: str) -> None:

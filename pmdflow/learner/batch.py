@@ -74,8 +74,8 @@ def group_slices(batch: ClaimRows) -> list[slice]:
     Raises:
         ValueError: members of a group are not adjacent.
     """
-    starts = [0, *(np.flatnonzero(np.diff(batch.groups)) + 1).tolist(), len(batch.groups)]
-    slices = [slice(first, last) for first, last in itertools.pairwise(starts) if last > first]
+    starts = [*batch.group_starts().tolist(), len(batch.groups)]
+    slices = [slice(first, last) for first, last in itertools.pairwise(starts)]
     if len(slices) != len(np.unique(batch.groups)):
         raise ValueError("the members of a group must be adjacent in a claim: sort trajectories by group")
     return slices

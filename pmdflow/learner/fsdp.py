@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pmdflow.config.schema import LearnerConfig, LoraConfig
 from pmdflow.errors import WaitTimeout
-from pmdflow.learner.agreement import check_policy, failures_named
+from pmdflow.learner.agreement import check_policy, failures_named, remedy
 from pmdflow.learner.loading import load_model
 from pmdflow.learner.lora import add_adapters, published_name, published_scale
 from pmdflow.learner.policy import Policy
@@ -75,11 +75,9 @@ def join_ranks(master: str, *, rank: int, ranks: int, device: torch.device, repl
         ) from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend, deadline = (
-        "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
-        timedelta(seconds=COLLECTIVE_TIMEOUT_S),
-    )
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=deadline)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     if replicas == 1:
         return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
     return init_device_mesh(device.type, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
@@ -104,7 +102,7 @@ def build_policy(path: str, *, dtype: str, learner: LearnerConfig, mesh: DeviceM
     model = load_model(path, packing=learner.packing)
     if learner.lora is not None:
         add_adapters(model, learner.lora)
-    with failures_named(model, what="the learner", remedy=_remedy(packing=learner.packing)):
+    with failures_named(model, what="the learner", remedy=remedy(packing=learner.packing)):
         policy = Policy(model.eval())
     _check_on_first_rank(policy, packing=learner.packing)
     layers = _outermost(model, set(model._no_split_modules or ()))
@@ -126,17 +124,13 @@ def _check_on_first_rank(policy: Policy, *, packing: bool) -> None:
     refusal: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:
-            with failures_named(policy.model, what="the learner", remedy=_remedy(packing=packing)):
+            with failures_named(policy.model, what="the learner", remedy=remedy(packing=packing)):
                 check_policy(policy, packing=packing)
         except ValueError as error:
             refusal[0] = str(error)
     dist.broadcast_object_list(refusal, src=0, device=torch.device("cpu"))
     if refusal[0] is not None:
         raise ValueError(refusal[0])
-
-
-def _remedy(*, packing: bool) -> str:
-    return "set learner.packing to false, or choose another model" if packing else "choose another model"
 
 
 def _outermost(module: nn.Module, names: set[str]) -> list[Any]:

@@ -56,7 +56,6 @@ def _loaded(config: str | PathLike[str] | Mapping[str, Any] | Config, overrides:
     if overrides:
         raise ValueError(f"overrides {list(overrides)} are for a file: change the configuration itself")
     checked = config if isinstance(config, Config) else Config.model_validate(config)
-    written = (
-        Path(checked.run.dir).expanduser() / checked.run.name / "config.yaml"
-    )  # what resumes it from the command line
+    # What resumes it from the command line.
+    written = Path(checked.run.dir).expanduser() / checked.run.name / "config.yaml"
     return Loaded(config=checked, origins={}, path=written, place=lambda _: Place(source="pmdflow.up"))

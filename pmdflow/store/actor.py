@@ -14,6 +14,7 @@ import ray
 from pmdflow._rust_buffer import Conflict, StoreFull, StoreLocked
 from pmdflow.errors import WaitTimeout
 from pmdflow.metrics.report import ActorReport, Event
+from pmdflow.store.alone import DURABLE_TIMEOUT_S
 from pmdflow.store.answers import ClaimAnswer, EvalResult, Forked, LateMembers
 from pmdflow.store.facade import TrajectoryStore
 from pmdflow.store.plan import deal, in_claim_order
@@ -24,8 +25,6 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 LOCK_TIMEOUT_S = 30.0
 """How long opening waits for a killed predecessor to let go of the store's lock."""
-DURABLE_TIMEOUT_S = 60.0
-"""A sync that takes longer than this is reported as a failure."""
 
 
 def _in_group(name: str) -> Callable[[Method], Method]:
@@ -112,7 +111,7 @@ class StoreActor:
         if claim.plan is not None:
             return claim
         if self._store.claims()[iteration] != "claimed":  # trained before plans were recorded, so by the rule of then
-            plan = in_claim_order(len(np.unique(claim.groups)), self._steps_per_iteration)
+            plan = in_claim_order(len(claim.group_starts()), self._steps_per_iteration)
         else:
             plan = deal(claim, self._steps_per_iteration, seed=self._seed)
             self._store.record_plan(iteration, plan)

@@ -48,6 +48,6 @@ def by_length(lengths: Int64, num_steps: int, *, seed: int, iteration: int) -> C
 def deal(batch: ClaimRows, num_steps: int, *, seed: int) -> ClaimPlan:
     """The plan of a claim by today's rule; `seed` is the run's."""
     after_prompt: Int64 = np.diff(batch.cu_seqlens) - batch.prompt_lengths.astype(np.int64)
-    begins = np.flatnonzero(np.diff(batch.groups, prepend=-1))
-    lengths = np.add.reduceat(after_prompt, begins) if len(begins) else after_prompt
+    starts = batch.group_starts()
+    lengths = np.add.reduceat(after_prompt, starts) if len(starts) else after_prompt
     return by_length(lengths, num_steps, seed=seed, iteration=batch.iteration)

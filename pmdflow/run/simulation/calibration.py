@@ -138,7 +138,7 @@ def _lengths(archived: Sequence[Path]) -> tuple[RecordedLengths, int]:
     for path in archived:
         table = read_table(path, "trajectory")
         own = np.diff(table["token_offset"]) - table["prompt_length"]
-        begins = np.flatnonzero(np.diff(table["group"], prepend=-1))[1:]
-        groups += [part.tolist() for part in np.split(own, begins)]
+        ends = np.cumsum(read_table(path, "group")["size"])
+        groups += [part.tolist() for part in np.split(own, ends[:-1])]
         prompts.append(float(table["prompt_length"].mean()))
     return RecordedLengths(groups=groups), round(fmean(prompts))

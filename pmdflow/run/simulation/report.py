@@ -50,12 +50,9 @@ class SimulationReport:
     seconds: float = 0.0
     busy_s: float = 0.0
     """Rollout actors' time with something to generate, all together."""
-    slot_s: float = 0.0
-    """The same, times the running sequences."""
     waits_s: dict[str, float] = field(default_factory=dict)
     """Rollout actors' time with nothing to generate, by cause."""
     actors: int = 1
-    slots: int = 1
 
     def steady(self, *, skip: int) -> Steady:
         """Means over the iterations after the first `skip`.

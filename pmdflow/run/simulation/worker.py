@@ -59,8 +59,6 @@ class Worker:
     cause: str = ""
     """Why."""
     busy_s: float = 0.0
-    slot_s: float = 0.0
-    """Seconds times running sequences."""
 
     def join(self, lease: Lease, *, length: int) -> float:
         """Begin or continue a trajectory; the seconds that its prompt and prefix cost."""
@@ -92,7 +90,6 @@ class Worker:
         # Exact at the end of the chunk, whatever the rounding of times.
         done = self.chunk if spent >= self.chunk_s * (1 - 1e-9) else int(self.chunk * spent / self.chunk_s)
         self.busy_s += spent
-        self.slot_s += spent * len(self.running)
         self.step += done
         self.context += done * len(self.running)
         self.chunk, self.chunk_s = 0, 0.0

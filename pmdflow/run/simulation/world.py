@@ -19,7 +19,7 @@ from pmdflow.run.simulation.report import SimulatedIteration, SimulationReport
 from pmdflow.run.simulation.worker import Worker
 from pmdflow.store.facade import TrajectoryStore
 from pmdflow.store.segments import encode_segments
-from pmdflow.types import Claim, Mask, Outcome, Prompt, TrainBatch
+from pmdflow.types import Claim, Mask, Outcome, Prompt
 
 LEASE_TTL_S = 1e9
 """Leases of live actors never expire: a simulated one appends when sequences end, not several times a second."""
@@ -88,7 +88,7 @@ class Simulation:
             lease_ttl_s=LEASE_TTL_S,
             grant_tokens=settings.grant_tokens,
         )
-        self._report = SimulationReport(actors=settings.actors, slots=settings.engine.slots)
+        self._report = SimulationReport(actors=settings.actors)
         self._workers = [Worker(name=f"rollout-{index}", engine=settings.engine) for index in range(settings.actors)]
         self._waiting: dict[int, None] = {}
         """Workers without a sequence, those that have waited longest first."""
@@ -313,23 +313,22 @@ class Simulation:
     def _train(self, iteration: int, now: float) -> None:
         assert self._free_since is not None
         wait_s, self._free_since = now - self._free_since, None
-        batch = self._store.read_claim(iteration)
-        values = claim_metrics(Claim.of(batch))
-        tokens = int(((batch.mask & Mask.GENERATED) != 0).sum())
-        places = sorted({int(place) for place in batch.prompt_ids})
+        claim = self._store.read_rows(iteration)
+        values = claim_metrics(claim)
+        places = sorted({int(place) for place in claim.prompt_ids})
         passed = max((len(self._trained) - bisect(self._trained, place) for place in places), default=0)
         for place in places:
             insort(self._trained, place)
         self._report.short_claims += len(places) < self._settings.scheduler.groups_per_iteration
-        train_s, publish_s = self._settings.learner.train_s(len(batch.tokens)), self._settings.learner.publish_s
+        train_s, publish_s = self._settings.learner.train_s(int(claim.cu_seqlens[-1])), self._settings.learner.publish_s
         done = SimulatedIteration(
             end_s=now + train_s + publish_s,
             wait_s=wait_s,
             train_s=train_s,
             publish_s=publish_s,
-            lengths=_group_means(batch),
-            tokens=tokens,
-            trained=int(((batch.mask & Mask.TRAINED) != 0).sum()),
+            lengths=_group_means(claim),
+            tokens=int(claim.count(Mask.GENERATED).sum()),
+            trained=int(claim.count(Mask.TRAINED).sum()),
             masked_by_decile=values["staleness/masked_share_by_decile"],
             staleness_mean=values["staleness/mean"] or 0.0,
             staleness_max=values["staleness/max"] or 0,
@@ -359,13 +358,11 @@ class Simulation:
         for worker in self._workers:
             worker.advance(now)
             report.busy_s += worker.busy_s
-            report.slot_s += worker.slot_s
             if worker.waits_since is not None:
                 self._waited(worker, now)
         report.seconds, report.ledger = now, self._store.ledger()
 
 
-def _group_means(batch: TrainBatch) -> list[float]:
-    lengths = np.diff(batch.cu_seqlens) - batch.prompt_lengths
-    begins = np.flatnonzero(np.diff(batch.groups, prepend=-1))[1:]
-    return [float(part.mean()) for part in np.split(lengths, begins)]
+def _group_means(claim: Claim) -> list[float]:
+    lengths = np.diff(claim.cu_seqlens) - claim.prompt_lengths
+    return [float(part.mean()) for part in np.split(lengths, claim.group_starts()[1:])]

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.store.archive.parts import is_archived
 from pmdflow.store.archive.writing import write_part
@@ -48,6 +46,6 @@ def archive_claims(
             with spans.span("archive", iteration=iteration):
                 batch = reader.read_claim(iteration)
                 if batch.plan is None:  # trained before plans were recorded, so by the rule of then
-                    count = len(np.unique(batch.groups))
-                    batch = replace(batch, plan=in_claim_order(count, steps_per_iteration))
+                    plan = in_claim_order(len(batch.group_starts()), steps_per_iteration)
+                    batch = replace(batch, plan=plan)
                 write_part(run_dir, batch, attrs=attrs, claim_lsn=lsn)

@@ -12,7 +12,7 @@ use crate::{
     state::mask::{self, GENERATED},
     state::trajectory::{Trajectory, Verdict, Version},
     state::{Claim, State},
-    store::token_view::{Piece, Source, part, walk},
+    store::token_view::{Piece, Source, part, put, walk},
 };
 
 /// A claim and all that it refers to, as it was when it was asked for.
@@ -147,14 +147,13 @@ impl ClaimView {
         let (members, mut rows, mut segments) = (self.members()?, Rows::default(), Segments::default());
         let (mut components, mut at) = (components_of(&members), 0);
         for member in &members {
-            rows.begin(member, at);
+            push_row(&mut rows, &mut components, member, at);
             segments.offsets.push(segments.lengths.len() as i64);
             segments.push(i64::from(member.source.admission.prompt_len), PROMPT, true);
             for (index, part) in member.source.branch.parts(&member.source.trajectory.runs).enumerate() {
                 segments.push(i64::from(part.len), self.fill(part, member), index == 0);
             }
             at += member.source.len();
-            push_row(&mut rows, &mut components, member);
         }
         rows.cu_seqlens.push(at);
         segments.offsets.push(segments.lengths.len() as i64);
@@ -174,8 +173,7 @@ impl ClaimView {
         walk(log, &sources, check, |index, piece| match piece {
             Piece::Prompt(ids) => {
                 let member = &members[index];
-                rows.begin(member, packer.at as i64);
-                push_row(&mut rows, &mut components, member);
+                push_row(&mut rows, &mut components, member, packer.at as i64);
                 packer.push(ids, &[], PROMPT)
             }
             Piece::Part(part, ids, logprobs) => packer.push(ids, logprobs, self.fill(part, &members[index])),
@@ -204,16 +202,6 @@ fn components_of(members: &[Member<'_>]) -> BTreeMap<u32, Vec<f64>> {
     used.map(|(name, _)| (*name, Vec::new())).collect()
 }
 
-impl Rows {
-    /// Notes where a branch begins, and its prompt.
-    fn begin(&mut self, member: &Member<'_>, at: i64) {
-        self.cu_seqlens.push(at);
-        if self.groups.last() != Some(&(member.source.group as i64)) {
-            self.prompt_ids.push((member.source.admission.prompt_id.clone(), 0));
-        }
-    }
-}
-
 impl Segments {
     /// Adds tokens of one kind; `begins`: what is before them is of another trajectory, or its prompt.
     fn push(&mut self, len: i64, fill: Fill, begins: bool) {
@@ -232,8 +220,13 @@ impl Segments {
     }
 }
 
-fn push_row(rows: &mut Rows, components: &mut BTreeMap<u32, Vec<f64>>, member: &Member<'_>) {
+/// Adds a branch whose tokens begin `at`.
+fn push_row(rows: &mut Rows, components: &mut BTreeMap<u32, Vec<f64>>, member: &Member<'_>, at: i64) {
     let Source { group, admission, trajectory, branch } = &member.source;
+    rows.cu_seqlens.push(at);
+    if rows.groups.last() != Some(&(*group as i64)) {
+        rows.prompt_ids.push((admission.prompt_id.clone(), 0));
+    }
     rows.prompt_lengths.push(admission.prompt_len as i32);
     rows.groups.push(*group as i64);
     rows.trajectories.push(branch.id as i64);
@@ -263,13 +256,7 @@ impl Packer<'_, '_> {
         let count = ids.len() / 4;
         let (from, to) = (4 * self.at, 4 * (self.at + count));
         let columns = &mut *self.columns;
-        part(columns.tokens, from, to)?.copy_from_slice(ids);
-        let stored = part(columns.logprobs, from, to)?;
-        if logprobs.is_empty() {
-            stored.fill(0);
-        } else {
-            stored.copy_from_slice(logprobs);
-        }
+        put(columns.tokens, columns.logprobs, from, (ids, logprobs))?;
         repeat(part(columns.versions, from, to)?, fill.0.to_le_bytes());
         repeat(part(columns.temperatures, from, to)?, fill.1.to_le_bytes());
         part(columns.mask, self.at, self.at + count)?.fill(fill.2);

@@ -98,6 +98,23 @@ pub(super) fn part(bytes: &mut [u8], from: usize, to: usize) -> Result<&mut [u8]
     })
 }
 
+/// Puts ids, and as many log-probs, at byte `from` of a caller's arrays; `own` log-probs may be none, then they are 0.
+///
+/// # Errors
+/// `Conflict` when an array is shorter.
+pub(super) fn put(ids: &mut [u8], logprobs: &mut [u8], from: usize, own: (&[u8], &[u8])) -> Result<()> {
+    let (own_ids, own_logprobs) = own;
+    let to = from + own_ids.len();
+    part(ids, from, to)?.copy_from_slice(own_ids);
+    let stored = part(logprobs, from, to)?;
+    if own_logprobs.is_empty() {
+        stored.fill(0);
+    } else {
+        stored.copy_from_slice(own_logprobs);
+    }
+    Ok(())
+}
+
 /// Trajectories, which may be branches of episodes, as they were when they were asked for.
 pub struct TokenView {
     ids: Vec<u64>,
@@ -189,19 +206,12 @@ impl TokenView {
         let mut at = 0;
         let sources = self.sources()?;
         walk(log, &sources.iter().collect::<Vec<_>>(), check, |_, piece| {
-            let (own_ids, own_logprobs) = match piece {
+            let own = match piece {
                 Piece::Prompt(ids) => (ids, &[][..]),
                 Piece::Part(_, ids, logprobs) => (ids, logprobs),
             };
-            let to = at + own_ids.len();
-            part(ids, at, to)?.copy_from_slice(own_ids);
-            let given = part(logprobs, at, to)?;
-            if own_logprobs.is_empty() {
-                given.fill(0);
-            } else {
-                given.copy_from_slice(own_logprobs);
-            }
-            at = to;
+            put(ids, logprobs, at, own)?;
+            at += own.0.len();
             Ok(())
         })
     }
