@@ -69,7 +69,8 @@ def _fairness_lines(iterations: Sequence[Record]) -> list[str]:
     by_step = [steps for record in iterations if (steps := record.get("trajectory/length_by_step"))]
     if correlation is None or not by_step:
         return []
-    steps = " / ".join(number(_mean(column), 1) for column in zip(*by_step, strict=True))
+    alike = [steps for steps in by_step if len(steps) == len(by_step[-1])]  # a resume may have changed their number
+    steps = " / ".join(number(_mean(column), 1) for column in zip(*alike, strict=True))
     return [f"  batch lengths     lag-1 {number(correlation, 2)} (fair: about 0); mean by optimizer step {steps}"]
 
 

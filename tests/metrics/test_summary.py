@@ -34,5 +34,15 @@ def test_the_summary_counts_what_is_wrong(tmp_path: Path) -> None:
     assert ledger_gap({"generated": 10, "trained": 10, "prompt": 4}) == 0
 
 
+def test_lengths_by_step_are_those_of_the_present_number_of_steps(tmp_path: Path) -> None:
+    run = FixtureRun(tmp_path)
+    for number in range(1, 11):
+        by_step = [10.0, 20.0] if number < 6 else [30.0, 40.0, None]
+        values = {"trajectory/length_mean": float(number % 3), "trajectory/length_by_step": by_step}
+        run.recorder.metric("iteration", {"iteration": number, **values})
+    text = render_summary(tmp_path)
+    assert "mean by optimizer step 30.0 / 40.0 / -" in text
+
+
 def test_a_run_without_an_iteration_has_a_summary(tmp_path: Path) -> None:
     assert "no iteration was finished" in render_summary(tmp_path)
