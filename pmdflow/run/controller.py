@@ -17,6 +17,7 @@ from pmdflow.errors import LearnerDied, PmdflowError, WaitTimeout
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.learner.result import TrainResult
 from pmdflow.metrics.claim import claim_metrics
+from pmdflow.metrics.order import AdmissionOrder
 from pmdflow.run.checkpoints import Checkpoints
 from pmdflow.run.discards import take_up
 from pmdflow.run.held_out import HeldOut
@@ -68,6 +69,7 @@ class Controller:
             learners=self._learners,
             start_archive=start_archive,
         )
+        self._order = AdmissionOrder()
         self._held_out = HeldOut(config=config, supervisor=supervisor, prompts=prompts)
         self.iteration = 0
         """Iterations trained in the surviving history."""
@@ -190,7 +192,9 @@ class Controller:
         batch = [(f"train-{cursor}", cursor, self._prompts.prompt(cursor)) for cursor in cursors]
         data = self._config.data
         answer = call(self._store, StoreActor.admit, batch, "train", data.group_size, data.max_tokens)
-        admitted = self._supervisor.get(answer, what="admitting prompts")
+        groups = self._supervisor.get(answer, what="admitting prompts")
+        self._order.admitted(groups, iteration=self.iteration + 1)
+        admitted = len(groups)
         if admitted == 0 and counts.groups_untrained == 0 and self._checkpoints.is_saving:
             self._checkpoints.commit()
             self._checkpoints.await_archive()
@@ -297,6 +301,7 @@ class Controller:
                 "iteration": self.iteration,
                 "version": self.version,
                 **claim_metrics(claim),
+                **self._order.claimed(claim, oldest_untrained=counts.oldest_untrained),
                 **metrics,
                 "scheduler/tokens_budget": spent.tokens_budget,
                 "scheduler/tokens_spent": spent.tokens_spent,
