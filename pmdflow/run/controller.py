@@ -17,6 +17,7 @@ from pmdflow.errors import LearnerDied, PmdflowError, WaitTimeout
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.learner.result import TrainResult
 from pmdflow.metrics.claim import claim_metrics
+from pmdflow.metrics.history import iterations
 from pmdflow.metrics.order import AdmissionOrder
 from pmdflow.run.checkpoints import Checkpoints
 from pmdflow.run.discards import take_up
@@ -32,6 +33,7 @@ from pmdflow.store.client import call
 from pmdflow.types import Claim, Counts
 from pmdflow.weights.transport import WeightsHandle
 
+CAPACITY = "rollout/capacity_tokens_per_s"
 CLAIM_WAIT_S = 1.0
 STALL_TIMEOUT_S = 900.0
 """A claim is given up when nothing was written to the store for this long."""
@@ -60,7 +62,9 @@ class Controller:
         self._telemetry = supervisor.telemetry
         self._store = supervisor.store
         self._prompts = prompts
-        self._settings = SchedulerSettings.of(config)
+        self._settings = self._budgeted = SchedulerSettings.of(config)
+        self._rates: list[float] = []
+        """Tokens a second that rollout could generate, by iteration: what an automatic budget follows from."""
         self._learners = LearnerGroup(supervisor=supervisor, start=start_learners)
         self._checkpoints = Checkpoints(
             config=config,
@@ -126,6 +130,9 @@ class Controller:
                 "resume",
                 f"continuing after iteration {self.iteration}; {len(undone)} later claims will be trained again",
             )
+        before = iterations(self._run_dir)
+        rates = [before[number].get(CAPACITY) for number in sorted(before) if number <= self.iteration]
+        self._rates = [rate for rate in rates if rate is not None]
         self._take_discards()
         self._reopen_version()
         self._checkpoints.archive()
@@ -279,11 +286,12 @@ class Controller:
 
     def _grant_first_budget(self) -> None:
         counts = self._counts()
+        self._budgeted = self._settings.budgeted(self._rates)
         if counts.tokens_budget == 0:
             self._grant(counts)
 
     def _grant(self, counts: Counts) -> None:
-        quota = next_quota(self._settings, counts)
+        quota = next_quota(self._budgeted, counts)
         self._supervisor.get(call(self._store, StoreActor.set_quota, quota), what="granting a budget")
 
     def _counts(self) -> Counts:
@@ -295,6 +303,9 @@ class Controller:
     def _record(self, claim: Claim, metrics: Mapping[str, object], spent: Counts, times: Mapping[str, float]) -> None:
         counts, ledger = self._sample()
         interval = self._telemetry.take_interval()
+        capacity = interval.capacity(actors=self._config.rollout.actors)
+        if capacity is not None:
+            self._rates.append(capacity)
         self._telemetry.iteration(
             {
                 **store_values(counts, ledger),
@@ -307,6 +318,7 @@ class Controller:
                 "scheduler/tokens_spent": spent.tokens_spent,
                 "rollout/tokens_per_s": interval.tokens["generated_tokens"] / times["time/iteration_s"],
                 "rollout/busy_share": interval.busy_share,
+                CAPACITY: capacity,
                 "rollout/reprefill_tokens": ledger["reprefill"],
                 **_speculation(self._config, interval),
                 **times,

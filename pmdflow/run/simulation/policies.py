@@ -58,6 +58,7 @@ def configured(config: Config, models: Calibration, *, iterations: int) -> Simul
         scheduler=replace(
             scheduler,
             tokens_per_iteration=max(1, scheduler.tokens_per_iteration // unit),
+            least_tokens=max(1, scheduler.least_tokens // unit),
             tokens_per_segment=None if segment is None else max(1, segment // unit),
         ),
         max_staleness=config.scheduler.max_staleness,
@@ -88,7 +89,7 @@ def variants(given: SimulationSettings) -> Iterator[tuple[str, SimulationSetting
     """The configuration, then the modes of the field on the same job and machine, then no bound at all."""
     scheduler = given.scheduler
     whole = scheduler.groups_per_iteration * given.group_size * given.max_tokens
-    plenty = replace(scheduler, tokens_per_segment=None, tokens_per_iteration=whole * (FAR_AHEAD + 1))
+    plenty = replace(scheduler, tokens_per_segment=None, tokens_per_iteration=whole * (FAR_AHEAD + 1), iteration_s=None)
     yield AS_CONFIGURED, given
     yield "synchronous", replace(given, scheduler=replace(plenty, lookahead=0), max_staleness=0, window=None)
     segment = max(1, given.max_tokens // K15_SEGMENTS)

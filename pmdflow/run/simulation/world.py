@@ -95,6 +95,10 @@ class Simulation:
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._serial = 0
         self._version = 0
+        self._budgeted = settings.scheduler
+        self._rates: list[float] = []
+        self._rated = (0, 0.0)
+        """Tokens and busy seconds of all workers up to the newest rate."""
         self._budgets: dict[int, int] = {}
         self._lengths: dict[int, int] = {}
         """Of trajectories that have begun and not ended."""
@@ -136,8 +140,16 @@ class Simulation:
         self._serial += 1
         heapq.heappush(self._events, (time, self._serial, happen))
 
+    def _rate(self) -> None:
+        """Measure the rate of the iteration that ends: an automatic budget follows from it."""
+        generated, busy_s = self._store.ledger()["generated"], sum(worker.busy_s for worker in self._workers)
+        tokens, seconds = generated - self._rated[0], busy_s - self._rated[1]
+        if tokens and seconds > 0:
+            self._rates.append(tokens / seconds * len(self._workers))
+        self._rated = generated, busy_s
+
     def _grant(self) -> None:
-        quota = next_quota(self._settings.scheduler, self._store.counts())
+        quota = next_quota(self._budgeted, self._store.counts())
         self._budgets[quota.version] = quota.tokens
         self._store.set_quota(quota)
 
@@ -343,6 +355,8 @@ class Simulation:
         iteration = len(self._report.iterations) + 1
         self._version += 1
         self._store.publish(self._version, iteration, {})
+        self._rate()
+        self._budgeted = self._settings.scheduler.budgeted(self._rates)
         self._grant()
         self._store.commit(iteration)
         self._store.evict(iteration)
