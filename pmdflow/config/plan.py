@@ -88,12 +88,19 @@ def make_plan(config: Config, *, model: ModelSize | None) -> Plan:
     )
 
 
-def render_dry_run(loaded: Loaded, *, data: Sequence[tuple[str, str]] = (), notes: Sequence[str] = ()) -> str:
+def render_dry_run(
+    loaded: Loaded,
+    *,
+    data: Sequence[tuple[str, str]] = (),
+    advice: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> str:
     """Say what `up` would do: each setting with its origin, the actors, the derived numbers; starts nothing.
 
     Args:
         loaded: The configuration.
         data: Name and numbers of every source of prompts.
+        advice: What would run better.
         notes: What else is worth saying.
     """
     config = loaded.config
@@ -120,6 +127,7 @@ def render_dry_run(loaded: Loaded, *, data: Sequence[tuple[str, str]] = (), note
         ("placement", [*_table(placement), total]),
         ("derived", [*_table(_numbers(plan, model, config.model.path))]),
         ("data", [*_table(data)] if data else []),
+        ("advice", advice),
         ("notes", [*plan.notes, *notes]),
     ]
     body = "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections if lines)

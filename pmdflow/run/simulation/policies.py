@@ -115,6 +115,37 @@ def splits(given: SimulationSettings, *, ranks: int) -> Iterator[tuple[str, Simu
         yield f"{actors} + {total - actors}", replace(given, actors=actors, learner=learner)
 
 
+def shrunk(given: SimulationSettings, *, trajectories: int) -> tuple[SimulationSettings, int]:
+    """The same job on a part of its machine, so that a claim has about so many trajectories, and what part it is.
+
+    Iterations take as long as the whole one's; a tail is a little shorter, as the longest of fewer answers is.
+    """
+    scheduler, groups = given.scheduler, given.scheduler.groups_per_iteration
+    part = max(1, min(groups, groups * given.group_size // trajectories))
+    actors = max(1, round(given.actors / part))
+    slots = max(1, round(given.actors * given.engine.slots / part / actors))
+    engine, learner = given.engine, given.learner
+    smaller = replace(
+        given,
+        scheduler=replace(
+            scheduler,
+            groups_per_iteration=groups // part,
+            tokens_per_iteration=max(1, scheduler.tokens_per_iteration // part),
+            least_tokens=max(1, scheduler.least_tokens // part),
+        ),
+        window=None if given.window is None else max(groups // part, given.window // part),
+        engine=replace(
+            engine,
+            slots=slots,
+            sequence_s=engine.sequence_s * engine.slots / slots,
+            context_s=engine.context_s * engine.slots / slots,
+        ),
+        learner=replace(learner, token_s=learner.token_s * part),
+        actors=actors,
+    )
+    return smaller, part
+
+
 def _in_units(lengths: Lengths, unit: int) -> Lengths:
     if isinstance(lengths, RecordedLengths):
         return RecordedLengths(groups=[[-(-length // unit) for length in group] for group in lengths.groups])

@@ -23,6 +23,8 @@ from pmdflow.types import Claim, Mask, Outcome, Prompt
 
 LEASE_TTL_S = 1e9
 """Leases of live actors never expire: a simulated one appends when sequences end, not several times a second."""
+ASKED_EVERY = 64
+"""Events between two questions whether to go on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,10 +114,11 @@ class Simulation:
         self._free_since: float | None = 0.0
         """Since when the learner has waited for a claim; None while it trains."""
 
-    def run(self, *, max_events: int = 50_000_000) -> SimulationReport:
+    def run(self, *, max_events: int = 50_000_000, give_up: Callable[[], bool] = lambda: False) -> SimulationReport:
         """Run to the end.
 
         Raises:
+            TimeoutError: `give_up`, which is asked now and then, said so.
             RuntimeError: nothing happens any more, or it was not over after `max_events`.
             PmdflowError: no group has a signal.
         """
@@ -133,6 +136,8 @@ class Simulation:
             now, _, happen = heapq.heappop(self._events)
             happen(now)
             events += 1
+            if events % ASKED_EVERY == 0 and give_up():
+                raise TimeoutError(f"not over after {events} events")
         self._finish(now)
         return self._report
 
