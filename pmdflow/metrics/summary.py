@@ -58,6 +58,7 @@ def _learning_lines(history: History, iterations: Sequence[Record]) -> list[str]
         f"  train reward      {reward[0]} -> {reward[1]} ({numbers})",
         f"  response length   {length[0]} -> {length[1]} tokens",
         *_fairness_lines(iterations),
+        *_order_lines(iterations),
         f"  iterations        {len(iterations)} in {duration(seconds)}{rate}",
     ]
 
@@ -71,15 +72,12 @@ def _fairness_lines(iterations: Sequence[Record]) -> list[str]:
         return []
     alike = [steps for steps in by_step if len(steps) == len(by_step[-1])]  # a resume may have changed their number
     steps = " / ".join(number(_mean(column), 1) for column in zip(*alike, strict=True))
-    return [
-        f"  batch lengths     lag-1 {number(correlation, 2)} (fair: about 0); mean by optimizer step {steps}",
-        *_order_lines(iterations),
-    ]
+    return [f"  batch lengths     lag-1 {number(correlation, 2)} (fair: about 0); mean by optimizer step {steps}"]
 
 
 def _order_lines(iterations: Sequence[Record]) -> list[str]:
     """How long groups wait for their claim, and how many younger ones pass them."""
-    deciles = [record["trajectory/delay_by_decile"] for record in iterations if record.get("trajectory/delay_mean")]
+    deciles = [shares for record in iterations if (shares := record.get("trajectory/delay_by_decile"))]
     most = [most for record in iterations if (most := record.get("trajectory/bypasses_max")) is not None]
     if not deciles or not most:
         return []
