@@ -6,7 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -129,7 +129,7 @@ def _learner(records: Sequence[Mapping[str, Any]], tokens: Mapping[int, int]) ->
     rows = [(1.0, float(tokens[record["iteration"]]), float(record["time/train_s"])) for record in known]
     iteration_s, token_s = _fit(rows)
     rest = [record["time/iteration_s"] - record["time/claim_wait_s"] - record["time/train_s"] for record in records]
-    return LearnerModel(iteration_s=iteration_s, token_s=token_s, publish_s=max(median(rest), 0.0))
+    return LearnerModel(iteration_s=iteration_s, token_s=token_s, publish_s=max(fmean(rest), 0.0))
 
 
 def _lengths(archived: Sequence[Path]) -> tuple[RecordedLengths, int]:
