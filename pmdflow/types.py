@@ -176,6 +176,8 @@ class Counts:
     durable_lsn: int
     groups_untrained: int
     """Admitted and not yet trained: partial, complete, ready or claimed."""
+    oldest_untrained: int | None
+    """The oldest of them, by its group id; None without one."""
     groups_ready: int
     groups_claimed: int
     trajectories_leased: int

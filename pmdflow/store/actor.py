@@ -132,12 +132,12 @@ class StoreActor:
         kind: Literal["train", "eval"],
         group_size: int,
         max_tokens: int,
-    ) -> int:
-        """Admit (request id, cursor, prompt) in order, stopping at the first that is refused; returns how many were."""
-        admitted = 0
+    ) -> list[int]:
+        """Admit (request id, cursor, prompt) in order, stopping at the first that is refused; returns their groups."""
+        admitted = []
         for request_id, cursor, prompt in prompts:
             try:
-                self._store.admit(
+                group = self._store.admit(
                     request_id,
                     cursor=cursor,
                     kind=kind,
@@ -148,7 +148,7 @@ class StoreActor:
                 )
             except StoreFull:
                 break
-            admitted += 1
+            admitted.append(group)
         self._await_durable()
         return admitted
 

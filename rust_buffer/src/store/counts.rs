@@ -26,6 +26,8 @@ pub struct Counts {
     pub durable_lsn: Lsn,
     /// Training groups not yet trained.
     pub groups_untrained: u64,
+    /// The oldest of them.
+    pub oldest_untrained: Option<u64>,
     pub groups_ready: usize,
     /// Those in the untrained claim.
     pub groups_claimed: usize,
@@ -70,6 +72,7 @@ impl Store {
             lsn: self.log.lsn(),
             durable_lsn: self.log.durable_lsn(),
             groups_untrained: index.untrained.len() as u64,
+            oldest_untrained: index.untrained.first().copied(),
             groups_ready: index.ready.len(),
             groups_claimed: claimed.map_or(0, |claim| claim.groups.len()),
             trajectories_leased: index.leased,
