@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pmdflow.types import Bool, Drawn, Float64, Int64
+from pmdflow.types import Drawn, Float64, Int64
 
 if TYPE_CHECKING:
     from pmdflow.config.sources import CurriculumConfig
@@ -58,7 +58,7 @@ def prompt_probabilities(success_rates: npt.ArrayLike, *, eligible: npt.ArrayLik
     return chances
 
 
-def _weights(rates: Float64, eligible: Bool) -> Int64:
+def _weights(rates: Float64, eligible: npt.NDArray[np.bool_]) -> Int64:
     return np.where(eligible, np.rint((1.0 - rates.clip(0.0, 1.0)) * SCALE), 0.0).astype(np.int64)
 
 

@@ -320,6 +320,7 @@ class TestPack:
 class TestPages:
     def test_groups_come_in_pages_each_as_the_store_is_then(self) -> None:
         store = ready_store()
+        store.set_quota(quota(groups=3 * PAGE_GROUPS))
         for number in range(2 * PAGE_GROUPS + 1):
             admit(store, number)
         rows = store.groups()
