@@ -70,7 +70,11 @@ def make_plan(config: Config, *, model: ModelSize | None) -> Plan:
     """
     scheduler, data, learner = config.scheduler, config.data, config.learner
     trajectories = scheduler.groups_per_iteration * data.group_size
-    window = active_groups(groups_per_iteration=scheduler.groups_per_iteration, lookahead=scheduler.lookahead)
+    window = active_groups(
+        groups_per_iteration=scheduler.groups_per_iteration,
+        lookahead=scheduler.lookahead,
+        extra_groups=scheduler.extra_groups,
+    )
     kept = learner.checkpoint_every * learner.keep_checkpoints * trajectories
     store_bytes = (window * data.group_size + kept) * data.max_tokens * BYTES_PER_TOKEN
     return Plan(
