@@ -52,6 +52,7 @@ fn open(dir: &Path, file_bytes: u64) -> Store {
         min_group_size: 1,
         window: None,
         signal: None,
+        one_version: false,
         straggler: None,
         max_attempts: 1,
         lease_ttl: i64::MAX,

@@ -31,6 +31,7 @@ fn open(dir: &Path) -> Store {
         window: None,
         signal: None,
         min_group_size: 2,
+        one_version: false,
         straggler: None,
         max_attempts: 3,
         lease_ttl: i64::MAX,

@@ -35,6 +35,7 @@ fn settings() -> Settings {
         min_group_size: 1,
         window: None,
         signal: None,
+        one_version: false,
         straggler: None,
         max_attempts: 1,
         lease_ttl: i64::MAX,

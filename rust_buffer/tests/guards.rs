@@ -28,6 +28,7 @@ fn open() -> Store {
         window: None,
         signal: None,
         min_group_size: 1,
+        one_version: false,
         straggler: None,
         max_attempts: 2,
         lease_ttl: i64::MAX,

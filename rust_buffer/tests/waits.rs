@@ -29,6 +29,7 @@ fn complete() -> Shared {
         window: None,
         signal: None,
         min_group_size: 2,
+        one_version: false,
         straggler: None,
         max_attempts: 1,
         lease_ttl: i64::MAX,

@@ -12,7 +12,8 @@ from pmdflow.metrics.text import number, percent
 from pmdflow.run.simulation.calibration import calibrate
 from pmdflow.run.simulation.policies import AS_CONFIGURED, UNBOUNDED, assumed, configured, splits, unit_of, variants
 from pmdflow.run.simulation.report import SimulationReport, Steady
-from pmdflow.run.simulation.world import Simulation, SimulationSettings
+from pmdflow.run.simulation.settings import SimulationSettings
+from pmdflow.run.simulation.world import Simulation
 
 SKIPPED = 4
 """First iterations that the table leaves out: the pipeline fills."""

@@ -9,7 +9,7 @@ from pmdflow.config.schema import DEFAULT_SLOTS, Config
 from pmdflow.run.scheduler import SchedulerSettings, grant_tokens
 from pmdflow.run.simulation.calibration import Calibration
 from pmdflow.run.simulation.models import EngineModel, LearnerModel, Lengths, LognormalLengths, RecordedLengths
-from pmdflow.run.simulation.world import SimulationSettings
+from pmdflow.run.simulation.settings import SimulationSettings
 
 UNITS = 512
 """Units of a simulated trajectory of full length: where answers are longer, a unit is several tokens."""

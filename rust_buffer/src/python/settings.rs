@@ -25,6 +25,7 @@ pub struct Given<'a> {
     /// Open interval of mean rewards.
     pub signal: Option<(Option<f64>, Option<f64>)>,
     pub min_group_size: u32,
+    pub one_version: bool,
     /// Members, and seconds to wait for the others.
     pub straggler: Option<(u32, f64)>,
     pub max_attempts: u32,
@@ -66,6 +67,7 @@ impl TryFrom<Given<'_>> for Settings {
             window: given.window,
             signal: given.signal.map(|(above, below)| Signal { above, below }),
             min_group_size: given.min_group_size,
+            one_version: given.one_version,
             straggler: given.straggler.map(|rule| straggler(rule, given.min_group_size)).transpose()?,
             max_attempts: given.max_attempts,
             lease_ttl: ticks("lease_ttl_s", given.lease_ttl_s)?,

@@ -10,6 +10,7 @@ mod upkeep;
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
+    ops::Range,
 };
 
 use crate::{
@@ -18,6 +19,7 @@ use crate::{
     state::State,
     state::group::{Group, Kind, Phase},
     state::trajectory::{Trajectory, Verdict, Version},
+    store::versions::Reach,
 };
 
 /// Oldest group first; ids follow the order of admission.
@@ -183,15 +185,29 @@ impl Index {
         sets.into_iter().flatten().flatten().map(|(_, id)| *id)
     }
 
-    /// The first idle evaluation trajectory that a worker at `version` may extend.
-    pub fn next_eval(&self, version: Version) -> Option<u64> {
-        first(self.eval.range(..=version)).map(|(_, id)| id)
+    /// The first idle evaluation trajectory that a worker of this reach may extend.
+    pub fn next_eval(&self, reach: Reach) -> Option<u64> {
+        first(self.eval.range(..reach.below).chain(self.eval.get_key_value(&reach.own))).map(|(_, id)| id)
     }
 
-    /// The first idle training trajectory that a worker at `version` may extend, if the version's budget lasts.
-    pub fn next_train(&self, version: Version) -> Option<u64> {
-        let partial = first(self.exhausted.range(..version).chain(self.partial.range(..=version)));
-        partial.or_else(|| self.fresh.first().map(|(_, key)| *key)).map(|(_, id)| id)
+    /// The first idle training trajectory that a worker of this reach may extend, if its version's budget lasts.
+    pub fn next_train(&self, reach: Reach) -> Option<u64> {
+        let partial = self.partial.range(..reach.below).chain(self.partial.get_key_value(&reach.own));
+        let partial = first(self.exhausted.range(..reach.below).chain(partial));
+        let fresh = || self.fresh.first().filter(|_| reach.fresh).map(|(_, key)| *key);
+        partial.or_else(fresh).map(|(_, id)| id)
+    }
+
+    /// Whether an idle training trajectory's newest token is of one of these versions.
+    pub fn has_partial(&self, versions: Range<Version>) -> bool {
+        !versions.is_empty() && self.partial.range(versions).next().is_some()
+    }
+
+    /// Idle trajectories by the version of their newest token, -1 without one; a version may come more than once.
+    pub fn idle_by_version(&self) -> impl Iterator<Item = (Version, u64)> + '_ {
+        let begun = [&self.eval, &self.partial, &self.exhausted].into_iter().flatten();
+        let begun = begun.map(|(version, set)| (*version, set.len() as u64));
+        begun.chain((!self.fresh.is_empty()).then_some((-1, self.fresh.len() as u64)))
     }
 
     /// Idle training trajectories, and how many of them hold tokens.

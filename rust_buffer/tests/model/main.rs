@@ -41,6 +41,7 @@ fn settings(lookahead: u32, current_only: bool, straggler: Option<Straggler>) ->
         window: None,
         signal: None,
         min_group_size: 2,
+        one_version: false,
         straggler,
         max_attempts: 2,
         lease_ttl: TTL,
