@@ -142,6 +142,8 @@ def _staleness(config: Config) -> str:
     if limit == 0:
         return "0: only tokens of the newest version have a gradient"
     ahead = f"; rollout runs at most {lookahead} ahead" if lookahead else "; rollout and training alternate"
+    if config.scheduler.versions is not None:
+        ahead += f"; each trajectory is of one version, {config.scheduler.versions} of them at a time"
     return f"at most {limit} versions for a token with a gradient{ahead}"
 
 
