@@ -39,7 +39,8 @@ class RolloutActor:
         self._transport = make_transport(config, Path(run_dir))
         self._engine = make_engine(config, seed=(config.run.seed * 1000 + index) % 2**32)
         self._holder = Holder(self._engine, LeaseTaker(config))
-        self._incoming = IncomingWeights()
+        self._one_version = config.scheduler.versions is not None
+        self._incoming = IncomingWeights(any_order=self._one_version)
         self._spans = SpanBuffer(self._worker)
         self._span_start: float | None = None
         self._span_steps = 0
@@ -124,8 +125,9 @@ class RolloutActor:
         self._incoming.offer(handle.version, self._engine.stage(weights))
 
     def _swap_weights(self) -> None:
-        """Take new weights; every token sent before carries the old version, every one after the new.
+        """Take other weights; every token sent before carries the old version, every one after the new.
 
+        With one version a trajectory, what the old version began is given back: whoever serves it goes on.
         The weights are loaded while the store answers with the grants for them.
         """
         if self._config.on_new_weights == "finish" and len(self._holder):
@@ -140,6 +142,8 @@ class RolloutActor:
             attrs["running"] = len(self._holder)
             start = time.monotonic()
             self._generated += self._holder.take(self._engine.pause())
+            if self._one_version:
+                self._holder.abort()
             self._send(next_version=version)
             attrs["pause_s"] = time.monotonic() - start
             self._engine.load_weights(version, staged, on_new_weights=self._config.on_new_weights)

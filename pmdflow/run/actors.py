@@ -23,9 +23,10 @@ from pmdflow.learner.actor import LearnerActor
 from pmdflow.reward.actor import RewardActor
 from pmdflow.rollout.actor import RolloutActor
 from pmdflow.run.directory import log_path
+from pmdflow.run.loops import Loop, LoopHandle
 from pmdflow.run.placement import ActorOptions, place_rewards
 from pmdflow.run.scheduler import grant_tokens
-from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Loop, LoopHandle
+from pmdflow.run.supervision import STARTUP_TIMEOUT_S
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.archive.actor import ArchiveActor
 from pmdflow.store.client import StoreHandle, call
@@ -152,6 +153,7 @@ def store_settings(config: Config) -> StoreSettings:
         else None,
         "successes": None if curriculum is None else (curriculum.decay, curriculum.success_reward),
         "min_group_size": config.scheduler.min_group_size,
+        "one_version": config.scheduler.versions is not None,
         "straggler": None if straggler is None else (straggler.members, straggler.wait_s),
         "max_attempts": config.reward.max_attempts,
         "lease_ttl_s": config.rollout.lease_ttl_s,

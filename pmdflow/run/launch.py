@@ -24,6 +24,7 @@ from pmdflow.run.actors import make_loops, start_archive, start_learners, start_
 from pmdflow.run.controller import Controller
 from pmdflow.run.directory import RunDirectory
 from pmdflow.run.inputs import merge, open_inputs, open_prompts
+from pmdflow.run.live_versions import LiveVersions
 from pmdflow.run.placement import place_learners, place_rollouts
 from pmdflow.run.signals import StopSignals, hangup_ignored
 from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Supervisor
@@ -98,7 +99,7 @@ def _train(inputs: Inputs, run: RunDirectory, telemetry: Telemetry, signals: Sto
         return learners
 
     store = start_store(config, run.path)
-    supervisor = Supervisor(store=store, telemetry=telemetry)
+    supervisor = Supervisor(store=store, telemetry=telemetry, live=LiveVersions.of(config, store))
     signals.drain(supervisor)
     try:
         for loop in make_loops(config, run.path, store, rollout_places):

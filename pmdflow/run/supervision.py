@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, TypeVar
+from collections.abc import Sequence
+from typing import TypeVar
 
 import ray
 from ray import ObjectRef
@@ -16,6 +15,8 @@ from pmdflow.errors import ActorDied, EngineDied, LearnerDied, PmdflowError, Wai
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.metrics.report import ActorReport
 from pmdflow.rollout.actor import RolloutActor
+from pmdflow.run.live_versions import LiveVersions
+from pmdflow.run.loops import Loop, LoopActor, Running, is_ready
 from pmdflow.run.telemetry import Telemetry
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.client import StoreHandle, call
@@ -31,67 +32,16 @@ MAX_QUICK_DEATHS = 5
 """A loop that dies this often without having answered once is given up."""
 
 Answer = TypeVar("Answer")
-LoopHandle: TypeAlias = ActorHandle[Any]
-"""Of an actor that is a `LoopActor`."""
-
-
-class LoopActor(Protocol):
-    """What rollout and reward actors have in common, beside a `run` that goes on until `stop`."""
-
-    def drain(self) -> ActorReport:
-        """What happened since the last call."""
-
-    def stop(self) -> None:
-        """Let `run` return."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Running:
-    """One process of a replaceable actor."""
-
-    actor: LoopHandle
-    worker: str
-    """The name under which it takes leases; no other process has it."""
-    run_ref: ObjectRef[object]
-    drain_ref: ObjectRef[ActorReport] | None = None
-    asked_at: float = 0.0
-    """Monotonic second of the question that `drain_ref` answers."""
-    answered: bool = False
-
-    @property
-    def ended(self) -> bool:
-        """Whether its `run` has returned or failed."""
-        return _is_ready(self.run_ref)
-
-
-@dataclass(slots=True, kw_only=True)
-class Loop:
-    """A replaceable actor with a `run` loop: a rollout actor or a reward actor."""
-
-    name: str
-    start: Callable[[WeightsHandle | None, str], tuple[LoopHandle, ObjectRef[object]]]
-    """Makes the actor and calls its `run`, given the newest weights and the name of the worker."""
-    takes_weights: bool
-    hang_timeout_s: float
-    """An actor that answered before and is silent for this long is killed and replaced."""
-    starts: int = 0
-    """Processes started for it so far."""
-    quick_deaths: int = 0
-    """Deaths in a row of processes that had not answered once."""
-    running: Running | None = None
-
-    @property
-    def process(self) -> Running:
-        """The present one."""
-        assert self.running is not None, "start_loop comes first"
-        return self.running
 
 
 class Supervisor:
     """Owns the actors of a run. The controller waits only through `wait` and `get`."""
 
-    def __init__(self, *, store: StoreHandle, telemetry: Telemetry) -> None:
-        """Supervise nothing yet; the store actor is restarted by Ray itself."""
+    def __init__(self, *, store: StoreHandle, telemetry: Telemetry, live: LiveVersions | None = None) -> None:
+        """Supervise nothing yet; the store actor is restarted by Ray itself.
+
+        With `live` each trajectory is of one version: not every actor serves the newest.
+        """
         self.store = store
         self.telemetry = telemetry
         self.learners: list[ActorHandle[LearnerActor]] = []
@@ -104,6 +54,7 @@ class Supervisor:
         self._sample: ObjectRef[tuple[Counts, dict[str, int]]] | None = None
         self._last_tick = 0.0
         self._applied: list[ObjectRef[bool]] = []
+        self._live_versions = live
 
     def ask_to_drain(self) -> None:
         """Let the controller end after this iteration; returns at once."""
@@ -115,7 +66,8 @@ class Supervisor:
         loop.starts += 1
         worker = f"{loop.name}/{loop.starts}"
         actor, run_ref = loop.start(self.handle if loop.takes_weights else None, worker)
-        loop.running = Running(actor=actor, worker=worker, run_ref=run_ref, asked_at=time.monotonic())
+        serves = 0 if self.handle is None else self.handle.version
+        loop.running = Running(actor=actor, worker=worker, run_ref=run_ref, asked_at=time.monotonic(), serves=serves)
         if loop not in self.loops:
             self.loops.append(loop)
 
@@ -155,10 +107,15 @@ class Supervisor:
         for rank, learner in enumerate(self.learners):
             self._drain_learner(rank, learner)
         self._watch_store()
+        if self._live_versions is not None:
+            self._live_versions.tick(self.loops)
 
     def offer_weights(self, handle: WeightsHandle, *, timeout_s: float) -> None:
-        """Send a published version to every rollout actor."""
+        """Send a published version to every rollout actor, or to as many as it needs at the next tick."""
         self.handle = handle
+        if self._live_versions is not None:
+            self._live_versions.add(handle)
+            return
         self._applied = [
             call(loop.process.actor, RolloutActor.update_weights, handle, timeout_s)
             for loop in self.loops
@@ -203,7 +160,7 @@ class Supervisor:
         """Take the report that was asked for last, if it is there, and ask for the next one."""
         process = loop.process
         if process.drain_ref is not None:
-            if not _is_ready(process.drain_ref):
+            if not is_ready(process.drain_ref):
                 return False
             try:
                 self.telemetry.take(ray.get(process.drain_ref, timeout=TICK_S), source=process.worker)
@@ -245,7 +202,7 @@ class Supervisor:
     def _drain_learner(self, rank: int, learner: ActorHandle[LearnerActor]) -> None:
         ref = self._learner_drains.get(rank)
         if ref is not None:
-            if not _is_ready(ref):
+            if not is_ready(ref):
                 return
             try:
                 report = _get([ref], what=f"learner rank {rank}")[0]
@@ -256,12 +213,12 @@ class Supervisor:
 
     def _watch_store(self) -> None:
         """Take the store's report and numbers, as asked for one tick ago."""
-        if self._store_drain is not None and _is_ready(self._store_drain):
+        if self._store_drain is not None and is_ready(self._store_drain):
             self.telemetry.take(_get([self._store_drain], what="the store actor")[0], source="store")
             self._store_drain = None
         if self._store_drain is None:
             self._store_drain = call(self.store, StoreActor.drain)
-        if self._sample is not None and _is_ready(self._sample):
+        if self._sample is not None and is_ready(self._sample):
             self.telemetry.sample(*_get([self._sample], what="the store's counts")[0])
             self._sample = None
         if self._sample is None:
@@ -275,7 +232,3 @@ def _get(refs: Sequence[ObjectRef[Answer]], *, what: str) -> list[Answer]:
         raise ActorDied(f"an actor died while {what} was awaited: {error}") from error
     except RayTaskError as error:
         raise PmdflowError(f"{what} failed: {error.cause}") from error
-
-
-def _is_ready(ref: ObjectRef[Any]) -> bool:
-    return bool(ray.wait([ref], num_returns=1, timeout=0)[0])

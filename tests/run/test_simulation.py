@@ -59,7 +59,7 @@ def test_the_report_compares_modes_and_the_plot_is_whole(run: Path, tmp_path: Pa
     config = load(CONFIGS / "quickstart.yaml").config
     report = simulate(config, run=run, iterations=12, out=out)
     assert f"fitted to iterations 3 to 10 of {run}" in report
-    for name in ("as configured", "synchronous", "Kimi k1.5", "lookahead 2", "unbounded"):
+    for name in ("as configured", "synchronous", "Kimi k1.5", "APRIL", "DORA", "lookahead 2", "unbounded"):
         assert name in report
     page = out.read_text()
     assert page.startswith("<!doctype html>") and "Plotly.newPlot" in page and page.endswith("</html>\n")
