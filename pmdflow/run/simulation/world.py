@@ -12,7 +12,7 @@ import numpy as np
 
 from pmdflow.metrics.claim import claim_metrics
 from pmdflow.metrics.order import AdmissionOrder
-from pmdflow.run.scheduler import decide, must_regrant, next_quota, oldest_beside, room, serve
+from pmdflow.run.scheduler import decide, must_regrant, next_quota, oldest_beside, serve
 from pmdflow.run.simulation.answers import Answers
 from pmdflow.run.simulation.report import SimulatedIteration, SimulationReport, group_means
 from pmdflow.run.simulation.settings import NoSignalLeft, SimulationSettings
@@ -150,7 +150,7 @@ class Simulation:
     def _admit(self, most: int = sys.maxsize) -> int:
         counts = self._store.counts()
         decision = decide(self._budgeted, counts)
-        number = 0 if self._is_closing else min(room(decision, counts), most)
+        number = 0 if self._is_closing else min(decision.room(counts), most)
         tokens = np.zeros(self._settings.prompt_tokens, np.int32)
         groups: list[int] = []
         for cursor in range(counts.next_cursor, counts.next_cursor + number):
