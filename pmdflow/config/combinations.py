@@ -12,6 +12,7 @@ from pmdflow.config.sinks import SETTINGS
 from pmdflow.config.source_problems import source_problems
 
 if TYPE_CHECKING:
+    from pmdflow.config.scheduling import SchedulerConfig
     from pmdflow.config.schema import Config, EvalConfig, LearnerConfig, RewardConfig, RolloutConfig
     from pmdflow.config.sinks import SinkConfig
     from pmdflow.config.sources import DataConfig
@@ -35,6 +36,7 @@ def combination_problems(config: Config, *, recorded: bool) -> Iterator[str]:
     yield from _staleness_problems(config)
     if not recorded:
         yield from _segment_problems(config)
+    yield from _budget_problems(config.scheduler)
     yield from _group_problems(config)
     yield from _version_problems(config)
     yield from _extra_problems(config)
@@ -104,6 +106,20 @@ def _extra_problems(config: Config) -> Iterator[str]:
         yield (
             f"scheduler.max_staleness is 0 while scheduler.extra_groups is {scheduler.extra_groups}: what is left for "
             "the next iteration would lose the gradient of what it has; set max_staleness to null, or to 1 or more"
+        )
+
+
+def _budget_problems(scheduler: SchedulerConfig) -> Iterator[str]:
+    if scheduler.tokens_per_iteration == "auto" and scheduler.iteration_s is None:
+        yield (
+            "scheduler.tokens_per_iteration is auto while scheduler.iteration_s is null: a budget is measured by the "
+            "time that it should last; set iteration_s, or a number of tokens"
+        )
+    if scheduler.tokens_per_iteration != "auto" and scheduler.iteration_s is not None:
+        yield (
+            f"scheduler.iteration_s is set while scheduler.tokens_per_iteration is {scheduler.tokens_per_iteration}: "
+            "the time of an iteration follows from one of them; set tokens_per_iteration to auto, or leave iteration_s "
+            "out"
         )
 
 

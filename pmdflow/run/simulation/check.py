@@ -111,6 +111,8 @@ def _draw(rng: random.Random) -> SimulationSettings:
             lookahead=lookahead,
             extra_groups=0 if lookahead else rng.choice([0, rng.randint(1, 6)]),
             versions=versions,
+            iteration_s=rng.choice([None, rng.uniform(0.01, 50.0)]),
+            least_tokens=rng.randint(1, 20),
         ),
         max_staleness=rng.choice([None, staleness]),
         window=rng.choice([None, rng.randint(groups, 3 * groups)]),
