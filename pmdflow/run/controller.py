@@ -287,6 +287,8 @@ class Controller:
 
         Waits for: the last trajectories of the oldest one. Unblocked by: their ends; a drain of the run waits too.
         """
+        if self._settings.versions is None:
+            return
         oldest = oldest_beside(decide(self._settings, self._counts()), version)
         progress = Progress(f"version {version} waited for trajectories of versions before {oldest} to be complete")
         while oldest > 0:
