@@ -25,6 +25,7 @@ from pmdflow.rollout.actor import RolloutActor
 from pmdflow.run.directory import log_path
 from pmdflow.run.placement import ActorOptions, place_rewards
 from pmdflow.run.scheduler import grant_tokens
+from pmdflow.run.store_place import StorePlace
 from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Loop, LoopHandle
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.archive.actor import ArchiveActor
@@ -89,13 +90,19 @@ def _require_ray_at(address: str) -> None:
 
 
 def start_store(config: Config, run_dir: Path) -> StoreHandle:
-    """The store actor, which Ray restarts as often as it dies."""
+    """The store actor, which Ray restarts as often as it dies, on the node of its files where these are a node's own.
+
+    Raises:
+        LaunchError: those of `StorePlace.find`.
+    """
+    place = StorePlace.find(config, run_dir)
+    pinned = {} if place.node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(place.node, False)}
     return make_actor(
         StoreActor,
         log=log_path(run_dir, "store"),
-        options={"max_restarts": -1, "max_task_retries": -1, **_store_threads(config)},
+        options={"max_restarts": -1, "max_task_retries": -1, **pinned, **_store_threads(config)},
         arguments={
-            "directory": str(run_dir / "store"),
+            "directory": str(place.directory),
             "settings": store_settings(config),
             "steps_per_iteration": config.learner.steps_per_iteration,
             "seed": config.run.seed,
@@ -114,7 +121,7 @@ def start_archive(
         options={
             "max_restarts": -1,
             "max_task_retries": -1,
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True),
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=config.store.dir is None),
         },
         arguments={
             "store": store,
