@@ -14,7 +14,6 @@ use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     path::Path,
     sync::Arc,
-    time::Duration,
 };
 
 use _rust_buffer::{
@@ -38,19 +37,15 @@ fn settings(lookahead: u32, current_only: bool, straggler: Option<Straggler>) ->
         lookahead,
         max_staleness: Some(2),
         segment_loss: if current_only { SegmentLoss::CurrentOnly } else { SegmentLoss::All },
-        window: None,
-        signal: None,
-        successes: None,
         min_group_size: 2,
         straggler,
         max_attempts: 2,
         lease_ttl: TTL,
         grant_tokens: 4,
         durability: Durability::Os,
-        max_bytes: None,
         // Small, so that histories rotate and delete files.
         file_bytes: 2048,
-        sync_interval: Duration::from_millis(5),
+        ..Settings::default()
     }
 }
 
