@@ -225,7 +225,7 @@ def _store_threads(config: Config) -> ActorOptions:
         "score": config.reward.actors + 1,
         "claim": 2,
         "read": min(config.learner.ranks, MOST_READERS),
-        "archive": 1,
+        "evict": 1,
     }
     return {"concurrency_groups": groups, "max_concurrency": 4}
 
