@@ -19,7 +19,7 @@ from pmdflow.store import encode_segments
 from pmdflow.store.actor import StoreActor
 from pmdflow.types import Prompt, Quota
 
-GROUPS = {"lease": 2, "append": 2, "score": 2, "claim": 2, "read": 2, "archive": 1}
+GROUPS = {"lease": 2, "append": 2, "score": 2, "claim": 2, "read": 2, "evict": 1}
 TIMEOUT_S = 120.0
 
 

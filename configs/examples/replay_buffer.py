@@ -81,14 +81,19 @@ def packed_logprobs(model: PreTrainedModel, batch: TrainBatch) -> Tensor:
     return torch.cat([torch.zeros(1), following]) * (positions > 0)
 
 
-def train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: TrainBatch) -> float:
-    """One step on a claim: importance-weighted policy gradient against the mean reward of each group; the loss."""
+def policy_gradient(model: PreTrainedModel, batch: TrainBatch) -> Tensor:
+    """Loss of a claim: importance-weighted policy gradient against the mean reward of each group."""
     means = {group: batch.rewards[batch.groups == group].mean() for group in set(batch.groups.tolist())}
     advantages = batch.rewards - np.array([means[group] for group in batch.groups.tolist()])
     by_token = torch.from_numpy(np.repeat(advantages, np.diff(batch.cu_seqlens)))
     trained = torch.from_numpy((batch.mask & Mask.TRAINED) != 0)
     ratio = (packed_logprobs(model, batch) - torch.from_numpy(batch.logprobs.copy())).exp()
-    loss = -(ratio * by_token)[trained].mean()
+    return -(ratio * by_token)[trained].mean()
+
+
+def train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: TrainBatch) -> float:
+    """One step on a claim; its loss."""
+    loss = policy_gradient(model, batch)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -302,6 +302,10 @@ class ArchiveConfig(Section):
 class StoreConfig(Section):
     """The trajectory store."""
 
+    dir: str | None = None
+    """Folder in which the store has one of the run's name, on a local disk of the node where `up` first ran: the store
+    actor is pinned to that node, and a resume goes there. null: the run directory. Neither may be on a network file
+    system."""
     durability: Literal["os", "group", "always"] = "group"
     """When an append is acknowledged: in the page cache, after a group's fdatasync, or after its own."""
     sync_interval_s: float = Field(default=0.005, gt=0, le=60)

@@ -26,6 +26,7 @@ from pmdflow.run.directory import log_path
 from pmdflow.run.loops import Loop, LoopHandle
 from pmdflow.run.placement import ActorOptions, place_rewards
 from pmdflow.run.scheduler import grant_tokens
+from pmdflow.run.store_place import StorePlace
 from pmdflow.run.supervision import STARTUP_TIMEOUT_S
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.archive.actor import ArchiveActor
@@ -90,13 +91,19 @@ def _require_ray_at(address: str) -> None:
 
 
 def start_store(config: Config, run_dir: Path) -> StoreHandle:
-    """The store actor, which Ray restarts as often as it dies."""
+    """The store actor, which Ray restarts as often as it dies, on the node of its files where these are a node's own.
+
+    Raises:
+        LaunchError: those of `StorePlace.find`.
+    """
+    place = StorePlace.find(config, run_dir)
+    pinned = {} if place.node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(place.node, False)}
     return make_actor(
         StoreActor,
         log=log_path(run_dir, "store"),
-        options={"max_restarts": -1, "max_task_retries": -1, **_store_threads(config)},
+        options={"max_restarts": -1, "max_task_retries": -1, **pinned, **_store_threads(config)},
         arguments={
-            "directory": str(run_dir / "store"),
+            "directory": str(place.directory),
             "settings": store_settings(config),
             "steps_per_iteration": config.learner.steps_per_iteration,
             "seed": config.run.seed,
@@ -116,7 +123,7 @@ def start_archive(
         options={
             "max_restarts": -1,
             "max_task_retries": -1,
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True),
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=config.store.dir is None),
         },
         arguments={
             "store": store,
@@ -223,7 +230,7 @@ def _store_threads(config: Config) -> ActorOptions:
         "score": config.reward.actors + 1,
         "claim": 2,
         "read": min(config.learner.ranks, MOST_READERS),
-        "archive": 1,
+        "evict": 1,
     }
     return {"concurrency_groups": groups, "max_concurrency": 4}
 

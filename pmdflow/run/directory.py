@@ -107,7 +107,7 @@ class RunDirectory:
         from pmdflow.config.load import leaves
 
         before = self.recorded_inputs(self.path)
-        if before and (self.path / "store").is_dir():
+        if before and self._has_store():
             old, new = (dict(leaves({**values, "pins": {}})) for values in (before, inputs))
             changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
             if changed:
@@ -173,8 +173,11 @@ class RunDirectory:
         """Let another `up` have it."""
         self._lock.close()
 
+    def _has_store(self) -> bool:
+        return os.path.lexists(self.path / "store")  # on another node the link of `store.dir` leads nowhere
+
     def _check_same_run(self, config: Config) -> None:
-        if not (self.path / "config.yaml").is_file() or not (self.path / "store").is_dir():
+        if not (self.path / "config.yaml").is_file() or not self._has_store():
             return
         from pmdflow.config.errors import ConfigError
         from pmdflow.config.load import load_run

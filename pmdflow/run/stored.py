@@ -31,7 +31,13 @@ def stored(run: Path, action: Action, *, group: int | None, reason: str | None) 
     """
     if action != "list" and group is None:
         raise PmdflowError(f"`{action}` needs a group", hint=f"name one: pmdflow store {run} {action} GROUP")
-    if not any((run / "store").glob("*.log")):
+    folder = run / "store"
+    if not any(folder.glob("*.log")):
+        if folder.is_symlink():
+            raise PmdflowError(
+                f"{run} has its store in {folder.readlink()}, which is not on this machine",
+                hint=f"ask on its node, which {run / 'store.json'} names",
+            )
         raise PmdflowError(f"{run} has no store", hint="name the directory of a run that has begun")
     if group is None:
         sys.stdout.write(_listing(_groups(run)) + "\n")

@@ -183,7 +183,7 @@ class StoreActor:
         """Undo every claim after `iteration`."""
         return self._store.uncommit(iteration)
 
-    @_in_group("archive")
+    @_in_group("evict")
     def evict(self, iteration: int) -> int:
         """Drop the groups of every committed claim up to `iteration`, all of them archived; returns how many."""
         return self._store.evict(iteration)

@@ -13,13 +13,13 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use _rust_buffer::{
-    log::{Disk, Durability},
+    log::Disk,
     state::group::Kind,
-    state::record::{Admit, LeftOut, Quota, SegmentLoss},
+    state::record::{Admit, LeftOut, Quota},
     store::admission::Prompt,
     store::shared::Shared,
     store::{Settings, Store},
@@ -46,25 +46,7 @@ fn number(name: &str, otherwise: u64) -> u64 {
 }
 
 fn open(dir: &Path, file_bytes: u64) -> Store {
-    let settings = Settings {
-        groups_per_iteration: 1,
-        lookahead: 1,
-        max_staleness: None,
-        segment_loss: SegmentLoss::All,
-        min_group_size: 1,
-        window: None,
-        signal: None,
-        successes: None,
-        one_version: false,
-        straggler: None,
-        max_attempts: 1,
-        lease_ttl: i64::MAX,
-        grant_tokens: 1 << 20,
-        durability: Durability::Group,
-        max_bytes: None,
-        file_bytes,
-        sync_interval: Duration::from_millis(5),
-    };
+    let settings = Settings { grant_tokens: 1 << 20, file_bytes, ..Settings::default() };
     Store::open(Arc::new(Disk::new(dir).unwrap()), settings).unwrap()
 }
 

@@ -2,12 +2,12 @@
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
-use std::{collections::BTreeMap, hint::black_box, path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, hint::black_box, path::Path, sync::Arc};
 
 use _rust_buffer::{
     log::{Disk, Durability},
     state::group::Kind,
-    state::record::{Admit, LeftOut, Quota, SegmentLoss},
+    state::record::{Admit, LeftOut, Quota},
     state::trajectory::Outcome,
     store::admission::Prompt,
     store::claim_view::{ClaimView, Columns},
@@ -25,22 +25,11 @@ type Head = (u64, u64, u32, u32, i64, f32, i64, Option<&'static str>, bool, Vec<
 fn open(dir: &Path) -> Store {
     let settings = Settings {
         groups_per_iteration: GROUPS as usize,
-        lookahead: 1,
-        max_staleness: None,
-        segment_loss: SegmentLoss::All,
-        window: None,
-        signal: None,
-        successes: None,
         min_group_size: 2,
-        one_version: false,
-        straggler: None,
         max_attempts: 3,
-        lease_ttl: i64::MAX,
         grant_tokens: TOKENS,
         durability: Durability::Os,
-        max_bytes: None,
-        file_bytes: 64 << 20,
-        sync_interval: Duration::from_millis(5),
+        ..Settings::default()
     };
     Store::open(Arc::new(Disk::new(dir).unwrap()), settings).unwrap()
 }

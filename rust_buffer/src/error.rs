@@ -19,7 +19,7 @@ pub enum StoreError {
     /// The directory is not on a disk of this machine.
     #[error(
         "{} lies on {name}, a network file system, on which locks, maps and syncs of a log are not proven; \
-         keep the store in a directory on a disk of this machine", path.display()
+         keep the store in a directory on a disk of this machine (`store.dir` of a run)", path.display()
     )]
     Network { path: PathBuf, name: &'static str },
     /// Bytes that were written whole are not the ones read.

@@ -1,13 +1,13 @@
 //! What an append takes, and what it refuses: repeats in part, overdrafts, and numbers that no policy can have made.
 #![allow(clippy::unwrap_used)]
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use _rust_buffer::{
     error::{Result, StoreError},
     log::{Durability, Memory},
     state::group::Kind,
-    state::record::{Admit, LeftOut, Quota, SegmentLoss},
+    state::record::{Admit, LeftOut, Quota},
     store::admission::Prompt,
     store::append::Reply,
     store::arrays::{Tokens, read_extras, read_runs},
@@ -21,25 +21,7 @@ fn words<T: Copy + Into<f64>>(values: &[T], word: fn(f64) -> [u8; 4]) -> Vec<u8>
 
 /// A store that has leased one trajectory, number 0, of at most 12 tokens, with a grant of 4.
 fn leased(kind: Kind) -> Store {
-    let settings = Settings {
-        groups_per_iteration: 1,
-        lookahead: 1,
-        max_staleness: None,
-        segment_loss: SegmentLoss::All,
-        window: None,
-        signal: None,
-        successes: None,
-        min_group_size: 1,
-        one_version: false,
-        straggler: None,
-        max_attempts: 1,
-        lease_ttl: i64::MAX,
-        grant_tokens: 4,
-        durability: Durability::Os,
-        max_bytes: None,
-        file_bytes: 1 << 20,
-        sync_interval: Duration::from_millis(5),
-    };
+    let settings = Settings { grant_tokens: 4, durability: Durability::Os, file_bytes: 1 << 20, ..Settings::default() };
     let mut store = Store::open(Arc::new(Memory::default()), settings).unwrap();
     store.publish(0, None, LeftOut::default()).unwrap();
     store.set_quota(0, Quota { groups: 8, tokens: 6, tokens_per_segment: None }).unwrap();

@@ -14,7 +14,7 @@ use std::{
 use _rust_buffer::{
     log::{Disk, Durability, Memory, Storage},
     state::group::Kind,
-    state::record::{Admit, LeftOut, Quota, SegmentLoss},
+    state::record::{Admit, LeftOut, Quota},
     state::trajectory::Outcome,
     store::admission::Prompt,
     store::arrays::{Extra, read_extras, read_prompt, read_runs},
@@ -27,25 +27,7 @@ const FILE_BYTES: u64 = 16 << 10;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn settings() -> Settings {
-    Settings {
-        groups_per_iteration: 1,
-        lookahead: 1,
-        max_staleness: None,
-        segment_loss: SegmentLoss::All,
-        min_group_size: 1,
-        window: None,
-        signal: None,
-        successes: None,
-        one_version: false,
-        straggler: None,
-        max_attempts: 1,
-        lease_ttl: i64::MAX,
-        grant_tokens: 1 << 20,
-        durability: Durability::Os,
-        max_bytes: None,
-        file_bytes: FILE_BYTES,
-        sync_interval: Duration::from_millis(5),
-    }
+    Settings { grant_tokens: 1 << 20, durability: Durability::Os, file_bytes: FILE_BYTES, ..Settings::default() }
 }
 
 fn open(storage: &Arc<dyn Storage>) -> Store {

@@ -1,7 +1,7 @@
 //! Arguments and records that cannot be meant are refused, and leave the state as it was.
 #![allow(clippy::unwrap_used)]
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc};
 
 use _rust_buffer::{
     error::{Result, StoreError},
@@ -9,7 +9,7 @@ use _rust_buffer::{
     state::State,
     state::group::{Kind, MAX_GROUP_SIZE, Phase},
     state::placed::Placed,
-    state::record::{Admit, Appended, LeftOut, Quota, Record, Score, SegmentLoss},
+    state::record::{Admit, Appended, LeftOut, Quota, Record, Score},
     state::trajectory::Outcome,
     store::admission::Prompt,
     store::claim_view::{ClaimView, Columns},
@@ -21,23 +21,13 @@ use _rust_buffer::{
 
 fn open() -> Store {
     let settings = Settings {
-        groups_per_iteration: 1,
-        lookahead: 1,
         max_staleness: Some(1),
-        segment_loss: SegmentLoss::All,
-        window: None,
-        signal: None,
-        successes: None,
-        min_group_size: 1,
-        one_version: false,
-        straggler: None,
         max_attempts: 2,
-        lease_ttl: i64::MAX,
         grant_tokens: 8,
         durability: Durability::Os,
         max_bytes: Some(u64::MAX),
         file_bytes: 1 << 20,
-        sync_interval: Duration::from_millis(5),
+        ..Settings::default()
     };
     let mut store = Store::open(Arc::new(Memory::default()), settings).unwrap();
     store.publish(0, None, LeftOut::default()).unwrap();

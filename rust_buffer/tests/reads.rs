@@ -1,7 +1,7 @@
 //! What callers get with arrays: texts, prefixes, columns; also of records made before texts were kept.
 #![allow(clippy::unwrap_used)]
 
-use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use _rust_buffer::{
     error::StoreError,
@@ -9,7 +9,7 @@ use _rust_buffer::{
     state::State,
     state::codec,
     state::group::Kind,
-    state::record::{Admit, LeftOut, Quota, Record, SegmentLoss},
+    state::record::{Admit, LeftOut, Quota, Record},
     state::trajectory::Outcome,
     store::admission::Prompt,
     store::arrays::{StoredPrompt, Tokens},
@@ -27,25 +27,7 @@ fn open(dir: &Path) -> Shared {
 }
 
 fn open_with(dir: &Path, file_bytes: u64) -> Shared {
-    let settings = Settings {
-        groups_per_iteration: 1,
-        lookahead: 1,
-        max_staleness: None,
-        segment_loss: SegmentLoss::All,
-        window: None,
-        signal: None,
-        successes: None,
-        min_group_size: 1,
-        one_version: false,
-        straggler: None,
-        max_attempts: 1,
-        lease_ttl: i64::MAX,
-        grant_tokens: 8,
-        durability: Durability::Os,
-        max_bytes: None,
-        file_bytes,
-        sync_interval: Duration::from_millis(5),
-    };
+    let settings = Settings { grant_tokens: 8, durability: Durability::Os, file_bytes, ..Settings::default() };
     Shared::new(Store::open(Arc::new(Disk::new(dir).unwrap()), settings).unwrap())
 }
 

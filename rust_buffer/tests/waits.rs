@@ -7,7 +7,7 @@ use _rust_buffer::{
     error::StoreError,
     log::{Durability, Memory},
     state::group::Kind,
-    state::record::{Admit, LeftOut, Quota, SegmentLoss},
+    state::record::{Admit, LeftOut, Quota},
     state::trajectory::Outcome,
     store::admission::Prompt,
     store::claims::ClaimAnswer,
@@ -23,22 +23,11 @@ const SOON: Duration = Duration::from_secs(10);
 fn complete() -> Shared {
     let settings = Settings {
         groups_per_iteration: 2,
-        lookahead: 1,
-        max_staleness: None,
-        segment_loss: SegmentLoss::All,
-        window: None,
-        signal: None,
-        successes: None,
         min_group_size: 2,
-        one_version: false,
-        straggler: None,
-        max_attempts: 1,
-        lease_ttl: i64::MAX,
         grant_tokens: 8,
         durability: Durability::Os,
-        max_bytes: None,
         file_bytes: 1 << 20,
-        sync_interval: Duration::from_millis(5),
+        ..Settings::default()
     };
     let mut store = Store::open(Arc::new(Memory::default()), settings).unwrap();
     store.publish(0, None, LeftOut::default()).unwrap();

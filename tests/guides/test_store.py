@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -17,16 +17,14 @@ from pmdflow.types import Mask, TrainBatch
 from tests.support.guides import steps
 from tests.support.paths import ROOT
 
-EXAMPLE = ROOT / "configs" / "examples" / "replay_buffer.py"
+EXAMPLES = ROOT / "configs" / "examples"
 GUIDE = ROOT / "pmdflow" / "store" / "STORE.md"
 
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("replay_buffer", EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    module = importlib.import_module("replay_buffer")
     monkeypatch.setattr(module, "GROUPS", 2)
     monkeypatch.setattr(module, "MAX_TOKENS", 24)
     torch.manual_seed(0)
@@ -58,6 +56,29 @@ def test_packed_rows_have_the_log_probs_of_their_generation_and_a_stopped_loop_g
     trained = torch.load(tmp_path / "weights.pt")["model"]
     first = example.AutoModelForCausalLM.from_pretrained(example.MODEL).state_dict()
     assert any(not torch.equal(first[name], trained[name]) for name in first)
+    with TrajectoryStore.read(tmp_path / "store") as store:
+        assert list(store.groups()) == [], "what is trained is gone"
+
+
+def test_what_trl_has_generated_is_trained_from_the_store(
+    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trl", reason="needs TRL, which is no dependency: uv run --with trl pytest ...")
+    with_trl, claims = importlib.import_module("replay_buffer_trl"), []
+    monkeypatch.setattr(with_trl, "GROUPS", example.GROUPS)
+    monkeypatch.setattr(with_trl, "MAX_TOKENS", example.MAX_TOKENS)
+
+    def watched(model: torch.nn.Module, batch: TrainBatch) -> torch.Tensor:
+        claims.append(batch)
+        difference = (example.packed_logprobs(model, batch).detach().numpy() - batch.logprobs)[batch.mask > 0]
+        assert np.abs(difference).max() < 1e-3, "the weights that generated it"
+        return example.policy_gradient(model, batch)
+
+    monkeypatch.setattr(with_trl, "policy_gradient", watched)
+    logged = with_trl.run(tmp_path, iterations=2)
+    assert [batch.iteration for batch in claims] == [1, 2] and len(logged) == 2
+    assert [entry["reward"] for entry in logged] == pytest.approx([batch.rewards.mean() for batch in claims])
+    assert len({prompt for batch in claims for prompt in batch.prompt_ids}) == 2 * example.GROUPS
     with TrajectoryStore.read(tmp_path / "store") as store:
         assert list(store.groups()) == [], "what is trained is gone"
 

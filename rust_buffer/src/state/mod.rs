@@ -26,17 +26,13 @@ use crate::{
     state::gone::Counted,
     state::group::{Group, Kind, Phase},
     state::ledger::Ledger,
-    state::record::{LeftOut, Plan, Quota, Record, SegmentLoss},
+    state::record::{LeftOut, Plan, Quota, SegmentLoss},
     state::successes::Successes,
     state::trajectory::{Trajectory, Version},
 };
 
 /// Quotas that are kept; a version below the oldest of them has no budget any more.
 pub(crate) const KEPT_QUOTAS: usize = 32;
-
-/// Bytes in a snapshot of a group, and of a trajectory with a few runs: about, and rather more than less.
-const GROUP_BYTES: u64 = 320;
-const TRAJECTORY_BYTES: u64 = 256;
 
 /// What has become of a claim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -235,13 +231,6 @@ impl Default for State {
 }
 
 impl State {
-    /// About how many bytes a snapshot has once `record` is applied.
-    pub fn snapshot_bytes(&self, record: &Record) -> u64 {
-        let (groups, members) = if let Record::Admit(admit) = record { (1, u64::from(admit.size)) } else { (0, 0) };
-        (self.groups.len() as u64 + groups) * GROUP_BYTES
-            + (self.trajectories.len() as u64 + members) * TRAJECTORY_BYTES
-    }
-
     /// Whether a training group was admitted by this request and is gone.
     pub fn is_gone(&self, request_id: &str) -> bool {
         gone::contains(&self.gone, &self.counted_gone, request_id)

@@ -13,10 +13,12 @@ use crate::{
 /// A file is emptied whatever the others hold, if so many times as much of it is dead or more.
 const WORTH: u64 = 16;
 
-/// Bytes of a snapshot for each group, trajectory, and prompt or run: about.
-const GROUP_BYTES: usize = 250;
-const TRAJECTORY_BYTES: usize = 150;
-const PLACE_BYTES: u64 = 25;
+/// Bytes in a snapshot of a group, of a trajectory, of a prompt or run, and of a rate of success or a request that is
+/// gone: about, and rather more than less.
+const GROUP_BYTES: u64 = 320;
+const TRAJECTORY_BYTES: u64 = 200;
+const PLACE_BYTES: u64 = 40;
+const KEY_BYTES: u64 = 20;
 
 /// What is derived from the state, kept up to date with each record.
 #[derive(Debug, Clone, Default)]
@@ -62,8 +64,18 @@ impl Live {
 
     /// About the bytes of a snapshot of the state.
     pub fn snapshot_bytes(&self, state: &State) -> u64 {
-        (GROUP_BYTES * state.groups.len() + TRAJECTORY_BYTES * state.trajectories.len()) as u64
-            + PLACE_BYTES * self.places
+        let (rates, gone) = (&state.successes, state.gone.len());
+        let keys = rates.rates.len() + rates.moved.len() + rates.evicted.len() + gone;
+        size(state.groups.len() as u64, state.trajectories.len() as u64, self.places) + KEY_BYTES * keys as u64
+    }
+
+    /// By how much that may grow with a record.
+    pub(crate) fn snapshot_growth(record: &Record) -> u64 {
+        match record {
+            Record::Admit(admit) => size(1, u64::from(admit.size), 1),
+            Record::Append(items) => size(0, 0, items.len() as u64),
+            _ => 0,
+        }
     }
 
     /// Whether there may be something to be done.
@@ -167,6 +179,10 @@ impl Live {
             }
         }
     }
+}
+
+fn size(groups: u64, trajectories: u64, places: u64) -> u64 {
+    GROUP_BYTES * groups + TRAJECTORY_BYTES * trajectories + PLACE_BYTES * places
 }
 
 /// Groups and trajectories that `record` may move or remove.

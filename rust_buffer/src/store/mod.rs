@@ -96,6 +96,32 @@ pub struct Settings {
     pub sync_interval: Duration,
 }
 
+impl Default for Settings {
+    /// Claims of one group, nothing masked or bounded, leases that last, and the log's own.
+    fn default() -> Self {
+        let LogOptions { durability, file_bytes, sync_interval } = LogOptions::default();
+        Self {
+            groups_per_iteration: 1,
+            lookahead: 1,
+            max_staleness: None,
+            segment_loss: SegmentLoss::All,
+            window: None,
+            signal: None,
+            successes: None,
+            min_group_size: 1,
+            one_version: false,
+            straggler: None,
+            max_attempts: 1,
+            lease_ttl: Micros::MAX,
+            grant_tokens: u32::MAX,
+            durability,
+            max_bytes: None,
+            file_bytes,
+            sync_interval,
+        }
+    }
+}
+
 /// The trajectory store.
 pub struct Store {
     pub(crate) log: Log,
@@ -263,7 +289,7 @@ impl Store {
     }
 
     fn log_record(&self, record: &Record, header: &[u8], arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
-        let snapshot = self.state.snapshot_bytes(record);
+        let snapshot = self.live.snapshot_bytes(&self.state) + Live::snapshot_growth(record);
         if arrays.end() > 0 && !self.log.has_room(snapshot) {
             // Taken now, it could not be evicted later.
             return Err(StoreError::NoSpace { path: self.log.snapshot_path(), bytes: snapshot });

@@ -1,38 +1,21 @@
 //! What callers cannot bring about or see: a record that the state does not take, and the parts of a snapshot.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
-use super::{Settings, Store, snapshot::parts};
+use super::{Settings, Store, live::Live, snapshot::parts};
 use crate::{
     error::StoreError,
     log::{Arrays, Durability, Location, Memory, Replay},
     state::State,
     state::group::Kind,
     state::placed::Placed,
-    state::record::{Admit, Record, SegmentLoss},
+    state::record::{Admit, Record},
 };
 
 #[test]
 fn a_record_that_is_written_and_cannot_be_applied_ends_the_log() {
-    let settings = Settings {
-        groups_per_iteration: 1,
-        lookahead: 1,
-        max_staleness: None,
-        segment_loss: SegmentLoss::All,
-        window: None,
-        signal: None,
-        successes: None,
-        min_group_size: 1,
-        one_version: false,
-        straggler: None,
-        max_attempts: 1,
-        lease_ttl: 1,
-        grant_tokens: 1,
-        durability: Durability::Os,
-        max_bytes: None,
-        file_bytes: 4096,
-        sync_interval: Duration::from_millis(1),
-    };
+    let settings =
+        Settings { lease_ttl: 1, grant_tokens: 1, durability: Durability::Os, file_bytes: 4096, ..Settings::default() };
     let mut store = Store::open(Arc::new(Memory::default()), settings).expect("an empty store");
     let refused = store.record(&Record::Late(vec![99]), &Arrays::default()).expect_err("there is no group 99");
     assert!(!matches!(refused, StoreError::Poisoned { .. }), "{refused}");
@@ -63,6 +46,8 @@ fn a_large_state_goes_into_parts_and_comes_back() {
     let (count, parts) = parts(&state);
     let parts: Vec<Vec<u8>> = parts.collect::<Result<_, _>>().expect("a state can be encoded");
     assert_eq!((count as usize, parts.len()), (5, 5), "the rest, 5,000 groups, 10,000 trajectories");
+    let (size, said) = (parts.iter().map(Vec::len).sum::<usize>() as u64, Live::of(&state).snapshot_bytes(&state));
+    assert!((size..=2 * size).contains(&said), "{size} bytes, said to be about {said}");
     let mut read = State::default();
     read.snapshot(&parts[0]).expect("the first part");
     parts[1..].iter().for_each(|part| read.snapshot_part(part).expect("another part"));

@@ -148,12 +148,18 @@ impl TokenView {
 
     fn sources(&self) -> Result<Vec<Source<'_>>> {
         let gone = |id: &u64| StoreError::Conflict(format!("trajectory {id} is not in the store"));
-        let source = |id: &u64, episode: &u64| {
+        // Branches are one after another as a rule: those of an episode are made once.
+        let mut made: (Option<u64>, Vec<Branch>) = (None, Vec::new());
+        let mut source = |id: &u64, episode: &u64| {
             let trajectory = self.trajectories.get(episode)?;
             let admission = self.groups.get(&trajectory.group)?;
-            let forks = self.forks.get(episode).map_or(&[][..], Vec::as_slice);
-            let branch = fork::branches(*episode, trajectory.len, forks).into_iter().find(|branch| branch.id == *id)?;
-            Some(Source { group: trajectory.group, admission, trajectory, branch })
+            if made.0 != Some(*episode) {
+                let forks = self.forks.get(episode).map_or(&[][..], Vec::as_slice);
+                made = (Some(*episode), fork::branches(*episode, trajectory.len, forks));
+            }
+            // Ids of branches ascend.
+            let at = made.1.binary_search_by_key(id, |branch| branch.id).ok()?;
+            Some(Source { group: trajectory.group, admission, trajectory, branch: made.1[at].clone() })
         };
         let pairs = self.ids.iter().zip(&self.episodes);
         pairs.map(|(id, episode)| source(id, episode).ok_or_else(|| gone(id))).collect()

@@ -1,6 +1,6 @@
 //! What a healthy log does: records, files, levels, waiting, threads, closing.
 
-use std::{fs, sync::Arc, time::Instant};
+use std::{fs, os::unix::fs::MetadataExt, sync::Arc, time::Instant};
 
 use _rust_buffer::{
     error::StoreError,
@@ -245,6 +245,27 @@ fn a_failure_poisons_the_log_and_a_closed_one_refuses() {
     assert!(matches!(log.write_snapshot(log.position(), b""), Err(StoreError::Closed)));
     assert!(log.wait_durable(lsn, PATIENCE).unwrap());
     assert_eq!(log.frame(location).unwrap().header(), record(1).1);
+}
+
+#[test]
+fn a_rotation_takes_the_file_that_was_made_ahead() {
+    let dir = scratch();
+    let (log, _) = open(dir.path());
+    let (aside, first) = (dir.path().join("next"), log.position().file);
+    while log.position().offset < SMALL.file_bytes * 3 / 4 {
+        append(&log, &record(0));
+    }
+    let start = Instant::now();
+    while !aside.exists() {
+        assert!(start.elapsed() < PATIENCE && log.position().file == first, "nothing is made ahead");
+        std::thread::yield_now();
+    }
+    let made = fs::metadata(&aside).unwrap().ino();
+    while log.position().file == first {
+        append(&log, &record(0));
+    }
+    let file = dir.path().join(format!("{:010}.log", first + 1));
+    assert_eq!(fs::metadata(file).unwrap().ino(), made);
 }
 
 #[test]

@@ -14,7 +14,6 @@ use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     path::Path,
     sync::Arc,
-    time::Duration,
 };
 
 use _rust_buffer::{
@@ -38,9 +37,6 @@ fn settings(lookahead: u32, current_only: bool, straggler: Option<Straggler>) ->
         lookahead,
         max_staleness: Some(2),
         segment_loss: if current_only { SegmentLoss::CurrentOnly } else { SegmentLoss::All },
-        window: None,
-        signal: None,
-        successes: None,
         min_group_size: 2,
         one_version: false,
         straggler,
@@ -48,10 +44,9 @@ fn settings(lookahead: u32, current_only: bool, straggler: Option<Straggler>) ->
         lease_ttl: TTL,
         grant_tokens: 4,
         durability: Durability::Os,
-        max_bytes: None,
         // Small, so that histories rotate and delete files.
         file_bytes: 2048,
-        sync_interval: Duration::from_millis(5),
+        ..Settings::default()
     }
 }
 

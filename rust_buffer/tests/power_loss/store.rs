@@ -7,7 +7,7 @@ use _rust_buffer::{
     log::{Durability, Lsn},
     state::State,
     state::group::Kind,
-    state::record::{Admit, LeftOut, Quota, SegmentLoss},
+    state::record::{Admit, LeftOut, Quota},
     state::trajectory::Outcome,
     store::admission::Prompt,
     store::arrays,
@@ -59,22 +59,13 @@ fn op() -> impl Strategy<Value = Op> {
 fn settings(durability: Durability) -> Settings {
     Settings {
         groups_per_iteration: 2,
-        lookahead: 1,
         max_staleness: Some(2),
-        segment_loss: SegmentLoss::All,
-        window: None,
-        signal: None,
-        successes: None,
-        min_group_size: 1,
         max_attempts: 2,
         lease_ttl: 1_000,
         grant_tokens: 16,
         durability,
-        one_version: false,
-        straggler: None,
-        max_bytes: None,
         file_bytes: 1024,
-        sync_interval: Duration::from_millis(1),
+        ..Settings::default()
     }
 }
 
