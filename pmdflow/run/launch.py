@@ -8,12 +8,12 @@ from functools import partial
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from pmdflow.config.load import Loaded
 from pmdflow.dashboard.process import DashboardProcess
 from pmdflow.data.inputs import Inputs
-from pmdflow.errors import PmdflowError
+from pmdflow.errors import ActorDied, PmdflowError
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.metrics.lasting import lasting
 from pmdflow.metrics.live import LiveView
@@ -22,6 +22,7 @@ from pmdflow.metrics.sinks.process import SinkProcesses
 from pmdflow.metrics.summary import render_summary
 from pmdflow.run.actors import make_loops, start_archive, start_learners, start_ray, start_store
 from pmdflow.run.controller import Controller
+from pmdflow.run.creation import failure_of
 from pmdflow.run.directory import RunDirectory
 from pmdflow.run.inputs import merge, open_inputs, open_prompts
 from pmdflow.run.placement import place_learners, place_rollouts
@@ -63,6 +64,8 @@ def up(loaded: Loaded) -> int:
                 return 130
             except RayTaskError as error:
                 raise PmdflowError(str(error.cause)) from error
+            except RayActorError as error:
+                raise ActorDied(f"an actor died while the run started: {failure_of(error) or error}") from error
             except OSError as error:
                 raise PmdflowError(
                     f"{error.filename or run.path}: {error.strerror}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import ray
@@ -16,6 +16,7 @@ from pmdflow.errors import ActorDied, EngineDied, LearnerDied, PmdflowError, Wai
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.metrics.report import ActorReport
 from pmdflow.rollout.actor import RolloutActor
+from pmdflow.run.creation import failure_of
 from pmdflow.run.telemetry import Telemetry
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.client import StoreHandle, call
@@ -76,8 +77,10 @@ class Loop:
     """An actor that answered before and is silent for this long is killed and replaced."""
     starts: int = 0
     """Processes started for it so far."""
-    quick_deaths: int = 0
-    """Deaths in a row of processes that had not answered once."""
+    quick_deaths: list[str] = field(default_factory=list)
+    """Why processes in a row died that had not answered once."""
+    has_answered: bool = False
+    """Whether any process of it has: what it needs can be had."""
     running: Running | None = None
 
     @property
@@ -209,15 +212,19 @@ class Supervisor:
                 self.telemetry.take(ray.get(process.drain_ref, timeout=TICK_S), source=process.worker)
             except RayActorError:
                 return False
-            process.answered, loop.quick_deaths = True, 0
+            process.answered = loop.has_answered = True
+            loop.quick_deaths.clear()
         process.drain_ref, process.asked_at = call(process.actor, LoopActor.drain), time.monotonic()
         return True
 
     def _replace_ended(self, loop: Loop) -> None:
         try:
             ray.get([loop.process.run_ref], timeout=TICK_S)
-        except RayActorError:
-            self._replace(loop, "its process died")
+        except RayActorError as error:
+            failure = failure_of(error)
+            if failure is not None and not loop.has_answered:  # nor would the next one be made
+                raise ActorDied(f"{loop.name} cannot start: {failure}") from error
+            self._replace(loop, failure or "its process died")
         except RayTaskError as error:
             if not isinstance(error.cause, EngineDied):
                 raise PmdflowError(f"{loop.name} failed: {error.cause}") from error
@@ -227,11 +234,13 @@ class Supervisor:
 
     def _replace(self, loop: Loop, why: str) -> None:
         process = loop.process
-        loop.quick_deaths += 0 if process.answered else 1
-        if loop.quick_deaths >= MAX_QUICK_DEATHS:
+        if not process.answered:
+            loop.quick_deaths.append(why)
+        if len(loop.quick_deaths) >= MAX_QUICK_DEATHS:
             raise ActorDied(
-                f"{loop.name} died {loop.quick_deaths} times before it was ready ({why})",
-                hint="see its log in the run directory",
+                f"{loop.name} died {len(loop.quick_deaths)} times before it was ready; at first: "
+                f"{loop.quick_deaths[0]}",
+                hint=f"see logs/{loop.name}.log in the run directory",
             )
         self.telemetry.event("actor_died", f"{loop.name}: {why}; starting another", actor=loop.name)
         ray.kill(process.actor)
@@ -272,7 +281,7 @@ def _get(refs: Sequence[ObjectRef[Answer]], *, what: str) -> list[Answer]:
     try:
         return ray.get(list(refs), timeout=STARTUP_TIMEOUT_S)
     except RayActorError as error:
-        raise ActorDied(f"an actor died while {what} was awaited: {error}") from error
+        raise ActorDied(f"an actor died while {what} was awaited: {failure_of(error) or error}") from error
     except RayTaskError as error:
         raise PmdflowError(f"{what} failed: {error.cause}") from error
 
