@@ -85,7 +85,7 @@ def train(way: str, folder: Path, *, most: int, timeout_s: float) -> float:
             time.sleep(0.05)
         times = iterations(folder / "run")
         if up.poll() != 0 or len(times) != most or sent is not None:
-            raise SystemExit(f"{way}: {len(times)} iterations within {timeout_s:g} s\n{log.read_text()}")
+            raise SystemExit(f"{way}: ended with {up.poll()} after {len(times)} iterations\n{log.read_text()}")
     finally:
         end(up)
     return times[-1] - times[0]

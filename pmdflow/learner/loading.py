@@ -100,7 +100,7 @@ def check_loading(folder: Path) -> None:
 
 
 def _loading_problems(folder: Path) -> Iterator[str]:
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         device_map="meta",
         dtype="auto",
@@ -109,6 +109,7 @@ def _loading_problems(folder: Path) -> Iterator[str]:
         local_files_only=True,
         trust_remote_code=False,
     )
+    model, info = loaded
     causal = {module.is_causal for module in model.modules() if hasattr(module, "is_causal")}
     if causal == {False} and not getattr(model.config, "is_decoder", True):
         yield (
