@@ -10,11 +10,11 @@ last iteration record, as a median and a range, and against the runs without a s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,13 +26,11 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 WAYS = ("no sink", "a sink", "killed", "stopped")
-ITERATIONS = 10
-TIMEOUT_S = 600.0
 
 
-def settings(folder: Path, *, sink: bool) -> dict[str, Any]:
+def settings(folder: Path, *, iterations: int, sink: bool) -> dict[str, Any]:
     return {
-        "run": {"name": "run", "dir": str(folder), "iterations": ITERATIONS, "seed": 1},
+        "run": {"name": "run", "dir": str(folder), "iterations": iterations, "seed": 1},
         "model": {"path": str(ROOT / "configs" / "tiny-arithmetic")},
         "data": {
             "task": "reasoning_gym/chain_sum",
@@ -54,44 +52,57 @@ def iterations(run: Path) -> list[float]:
     return [record["time"] for record in map(json.loads, lines) if record["kind"] == "iteration"]
 
 
-def sink_of(up: int) -> psutil.Process:
-    """The sink of an `up` process."""
-    children = psutil.Process(up).children(recursive=True)
-    return next(child for child in children if "sink" in child.cmdline())
+def sink_of(up: psutil.Process) -> psutil.Process | None:
+    """The sink of an `up` process; None if it has none now."""
+    for child in up.children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "sink" in child.cmdline():
+                return child
+    return None
 
 
-def train(way: str, folder: Path) -> float:
-    """Seconds from the first to the last iteration of one run."""
-    file = folder / "run.yaml"
-    file.write_text(yaml.safe_dump(settings(folder, sink=way != "no sink")))
-    command = [sys.executable, "-m", "pmdflow.cli", "up", str(file)]
-    with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as up:
-        deadline = time.monotonic() + TIMEOUT_S
-        while not iterations(folder / "run"):
-            if up.poll() is not None or time.monotonic() > deadline:
-                up.kill()
-                raise SystemExit((folder / "log").read_text())
-            time.sleep(0.02)
+def end(up: psutil.Process) -> None:
+    """Kill what is left of a run; of one that has ended, nothing is."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in (*up.children(recursive=True), up):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def train(way: str, folder: Path, *, most: int, timeout_s: float) -> float:
+    """Seconds from the first to the last iteration of one run, which is given up after `timeout_s`."""
+    file, log = folder / "run.yaml", folder / "log"
+    file.write_text(yaml.safe_dump(settings(folder, iterations=most, sink=way != "no sink")))
+    deadline = time.monotonic() + timeout_s
+    with log.open("wb") as output:
+        up = psutil.Popen([sys.executable, "-m", "pmdflow.cli", "up", str(file)], stdout=output, stderr=output)
+    try:
         sent = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}.get(way)
-        if sent is not None:
-            sink_of(up.pid).send_signal(sent)
-        if up.wait(TIMEOUT_S):
-            raise SystemExit((folder / "log").read_text())
-    times = iterations(folder / "run")
-    assert len(times) == ITERATIONS
+        while up.poll() is None and time.monotonic() < deadline:
+            if sent is not None and iterations(folder / "run") and (sink := sink_of(up)) is not None:
+                sink.send_signal(sent)
+                sent = None
+            time.sleep(0.05)
+        times = iterations(folder / "run")
+        if up.poll() != 0 or len(times) != most or sent is not None:
+            raise SystemExit(f"{way}: ended with {up.poll()} after {len(times)} iterations\n{log.read_text()}")
+    finally:
+        end(up)
     return times[-1] - times[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--iterations", type=int, default=10, help="of each run, 3 at least")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="after which a run is given up")
+    asked = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     found: dict[str, list[float]] = {way: [] for way in WAYS}
-    for number in range(rounds):
+    for number in range(asked.rounds):
         for way in WAYS[number % len(WAYS) :] + WAYS[: number % len(WAYS)]:
             with tempfile.TemporaryDirectory() as folder:
-                found[way].append(train(way, Path(folder)))
+                found[way].append(train(way, Path(folder), most=asked.iterations, timeout_s=asked.timeout))
                 print(f"round {number + 1}, {way}: {found[way][-1]:.2f} s", flush=True)
     base = statistics.median(found["no sink"])
     for way, seconds in found.items():

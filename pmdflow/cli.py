@@ -263,8 +263,16 @@ def export(
     raise typer.Exit(export_checkpoint(run, out, options))
 
 
+def _open_closed_streams() -> None:
+    """Where a caller has closed a standard stream, its number is taken: no file of a run may get what is printed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
+
+
 def main() -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 bad configuration or usage, 130 interrupted."""
+    _open_closed_streams()
     try:
         try:
             app()

@@ -76,6 +76,14 @@ def test_output_that_cannot_be_written_is_one_line_and_a_reader_that_is_gone_non
     assert done.stderr == (f"error: the output cannot be written: {said}\n" if said else "")
 
 
+@pytest.mark.parametrize("closed", ["<&- >&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_as_good_as_nowhere(closed: str) -> None:
+    command = f"{sys.executable} -m pmdflow.cli status runs {closed}"
+    done = subprocess.run(["/bin/sh", "-c", command], cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert ("2>&-" in closed) != done.stderr.startswith("error: runs")
+
+
 def test_configuration_errors_exit_with_2_and_are_all_on_stderr() -> None:
     done = run("up", QUICKSTART, "scheduler.max_stalenes=5", "run.iterations=0", "learner.lr=fast")
     assert (done.returncode, done.stdout) == (2, "")

@@ -45,13 +45,22 @@ def scores_of(logits: Tensor, tokens: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def check_policy(policy: Policy, *, packing: bool) -> None:
-    """Refuse a model whose log-probs change with what shares its micro-batch; before it is sharded.
+    """Refuse a model whose log-probs change with what comes later or shares its micro-batch; before it is sharded.
 
     Raises:
         ValueError: names the family and the difference.
     """
     sequences = probe_tokens(policy.model)
     plain = plain_scores(policy.model, sequences)
+    if not packing:  # in packed rows nothing sees later tokens
+        (short,) = plain_scores(policy.model, [sequences[0][: LENGTHS[1]]])
+        require_agreement(
+            short,
+            plain[0][: len(short)],
+            what="a sequence that is cut short",
+            model=policy.model,
+            remedy="it does not predict the next token: choose a causal language model",
+        )
     for name, chosen in (("alone", [0]), ("in company", [0, 1])):
         rows = [torch.tensor(sequences[index]) for index in chosen]
         lengths = tuple(map(len, rows))

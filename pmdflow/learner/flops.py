@@ -50,7 +50,7 @@ class Speed:
         """Count those of a Hugging Face model, at the learner's settings."""
         text = model.config.get_text_config()
         weights = sum(parameter.numel() for parameter in model.parameters())
-        if not text.tie_word_embeddings:
+        if not getattr(text, "tie_word_embeddings", False):
             weights -= model.get_input_embeddings().weight.numel()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         peak = next((peak for part, peak in PEAK_BFLOAT16.items() if part in name), None)

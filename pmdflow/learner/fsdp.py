@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -105,7 +106,7 @@ def build_policy(path: str, *, dtype: str, learner: LearnerConfig, mesh: DeviceM
     with failures_named(model, what="the learner", remedy=remedy(packing=learner.packing)):
         policy = Policy(model.eval())
     _check_on_first_rank(policy, packing=learner.packing)
-    layers = _outermost(model, set(model._no_split_modules or ()))
+    layers = _apart(model)
     for layer in layers:
         if learner.activation_checkpointing:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -138,6 +139,17 @@ def _outermost(module: nn.Module, names: set[str]) -> list[Any]:
     if type(module).__name__ in names:
         return [module]
     return [found for child in module.children() for found in _outermost(child, names)]
+
+
+def _apart(model: nn.Module) -> list[Any]:
+    """The modules sharded by themselves: those that a family wants whole, but not one that shares a weight."""
+
+    def uses(module: nn.Module) -> Counter[int]:
+        return Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
+
+    everywhere = uses(model)
+    whole = _outermost(model, set(getattr(model, "_no_split_modules", None) or ()))
+    return [module for module in whole if all(count == everywhere[used] for used, count in uses(module).items())]
 
 
 def _shard(policy: Policy, layers: list[Any], *, dtype: torch.dtype, cpu_offload: bool, mesh: DeviceMesh) -> None:

@@ -63,7 +63,14 @@ def check_family(folder: Path, *, packing: bool, slots: bool) -> None:
         except Exception as error:  # reading a configuration and importing its class can fail in any way
             raise ValueError(f"model.path is {str(folder)!r}: {_refusal(error)}") from error
     listed = families if isinstance(families, tuple) else (families,)
-    problems = ", ".join(dict.fromkeys(problem for family in listed for problem in family_problems(config, family)))
+    try:
+        found = [problem for family in listed for problem in family_problems(config, family)]
+    except ValueError as error:  # of several models in one, none of which is the one that speaks
+        raise ValueError(
+            f"model.path is {str(folder)!r}: a {config.model_type} is no causal language model ({error}); "
+            "choose another model"
+        ) from error
+    problems = ", ".join(dict.fromkeys(found))
     has = f"model.path is {str(folder)!r}: a {config.model_type} has {problems}"
     refusals = [
         *([f"{has}: sequences cannot share a row; set learner.packing to false"] if packing else []),
@@ -85,14 +92,14 @@ def check_loading(folder: Path) -> None:
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             problems = list(_class_problems(config))
-            problems = problems or list(_key_problems(_load(folder)))
+            problems = problems or list(_loading_problems(folder))
         except Exception as error:  # reading a configuration and building its class can fail in any way
             problems = [_refusal(error)]
     if problems:
         raise ValueError("\n".join(f"model.path is {str(folder)!r}: {problem}" for problem in problems))
 
 
-def _load(folder: Path) -> dict[str, Any]:
+def _loading_problems(folder: Path) -> Iterator[str]:
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         device_map="meta",
@@ -102,7 +109,14 @@ def _load(folder: Path) -> dict[str, Any]:
         local_files_only=True,
         trust_remote_code=False,
     )
-    return dict(loaded[1])
+    model, info = loaded
+    causal = {module.is_causal for module in model.modules() if hasattr(module, "is_causal")}
+    if causal == {False} and not getattr(model.config, "is_decoder", True):
+        yield (
+            f"the attention of a {model.config.model_type} with these settings sees later tokens too: it does not "
+            "predict the next token; choose a causal language model"
+        )
+    yield from _key_problems(info)
 
 
 def _class_problems(config: Any) -> Iterator[str]:

@@ -31,10 +31,13 @@ from pmdflow.run.supervision import STARTUP_TIMEOUT_S
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.archive.actor import ArchiveActor
 from pmdflow.store.client import StoreHandle, answers, call
+from pmdflow.store.creation import failures_told
 from pmdflow.store.settings import StoreSettings
 from pmdflow.weights.transport import WeightsHandle
 
 LEARNER_SETUP_TIMEOUT_S = 300.0
+START_TRIES = 2
+"""A busy machine does not start Ray's processes within its own fixed 30 s, and the next time finds them in memory."""
 RAY_ANSWER_S = 25.0
 """A Ray that is to be joined answers within this time, that for importing its client included."""
 MOST_READERS = 4
@@ -54,19 +57,24 @@ def start_ray(config: Config) -> None:
     local = config.cluster.address == "local"
     if not local:
         _require_ray_at(config.cluster.address)
-    try:
-        ray.init(
-            address="local" if local else config.cluster.address,
-            num_cpus=max(cpus, os.cpu_count() or 1) if local else None,
-            include_dashboard=False if local else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise LaunchError(
-            f"Ray does not start: {str(error).strip().splitlines()[0]}",
-            hint="it keeps its files in /tmp/ray, or below RAY_TMPDIR: a short path on a disk with free space",
-        ) from error
+    for again in range(START_TRIES - 1, -1, -1):
+        try:
+            ray.init(
+                address="local" if local else config.cluster.address,
+                num_cpus=max(cpus, os.cpu_count() or 1) if local else None,
+                include_dashboard=False if local else None,
+                log_to_driver=False,
+                logging_level=logging.CRITICAL if again else logging.ERROR,
+            )
+            return
+        except Exception as error:  # Ray raises bare ones where the machine is busy, or its files have no place
+            ray.shutdown()
+            if not again:
+                raise LaunchError(
+                    f"Ray does not start: {str(error).strip().splitlines()[0]}",
+                    hint="it keeps its files in /tmp/ray, or below RAY_TMPDIR: a short path on a disk with free space; "
+                    "where the machine is busy, try again",
+                ) from error
 
 
 def _require_ray_at(address: str) -> None:
@@ -246,7 +254,8 @@ def make_actor(
         with open(log, "ab", buffering=0) as file:
             os.dup2(file.fileno(), sys.stdout.fileno())
             os.dup2(file.fileno(), sys.stderr.fileno())
-        initialize(self, **arguments)
+        with failures_told():
+            initialize(self, **arguments)
 
     logged = types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update({"__init__": start}))
     remote: Any = ray.remote(**{"num_cpus": 0, **options})

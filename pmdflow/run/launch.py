@@ -8,12 +8,12 @@ from functools import partial
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from pmdflow.config.load import Loaded
 from pmdflow.dashboard.process import DashboardProcess
 from pmdflow.data.inputs import Inputs
-from pmdflow.errors import PmdflowError
+from pmdflow.errors import ActorDied, PmdflowError
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.metrics.lasting import lasting
 from pmdflow.metrics.live import LiveView
@@ -31,6 +31,7 @@ from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Supervisor
 from pmdflow.run.telemetry import Telemetry
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.client import answers, call
+from pmdflow.store.creation import failure_of
 
 
 def up(loaded: Loaded) -> int:
@@ -64,6 +65,8 @@ def up(loaded: Loaded) -> int:
                 return 130
             except RayTaskError as error:
                 raise PmdflowError(str(error.cause)) from error
+            except RayActorError as error:
+                raise ActorDied(f"an actor died while the run started: {failure_of(error) or error}") from error
             except OSError as error:
                 raise PmdflowError(
                     f"{error.filename or run.path}: {error.strerror}",

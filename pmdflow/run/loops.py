@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 import ray
@@ -66,8 +66,10 @@ class Loop:
     """An actor that answered before and is silent for this long is killed and replaced."""
     starts: int = 0
     """Processes started for it so far."""
-    quick_deaths: int = 0
-    """Deaths in a row of processes that had not answered once."""
+    quick_deaths: list[str] = field(default_factory=list)
+    """Why processes in a row died that had not answered once."""
+    has_answered: bool = False
+    """Whether any process of it has: what it needs can be had."""
     running: Running | None = None
 
     @property

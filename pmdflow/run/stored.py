@@ -13,7 +13,7 @@ from pmdflow.errors import PmdflowError
 from pmdflow.learner.checkpoint.manifest import newest_manifest
 from pmdflow.run.directory import RunDirectory
 from pmdflow.run.discards import DiscardRequest
-from pmdflow.store import CorruptLog, StoreError, StoreLocked, TrajectoryStore
+from pmdflow.store import CorruptLog, DiskFault, StoreError, StoreLocked, TrajectoryStore
 
 Action = Literal["list", "show", "discard"]
 Row: TypeAlias = dict[str, Any]
@@ -74,6 +74,10 @@ def _opened(run: Path, *, write: bool) -> Iterator[TrajectoryStore]:
     except CorruptLog as error:
         raise PmdflowError(
             str(error), hint="a store of a newer pmdflow needs that version; bring a damaged one back from a copy"
+        ) from error
+    except DiskFault as error:
+        raise PmdflowError(
+            f"its log files fail: {error}", hint="free space on their disk, or bring them back from a copy"
         ) from error
     except (StoreError, ValueError, OverflowError) as error:
         raise PmdflowError(str(error), hint=f"list the groups and their states: pmdflow store {run}") from error

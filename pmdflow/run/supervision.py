@@ -175,7 +175,8 @@ class Supervisor:
                 self.telemetry.take(ray.get(process.drain_ref, timeout=TICK_S), source=process.worker)
             except RayActorError:
                 return False
-            process.answered, loop.quick_deaths = True, 0
+            process.answered = loop.has_answered = True
+            loop.quick_deaths.clear()
         process.drain_ref, process.asked_at = call(process.actor, LoopActor.drain), time.monotonic()
         return True
 
@@ -211,8 +212,11 @@ class Supervisor:
     def _replace_ended(self, loop: Loop) -> None:
         try:
             ray.get([loop.process.run_ref], timeout=TICK_S)
-        except RayActorError:
-            self._replace(loop, "its process died")
+        except RayActorError as error:
+            failure = failure_of(error)
+            if failure is not None and not loop.has_answered:  # nor would the next one be made
+                raise ActorDied(f"{loop.name} cannot start: {failure}") from error
+            self._replace(loop, failure or "its process died")
         except RayTaskError as error:
             if not isinstance(error.cause, EngineDied):
                 raise PmdflowError(f"{loop.name} failed: {error.cause}") from error
@@ -222,11 +226,13 @@ class Supervisor:
 
     def _replace(self, loop: Loop, why: str) -> None:
         process = loop.process
-        loop.quick_deaths += 0 if process.answered else 1
-        if loop.quick_deaths >= MAX_QUICK_DEATHS:
+        if not process.answered:
+            loop.quick_deaths.append(why)
+        if len(loop.quick_deaths) >= MAX_QUICK_DEATHS:
             raise ActorDied(
-                f"{loop.name} died {loop.quick_deaths} times before it was ready ({why})",
-                hint="see its log in the run directory",
+                f"{loop.name} died {len(loop.quick_deaths)} times before it was ready; at first: "
+                f"{loop.quick_deaths[0]}",
+                hint=f"see logs/{loop.name}.log in the run directory",
             )
         self.telemetry.event("actor_died", f"{loop.name}: {why}; starting another", actor=loop.name)
         ray.kill(process.actor)

@@ -12,6 +12,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from pmdflow.errors import ActorDied, PmdflowError, WaitTimeout
 from pmdflow.store.actor import StoreActor
+from pmdflow.store.creation import failure_of
 
 Actor = TypeVar("Actor")
 Arguments = ParamSpec("Arguments")
@@ -48,6 +49,6 @@ def answers(refs: Sequence[ObjectRef[Answer]], *, what: str, timeout_s: float) -
     except GetTimeoutError as error:
         raise WaitTimeout(f"{what} was not done within {timeout_s:g} s") from error
     except RayActorError as error:
-        raise ActorDied(f"an actor died while {what} was awaited: {error}") from error
+        raise ActorDied(f"an actor died while {what} was awaited: {failure_of(error) or error}") from error
     except RayTaskError as error:
         raise PmdflowError(f"{what} failed: {error.cause}") from error

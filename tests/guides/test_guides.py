@@ -68,7 +68,8 @@ def test_leaving_with_a_model(desk: Path, monkeypatch: pytest.MonkeyPatch) -> No
             if "--push" in step.arguments:
                 run_apart(step, desk, os.environ | hub.environment)
             else:
-                assert CliRunner().invoke(app, step.arguments, catch_exceptions=False).exit_code == 0
+                arguments = ["1" if word == "35" else word for word in step.arguments]  # this run is a short one
+                assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
     assert hub.repositories["me/quickstart"].keys() == {path.name for path in (desk / "pushed").iterdir()}
     names = run_python(EXPORT, desk, monkeypatch)
     assert names["model"].config.eos_token_id == names["tokenizer"].eos_token_id == 1

@@ -112,3 +112,10 @@ def test_families_are_refused_by_name_from_their_configuration(tmp_path: Path, k
 def test_families_with_windows_are_taken(tmp_path: Path, kind: str) -> None:
     CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
     check_family(tmp_path, packing=True, slots=True)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra"])
+def test_an_encoder_is_refused_by_name_and_as_a_decoder_taken(tmp_path: Path, kind: str) -> None:
+    check_loading(save_model(tmp_path / "decoder", kind, is_decoder=True))
+    with pytest.raises(ValueError, match=f"the attention of a {kind} with these settings sees later tokens too"):
+        check_loading(save_model(tmp_path / "encoder", kind))

@@ -150,6 +150,14 @@ def test_a_damaged_store_is_said(run: Path) -> None:
     assert "from a copy" in (refused.value.hint or "")
 
 
+def test_a_store_whose_log_is_empty_is_said_with_the_way_on(run: Path) -> None:
+    for file in (run / "store").glob("*.log"):
+        file.write_bytes(b"")
+    with pytest.raises(PmdflowError, match=r"its log files fail: .*store") as empty:
+        stored(run, "list", group=None, reason=None)
+    assert "from a copy" in str(empty.value.hint)
+
+
 def test_a_store_that_is_older_than_its_checkpoint_is_refused_with_both_places(tmp_path: Path) -> None:
     manifest = Manifest.new(tmp_path / "checkpoints", iteration=10, version=10, lsn=4711)
     require_store_of(manifest, store=tmp_path / "store", lsn=4711)

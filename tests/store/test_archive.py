@@ -163,6 +163,19 @@ def test_crash_leftovers_are_ignored_and_overwritten(tmp_path: Path) -> None:
     assert archive.parts(tmp_path / "nowhere") == []
 
 
+@pytest.mark.parametrize("text", ["", '{"attributes": {"for', "\0"])
+def test_a_torn_part_is_named_and_the_others_are_read_without_it(tmp_path: Path, text: str) -> None:
+    for iteration in (1, 2):
+        archive.write_part(tmp_path, make_batch(iteration), attrs={})
+    torn = archive.part_path(tmp_path, 1)
+    (torn / "zarr.json").write_text(text)
+    with pytest.raises(PmdflowError, match=r"part-000001\.zarr is not a readable archive part") as refused:
+        archive.read_part(torn)
+    assert "move it away" in str(refused.value.hint)
+    shutil.rmtree(torn)
+    assert [archive.read_part(part).iteration for part in archive.parts(tmp_path)] == [2]
+
+
 def test_the_catalog_is_rebuilt_from_the_parts(tmp_path: Path) -> None:
     for iteration in (1, 2, 3):
         archive.write_part(tmp_path, make_batch(iteration), attrs={})

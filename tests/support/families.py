@@ -39,7 +39,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def write_family(family: str, folder: Path, **sizes: Any) -> None:
     """Save a model of a family, with a tokenizer that it has rows for; `sizes` are set besides."""
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[family](**{**SIZES, **FAMILIES[family], **sizes})
+    config = CONFIG_MAPPING[family](**{**SIZES, **FAMILIES.get(family, {}), **sizes})
     made = AutoModelForCausalLM.from_config(config)
     for name, parameter in made.named_parameters():
         if name.endswith("sinks"):

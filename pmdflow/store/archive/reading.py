@@ -84,7 +84,10 @@ def open_part(path: str | Path) -> zarr.Group:
     try:
         root = zarr.open_group(str(path), mode="r", zarr_format=3, use_consolidated=False)
     except (OSError, ValueError, KeyError) as error:
-        raise PmdflowError(f"{path} is not a readable archive part: {error}") from error
+        raise PmdflowError(
+            f"{path} is not a readable archive part: {error}",
+            hint="bring it back from a copy, or move it away: the other parts are read without it",
+        ) from error
     if root.attrs.get("format") != FORMAT:
         raise PmdflowError(
             f"{path} has the format {root.attrs.get('format')!r}; this version reads {FORMAT!r}",

@@ -10,12 +10,14 @@ import time
 from collections.abc import Coroutine, Sequence
 from typing import Any, NoReturn, TypeVar
 
+from transformers import AutoConfig
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from pmdflow.errors import EngineDied
+from pmdflow.rollout.engines.vllm.failures import Failures, shown
 from pmdflow.rollout.engines.vllm.settings import VllmSettings, make_engine_args
 
 STEP_WAIT_S = 0.05
@@ -43,13 +45,22 @@ class VllmProcess:
         """Start vLLM and wait until it has loaded the model.
 
         Raises:
-            ValueError: the model or the settings do not fit the machine.
+            ValueError: vLLM cannot load the model, in its own words, or the settings do not fit the machine.
         """
         self._silent_limit_s = SILENT_SHARE * settings.timeout_s
         self._silent_s = 0.0
         """How long calls have waited in vain since the engine's last answer."""
         self._loop = asyncio.new_event_loop()
-        self._llm = AsyncLLM.from_engine_args(make_engine_args(settings, seed=seed))
+        arguments = make_engine_args(settings, seed=seed)
+        self._failures = Failures()
+        try:
+            self._llm = AsyncLLM.from_engine_args(arguments)
+        except Exception as error:  # of the model, the machine or vLLM itself
+            family = AutoConfig.from_pretrained(settings.model_path).model_type
+            raise ValueError(
+                f"vLLM cannot load {settings.model_path}, a {family} ({self._failures.first() or shown(error)}); "
+                "set rollout.engine to transformers, or choose another model"
+            ) from error
         self._core: Any = self._llm.engine_core
         self.max_length = int(self._llm.model_config.max_model_len)
         self.vocab_size = int(self._llm.model_config.get_vocab_size())
@@ -106,6 +117,7 @@ class VllmProcess:
             task.cancel()
             self._loop.run_until_complete(asyncio.wait([task]))
         self._loop.close()
+        self._failures.close()
 
     async def _send(self, aborted: Sequence[str], requests: Sequence[EngineCoreRequest]) -> None:
         await self._core.abort_requests_async(list(aborted))
@@ -145,7 +157,8 @@ class VllmProcess:
     def _fail(self, how: str, *, cause: BaseException | None = None) -> NoReturn:
         """Kill what is left of vLLM's processes, so that a stopped one holds no memory, and say what happened."""
         pids = ", ".join(map(str, self._kill()))
-        raise EngineDied(f"vLLM's engine process {pids} {how}; its output is above") from cause
+        why = f" ({first})" if (first := self._failures.first()) else ""
+        raise EngineDied(f"vLLM's engine process {pids} {how}{why}; its output is above") from cause
 
     def _kill(self) -> list[int]:
         """Kill vLLM's processes, ranks first: without their parent they are reaped, and their ids free for others."""

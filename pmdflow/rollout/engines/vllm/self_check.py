@@ -1,4 +1,7 @@
-"""The vLLM engine's self-check at start: what it generates and continues has the plain model's log-probs."""
+"""The vLLM engine's self-check at start: what it generates and continues has the plain model's log-probs.
+
+So it has after a loading of weights too, which takes another way through vLLM than a start.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def check_served(
     max_length: int,
     temperature: float,
 ) -> None:
-    """Refuse a model that vLLM scores otherwise than transformers does, alone or in company.
+    """Refuse a model that vLLM scores otherwise than transformers does, alone or in company, started or loaded anew.
 
     The plain model is on the CPU meanwhile: for as long, a copy of the weights, as each new version is one.
 
@@ -42,12 +45,21 @@ def check_served(
     plain: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype)).eval()
     steps = min(_STEPS, max_length - 1)
     probes = [tokens[: max_length - steps] for tokens in probe_tokens(plain)]
+
+    def check(name: str, count: int) -> None:
+        whole, got = _generate(engine, probes[:count], steps=steps, temperature=temperature)
+        scores = plain_scores(plain, whole)
+        expected = torch.cat([score[len(probe) - 1 :] for score, probe in zip(scores, probes, strict=False)])
+        require_agreement(got, expected, what=f"the vLLM engine ({name})", model=plain, remedy=_REMEDY)
+
     with failures_named(plain, what="the vLLM engine", remedy=_REMEDY):
-        for name, count in (("alone", 1), ("in company", 2))[: engine.num_slots]:
-            whole, got = _generate(engine, probes[:count], steps=steps, temperature=temperature)
-            scores = plain_scores(plain, whole)
-            expected = torch.cat([score[len(probe) - 1 :] for score, probe in zip(scores, probes, strict=False)])
-            require_agreement(got, expected, what=f"the vLLM engine ({name})", model=plain, remedy=_REMEDY)
+        check("alone", 1)
+        if engine.num_slots > 1:
+            check("in company", 2)
+        engine.pause()
+        engine.load_weights(engine.version, engine.stage(plain.state_dict()), on_new_weights="reprefill")
+        engine.resume()
+        check("loaded anew", 1)
 
 
 def _generate(

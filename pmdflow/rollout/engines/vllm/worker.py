@@ -1,4 +1,4 @@
-"""What runs inside vLLM's worker processes: taking new weights from shared memory, and ending with the actor.
+"""What runs inside vLLM's worker processes: new weights from shared memory, ending with the actor, telling failures.
 
 vLLM imports this module in each worker (`worker_extension_cls`) before the model is loaded, which registers the
 transfer engine in time.
@@ -11,6 +11,7 @@ import os
 import select
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import (
@@ -19,8 +20,14 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.platforms import current_platform
+
+from pmdflow.rollout.engines.vllm.failures import tell_failures
 
 BACKEND = "pmdflow-file"
 """Name of the transfer engine in vLLM's factory."""
@@ -74,7 +81,13 @@ class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
             raise ValueError(f"the published weights lack {sorted(parameters - loaded)}; publish the whole state dict")
 
     def finish_weight_update(self) -> None:
-        """Process what is left."""
+        """Process what is left.
+
+        Raises:
+            ValueError: vLLM's code of this family has passed by a parameter, which would stay that of an older version.
+        """
+        if kept := self._kept():
+            raise ValueError(f"vLLM takes no new weights for {len(kept)} of its parameters, {kept[0]} among them")
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             # A head tied to the embedding is not in the file; vLLM 0.32 would keep its packed copy of the old weights.
@@ -84,6 +97,21 @@ class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
 
     def shutdown(self) -> None:
         """Nothing is held."""
+
+    def _kept(self) -> list[str]:
+        """Parameters that stand in a layer which waits for more, and were not loaded themselves."""
+        kept = []
+        for name, layer in self.model.named_modules():
+            info = get_layerwise_info(layer)
+            if not info.can_load() or is_deferred_attention_layer(layer) or self._is_tied(layer):
+                continue  # it is loaded whole; has only scales of quantized caches; is the embedding
+            loaded = {own for own, _ in info.loaded_weights}
+            kept += [f"{name}.{own}" for own in dict(layer.named_parameters(recurse=False)) if own not in loaded]
+        return kept
+
+    def _is_tied(self, layer: object) -> bool:
+        tied: bool = getattr(self.model_config.hf_config, "tie_word_embeddings", False)
+        return tied and isinstance(layer, ParallelLMHead)
 
 
 class WorkerExtension:
@@ -105,6 +133,25 @@ class WorkerExtension:
         return os.getpid()
 
 
+def _pack_experts_again() -> None:
+    """Let experts be packed for the CPU's kernel at each loading.
+
+    vLLM 0.32 packs them at the first alone, and its kernel would read those of a later version as if they were packed.
+    """
+    set_up = UnquantizedFusedMoEMethod._setup_kernel
+
+    def set_up_and_pack(method: Any, layer: Any, *weights: Any, **named: Any) -> None:
+        is_loaded_again = method.moe_kernel is not None
+        set_up(method, layer, *weights, **named)
+        if is_loaded_again:
+            method.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+    UnquantizedFusedMoEMethod._setup_kernel = set_up_and_pack
+
+
 WeightTransferEngineFactory.register_engine(BACKEND, FileWeightTransfer)
+tell_failures()
+if current_platform.is_cpu():
+    _pack_experts_again()
 # It warns at each update of layers without weights in the file: what must be there is checked above.
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
