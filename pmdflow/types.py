@@ -17,7 +17,9 @@ Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
+Bool = npt.NDArray[np.bool_]
 UInt8 = npt.NDArray[np.uint8]
+UInt64 = npt.NDArray[np.uint64]
 
 LeaseKind = Literal["train", "eval"]
 Outcome = Literal["scored", "invalid", "infra_failure"]
@@ -47,6 +49,16 @@ class Mask(IntFlag):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """What decided which prompt was drawn, where that depends on how well earlier ones were answered."""
+
+    key: int
+    """What its success is kept by, 0 to 2^64 - 1."""
+    number: int
+    """Of the rates of success that it was drawn by; see `Successes`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """A task text and what its verifier needs."""
 
@@ -55,6 +67,8 @@ class Prompt:
     tokens: Int32
     """Prompt token ids, shape [P]."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    drawn: Drawn | None = None
+    """None: its success is not kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

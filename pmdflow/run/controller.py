@@ -195,6 +195,7 @@ class Controller:
     def _admit(self, most: int = sys.maxsize) -> int:
         """Admit prompts up to the quota; only admission is ever refused, so a full store admits fewer."""
         counts = self._counts()
+        self._learn_successes()
         cursors = range(counts.next_cursor, counts.next_cursor + min(self._settings.room(counts), most))
         batch = [(f"train-{cursor}", cursor, self._prompts.prompt(cursor)) for cursor in cursors]
         data = self._config.data
@@ -213,6 +214,13 @@ class Controller:
                 hint="raise store.max_bytes",
             )
         return admitted
+
+    def _learn_successes(self) -> None:
+        """Tell the prompts how well they are answered, where that decides what is drawn."""
+        curriculum = self._prompts.curriculum
+        if curriculum is not None:
+            newer = call(self._store, StoreActor.successes, curriculum.number)
+            curriculum.learn(self._supervisor.get(newer, what="the rates of success"))
 
     def _claim(self, iteration: int) -> bool:
         """Wait for the iteration's groups; False if a drain came first."""
@@ -321,6 +329,7 @@ class Controller:
                 CAPACITY: capacity,
                 "rollout/reprefill_tokens": ledger["reprefill"],
                 **_speculation(self._config, interval),
+                **({} if self._prompts.curriculum is None else self._prompts.curriculum.metrics()),
                 **times,
             }
         )

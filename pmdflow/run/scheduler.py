@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pmdflow.config.schema import DEFAULT_SLOTS
 from pmdflow.config.window import active_groups, most_tokens
+from pmdflow.data.curriculum import prompt_probabilities as prompt_probabilities
 from pmdflow.store.answers import ClaimAnswer
 from pmdflow.types import Counts, Quota
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from pmdflow import _rust_buffer
 from pmdflow.store import columns
-from pmdflow.store.answers import BatchBuffers, EvalResult, GroupState, StoredTrajectory, TrajectoryState
+from pmdflow.store.answers import BatchBuffers, EvalResult, GroupState, StoredTrajectory, Successes, TrajectoryState
 from pmdflow.store.columns import Extras
 from pmdflow.store.metadata import unpack_metadata
 from pmdflow.types import Branches, Claim, ClaimPlan, ClaimTokens, Counts, Int32, Int64, LeaseKind, Stop, TrainBatch
@@ -239,6 +239,11 @@ class StoreView:
     def versions_spent(self) -> dict[int, int]:
         """Durable training tokens by policy version, for the versions that still have a quota."""
         return self._native.versions_spent()
+
+    def successes(self, after: int | None = None) -> Successes:
+        """Rates of success by key: what moved since those of number `after`, or all where more lies between."""
+        number, keys, rates = self._native.successes(after)
+        return Successes(number=number, keys=np.frombuffer(keys, np.uint64), rates=np.frombuffer(rates, np.float64))
 
     def close(self) -> None:
         """Sync, wake every waiter with `StoreError` and release the lock. Safe to repeat."""

@@ -52,6 +52,7 @@ fn open(dir: &Path, file_bytes: u64) -> Store {
         min_group_size: 1,
         window: None,
         signal: None,
+        successes: None,
         straggler: None,
         max_attempts: 1,
         lease_ttl: i64::MAX,
@@ -91,6 +92,7 @@ fn lease(store: &mut Store, groups: std::ops::Range<u64>) -> Vec<Lane> {
             size: MEMBERS,
             max_tokens: 1 << 20,
             priority: 0,
+            drawn: None,
         };
         store.admit(&admit, Prompt { tokens: &[1, 0, 0, 0], metadata: b"", text: Some("1") }).unwrap();
     }

@@ -35,6 +35,7 @@ fn settings() -> Settings {
         min_group_size: 1,
         window: None,
         signal: None,
+        successes: None,
         straggler: None,
         max_attempts: 1,
         lease_ttl: i64::MAX,
@@ -78,6 +79,7 @@ fn admit(store: &mut Store, number: u64, priority: i32) -> u64 {
         size: 1,
         max_tokens: 1 << 20,
         priority,
+        drawn: None,
     };
     let text = format!("text {number}");
     store.admit(&admit, Prompt { tokens: &[1, 0, 0, 0], metadata: b"", text: Some(&text) }).unwrap()

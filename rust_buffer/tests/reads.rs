@@ -33,6 +33,7 @@ fn open_with(dir: &Path, file_bytes: u64) -> Shared {
         segment_loss: SegmentLoss::All,
         window: None,
         signal: None,
+        successes: None,
         min_group_size: 1,
         straggler: None,
         max_attempts: 1,
@@ -56,6 +57,7 @@ fn admission(number: u64) -> Admit {
         size: 1,
         max_tokens: 8,
         priority: 0,
+        drawn: None,
     }
 }
 

@@ -111,7 +111,13 @@ class Files:
 
     @classmethod
     def of(cls, directory: Path) -> Files:
-        return cls(contents={path.name: path.read_bytes() for path in directory.iterdir()})
+        """As they are at one time, beside a store that may delete what it has copied forward."""
+        while True:
+            names = sorted(directory.iterdir())
+            with suppress(FileNotFoundError):
+                contents = {path.name: path.read_bytes() for path in names}
+                if sorted(directory.iterdir()) == names:
+                    return cls(contents=contents)
 
     def write(self, directory: Path, **damaged: bytes) -> None:
         shutil.rmtree(directory, ignore_errors=True)

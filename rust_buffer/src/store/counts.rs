@@ -7,6 +7,7 @@ use crate::{
     state::ClaimStatus,
     state::group::{Group, Phase},
     state::ledger::{Place, signed},
+    state::successes::Successes,
     state::trajectory::{Trajectory, Verdict, Version},
     store::Store,
 };
@@ -54,6 +55,11 @@ pub struct Counts {
 }
 
 impl Store {
+    /// Rates of success by key: a cheap clone, to be gone through without the store.
+    pub fn successes(&self) -> Successes {
+        self.state.successes.clone()
+    }
+
     /// Live numbers.
     pub fn counts(&self) -> Counts {
         let (state, index) = (&self.state, &self.index);
