@@ -326,8 +326,10 @@ class TrajectoryStore:
         """
     def drop_eval(self, prefix: str) -> int:
         """Evict the evaluation groups whose request ids start with `prefix`; returns how many."""
-    def groups(self, state: str | None = None) -> list[dict[str, Any]]:
-        """Live groups with their prompts' metadata.
+    def groups(self, state: str | None, after: int | None, limit: int) -> tuple[list[dict[str, Any]], int | None]:
+        """One page of the live groups: up to `limit` with ids above `after`, and the next page's `after`.
+
+        The answer's second part is None on the last page; a page may be empty before it.
 
         Keys: group, request_id, prompt_id, kind, state, iteration, trajectories: list[int], cursor, priority,
         max_tokens, prompt_length, tokens, scored, failed, late, metadata: bytes, text: str | None.

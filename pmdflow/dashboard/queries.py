@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from pmdflow.dashboard.tiles import of_now, of_run
 from pmdflow.metrics.history import History, Record
 from pmdflow.metrics.intervals import busy_share, clip, covered_s, longest_wait, union
 from pmdflow.metrics.ledger import OUTSIDE_SUM, latest_ledger, ledger_gap, ledger_places
+from pmdflow.metrics.signal import RECENT, no_signal
 from pmdflow.metrics.text import duration, number, percent
 
 DIAGNOSIS_WINDOW_S = 600.0
@@ -31,6 +32,8 @@ class Diagnosis:
 
     state: State
     text: str
+    warning: str | None = None
+    """What is wrong with the rewards."""
 
 
 class RunView:
@@ -90,24 +93,27 @@ class RunView:
     def diagnosis(self) -> Diagnosis:
         """What limits the run now, or why it does not move."""
         with self.lock:
-            history = self.history
-            ending = self._ending()
-            if ending == "finish":
-                return Diagnosis(state="finished", text=f"finished: {self._learned()}")
-            if ending is not None:
-                resume = "starting the same `pmdflow up` again resumes it"
-                return Diagnosis(state="stopped", text=f"stopped after {self._learned()}; {resume}")
-            if history.last_time is None:
-                return Diagnosis(state="waiting", text="waiting for the first metric: actors are starting")
-            began = self._lifecycle().get("time", 0.0)
-            silent_s = self._clock() - max(history.last_time, began)
-            if silent_s > SILENT_AFTER_S:
-                ago = duration(silent_s // 10 * 10)
-                text = (
-                    f"no new metric for {ago}: the run hangs or has died; `pmdflow status` tells, `pmdflow up` resumes"
-                )
-                return Diagnosis(state="silent", text=text)
-            return Diagnosis(state="running", text=self._bottleneck(history.last_time))
+            iterations = self.iterations()
+            is_told = len(iterations) >= RECENT or self._ending() is not None
+            return replace(self._state(), warning=no_signal(iterations) if is_told else None)
+
+    def _state(self) -> Diagnosis:
+        history = self.history
+        ending = self._ending()
+        if ending == "finish":
+            return Diagnosis(state="finished", text=f"finished: {self._learned()}")
+        if ending is not None:
+            resume = "starting the same `pmdflow up` again resumes it"
+            return Diagnosis(state="stopped", text=f"stopped after {self._learned()}; {resume}")
+        if history.last_time is None:
+            return Diagnosis(state="waiting", text="waiting for the first metric: actors are starting")
+        began = self._lifecycle().get("time", 0.0)
+        silent_s = self._clock() - max(history.last_time, began)
+        if silent_s > SILENT_AFTER_S:
+            ago = duration(silent_s // 10 * 10)
+            text = f"no new metric for {ago}: the run hangs or has died; `pmdflow status` tells, `pmdflow up` resumes"
+            return Diagnosis(state="silent", text=text)
+        return Diagnosis(state="running", text=self._bottleneck(history.last_time))
 
     def facts(self) -> list[tuple[str, str]]:
         """Labelled numbers as text, most important first: of now, or of the whole run once it has ended."""

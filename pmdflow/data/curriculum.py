@@ -9,14 +9,16 @@ Source: Kimi k1.5, arXiv:2501.12599, section 2.3.4 (curriculum and prioritized s
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pmdflow.types import Bool, Drawn, Float64, Int64
+from pmdflow.types import Drawn, Float64, Int64
 
 if TYPE_CHECKING:
     from pmdflow.config.sources import CurriculumConfig
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 SCALE = 1 << 20
 """Weight of a prompt that never succeeded. Weights are whole numbers, so that sums are the same on every machine."""
-BLOCK = 1 << 10
+BLOCK = 1 << 7
 """Prompts whose weights have a sum of their own: a draw searches the blocks, then one of them."""
 ROW_BITS = 40
 """Of a key: the row of its source, below the number of the source."""
@@ -58,7 +60,7 @@ def prompt_probabilities(success_rates: npt.ArrayLike, *, eligible: npt.ArrayLik
     return chances
 
 
-def _weights(rates: Float64, eligible: Bool) -> Int64:
+def _weights(rates: Float64, eligible: npt.NDArray[np.bool_]) -> Int64:
     return np.where(eligible, np.rint((1.0 - rates.clip(0.0, 1.0)) * SCALE), 0.0).astype(np.int64)
 
 
@@ -78,7 +80,7 @@ class Pool:
         self._weights = np.zeros(padded, np.int64)
         self._weights[: len(self._rates)] = self._weights_of(self._rates)
         self._sums = self._weights.reshape(-1, BLOCK).sum(1)
-        self._ends = self._sums.cumsum()
+        self._add_up()
 
     def update(self, rows: Int64, rates: Float64) -> None:
         """New rates of some prompts."""
@@ -86,12 +88,12 @@ class Pool:
         self._weights[rows] = self._weights_of(rates)
         blocks = np.unique(rows // BLOCK)
         self._sums[blocks] = self._weights.reshape(-1, BLOCK)[blocks].sum(1)
-        self._ends = self._sums.cumsum()
+        self._add_up()
 
     @property
     def share(self) -> float:
         """Mean weight, 1 where nothing succeeds; 0 where nothing is left to draw."""
-        return int(self._ends[-1]) / (SCALE * len(self._rates))
+        return self._total / (SCALE * len(self._rates))
 
     @property
     def tried(self) -> Float64:
@@ -101,14 +103,17 @@ class Pool:
 
     def draw(self, number: int) -> int:
         """The row for a uniform random number of 64 bits; all rows are as likely where no weight is left."""
-        total = int(self._ends[-1])
-        if not total:
+        if not self._total:
             return number * len(self._rates) >> 64
-        target = number * total >> 64
+        target = number * self._total >> 64
         block = int(self._ends.searchsorted(target, "right"))
         target -= int(self._ends[block] - self._sums[block])
         first = block * BLOCK
         return first + int(self._weights[first : first + BLOCK].cumsum().searchsorted(target, "right"))
+
+    def _add_up(self) -> None:
+        self._ends = self._sums.cumsum()
+        self._total = int(self._ends[-1])
 
     def _weights_of(self, rates: Float64) -> Int64:
         eligible = np.ones(len(rates), bool) if self._hard_below is None else rates < self._hard_below
@@ -149,6 +154,8 @@ class Curriculum:
         self.number = 0
         """Of the rates that the next draw goes by."""
         self._choose()
+        self._ends = self._masses()
+        """Sums of the sources' chances up to each, not normalized."""
 
     def learn(self, successes: Successes) -> None:
         """Go by newer rates from now on."""
@@ -161,6 +168,7 @@ class Curriculum:
         self.number = successes.number
         if self.is_switched != switched:
             self._choose()
+        self._ends = self._masses()
 
     @property
     def is_switched(self) -> bool:
@@ -174,7 +182,7 @@ class Curriculum:
             source, number = self._schedule.draw(cursor)
             return self._choice(source, self._sources[source].row(number))
         digest = hashlib.blake2b(f"pmdflow-draw-{self._seed}-{cursor}".encode(), digest_size=16).digest()
-        source = self._source(int.from_bytes(digest[:8], "little") / 2**64)
+        source = bisect(self._ends, int.from_bytes(digest[:8], "little") / 2**64 * self._ends[-1])
         if self._sources[source].num_train is None:
             return self._choice(source, cursor)
         return self._choice(source, self._pools[source].draw(int.from_bytes(digest[8:], "little")))
@@ -196,17 +204,10 @@ class Curriculum:
                 hard_below=self._settings.hard_below if self.is_switched else None,
             )
 
-    def _source(self, share: float) -> int:
-        hard = self._hard if self.is_switched else [True] * len(self._pools)
-        masses = [
-            weight * pool.share if chosen else 0.0
-            for weight, pool, chosen in zip(self._weights, self._pools, hard, strict=True)
+    def _masses(self) -> list[float]:
+        weights = [
+            weight if chosen or not self.is_switched else 0.0
+            for weight, chosen in zip(self._weights, self._hard, strict=True)
         ]
-        if not any(masses):
-            masses = [weight if chosen else 0.0 for weight, chosen in zip(self._weights, hard, strict=True)]
-        left = share * sum(masses)
-        for source, mass in enumerate(masses):
-            if left < mass:
-                return source
-            left -= mass
-        return max(source for source, mass in enumerate(masses) if mass)  # rounding alone leads here
+        masses = [weight * pool.share for weight, pool in zip(weights, self._pools, strict=True)]
+        return list(accumulate(masses if any(masses) else weights))

@@ -185,6 +185,7 @@ def _samples(
             prompts=prompts,
             samples=options.samples,
             max_tokens=config.data.max_tokens,
+            max_scorings=config.reward.max_attempts,
         )
         return results, time.monotonic() - started
 

@@ -52,14 +52,17 @@ def generate_and_score(
     prompts: Sequence[Prompt],
     samples: int,
     max_tokens: int,
+    max_scorings: int,
 ) -> list[list[Sample]]:
     """Generate and score `samples` attempts at every prompt; rewards are made beside generation.
+
+    As in training, an answer whose scoring fails is scored again, `max_scorings` times in all.
 
     Raises:
         WaitTimeout: nothing was generated, or an attempt not scored, for too long.
     """
     done: list[list[Sample]] = [[] for _ in prompts]
-    scores: list[tuple[Sample, Future[Scored]]] = []
+    scores: list[tuple[Sample, ScoreItem, Future[Scored]]] = []
     for index, held, problems in generate_attempts(engine, taker, prompts, samples=samples, max_tokens=max_tokens):
         observed = sum(len(turn.observed) for turn in held.session.turns) if held.session is not None else 0
         prompt = prompts[index]
@@ -79,16 +82,19 @@ def generate_and_score(
             problems=problems,
         )
         done[index].append(sample)
-        scores.append((sample, runner.submit(item)))
-    for sample, future in scores:
-        _score(sample, future)
+        scores.append((sample, item, runner.submit(item)))
+    for again in range(max_scorings - 1, -1, -1):
+        failed = [(sample, item) for sample, item, future in scores if not _score(sample, future)]
+        scores = [(sample, item, runner.submit(item)) for sample, item in failed if again]
     return done
 
 
-def _score(sample: Sample, future: Future[Scored]) -> None:
+def _score(sample: Sample, future: Future[Scored]) -> bool:
+    """Take an outcome; False if the scoring failed."""
     try:
         scored = future.result(timeout=SCORE_TIMEOUT_S)
     except TimeoutError as error:
         raise WaitTimeout(f"an attempt was not scored within {SCORE_TIMEOUT_S:g} s") from error
     sample.outcome, sample.message, sample.components = scored.outcome, scored.message, dict(scored.components)
     sample.reward = None if scored.outcome == "infra_failure" else scored.reward
+    return sample.reward is not None

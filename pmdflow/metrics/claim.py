@@ -29,6 +29,7 @@ def claim_metrics(claim: Claim) -> dict[str, Any]:
     return {
         "reward/mean": _mean(rewards),
         "reward/std": float(np.std(rewards)) if count else None,
+        "reward/signal_share": _signal_share(claim.groups[first], rewards),
         "trajectory/length_mean": _mean(lengths),
         "trajectory/length_p90": float(np.percentile(lengths, 90)) if count else None,
         "trajectory/length_by_step": None if claim.plan is None else _by_step(claim.groups[first], claim.plan, lengths),
@@ -67,6 +68,13 @@ def _per_episode(claim: Claim, counts: Int64) -> Int64:
     total = np.zeros(len(claim.first_branches()), np.int64)
     np.add.at(total, claim.episode_of(), counts)
     return total
+
+
+def _signal_share(groups: Int64, rewards: Any) -> float | None:
+    if not len(groups):
+        return None
+    starts = np.flatnonzero(np.diff(groups, prepend=groups[0] - 1))
+    return _mean(np.maximum.reduceat(rewards, starts) > np.minimum.reduceat(rewards, starts))
 
 
 def _multi_version(claim: Claim) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +16,7 @@ from rich.text import Text
 
 from pmdflow.config.schema import Config
 from pmdflow.metrics.lasting import lasting
+from pmdflow.metrics.signal import RECENT, no_signal
 from pmdflow.metrics.text import number, percent
 
 _REFRESH_PER_S = 4.0
@@ -49,6 +51,8 @@ class LiveView:
         self._sample: dict[str, Any] = {}
         self._last: dict[str, Any] = {}
         self._event = ""
+        self._recent: deque[Mapping[str, Any]] = deque(maxlen=RECENT)
+        self._warning: str | None = None
         self._header_due = True
         self._live = Live(console=self._console, refresh_per_second=_REFRESH_PER_S, get_renderable=self._render)
 
@@ -71,12 +75,18 @@ class LiveView:
     def iteration(self, values: Mapping[str, Any]) -> None:
         """Take an `iteration` record; without a terminal it is a line."""
         self._last.update(values)
+        self._recent.append(values)
+        warned, self._warning = self._warning, None
+        if len(self._recent) == RECENT:
+            self._warning = no_signal(list(self._recent))
         if not self._is_block:
             if self._header_due:
                 self._print("".join(f"{name:>{width}}" for name, width in _COLUMNS))
                 self._header_due = False
             cells = zip(self._cells(), _COLUMNS, strict=True)
             self._print("".join(f"{cell:>{width}}" for cell, (_, width) in cells))
+            if self._warning and not warned:
+                self._print(self._warning)
 
     def evaluation(self, values: Mapping[str, Any]) -> None:
         """Take an `eval` record; it is in the next line."""
@@ -129,7 +139,8 @@ class LiveView:
             f"rollout busy {percent(last.get('rollout/busy_share'))}, learner waits {percent(_wait_share(last))}",
         )
         title = Text(self._title, style="bold", no_wrap=True, overflow="ellipsis")
-        return Group(title, bars, facts, Text(self._event, style="dim", no_wrap=True, overflow="ellipsis"))
+        warning = [Text(self._warning, style="bold")] if self._warning else []
+        return Group(title, bars, facts, *warning, Text(self._event, style="dim", no_wrap=True, overflow="ellipsis"))
 
 
 def _bar(part: int, whole: int) -> ProgressBar:

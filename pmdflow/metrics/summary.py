@@ -15,6 +15,7 @@ from pmdflow.metrics.fairness import lag_1
 from pmdflow.metrics.history import History, Record
 from pmdflow.metrics.intervals import UNRECORDED, busy_share, overlap_share, seconds_by_name
 from pmdflow.metrics.ledger import OUTSIDE_SUM, latest_ledger, ledger_gap, ledger_places
+from pmdflow.metrics.signal import no_signal
 from pmdflow.metrics.spans import is_bubble
 from pmdflow.metrics.text import duration, number, percent
 
@@ -56,6 +57,7 @@ def _learning_lines(history: History, iterations: Sequence[Record]) -> list[str]
             for line in _held_out_lines(name, f"eval/{name}/", rounds)
         ),
         f"  train reward      {reward[0]} -> {reward[1]} ({numbers})",
+        *([f"  {warning}"] if (warning := no_signal(iterations)) else []),
         f"  response length   {length[0]} -> {length[1]} tokens",
         *_fairness_lines(iterations),
         *_order_lines(iterations),

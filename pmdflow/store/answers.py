@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from pmdflow.types import Float32, Float64, Int32, LeaseKind, Stop, UInt8, UInt64
+from pmdflow.types import Float32, Float64, Int32, LeaseKind, Stop, UInt8
 
 GroupState = Literal["partial", "ready", "claimed", "trained", "committed"]
 TrajectoryState = Literal["leased", "idle", "unscored", "scored", "failed", "late"]
@@ -50,7 +51,7 @@ class Successes:
     number: int
     """Of these rates: the iteration of the claim that moved them last, or one more than before where an iteration is
     claimed anew; 0 before the first."""
-    keys: UInt64
+    keys: npt.NDArray[np.uint64]
     """What has moved, shape [K]."""
     rates: Float64
     """Moving averages of the share of successes in a group, 0 to 1, shape [K]."""

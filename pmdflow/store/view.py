@@ -18,6 +18,9 @@ from pmdflow.types import Branches, Claim, ClaimPlan, ClaimTokens, Counts, Int32
 PAGE_ROWS = 1024
 """Trajectories that a query reads in one call."""
 
+PAGE_GROUPS = 64
+"""Groups likewise, with their prompts: others of the process want the interpreter for an append meanwhile."""
+
 _ROW_DTYPES = {
     "cu_seqlens": "<i8",
     "prompt_lengths": "<i4",
@@ -127,15 +130,23 @@ class StoreView:
         rows = self._native.eval_results(prefix, timeout_s)
         return None if rows is None else [EvalResult(**row | {"stop": Stop(row["stop"])}) for row in rows]
 
-    def groups(self, state: GroupState | None = None) -> list[dict[str, Any]]:
-        """Live groups with their prompts' metadata and text.
+    def groups(self, state: GroupState | None = None) -> Iterator[dict[str, Any]]:
+        """Live groups in the order of their ids with their prompts' metadata and text, read lazily, page by page.
+
+        Each page shows the store as it is then: a group admitted meanwhile comes at the end, one that is gone before
+        its page is read does not come, and `state` is that of then.
 
         Keys: group, request_id, prompt_id, kind, state, iteration, trajectories, cursor, priority, max_tokens,
         prompt_length, tokens (those of late members excepted), metadata, text (None: recorded before texts were kept);
         and scored, failed, late: how many members.
         """
-        rows = self._native.groups(state)
-        return [row | {"metadata": unpack_metadata(row["metadata"])} for row in rows]
+        after: int | None = None
+        while True:
+            page, after = self._native.groups(state, after, PAGE_GROUPS)
+            for row in page:
+                yield row | {"metadata": unpack_metadata(row["metadata"])}
+            if after is None:
+                return
 
     def query(
         self,

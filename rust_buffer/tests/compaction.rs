@@ -276,7 +276,7 @@ fn what_is_read_beside_a_deletion_stays() {
                         let ids = (0..view.trajectory.len).flat_map(u32::to_le_bytes);
                         assert_eq!(view.tokens.ids, ids.collect::<Vec<_>>());
                     }
-                    assert!(shared.groups(None).unwrap().iter().all(|view| view.prompt.text.is_some()));
+                    assert!(shared.groups(None, None, 64).unwrap().0.iter().all(|view| view.prompt.text.is_some()));
                 }
             });
         }

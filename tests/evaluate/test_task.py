@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,26 @@ def test_an_evaluation_in_which_nothing_was_scored_says_why_and_does_not_succeed
     assert "NOT SCORED: 2 of 2 attempts, so there is no estimate; the first: " in (said := capsys.readouterr().out)
     assert "the judge is away" in said
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["avg"] is None
+
+
+def fails_once(*, completion: str, prompt: str, metadata: Any) -> float:
+    """Of each prompt, the first call fails."""
+    name = Path(os.environ["SEEN_PROMPTS"]) / str(abs(hash(prompt)))
+    if not name.exists():
+        name.touch()
+        raise RuntimeError("the judge is away")
+    return 1.0
+
+
+def test_an_answer_whose_scoring_fails_is_scored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "seen").mkdir()
+    monkeypatch.setenv("SEEN_PROMPTS", str(tmp_path / "seen"))
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    options = EvalOptions(samples=2, prompts=3, max_tokens=2, reward=[f"{__name__}:fails_once"], out=tmp_path / "out")
+    assert evaluate_checkpoint(MODEL, "reasoning_gym/chain_sum", options) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["attempts"], summary["infra_failures"], summary["avg"]["mean"]) == (6, 0, 1.0)
+    assert len(list((tmp_path / "seen").iterdir())) == 3
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,6 @@ use parse::{seconds, ticks};
 use rows::Row;
 use settings::Given;
 
-/// Rows that are made while the GIL is held.
-const ROWS_AT_ONCE: usize = 64;
-
 /// Trajectory, stale, grant.
 type Answer = (u64, bool, u32);
 
@@ -305,16 +302,11 @@ impl TrajectoryStore {
         Ok(py.detach(|| self.shared.remove_dead_files()).map(|()| groups)?)
     }
 
-    #[pyo3(signature = (state = None))]
-    fn groups<'py>(&self, py: Python<'py>, state: Option<&str>) -> PyResult<Vec<Row<'py>>> {
-        let groups = py.detach(|| self.shared.groups(state))?;
-        let mut rows = Vec::with_capacity(groups.len());
-        for some in groups.chunks(ROWS_AT_ONCE) {
-            // There may be very many, and others of the process want the interpreter for an append.
-            py.detach(|| ());
-            rows.extend(some.iter().map(|group| rows::group(py, group)).collect::<PyResult<Vec<_>>>()?);
-        }
-        Ok(rows)
+    fn groups<'py>(
+        &self, py: Python<'py>, state: Option<&str>, after: Option<u64>, limit: usize,
+    ) -> PyResult<(Vec<Row<'py>>, Option<u64>)> {
+        let (page, next) = py.detach(|| self.shared.groups(state, after, limit.max(1)))?;
+        Ok((page.iter().map(|group| rows::group(py, group)).collect::<PyResult<_>>()?, next))
     }
 
     #[pyo3(signature = (after, limit, *, iteration, version, reward, length, stop, prompt_id, group, kind, state))]

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 
 use crate::{
     log::Lsn,
-    state::ClaimStatus,
     state::group::{Group, Phase},
     state::ledger::{Place, signed},
     state::successes::Successes,
@@ -119,8 +118,13 @@ impl Store {
 
     /// Name of a group's state in Python, and the iteration of its claim.
     pub fn phase_of(&self, group: &Group) -> (&'static str, Option<i64>) {
-        let status = |iteration: &i64| self.state.claims.get(iteration).map(|claim| claim.status);
-        named_phase(group, status)
+        match group.phase {
+            Phase::Partial => ("partial", None),
+            Phase::Ready => ("ready", None),
+            Phase::Claimed(iteration) => {
+                (self.state.claims.get(&iteration).map_or("claimed", |claim| claim.status.name()), Some(iteration))
+            }
+        }
     }
 
     /// Name of the state of every claim that is not evicted, by iteration.
@@ -138,18 +142,5 @@ impl Store {
             Verdict::Pending if self.leases.contains(id) => "leased",
             Verdict::Pending => "idle",
         }
-    }
-}
-
-/// Name of a group's state in Python, and the iteration of its claim, whose status is among `claims`.
-pub(super) fn phase_name(group: &Group, claims: &BTreeMap<i64, ClaimStatus>) -> (&'static str, Option<i64>) {
-    named_phase(group, |iteration| claims.get(iteration).copied())
-}
-
-fn named_phase(group: &Group, status: impl Fn(&i64) -> Option<ClaimStatus>) -> (&'static str, Option<i64>) {
-    match group.phase {
-        Phase::Partial => ("partial", None),
-        Phase::Ready => ("ready", None),
-        Phase::Claimed(iteration) => (status(&iteration).map_or("claimed", ClaimStatus::name), Some(iteration)),
     }
 }
