@@ -3,8 +3,9 @@
     python bench/dispatch.py [--rounds 5]
 
 A decision is one lease for a worker, and one append that gives the trajectory back. Both sizes are filled first: half
-of the trajectories hold tokens, and every worker holds one. Rounds alternate between the sizes. Times are of the
-processor: nothing here waits.
+of the trajectories hold tokens of one of `VERSIONS` policy versions, and every worker, half of them a version behind,
+holds one. Workers decide in random order. Rounds alternate between the sizes. Times are of the processor: nothing here
+waits.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pmdflow.types import Lease, Prompt, Quota, Segment
 SMALL, LARGE = (64, 10_000), (4_096, 1_000_000)
 """Workers and live trajectories."""
 GROUP_SIZE = 8
+VERSIONS = 4
 DECISIONS = 2_000
 
 
@@ -32,40 +34,55 @@ class Filled:
         """Fill it."""
         groups = trajectories // GROUP_SIZE
         self._store = TrajectoryStore(
-            None, groups_per_iteration=groups, lookahead=0, max_staleness=None, lease_ttl_s=1e6
+            None, groups_per_iteration=groups // 2, lookahead=1, max_staleness=None, lease_ttl_s=1e6
         )
-        self._store.publish(0)
-        self._store.set_quota(Quota(version=0, groups=groups, tokens=1 << 50, tokens_per_segment=None))
-        for number in range(groups):
-            prompt = Prompt(id=f"p{number}", text="", tokens=np.zeros(4, np.int32))
-            self._store.admit(
-                f"train-{number}", prompt, cursor=number, group_size=GROUP_SIZE, max_tokens=1 << 20, wait=False
-            )
-        for _ in range(trajectories // 2 // 1024 + 1):
-            self._give_back(self._store.lease("filler", 0, 1024, 0.0))
-        self._held = [self._store.lease(f"worker-{worker}", 0, 1, 0.0)[0] for worker in range(workers)]
+        self._rng = np.random.default_rng(0)
+        for version in range(VERSIONS):
+            self._store.publish(version)
+            self._store.set_quota(Quota(version=version, groups=groups, tokens=1 << 50, tokens_per_segment=None))
+            for number in range(groups * version // VERSIONS, groups * (version + 1) // VERSIONS):
+                prompt = Prompt(id=f"p{number}", text="", tokens=np.zeros(4, np.int32))
+                self._store.admit(
+                    f"train-{number}", prompt, cursor=number, group_size=GROUP_SIZE, max_tokens=1 << 20, wait=False
+                )
+            self._begin(version, trajectories // 2 // VERSIONS)
+        self._versions = [VERSIONS - 1 - worker % 2 for worker in range(workers)]
+        self._held = [self._lease(worker) for worker in range(workers)]
 
-    def _give_back(self, leases: list[Lease]) -> None:
-        tokens, logprobs = np.zeros(1, np.int32), np.zeros(1, np.float32)
-        self._store.append(
-            encode_segments(
-                [
-                    Segment(
-                        trajectory=lease.trajectory, epoch=lease.epoch, offset=len(lease.prefix), version=0,
-                        temperature=1.0, tokens=tokens, logprobs=logprobs, next_version=0, stop="abort",
-                    )
-                    for lease in leases
-                ]
+    def _begin(self, version: int, count: int) -> None:
+        """Let so many trajectories that hold nothing have a token of this version; the others are held meanwhile."""
+        held, begun = [], 0
+        while begun < count:
+            leases = self._store.lease("filler", version, 1024, 0.0)
+            fresh = [lease for lease in leases if len(lease.prefix) == 0]
+            held += [lease for lease in leases if len(lease.prefix)]
+            self._give_back(fresh, version)
+            begun += len(fresh)
+            held += self._store.lease("filler", version, len(fresh), 0.0)
+        self._give_back(held, version, tokens=0)
+
+    def _lease(self, worker: int) -> Lease:
+        return self._store.lease(f"worker-{worker}", self._versions[worker], 1, 0.0)[0]
+
+    def _give_back(self, leases: list[Lease], version: int, *, tokens: int = 1) -> None:
+        ids, logprobs = np.zeros(tokens, np.int32), np.zeros(tokens, np.float32)
+        segments = [
+            Segment(
+                trajectory=lease.trajectory, epoch=lease.epoch, offset=len(lease.prefix), version=version,
+                temperature=1.0, tokens=ids, logprobs=logprobs, next_version=version, stop="abort",
             )
-        )  # fmt: skip
+            for lease in leases
+        ]  # fmt: skip
+        if segments:
+            self._store.append(encode_segments(segments))
 
     def decide(self) -> float:
         """Microseconds of one decision, over many."""
+        workers = self._rng.integers(len(self._held), size=DECISIONS).tolist()
         start = time.thread_time()
-        for number in range(DECISIONS):
-            worker = number % len(self._held)
-            self._give_back([self._held[worker]])
-            self._held[worker] = self._store.lease(f"worker-{worker}", 0, 1, 0.0)[0]
+        for worker in workers:
+            self._give_back([self._held[worker]], self._versions[worker])
+            self._held[worker] = self._lease(worker)
         return (time.thread_time() - start) / DECISIONS * 1e6
 
 

@@ -12,7 +12,7 @@ from pmdflow.config.schema import Config
 from pmdflow.data.inputs import Inputs, resolve_inputs
 from pmdflow.data.mixture import MixedPrompts
 from pmdflow.data.prompts import make_prompts
-from pmdflow.errors import LaunchError
+from pmdflow.errors import LaunchError, PmdflowError
 from pmdflow.run.directory import RunDirectory
 from pmdflow.run.simulation.command import short_advice
 
@@ -89,7 +89,10 @@ def dry_run(loaded: Loaded) -> str:
     prompts = open_prompts(config, on_skip=notes.append)
     if not inputs.has_weights:
         notes.append(f"the weights of {loaded.config.model.path} are downloaded by `up`")
-    advice = short_advice(config, seconds=ADVICE_S)
+    try:
+        advice = short_advice(config, seconds=ADVICE_S)
+    except PmdflowError as error:
+        advice = [f"none: {error}"]
     return render_dry_run(replace(loaded, config=config), data=prompts.summary, advice=advice, notes=notes)
 
 
