@@ -20,6 +20,7 @@ from pmdflow.run.loops import Loop, LoopActor, Running, is_ready
 from pmdflow.run.telemetry import Telemetry
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.client import StoreHandle, answers, call
+from pmdflow.store.creation import failure_of
 from pmdflow.types import Counts
 from pmdflow.weights.transport import WeightsHandle
 
