@@ -68,6 +68,20 @@ def _staleness_problems(config: Config) -> Iterator[str]:
         )
 
 
+def _budget_problems(scheduler: SchedulerConfig) -> Iterator[str]:
+    if scheduler.tokens_per_iteration == "auto" and scheduler.iteration_s is None:
+        yield (
+            "scheduler.tokens_per_iteration is auto while scheduler.iteration_s is null: a budget is measured by the "
+            "time that it should last; set iteration_s, or a number of tokens"
+        )
+    if scheduler.tokens_per_iteration != "auto" and scheduler.iteration_s is not None:
+        yield (
+            f"scheduler.iteration_s is set while scheduler.tokens_per_iteration is {scheduler.tokens_per_iteration}: "
+            "the time of an iteration follows from one of them; set tokens_per_iteration to auto, or leave iteration_s "
+            "out"
+        )
+
+
 def _version_problems(config: Config) -> Iterator[str]:
     """What contradicts one policy version a trajectory."""
     scheduler, rollout, versions = config.scheduler, config.rollout, config.scheduler.versions
@@ -106,20 +120,6 @@ def _extra_problems(config: Config) -> Iterator[str]:
         yield (
             f"scheduler.max_staleness is 0 while scheduler.extra_groups is {scheduler.extra_groups}: what is left for "
             "the next iteration would lose the gradient of what it has; set max_staleness to null, or to 1 or more"
-        )
-
-
-def _budget_problems(scheduler: SchedulerConfig) -> Iterator[str]:
-    if scheduler.tokens_per_iteration == "auto" and scheduler.iteration_s is None:
-        yield (
-            "scheduler.tokens_per_iteration is auto while scheduler.iteration_s is null: a budget is measured by the "
-            "time that it should last; set iteration_s, or a number of tokens"
-        )
-    if scheduler.tokens_per_iteration != "auto" and scheduler.iteration_s is not None:
-        yield (
-            f"scheduler.iteration_s is set while scheduler.tokens_per_iteration is {scheduler.tokens_per_iteration}: "
-            "the time of an iteration follows from one of them; set tokens_per_iteration to auto, or leave iteration_s "
-            "out"
         )
 
 

@@ -62,6 +62,16 @@ class IncomingWeights:
             self._closed = True
             self._changed.notify_all()
 
+    def await_offer(self, *, timeout_s: float) -> None:
+        """Wait until a version is offered, or this object closed.
+
+        Raises:
+            WaitTimeout: none of that came about within `timeout_s`.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._closed or self._staged is not None, timeout=timeout_s):
+                raise WaitTimeout(f"no policy version was published within {timeout_s:g} s")
+
     def await_applied(self, version: int, *, timeout_s: float) -> bool:
         """Wait until an offered version is in use.
 

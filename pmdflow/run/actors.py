@@ -29,7 +29,7 @@ from pmdflow.run.scheduler import grant_tokens
 from pmdflow.run.supervision import STARTUP_TIMEOUT_S
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.archive.actor import ArchiveActor
-from pmdflow.store.client import StoreHandle, call
+from pmdflow.store.client import StoreHandle, answers, call
 from pmdflow.store.settings import StoreSettings
 from pmdflow.weights.transport import WeightsHandle
 
@@ -108,7 +108,8 @@ def start_archive(
     config: Config, run_dir: Path, store: StoreHandle, *, attrs: Mapping[str, object]
 ) -> ActorHandle[ArchiveActor]:
     """The archive actor, where the store is; Ray restarts it as often as it dies."""
-    node = ray.get(call(store, StoreActor.node), timeout=STARTUP_TIMEOUT_S)
+    asked = [call(store, StoreActor.node)]
+    (node,) = answers(asked, what="the start of the store actor", timeout_s=STARTUP_TIMEOUT_S)
     return make_actor(
         ArchiveActor,
         log=log_path(run_dir, "archive"),
@@ -177,8 +178,10 @@ def start_learners(
         )
         for rank, place in enumerate(places)
     ]
-    master = ray.get(call(learners[0], LearnerActor.address), timeout=STARTUP_TIMEOUT_S)
-    ray.get([call(learner, LearnerActor.setup, master) for learner in learners], timeout=LEARNER_SETUP_TIMEOUT_S)
+    asked = [call(learners[0], LearnerActor.address)]
+    (master,) = answers(asked, what="the start of learner rank 0", timeout_s=STARTUP_TIMEOUT_S)
+    setups = [call(learner, LearnerActor.setup, master) for learner in learners]
+    answers(setups, what="the setup of the learner ranks", timeout_s=LEARNER_SETUP_TIMEOUT_S)
     return learners
 
 

@@ -23,7 +23,7 @@ from pmdflow.run.checkpoints import Checkpoints
 from pmdflow.run.discards import take_up
 from pmdflow.run.held_out import HeldOut
 from pmdflow.run.learner_group import LearnerGroup
-from pmdflow.run.scheduler import SchedulerSettings, decide, must_regrant, next_quota, oldest_beside, room
+from pmdflow.run.scheduler import SchedulerSettings, decide, must_regrant, next_quota, oldest_beside
 from pmdflow.run.supervision import Supervisor
 from pmdflow.run.telemetry import Interval, store_values
 from pmdflow.store.actor import StoreActor
@@ -196,8 +196,8 @@ class Controller:
         """Admit prompts up to the quota; only admission is ever refused, so a full store admits fewer."""
         counts = self._counts()
         self._learn_successes()
-        decision = decide(self._settings, counts)
-        cursors = range(counts.next_cursor, counts.next_cursor + min(room(decision, counts), most))
+        decision = decide(self._budgeted, counts)
+        cursors = range(counts.next_cursor, counts.next_cursor + min(decision.room(counts), most))
         batch = [(f"train-{cursor}", cursor, self._prompts.prompt(cursor)) for cursor in cursors]
         size, longest = self._config.data.group_size, self._config.data.max_tokens
         answer = call(self._store, StoreActor.admit, batch, "train", size, longest, decision.priority)

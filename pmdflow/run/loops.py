@@ -42,7 +42,11 @@ class Running:
     serves: int = 0
     """Version whose weights it was given or offered last."""
     offer: ObjectRef[bool] | None = None
-    """Whether it uses these, not yet looked at; only with one version a trajectory."""
+    """Whether it uses these, not yet looked at."""
+    refused: int = 0
+    """Offers in a row that it could not take."""
+    behind_since: float | None = None
+    """Monotonic second of the oldest offer since it last used one; None: it uses the newest."""
 
     @property
     def ended(self) -> bool:

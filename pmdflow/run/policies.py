@@ -35,6 +35,10 @@ class Decision:
     """Of the groups that are admitted next: those of a higher one are started first. What is started is continued
     first, oldest first, whatever its priority, so that nothing is passed for ever."""
 
+    def room(self, counts: Counts) -> int:
+        """Groups that may be admitted now."""
+        return max(self.groups - counts.groups_untrained, 0)
+
 
 Policy: TypeAlias = "Callable[[SchedulerSettings, Counts], Decision]"
 """Called where groups are admitted, a budget is granted and a version is to be published; keeps nothing."""

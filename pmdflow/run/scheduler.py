@@ -110,11 +110,6 @@ def decide(settings: SchedulerSettings, counts: Counts) -> Decision:
     return decision if most is None else replace(decision, versions=min(decision.versions or most, most))
 
 
-def room(decision: Decision, counts: Counts) -> int:
-    """Groups that may be admitted now."""
-    return max(decision.groups - counts.groups_untrained, 0)
-
-
 def next_quota(settings: SchedulerSettings, counts: Counts) -> Quota:
     """The quota of the newest version, with its token budget granted one more time.
 

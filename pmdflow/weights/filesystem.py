@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from pmdflow.errors import WaitTimeout
+from pmdflow.errors import WeightsLost
 from pmdflow.weights.transport import Weights, WeightsHandle
 
 KEPT_VERSIONS = 2
@@ -38,4 +38,4 @@ class FilesystemTransport:
         try:
             return load_file(handle.location)
         except FileNotFoundError as error:
-            raise WaitTimeout(f"weights of version {handle.version} are gone from {handle.location}") from error
+            raise WeightsLost(f"weights of version {handle.version} are gone from {handle.location}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +113,7 @@ def test_advice_names_its_models_and_what_it_would_gain(run: Path) -> None:
 def test_advice_ends_in_time_and_says_what_it_left_out() -> None:
     config = load(CONFIGS / "cluster.yaml").config
     (line,) = advise(config, assumed(config), seconds=0.0).lines
-    assert "14 of 14 simulations were left out" in line
+    assert re.search(r"\b(\d+) of \1 simulations were left out", line)
 
 
 def test_a_part_of_a_large_job_takes_as_long_as_the_whole() -> None:

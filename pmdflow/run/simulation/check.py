@@ -17,8 +17,8 @@ from pmdflow.run.policies import Decision, Policy
 from pmdflow.run.scheduler import SchedulerSettings
 from pmdflow.run.simulation.models import EngineModel, LearnerModel, LognormalLengths
 from pmdflow.run.simulation.report import SimulationReport
-from pmdflow.run.simulation.settings import SimulationSettings
-from pmdflow.run.simulation.world import NoSignalLeft, Simulation
+from pmdflow.run.simulation.settings import NoSignalLeft, SimulationSettings
+from pmdflow.run.simulation.world import Simulation
 from pmdflow.types import Counts
 
 MOST_EVENTS = 200_000
@@ -98,22 +98,27 @@ def check_policy(policy: Policy, *, examples: int, seed: int = 0) -> Failure | N
     return None
 
 
+def _draw_scheduler(rng: random.Random, *, lookahead: int, groups: int) -> SchedulerSettings:
+    versions = rng.choice([None, rng.randint(2, 4)]) if lookahead else None
+    return SchedulerSettings(
+        groups_per_iteration=groups,
+        tokens_per_iteration=rng.randint(1, 300),
+        tokens_per_segment=None if versions else rng.choice([None, rng.randint(1, 40)]),
+        lookahead=lookahead,
+        extra_groups=0 if lookahead else rng.choice([0, rng.randint(1, 6)]),
+        versions=versions,
+        iteration_s=rng.choice([None, rng.uniform(0.01, 50.0)]),
+        least_tokens=rng.randint(1, 20),
+    )
+
+
 def _draw(rng: random.Random) -> SimulationSettings:
     """A random workload, small enough to be run thousands of times."""
     lookahead, groups, median = rng.randint(0, 3), rng.randint(1, 4), rng.uniform(1.0, 60.0)
-    versions = rng.choice([None, rng.randint(2, 4)]) if lookahead else None
-    staleness = rng.randint(max(lookahead, (versions or 1) - 1), lookahead + 3)
+    scheduler = _draw_scheduler(rng, lookahead=lookahead, groups=groups)
+    staleness = rng.randint(max(lookahead, (scheduler.versions or 1) - 1), lookahead + 3)
     return SimulationSettings(
-        scheduler=SchedulerSettings(
-            groups_per_iteration=groups,
-            tokens_per_iteration=rng.randint(1, 300),
-            tokens_per_segment=None if versions else rng.choice([None, rng.randint(1, 40)]),
-            lookahead=lookahead,
-            extra_groups=0 if lookahead else rng.choice([0, rng.randint(1, 6)]),
-            versions=versions,
-            iteration_s=rng.choice([None, rng.uniform(0.01, 50.0)]),
-            least_tokens=rng.randint(1, 20),
-        ),
+        scheduler=scheduler,
         max_staleness=rng.choice([None, staleness]),
         window=rng.choice([None, rng.randint(groups, 3 * groups)]),
         iterations=rng.randint(1, 4),

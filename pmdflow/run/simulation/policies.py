@@ -122,10 +122,6 @@ def splits(given: SimulationSettings, *, ranks: int) -> Iterator[tuple[str, Simu
         yield f"{actors} + {total - actors}", replace(given, actors=actors, learner=learner)
 
 
-def _at_least(bound: int | None, *least: int) -> int | None:
-    return None if bound is None else max(bound, *least)
-
-
 def shrunk(given: SimulationSettings, *, trajectories: int) -> tuple[SimulationSettings, int]:
     """The same job on a part of its machine, so that a claim has about so many trajectories, and what part it is.
 
@@ -155,6 +151,10 @@ def shrunk(given: SimulationSettings, *, trajectories: int) -> tuple[SimulationS
         actors=actors,
     )
     return smaller, part
+
+
+def _at_least(bound: int | None, *least: int) -> int | None:
+    return None if bound is None else max(bound, *least)
 
 
 def _in_units(lengths: Lengths, unit: int) -> Lengths:

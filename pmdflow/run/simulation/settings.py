@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pmdflow.errors import PmdflowError
 from pmdflow.run.scheduler import SchedulerSettings
 from pmdflow.run.simulation.models import EngineModel, LearnerModel, Lengths
+
+
+class NoSignalLeft(PmdflowError):
+    """Every group that could be drawn was evicted without a signal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

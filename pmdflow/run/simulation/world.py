@@ -10,13 +10,12 @@ from functools import partial
 
 import numpy as np
 
-from pmdflow.errors import PmdflowError
 from pmdflow.metrics.claim import claim_metrics
 from pmdflow.metrics.order import AdmissionOrder
-from pmdflow.run.scheduler import decide, must_regrant, next_quota, oldest_beside, room, serve
+from pmdflow.run.scheduler import decide, must_regrant, next_quota, oldest_beside, serve
 from pmdflow.run.simulation.answers import Answers
 from pmdflow.run.simulation.report import SimulatedIteration, SimulationReport, group_means
-from pmdflow.run.simulation.settings import SimulationSettings
+from pmdflow.run.simulation.settings import NoSignalLeft, SimulationSettings
 from pmdflow.run.simulation.worker import Worker
 from pmdflow.store import StoreFull
 from pmdflow.store.facade import TrajectoryStore
@@ -25,14 +24,10 @@ from pmdflow.types import Mask, Outcome, Prompt
 
 LEASE_TTL_S = 1e9
 """Leases of live actors never expire: a simulated one appends when sequences end, not several times a second."""
-TICK_S = 1.0
-"""How soon rollout actors are sent to other versions once one of them has too little to generate."""
 ASKED_EVERY = 64
 """Events between two questions whether to go on."""
-
-
-class NoSignalLeft(PmdflowError):
-    """Every group that could be drawn was evicted without a signal."""
+TICK_S = 1.0
+"""How soon rollout actors are sent to other versions once one of them has too little to generate."""
 
 
 class Simulation:
@@ -154,18 +149,20 @@ class Simulation:
 
     def _admit(self, most: int = sys.maxsize) -> int:
         counts = self._store.counts()
-        decision = decide(self._settings.scheduler, counts)
-        most = 0 if self._is_closing else min(room(decision, counts), most)
+        decision = decide(self._budgeted, counts)
+        number = 0 if self._is_closing else min(decision.room(counts), most)
         tokens = np.zeros(self._settings.prompt_tokens, np.int32)
         groups: list[int] = []
-        for cursor in range(counts.next_cursor, counts.next_cursor + most):
-            prompt = Prompt(id=str(cursor), text="", tokens=tokens)
-            size, longest = self._settings.group_size, self._settings.max_tokens
+        for cursor in range(counts.next_cursor, counts.next_cursor + number):
             try:
                 group = self._store.admit(
-                    f"train-{cursor}", prompt, cursor=cursor, group_size=size, max_tokens=longest,
+                    f"train-{cursor}",
+                    Prompt(id=str(cursor), text="", tokens=tokens),
+                    cursor=cursor,
+                    group_size=self._settings.group_size,
+                    max_tokens=self._settings.max_tokens,
                     priority=decision.priority,
-                )  # fmt: skip
+                )
             except StoreFull:  # the quota was granted by another decision
                 break
             groups.append(group)

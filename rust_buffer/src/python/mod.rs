@@ -11,12 +11,7 @@ mod settings;
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
-use pyo3::{
-    buffer::PyBuffer,
-    exceptions::PyValueError,
-    prelude::*,
-    types::{PyBytes, PyDict},
-};
+use pyo3::{buffer::PyBuffer, exceptions::PyValueError, prelude::*};
 
 use crate::{
     error::Result,
@@ -39,9 +34,6 @@ use settings::Given;
 
 /// Trajectory, stale, grant.
 type Answer = (u64, bool, u32);
-
-/// Number of the rates, keys (u64), rates (f64).
-type Columned<'py> = (i64, Bound<'py, PyBytes>, Bound<'py, PyBytes>);
 
 /// The trajectory store; `pmdflow/_rust_buffer.pyi` documents it.
 #[pyclass(frozen, module = "pmdflow._rust_buffer")]
@@ -77,7 +69,8 @@ impl TrajectoryStore {
 impl TrajectoryStore {
     #[new]
     #[pyo3(signature = (path, *, groups_per_iteration, lookahead, max_staleness, segment_loss = "all",
-        window = None, signal = None, successes = None, min_group_size = 2, one_version = false, straggler = None, max_attempts = 3, lease_ttl_s = 30.0, grant_tokens = 64,
+        window = None, signal = None, successes = None, min_group_size = 2, one_version = false, straggler = None, max_attempts = 3,
+        lease_ttl_s = 30.0, grant_tokens = 64,
         durability = "group", max_bytes = None, file_bytes = 67_108_864, sync_interval_s = 0.005,
         read_only = false))]
     #[allow(clippy::too_many_arguments)]
@@ -362,10 +355,7 @@ impl TrajectoryStore {
     }
 
     fn ledger<'py>(&self, py: Python<'py>) -> PyResult<Row<'py>> {
-        let row = PyDict::new(py);
-        let ledger = self.query(py, |store| Ok(store.ledger()))?;
-        ledger.into_iter().try_for_each(|(key, tokens)| row.set_item(key, tokens))?;
-        Ok(row)
+        rows::ledger(py, &self.query(py, |store| Ok(store.ledger()))?)
     }
 
     fn versions_spent(&self, py: Python<'_>) -> PyResult<BTreeMap<Version, u64>> {
@@ -373,11 +363,8 @@ impl TrajectoryStore {
     }
 
     #[pyo3(signature = (after = None))]
-    fn successes<'py>(&self, py: Python<'py>, after: Option<i64>) -> PyResult<Columned<'py>> {
-        let successes = self.query(py, |store| Ok(store.successes()))?;
-        let (keys, rates): (Vec<_>, Vec<_>) =
-            successes.since(after).into_iter().map(|(key, rate)| (key.to_le_bytes(), rate.to_le_bytes())).unzip();
-        Ok((successes.number, PyBytes::new(py, keys.as_flattened()), PyBytes::new(py, rates.as_flattened())))
+    fn successes<'py>(&self, py: Python<'py>, after: Option<i64>) -> PyResult<rows::Rates<'py>> {
+        Ok(rows::rates(py, &self.query(py, |store| Ok(store.successes()))?, after))
     }
 
     fn wait_durable(&self, py: Python<'_>, lsn: Option<u64>, timeout_s: f64) -> PyResult<bool> {

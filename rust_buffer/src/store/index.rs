@@ -158,11 +158,12 @@ impl Index {
     }
 
     /// The first idle training trajectory that a worker of this reach, whose version allows `tokens_per_segment`, may
-    /// extend, if the version's budget lasts.
+    /// extend, if its version's budget lasts.
     pub fn next_train(&self, reach: Reach, tokens_per_segment: Option<u32>) -> Option<u64> {
         let own = self.partial.get(&reach.own).and_then(|tails| tails.first_below(tokens_per_segment));
         let partial = first(self.partial.range(..reach.below)).into_iter().chain(own).min();
-        partial.or_else(|| self.fresh.first().filter(|_| reach.fresh).map(|(_, id)| *id))
+        let fresh = || self.fresh.first().filter(|_| reach.fresh).map(|(_, id)| *id);
+        partial.or_else(fresh)
     }
 
     /// Whether an idle training trajectory's newest token is of one of these versions.
