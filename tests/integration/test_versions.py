@@ -12,8 +12,8 @@ from pmdflow.store.archive import parts, read_part
 from pmdflow.types import Mask
 from tests.support.runs import Up, assert_exact, small_config
 
-PATIENCE_S = 800.0
-pytestmark = pytest.mark.timeout(2000)
+PATIENCE_S = 150.0
+pytestmark = pytest.mark.timeout(600)
 
 
 def versions_of(run: Path) -> list[set[int]]:
