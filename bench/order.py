@@ -31,6 +31,7 @@ import heavy_tail
 import numpy as np
 
 from pmdflow.config.load import load_run
+from pmdflow.run.scheduler import decide
 from pmdflow.run.simulation import EngineModel, Simulation, SimulationSettings
 from pmdflow.run.simulation.calibration import calibrate
 from pmdflow.run.simulation.policies import configured, shrunk
@@ -62,7 +63,7 @@ class Ordered(Simulation):
 
     def _admit(self, most: int = 1 << 60) -> int:
         settings, counts = self._settings, self._store.counts()
-        room = min(settings.scheduler.room(counts), most)
+        room = min(decide(settings.scheduler, counts).room(counts), most)
         drawn = [settings.lengths.group(self._rng, settings.group_size) for _ in range(room)]
         cut = [[min(length, settings.max_tokens) for length in group] for group in drawn]
         expected = [self._expected(group) for group in cut]
@@ -75,7 +76,7 @@ class Ordered(Simulation):
                 f"train-{cursor}", Prompt(id=str(cursor), text="", tokens=np.zeros(settings.prompt_tokens, np.int32)),
                 cursor=cursor, group_size=settings.group_size, max_tokens=settings.max_tokens, priority=priority,
             )  # fmt: skip
-            self._unused[group] = cut[place]
+            self._answers.given(group, cut[place])
             groups.append(group)
         self._order.admitted(groups, iteration=len(self._report.iterations) + 1)
         report = self._report

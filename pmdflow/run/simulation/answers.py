@@ -21,6 +21,10 @@ class Answers:
         self._dull: dict[int, bool] = {}
         """Whether a group's members all get the same reward."""
 
+    def given(self, group: int, lengths: list[int]) -> None:
+        """Let the members of a group have these lengths, which are not drawn."""
+        self._unused[group] = lengths
+
     def length(self, trajectory: int, group: int) -> int:
         """Tokens that a trajectory will have, each time the same."""
         if trajectory not in self._lengths:
