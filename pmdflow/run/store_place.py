@@ -68,7 +68,7 @@ class StorePlace:
         lies = run / "store" if record is None else Path(record.directory)
         if record is None and wanted is None:
             return cls(directory=lies, node=None)
-        if (record is not None or lies.exists()) and lies != wanted:
+        if (record is not None or os.path.lexists(lies)) and lies != wanted:
             said = "null" if config.store.dir is None else config.store.dir
             raise LaunchError(
                 f"store.dir is {said}, but the store of {run} lies in {lies}",
