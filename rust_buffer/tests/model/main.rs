@@ -38,6 +38,7 @@ fn settings(lookahead: u32, current_only: bool, straggler: Option<Straggler>) ->
         max_staleness: Some(2),
         segment_loss: if current_only { SegmentLoss::CurrentOnly } else { SegmentLoss::All },
         min_group_size: 2,
+        one_version: false,
         straggler,
         max_attempts: 2,
         lease_ttl: TTL,
