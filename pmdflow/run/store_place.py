@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pmdflow import durable
 from pmdflow.config.schema import Config
 from pmdflow.errors import LaunchError
+from pmdflow.run.placement import ActorOptions
 
 RECORD = "store.json"
 """The file in the run directory; `store` beside it is a link to the folder, for who looks in on that node."""
@@ -55,6 +57,10 @@ class StorePlace:
     directory: Path
     node: str | None
     """Ray's id of the node that it is pinned to; None: Ray chooses."""
+
+    def options(self) -> ActorOptions:
+        """Those of an actor that opens it."""
+        return {} if self.node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(self.node, False)}
 
     @classmethod
     def find(cls, config: Config, run: Path, *, timeout_s: float = NODE_TIMEOUT_S) -> Self:
