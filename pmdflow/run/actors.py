@@ -99,17 +99,12 @@ def _require_ray_at(address: str) -> None:
 
 
 def start_store(config: Config, run_dir: Path) -> StoreHandle:
-    """The store actor, which Ray restarts as often as it dies, on the node of its files where these are a node's own.
-
-    Raises:
-        LaunchError: those of `StorePlace.find`.
-    """
+    """The store actor in the `StorePlace` of the run; Ray restarts it as often as it dies."""
     place = StorePlace.find(config, run_dir)
-    pinned = {} if place.node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(place.node, False)}
     return make_actor(
         StoreActor,
         log=log_path(run_dir, "store"),
-        options={"max_restarts": -1, "max_task_retries": -1, **pinned, **_store_threads(config)},
+        options={"max_restarts": -1, "max_task_retries": -1, **place.options(), **_store_threads(config)},
         arguments={
             "directory": str(place.directory),
             "settings": store_settings(config),

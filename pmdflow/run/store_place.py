@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pmdflow import durable
 from pmdflow.config.schema import Config
 from pmdflow.errors import LaunchError
+from pmdflow.run.placement import ActorOptions
 
 RECORD = "store.json"
 """The file in the run directory; `store` beside it is a link to the folder, for who looks in on that node."""
@@ -56,6 +58,10 @@ class StorePlace:
     node: str | None
     """Ray's id of the node that it is pinned to; None: Ray chooses."""
 
+    def options(self) -> ActorOptions:
+        """Those of an actor that opens it."""
+        return {} if self.node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(self.node, False)}
+
     @classmethod
     def find(cls, config: Config, run: Path, *, timeout_s: float = NODE_TIMEOUT_S) -> Self:
         """The place of a run's store; that of a new run with `store.dir` is on this node, and recorded.
@@ -68,7 +74,7 @@ class StorePlace:
         lies = run / "store" if record is None else Path(record.directory)
         if record is None and wanted is None:
             return cls(directory=lies, node=None)
-        if (record is not None or lies.exists()) and lies != wanted:
+        if (record is not None or os.path.lexists(lies)) and lies != wanted:
             said = "null" if config.store.dir is None else config.store.dir
             raise LaunchError(
                 f"store.dir is {said}, but the store of {run} lies in {lies}",

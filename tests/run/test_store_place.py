@@ -21,6 +21,8 @@ from pmdflow.store.actor import StoreActor
 from pmdflow.store.client import StoreHandle, call
 from tests.support.learner import make_config
 
+TIMEOUT_S = 150.0
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
@@ -48,29 +50,29 @@ def config_with(directory: Path | None) -> Config:
 def restarted(store: StoreHandle) -> str:
     """Kill the store actor; the node of its successor."""
     ray.kill(store, no_restart=False)
-    return ray.get(call(store, StoreActor.node), timeout=60)
+    return ray.get(call(store, StoreActor.node), timeout=TIMEOUT_S)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_the_store_stays_on_the_node_where_the_run_began(cluster: Cluster, tmp_path: Path) -> None:
     run, config = tmp_path / "run", config_with(tmp_path / "disk")
     run.mkdir()
     there = NodeAffinitySchedulingStrategy(node_id("disks"), soft=False)
     begun: Any = ray.remote(lambda: StorePlace.find(config, run)).options(num_cpus=0, scheduling_strategy=there)
-    place = ray.get(begun.remote(), timeout=60)
+    place = ray.get(begun.remote(), timeout=TIMEOUT_S)
     assert place == StorePlace(directory=tmp_path / "disk" / "test", node=node_id("disks"))
     store = start_store(config, run)
-    assert ray.get(call(store, StoreActor.node), timeout=60) == node_id("disks")
+    assert ray.get(call(store, StoreActor.node), timeout=TIMEOUT_S) == node_id("disks")
     archive = start_archive(config, run, store, attrs={})
-    ray.get(archive.__ray_ready__.remote(), timeout=60)
+    ray.get(archive.__ray_ready__.remote(), timeout=TIMEOUT_S)
     states = ray._private.state.actors()
     where = [states[actor._actor_id.hex()] for actor in (store, archive)]
     assert [one["Address"]["NodeID"] for one in where] == [node_id("disks")] * 2
     assert where[0]["Pid"] != where[1]["Pid"], "no append waits for the archive's interpreter"
-    ray.get(call(store, StoreActor.publish, 0, None, {}), timeout=60)
+    ray.get(call(store, StoreActor.publish, 0, None, {}), timeout=TIMEOUT_S)
     assert restarted(store) == node_id("disks")
-    assert ray.get(call(store, StoreActor.counts), timeout=60).version == 0
-    ray.get(call(store, StoreActor.close), timeout=60)
+    assert ray.get(call(store, StoreActor.counts), timeout=TIMEOUT_S).version == 0
+    ray.get(call(store, StoreActor.close), timeout=TIMEOUT_S)
     assert stored(run, "list", group=None, reason=None) == 0, "read where it lies"
     with pytest.raises(LaunchError, match=r"store.dir is null, but the store of .* lies in .*disk/test"):
         StorePlace.find(config_with(None), run)
