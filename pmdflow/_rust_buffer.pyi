@@ -71,6 +71,7 @@ class TrajectoryStore:
         segment_loss: Literal["all", "current_only"] = "all",
         window: int | None = None,
         signal: tuple[float | None, float | None] | None = None,
+        successes: tuple[float, float] | None = None,
         min_group_size: int = 2,
         straggler: tuple[int, float] | None = None,
         max_attempts: int = 3,
@@ -112,12 +113,14 @@ class TrajectoryStore:
         group_size: int,
         max_tokens: int,
         priority: int = 0,
+        drawn: tuple[int, int] | None = None,
         wait: bool = True,
     ) -> int:
         """Admit a prompt with `group_size` empty trajectories; returns the group id.
 
         `prompt` is int32 ids, `text` what these are of, `metadata` opaque bytes. `cursor` (train only) advances
-        `next_cursor` to at least cursor + 1. Groups of higher `priority` are started first. A repeat of a live
+        `next_cursor` to at least cursor + 1. Groups of higher `priority` are started first. `drawn` is the key of the
+        prompt's success and the number of the rates that it was drawn by, see `successes`. A repeat of a live
         `request_id` returns its group; of one already gone raises Conflict (but the ids of dropped evaluations are free
         again).
 
@@ -323,8 +326,10 @@ class TrajectoryStore:
         """
     def drop_eval(self, prefix: str) -> int:
         """Evict the evaluation groups whose request ids start with `prefix`; returns how many."""
-    def groups(self, state: str | None = None) -> list[dict[str, Any]]:
-        """Live groups with their prompts' metadata.
+    def groups(self, state: str | None, after: int | None, limit: int) -> tuple[list[dict[str, Any]], int | None]:
+        """One page of the live groups: up to `limit` with ids above `after`, and the next page's `after`.
+
+        The answer's second part is None on the last page; a page may be empty before it.
 
         Keys: group, request_id, prompt_id, kind, state, iteration, trajectories: list[int], cursor, priority,
         max_tokens, prompt_length, tokens, scored, failed, late, metadata: bytes, text: str | None.
@@ -388,6 +393,11 @@ class TrajectoryStore:
         """
     def versions_spent(self) -> dict[int, int]:
         """Durable training tokens by policy version, for the versions that still have a quota."""
+    def successes(self, after: int | None = None) -> tuple[int, bytes, bytes]:
+        """Rates of success: their number, keys (uint64) and rates (float64) as bytes.
+
+        What the last claim moved if `after` is the number before it, nothing if it is the present one, else all.
+        """
     def wait_durable(self, lsn: int | None, timeout_s: float) -> bool:
         """Wait until records up to `lsn` (None: the newest) are as durable as promised; False when that is late."""
     def sync(self) -> int:

@@ -94,12 +94,21 @@ def simulate(
     ] = None,
     iterations: Annotated[int, typer.Option(min=1, help="Iterations of each policy.")] = 40,
     out: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Also write a plot.")] = None,
+    advice: Annotated[
+        float | None,
+        typer.Option(min=0.1, metavar="SECONDS", help="Only say what to change, found within this time."),
+    ] = None,
 ) -> None:
     """Say how a configuration would run, beside other modes: throughput, waiting, age and masking of tokens."""
     from pmdflow.config.load import load
+    from pmdflow.run.simulation.command import short_advice
     from pmdflow.run.simulation.command import simulate as report
 
-    typer.echo(report(load(config, overrides or ()).config, run=run, iterations=iterations, out=out))
+    loaded = load(config, overrides or ()).config
+    if advice is not None:
+        typer.echo("\n".join(short_advice(loaded, run=run, seconds=advice)))
+    else:
+        typer.echo(report(loaded, run=run, iterations=iterations, out=out))
 
 
 @app.command()

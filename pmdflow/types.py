@@ -47,6 +47,16 @@ class Mask(IntFlag):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """What decided which prompt was drawn, where that depends on how well earlier ones were answered."""
+
+    key: int
+    """What its success is kept by, 0 to 2^64 - 1."""
+    number: int
+    """Of the rates of success that it was drawn by; see `Successes`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """A task text and what its verifier needs."""
 
@@ -55,6 +65,8 @@ class Prompt:
     tokens: Int32
     """Prompt token ids, shape [P]."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    drawn: Drawn | None = None
+    """None: its success is not kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +174,8 @@ class Counts:
     durable_lsn: int
     groups_untrained: int
     """Admitted and not yet trained: partial, complete, ready or claimed."""
+    oldest_untrained: int | None
+    """The oldest of them, by its group id; None without one."""
     groups_ready: int
     groups_claimed: int
     trajectories_leased: int

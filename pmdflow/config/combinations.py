@@ -12,6 +12,7 @@ from pmdflow.config.sinks import SETTINGS
 from pmdflow.config.source_problems import source_problems
 
 if TYPE_CHECKING:
+    from pmdflow.config.scheduling import SchedulerConfig
     from pmdflow.config.schema import Config, EvalConfig, LearnerConfig, RewardConfig, RolloutConfig
     from pmdflow.config.sinks import SinkConfig
     from pmdflow.config.sources import DataConfig
@@ -35,6 +36,7 @@ def combination_problems(config: Config, *, recorded: bool) -> Iterator[str]:
     yield from _staleness_problems(config)
     if not recorded:
         yield from _segment_problems(config)
+    yield from _budget_problems(config.scheduler)
     yield from _group_problems(config)
     yield from _refill_problems(config)
     yield from _room_problems(config)
@@ -61,6 +63,20 @@ def _staleness_problems(config: Config) -> Iterator[str]:
         yield (
             "rollout.on_new_weights is finish while rollout.tokens_per_segment is set: a trajectory cannot both "
             "stay on one version and be continued under the next; choose keep_kv or reprefill"
+        )
+
+
+def _budget_problems(scheduler: SchedulerConfig) -> Iterator[str]:
+    if scheduler.tokens_per_iteration == "auto" and scheduler.iteration_s is None:
+        yield (
+            "scheduler.tokens_per_iteration is auto while scheduler.iteration_s is null: a budget is measured by the "
+            "time that it should last; set iteration_s, or a number of tokens"
+        )
+    if scheduler.tokens_per_iteration != "auto" and scheduler.iteration_s is not None:
+        yield (
+            f"scheduler.iteration_s is set while scheduler.tokens_per_iteration is {scheduler.tokens_per_iteration}: "
+            "the time of an iteration follows from one of them; set tokens_per_iteration to auto, or leave iteration_s "
+            "out"
         )
 
 

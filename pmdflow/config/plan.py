@@ -12,7 +12,7 @@ from pmdflow.config.errors import dotted
 from pmdflow.config.load import Loaded, leaves
 from pmdflow.config.model_size import ModelSize, measure_model
 from pmdflow.config.schema import DEFAULT_SLOTS, Config
-from pmdflow.config.window import active_groups
+from pmdflow.config.window import active_groups, most_tokens
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 _MASTER_BYTES = 16
@@ -47,8 +47,8 @@ class Plan:
     trajectories_per_iteration: int
     tokens_per_iteration: int
     """Most tokens generated under one policy version."""
-    tokens_per_trajectory: float
-    """Tokens of the budget for each trajectory of an iteration, on average."""
+    automatic_budget_s: float | None
+    """Seconds whose tokens are the budget once a rate is measured; None if the budget is a number."""
     versions_per_trajectory: int
     """Fewest policy versions that a trajectory of `data.max_tokens` tokens spans."""
     staleness: str
@@ -77,8 +77,8 @@ def make_plan(config: Config, *, model: ModelSize | None) -> Plan:
         active_groups=window,
         active_trajectories=window * data.group_size,
         trajectories_per_iteration=trajectories,
-        tokens_per_iteration=scheduler.tokens_per_iteration,
-        tokens_per_trajectory=scheduler.tokens_per_iteration / trajectories,
+        tokens_per_iteration=most_tokens(config),
+        automatic_budget_s=scheduler.iteration_s,
         versions_per_trajectory=_versions_per_trajectory(config),
         staleness=_staleness(config),
         optimizer_steps=config.run.iterations * learner.steps_per_iteration,
@@ -88,12 +88,19 @@ def make_plan(config: Config, *, model: ModelSize | None) -> Plan:
     )
 
 
-def render_dry_run(loaded: Loaded, *, data: Sequence[tuple[str, str]] = (), notes: Sequence[str] = ()) -> str:
+def render_dry_run(
+    loaded: Loaded,
+    *,
+    data: Sequence[tuple[str, str]] = (),
+    advice: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> str:
     """Say what `up` would do: each setting with its origin, the actors, the derived numbers; starts nothing.
 
     Args:
         loaded: The configuration.
         data: Name and numbers of every source of prompts.
+        advice: What would run better.
         notes: What else is worth saying.
     """
     config = loaded.config
@@ -120,6 +127,7 @@ def render_dry_run(loaded: Loaded, *, data: Sequence[tuple[str, str]] = (), note
         ("placement", [*_table(placement), total]),
         ("derived", [*_table(_numbers(plan, model, config.model.path))]),
         ("data", [*_table(data)] if data else []),
+        ("advice", advice),
         ("notes", [*plan.notes, *notes]),
     ]
     body = "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections if lines)
@@ -209,14 +217,23 @@ def _numbers(plan: Plan, model: ModelSize | None, path: str) -> list[tuple[str, 
         ("model", size),
         ("active groups", f"{plan.active_groups:,} ({plan.active_trajectories:,} trajectories)"),
         ("trajectories an iteration", f"{plan.trajectories_per_iteration:,}"),
-        ("tokens an iteration", f"at most {plan.tokens_per_iteration:,}"),
-        ("tokens a trajectory", f"{plan.tokens_per_trajectory:,.0f} of the budget on average"),
+        *_budget_numbers(plan),
         ("full-length trajectory", f"spans at least {plan.versions_per_trajectory} policy versions"),
         ("worst-case staleness", plan.staleness),
         ("optimizer steps", f"{plan.optimizer_steps:,}"),
         ("store", f"at most about {_show_bytes(plan.store_bytes)} of tokens"),
         ("Ray actors", f"{sum(actor.count for actor in plan.actors)}"),
     ]
+
+
+def _budget_numbers(plan: Plan) -> Iterator[tuple[str, str]]:
+    most, trajectories = plan.tokens_per_iteration, plan.trajectories_per_iteration
+    if plan.automatic_budget_s is None:
+        yield ("tokens an iteration", f"at most {most:,}")
+        yield ("tokens a trajectory", f"{most / trajectories:,.0f} of the budget on average")
+    else:
+        rate = f"what rollout generates in {plan.automatic_budget_s:g} s at the rate of the newest iterations"
+        yield ("tokens an iteration", f"{rate}, {trajectories:,} to {most:,}; {most:,} until a rate is measured")
 
 
 def _where(config: Config) -> str:

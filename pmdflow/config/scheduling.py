@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pmdflow.config.section import NonNegativeFloat, NonNegativeInt, PositiveInt, Section
+from typing import Literal
+
+from pmdflow.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
 class StragglerConfig(Section):
@@ -19,8 +21,12 @@ class SchedulerConfig(Section):
 
     groups_per_iteration: PositiveInt
     """Groups that one iteration trains."""
-    tokens_per_iteration: PositiveInt
-    """Most tokens that all rollout actors may generate under one policy version."""
+    tokens_per_iteration: PositiveInt | Literal["auto"]
+    """Most tokens that all rollout actors may generate under one policy version; `auto` is what they generate in
+    `iteration_s` at the rate of the newest iterations, waits left out, and at least a token for each trajectory of a
+    claim. Until a rate is measured it holds nothing back."""
+    iteration_s: PositiveFloat | None = None
+    """Seconds that an iteration should take, for `tokens_per_iteration: auto`."""
     lookahead: NonNegativeInt = 1
     """Iterations that rollout may run ahead of the learner; 0 alternates rollout and training."""
     max_staleness: NonNegativeInt | None = 4

@@ -29,6 +29,7 @@ def source_problems(data: DataConfig, evaluation: EvalConfig) -> Iterator[str]:
             f"data.task has {labels[label]} sources called {label}: their prompts could not be told apart; give each "
             "its own name"
         )
+    yield from _curriculum_problems(data)
     for name, given in evaluation.sets.items():
         yield from _settings_problems(f"eval.sets.{name}", given.task, given)
         if given.prompts is None and given.task.startswith(GYM_PREFIX):
@@ -38,6 +39,30 @@ def source_problems(data: DataConfig, evaluation: EvalConfig) -> Iterator[str]:
                 f"eval.sets.{name}.k is {given.k}, but eval.sets.{name}.samples is {given.samples}: pass@k needs k "
                 "attempts at least; raise samples"
             )
+
+
+def _curriculum_problems(data: DataConfig) -> Iterator[str]:
+    curriculum = data.curriculum
+    if curriculum is None:
+        return
+    hard = curriculum.hard_below is not None or bool(curriculum.hard_sources)
+    if hard and curriculum.switch_at is None:
+        yield "data.curriculum.switch_at is null, but it says what is hard: nothing would switch; say when"
+    if curriculum.switch_at is not None and not hard:
+        yield (
+            f"data.curriculum.switch_at is {curriculum.switch_at}, but nothing says what is hard; set hard_below or "
+            "hard_sources"
+        )
+    if curriculum.priority == "uniform" and curriculum.switch_at is None:
+        yield "data.curriculum.priority is uniform and nothing switches: it changes nothing; set it to failure"
+    labels = [source.label for source in data.sources]
+    if unknown := sorted(set(curriculum.hard_sources) - set(labels)):
+        yield f"data.curriculum.hard_sources names {unknown}, but the sources are {labels}; name some of these"
+    if len(labels) == 1 and data.sources[0].task.startswith(GYM_PREFIX):
+        yield (
+            f"data.curriculum is set while data.task is {data.sources[0].task} alone, whose prompts share one rate of "
+            "success; make data.task a list with a source for each difficulty"
+        )
 
 
 def _settings_problems(key: str, task: str, settings: SourceSettings) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -91,6 +91,28 @@ class SourceConfig(SourceSettings):
         return self.task.partition("@")[0].rpartition("/")[2].removesuffix(".jsonl").removesuffix(".parquet")
 
 
+class CurriculumConfig(Section):
+    """Training prompts by how well earlier ones were answered, instead of each once an epoch (Kimi k1.5, 2.3.4).
+
+    A prompt has a rate of success, a moving average over its groups; those of a reasoning-gym source share one, so make
+    each difficulty a source of its own. One prompt may be drawn several times before it is trained.
+    """
+
+    priority: Literal["failure", "uniform"] = "failure"
+    """`failure`: in proportion to 1 - rate of success; `uniform`: each once an epoch until `switch_at`, then as likely
+    as any other."""
+    decay: float = Field(default=0.5, ge=0, lt=1)
+    """Share of its old value that a rate keeps at each of its groups."""
+    success_reward: float = Field(default=1.0, allow_inf_nan=False)
+    """Least reward of an attempt that counts as a success."""
+    switch_at: PositiveInt | None = None
+    """Iteration from which only hard prompts are drawn, as `hard_below` or `hard_sources` say; null: never."""
+    hard_below: float | None = Field(default=None, gt=0, le=1)
+    """Rate of success below which a prompt is hard; one that was never tried is."""
+    hard_sources: list[str] = []
+    """Names of the sources of `data.task` whose prompts are hard."""
+
+
 class DataConfig(SourceSettings):
     """Prompts."""
 
@@ -109,6 +131,8 @@ class DataConfig(SourceSettings):
     max_prompt_tokens: PositiveInt = 4096
     """Longest prompt; a `vllm` engine is started for sequences of it and `max_tokens` together. Where it is not given,
     it is at most what the model's positions leave beside `max_tokens`."""
+    curriculum: CurriculumConfig | None = None
+    """How prompts are drawn; null: each source in epochs, in the proportion of the weights."""
     skip_long_prompts: bool = False
     """Leave longer prompts of files and Hub data sets out, and say how many; otherwise they are refused before the
     start. A reasoning-gym data set goes on to its next entry either way."""

@@ -1,6 +1,11 @@
-"""The admission window: how many groups may be on their way, and what that bounds."""
+"""The admission window: how many groups may be on their way, what that bounds, and the tokens that it holds."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pmdflow.config.schema import Config
 
 
 def active_groups(*, groups_per_iteration: int, lookahead: int) -> int:
@@ -16,3 +21,12 @@ def active_groups(*, groups_per_iteration: int, lookahead: int) -> int:
     claims; U may then exceed W by as many, admission waits until U < W again, and A, the bounded number, is unchanged.
     """
     return groups_per_iteration * (lookahead + 1)
+
+
+def most_tokens(config: Config) -> int:
+    """Tokens that one policy version may generate: the budget, or where that is automatic, all that are admitted."""
+    scheduler, data = config.scheduler, config.data
+    if scheduler.tokens_per_iteration != "auto":
+        return scheduler.tokens_per_iteration
+    groups = active_groups(groups_per_iteration=scheduler.groups_per_iteration, lookahead=scheduler.lookahead)
+    return groups * data.group_size * data.max_tokens

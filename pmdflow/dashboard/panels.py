@@ -39,6 +39,7 @@ def figures(view: RunView) -> dict[str, Figure]:
         return {
             "reward": reward(iterations, evals, view.eval_sets()),
             "length": length(iterations),
+            "delay": delay(iterations),
             "staleness": staleness(iterations, limit),
             "budget": budget(iterations),
             "store": store(samples, origin),
@@ -70,16 +71,31 @@ def reward(
 
 
 def length(iterations: Sequence[Mapping[str, Any]]) -> Figure:
-    """Generated tokens of a trajectory: mean and 90th percentile of each claim."""
+    """Generated tokens of a trajectory: mean and 90th percentile of each claim, and the mean in order of admission."""
     x = column(iterations, "iteration")
+    in_order = column(iterations, "trajectory/length_in_order_mean")
     data = [
         make_line("mean", x, column(iterations, "trajectory/length_mean"), BLUE),
+        make_line("in order of admission", x, in_order, SKY, dash="dot"),
         make_line("90th percentile", x, column(iterations, "trajectory/length_p90"), ORANGE, dash="dash"),
     ]
     return {
         "data": data,
         "layout": make_layout(iteration_axis(iterations), "tokens") | {"yaxis": _axis("tokens", rangemode="tozero")},
     }
+
+
+def delay(iterations: Sequence[Mapping[str, Any]]) -> Figure:
+    """Iterations from admission to claim: mean, and those of the shortest and of the longest tenth of each claim."""
+    x = column(iterations, "iteration")
+    deciles = [record.get("trajectory/delay_by_decile") or [None] for record in iterations]
+    data = [
+        make_line("mean", x, column(iterations, "trajectory/delay_mean"), BLUE),
+        make_line("longest tenth", x, [decile[-1] for decile in deciles], VERMILION, dash="dash"),
+        make_line("shortest tenth", x, [decile[0] for decile in deciles], GREEN, dash="dot"),
+    ]
+    layout = make_layout(iteration_axis(iterations), "iterations")
+    return {"data": data, "layout": layout | {"yaxis": _axis("iterations", rangemode="tozero")}}
 
 
 def staleness(iterations: Sequence[Mapping[str, Any]], limit: int | None) -> Figure:

@@ -23,6 +23,7 @@ from starlette.templating import Jinja2Templates
 
 from pmdflow.dashboard import trajectories
 from pmdflow.dashboard.access import LocalNames, RequireToken, is_local, shown_link, token_of, url_of
+from pmdflow.dashboard.advice import AdviceView
 from pmdflow.dashboard.comparison import CHARTS, HELD_OUT, Comparison
 from pmdflow.dashboard.live import live_detail, live_rows
 from pmdflow.dashboard.panels import figures
@@ -102,6 +103,7 @@ class Pages:
     def __init__(self, run: Path) -> None:
         """Begin to read the run's files."""
         self.view = RunView(run)
+        self._advice = AdviceView(run)
         self._charts: tuple[int, dict[str, str]] = (-1, {})
         self._reading = threading.Thread(target=self.view.refresh, name="first-reading", daemon=True)
         self._reading.start()
@@ -188,6 +190,7 @@ class Pages:
         view = self.view
         return {
             "diagnosis": view.diagnosis(), "facts": view.facts(), "ledger": view.ledger(), "happened": view.events(),
+            "advice": self._advice.lines(revision=view.revision),
         }  # fmt: skip
 
     def snapshot(self) -> dict[str, str]:
@@ -201,7 +204,7 @@ class Pages:
             fragments = self._parts()
             html = {
                 f"html:{name}": json.dumps(_TEMPLATES.get_template(f"{name}.html").render(fragments))
-                for name in ("diagnosis", "facts", "ledger", "happened")
+                for name in fragments
             }
             return {**self._charts[1], **html}
 

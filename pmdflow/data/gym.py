@@ -111,6 +111,17 @@ class GymPrompts:
             f"{len(self._excluded)} held out; lower eval.prompts, raise data.max_prompt_tokens or widen data.args"
         )
 
+    num_train: None = None
+    """It is endless."""
+
+    def row(self, number: int) -> int:
+        """See `Source`."""
+        return number
+
+    def at(self, row: int) -> Prompt:
+        """See `Source`."""
+        return self.prompt(row)
+
     def held_out(self, n: int) -> list[Prompt]:
         """See `PromptSource`."""
         assert 0 <= n <= len(self._held_out), (n, len(self._held_out))

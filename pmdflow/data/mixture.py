@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from pmdflow.data.curriculum import Curriculum
 from pmdflow.types import Prompt
 
 if TYPE_CHECKING:
+    from pmdflow.config.sources import CurriculumConfig
     from pmdflow.data.prompts import Source
 
 BLOCK = 1024
@@ -93,6 +95,7 @@ class MixedPrompts:
         weights: Sequence[float],
         sets: Mapping[str, EvaluationSet],
         seed: int,
+        curriculum: CurriculumConfig | None = None,
     ) -> None:
         """Mix sources by weight, which are positive, one each; `seed` is of the order in which they are drawn from."""
         self.sources, self._sets = tuple(sources), sets
@@ -102,9 +105,18 @@ class MixedPrompts:
         for source in sources:
             source.exclude(keys)
         self._held_out = self._interleave()
+        self.curriculum: Curriculum | None = None
+        """What draws instead of the schedule, if the configuration asks for it; its user tells it the rates."""
+        if curriculum is not None:
+            self.curriculum = Curriculum(
+                curriculum, sources=self.sources, weights=weights, schedule=self._schedule, seed=seed
+            )
 
     def prompt(self, cursor: int) -> Prompt:
-        """See `PromptSource`."""
+        """See `PromptSource`; with a curriculum also a function of the rates that it was told."""
+        if self.curriculum is not None:
+            choice = self.curriculum.draw(cursor)
+            return replace(self.sources[choice.source].at(choice.row), drawn=choice.drawn)
         source, number = self._schedule.draw(cursor)
         return self.sources[source].prompt(number)
 

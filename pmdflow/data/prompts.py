@@ -45,6 +45,16 @@ class Source(PromptSource, Protocol):
     held_out_keys: frozenset[int]
     """`prompt_key` of each held-out prompt."""
 
+    @property
+    def num_train(self) -> int | None:
+        """Training prompts; None: it is endless."""
+
+    def row(self, number: int) -> int:
+        """Which training prompt its draw `number` takes."""
+
+    def at(self, row: int) -> Prompt:
+        """A training prompt, 0 to below `num_train`; of an endless source, that of a cursor."""
+
     def exclude(self, keys: Iterable[int]) -> None:
         """Never train on prompts with these keys."""
 
@@ -82,6 +92,7 @@ def make_prompts(config: Config, *, on_skip: Callable[[str], None] = lambda mess
         weights=[source.weight for source in given],
         sets=sets,
         seed=config.run.seed,
+        curriculum=config.data.curriculum,
     )
     for source in prompts.sources:
         source.prompt(0)  # none may be left, and the template may fail on what no held-out prompt shows

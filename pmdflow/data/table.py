@@ -89,8 +89,21 @@ class TablePrompts:
                 f"{self._rows.paths[0]} has {len(self._rows)} prompts, of which none is left for training when "
                 f"{len(self._held_out)} are held out; add prompts or lower eval.prompts"
             )
-        epoch, position = divmod(cursor, len(self._train))
-        return self._prompt(int(self._train[self._order(epoch)[position]]))
+        return self.at(self.row(cursor))
+
+    @property
+    def num_train(self) -> int:
+        """Rows to train on."""
+        return len(self._train)
+
+    def row(self, number: int) -> int:
+        """See `Source`."""
+        epoch, position = divmod(number, len(self._train))
+        return self._order(epoch)[position]
+
+    def at(self, row: int) -> Prompt:
+        """See `Source`."""
+        return self._prompt(int(self._train[row]))
 
     def held_out(self, n: int) -> list[Prompt]:
         """See `PromptSource`."""

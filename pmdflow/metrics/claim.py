@@ -19,7 +19,7 @@ def claim_metrics(claim: Claim) -> dict[str, Any]:
     """
     first = claim.first_branches()
     rewards, stops, count = claim.rewards[first], claim.stops[first], len(first)
-    lengths = _per_episode(claim, claim.count(Mask.GENERATED))
+    lengths = episode_lengths(claim)
     untrained = lengths - _per_episode(claim, claim.count(Mask.TRAINED))
     trained = (claim.segment_masks & Mask.TRAINED) != 0
     staleness = claim.version - claim.segment_versions[trained].astype(np.int64)
@@ -40,8 +40,28 @@ def claim_metrics(claim: Claim) -> dict[str, Any]:
         "staleness/max": int(ages.max()) if len(ages) else None,
         "staleness/tokens": {str(age): int(number) for age, number in zip(ages, tokens, strict=True)},
         "staleness/masked_share": _share(untrained.sum(), lengths.sum()),
-        "staleness/masked_share_by_decile": _by_decile(lengths, untrained),
+        "staleness/masked_share_by_decile": by_decile(lengths, untrained, lengths),
     }
+
+
+def episode_lengths(claim: Claim) -> Int64:
+    """Generated tokens of each episode of a claim [E]."""
+    return _per_episode(claim, claim.count(Mask.GENERATED))
+
+
+def by_decile(lengths: Int64, part: Any, whole: Any) -> list[float | None]:
+    """Sum of `part` over that of `whole`, by decile of length, shortest first; None where a decile has nothing.
+
+    Args:
+        lengths: Generated tokens of each episode [E].
+        part: A number of each [E].
+        whole: A number of each [E].
+    """
+    rank = np.empty(len(lengths), np.int64)
+    rank[np.argsort(lengths, kind="stable")] = np.arange(len(lengths))
+    decile = rank * 10 // max(len(lengths), 1)
+    parts, wholes = (np.bincount(decile, weights=values, minlength=10) for values in (part, whole))
+    return [_share(one, other) for one, other in zip(parts, wholes, strict=True)]
 
 
 def _per_episode(claim: Claim, counts: Int64) -> Int64:
@@ -71,15 +91,6 @@ def _by_step(groups: Int64, plan: ClaimPlan, lengths: Int64) -> list[float | Non
     group = np.cumsum(np.diff(groups, prepend=groups[:1]) != 0)
     step = plan.steps[group]
     return [_mean(lengths[step == number]) for number in range(plan.num_steps)]
-
-
-def _by_decile(lengths: Int64, untrained: Int64) -> list[float | None]:
-    rank = np.empty(len(lengths), np.int64)
-    rank[np.argsort(lengths, kind="stable")] = np.arange(len(lengths))
-    decile = rank * 10 // max(len(lengths), 1)
-    tokens = np.bincount(decile, weights=lengths, minlength=10)
-    masked = np.bincount(decile, weights=untrained, minlength=10)
-    return [_share(part, whole) for part, whole in zip(masked, tokens, strict=True)]
 
 
 def _mean(values: Any) -> float | None:

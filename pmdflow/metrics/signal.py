@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from pmdflow.metrics.history import Record
 from pmdflow.metrics.text import number, percent
 
 RECENT = 3
 """Newest iterations that are looked at."""
 
 
-def no_signal(iterations: Sequence[Record]) -> str | None:
+def no_signal(iterations: Sequence[Mapping[str, Any]]) -> str | None:
     """What is wrong with the rewards of the newest iterations, in one line; None where any group's differ.
 
     Args:
@@ -35,7 +35,7 @@ def no_signal(iterations: Sequence[Record]) -> str | None:
     return None
 
 
-def _causes(recent: Sequence[Record]) -> str:
+def _causes(recent: Sequence[Mapping[str, Any]]) -> str:
     if recent[-1].get("reward/mean") != 0:
         return "the task is solved, or the reward function does not look at the answer"
     cut = recent[-1].get("trajectory/length_share")
@@ -46,7 +46,7 @@ def _causes(recent: Sequence[Record]) -> str:
     )
 
 
-def _values(recent: Sequence[Record]) -> str:
+def _values(recent: Sequence[Mapping[str, Any]]) -> str:
     values = [record.get("reward/mean") for record in recent]
     known = [value for value in values if value is not None]
     ends = sorted({number(value, 3) for value in (min(known), max(known))}) if known else ["unknown"]

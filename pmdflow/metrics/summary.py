@@ -60,6 +60,7 @@ def _learning_lines(history: History, iterations: Sequence[Record]) -> list[str]
         *([f"  {warning}"] if (warning := no_signal(iterations)) else []),
         f"  response length   {length[0]} -> {length[1]} tokens",
         *_fairness_lines(iterations),
+        *_order_lines(iterations),
         f"  iterations        {len(iterations)} in {duration(seconds)}{rate}",
     ]
 
@@ -74,6 +75,19 @@ def _fairness_lines(iterations: Sequence[Record]) -> list[str]:
     alike = [steps for steps in by_step if len(steps) == len(by_step[-1])]  # a resume may have changed their number
     steps = " / ".join(number(_mean(column), 1) for column in zip(*alike, strict=True))
     return [f"  batch lengths     lag-1 {number(correlation, 2)} (fair: about 0); mean by optimizer step {steps}"]
+
+
+def _order_lines(iterations: Sequence[Record]) -> list[str]:
+    """How long groups wait for their claim, and how many younger ones pass them."""
+    deciles = [shares for record in iterations if (shares := record.get("trajectory/delay_by_decile"))]
+    most = [most for record in iterations if (most := record.get("trajectory/bypasses_max")) is not None]
+    if not deciles or not most:
+        return []
+    delays = " ".join(number(_mean(column), 1) for column in zip(*deciles, strict=True))
+    return [
+        f"  delay             {delays} iterations from admission to claim, by length decile, shortest first",
+        f"  bypasses          at most {max(most):,} younger groups were trained before one",
+    ]
 
 
 def _held_out_lines(title: str, key: str, evals: Mapping[int, Record]) -> list[str]:

@@ -148,7 +148,7 @@ def start_rollout(
 
 def store_settings(config: Config) -> StoreSettings:
     """The keyword arguments of the trajectory store."""
-    straggler = config.scheduler.straggler
+    straggler, curriculum = config.scheduler.straggler, config.data.curriculum
     return {
         "groups_per_iteration": config.scheduler.groups_per_iteration,
         "lookahead": config.scheduler.lookahead,
@@ -158,6 +158,7 @@ def store_settings(config: Config) -> StoreSettings:
         "signal": (config.learner.keep_groups_above, config.learner.keep_groups_below)
         if config.scheduler.refill
         else None,
+        "successes": None if curriculum is None else (curriculum.decay, curriculum.success_reward),
         "min_group_size": config.scheduler.min_group_size,
         "straggler": None if straggler is None else (straggler.members, straggler.wait_s),
         "max_attempts": config.reward.max_attempts,

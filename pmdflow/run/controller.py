@@ -17,6 +17,8 @@ from pmdflow.errors import LearnerDied, PmdflowError, WaitTimeout
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.learner.result import TrainResult
 from pmdflow.metrics.claim import claim_metrics
+from pmdflow.metrics.history import iterations
+from pmdflow.metrics.order import AdmissionOrder
 from pmdflow.run.checkpoints import Checkpoints
 from pmdflow.run.discards import take_up
 from pmdflow.run.held_out import HeldOut
@@ -31,6 +33,7 @@ from pmdflow.store.client import call
 from pmdflow.types import Claim, Counts
 from pmdflow.weights.transport import WeightsHandle
 
+CAPACITY = "rollout/capacity_tokens_per_s"
 CLAIM_WAIT_S = 1.0
 STALL_TIMEOUT_S = 900.0
 """A claim is given up when nothing was written to the store for this long."""
@@ -59,7 +62,9 @@ class Controller:
         self._telemetry = supervisor.telemetry
         self._store = supervisor.store
         self._prompts = prompts
-        self._settings = SchedulerSettings.of(config)
+        self._settings = self._budgeted = SchedulerSettings.of(config)
+        self._rates: list[float] = []
+        """Tokens a second that rollout could generate, by iteration: what an automatic budget follows from."""
         self._learners = LearnerGroup(supervisor=supervisor, start=start_learners)
         self._checkpoints = Checkpoints(
             config=config,
@@ -68,6 +73,7 @@ class Controller:
             learners=self._learners,
             start_archive=start_archive,
         )
+        self._order = AdmissionOrder()
         self._held_out = HeldOut(config=config, supervisor=supervisor, prompts=prompts)
         self.iteration = 0
         """Iterations trained in the surviving history."""
@@ -124,6 +130,9 @@ class Controller:
                 "resume",
                 f"continuing after iteration {self.iteration}; {len(undone)} later claims will be trained again",
             )
+        before = iterations(self._run_dir)
+        rates = [before[number].get(CAPACITY) for number in sorted(before) if number <= self.iteration]
+        self._rates = [rate for rate in rates if rate is not None]
         self._take_discards()
         self._reopen_version()
         self._checkpoints.archive()
@@ -186,11 +195,14 @@ class Controller:
     def _admit(self, most: int = sys.maxsize) -> int:
         """Admit prompts up to the quota; only admission is ever refused, so a full store admits fewer."""
         counts = self._counts()
+        self._learn_successes()
         cursors = range(counts.next_cursor, counts.next_cursor + min(self._settings.room(counts), most))
         batch = [(f"train-{cursor}", cursor, self._prompts.prompt(cursor)) for cursor in cursors]
         data = self._config.data
         answer = call(self._store, StoreActor.admit, batch, "train", data.group_size, data.max_tokens)
-        admitted = self._supervisor.get(answer, what="admitting prompts")
+        groups = self._supervisor.get(answer, what="admitting prompts")
+        self._order.admitted(groups, iteration=self.iteration + 1)
+        admitted = len(groups)
         if admitted == 0 and counts.groups_untrained == 0 and self._checkpoints.is_saving:
             self._checkpoints.commit()
             self._checkpoints.await_archive()
@@ -202,6 +214,13 @@ class Controller:
                 hint="raise store.max_bytes",
             )
         return admitted
+
+    def _learn_successes(self) -> None:
+        """Tell the prompts how well they are answered, where that decides what is drawn."""
+        curriculum = self._prompts.curriculum
+        if curriculum is not None:
+            newer = call(self._store, StoreActor.successes, curriculum.number)
+            curriculum.learn(self._supervisor.get(newer, what="the rates of success"))
 
     def _claim(self, iteration: int) -> bool:
         """Wait for the iteration's groups; False if a drain came first."""
@@ -275,11 +294,12 @@ class Controller:
 
     def _grant_first_budget(self) -> None:
         counts = self._counts()
+        self._budgeted = self._settings.budgeted(self._rates)
         if counts.tokens_budget == 0:
             self._grant(counts)
 
     def _grant(self, counts: Counts) -> None:
-        quota = next_quota(self._settings, counts)
+        quota = next_quota(self._budgeted, counts)
         self._supervisor.get(call(self._store, StoreActor.set_quota, quota), what="granting a budget")
 
     def _counts(self) -> Counts:
@@ -291,19 +311,25 @@ class Controller:
     def _record(self, claim: Claim, metrics: Mapping[str, object], spent: Counts, times: Mapping[str, float]) -> None:
         counts, ledger = self._sample()
         interval = self._telemetry.take_interval()
+        capacity = interval.capacity(actors=self._config.rollout.actors)
+        if capacity is not None:
+            self._rates.append(capacity)
         self._telemetry.iteration(
             {
                 **store_values(counts, ledger),
                 "iteration": self.iteration,
                 "version": self.version,
                 **claim_metrics(claim),
+                **self._order.claimed(claim, oldest_untrained=counts.oldest_untrained),
                 **metrics,
                 "scheduler/tokens_budget": spent.tokens_budget,
                 "scheduler/tokens_spent": spent.tokens_spent,
                 "rollout/tokens_per_s": interval.tokens["generated_tokens"] / times["time/iteration_s"],
                 "rollout/busy_share": interval.busy_share,
+                CAPACITY: capacity,
                 "rollout/reprefill_tokens": ledger["reprefill"],
                 **_speculation(self._config, interval),
+                **({} if self._prompts.curriculum is None else self._prompts.curriculum.metrics()),
                 **times,
             }
         )

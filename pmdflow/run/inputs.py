@@ -14,7 +14,10 @@ from pmdflow.data.mixture import MixedPrompts
 from pmdflow.data.prompts import make_prompts
 from pmdflow.errors import LaunchError
 from pmdflow.run.directory import RunDirectory
+from pmdflow.run.simulation.command import short_advice
 
+ADVICE_S = 3.0
+"""Time in which the dry run looks for something better."""
 MERGED = "model"
 """Folder of a run directory for an adapter that is merged with its base model."""
 
@@ -86,7 +89,8 @@ def dry_run(loaded: Loaded) -> str:
     prompts = open_prompts(config, on_skip=notes.append)
     if not inputs.has_weights:
         notes.append(f"the weights of {loaded.config.model.path} are downloaded by `up`")
-    return render_dry_run(replace(loaded, config=config), data=prompts.summary, notes=notes)
+    advice = short_advice(config, seconds=ADVICE_S)
+    return render_dry_run(replace(loaded, config=config), data=prompts.summary, advice=advice, notes=notes)
 
 
 def _refusal(error: ValueError) -> LaunchError:

@@ -79,7 +79,7 @@ def _opened(run: Path, *, write: bool) -> Iterator[TrajectoryStore]:
 
 def _groups(run: Path) -> list[Row]:
     with _opened(run, write=False) as store:
-        return store.groups()
+        return list(store.groups())
 
 
 def _listing(groups: list[Row]) -> str:

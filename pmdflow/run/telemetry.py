@@ -25,6 +25,11 @@ class Interval:
     tokens: Counter[str] = field(default_factory=Counter)
     """`generated_tokens`, `drafted_tokens` and `accepted_tokens` of all rollout actors, lost ones included."""
 
+    def capacity(self, *, actors: int) -> float | None:
+        """Tokens a second that so many rollout actors would generate without a wait; None without a token."""
+        generated = self.tokens["generated_tokens"]
+        return generated / self.busy_s * actors if generated and self.busy_s else None
+
     @property
     def busy_share(self) -> float:
         """Share of the recorded time; 0 without any."""

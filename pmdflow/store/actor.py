@@ -15,7 +15,7 @@ from pmdflow._rust_buffer import Conflict, StoreFull, StoreLocked
 from pmdflow.errors import WaitTimeout
 from pmdflow.metrics.report import ActorReport, Event
 from pmdflow.store.alone import DURABLE_TIMEOUT_S
-from pmdflow.store.answers import ClaimAnswer, EvalResult, Forked, LateMembers
+from pmdflow.store.answers import ClaimAnswer, EvalResult, Forked, LateMembers, Successes
 from pmdflow.store.facade import TrajectoryStore
 from pmdflow.store.plan import deal, in_claim_order
 from pmdflow.store.settings import StoreSettings
@@ -132,12 +132,12 @@ class StoreActor:
         kind: Literal["train", "eval"],
         group_size: int,
         max_tokens: int,
-    ) -> int:
-        """Admit (request id, cursor, prompt) in order, stopping at the first that is refused; returns how many were."""
-        admitted = 0
+    ) -> list[int]:
+        """Admit (request id, cursor, prompt) in order, stopping at the first that is refused; returns their groups."""
+        admitted = []
         for request_id, cursor, prompt in prompts:
             try:
-                self._store.admit(
+                group = self._store.admit(
                     request_id,
                     cursor=cursor,
                     kind=kind,
@@ -148,7 +148,7 @@ class StoreActor:
                 )
             except StoreFull:
                 break
-            admitted += 1
+            admitted.append(group)
         self._await_durable()
         return admitted
 
@@ -209,6 +209,10 @@ class StoreActor:
     def counts(self) -> Counts:
         """Live numbers."""
         return self._store.counts()
+
+    def successes(self, after: int) -> Successes:
+        """Rates of success; see `TrajectoryStore.successes`."""
+        return self._store.successes(after)
 
     def ledger(self) -> dict[str, int]:
         """The token ledger."""

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from pmdflow.types import Float32, Int32, LeaseKind, Stop, UInt8
+from pmdflow.types import Float32, Float64, Int32, LeaseKind, Stop, UInt8
 
 GroupState = Literal["partial", "ready", "claimed", "trained", "committed"]
 TrajectoryState = Literal["leased", "idle", "unscored", "scored", "failed", "late"]
@@ -37,6 +38,23 @@ class Forked:
     """Id of the new branch: a trajectory of its own in claims and in the archive."""
     epoch: int
     """Of the next appends, which still name the leased trajectory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Successes:
+    """How well prompts are answered, by the key that their admissions name.
+
+    A claim moves the rates of its groups, and of those that were evicted without a signal since the last one; a claim
+    that is made again does not.
+    """
+
+    number: int
+    """Of these rates: the iteration of the claim that moved them last, or one more than before where an iteration is
+    claimed anew; 0 before the first."""
+    keys: npt.NDArray[np.uint64]
+    """What has moved, shape [K]."""
+    rates: Float64
+    """Moving averages of the share of successes in a group, 0 to 1, shape [K]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -131,6 +131,7 @@ class TrajectoryStore(StoreView):
             group_size=group_size,
             max_tokens=max_tokens,
             priority=priority,
+            drawn=None if prompt.drawn is None else (prompt.drawn.key, prompt.drawn.number),
             wait=wait,
         )
 

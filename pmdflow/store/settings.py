@@ -23,6 +23,9 @@ class StoreSettings(TypedDict):
     signal: NotRequired[tuple[float | None, float | None] | None]
     """Open interval of mean rewards: a group outside of it says nothing to the learner, and is evicted as soon as all
     its rewards are there. None in its place is no bound; default None evicts no group."""
+    successes: NotRequired[tuple[float, float] | None]
+    """Share of its old value that a rate of success keeps at each claim (0 to below 1), and the least reward of a
+    success; default None: rates are not kept."""
     min_group_size: NotRequired[int]
     """Scored members below which a group is evicted; default 2."""
     straggler: NotRequired[tuple[int, float] | None]

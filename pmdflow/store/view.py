@@ -10,13 +10,16 @@ import numpy as np
 
 from pmdflow import _rust_buffer
 from pmdflow.store import columns
-from pmdflow.store.answers import BatchBuffers, EvalResult, GroupState, StoredTrajectory, TrajectoryState
+from pmdflow.store.answers import BatchBuffers, EvalResult, GroupState, StoredTrajectory, Successes, TrajectoryState
 from pmdflow.store.columns import Extras
 from pmdflow.store.metadata import unpack_metadata
 from pmdflow.types import Branches, Claim, ClaimPlan, ClaimTokens, Counts, Int32, Int64, LeaseKind, Stop, TrainBatch
 
 PAGE_ROWS = 1024
 """Trajectories that a query reads in one call."""
+
+PAGE_GROUPS = 64
+"""Groups likewise, with their prompts: others of the process want the interpreter for an append meanwhile."""
 
 _ROW_DTYPES = {
     "cu_seqlens": "<i8",
@@ -127,15 +130,23 @@ class StoreView:
         rows = self._native.eval_results(prefix, timeout_s)
         return None if rows is None else [EvalResult(**row | {"stop": Stop(row["stop"])}) for row in rows]
 
-    def groups(self, state: GroupState | None = None) -> list[dict[str, Any]]:
-        """Live groups with their prompts' metadata and text.
+    def groups(self, state: GroupState | None = None) -> Iterator[dict[str, Any]]:
+        """Live groups in the order of their ids with their prompts' metadata and text, read lazily, page by page.
+
+        Each page shows the store as it is then: a group admitted meanwhile comes at the end, one that is gone before
+        its page is read does not come, and `state` is that of then.
 
         Keys: group, request_id, prompt_id, kind, state, iteration, trajectories, cursor, priority, max_tokens,
         prompt_length, tokens (those of late members excepted), metadata, text (None: recorded before texts were kept);
         and scored, failed, late: how many members.
         """
-        rows = self._native.groups(state)
-        return [row | {"metadata": unpack_metadata(row["metadata"])} for row in rows]
+        after: int | None = None
+        while True:
+            page, after = self._native.groups(state, after, PAGE_GROUPS)
+            for row in page:
+                yield row | {"metadata": unpack_metadata(row["metadata"])}
+            if after is None:
+                return
 
     def query(
         self,
@@ -239,6 +250,11 @@ class StoreView:
     def versions_spent(self) -> dict[int, int]:
         """Durable training tokens by policy version, for the versions that still have a quota."""
         return self._native.versions_spent()
+
+    def successes(self, after: int | None = None) -> Successes:
+        """Rates of success by key: what moved since those of number `after`, or all where more lies between."""
+        number, keys, rates = self._native.successes(after)
+        return Successes(number=number, keys=np.frombuffer(keys, np.uint64), rates=np.frombuffer(rates, np.float64))
 
     def close(self) -> None:
         """Sync, wake every waiter with `StoreError` and release the lock. Safe to repeat."""

@@ -31,6 +31,8 @@ const LANES: usize = 4096;
 const ITEMS: usize = 64;
 const TOKENS: u32 = 8;
 const APPENDS: usize = 2000;
+/// Groups that one call reads, as `TrajectoryStore.groups` does.
+const PAGE: usize = 64;
 
 /// What goes on beside the appends.
 type Beside<'a> = Option<&'a (dyn Fn() + Sync)>;
@@ -52,6 +54,7 @@ fn open(dir: &Path, file_bytes: u64) -> Store {
         min_group_size: 1,
         window: None,
         signal: None,
+        successes: None,
         straggler: None,
         max_attempts: 1,
         lease_ttl: i64::MAX,
@@ -91,6 +94,7 @@ fn lease(store: &mut Store, groups: std::ops::Range<u64>) -> Vec<Lane> {
             size: MEMBERS,
             max_tokens: 1 << 20,
             priority: 0,
+            drawn: None,
         };
         store.admit(&admit, Prompt { tokens: &[1, 0, 0, 0], metadata: b"", text: Some("1") }).unwrap();
     }
@@ -140,7 +144,13 @@ fn main() {
     }
     let mut lanes = lease(&mut store, groups..groups + LANES as u64 / u64::from(MEMBERS) + 1);
     let shared = Shared::new(store);
-    let groups = || drop(shared.groups(None).unwrap());
+    let groups = || {
+        let mut after = None;
+        while {
+            after = shared.groups(None, after, PAGE).unwrap().1;
+            after.is_some()
+        } {}
+    };
     let quotas = || {
         for limit in [1 << 29, 1 << 30] {
             let set = |store: &mut Store| {

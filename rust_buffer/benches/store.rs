@@ -30,6 +30,7 @@ fn open(dir: &Path) -> Store {
         segment_loss: SegmentLoss::All,
         window: None,
         signal: None,
+        successes: None,
         min_group_size: 2,
         straggler: None,
         max_attempts: 3,
@@ -58,6 +59,7 @@ fn leased(dir: &Path) -> (Store, Vec<u8>) {
             size: MEMBERS,
             max_tokens: TOKENS,
             priority: 0,
+            drawn: None,
         };
         store.admit(&admit, Prompt { tokens: &[7; 256], metadata: &[], text: None }).unwrap();
     }

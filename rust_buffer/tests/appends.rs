@@ -28,6 +28,7 @@ fn leased(kind: Kind) -> Store {
         segment_loss: SegmentLoss::All,
         window: None,
         signal: None,
+        successes: None,
         min_group_size: 1,
         straggler: None,
         max_attempts: 1,
@@ -43,7 +44,8 @@ fn leased(kind: Kind) -> Store {
     store.set_quota(0, Quota { groups: 8, tokens: 6, tokens_per_segment: None }).unwrap();
     let (request_id, prompt_id) = ("one".to_owned(), String::new());
     let cursor = None;
-    let admit = Admit { request_id, cursor, kind, prompt_id, prompt_len: 1, size: 1, max_tokens: 12, priority: 0 };
+    let admit =
+        Admit { request_id, cursor, kind, prompt_id, prompt_len: 1, size: 1, max_tokens: 12, priority: 0, drawn: None };
     store.admit(&admit, Prompt { tokens: &[1, 0, 0, 0], metadata: b"", text: None }).unwrap();
     assert_eq!(store.lease("worker", 0, 1, 0).unwrap().len(), 1);
     store

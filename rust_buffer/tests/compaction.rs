@@ -35,6 +35,7 @@ fn settings() -> Settings {
         min_group_size: 1,
         window: None,
         signal: None,
+        successes: None,
         straggler: None,
         max_attempts: 1,
         lease_ttl: i64::MAX,
@@ -78,6 +79,7 @@ fn admit(store: &mut Store, number: u64, priority: i32) -> u64 {
         size: 1,
         max_tokens: 1 << 20,
         priority,
+        drawn: None,
     };
     let text = format!("text {number}");
     store.admit(&admit, Prompt { tokens: &[1, 0, 0, 0], metadata: b"", text: Some(&text) }).unwrap()
@@ -274,7 +276,7 @@ fn what_is_read_beside_a_deletion_stays() {
                         let ids = (0..view.trajectory.len).flat_map(u32::to_le_bytes);
                         assert_eq!(view.tokens.ids, ids.collect::<Vec<_>>());
                     }
-                    assert!(shared.groups(None).unwrap().iter().all(|view| view.prompt.text.is_some()));
+                    assert!(shared.groups(None, None, 64).unwrap().0.iter().all(|view| view.prompt.text.is_some()));
                 }
             });
         }

@@ -27,6 +27,7 @@ fn open() -> Store {
         segment_loss: SegmentLoss::All,
         window: None,
         signal: None,
+        successes: None,
         min_group_size: 1,
         straggler: None,
         max_attempts: 2,
@@ -46,7 +47,7 @@ fn open() -> Store {
 fn admission(number: u64, size: u32) -> Admit {
     let (request_id, prompt_id) = (format!("train-{number}"), String::new());
     let (kind, cursor) = (Kind::Train, Some(number));
-    Admit { request_id, cursor, kind, prompt_id, prompt_len: 1, size, max_tokens: 8, priority: 0 }
+    Admit { request_id, cursor, kind, prompt_id, prompt_len: 1, size, max_tokens: 8, priority: 0, drawn: None }
 }
 
 fn admit(store: &mut Store, admit: &Admit) -> Result<u64> {

@@ -14,6 +14,7 @@ use _rust_buffer::{
     store::admission::Prompt,
     store::arrays::{StoredPrompt, Tokens},
     store::claim_view::Columns,
+    store::reads::GroupView,
     store::shared::{Clock, Shared},
     store::{Settings, Store},
     wire::Batch,
@@ -33,6 +34,7 @@ fn open_with(dir: &Path, file_bytes: u64) -> Shared {
         segment_loss: SegmentLoss::All,
         window: None,
         signal: None,
+        successes: None,
         min_group_size: 1,
         straggler: None,
         max_attempts: 1,
@@ -46,6 +48,19 @@ fn open_with(dir: &Path, file_bytes: u64) -> Shared {
     Shared::new(Store::open(Arc::new(Disk::new(dir).unwrap()), settings).unwrap())
 }
 
+/// All groups, in pages of two.
+fn every_group(store: &Shared) -> Result<Vec<GroupView>, StoreError> {
+    let (mut groups, mut after) = (Vec::new(), None);
+    loop {
+        let (page, next) = store.groups(None, after, 2)?;
+        groups.extend(page);
+        after = next;
+        if after.is_none() {
+            return Ok(groups);
+        }
+    }
+}
+
 fn admission(number: u64) -> Admit {
     Admit {
         request_id: format!("train-{number}"),
@@ -56,6 +71,7 @@ fn admission(number: u64) -> Admit {
         size: 1,
         max_tokens: 8,
         priority: 0,
+        drawn: None,
     }
 }
 
@@ -136,10 +152,10 @@ fn unscored_trajectories_groups_and_trajectories_are_read_whole() {
     let [experts] = &view.extras["experts"][..] else { panic!("{:?}", view.extras) };
     assert_eq!((experts.offset, experts.len, &experts.bytes[..]), (0, 3, &[7, 8, 9][..]));
 
-    let ready = store.groups(Some("ready")).unwrap();
+    let (ready, _) = store.groups(Some("ready"), None, 2).unwrap();
     assert_eq!(ready.len(), 1);
     assert_eq!((ready[0].id, ready[0].iteration, &ready[0].prompt), (0, None, &stored(PROMPT.text)));
-    assert_eq!(store.groups(Some("partial")).unwrap(), []);
+    assert_eq!(store.groups(Some("partial"), None, 2).unwrap(), (Vec::new(), None));
     assert!(matches!(store.trajectory(1), Err(StoreError::Conflict(_))));
 }
 
@@ -169,7 +185,7 @@ fn an_admission_made_before_texts_were_kept_has_none_and_may_be_repeated_with_on
     admitted(dir.path()).close().unwrap();
     write(dir.path(), &[PROMPT.tokens, PROMPT.metadata]);
     let store = open(dir.path());
-    let texts: Vec<_> = store.groups(None).unwrap().into_iter().map(|group| group.prompt).collect();
+    let texts: Vec<_> = every_group(&store).unwrap().into_iter().map(|group| group.prompt).collect();
     assert_eq!(texts, [stored(PROMPT.text), stored(None)]);
     let admit = |number: u64, prompt: Prompt<'_>| store.change(false, |store| store.admit(&admission(number), prompt));
     assert_eq!(admit(1, PROMPT).unwrap().1, 1);
@@ -186,7 +202,7 @@ fn an_empty_text_is_a_text() {
     let dir = tempfile::tempdir().unwrap();
     let store = admitted(dir.path());
     store.change(false, |store| store.admit(&admission(1), Prompt { text: Some(""), ..PROMPT })).unwrap();
-    assert_eq!(store.groups(None).unwrap()[1].prompt, stored(Some("")));
+    assert_eq!(every_group(&store).unwrap()[1].prompt, stored(Some("")));
 }
 
 #[test]
@@ -195,7 +211,7 @@ fn a_text_that_is_no_text_is_located() {
     admitted(dir.path()).close().unwrap();
     write(dir.path(), &[PROMPT.tokens, PROMPT.metadata, &[0xff]]);
     let store = open(dir.path());
-    assert!(matches!(store.groups(None), Err(StoreError::Corrupt { .. })));
+    assert!(matches!(every_group(&store), Err(StoreError::Corrupt { .. })));
 }
 
 #[test]
@@ -255,7 +271,7 @@ fn what_is_evicted_while_it_is_read_is_gone_and_no_damage() {
             while !done.load(std::sync::atomic::Ordering::Relaxed) {
                 let newest = store.query(|store| Ok(store.state().next_trajectory)).unwrap();
                 gone(store.trajectory(newest.saturating_sub(1)).map(drop));
-                gone(store.groups(None).map(drop));
+                gone(every_group(&store).map(drop));
                 let [mut tokens, mut logprobs, mut versions, mut temperatures] = [(); 4].map(|()| [0; 64]);
                 let mut mask = [0; 16];
                 let mut columns = Columns {

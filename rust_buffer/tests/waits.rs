@@ -28,6 +28,7 @@ fn complete() -> Shared {
         segment_loss: SegmentLoss::All,
         window: None,
         signal: None,
+        successes: None,
         min_group_size: 2,
         straggler: None,
         max_attempts: 1,
@@ -44,7 +45,17 @@ fn complete() -> Shared {
     for number in 0..2 {
         let (request_id, prompt_id) = (format!("train-{number}"), String::new());
         let (kind, cursor) = (Kind::Train, Some(number));
-        let admit = Admit { request_id, cursor, kind, prompt_id, prompt_len: 1, size: 2, max_tokens: 8, priority: 0 };
+        let admit = Admit {
+            request_id,
+            cursor,
+            kind,
+            prompt_id,
+            prompt_len: 1,
+            size: 2,
+            max_tokens: 8,
+            priority: 0,
+            drawn: None,
+        };
         store.admit(&admit, Prompt { tokens: &[1, 0, 0, 0], metadata: b"", text: None }).unwrap();
     }
     let none: Vec<(&str, &str, u32)> = Vec::new();

@@ -26,6 +26,8 @@ from tests.support.config import edit, refuse
         (["rollout.tokens_per_segment=31"], "rollout.tokens_per_segment", "set it to null"),
         (["rollout.tokens_per_segment=12", "scheduler.lookahead=4"], "rollout.tokens_per_segment", "or to 13 or more"),
         (["learner.steps_per_iteration=5"], "learner.steps_per_iteration", "lower steps_per_iteration"),
+        (["scheduler.tokens_per_iteration=auto"], "scheduler.tokens_per_iteration", "set iteration_s"),
+        (["scheduler.iteration_s=20"], "scheduler.iteration_s", "set tokens_per_iteration to auto"),
         (["scheduler.refill=true"], "scheduler.refill", "set keep_groups_above to 0"),
         (
             ["scheduler.refill=true", "learner.keep_groups_above=0.0", "reward.cut_reward=0.0"],

@@ -31,7 +31,6 @@ def test_derived_numbers(cluster_yaml: Path) -> None:
     assert result.active_groups == 16  # 4 groups, lookahead 3
     assert result.active_trajectories == 128
     assert result.trajectories_per_iteration == 32
-    assert result.tokens_per_trajectory == 1000 / 32
     assert result.versions_per_trajectory == 4  # 64 tokens in segments of 20
     assert result.optimizer_steps == 12
     assert result.store_bytes == (128 + 6 * 32) * 64 * 8

@@ -83,7 +83,7 @@ def test_the_run_page_says_how_the_run_stands(run: FixtureRun) -> None:
 def test_every_chart_has_the_recorded_numbers(run: FixtureRun) -> None:
     parts = client_of(run).get("/api/update").json()
     charts = {key.removeprefix("chart:"): value for key, value in parts.items() if key.startswith("chart:")}
-    assert set(charts) == {"reward", "length", "staleness", "budget", "store", "rate", "timeline"}
+    assert set(charts) == {"reward", "length", "delay", "staleness", "budget", "store", "rate", "timeline"}
     train, held_out = charts["reward"]["data"]
     assert train["x"] == [1, 2, 3, 4, 5, 6] and all(0 <= y <= 1 for y in train["y"])
     assert held_out["x"] == [0, 5]

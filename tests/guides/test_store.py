@@ -59,7 +59,7 @@ def test_packed_rows_have_the_log_probs_of_their_generation_and_a_stopped_loop_g
     first = example.AutoModelForCausalLM.from_pretrained(example.MODEL).state_dict()
     assert any(not torch.equal(first[name], trained[name]) for name in first)
     with TrajectoryStore.read(tmp_path / "store") as store:
-        assert store.groups() == [], "what is trained is gone"
+        assert list(store.groups()) == [], "what is trained is gone"
 
 
 def test_the_guide_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

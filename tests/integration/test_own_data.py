@@ -15,6 +15,8 @@ import pytest
 import yaml
 from pyarrow import parquet
 
+from pmdflow.config.load import load_run
+from pmdflow.data.prompts import make_prompts
 from pmdflow.learner.checkpoint.manifest import newest_manifest
 from pmdflow.store import TrajectoryStore
 from pmdflow.store.archive import parts, read_part
@@ -120,6 +122,39 @@ def assert_each_cursor_once(run: Path) -> None:
     assert found == Counter(json.loads(ids))
     assert cursors > 20
     assert max(found.values()) > 1  # the sources have been gone through
+
+
+@pytest.mark.timeout(600)
+def test_rates_of_success_are_those_of_what_was_trained_although_the_run_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "own_reward.py").write_text(
+        "def score(*, completion, metadata):\n    return float(metadata['answer'] == 'always' or len(completion) % 2)\n"
+    )
+    rows = [{"prompt": f"{i} + 1 =", "answer": "always" if i % 2 else "by luck"} for i in range(14)]
+    config = small_config(tmp_path, run__iterations=5, eval__prompts=2, scheduler__max_staleness=None)
+    config["reward"] = {"functions": [{"function": "own_reward:score"}]}
+    config["data"] = {"task": write_jsonl(tmp_path / "own.jsonl", rows), "group_size": 4, "max_tokens": 24}
+    config["data"]["curriculum"] = {"decay": 0.25}
+    up = Up(tmp_path, config)
+    up.wait_for(lambda: len(up.iterations()) >= 2, "the second iteration", DEADLINE_S)
+    up.kill_everything()
+    again = Up(tmp_path, config)
+    assert again.wait(DEADLINE_S) == 0, again.output
+    prompts = make_prompts(load_run(again.run).config)
+    ids = {prompts.sources[0].at(row).id: row for row in range(12)}
+    expected: dict[int, float] = {}
+    for part in map(read_part, parts(again.run)):
+        for group in dict.fromkeys(part.groups.tolist()):
+            mine = part.groups == group
+            key = ids[next(name for name, own in zip(part.prompt_ids, mine, strict=True) if own)]
+            success = float((part.rewards[mine] >= 1.0).mean())
+            expected[key] = 0.25 * expected[key] + 0.75 * success if key in expected else success
+    with TrajectoryStore.read(again.run / "store") as store:
+        found = store.successes()
+    assert found.number == 5
+    assert dict(zip(found.keys.tolist(), found.rates.tolist(), strict=True)) == pytest.approx(expected)
+    last = again.iterations()[-1]
+    assert last["data/prompts_tried"] >= 4
+    assert 0.0 < last["data/success_rate_mean"] <= 1.0
 
 
 @pytest.mark.timeout(300)

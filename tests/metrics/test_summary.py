@@ -54,6 +54,16 @@ def test_lengths_by_step_are_those_of_the_present_number_of_steps(tmp_path: Path
     assert "mean by optimizer step 30.0 / 40.0 / -" in text
 
 
+def test_delays_are_shown_by_length(tmp_path: Path) -> None:
+    run = FixtureRun(tmp_path)
+    for number in (1, 2):
+        values = {"trajectory/delay_by_decile": [float(number), None, 4.0], "trajectory/bypasses_max": 5 * number}
+        run.recorder.metric("iteration", {"iteration": number, **values})
+    text = render_summary(tmp_path)
+    assert "delay             1.5 - 4.0 iterations from admission to claim" in text
+    assert "at most 10 younger groups" in text
+
+
 def test_a_run_without_an_iteration_has_a_summary(tmp_path: Path) -> None:
     assert "no iteration was finished" in render_summary(tmp_path)
 

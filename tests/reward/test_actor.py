@@ -72,7 +72,7 @@ def generate(store: StoreHandle, config: Config, completions: Sequence[str], met
     admitted = [(f"eval-{number:03d}", None, prompt) for number, prompt in enumerate(prompts)]
     ray.get(call(store, StoreActor.publish, 0, None, {}))
     ray.get(call(store, StoreActor.set_quota, Quota(version=0, groups=9, tokens=10**6, tokens_per_segment=None)))
-    assert ray.get(call(store, StoreActor.admit, admitted, "eval", 1, 200)) == len(completions)
+    assert len(ray.get(call(store, StoreActor.admit, admitted, "eval", 1, 200))) == len(completions)
     leases = ray.get(call(store, StoreActor.lease, "worker", 0, len(completions), 10.0))
     assert len(leases) == len(completions)
     segments = [

@@ -42,6 +42,8 @@ def workloads(draw: st.DrawFn) -> SimulationSettings:
             tokens_per_iteration=draw(st.integers(1, 300)),
             tokens_per_segment=draw(st.none() | st.integers(1, 40)),
             lookahead=lookahead,
+            iteration_s=draw(st.none() | st.floats(0.01, 50.0)),
+            least_tokens=draw(st.integers(1, 20)),
         ),
         max_staleness=draw(st.none() | st.integers(lookahead, lookahead + 3)),
         window=draw(st.none() | st.integers(groups, 3 * groups)),
@@ -213,3 +215,35 @@ def test_time_is_that_of_the_models() -> None:
     assert report.seconds == pytest.approx(3 * (generation + training) + 2 * 2.0)
     assert report.waits_s["training"] == pytest.approx(3 * training)
     assert report.busy_s == pytest.approx(3 * 2 * 40 * 0.25)
+
+
+@given(
+    rates=st.lists(st.floats(1e-6, 1e9), max_size=8),
+    iteration_s=st.floats(1e-3, 1e6),
+    least=st.integers(1, 10**6),
+    more=st.integers(0, 10**9),
+)
+def test_an_automatic_budget_lies_between_the_least_and_the_most(
+    rates: list[float], iteration_s: float, least: int, more: int
+) -> None:
+    given_settings = replace(SCHEDULER, tokens_per_iteration=least + more, iteration_s=iteration_s, least_tokens=least)
+    found = given_settings.budgeted(rates).tokens_per_iteration
+    assert least <= found <= least + more
+    assert given_settings.budgeted([]) == given_settings
+    newest = sorted(rates[-5:])
+    if newest and least < found < least + more:
+        assert newest[0] * iteration_s - 1 <= found <= newest[-1] * iteration_s + 1
+
+
+def test_an_automatic_budget_holds_the_time_of_an_iteration() -> None:
+    """Claims that would take 8 s each take about the target; a target that is longer holds nothing back."""
+    natural = replace(
+        WORKLOAD, scheduler=replace(SCHEDULER, groups_per_iteration=16, tokens_per_iteration=10**6, lookahead=0),
+        iterations=30, learner=LearnerModel(iteration_s=0.1), lengths=LognormalLengths(median=25, p99=50),
+    )  # fmt: skip
+    free_s = Simulation(natural).run().steady(skip=6).iteration_s
+    for target_s in (free_s / 3, free_s * 3):
+        settings_ = replace(natural, scheduler=replace(natural.scheduler, iteration_s=target_s, least_tokens=48))
+        report = Simulation(settings_).run()
+        assert report.overspent_tokens <= 0
+        assert report.steady(skip=6).iteration_s == pytest.approx(min(target_s, free_s), rel=0.2)

@@ -11,37 +11,21 @@ from typer.testing import CliRunner
 from pmdflow.cli import app
 from pmdflow.config.load import load
 from pmdflow.errors import PmdflowError
-from pmdflow.metrics.spans import SpanBuffer
+from pmdflow.run.simulation.advice import advise
 from pmdflow.run.simulation.calibration import calibrate
-from pmdflow.run.simulation.command import simulate
+from pmdflow.run.simulation.command import short_advice, simulate
 from pmdflow.run.simulation.models import LognormalLengths, RecordedLengths
-from pmdflow.run.simulation.policies import assumed, configured, splits, unit_of, variants
+from pmdflow.run.simulation.policies import assumed, configured, shrunk, splits, unit_of, variants
+from pmdflow.run.simulation.world import Simulation
 from pmdflow.store.archive import parts, read_part
+from tests.support.fitted_run import FACTOR, SEQUENCE_S, STEP_S, fitted_run
 from tests.support.fixture_run import FixtureRun
 from tests.support.paths import CONFIGS
-
-STEP_S, SEQUENCE_S, FACTOR = 0.004, 0.0005, 1.5
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten iterations of 4 s; `rollout-2` generates alone at their beginning, and longer beside the learner later."""
-    fixture = FixtureRun(tmp_path_factory.mktemp("runs") / "fitted", iterations=10, start=1e9)
-    rng = np.random.default_rng(0)
-    with open(fixture.run_dir / "config.yaml", "a") as config:
-        config.write("reward: {functions: [{function: 'pmdflow.reward.reasoning_gym:score'}]}\n")
-    for _ in range(10):
-        begin = fixture.now
-        fixture.iterate()
-        spans = SpanBuffer("rollout-2")
-        for offset, factor in ((0.1, 1.0), (0.7, 1.0), (1.8, FACTOR)):
-            steps = int(rng.integers(10, 40))
-            tokens = steps * int(rng.integers(1, 17))
-            seconds = (STEP_S * steps + SEQUENCE_S * tokens) * factor
-            spans.add("generate", begin + offset, begin + offset + seconds, version=0, steps=steps, tokens=tokens)
-        fixture.recorder.spans(spans.drain())
-    fixture.finish()
-    return fixture.run_dir
+    return fitted_run(tmp_path_factory.mktemp("runs") / "fitted")
 
 
 def test_the_models_are_those_that_made_the_times(run: Path) -> None:
@@ -114,3 +98,28 @@ def test_the_mean_of_cut_lognormal_lengths(median: float, p99: float) -> None:
     drawn = np.array([lengths.group(np.random.default_rng(seed), 64) for seed in range(4000)], float)
     assert np.minimum(drawn, p99).mean() == pytest.approx(lengths.mean(p99), rel=0.03)
     assert np.percentile(drawn, 99) == pytest.approx(p99, rel=0.06)
+
+
+def test_advice_names_its_models_and_what_it_would_gain(run: Path) -> None:
+    config = load(CONFIGS / "quickstart.yaml", ["scheduler.lookahead=0", "scheduler.max_staleness=0"]).config
+    lines = short_advice(config, seconds=100)
+    assert lines[0].startswith("by models assumed: lengths lognormal")
+    assert lines[1].startswith("as configured: ")
+    assert any("scheduler.lookahead=" in line and "times the tokens a second" in line for line in lines[2:])
+    assert short_advice(config, run=run, seconds=100)[0].startswith("by models fitted to iterations 3 to 10")
+
+
+def test_advice_ends_in_time_and_says_what_it_left_out() -> None:
+    config = load(CONFIGS / "cluster.yaml").config
+    (line,) = advise(config, assumed(config), seconds=0.0).lines
+    assert "14 of 14 simulations were left out" in line
+
+
+def test_a_part_of_a_large_job_takes_as_long_as_the_whole() -> None:
+    config = load(CONFIGS / "gpu8.yaml").config
+    whole = configured(config, assumed(config), iterations=24)
+    smaller, part = shrunk(whole, trajectories=64)
+    assert part > 1 and smaller.scheduler.groups_per_iteration * part == whole.scheduler.groups_per_iteration
+    small_s, whole_s = (Simulation(each).run().steady(skip=4).iteration_s for each in (smaller, whole))
+    assert small_s == pytest.approx(whole_s, rel=0.25)
+    assert shrunk(whole, trajectories=10**6) == (whole, 1)

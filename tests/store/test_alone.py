@@ -51,9 +51,9 @@ def test_a_repeat_adds_nothing(tmp_path: Path) -> None:
     with open_buffer(tmp_path) as buffer:
         put = {"request_id": "mine", "rewards": [1.0, 0.0]}
         group = buffer.put_group(PROMPT, TOKENS, LOGPROBS, **put)  # type: ignore[arg-type]
-        before = buffer.counts(), buffer.groups()
+        before = buffer.counts(), list(buffer.groups())
         assert buffer.put_group(PROMPT, TOKENS, LOGPROBS, **put) == group  # type: ignore[arg-type]
-        assert (buffer.counts(), buffer.groups()) == before
+        assert (buffer.counts(), list(buffer.groups())) == before
 
 
 @pytest.mark.parametrize("steps", ["admitted", "leased", "appended", "scored in part"])

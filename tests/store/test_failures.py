@@ -64,7 +64,7 @@ Picture = tuple[Any, ...]
 
 def picture(store: TrajectoryStore) -> Picture:
     """All that the store holds but the number of leases given out, every array read and its checksum tested."""
-    groups = store.groups()
+    groups = list(store.groups())
     rows = [store.trajectory(t) for group in groups for t in group["trajectories"]]
     arrays = [tuple(row[name].tobytes() for name in ("prompt", "tokens", "logprobs")) for row in rows]
     plain = [{k: v for k, v in row.items() if k != "epoch" and not isinstance(v, np.ndarray)} for row in rows]
@@ -111,7 +111,13 @@ class Files:
 
     @classmethod
     def of(cls, directory: Path) -> Files:
-        return cls(contents={path.name: path.read_bytes() for path in directory.iterdir()})
+        """As they are at one time, beside a store that may delete what it has copied forward."""
+        while True:
+            names = sorted(directory.iterdir())
+            with suppress(FileNotFoundError):
+                contents = {path.name: path.read_bytes() for path in names}
+                if sorted(directory.iterdir()) == names:
+                    return cls(contents=contents)
 
     def write(self, directory: Path, **damaged: bytes) -> None:
         shutil.rmtree(directory, ignore_errors=True)
@@ -227,7 +233,7 @@ def test_another_process_reads_beside_the_writer_and_cannot_write(tmp_path: Path
 import sys
 from pmdflow.store import StoreLocked, TrajectoryStore
 reader = TrajectoryStore.read(sys.argv[1])
-print(reader.ledger()["generated"], len(reader.groups()), reader.counts().lsn)
+print(reader.ledger()["generated"], len(list(reader.groups())), reader.counts().lsn)
 try:
     TrajectoryStore(sys.argv[1], groups_per_iteration=1, lookahead=1, max_staleness=None)
 except StoreLocked as error:
@@ -235,7 +241,7 @@ except StoreLocked as error:
 """
     seen = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
     numbers, refusal = seen.stdout.splitlines()
-    assert numbers == f"{store.ledger()['generated']} {len(store.groups())} {store.counts().lsn}"
+    assert numbers == f"{store.ledger()['generated']} {len(list(store.groups()))} {store.counts().lsn}"
     assert "open in another writer" in refusal
     store.close()
 

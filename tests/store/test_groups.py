@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pmdflow._rust_buffer import pack
 from pmdflow.store import StoredTrajectory, TrajectoryStore
+from pmdflow.store.view import PAGE_GROUPS
 from pmdflow.types import Stop
 from tests.support.filled_store import (
     PROMPT,
@@ -155,7 +156,7 @@ class TestOverAge:
         answer = store.claim(1, 1, 30.0)
         assert (answer.status, answer.reason) == ("starved", "over_age")
         assert assert_exact(store)["evicted_over_age"] == 8
-        assert store.groups() == []
+        assert list(store.groups()) == []
 
         assert admit(store, 1) != group
         for lease in lease_all(store, version=1):
@@ -314,3 +315,19 @@ class TestPack:
         for arguments in ({"ranks": 0, "limit": 1}, {"ranks": 1, "limit": 0}, {"ranks": 1, "limit": 9, "steps": [1]}):
             with pytest.raises(ValueError, match=r"ranks|steps"):
                 pack([1, 2], **arguments)  # type: ignore[arg-type]
+
+
+class TestPages:
+    def test_groups_come_in_pages_each_as_the_store_is_then(self) -> None:
+        store = ready_store()
+        store.set_quota(quota(groups=3 * PAGE_GROUPS))
+        for number in range(2 * PAGE_GROUPS + 1):
+            admit(store, number)
+        rows = store.groups()
+        assert next(rows)["group"] == 0
+        store.discard(1, "its page was read")
+        store.discard(PAGE_GROUPS, "its page was not")
+        admit(store, 2 * PAGE_GROUPS + 1)
+        expected = [number for number in range(1, 2 * PAGE_GROUPS + 2) if number != PAGE_GROUPS]
+        assert [row["group"] for row in rows] == expected
+        assert list(store.groups("ready")) == []

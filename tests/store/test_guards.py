@@ -119,7 +119,7 @@ def test_a_repeat_compares_columns() -> None:
 
 def test_keys_of_metadata_may_be_numbers() -> None:
     store, _ = leased(choices={1: "x", 2: ["y"]}, answer="2")
-    assert store.groups()[0]["metadata"] == {"choices": {1: "x", 2: ["y"]}, "answer": "2"}
+    assert next(store.groups())["metadata"] == {"choices": {1: "x", 2: ["y"]}, "answer": "2"}
 
 
 @pytest.mark.parametrize("value", [object(), 2**70, {(1, 2): 3, (4, [5][0]): {(6,): {7}}}])

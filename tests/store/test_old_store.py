@@ -71,7 +71,7 @@ def test_it_goes_on(recorded: Path) -> None:
         )  # fmt: skip
         store.append([run])
     assert [item.text for item in store.unscored(9, ttl_s=60.0, timeout_s=0.0)] == [PROMPT.text] * 2
-    before = store.counts(), store.ledger(), store.groups()
+    before = store.counts(), store.ledger(), list(store.groups())
     store.close()
 
     again = open_store(recorded)
@@ -82,7 +82,7 @@ def test_it_goes_on(recorded: Path) -> None:
 
 def test_a_repeat_of_an_old_admission_may_bring_its_text(recorded: Path) -> None:
     store = open_store(recorded)
-    old = store.groups("ready")[0]
+    old = next(store.groups("ready"))
     tokens = store.trajectory(old["trajectories"][0])["prompt"]
     prompt = Prompt(id=old["prompt_id"], text="1+1=", tokens=tokens, metadata=old["metadata"])
 
@@ -109,7 +109,7 @@ def test_records_of_both_formats_lie_in_one_log(recorded: Path) -> None:
     assert 4 in formats(recorded / "store"), "an earlier program is not to read on"
     store = open_store(recorded)
     held = told(store)
-    assert store.discard(store.groups("ready")[0]["group"], "one of format 4") is True
+    assert store.discard(next(store.groups("ready"))["group"], "one of format 4") is True
     store.close()
     again = open_store(recorded)
     assert again.ledger()["evicted_discarded"] > 0

@@ -58,7 +58,7 @@ def claimed(directory: Path) -> StoreActor:
     actor = StoreActor(directory=str(directory / "store"), settings=SETTINGS, steps_per_iteration=STEPS, seed=SEED)
     actor.publish(0, None, {})
     actor.set_quota(Quota(version=0, groups=3, tokens=100, tokens_per_segment=None))
-    assert actor.admit([(f"train-{number}", number, PROMPT) for number in range(3)], "train", 2, 4) == 3
+    assert actor.admit([(f"train-{number}", number, PROMPT) for number in range(3)], "train", 2, 4) == [0, 1, 2]
     for lease in actor.lease("worker", 0, 6, 0.0):
         actor._store.append([Segment(
             trajectory=lease.trajectory, epoch=lease.epoch, offset=0, version=0, temperature=1.0,

@@ -92,7 +92,7 @@ def test_life_of_a_trajectory() -> None:
     store.commit(1)
     assert [(row["state"], row["text"]) for row in store.groups()] == [("committed", PROMPT.text)]
     assert store.evict(1) == 1
-    assert store.groups() == []
+    assert list(store.groups()) == []
     assert assert_exact(store) == ledger
 
 
@@ -390,7 +390,7 @@ class TestClaims:
 
     def test_uncommit_moves_everything_back(self, tmp_path: Path) -> None:
         store = self.two_versions(path=tmp_path, max_staleness=2)
-        before, groups = store.ledger(), store.groups()
+        before, groups = store.ledger(), list(store.groups())
         store.claim(1, 3, 0.0)
         masks = store.read_claim(1).mask.tolist()
         store.publish(4, 1, {"veto": [0]})
@@ -398,7 +398,7 @@ class TestClaims:
         store.close()
         store = open_store(tmp_path, max_staleness=2)
         assert store.uncommit(0) == [1]
-        assert (store.ledger(), store.groups()) == (before, groups)
+        assert (store.ledger(), list(store.groups())) == (before, groups)
         assert store.counts().version == 4
         store.claim(1, 3, 0.0)
         assert store.read_claim(1).mask.tolist() == masks
@@ -410,7 +410,7 @@ class TestClaims:
         store.publish(3)
         assert store.claim(1, 3, 0.0).status == "starved"
         assert assert_exact(store)["evicted_over_age"] == 8
-        assert store.groups() == []
+        assert list(store.groups()) == []
 
     def test_failed_members_are_left_out(self) -> None:
         store = ready_store(max_attempts=1)

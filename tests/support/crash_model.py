@@ -250,7 +250,7 @@ class Model:
         def snapshot() -> tuple[Any, ...]:
             members = [store.trajectory(trajectory) for trajectory in rows]
             states = [(row["epoch"], row["attempts"], row["state"], len(row["tokens"])) for row in members]
-            return store.ledger(), store.groups(), states
+            return store.ledger(), list(store.groups()), states
 
         before = snapshot()
         for number, group in self.admitted.items():

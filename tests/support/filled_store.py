@@ -84,4 +84,4 @@ def assert_exact(store: TrajectoryStore) -> dict[str, int]:
 
 def snapshot(store: TrajectoryStore) -> tuple[Any, ...]:
     counts = store.counts()
-    return counts.lsn, store.ledger(), store.groups()
+    return counts.lsn, store.ledger(), list(store.groups())

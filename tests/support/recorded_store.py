@@ -59,7 +59,7 @@ def told(store: TrajectoryStore) -> dict[str, Any]:
         "counts": asdict(store.counts()) | {"bytes": 0, "lsn": 0, "durable_lsn": 0},
         "ledger": store.ledger(),
         "claims": store.claims(),
-        "groups": store.groups(),
+        "groups": list(store.groups()),
         "trajectories": views,
     }
     values: dict[str, Any] = json.loads(json.dumps(told, default=lambda array: array.tolist()))

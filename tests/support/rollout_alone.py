@@ -51,7 +51,7 @@ class RolloutAlone:
         """Admit a group for each prompt."""
         named = [(f"{prefix}-{number}", np.asarray(tokens, np.int32)) for number, tokens in enumerate(prompts)]
         rows = [(id, number, Prompt(id=id, text="", tokens=tokens)) for number, (id, tokens) in enumerate(named)]
-        assert self.call("admit", rows, "train", group_size, max_tokens) == len(rows)
+        assert len(self.call("admit", rows, "train", group_size, max_tokens)) == len(rows)
 
     def publish(self, version: int, *, groups: int) -> None:
         """Make `version` the newest, with a budget that does not end."""

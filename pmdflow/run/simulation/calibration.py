@@ -6,7 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,9 @@ from pmdflow.store.archive import catalog, parts, read_table
 
 WARM_UP = 2
 """First iterations, in which processes and caches warm up."""
-FEWEST = 3
-"""Iterations after these that a fit needs."""
+FEWEST, NEWEST = 3, 50
+"""Iterations after these that a fit needs, and most that it takes: a run is fitted to what it is now."""
+MOST_SPANS = 200_000
 ALONE, TOGETHER = 0.1, 0.9
 """Shares of a span in which the learner trains, up to and from which it counts as without and with it."""
 
@@ -45,10 +46,10 @@ def calibrate(run: Path) -> Calibration:
     Raises:
         PmdflowError: the run is too short, or of a release whose spans do not say what was generated.
     """
-    history = History(run)
+    history = History(run, max_spans=MOST_SPANS)
     history.update()
-    numbers = sorted(history.iterations)[WARM_UP:]
-    archived = parts(run)[WARM_UP:]
+    numbers = sorted(history.iterations)[WARM_UP:][-NEWEST:]
+    archived = parts(run)[WARM_UP:][-NEWEST:]
     if len(numbers) < FEWEST or len(archived) < FEWEST:
         raise PmdflowError(
             f"{run} has {len(numbers)} iterations after the first {WARM_UP}, {len(archived)} of them archived: too few "
@@ -128,7 +129,7 @@ def _learner(records: Sequence[Mapping[str, Any]], tokens: Mapping[int, int]) ->
     rows = [(1.0, float(tokens[record["iteration"]]), float(record["time/train_s"])) for record in known]
     iteration_s, token_s = _fit(rows)
     rest = [record["time/iteration_s"] - record["time/claim_wait_s"] - record["time/train_s"] for record in records]
-    return LearnerModel(iteration_s=iteration_s, token_s=token_s, publish_s=max(median(rest), 0.0))
+    return LearnerModel(iteration_s=iteration_s, token_s=token_s, publish_s=max(fmean(rest), 0.0))
 
 
 def _lengths(archived: Sequence[Path]) -> tuple[RecordedLengths, int]:

@@ -4,48 +4,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from pmdflow.config.schema import Config
 from pmdflow.metrics.text import number, percent
+from pmdflow.run.simulation.advice import SKIPPED, Result, advise
 from pmdflow.run.simulation.calibration import calibrate
-from pmdflow.run.simulation.policies import AS_CONFIGURED, UNBOUNDED, assumed, configured, splits, unit_of, variants
-from pmdflow.run.simulation.report import SimulationReport, Steady
-from pmdflow.run.simulation.world import Simulation, SimulationSettings
-
-SKIPPED = 4
-"""First iterations that the table leaves out: the pipeline fills."""
-ENOUGH, RARELY = 0.97, 0.01
-"""Share of the unbounded throughput that a bound should reach, and of tokens that it may mask."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """One simulated policy."""
-
-    name: str
-    settings: SimulationSettings
-    report: SimulationReport
-    steady: Steady
-
-    @classmethod
-    def of(cls, name: str, settings: SimulationSettings) -> Result:
-        """Simulate it."""
-        report = Simulation(settings).run()
-        return cls(name=name, settings=settings, report=report, steady=report.steady(skip=SKIPPED))
-
-    @property
-    def rollout_busy(self) -> float:
-        """Share of the rollout actors' time with something to generate."""
-        return self.report.busy_s / (self.report.seconds * self.report.actors) if self.report.seconds else 0.0
-
-    @property
-    def waits(self) -> list[tuple[str, float]]:
-        """Shares of the rollout actors' time with nothing to generate, by cause, the greatest first."""
-        whole = self.report.seconds * self.report.actors
-        shares = ((cause, seconds / whole) for cause, seconds in self.report.waits_s.items() if whole)
-        return sorted(shares, key=lambda item: -item[1])
+from pmdflow.run.simulation.policies import assumed, unit_of
 
 
 def simulate(config: Config, *, run: Path | None, iterations: int, out: Path | None) -> str:
@@ -61,13 +26,11 @@ def simulate(config: Config, *, run: Path | None, iterations: int, out: Path | N
         PmdflowError: the run does not say enough.
     """
     models = assumed(config) if run is None else calibrate(run)
-    given = configured(config, models, iterations=iterations + SKIPPED)
-    results = [Result.of(name, settings) for name, settings in variants(given)]
-    divided = [Result.of(name, settings) for name, settings in splits(given, ranks=config.learner.ranks)]
-    unit = unit_of(config)
+    advice = advise(config, models, iterations=iterations)
+    results, divided, unit = advice.results, advice.divided, unit_of(config)
     if out is not None:
         out.write_text(_page(config, results, unit))
-    engine, learner = models.engine, models.learner
+    engine, learner, given = models.engine, models.learner, results[0].settings
     step = f"{engine.step_s * 1e3:.2f} ms a step + {engine.sequence_s * 1e3:.3f} ms a sequence in it"
     slower = f", {engine.training_factor:.2f} times that while the learner trains" if engine.training_factor > 1 else ""
     trains = (
@@ -83,10 +46,20 @@ def simulate(config: Config, *, run: Path | None, iterations: int, out: Path | N
         *_table(results, unit),
         "",
         *(["  rollout actors + learner ranks, as configured otherwise", *_table(divided, unit), ""] if divided else []),
-        *(f"  {line}" for line in _advice(results, divided, config, unit)),
+        *(f"  {line}" for line in advice.lines),
         *([f"  plot: {out}"] if out is not None else []),
     ]
     return "\n".join(lines)
+
+
+def short_advice(config: Config, *, run: Path | None = None, seconds: float) -> list[str]:
+    """What would run better, by models of `run` or assumed ones, found within some seconds.
+
+    Raises:
+        PmdflowError: the run does not say enough.
+    """
+    models = assumed(config) if run is None else calibrate(run)
+    return [f"by models {models.origin}", *advise(config, models, seconds=seconds).lines]
 
 
 def _table(results: Sequence[Result], unit: int) -> list[str]:
@@ -106,41 +79,6 @@ def _table(results: Sequence[Result], unit: int) -> list[str]:
             f"{steady.passed:>6} {number(steady.variation, 2):>6}  {waits}"
         )
     return [head, *rows]
-
-
-def _advice(results: Sequence[Result], divided: Sequence[Result], config: Config, unit: int) -> list[str]:
-    by_name = {result.name: result for result in results}
-    now, best = by_name[AS_CONFIGURED], by_name[UNBOUNDED].steady.tokens_per_s
-    bounded = [result for result in results if result.name.startswith("lookahead")]
-    fits = [
-        result
-        for result in bounded
-        if result.steady.tokens_per_s >= ENOUGH * best and result.steady.masked_share <= RARELY
-    ]
-    share = now.steady.tokens_per_s / best if best else 1.0
-    lines = [f"as configured: {percent(share)} of the throughput without a bound on age"]
-    if fits and now.steady.tokens_per_s < ENOUGH * fits[0].steady.tokens_per_s:
-        chosen = fits[0]
-        gain = chosen.steady.tokens_per_s / now.steady.tokens_per_s
-        spent = max(iteration.tokens for iteration in chosen.report.iterations) * unit
-        lines.append(
-            f"scheduler.lookahead={chosen.settings.scheduler.lookahead}, rollout.tokens_per_segment=null and "
-            f"scheduler.tokens_per_iteration={_round_up(2 * spent)} or more: {gain:.2f} times the tokens a second, "
-            f"{percent(chosen.steady.masked_share, 1)} of them masked"
-        )
-    better = max(divided, key=lambda result: result.steady.tokens_per_s, default=now)
-    if better.steady.tokens_per_s > now.steady.tokens_per_s / ENOUGH:
-        ranks = config.rollout.actors + config.learner.ranks - better.settings.actors
-        lines.append(
-            f"rollout.actors={better.settings.actors} and learner.ranks={ranks}: "
-            f"{better.steady.tokens_per_s / now.steady.tokens_per_s:.2f} times the tokens a second"
-        )
-    return lines
-
-
-def _round_up(tokens: int) -> int:
-    digit: int = 10 ** max(len(str(tokens)) - 2, 0)
-    return -(-tokens // digit) * digit
 
 
 def _page(config: Config, results: Sequence[Result], unit: int) -> str:

@@ -58,6 +58,7 @@ def configured(config: Config, models: Calibration, *, iterations: int) -> Simul
         scheduler=replace(
             scheduler,
             tokens_per_iteration=max(1, scheduler.tokens_per_iteration // unit),
+            least_tokens=max(1, scheduler.least_tokens // unit),
             tokens_per_segment=None if segment is None else max(1, segment // unit),
         ),
         max_staleness=config.scheduler.max_staleness,
@@ -88,7 +89,7 @@ def variants(given: SimulationSettings) -> Iterator[tuple[str, SimulationSetting
     """The configuration, then the modes of the field on the same job and machine, then no bound at all."""
     scheduler = given.scheduler
     whole = scheduler.groups_per_iteration * given.group_size * given.max_tokens
-    plenty = replace(scheduler, tokens_per_segment=None, tokens_per_iteration=whole * (FAR_AHEAD + 1))
+    plenty = replace(scheduler, tokens_per_segment=None, tokens_per_iteration=whole * (FAR_AHEAD + 1), iteration_s=None)
     yield AS_CONFIGURED, given
     yield "synchronous", replace(given, scheduler=replace(plenty, lookahead=0), max_staleness=0, window=None)
     segment = max(1, given.max_tokens // K15_SEGMENTS)
@@ -112,6 +113,37 @@ def splits(given: SimulationSettings, *, ranks: int) -> Iterator[tuple[str, Simu
             given.learner, iteration_s=given.learner.iteration_s * scale, token_s=given.learner.token_s * scale
         )
         yield f"{actors} + {total - actors}", replace(given, actors=actors, learner=learner)
+
+
+def shrunk(given: SimulationSettings, *, trajectories: int) -> tuple[SimulationSettings, int]:
+    """The same job on a part of its machine, so that a claim has about so many trajectories, and what part it is.
+
+    Iterations take as long as the whole one's; a tail is a little shorter, as the longest of fewer answers is.
+    """
+    scheduler, groups = given.scheduler, given.scheduler.groups_per_iteration
+    part = max(1, min(groups, groups * given.group_size // trajectories))
+    actors = max(1, round(given.actors / part))
+    slots = max(1, round(given.actors * given.engine.slots / part / actors))
+    engine, learner = given.engine, given.learner
+    smaller = replace(
+        given,
+        scheduler=replace(
+            scheduler,
+            groups_per_iteration=groups // part,
+            tokens_per_iteration=max(1, scheduler.tokens_per_iteration // part),
+            least_tokens=max(1, scheduler.least_tokens // part),
+        ),
+        window=None if given.window is None else max(groups // part, given.window // part),
+        engine=replace(
+            engine,
+            slots=slots,
+            sequence_s=engine.sequence_s * engine.slots / slots,
+            context_s=engine.context_s * engine.slots / slots,
+        ),
+        learner=replace(learner, token_s=learner.token_s * part),
+        actors=actors,
+    )
+    return smaller, part
 
 
 def _in_units(lengths: Lengths, unit: int) -> Lengths:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import sys
-from bisect import bisect, insort
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ import numpy as np
 
 from pmdflow.errors import PmdflowError
 from pmdflow.metrics.claim import claim_metrics
+from pmdflow.metrics.order import AdmissionOrder
 from pmdflow.run.scheduler import SchedulerSettings, must_regrant, next_quota
 from pmdflow.run.simulation.models import EngineModel, LearnerModel, Lengths
 from pmdflow.run.simulation.report import SimulatedIteration, SimulationReport
@@ -23,6 +23,8 @@ from pmdflow.types import Claim, Mask, Outcome, Prompt
 
 LEASE_TTL_S = 1e9
 """Leases of live actors never expire: a simulated one appends when sequences end, not several times a second."""
+ASKED_EVERY = 64
+"""Events between two questions whether to go on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +97,10 @@ class Simulation:
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._serial = 0
         self._version = 0
+        self._budgeted = settings.scheduler
+        self._rates: list[float] = []
+        self._rated = (0, 0.0)
+        """Tokens and busy seconds of all workers up to the newest rate."""
         self._budgets: dict[int, int] = {}
         self._lengths: dict[int, int] = {}
         """Of trajectories that have begun and not ended."""
@@ -104,15 +110,15 @@ class Simulation:
         """Whether a group's members all get the same reward."""
         self._refills = self._most_refills
         """Groups that may still be admitted before the next claim in the place of others."""
-        self._trained: list[int] = []
-        """Places of trained groups in the order of admission, ascending."""
+        self._order = AdmissionOrder()
         self._free_since: float | None = 0.0
         """Since when the learner has waited for a claim; None while it trains."""
 
-    def run(self, *, max_events: int = 50_000_000) -> SimulationReport:
+    def run(self, *, max_events: int = 50_000_000, give_up: Callable[[], bool] = lambda: False) -> SimulationReport:
         """Run to the end.
 
         Raises:
+            TimeoutError: `give_up`, which is asked now and then, said so.
             RuntimeError: nothing happens any more, or it was not over after `max_events`.
             PmdflowError: no group has a signal.
         """
@@ -130,6 +136,8 @@ class Simulation:
             now, _, happen = heapq.heappop(self._events)
             happen(now)
             events += 1
+            if events % ASKED_EVERY == 0 and give_up():
+                raise TimeoutError(f"not over after {events} events")
         self._finish(now)
         return self._report
 
@@ -137,8 +145,16 @@ class Simulation:
         self._serial += 1
         heapq.heappush(self._events, (time, self._serial, happen))
 
+    def _rate(self) -> None:
+        """Measure the rate of the iteration that ends: an automatic budget follows from it."""
+        generated, busy_s = self._store.ledger()["generated"], sum(worker.busy_s for worker in self._workers)
+        tokens, seconds = generated - self._rated[0], busy_s - self._rated[1]
+        if tokens and seconds > 0:
+            self._rates.append(tokens / seconds * len(self._workers))
+        self._rated = generated, busy_s
+
     def _grant(self) -> None:
-        quota = next_quota(self._settings.scheduler, self._store.counts())
+        quota = next_quota(self._budgeted, self._store.counts())
         self._budgets[quota.version] = quota.tokens
         self._store.set_quota(quota)
 
@@ -154,8 +170,8 @@ class Simulation:
     def _admit(self, most: int = sys.maxsize) -> int:
         counts = self._store.counts()
         room = min(self._settings.scheduler.room(counts), most)
-        for cursor in range(counts.next_cursor, counts.next_cursor + room):
-            tokens = np.zeros(self._settings.prompt_tokens, np.int32)
+        tokens = np.zeros(self._settings.prompt_tokens, np.int32)
+        groups = [
             self._store.admit(
                 f"train-{cursor}",
                 Prompt(id=str(cursor), text="", tokens=tokens),
@@ -163,6 +179,9 @@ class Simulation:
                 group_size=self._settings.group_size,
                 max_tokens=self._settings.max_tokens,
             )
+            for cursor in range(counts.next_cursor, counts.next_cursor + room)
+        ]
+        self._order.admitted(groups, iteration=len(self._report.iterations) + 1)
         report = self._report
         report.max_groups_untrained = max(report.max_groups_untrained, counts.groups_untrained + room)
         return room
@@ -315,24 +334,22 @@ class Simulation:
         wait_s, self._free_since = now - self._free_since, None
         claim = self._store.read_rows(iteration)
         values = claim_metrics(claim)
-        places = sorted({int(place) for place in claim.prompt_ids})
-        passed = max((len(self._trained) - bisect(self._trained, place) for place in places), default=0)
-        for place in places:
-            insort(self._trained, place)
-        self._report.short_claims += len(places) < self._settings.scheduler.groups_per_iteration
+        order = self._order.claimed(claim, oldest_untrained=self._store.counts().oldest_untrained)
+        lengths = _group_means(claim)
+        self._report.short_claims += len(lengths) < self._settings.scheduler.groups_per_iteration
         train_s, publish_s = self._settings.learner.train_s(int(claim.cu_seqlens[-1])), self._settings.learner.publish_s
         done = SimulatedIteration(
             end_s=now + train_s + publish_s,
             wait_s=wait_s,
             train_s=train_s,
             publish_s=publish_s,
-            lengths=_group_means(claim),
+            lengths=lengths,
             tokens=int(claim.count(Mask.GENERATED).sum()),
             trained=int(claim.count(Mask.TRAINED).sum()),
             masked_by_decile=values["staleness/masked_share_by_decile"],
             staleness_mean=values["staleness/mean"] or 0.0,
             staleness_max=values["staleness/max"] or 0,
-            passed=passed,
+            passed=order["trajectory/bypasses_max"] or 0,
         )
         self._at(done.end_s, partial(self._publish, done))
         for index in self._waiting:
@@ -343,6 +360,8 @@ class Simulation:
         iteration = len(self._report.iterations) + 1
         self._version += 1
         self._store.publish(self._version, iteration, {})
+        self._rate()
+        self._budgeted = self._settings.scheduler.budgeted(self._rates)
         self._grant()
         self._store.commit(iteration)
         self._store.evict(iteration)

@@ -11,13 +11,19 @@ mod settings;
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
-use pyo3::{buffer::PyBuffer, exceptions::PyValueError, prelude::*, types::PyDict};
+use pyo3::{
+    buffer::PyBuffer,
+    exceptions::PyValueError,
+    prelude::*,
+    types::{PyBytes, PyDict},
+};
 
 use crate::{
     error::Result,
     log::{Disk, Memory, Storage},
     state::group::Kind,
     state::record::{Admit, Quota},
+    state::successes::Drawn,
     state::trajectory::Version,
     store::admission::Prompt,
     store::claim_view::{ClaimView, Columns},
@@ -31,11 +37,11 @@ use parse::{seconds, ticks};
 use rows::Row;
 use settings::Given;
 
-/// Rows that are made while the GIL is held.
-const ROWS_AT_ONCE: usize = 64;
-
 /// Trajectory, stale, grant.
 type Answer = (u64, bool, u32);
+
+/// Number of the rates, keys (u64), rates (f64).
+type Columned<'py> = (i64, Bound<'py, PyBytes>, Bound<'py, PyBytes>);
 
 /// The trajectory store; `pmdflow/_rust_buffer.pyi` documents it.
 #[pyclass(frozen, module = "pmdflow._rust_buffer")]
@@ -71,19 +77,20 @@ impl TrajectoryStore {
 impl TrajectoryStore {
     #[new]
     #[pyo3(signature = (path, *, groups_per_iteration, lookahead, max_staleness, segment_loss = "all",
-        window = None, signal = None, min_group_size = 2, straggler = None, max_attempts = 3, lease_ttl_s = 30.0, grant_tokens = 64,
+        window = None, signal = None, successes = None, min_group_size = 2, straggler = None, max_attempts = 3, lease_ttl_s = 30.0, grant_tokens = 64,
         durability = "group", max_bytes = None, file_bytes = 67_108_864, sync_interval_s = 0.005,
         read_only = false))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>, path: Option<PathBuf>, groups_per_iteration: usize, lookahead: u32, max_staleness: Option<u32>,
-        segment_loss: &str, window: Option<u64>, signal: Option<(Option<f64>, Option<f64>)>, min_group_size: u32,
-        straggler: Option<(u32, f64)>, max_attempts: u32, lease_ttl_s: f64, grant_tokens: u32, durability: &str,
-        max_bytes: Option<u64>, file_bytes: u64, sync_interval_s: f64, read_only: bool,
+        segment_loss: &str, window: Option<u64>, signal: Option<(Option<f64>, Option<f64>)>,
+        successes: Option<(f64, f64)>, min_group_size: u32, straggler: Option<(u32, f64)>, max_attempts: u32,
+        lease_ttl_s: f64, grant_tokens: u32, durability: &str, max_bytes: Option<u64>, file_bytes: u64,
+        sync_interval_s: f64, read_only: bool,
     ) -> PyResult<Self> {
         #[rustfmt::skip] // One name a line says no more.
         let settings = Settings::try_from(Given {
-            groups_per_iteration, lookahead, max_staleness, segment_loss, window, signal, min_group_size, straggler, max_attempts,
+            groups_per_iteration, lookahead, max_staleness, segment_loss, window, signal, successes, min_group_size, straggler, max_attempts,
             lease_ttl_s, grant_tokens, durability, max_bytes, file_bytes, sync_interval_s,
         })?;
         let on_disk = path.is_some();
@@ -109,16 +116,19 @@ impl TrajectoryStore {
     }
 
     #[pyo3(signature = (request_id, *, cursor, kind, prompt_id, prompt, metadata, text = None, group_size, max_tokens,
-        priority = 0, wait = true))]
+        priority = 0, drawn = None, wait = true))]
     #[allow(clippy::too_many_arguments)]
     fn admit(
         &self, py: Python<'_>, request_id: String, cursor: Option<u64>, kind: &str, prompt_id: String, prompt: &[u8],
-        metadata: &[u8], text: Option<&str>, group_size: u32, max_tokens: u32, priority: i32, wait: bool,
+        metadata: &[u8], text: Option<&str>, group_size: u32, max_tokens: u32, priority: i32,
+        drawn: Option<(u64, i64)>, wait: bool,
     ) -> PyResult<u64> {
         let kind = parse::kind(kind)?;
         let cursor = cursor.filter(|_| kind == Kind::Train);
         let prompt_len = (prompt.len() / 4) as u32;
-        let admit = Admit { request_id, cursor, kind, prompt_id, prompt_len, size: group_size, max_tokens, priority };
+        let drawn = drawn.map(|(key, number)| Drawn { key, number });
+        let admit =
+            Admit { request_id, cursor, kind, prompt_id, prompt_len, size: group_size, max_tokens, priority, drawn };
         self.change(py, wait, |store| store.admit(&admit, Prompt { tokens: prompt, metadata, text }))
     }
 
@@ -292,16 +302,11 @@ impl TrajectoryStore {
         Ok(py.detach(|| self.shared.remove_dead_files()).map(|()| groups)?)
     }
 
-    #[pyo3(signature = (state = None))]
-    fn groups<'py>(&self, py: Python<'py>, state: Option<&str>) -> PyResult<Vec<Row<'py>>> {
-        let groups = py.detach(|| self.shared.groups(state))?;
-        let mut rows = Vec::with_capacity(groups.len());
-        for some in groups.chunks(ROWS_AT_ONCE) {
-            // There may be very many, and others of the process want the interpreter for an append.
-            py.detach(|| ());
-            rows.extend(some.iter().map(|group| rows::group(py, group)).collect::<PyResult<Vec<_>>>()?);
-        }
-        Ok(rows)
+    fn groups<'py>(
+        &self, py: Python<'py>, state: Option<&str>, after: Option<u64>, limit: usize,
+    ) -> PyResult<(Vec<Row<'py>>, Option<u64>)> {
+        let (page, next) = py.detach(|| self.shared.groups(state, after, limit.max(1)))?;
+        Ok((page.iter().map(|group| rows::group(py, group)).collect::<PyResult<_>>()?, next))
     }
 
     #[pyo3(signature = (after, limit, *, iteration, version, reward, length, stop, prompt_id, group, kind, state))]
@@ -348,6 +353,14 @@ impl TrajectoryStore {
 
     fn versions_spent(&self, py: Python<'_>) -> PyResult<BTreeMap<Version, u64>> {
         self.query(py, |store| Ok(store.versions_spent()))
+    }
+
+    #[pyo3(signature = (after = None))]
+    fn successes<'py>(&self, py: Python<'py>, after: Option<i64>) -> PyResult<Columned<'py>> {
+        let successes = self.query(py, |store| Ok(store.successes()))?;
+        let (keys, rates): (Vec<_>, Vec<_>) =
+            successes.since(after).into_iter().map(|(key, rate)| (key.to_le_bytes(), rate.to_le_bytes())).unzip();
+        Ok((successes.number, PyBytes::new(py, keys.as_flattened()), PyBytes::new(py, rates.as_flattened())))
     }
 
     fn wait_durable(&self, py: Python<'_>, lsn: Option<u64>, timeout_s: f64) -> PyResult<bool> {

@@ -220,6 +220,7 @@ pub fn counts<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Row<'py>> {
     row.set_item("lsn", counts.lsn)?;
     row.set_item("durable_lsn", counts.durable_lsn)?;
     row.set_item("groups_untrained", counts.groups_untrained)?;
+    row.set_item("oldest_untrained", counts.oldest_untrained)?;
     row.set_item("groups_ready", counts.groups_ready)?;
     row.set_item("groups_claimed", counts.groups_claimed)?;
     row.set_item("trajectories_leased", counts.trajectories_leased)?;

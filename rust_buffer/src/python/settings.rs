@@ -9,6 +9,7 @@ use crate::{
     log::Durability,
     state::group::{Signal, Straggler},
     state::record::SegmentLoss,
+    state::successes::Averaging,
     store::Settings,
 };
 
@@ -24,6 +25,8 @@ pub struct Given<'a> {
     pub window: Option<u64>,
     /// Open interval of mean rewards.
     pub signal: Option<(Option<f64>, Option<f64>)>,
+    /// Decay, and least reward of a success.
+    pub successes: Option<(f64, f64)>,
     pub min_group_size: u32,
     /// Members, and seconds to wait for the others.
     pub straggler: Option<(u32, f64)>,
@@ -65,6 +68,7 @@ impl TryFrom<Given<'_>> for Settings {
             segment_loss: choose("segment_loss", given.segment_loss, &losses)?,
             window: given.window,
             signal: given.signal.map(|(above, below)| Signal { above, below }),
+            successes: given.successes.map(averaging).transpose()?,
             min_group_size: given.min_group_size,
             straggler: given.straggler.map(|rule| straggler(rule, given.min_group_size)).transpose()?,
             max_attempts: given.max_attempts,
@@ -85,4 +89,13 @@ fn straggler((members, wait_s): (u32, f64), min_group_size: u32) -> PyResult<Str
         )));
     }
     Ok(Straggler { members, wait: ticks("the wait of straggler", wait_s)? })
+}
+
+fn averaging((decay, success_reward): (f64, f64)) -> PyResult<Averaging> {
+    if !(0.0..1.0).contains(&decay) || !success_reward.is_finite() {
+        return Err(PyValueError::new_err(format!(
+            "successes is ({decay}, {success_reward}): the decay is at least 0 and below 1, the reward finite"
+        )));
+    }
+    Ok(Averaging { decay, success_reward })
 }

@@ -89,6 +89,7 @@ impl State {
                 failed: 0,
                 late: 0,
                 tokens: 0,
+                drawn: admit.drawn,
             },
         );
         self.trajectories.extend((first..self.next_trajectory).map(|id| (id, Trajectory::new(group))));
@@ -244,6 +245,7 @@ impl State {
         } else {
             // Format 3 forgot what it undid; here a new claim comes only after the last undone one.
             self.undone.clear();
+            self.successes.claim(claimed.iteration, &claimed.successes);
         }
         Ok(())
     }
@@ -298,8 +300,9 @@ impl State {
                 let tokens = self.group(id)?.tokens;
                 self.ledger.shift(Place::Ready, Place::EvictedOverAge, tokens);
             }
-            Reason::NoSignal => {
-                let tokens = self.group(id)?.tokens;
+            Reason::NoSignal(success) => {
+                let (tokens, drawn) = self.group(id).map(|group| (group.tokens, group.drawn))?;
+                self.successes.evicted.extend(drawn.map(|drawn| drawn.key).zip(*success));
                 self.ledger.shift(Place::Ready, Place::EvictedNoSignal, tokens);
             }
             Reason::Eval => {}

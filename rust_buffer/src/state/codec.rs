@@ -17,8 +17,7 @@ use crate::{
 use columns::Columns;
 
 /// Kinds that newer programs will write.
-const RESERVED: [(u8, &str); 4] =
-    [(13, "annotate"), (15, "turn"), (16, "prompt history"), (17, "iteration of a version")];
+const RESERVED: [(u8, &str); 3] = [(13, "annotate"), (15, "turn"), (17, "iteration of a version")];
 
 #[derive(Serialize, Deserialize)]
 struct QuotaFields {
@@ -51,6 +50,8 @@ struct EvictFields {
     reason: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     detail: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    success: Option<f64>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -101,7 +102,8 @@ pub fn encode(record: &Record) -> Result<Vec<u8>> {
         Record::Claim(claimed) => named(claimed),
         Record::Evict(groups, reason) => {
             let detail = if let Reason::Discarded(why) = reason { Some(why.clone()) } else { None };
-            named(&EvictFields { groups: groups.clone(), reason: reason.name().to_owned(), detail })
+            let success = if let Reason::NoSignal(success) = reason { *success } else { None };
+            named(&EvictFields { groups: groups.clone(), reason: reason.name().to_owned(), detail, success })
         }
         Record::Commit(iteration) | Record::Uncommit(iteration) | Record::Drop(iteration) => {
             named(&Iteration { iteration: *iteration })
@@ -136,8 +138,8 @@ pub fn decode(kind: u8, header: &[u8]) -> std::result::Result<Record, String> {
         }
         7 => Record::Claim(fields::<Claimed>(header)?),
         8 => {
-            let EvictFields { groups, reason, detail } = fields(header)?;
-            Record::Evict(groups, Reason::named(&reason, detail)?)
+            let EvictFields { groups, reason, detail, success } = fields(header)?;
+            Record::Evict(groups, Reason::named(&reason, detail, success)?)
         }
         9 => Record::Commit(fields::<Iteration>(header)?.iteration),
         10 => Record::Uncommit(fields::<Iteration>(header)?.iteration),

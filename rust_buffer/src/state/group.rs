@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{clock::Micros, log::Location};
+use crate::{clock::Micros, log::Location, state::successes::Drawn};
 
 /// Members of a group: each has its place in the index from the admission on.
 pub const MAX_GROUP_SIZE: u32 = 1 << 16;
@@ -94,6 +94,8 @@ pub struct Group {
     pub late: u32,
     /// Generated tokens of the members, without the late ones.
     pub tokens: u64,
+    #[serde(default)]
+    pub drawn: Option<Drawn>,
 }
 
 impl Group {

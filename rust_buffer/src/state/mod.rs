@@ -11,6 +11,7 @@ pub mod ledger;
 pub mod mask;
 pub mod placed;
 pub mod record;
+pub mod successes;
 pub mod trajectory;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -26,6 +27,7 @@ use crate::{
     state::group::{Group, Kind, Phase},
     state::ledger::Ledger,
     state::record::{LeftOut, Plan, Quota, Record, SegmentLoss},
+    state::successes::Successes,
     state::trajectory::{Trajectory, Version},
 };
 
@@ -177,6 +179,8 @@ pub struct State {
     /// Forks of the live trajectories that have some, in order.
     #[serde(default, deserialize_with = "grown::<_, BTreeMap<u64, Vec<Fork>>, _>")]
     pub forks: OrdMap<u64, Vec<Fork>>,
+    #[serde(default)]
+    pub successes: Successes,
 }
 
 /// Decodes a persistent collection by way of one of the standard library, which makes room as items come: the other
@@ -225,6 +229,7 @@ impl Default for State {
             undone: VecDeque::new(),
             counted_gone: Counted::default(),
             forks: OrdMap::new(),
+            successes: Successes::default(),
         }
     }
 }

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     state::group::{Kind, Phase},
+    state::successes::Drawn,
     state::trajectory::{Outcome, Stop, Version},
 };
 
@@ -33,12 +34,12 @@ pub enum SegmentLoss {
 }
 
 /// Why groups are dropped before they were trained.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Reason {
     /// No token to train.
     OverAge,
-    /// Rewards that say nothing to the learner.
-    NoSignal,
+    /// Rewards that say nothing to the learner; the success, where it is kept.
+    NoSignal(Option<f64>),
     /// The caller dropped an evaluation.
     Eval,
     /// Somebody wanted it gone, for the reason told.
@@ -50,7 +51,7 @@ impl Reason {
     pub fn name(&self) -> &'static str {
         match self {
             Self::OverAge => "over_age",
-            Self::NoSignal => "no_signal",
+            Self::NoSignal(_) => "no_signal",
             Self::Eval => "eval",
             Self::Discarded(_) => "discarded",
         }
@@ -60,10 +61,10 @@ impl Reason {
     ///
     /// # Errors
     /// The name is unknown.
-    pub fn named(name: &str, detail: Option<String>) -> std::result::Result<Self, String> {
+    pub fn named(name: &str, detail: Option<String>, success: Option<f64>) -> std::result::Result<Self, String> {
         match name {
             "over_age" => Ok(Self::OverAge),
-            "no_signal" => Ok(Self::NoSignal),
+            "no_signal" => Ok(Self::NoSignal(success)),
             "eval" => Ok(Self::Eval),
             "discarded" => Ok(Self::Discarded(detail.unwrap_or_default())),
             other => Err(format!("groups are evicted for the unknown reason {other:?}")),
@@ -98,6 +99,9 @@ pub struct Admit {
     /// Higher ones are started first.
     #[serde(default)]
     pub priority: i32,
+    /// None: its success is not kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drawn: Option<Drawn>,
 }
 
 /// New tokens of one trajectory; arrays: tokens with log-probs, extra columns (none of them when `len` is 0); or one
@@ -155,7 +159,7 @@ pub struct Plan {
 }
 
 /// A claim as decided.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "fields that say themselves")]
 pub struct Claimed {
     pub iteration: i64,
@@ -171,6 +175,9 @@ pub struct Claimed {
     /// The undone claim's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub plan: Option<Plan>,
+    /// New rates of success by key.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub successes: Vec<(u64, f64)>,
 }
 
 /// One durable change; `codec` has its bytes.

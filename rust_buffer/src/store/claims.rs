@@ -106,7 +106,8 @@ impl Store {
         if let Some(undone) = self.state.undone.front() {
             let Undone { version: recorded, max_staleness, segment_loss, groups, plan } = undone.clone();
             let (version, asked) = (recorded, Some(version));
-            let again = Claimed { iteration, version, max_staleness, segment_loss, groups, asked, plan };
+            let successes = Vec::new(); // told when they were claimed first
+            let again = Claimed { iteration, version, max_staleness, segment_loss, groups, asked, plan, successes };
             return self.make_claim(again).map(Some);
         }
         if self.no_signal > std::mem::replace(&mut self.no_signal_told, self.no_signal) {
@@ -120,12 +121,20 @@ impl Store {
         let closed = self.is_closed();
         if groups.len() == wanted || (closed && !groups.is_empty()) {
             let (max_staleness, segment_loss) = (self.settings.max_staleness, self.settings.segment_loss);
-            let (asked, plan) = (None, None);
-            let new = Claimed { iteration, version, max_staleness, segment_loss, groups, asked, plan };
+            let (asked, plan, successes) = (None, None, self.successes_of(&groups));
+            let new = Claimed { iteration, version, max_staleness, segment_loss, groups, asked, plan, successes };
             return self.make_claim(new).map(Some);
         }
         let why = if over_age > 0 { Some(Starvation::OverAge) } else { closed.then_some(Starvation::Closed) };
         Ok(why.map(ClaimAnswer::Starved))
+    }
+
+    /// Rates that a claim of these groups moves.
+    fn successes_of(&self, groups: &[u64]) -> Vec<(u64, f64)> {
+        let Some(averaging) = self.settings.successes else { return Vec::new() };
+        let groups = groups.iter().filter_map(|id| self.state.groups.get(id));
+        let seen = groups.filter_map(|group| self.state.success(group, averaging));
+        self.state.successes.moved_by(seen, averaging)
     }
 
     fn make_claim(&mut self, claimed: Claimed) -> Result<ClaimAnswer> {

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use crate::{
     log::Lsn,
-    state::ClaimStatus,
     state::group::{Group, Phase},
     state::ledger::{Place, signed},
+    state::successes::Successes,
     state::trajectory::{Trajectory, Verdict, Version},
     store::Store,
 };
@@ -25,6 +25,8 @@ pub struct Counts {
     pub durable_lsn: Lsn,
     /// Training groups not yet trained.
     pub groups_untrained: u64,
+    /// The oldest of them.
+    pub oldest_untrained: Option<u64>,
     pub groups_ready: usize,
     /// Those in the untrained claim.
     pub groups_claimed: usize,
@@ -52,6 +54,11 @@ pub struct Counts {
 }
 
 impl Store {
+    /// Rates of success by key: a cheap clone, to be gone through without the store.
+    pub fn successes(&self) -> Successes {
+        self.state.successes.clone()
+    }
+
     /// Live numbers.
     pub fn counts(&self) -> Counts {
         let (state, index) = (&self.state, &self.index);
@@ -64,6 +71,7 @@ impl Store {
             lsn: self.log.lsn(),
             durable_lsn: self.log.durable_lsn(),
             groups_untrained: index.untrained.len() as u64,
+            oldest_untrained: index.untrained.first().copied(),
             groups_ready: index.ready.len(),
             groups_claimed: claimed.map_or(0, |claim| claim.groups.len()),
             trajectories_leased: index.leased,
@@ -110,8 +118,13 @@ impl Store {
 
     /// Name of a group's state in Python, and the iteration of its claim.
     pub fn phase_of(&self, group: &Group) -> (&'static str, Option<i64>) {
-        let status = |iteration: &i64| self.state.claims.get(iteration).map(|claim| claim.status);
-        named_phase(group, status)
+        match group.phase {
+            Phase::Partial => ("partial", None),
+            Phase::Ready => ("ready", None),
+            Phase::Claimed(iteration) => {
+                (self.state.claims.get(&iteration).map_or("claimed", |claim| claim.status.name()), Some(iteration))
+            }
+        }
     }
 
     /// Name of the state of every claim that is not evicted, by iteration.
@@ -129,18 +142,5 @@ impl Store {
             Verdict::Pending if self.leases.contains(id) => "leased",
             Verdict::Pending => "idle",
         }
-    }
-}
-
-/// Name of a group's state in Python, and the iteration of its claim, whose status is among `claims`.
-pub(super) fn phase_name(group: &Group, claims: &BTreeMap<i64, ClaimStatus>) -> (&'static str, Option<i64>) {
-    named_phase(group, |iteration| claims.get(iteration).copied())
-}
-
-fn named_phase(group: &Group, status: impl Fn(&i64) -> Option<ClaimStatus>) -> (&'static str, Option<i64>) {
-    match group.phase {
-        Phase::Partial => ("partial", None),
-        Phase::Ready => ("ready", None),
-        Phase::Claimed(iteration) => (status(&iteration).map_or("claimed", ClaimStatus::name), Some(iteration)),
     }
 }

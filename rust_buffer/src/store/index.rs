@@ -5,6 +5,7 @@
 //! ones the oldest, however many older ones are still being generated, as far as `Settings::window` reaches (the quota of
 //! untrained groups bounds it too).
 
+mod tails;
 mod upkeep;
 
 use std::{
@@ -16,24 +17,14 @@ use crate::{
     clock::Micros,
     error::Result,
     state::State,
-    state::group::{Group, Kind, Phase},
-    state::trajectory::{Trajectory, Verdict, Version},
+    state::group::{Kind, Phase},
+    state::trajectory::{Verdict, Version},
+    store::index::tails::Tails,
 };
 
-/// Oldest group first; ids follow the order of admission.
-type Key = (u64, u64);
-
 /// By the version of the newest token, -1 without one: a worker may extend those up to its own version, and finds the
-/// oldest at once, however many are newer.
-type ByVersion = BTreeMap<Version, BTreeSet<Key>>;
-
-/// Where an idle trajectory is listed.
-enum Idle {
-    Eval(Version),
-    Partial(Version),
-    Exhausted(Version),
-    Fresh(Reverse<i32>),
-}
+/// oldest at once, however many are newer. Ids follow the order of admission.
+type ByVersion = BTreeMap<Version, Tails>;
 
 /// What is derived from state and leases, kept up to date with each change.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -46,12 +37,11 @@ pub struct Index {
     pub untrained: BTreeSet<u64>,
     /// Idle evaluation trajectories.
     eval: ByVersion,
-    /// Idle training trajectories with tokens, whose newest version leaves them room in its segment budget.
+    /// Idle training trajectories with tokens. Those that have used up the segment budget of their newest version are
+    /// leasable at newer ones only.
     partial: ByVersion,
-    /// Idle training trajectories whose segment budget of the version is used up: leasable at newer ones only.
-    exhausted: ByVersion,
     /// Idle training trajectories without tokens, highest priority first.
-    fresh: BTreeSet<(Reverse<i32>, Key)>,
+    fresh: BTreeSet<(Reverse<i32>, u64)>,
     /// Complete trajectories without a verdict that nobody is scoring: evaluation first.
     unscored: BTreeSet<(Kind, u64)>,
     /// Those handed out, until the time given.
@@ -118,13 +108,12 @@ impl Index {
                 self.leased += u64::from(group.kind == Kind::Train);
                 self.leased_tokens += if group.kind == Kind::Train { u64::from(trajectory.generated()) } else { 0 };
             } else {
-                let key = (trajectory.group, id);
-                match Self::idle_list(state, trajectory, group) {
-                    Idle::Eval(version) => self.eval.entry(version).or_default().insert(key),
-                    Idle::Partial(version) => self.partial.entry(version).or_default().insert(key),
-                    Idle::Exhausted(version) => self.exhausted.entry(version).or_default().insert(key),
-                    Idle::Fresh(priority) => self.fresh.insert((priority, key)),
-                };
+                let (tail, version) = (trajectory.tail, trajectory.last_version());
+                match (group.kind, version) {
+                    (Kind::Eval, _) => self.eval.entry(version.unwrap_or(-1)).or_default().insert(id, tail),
+                    (Kind::Train, Some(version)) => self.partial.entry(version).or_default().insert(id, tail),
+                    (Kind::Train, None) => _ = self.fresh.insert((Reverse(group.priority), id)),
+                }
             }
         }
         Ok(())
@@ -150,53 +139,33 @@ impl Index {
                 self.leased -= u64::from(group.kind == Kind::Train);
                 self.leased_tokens -= if group.kind == Kind::Train { u64::from(trajectory.generated()) } else { 0 };
             } else {
-                let key = (trajectory.group, id);
-                match Self::idle_list(state, trajectory, group) {
-                    Idle::Eval(version) => remove(&mut self.eval, version, key),
-                    Idle::Partial(version) => remove(&mut self.partial, version, key),
-                    Idle::Exhausted(version) => remove(&mut self.exhausted, version, key),
-                    Idle::Fresh(priority) => self.fresh.remove(&(priority, key)),
-                };
+                let version = trajectory.last_version();
+                match (group.kind, version) {
+                    (Kind::Eval, _) => remove(&mut self.eval, version.unwrap_or(-1), id),
+                    (Kind::Train, Some(version)) => remove(&mut self.partial, version, id),
+                    (Kind::Train, None) => _ = self.fresh.remove(&(Reverse(group.priority), id)),
+                }
             }
         }
         Ok(())
     }
 
-    fn idle_list(state: &State, trajectory: &Trajectory, group: &Group) -> Idle {
-        match (group.kind, trajectory.last_version()) {
-            (Kind::Eval, version) => Idle::Eval(version.unwrap_or(-1)),
-            (Kind::Train, None) => Idle::Fresh(Reverse(group.priority)),
-            (Kind::Train, Some(version)) => {
-                let limit = state.quotas.get(&version).and_then(|quota| quota.tokens_per_segment);
-                if limit.is_some_and(|limit| trajectory.tail >= limit) {
-                    Idle::Exhausted(version)
-                } else {
-                    Idle::Partial(version)
-                }
-            }
-        }
-    }
-
-    /// Idle training trajectories whose newest token is of `version`: those that a new quota for it moves.
-    pub fn idle_under(&self, version: Version) -> impl Iterator<Item = u64> + '_ {
-        let sets = [self.partial.get(&version), self.exhausted.get(&version)];
-        sets.into_iter().flatten().flatten().map(|(_, id)| *id)
-    }
-
     /// The first idle evaluation trajectory that a worker at `version` may extend.
     pub fn next_eval(&self, version: Version) -> Option<u64> {
-        first(self.eval.range(..=version)).map(|(_, id)| id)
+        first(self.eval.range(..=version))
     }
 
-    /// The first idle training trajectory that a worker at `version` may extend, if the version's budget lasts.
-    pub fn next_train(&self, version: Version) -> Option<u64> {
-        let partial = first(self.exhausted.range(..version).chain(self.partial.range(..=version)));
-        partial.or_else(|| self.fresh.first().map(|(_, key)| *key)).map(|(_, id)| id)
+    /// The first idle training trajectory that a worker at `version`, which allows `tokens_per_segment`, may extend, if
+    /// the version's budget lasts.
+    pub fn next_train(&self, version: Version, tokens_per_segment: Option<u32>) -> Option<u64> {
+        let own = self.partial.get(&version).and_then(|tails| tails.first_below(tokens_per_segment));
+        let partial = first(self.partial.range(..version)).into_iter().chain(own).min();
+        partial.or_else(|| self.fresh.first().map(|(_, id)| *id))
     }
 
     /// Idle training trajectories, and how many of them hold tokens.
     pub fn idle(&self) -> (usize, usize) {
-        let partial = count(&self.partial) + count(&self.exhausted);
+        let partial = count(&self.partial);
         (partial + self.fresh.len(), partial)
     }
 
@@ -239,20 +208,19 @@ impl Index {
     }
 }
 
-/// The oldest of several sets.
-fn first<'a>(sets: impl Iterator<Item = (&'a Version, &'a BTreeSet<Key>)>) -> Option<Key> {
-    sets.filter_map(|(_, set)| set.first().copied()).min()
+/// The oldest of several versions.
+fn first<'a>(versions: impl Iterator<Item = (&'a Version, &'a Tails)>) -> Option<u64> {
+    versions.filter_map(|(_, tails)| tails.first_below(None)).min()
 }
 
-fn count(sets: &ByVersion) -> usize {
-    sets.values().map(BTreeSet::len).sum()
+fn count(versions: &ByVersion) -> usize {
+    versions.values().map(Tails::len).sum()
 }
 
-fn remove(sets: &mut ByVersion, version: Version, key: Key) -> bool {
-    let Some(set) = sets.get_mut(&version) else { return false };
-    let removed = set.remove(&key);
-    if set.is_empty() {
-        sets.remove(&version);
+fn remove(versions: &mut ByVersion, version: Version, id: u64) {
+    let Some(tails) = versions.get_mut(&version) else { return };
+    tails.remove(id);
+    if tails.len() == 0 {
+        versions.remove(&version);
     }
-    removed
 }

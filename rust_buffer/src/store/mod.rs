@@ -44,6 +44,7 @@ use crate::{
     state::group::{Signal, Straggler},
     state::placed::Placed,
     state::record::{Record, SegmentLoss},
+    state::successes::Averaging,
     state::trajectory::Version,
     store::index::Index,
     store::late::{LateReport, Overdue},
@@ -71,6 +72,8 @@ pub struct Settings {
     pub window: Option<u64>,
     /// Training groups without it are evicted as soon as all their rewards are there; None: none is.
     pub signal: Option<Signal>,
+    /// How the success of prompts is averaged; None: it is not kept.
+    pub successes: Option<Averaging>,
     /// Scored members below which a group is evicted.
     pub min_group_size: u32,
     /// When a group does not wait for its late members; None: it waits for all.

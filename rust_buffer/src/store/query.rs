@@ -6,8 +6,8 @@ use crate::{
     store::Store,
 };
 
-/// Trajectories that one page looks at, so that a query never holds the store for long.
-const SCANNED: usize = 16_384;
+/// Trajectories or groups that one page looks at, so that a query never holds the store for long.
+const SCANNED: usize = 2048;
 
 /// Inclusive bounds; None is unbounded.
 pub type Bounds<T> = (Option<T>, Option<T>);
@@ -57,6 +57,9 @@ pub struct Selected {
     pub last_version: Option<Version>,
 }
 
+/// A group, the name of its state, and the iteration of its claim.
+pub type Phased = (u64, Group, &'static str, Option<i64>);
+
 fn is_bounded<T>(bounds: &Bounds<T>) -> bool {
     bounds.0.is_some() || bounds.1.is_some()
 }
@@ -99,6 +102,25 @@ impl Store {
             let Some(group) = self.state.groups.get(&trajectory.group) else { continue };
             if filter.selects(self, id, trajectory, group) {
                 page.push(self.selected(id, trajectory, group));
+            }
+        }
+        (page, None)
+    }
+
+    /// Up to `limit` live groups in the order of their ids, which are above `after`, each with the name of its state and
+    /// the iteration of its claim, those of the state with the name `state` if one is given; and the `after` of the next
+    /// page, None when there is none.
+    pub fn groups(&self, state: Option<&str>, after: Option<u64>, limit: usize) -> (Vec<Phased>, Option<u64>) {
+        let (mut page, mut last) = (Vec::new(), after);
+        let first = after.map_or(0, |after| after.saturating_add(1));
+        for (scanned, (id, group)) in self.state.groups.range(first..).enumerate() {
+            if page.len() == limit || scanned == SCANNED {
+                return (page, last);
+            }
+            last = Some(*id);
+            let (name, iteration) = self.phase_of(group);
+            if state.is_none_or(|state| state == name) {
+                page.push((*id, group.clone(), name, iteration));
             }
         }
         (page, None)

@@ -11,10 +11,8 @@ use crate::{
     state::fork::Fork,
     state::group::Group,
     state::trajectory::{Trajectory, Verdict, Version},
-    store::Store,
     store::arrays::{Extras, StoredPrompt, Tokens, read_extras, read_history, read_prompt, read_runs},
     store::claim_view::{ClaimView, Columns, Rows, Segments},
-    store::counts::phase_name,
     store::rollout::Granted,
     store::shared::{Clock, Shared},
     store::token_view::TokenView,
@@ -140,27 +138,22 @@ impl Shared {
         Ok(items)
     }
 
-    /// Live groups, those whose state has the name `state` if one is given.
+    /// A page of `Store::groups` with the prompts.
     ///
     /// # Errors
     /// Those of the log, or `Closed`.
-    pub fn groups(&self, state: Option<&str>) -> Result<Vec<GroupView>> {
+    pub fn groups(
+        &self, state: Option<&str>, after: Option<u64>, limit: usize,
+    ) -> Result<(Vec<GroupView>, Option<u64>)> {
         let _pin = self.pins.pin();
-        let (groups, claims) = self.query(|store: &Store| {
-            let claims = store.state().claims.iter().map(|(iteration, claim)| (*iteration, claim.status));
-            Ok((store.state().groups.clone(), claims.collect()))
-        })?;
+        let (groups, next) = self.query(|store| Ok(store.groups(state, after, limit)))?;
         let mut views = Vec::new();
-        for (id, group) in &groups {
-            let (name, iteration) = phase_name(group, &claims);
-            if state.is_some_and(|state| state != name) {
-                continue;
-            }
+        for (id, group, state, iteration) in groups {
             if let Some(prompt) = self.unless_gone(group.first, read_prompt(self.log(), group.location))? {
-                views.push(GroupView { id: *id, group: group.clone(), state: name, iteration, prompt });
+                views.push(GroupView { id, group, state, iteration, prompt });
             }
         }
-        Ok(views)
+        Ok((views, next))
     }
 
     /// One live trajectory.

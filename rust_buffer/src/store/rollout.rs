@@ -106,8 +106,9 @@ impl Store {
 
     /// The training trajectory that a worker at `version` would be leased next.
     pub(crate) fn next_trainable(&self, version: Version) -> Option<u64> {
+        let limit = self.state.quotas.get(&version).and_then(|quota| quota.tokens_per_segment);
         let open = self.may_train(version) && self.budget_left(version) > 0;
-        if open { self.index.next_train(version) } else { None }
+        if open { self.index.next_train(version, limit) } else { None }
     }
 
     fn hold(&mut self, id: u64, worker: &str, version: Version, deadline: Micros) -> Result<u32> {

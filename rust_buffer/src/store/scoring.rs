@@ -86,7 +86,9 @@ impl Store {
         if signal.is_in(rewards.iter().sum::<f64>() / rewards.len() as f64) {
             return Ok(());
         }
-        self.record(&Record::Evict(vec![id], Reason::NoSignal), &Arrays::default())?;
+        let success = self.settings.successes.and_then(|averaging| self.state.success(group, averaging));
+        let reason = Reason::NoSignal(success.map(|(_, success)| success));
+        self.record(&Record::Evict(vec![id], reason), &Arrays::default())?;
         self.no_signal += 1;
         Ok(())
     }

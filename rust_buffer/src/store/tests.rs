@@ -21,6 +21,7 @@ fn a_record_that_is_written_and_cannot_be_applied_ends_the_log() {
         segment_loss: SegmentLoss::All,
         window: None,
         signal: None,
+        successes: None,
         min_group_size: 1,
         straggler: None,
         max_attempts: 1,
@@ -52,6 +53,7 @@ fn a_large_state_goes_into_parts_and_comes_back() {
             size: 2,
             max_tokens: 1,
             priority: 0,
+            drawn: None,
         };
         let location = Location { file: 1, offset: 32 * number, len: 32 };
         let placed = Placed { location, lsn: number + 1, arrays: Vec::new() };

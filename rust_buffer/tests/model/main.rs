@@ -40,6 +40,7 @@ fn settings(lookahead: u32, current_only: bool, straggler: Option<Straggler>) ->
         segment_loss: if current_only { SegmentLoss::CurrentOnly } else { SegmentLoss::All },
         window: None,
         signal: None,
+        successes: None,
         min_group_size: 2,
         straggler,
         max_attempts: 2,

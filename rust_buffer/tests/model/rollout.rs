@@ -39,6 +39,7 @@ impl Model {
             size,
             max_tokens,
             priority,
+            drawn: None,
         };
         let prompt: Vec<u8> = [7_i32, 8].iter().flat_map(|token| token.to_le_bytes()).collect();
         // One in three as before texts were kept.

@@ -64,6 +64,7 @@ fn settings(durability: Durability) -> Settings {
         segment_loss: SegmentLoss::All,
         window: None,
         signal: None,
+        successes: None,
         min_group_size: 1,
         max_attempts: 2,
         lease_ttl: 1_000,
@@ -184,6 +185,7 @@ impl Run {
             size,
             max_tokens,
             priority: 0,
+            drawn: None,
         };
         let text = format!("text {}", self.serial);
         self.texts.insert(admit.request_id.clone(), text.clone());

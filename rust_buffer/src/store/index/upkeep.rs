@@ -6,14 +6,7 @@ use std::{
 };
 
 use super::Index;
-use crate::{
-    error::Result,
-    state::group::Group,
-    state::record::{Quota, Record},
-    state::trajectory::Version,
-    state::{KEPT_QUOTAS, State},
-    store::lease::Leases,
-};
+use crate::{error::Result, state::State, state::group::Group, state::record::Record, store::lease::Leases};
 
 /// What was taken out of the index for one record.
 pub(crate) struct TakenOut {
@@ -32,7 +25,7 @@ impl Index {
     /// # Errors
     /// `Conflict` when the state contradicts itself.
     pub(crate) fn take_out(&mut self, state: &State, leases: &Leases, record: &Record) -> Result<TakenOut> {
-        let (trajectories, groups) = self.touched(state, record);
+        let (trajectories, groups) = touched(state, record);
         for id in &trajectories {
             self.remove(state, *id, leases.contains(*id))?;
         }
@@ -66,54 +59,43 @@ impl Index {
         let admitted = taken.next_trajectory..state.next_trajectory;
         taken.trajectories.into_iter().chain(admitted).try_for_each(|id| self.add(state, id, leases.contains(id)))
     }
+}
 
-    /// Idle trajectories whose segment budget is another one with this quota: its version's, and those of the version
-    /// whose quota is no longer kept.
-    fn moved_by_quota(&self, state: &State, version: Version, quota: Quota) -> BTreeSet<u64> {
-        let limit = |version| state.quotas.get(&version).and_then(|quota: &Quota| quota.tokens_per_segment);
-        let own = (limit(version) != quota.tokens_per_segment).then_some(version);
-        let full = state.quotas.len() >= KEPT_QUOTAS && !state.quotas.contains_key(&version);
-        let leaving = state.quotas.keys().next().copied().filter(|_| full);
-        own.into_iter().chain(leaving).flat_map(|version| self.idle_under(version)).collect()
-    }
-
-    /// The trajectories and groups whose places `record` changes.
-    fn touched(&self, state: &State, record: &Record) -> (BTreeSet<u64>, BTreeSet<u64>) {
-        let members = |ids: &BTreeSet<u64>| -> BTreeSet<u64> {
-            ids.iter().filter_map(|id| state.groups.get(id)).flat_map(Group::members).collect()
-        };
-        let claimed = |iterations: &mut dyn Iterator<Item = &i64>| -> BTreeSet<u64> {
-            iterations.filter_map(|i| state.claims.get(i)).flat_map(|claim| claim.groups.clone()).collect()
-        };
-        let none = BTreeSet::new();
-        match record {
-            Record::Quota(version, quota) => (self.moved_by_quota(state, *version, *quota), none),
-            // What lies elsewhere has its places as before.
-            Record::Admit(_)
-            | Record::Commit(_)
-            | Record::Lease(_)
-            | Record::Fork(..)
-            | Record::Plan(..)
-            | Record::Compact(_)
-            | Record::Move(_) => (none.clone(), none),
-            Record::Append(items) => (items.iter().map(|item| item.trajectory).collect(), none),
-            Record::Score(score) => {
-                let group = state.trajectories.get(&score.trajectory).map(|trajectory| trajectory.group);
-                (BTreeSet::from([score.trajectory]), group.into_iter().collect())
-            }
-            Record::Publish(_, iteration, _) => (none, claimed(&mut iteration.iter())),
-            Record::Claim(claim) => (none, claim.groups.iter().copied().collect()),
-            Record::Evict(groups, _) | Record::Late(groups) => {
-                let groups: BTreeSet<u64> = groups.iter().copied().collect();
-                (members(&groups), groups)
-            }
-            Record::Uncommit(iteration) => (
-                none,
-                claimed(&mut state.claims.range((Excluded(*iteration), Unbounded)).map(|(iteration, _)| iteration)),
-            ),
-            Record::Drop(iteration) => {
-                (none, claimed(&mut state.claims.range(..=iteration).map(|(iteration, _)| iteration)))
-            }
+/// The trajectories and groups whose places `record` changes.
+fn touched(state: &State, record: &Record) -> (BTreeSet<u64>, BTreeSet<u64>) {
+    let members = |ids: &BTreeSet<u64>| -> BTreeSet<u64> {
+        ids.iter().filter_map(|id| state.groups.get(id)).flat_map(Group::members).collect()
+    };
+    let claimed = |iterations: &mut dyn Iterator<Item = &i64>| -> BTreeSet<u64> {
+        iterations.filter_map(|i| state.claims.get(i)).flat_map(|claim| claim.groups.clone()).collect()
+    };
+    let none = BTreeSet::new();
+    match record {
+        // What lies elsewhere has its places as before.
+        Record::Quota(..)
+        | Record::Admit(_)
+        | Record::Commit(_)
+        | Record::Lease(_)
+        | Record::Fork(..)
+        | Record::Plan(..)
+        | Record::Compact(_)
+        | Record::Move(_) => (none.clone(), none),
+        Record::Append(items) => (items.iter().map(|item| item.trajectory).collect(), none),
+        Record::Score(score) => {
+            let group = state.trajectories.get(&score.trajectory).map(|trajectory| trajectory.group);
+            (BTreeSet::from([score.trajectory]), group.into_iter().collect())
+        }
+        Record::Publish(_, iteration, _) => (none, claimed(&mut iteration.iter())),
+        Record::Claim(claim) => (none, claim.groups.iter().copied().collect()),
+        Record::Evict(groups, _) | Record::Late(groups) => {
+            let groups: BTreeSet<u64> = groups.iter().copied().collect();
+            (members(&groups), groups)
+        }
+        Record::Uncommit(iteration) => {
+            (none, claimed(&mut state.claims.range((Excluded(*iteration), Unbounded)).map(|(iteration, _)| iteration)))
+        }
+        Record::Drop(iteration) => {
+            (none, claimed(&mut state.claims.range(..=iteration).map(|(iteration, _)| iteration)))
         }
     }
 }
