@@ -111,6 +111,18 @@ def simulate(
         typer.echo(report(loaded, run=run, iterations=iterations, out=out))
 
 
+@app.command("check-policy")
+def check_policy(
+    policy: Annotated[str, typer.Argument(metavar="MODULE:NAME", help="As in scheduler.policy.")],
+    examples: Annotated[int, typer.Option(min=1, help="Random histories.")] = 500,
+    seed: Annotated[int, typer.Option(help="Of the histories.")] = 0,
+) -> None:
+    """Try a scheduling policy on random histories of the real store: does it keep every bound, and end?"""
+    from pmdflow.run.simulation.check import check_command
+
+    typer.echo(check_command(policy, examples=examples, seed=seed))
+
+
 @app.command()
 def down(run: Run) -> None:
     """Stop a run, also from another terminal; `up` resumes it."""

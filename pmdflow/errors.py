@@ -49,6 +49,10 @@ class WaitTimeout(PmdflowError):
     """A wait passed its deadline; the message names what it waited for."""
 
 
+class WeightsLost(PmdflowError):
+    """The weights of a version can be fetched from nowhere any more: whoever published them is gone."""
+
+
 class LearnerDied(ActorDied):
     """A learner rank died: the whole learner restarts from the newest checkpoint."""
 

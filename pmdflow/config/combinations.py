@@ -38,6 +38,8 @@ def combination_problems(config: Config, *, recorded: bool) -> Iterator[str]:
         yield from _segment_problems(config)
     yield from _budget_problems(config.scheduler)
     yield from _group_problems(config)
+    yield from _version_problems(config)
+    yield from _extra_problems(config)
     yield from _refill_problems(config)
     yield from _room_problems(config)
     yield from _learner_problems(config.learner)
@@ -77,6 +79,47 @@ def _budget_problems(scheduler: SchedulerConfig) -> Iterator[str]:
             f"scheduler.iteration_s is set while scheduler.tokens_per_iteration is {scheduler.tokens_per_iteration}: "
             "the time of an iteration follows from one of them; set tokens_per_iteration to auto, or leave iteration_s "
             "out"
+        )
+
+
+def _version_problems(config: Config) -> Iterator[str]:
+    """What contradicts one policy version a trajectory."""
+    scheduler, rollout, versions = config.scheduler, config.rollout, config.scheduler.versions
+    if versions is None:
+        return
+    if scheduler.lookahead == 0:
+        yield (
+            f"scheduler.versions is {versions} while scheduler.lookahead is 0: rollout and training alternate, so that "
+            "one version is served at a time anyway; set versions to null, or lookahead to 1 or more"
+        )
+    if rollout.tokens_per_segment is not None:
+        yield (
+            f"scheduler.versions is {versions} while rollout.tokens_per_segment is {rollout.tokens_per_segment}: what "
+            "a version leaves unfinished is never continued by another; set tokens_per_segment to null"
+        )
+    if rollout.on_new_weights == "finish":
+        yield (
+            f"scheduler.versions is {versions} while rollout.on_new_weights is finish: a rollout actor that is needed "
+            "for another version gives back what it holds, and does not finish it; leave on_new_weights out"
+        )
+    if scheduler.max_staleness is not None and scheduler.max_staleness < versions - 1:
+        yield (
+            f"scheduler.max_staleness ({scheduler.max_staleness}) is below scheduler.versions - 1 ({versions - 1}): "
+            "what the oldest version finishes would be masked whole; raise max_staleness, or lower versions"
+        )
+
+
+def _extra_problems(config: Config) -> Iterator[str]:
+    scheduler = config.scheduler
+    if scheduler.extra_groups and scheduler.lookahead:
+        yield (
+            f"scheduler.extra_groups is {scheduler.extra_groups} while scheduler.lookahead is {scheduler.lookahead}: "
+            "rollout that runs ahead has more groups in flight already; set extra_groups to 0, or lookahead to 0"
+        )
+    if scheduler.extra_groups and scheduler.max_staleness == 0:
+        yield (
+            f"scheduler.max_staleness is 0 while scheduler.extra_groups is {scheduler.extra_groups}: what is left for "
+            "the next iteration would lose the gradient of what it has; set max_staleness to null, or to 1 or more"
         )
 
 

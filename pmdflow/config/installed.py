@@ -87,7 +87,7 @@ def inexact_speculation(speculation: str | None) -> str | None:
 
 
 def require_imports(loaded: Loaded) -> None:
-    """Refuse reward functions, an environment or an algorithm that cannot be imported.
+    """Refuse reward functions, an environment, an algorithm or a policy that cannot be imported.
 
     They are imported in a process of their own, because nobody knows what a user's module does meanwhile: it may take
     memory of a GPU that the actors need, start threads, print, compute for an hour, or end its process.
@@ -155,6 +155,8 @@ def _import_paths(config: Config) -> Iterator[tuple[KeyPath, str, bool]]:
         yield ("environment", "factory"), config.environment.factory, True
     if ":" in config.learner.algorithm:
         yield ("learner", "algorithm"), config.learner.algorithm, False
+    if config.scheduler.policy is not None:
+        yield ("scheduler", "policy"), config.scheduler.policy, True
 
 
 def _try_imports(wanted: Sequence[tuple[str, bool]]) -> list[Finding]:

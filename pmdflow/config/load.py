@@ -159,6 +159,7 @@ def _import_settings(data: Any) -> Iterator[tuple[dict[str, Any], str]]:
     functions = [item for functions in lists if isinstance(functions, list) for item in functions]
     named = [(item, "function") for item in functions]
     named += [(sections.get("environment"), "factory"), (sections.get("learner"), "algorithm")]
+    named.append((sections.get("scheduler"), "policy"))
     yield from ((settings, key) for settings, key in named if isinstance(settings, dict))
 
 

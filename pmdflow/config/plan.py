@@ -70,7 +70,11 @@ def make_plan(config: Config, *, model: ModelSize | None) -> Plan:
     """
     scheduler, data, learner = config.scheduler, config.data, config.learner
     trajectories = scheduler.groups_per_iteration * data.group_size
-    window = active_groups(groups_per_iteration=scheduler.groups_per_iteration, lookahead=scheduler.lookahead)
+    window = active_groups(
+        groups_per_iteration=scheduler.groups_per_iteration,
+        lookahead=scheduler.lookahead,
+        extra_groups=scheduler.extra_groups,
+    )
     kept = learner.checkpoint_every * learner.keep_checkpoints * trajectories
     store_bytes = (window * data.group_size + kept) * data.max_tokens * BYTES_PER_TOKEN
     return Plan(
@@ -146,6 +150,8 @@ def _staleness(config: Config) -> str:
     if limit == 0:
         return "0: only tokens of the newest version have a gradient"
     ahead = f"; rollout runs at most {lookahead} ahead" if lookahead else "; rollout and training alternate"
+    if config.scheduler.versions is not None:
+        ahead += f"; each trajectory is of one version, {config.scheduler.versions} of them at a time"
     return f"at most {limit} versions for a token with a gradient{ahead}"
 
 

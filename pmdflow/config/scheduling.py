@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
+
+from pmdflow.config.imports import IMPORT_PATH
 from pmdflow.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
@@ -34,6 +37,15 @@ class SchedulerConfig(Section):
     window: PositiveInt | None = None
     """Groups in the order of admission, from the oldest untrained one on, out of which a claim takes what is ready: a
     group is passed by fewer younger ones than this. null is all that are admitted."""
+    extra_groups: NonNegativeInt = 0
+    """Groups that are generated at `lookahead` 0 beyond those that an iteration trains: it trains the first that are
+    ready, and the next one goes on with what is left (APRIL's over-provisioning)."""
+    versions: Annotated[int, Field(ge=2)] | None = None
+    """Policy versions that rollout actors serve at a time, each trajectory by one from its first token to its last
+    (DORA); the next version is published once the oldest has drained. null: trajectories go on under new weights."""
+    policy: Annotated[str, Field(pattern=IMPORT_PATH)] | None = None
+    """Import path `package.module:name` of a scheduling policy (`pmdflow/run/policies.py`), found like a reward
+    function; `pmdflow check-policy` tries one. null is the one that the numbers here stand for."""
     refill: bool = False
     """Evict groups that `learner.keep_groups_above` and `keep_groups_below` leave out as soon as they are scored, and
     admit others in their place: every claim is full of groups that teach something (DAPO's dynamic sampling)."""

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from pmdflow.config.schema import Config
 
 
-def active_groups(*, groups_per_iteration: int, lookahead: int) -> int:
+def active_groups(*, groups_per_iteration: int, lookahead: int, extra_groups: int = 0) -> int:
     """W = groups_per_iteration x (lookahead + 1): most groups admitted and not yet trained, partial ones counted.
 
     What it bounds: while iteration i is being generated or trained, at most (i + lookahead) x groups_per_iteration
@@ -19,8 +19,10 @@ def active_groups(*, groups_per_iteration: int, lookahead: int) -> int:
     iteration i is under way, T counts (i - 1) x groups_per_iteration trained groups and the evicted ones: A less the
     evicted is at most (i - 1 + lookahead + 1) x groups_per_iteration. At a resume T falls by the groups of the undone
     claims; U may then exceed W by as many, admission waits until U < W again, and A, the bounded number, is unchanged.
+
+    With `extra_groups`, W and what it bounds are greater by as many.
     """
-    return groups_per_iteration * (lookahead + 1)
+    return groups_per_iteration * (lookahead + 1) + extra_groups
 
 
 def most_tokens(config: Config) -> int:
@@ -28,5 +30,9 @@ def most_tokens(config: Config) -> int:
     scheduler, data = config.scheduler, config.data
     if scheduler.tokens_per_iteration != "auto":
         return scheduler.tokens_per_iteration
-    groups = active_groups(groups_per_iteration=scheduler.groups_per_iteration, lookahead=scheduler.lookahead)
+    groups = active_groups(
+        groups_per_iteration=scheduler.groups_per_iteration,
+        lookahead=scheduler.lookahead,
+        extra_groups=scheduler.extra_groups,
+    )
     return groups * data.group_size * data.max_tokens

@@ -23,6 +23,7 @@ def claim_metrics(claim: Claim) -> dict[str, Any]:
     untrained = lengths - _per_episode(claim, claim.count(Mask.TRAINED))
     trained = (claim.segment_masks & Mask.TRAINED) != 0
     staleness = claim.version - claim.segment_versions[trained].astype(np.int64)
+    multiple = _multi_version(claim)
     ages, which = np.unique(staleness, return_inverse=True)
     tokens = np.zeros(len(ages), np.int64)
     np.add.at(tokens, which, claim.segment_lengths[trained])
@@ -33,7 +34,8 @@ def claim_metrics(claim: Claim) -> dict[str, Any]:
         "trajectory/length_mean": _mean(lengths),
         "trajectory/length_p90": float(np.percentile(lengths, 90)) if count else None,
         "trajectory/length_by_step": None if claim.plan is None else _by_step(claim.groups[first], claim.plan, lengths),
-        "trajectory/multi_version_share": _mean(_multi_version(claim)),
+        "trajectory/multi_version_share": _mean(multiple),
+        "trajectory/mixed_version": int(np.sum(multiple)),
         "trajectory/stop_share": _mean(stops == Stop.STOP),
         "trajectory/length_share": _mean(stops == Stop.LENGTH),
         "staleness/mean": _share((ages * tokens).sum(), tokens.sum()),

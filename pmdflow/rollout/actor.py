@@ -8,7 +8,7 @@ from collections import deque
 from pathlib import Path
 
 from pmdflow.config.schema import Config
-from pmdflow.errors import EngineDied, PmdflowError
+from pmdflow.errors import EngineDied, PmdflowError, WaitTimeout, WeightsLost
 from pmdflow.metrics.report import ActorReport, Event
 from pmdflow.metrics.spans import SpanBuffer, Wait
 from pmdflow.rollout.engines.make import make_engine
@@ -24,6 +24,8 @@ SLOTS_PER_SPARE = 8
 """For so many slots one lease more is held: a slot that falls free is not empty while the store is asked."""
 MAX_PROBLEMS = 20
 """Problems of environments kept between two drains."""
+LOST_WEIGHTS_TIMEOUT_S = 1800.0
+"""A learner that was killed has loaded its checkpoint and published it within this time."""
 SPAN_S = 1.0
 """Longest `generate` span, so that a live timeline grows."""
 
@@ -39,7 +41,8 @@ class RolloutActor:
         self._transport = make_transport(config, Path(run_dir))
         self._engine = make_engine(config, seed=(config.run.seed * 1000 + index) % 2**32)
         self._holder = Holder(self._engine, LeaseTaker(config))
-        self._incoming = IncomingWeights()
+        self._one_version = config.scheduler.versions is not None
+        self._incoming = IncomingWeights(any_order=self._one_version)
         self._spans = SpanBuffer(self._worker)
         self._span_start: float | None = None
         self._span_steps = 0
@@ -63,12 +66,12 @@ class RolloutActor:
 
         Raises:
             EngineDied: the engine's process is gone or silent; everything generated is sent and every lease given back.
-            WaitTimeout: the store does not answer.
+            WaitTimeout: the store does not answer, or the first weights do not come.
             PmdflowError: the environment only fails.
         """
         self._worker = worker
         if handle is not None:
-            self._offer(handle, timeout_s=STORE_TIMEOUT_S)
+            self._begin_with(handle)
         try:
             while not self._stopping.is_set():
                 self._swap_weights()
@@ -90,14 +93,21 @@ class RolloutActor:
         """Fetch a version beside generation, and wait until it is in use.
 
         Returns:
-            False if the actor stopped, or a newer version came, before this one was used.
+            False if the actor stopped, or a newer version came, before this one was used; or if it still finishes what
+            it holds after `timeout_s`.
 
         Raises:
-            WaitTimeout: it was not in use within `timeout_s`.
+            WaitTimeout: it was not in use within `timeout_s`, or did not arrive.
+            WeightsLost: nobody has it any more.
         """
         deadline = time.monotonic() + timeout_s
         self._offer(handle, timeout_s=timeout_s)
-        return self._incoming.await_applied(handle.version, timeout_s=deadline - time.monotonic())
+        try:
+            return self._incoming.await_applied(handle.version, timeout_s=deadline - time.monotonic())
+        except WaitTimeout:
+            if self._config.on_new_weights == "finish":
+                return False
+            raise
 
     def stop(self) -> None:
         """Let `run` send what it has, give its leases back and return."""
@@ -119,13 +129,22 @@ class RolloutActor:
             },
         )
 
+    def _begin_with(self, handle: WeightsHandle) -> None:
+        """Fetch the first weights; where they died with the learner, it comes back and publishes others."""
+        try:
+            self._offer(handle, timeout_s=STORE_TIMEOUT_S)
+        except WeightsLost:
+            with self._spans.span("wait_weights"):
+                self._incoming.await_offer(timeout_s=LOST_WEIGHTS_TIMEOUT_S)
+
     def _offer(self, handle: WeightsHandle, *, timeout_s: float) -> None:
         weights = self._transport.fetch(handle, timeout_s=timeout_s)
         self._incoming.offer(handle.version, self._engine.stage(weights))
 
     def _swap_weights(self) -> None:
-        """Take new weights; every token sent before carries the old version, every one after the new.
+        """Take other weights; every token sent before carries the old version, every one after the new.
 
+        With one version a trajectory, what the old version began is given back: whoever serves it goes on.
         The weights are loaded while the store answers with the grants for them.
         """
         if self._config.on_new_weights == "finish" and len(self._holder):
@@ -140,6 +159,8 @@ class RolloutActor:
             attrs["running"] = len(self._holder)
             start = time.monotonic()
             self._generated += self._holder.take(self._engine.pause())
+            if self._one_version:
+                self._holder.abort()
             self._send(next_version=version)
             attrs["pause_s"] = time.monotonic() - start
             self._engine.load_weights(version, staged, on_new_weights=self._config.on_new_weights)

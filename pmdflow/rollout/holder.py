@@ -130,6 +130,7 @@ class Holder:
         """Give every lease back with the next segments."""
         for held in self._held.values():
             held.abort()
+            self._engine.abort(held.id)
 
     def _drop(self, id: int) -> HeldTrajectory:
         self._engine.abort(id)

@@ -9,7 +9,9 @@ from pmdflow.errors import WaitTimeout
 
 
 class IncomingWeights:
-    """Holds the newest version that is staged and not in use; an older one that nobody took is forgotten.
+    """Holds the version that was offered last, is staged and not in use; one before it that nobody took is forgotten.
+
+    An older version than the newest is not taken any more, unless versions may come in any order.
 
     Example:
         >>> incoming = IncomingWeights()
@@ -21,11 +23,12 @@ class IncomingWeights:
         True
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, any_order: bool = False) -> None:
         """Nothing is offered; version 0, that of the model folder, is in use."""
+        self._any_order = any_order
         self._changed = threading.Condition()
         self._staged: tuple[int, Any] | None = None
-        self._newest = 0
+        self._offered = 0
         self._applied = 0
         self._closed = False
 
@@ -35,14 +38,14 @@ class IncomingWeights:
         return self._staged is not None
 
     def offer(self, version: int, staged: Any) -> None:
-        """Let the generating thread take a version, unless a newer one was offered before."""
+        """Let the generating thread take a version, unless a newer one was offered before, or it was offered last."""
         with self._changed:
-            if version > self._newest:
-                self._staged, self._newest = (version, staged), version
+            if version > self._offered or (self._any_order and version != self._offered):
+                self._staged, self._offered = (version, staged), version
                 self._changed.notify_all()
 
     def take(self) -> tuple[int, Any] | None:
-        """The newest version and its weights as the engine staged them; None if there is none."""
+        """The offered version and its weights as the engine staged them; None if there is none."""
         with self._changed:
             taken, self._staged = self._staged, None
         return taken
@@ -59,18 +62,28 @@ class IncomingWeights:
             self._closed = True
             self._changed.notify_all()
 
+    def await_offer(self, *, timeout_s: float) -> None:
+        """Wait until a version is offered, or this object closed.
+
+        Raises:
+            WaitTimeout: none of that came about within `timeout_s`.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._closed or self._staged is not None, timeout=timeout_s):
+                raise WaitTimeout(f"no policy version was published within {timeout_s:g} s")
+
     def await_applied(self, version: int, *, timeout_s: float) -> bool:
         """Wait until an offered version is in use.
 
         Returns:
-            False if a newer version was offered, or this object closed, before this one was used.
+            False if another version was offered, or this object closed, before this one was used.
 
         Raises:
             WaitTimeout: none of that came about within `timeout_s`.
         """
 
         def is_decided() -> bool:
-            return self._closed or self._applied >= version or self._newest > version
+            return self._closed or self._applied == version or self._offered != version
 
         with self._changed:
             if not self._changed.wait_for(is_decided, timeout=timeout_s):

@@ -24,12 +24,13 @@ from pmdflow.reward.actor import RewardActor
 from pmdflow.rollout.actor import RolloutActor
 from pmdflow.run.creation import failures_told
 from pmdflow.run.directory import log_path
+from pmdflow.run.loops import Loop, LoopHandle
 from pmdflow.run.placement import ActorOptions, place_rewards
 from pmdflow.run.scheduler import grant_tokens
-from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Loop, LoopHandle
+from pmdflow.run.supervision import STARTUP_TIMEOUT_S
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.archive.actor import ArchiveActor
-from pmdflow.store.client import StoreHandle, call
+from pmdflow.store.client import StoreHandle, answers, call
 from pmdflow.store.settings import StoreSettings
 from pmdflow.weights.transport import WeightsHandle
 
@@ -115,7 +116,8 @@ def start_archive(
     config: Config, run_dir: Path, store: StoreHandle, *, attrs: Mapping[str, object]
 ) -> ActorHandle[ArchiveActor]:
     """The archive actor, where the store is; Ray restarts it as often as it dies."""
-    node = ray.get(call(store, StoreActor.node), timeout=STARTUP_TIMEOUT_S)
+    asked = [call(store, StoreActor.node)]
+    (node,) = answers(asked, what="the start of the store actor", timeout_s=STARTUP_TIMEOUT_S)
     return make_actor(
         ArchiveActor,
         log=log_path(run_dir, "archive"),
@@ -160,6 +162,7 @@ def store_settings(config: Config) -> StoreSettings:
         else None,
         "successes": None if curriculum is None else (curriculum.decay, curriculum.success_reward),
         "min_group_size": config.scheduler.min_group_size,
+        "one_version": config.scheduler.versions is not None,
         "straggler": None if straggler is None else (straggler.members, straggler.wait_s),
         "max_attempts": config.reward.max_attempts,
         "lease_ttl_s": config.rollout.lease_ttl_s,
@@ -183,8 +186,10 @@ def start_learners(
         )
         for rank, place in enumerate(places)
     ]
-    master = ray.get(call(learners[0], LearnerActor.address), timeout=STARTUP_TIMEOUT_S)
-    ray.get([call(learner, LearnerActor.setup, master) for learner in learners], timeout=LEARNER_SETUP_TIMEOUT_S)
+    asked = [call(learners[0], LearnerActor.address)]
+    (master,) = answers(asked, what="the start of learner rank 0", timeout_s=STARTUP_TIMEOUT_S)
+    setups = [call(learner, LearnerActor.setup, master) for learner in learners]
+    answers(setups, what="the setup of the learner ranks", timeout_s=LEARNER_SETUP_TIMEOUT_S)
     return learners
 
 

@@ -23,7 +23,7 @@ from pmdflow.run.checkpoints import Checkpoints
 from pmdflow.run.discards import take_up
 from pmdflow.run.held_out import HeldOut
 from pmdflow.run.learner_group import LearnerGroup
-from pmdflow.run.scheduler import SchedulerSettings, must_regrant, next_quota
+from pmdflow.run.scheduler import SchedulerSettings, decide, must_regrant, next_quota, oldest_beside
 from pmdflow.run.supervision import Supervisor
 from pmdflow.run.telemetry import Interval, store_values
 from pmdflow.store.actor import StoreActor
@@ -154,7 +154,7 @@ class Controller:
         if newest != self.version:
             self._supervisor.get(call(self._store, StoreActor.publish, self.version, None, {}), what="publishing")
         self._grant_first_budget()
-        if self.version > 0:
+        if self.version > 0 or self._settings.versions is not None:  # then an actor may come back to version 0
             self._supervisor.offer_weights(self._publish_weights(), timeout_s=APPLY_TIMEOUT_S)
 
     def _iterate(self) -> None:
@@ -196,10 +196,11 @@ class Controller:
         """Admit prompts up to the quota; only admission is ever refused, so a full store admits fewer."""
         counts = self._counts()
         self._learn_successes()
-        cursors = range(counts.next_cursor, counts.next_cursor + min(self._settings.room(counts), most))
+        decision = decide(self._budgeted, counts)
+        cursors = range(counts.next_cursor, counts.next_cursor + min(decision.room(counts), most))
         batch = [(f"train-{cursor}", cursor, self._prompts.prompt(cursor)) for cursor in cursors]
-        data = self._config.data
-        answer = call(self._store, StoreActor.admit, batch, "train", data.group_size, data.max_tokens)
+        size, longest = self._config.data.group_size, self._config.data.max_tokens
+        answer = call(self._store, StoreActor.admit, batch, "train", size, longest, decision.priority)
         groups = self._supervisor.get(answer, what="admitting prompts")
         self._order.admitted(groups, iteration=self.iteration + 1)
         admitted = len(groups)
@@ -224,7 +225,7 @@ class Controller:
 
     def _claim(self, iteration: int) -> bool:
         """Wait for the iteration's groups; False if a drain came first."""
-        last_lsn, last_change = -1, time.monotonic()
+        progress = Progress(f"iteration {iteration} waited for a ready group")
         start = time.time()
         scheduler = self._config.scheduler
         refills = scheduler.refill_limit * scheduler.groups_per_iteration if scheduler.refill else sys.maxsize
@@ -237,13 +238,7 @@ class Controller:
             counts = self._counts()
             refills -= self._unblock(answer, counts, refills)
             self._take_discards()
-            if counts.lsn != last_lsn:
-                last_lsn, last_change = counts.lsn, time.monotonic()
-            elif time.monotonic() - last_change > STALL_TIMEOUT_S:
-                raise WaitTimeout(
-                    f"iteration {iteration} waited {STALL_TIMEOUT_S:g} s for a ready group without any progress: "
-                    f"{counts.trajectories_leased} trajectories leased, {counts.trajectories_unscored} unscored"
-                )
+            progress.require(counts)
         return False
 
     def _unblock(self, answer: ClaimAnswer, counts: Counts, most: int) -> int:
@@ -279,12 +274,26 @@ class Controller:
 
     def _publish(self, iteration: int, left_out: dict[str, list[int]]) -> None:
         """The next version: its weights whole, its number in the store, its budget granted, then the actors told."""
+        self._await_drained(self.version + 1)
         self.version += 1
         handle = self._publish_weights()
         published = call(self._store, StoreActor.publish, self.version, iteration, left_out)
         self._supervisor.get(published, what="publishing")
         self._grant_first_budget()
         self._supervisor.offer_weights(handle, timeout_s=APPLY_TIMEOUT_S)
+
+    def _await_drained(self, version: int) -> None:
+        """With one version a trajectory: wait until so few versions are in flight that another may be published.
+
+        Waits for: the last trajectories of the oldest one. Unblocked by: their ends; a drain of the run waits too.
+        """
+        oldest = oldest_beside(decide(self._settings, self._counts()), version)
+        progress = Progress(f"version {version} waited for trajectories of versions before {oldest} to be complete")
+        while oldest > 0:
+            asked = call(self._store, StoreActor.wait_drained, oldest, CLAIM_WAIT_S)
+            if self._supervisor.get(asked, what="the oldest policy version to drain"):
+                return
+            progress.require(self._counts())
 
     def _publish_weights(self) -> WeightsHandle:
         refs = self._learners.call(LearnerActor.publish, self.version)
@@ -333,6 +342,28 @@ class Controller:
                 **times,
             }
         )
+
+
+class Progress:
+    """What is waited for as long as the store is written to."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._lsn, self._since = -1, time.monotonic()
+
+    def require(self, counts: Counts) -> None:
+        """Go on waiting.
+
+        Raises:
+            WaitTimeout: nothing was written for `STALL_TIMEOUT_S`.
+        """
+        if counts.lsn != self._lsn:
+            self._lsn, self._since = counts.lsn, time.monotonic()
+        elif time.monotonic() - self._since > STALL_TIMEOUT_S:
+            raise WaitTimeout(
+                f"{self._what}, without any progress for {STALL_TIMEOUT_S:g} s: {counts.trajectories_leased} "
+                f"trajectories leased, {counts.trajectories_idle} idle, {counts.trajectories_unscored} unscored"
+            )
 
 
 def _speculation(config: Config, interval: Interval) -> dict[str, float | None]:

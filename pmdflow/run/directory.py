@@ -60,14 +60,7 @@ class RunDirectory:
             raise LaunchError(
                 f"run.dir: cannot write {path}: {error.strerror}", hint="choose another run.dir"
             ) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.seek(0)
-            raise LaunchError(
-                f"{path} is in use by process {lock.read().strip()}",
-                hint=f"stop it with `pmdflow down {path}`, or choose another run.name",
-            ) from error
+        _take(lock, path)
         run = cls(path, lock)
         try:
             lock.truncate(0)
@@ -201,6 +194,17 @@ class RunDirectory:
                     f"{name} is {now[name]!r}, but {self.path} was begun with {before[name]!r}",
                     hint="resume with that value, or choose another run.name",
                 )
+
+
+def _take(lock: IO[str], path: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.seek(0)
+        raise LaunchError(
+            f"{path} is in use by process {lock.read().strip()}",
+            hint=f"stop it with `pmdflow down {path}`, or choose another run.name",
+        ) from error
 
 
 def _comparable(config: Config) -> dict[str, Any]:

@@ -25,12 +25,13 @@ from pmdflow.run.controller import Controller
 from pmdflow.run.creation import failure_of
 from pmdflow.run.directory import RunDirectory
 from pmdflow.run.inputs import merge, open_inputs, open_prompts
+from pmdflow.run.live_versions import LiveVersions
 from pmdflow.run.placement import place_learners, place_rollouts
 from pmdflow.run.signals import StopSignals, hangup_ignored
 from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Supervisor
 from pmdflow.run.telemetry import Telemetry
 from pmdflow.store.actor import StoreActor
-from pmdflow.store.client import call
+from pmdflow.store.client import answers, call
 
 
 def up(loaded: Loaded) -> int:
@@ -96,12 +97,13 @@ def _train(inputs: Inputs, run: RunDirectory, telemetry: Telemetry, signals: Sto
 
     def start() -> list[ActorHandle[LearnerActor]]:
         learners = start_learners(config, run.path, places)
-        device = ray.get(call(learners[0], LearnerActor.device_info), timeout=STARTUP_TIMEOUT_S)
+        asked = [call(learners[0], LearnerActor.device_info)]
+        (device,) = answers(asked, what="the device of learner rank 0", timeout_s=STARTUP_TIMEOUT_S)
         run.write_meta(config, device)
         return learners
 
     store = start_store(config, run.path)
-    supervisor = Supervisor(store=store, telemetry=telemetry)
+    supervisor = Supervisor(store=store, telemetry=telemetry, live=LiveVersions.of(config, store))
     signals.drain(supervisor)
     try:
         for loop in make_loops(config, run.path, store, rollout_places):
@@ -116,7 +118,7 @@ def _train(inputs: Inputs, run: RunDirectory, telemetry: Telemetry, signals: Sto
         )
         controller.run()
         supervisor.stop_learners()
-        ray.get([call(store, StoreActor.close)], timeout=STARTUP_TIMEOUT_S)
+        answers([call(store, StoreActor.close)], what="closing the store", timeout_s=STARTUP_TIMEOUT_S)
         return controller.iteration >= config.run.iterations
     finally:
         signals.over()

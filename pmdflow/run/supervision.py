@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, TypeVar
+from collections.abc import Sequence
+from typing import TypeVar
 
 import ray
 from ray import ObjectRef
@@ -17,9 +16,11 @@ from pmdflow.learner.actor import LearnerActor
 from pmdflow.metrics.report import ActorReport
 from pmdflow.rollout.actor import RolloutActor
 from pmdflow.run.creation import failure_of
+from pmdflow.run.live_versions import LiveVersions
+from pmdflow.run.loops import Loop, LoopActor, Running, is_ready
 from pmdflow.run.telemetry import Telemetry
 from pmdflow.store.actor import StoreActor
-from pmdflow.store.client import StoreHandle, call
+from pmdflow.store.client import StoreHandle, answers, call
 from pmdflow.types import Counts
 from pmdflow.weights.transport import WeightsHandle
 
@@ -30,71 +31,22 @@ STARTUP_TIMEOUT_S = 300.0
 """An actor that has not answered once by then has failed to start."""
 MAX_QUICK_DEATHS = 5
 """A loop that dies this often without having answered once is given up."""
+MAX_REFUSED = 3
+"""A rollout actor that could not take new weights this often in a row is replaced."""
+LATE_OFFERS = 2
+"""Likewise one that uses none for so many times their timeout, although it was offered some."""
 
 Answer = TypeVar("Answer")
-LoopHandle: TypeAlias = ActorHandle[Any]
-"""Of an actor that is a `LoopActor`."""
-
-
-class LoopActor(Protocol):
-    """What rollout and reward actors have in common, beside a `run` that goes on until `stop`."""
-
-    def drain(self) -> ActorReport:
-        """What happened since the last call."""
-
-    def stop(self) -> None:
-        """Let `run` return."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Running:
-    """One process of a replaceable actor."""
-
-    actor: LoopHandle
-    worker: str
-    """The name under which it takes leases; no other process has it."""
-    run_ref: ObjectRef[object]
-    drain_ref: ObjectRef[ActorReport] | None = None
-    asked_at: float = 0.0
-    """Monotonic second of the question that `drain_ref` answers."""
-    answered: bool = False
-
-    @property
-    def ended(self) -> bool:
-        """Whether its `run` has returned or failed."""
-        return _is_ready(self.run_ref)
-
-
-@dataclass(slots=True, kw_only=True)
-class Loop:
-    """A replaceable actor with a `run` loop: a rollout actor or a reward actor."""
-
-    name: str
-    start: Callable[[WeightsHandle | None, str], tuple[LoopHandle, ObjectRef[object]]]
-    """Makes the actor and calls its `run`, given the newest weights and the name of the worker."""
-    takes_weights: bool
-    hang_timeout_s: float
-    """An actor that answered before and is silent for this long is killed and replaced."""
-    starts: int = 0
-    """Processes started for it so far."""
-    quick_deaths: list[str] = field(default_factory=list)
-    """Why processes in a row died that had not answered once."""
-    has_answered: bool = False
-    """Whether any process of it has: what it needs can be had."""
-    running: Running | None = None
-
-    @property
-    def process(self) -> Running:
-        """The present one."""
-        assert self.running is not None, "start_loop comes first"
-        return self.running
 
 
 class Supervisor:
     """Owns the actors of a run. The controller waits only through `wait` and `get`."""
 
-    def __init__(self, *, store: StoreHandle, telemetry: Telemetry) -> None:
-        """Supervise nothing yet; the store actor is restarted by Ray itself."""
+    def __init__(self, *, store: StoreHandle, telemetry: Telemetry, live: LiveVersions | None = None) -> None:
+        """Supervise nothing yet; the store actor is restarted by Ray itself.
+
+        With `live` each trajectory is of one version: not every actor serves the newest.
+        """
         self.store = store
         self.telemetry = telemetry
         self.learners: list[ActorHandle[LearnerActor]] = []
@@ -106,7 +58,8 @@ class Supervisor:
         self._store_drain: ObjectRef[ActorReport] | None = None
         self._sample: ObjectRef[tuple[Counts, dict[str, int]]] | None = None
         self._last_tick = 0.0
-        self._applied: list[ObjectRef[bool]] = []
+        self._offer_timeout_s = 0.0
+        self._live_versions = live
 
     def ask_to_drain(self) -> None:
         """Let the controller end after this iteration; returns at once."""
@@ -118,7 +71,8 @@ class Supervisor:
         loop.starts += 1
         worker = f"{loop.name}/{loop.starts}"
         actor, run_ref = loop.start(self.handle if loop.takes_weights else None, worker)
-        loop.running = Running(actor=actor, worker=worker, run_ref=run_ref, asked_at=time.monotonic())
+        serves = 0 if self.handle is None else self.handle.version
+        loop.running = Running(actor=actor, worker=worker, run_ref=run_ref, asked_at=time.monotonic(), serves=serves)
         if loop not in self.loops:
             self.loops.append(loop)
 
@@ -135,11 +89,11 @@ class Supervisor:
             runs = [loop.process.run_ref for loop in self.loops]
             ray.wait([*pending, *runs], num_returns=1, timeout=TICK_S)
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=0)
-            _get(done, what=what)
+            answers(done, what=what, timeout_s=STARTUP_TIMEOUT_S)
             self.tick()
             if pending and time.monotonic() > deadline:
                 raise WaitTimeout(f"{what} was not done within {timeout_s:g} s")
-        return _get(refs, what=what)
+        return answers(refs, what=what, timeout_s=STARTUP_TIMEOUT_S)
 
     def get(self, ref: ObjectRef[Answer], *, what: str, timeout_s: float = CALL_TIMEOUT_S) -> Answer:
         """The result of one call, waited for like those of `wait`."""
@@ -155,24 +109,34 @@ class Supervisor:
         self._last_tick = time.monotonic()
         for loop in self.loops:
             self._watch(loop)
+            if self._live_versions is None:
+                self._watch_offer(loop)
         for rank, learner in enumerate(self.learners):
             self._drain_learner(rank, learner)
         self._watch_store()
+        if self._live_versions is not None:
+            self._live_versions.tick(self.loops)
 
     def offer_weights(self, handle: WeightsHandle, *, timeout_s: float) -> None:
-        """Send a published version to every rollout actor."""
+        """Send a published version to every rollout actor, or to as many as it needs at the next tick."""
         self.handle = handle
-        self._applied = [
-            call(loop.process.actor, RolloutActor.update_weights, handle, timeout_s)
-            for loop in self.loops
-            if loop.takes_weights
-        ]
+        if self._live_versions is not None:
+            self._live_versions.add(handle)
+            return
+        self._offer_timeout_s = timeout_s
+        for loop in self.loops:
+            if loop.takes_weights:
+                self._offer(loop, handle)
 
     def await_applied(self, *, timeout_s: float) -> None:
         """Wait until every living rollout actor uses the newest version, at most `timeout_s`."""
         deadline = time.monotonic() + timeout_s
-        while self._applied and time.monotonic() < deadline:
-            _, self._applied = ray.wait(self._applied, num_returns=1, timeout=TICK_S)
+        while self._live_versions is None and time.monotonic() < deadline:
+            offers = [loop.process.offer for loop in self.loops]
+            pending = [offer for offer in offers if offer is not None and not is_ready(offer)]
+            if not pending:
+                return
+            ray.wait(pending, num_returns=len(pending), timeout=TICK_S)
             self.tick()
 
     def stop_loops(self, *, timeout_s: float) -> None:
@@ -206,7 +170,7 @@ class Supervisor:
         """Take the report that was asked for last, if it is there, and ask for the next one."""
         process = loop.process
         if process.drain_ref is not None:
-            if not _is_ready(process.drain_ref):
+            if not is_ready(process.drain_ref):
                 return False
             try:
                 self.telemetry.take(ray.get(process.drain_ref, timeout=TICK_S), source=process.worker)
@@ -216,6 +180,35 @@ class Supervisor:
             loop.quick_deaths.clear()
         process.drain_ref, process.asked_at = call(process.actor, LoopActor.drain), time.monotonic()
         return True
+
+    def _offer(self, loop: Loop, handle: WeightsHandle) -> None:
+        process = loop.process
+        process.offer = call(process.actor, RolloutActor.update_weights, handle, self._offer_timeout_s)
+        process.behind_since = process.behind_since or time.monotonic()
+
+    def _watch_offer(self, loop: Loop) -> None:
+        """Offer weights again that an actor could not take; replace one that cannot, or uses none for too long."""
+        process, handle = loop.process, self.handle
+        if process.offer is None or handle is None:
+            return
+        behind_s = time.monotonic() - (process.behind_since or time.monotonic())
+        if is_ready(process.offer):
+            offer, process.offer = process.offer, None
+            try:
+                ray.get(offer, timeout=TICK_S)
+                process.refused, process.behind_since = 0, None
+            except RayActorError:
+                return  # whoever watches over its loop replaces it
+            except RayTaskError as error:
+                process.refused += 1
+                why = f"it could not take version {handle.version}: {error.cause}"
+                if process.refused >= MAX_REFUSED:
+                    self._replace(loop, f"{why}, {process.refused} times in a row")
+                else:
+                    self.telemetry.event("weights_failed", f"{loop.name}: {why}; offering it again", actor=loop.name)
+                    self._offer(loop, handle)
+        elif behind_s > LATE_OFFERS * self._offer_timeout_s:
+            self._replace(loop, f"it has taken no weights for {behind_s:.0f} s")
 
     def _replace_ended(self, loop: Loop) -> None:
         try:
@@ -254,10 +247,10 @@ class Supervisor:
     def _drain_learner(self, rank: int, learner: ActorHandle[LearnerActor]) -> None:
         ref = self._learner_drains.get(rank)
         if ref is not None:
-            if not _is_ready(ref):
+            if not is_ready(ref):
                 return
             try:
-                report = _get([ref], what=f"learner rank {rank}")[0]
+                report = _answer(ref, what=f"learner rank {rank}")
             except ActorDied as error:
                 raise LearnerDied(str(error)) from error
             self.telemetry.take(report, source=f"learner-{rank}")
@@ -265,26 +258,17 @@ class Supervisor:
 
     def _watch_store(self) -> None:
         """Take the store's report and numbers, as asked for one tick ago."""
-        if self._store_drain is not None and _is_ready(self._store_drain):
-            self.telemetry.take(_get([self._store_drain], what="the store actor")[0], source="store")
+        if self._store_drain is not None and is_ready(self._store_drain):
+            self.telemetry.take(_answer(self._store_drain, what="the store actor"), source="store")
             self._store_drain = None
         if self._store_drain is None:
             self._store_drain = call(self.store, StoreActor.drain)
-        if self._sample is not None and _is_ready(self._sample):
-            self.telemetry.sample(*_get([self._sample], what="the store's counts")[0])
+        if self._sample is not None and is_ready(self._sample):
+            self.telemetry.sample(*_answer(self._sample, what="the store's counts"))
             self._sample = None
         if self._sample is None:
             self._sample = call(self.store, StoreActor.sample)
 
 
-def _get(refs: Sequence[ObjectRef[Answer]], *, what: str) -> list[Answer]:
-    try:
-        return ray.get(list(refs), timeout=STARTUP_TIMEOUT_S)
-    except RayActorError as error:
-        raise ActorDied(f"an actor died while {what} was awaited: {failure_of(error) or error}") from error
-    except RayTaskError as error:
-        raise PmdflowError(f"{what} failed: {error.cause}") from error
-
-
-def _is_ready(ref: ObjectRef[Any]) -> bool:
-    return bool(ray.wait([ref], num_returns=1, timeout=0)[0])
+def _answer(ref: ObjectRef[Answer], *, what: str) -> Answer:
+    return answers([ref], what=what, timeout_s=STARTUP_TIMEOUT_S)[0]

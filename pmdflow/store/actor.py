@@ -132,6 +132,7 @@ class StoreActor:
         kind: Literal["train", "eval"],
         group_size: int,
         max_tokens: int,
+        priority: int = 0,
     ) -> list[int]:
         """Admit (request id, cursor, prompt) in order, stopping at the first that is refused; returns their groups."""
         admitted = []
@@ -144,6 +145,7 @@ class StoreActor:
                     prompt=prompt,
                     group_size=group_size,
                     max_tokens=max_tokens,
+                    priority=priority,
                     wait=False,
                 )
             except StoreFull:
@@ -155,6 +157,19 @@ class StoreActor:
     def set_quota(self, quota: Quota) -> None:
         """Set what rollout may do under a version."""
         self._store.set_quota(quota)
+
+    def in_flight(self) -> dict[int, int]:
+        """Trajectories that are not complete, by the version that may extend them."""
+        return self._store.in_flight()
+
+    def set_oldest(self, version: int) -> None:
+        """Weights of versions below this one are lost."""
+        self._store.set_oldest(version)
+
+    @_in_group("claim")
+    def wait_drained(self, version: int, timeout_s: float) -> bool:
+        """Wait until no trajectory of an older version is in flight; False if there is one after `timeout_s`."""
+        return self._store.wait_drained(version, timeout_s)
 
     def publish(self, version: int, iteration: int | None, left_out: dict[str, list[int]]) -> None:
         """Make `version` the newest and the iteration's claim trained, but for the trajectories left out by reason."""

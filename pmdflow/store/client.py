@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Concatenate, ParamSpec, TypeAlias, TypeVar
 
+import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from pmdflow.errors import ActorDied, PmdflowError, WaitTimeout
 from pmdflow.store.actor import StoreActor
 
 Actor = TypeVar("Actor")
@@ -30,3 +33,21 @@ def call(
     """
     answer: ObjectRef[Answer] = getattr(actor, method.__name__).remote(*args, **kwargs)
     return answer
+
+
+def answers(refs: Sequence[ObjectRef[Answer]], *, what: str, timeout_s: float) -> list[Answer]:
+    """The answers of several calls, in order.
+
+    Raises:
+        ActorDied: who should answer is dead.
+        WaitTimeout: they are not all there in time; names `what`.
+        PmdflowError: a call failed.
+    """
+    try:
+        return ray.get(list(refs), timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise WaitTimeout(f"{what} was not done within {timeout_s:g} s") from error
+    except RayActorError as error:
+        raise ActorDied(f"an actor died while {what} was awaited: {error}") from error
+    except RayTaskError as error:
+        raise PmdflowError(f"{what} failed: {error.cause}") from error

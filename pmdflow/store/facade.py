@@ -156,6 +156,17 @@ class TrajectoryStore(StoreView):
         """
         return self._native.fence(worker)
 
+    def set_oldest(self, version: int) -> None:
+        """With `one_version`: weights below this version are lost; what those began goes on under the newest one.
+
+        It is never lowered, and forgotten at opening, like leases.
+        """
+        self._native.set_oldest(version)
+
+    def wait_drained(self, version: int, timeout_s: float) -> bool:
+        """Wait until no trajectory of an older version is in flight; False when there is one after `timeout_s`."""
+        return self._native.wait_drained(version, timeout_s)
+
     def append(
         self, batch: bytes | memoryview | UInt8 | Sequence[Segment], *, wait: bool = True, now_s: float | None = None
     ) -> tuple[int, list[Grant]]:

@@ -247,6 +247,13 @@ class StoreView:
         """
         return self._native.ledger()
 
+    def in_flight(self) -> dict[int, int]:
+        """Trajectories that are not complete, evaluation too, by the version that may extend them (`one_version`).
+
+        One without a token counts for the version of its lease, or for the newest.
+        """
+        return self._native.in_flight()
+
     def versions_spent(self) -> dict[int, int]:
         """Durable training tokens by policy version, for the versions that still have a quota."""
         return self._native.versions_spent()

@@ -16,7 +16,8 @@ def make_transport(config: Config, run_dir: Path) -> Transport:
     if config.weights.transport == "filesystem":
         from pmdflow.weights.filesystem import FilesystemTransport
 
-        return FilesystemTransport(run_dir / "weights")
+        # One of them is being written while as many as may be live are read.
+        return FilesystemTransport(run_dir / "weights", kept=(config.scheduler.versions or 1) + 1)
     from pmdflow.weights.object_store import ObjectStoreTransport
 
     return ObjectStoreTransport()

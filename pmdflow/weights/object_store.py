@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, ObjectLostError
 from torch.utils.dlpack import from_dlpack
 
-from pmdflow.errors import WaitTimeout
+from pmdflow.errors import WaitTimeout, WeightsLost
 from pmdflow.weights.transport import Weights, WeightsHandle
 
 
@@ -31,5 +31,7 @@ class ObjectStoreTransport:
             arrays = ray.get(handle.location, timeout=timeout_s)
         except GetTimeoutError as error:
             raise WaitTimeout(f"weights of version {handle.version} did not arrive within {timeout_s:g} s") from error
+        except ObjectLostError as error:
+            raise WeightsLost(f"weights of version {handle.version} died with the learner that made them") from error
         # DLPack carries what is read-only without a copy; `from_numpy` warns of it.
         return {name: from_dlpack(array).view(getattr(torch, dtype)) for name, (dtype, array) in arrays.items()}

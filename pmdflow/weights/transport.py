@@ -32,4 +32,5 @@ class Transport(Protocol):
 
         Raises:
             WaitTimeout: they did not arrive in time.
+            WeightsLost: nobody has them any more.
         """

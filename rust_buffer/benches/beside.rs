@@ -55,6 +55,7 @@ fn open(dir: &Path, file_bytes: u64) -> Store {
         window: None,
         signal: None,
         successes: None,
+        one_version: false,
         straggler: None,
         max_attempts: 1,
         lease_ttl: i64::MAX,

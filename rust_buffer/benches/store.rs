@@ -32,6 +32,7 @@ fn open(dir: &Path) -> Store {
         signal: None,
         successes: None,
         min_group_size: 2,
+        one_version: false,
         straggler: None,
         max_attempts: 3,
         lease_ttl: i64::MAX,

@@ -30,6 +30,7 @@ fn leased(kind: Kind) -> Store {
         signal: None,
         successes: None,
         min_group_size: 1,
+        one_version: false,
         straggler: None,
         max_attempts: 1,
         lease_ttl: i64::MAX,

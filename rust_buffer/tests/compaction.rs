@@ -36,6 +36,7 @@ fn settings() -> Settings {
         window: None,
         signal: None,
         successes: None,
+        one_version: false,
         straggler: None,
         max_attempts: 1,
         lease_ttl: i64::MAX,

@@ -29,6 +29,7 @@ fn open() -> Store {
         signal: None,
         successes: None,
         min_group_size: 1,
+        one_version: false,
         straggler: None,
         max_attempts: 2,
         lease_ttl: i64::MAX,

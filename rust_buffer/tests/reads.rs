@@ -36,6 +36,7 @@ fn open_with(dir: &Path, file_bytes: u64) -> Shared {
         signal: None,
         successes: None,
         min_group_size: 1,
+        one_version: false,
         straggler: None,
         max_attempts: 1,
         lease_ttl: i64::MAX,

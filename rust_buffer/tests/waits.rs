@@ -30,6 +30,7 @@ fn complete() -> Shared {
         signal: None,
         successes: None,
         min_group_size: 2,
+        one_version: false,
         straggler: None,
         max_attempts: 1,
         lease_ttl: i64::MAX,

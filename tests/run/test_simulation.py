@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def test_the_report_compares_modes_and_the_plot_is_whole(run: Path, tmp_path: Pa
     config = load(CONFIGS / "quickstart.yaml").config
     report = simulate(config, run=run, iterations=12, out=out)
     assert f"fitted to iterations 3 to 10 of {run}" in report
-    for name in ("as configured", "synchronous", "Kimi k1.5", "lookahead 2", "unbounded"):
+    for name in ("as configured", "synchronous", "Kimi k1.5", "APRIL", "DORA", "lookahead 2", "unbounded"):
         assert name in report
     page = out.read_text()
     assert page.startswith("<!doctype html>") and "Plotly.newPlot" in page and page.endswith("</html>\n")
@@ -112,7 +113,7 @@ def test_advice_names_its_models_and_what_it_would_gain(run: Path) -> None:
 def test_advice_ends_in_time_and_says_what_it_left_out() -> None:
     config = load(CONFIGS / "cluster.yaml").config
     (line,) = advise(config, assumed(config), seconds=0.0).lines
-    assert "14 of 14 simulations were left out" in line
+    assert re.search(r"\b(\d+) of \1 simulations were left out", line)
 
 
 def test_a_part_of_a_large_job_takes_as_long_as_the_whole() -> None:

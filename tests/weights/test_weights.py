@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 import torch
 
-from pmdflow.errors import WaitTimeout
+from pmdflow.errors import WeightsLost
 from pmdflow.weights.filesystem import FilesystemTransport
 from pmdflow.weights.object_store import ObjectStoreTransport
-from pmdflow.weights.transport import Transport
+from pmdflow.weights.transport import Transport, WeightsHandle
 
 WEIGHTS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -53,8 +55,30 @@ def test_the_directory_shows_whole_files_only_and_forgets_old_versions(tmp_path:
         "version-000002.safetensors",
         "version-000003.safetensors",
     ]
-    with pytest.raises(WaitTimeout, match="version 0"):
+    with pytest.raises(WeightsLost, match="version 0"):
         transport.fetch(handles[0], timeout_s=1.0)
+
+
+def test_weights_whose_publisher_has_died_are_lost_by_name() -> None:
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
+    publisher: Any = ray.remote(num_cpus=0)(Publisher).remote()
+    handle = ray.get(publisher.publish.remote(), timeout=60.0)
+    ray.kill(publisher)
+    with pytest.raises(WeightsLost, match="version 7 died with the learner that made them"):
+        fetch_for(60.0, handle)
+    ray.shutdown()
+
+
+def fetch_for(seconds: float, handle: WeightsHandle) -> None:
+    """Ray hears of a death a little later."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        ObjectStoreTransport().fetch(handle, timeout_s=seconds)
+
+
+class Publisher:
+    def publish(self) -> WeightsHandle:
+        return ObjectStoreTransport().publish(7, {"a": torch.zeros(1 << 20)})  # Ray sends smaller ones along
 
 
 def test_what_comes_through_the_object_store_is_not_copied() -> None:

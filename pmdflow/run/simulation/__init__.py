@@ -5,7 +5,8 @@
 
 from pmdflow.run.simulation.models import EngineModel, LearnerModel, Lengths, LognormalLengths, RecordedLengths
 from pmdflow.run.simulation.report import SimulatedIteration, SimulationReport
-from pmdflow.run.simulation.world import Simulation, SimulationSettings
+from pmdflow.run.simulation.settings import SimulationSettings
+from pmdflow.run.simulation.world import Simulation
 
 __all__ = [
     "EngineModel",

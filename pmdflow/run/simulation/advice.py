@@ -13,7 +13,8 @@ from pmdflow.metrics.text import percent
 from pmdflow.run.simulation.calibration import Calibration
 from pmdflow.run.simulation.policies import AS_CONFIGURED, UNBOUNDED, configured, shrunk, splits, unit_of, variants
 from pmdflow.run.simulation.report import SimulationReport, Steady
-from pmdflow.run.simulation.world import Simulation, SimulationSettings
+from pmdflow.run.simulation.settings import SimulationSettings
+from pmdflow.run.simulation.world import Simulation
 
 SKIPPED = 4
 """First iterations that are left out: the pipeline fills."""

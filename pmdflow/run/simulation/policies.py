@@ -9,13 +9,15 @@ from pmdflow.config.schema import DEFAULT_SLOTS, Config
 from pmdflow.run.scheduler import SchedulerSettings, grant_tokens
 from pmdflow.run.simulation.calibration import Calibration
 from pmdflow.run.simulation.models import EngineModel, LearnerModel, Lengths, LognormalLengths, RecordedLengths
-from pmdflow.run.simulation.world import SimulationSettings
+from pmdflow.run.simulation.settings import SimulationSettings
 
 UNITS = 512
 """Units of a simulated trajectory of full length: where answers are longer, a unit is several tokens."""
 AS_CONFIGURED, UNBOUNDED = "as configured", "unbounded"
 K15_SEGMENTS = 4
 """Iterations over which k1.5 generates an answer of full length."""
+DORA_VERSIONS = 3
+"""Policy versions at a time, where the configuration names none."""
 FAR_AHEAD = 8
 """Lookahead that stands for no bound."""
 DECODE_STEP_S = 0.025
@@ -87,7 +89,7 @@ def configured(config: Config, models: Calibration, *, iterations: int) -> Simul
 
 def variants(given: SimulationSettings) -> Iterator[tuple[str, SimulationSettings]]:
     """The configuration, then the modes of the field on the same job and machine, then no bound at all."""
-    scheduler = given.scheduler
+    scheduler = replace(given.scheduler, extra_groups=0, versions=None, policy=None)
     whole = scheduler.groups_per_iteration * given.group_size * given.max_tokens
     plenty = replace(scheduler, tokens_per_segment=None, tokens_per_iteration=whole * (FAR_AHEAD + 1), iteration_s=None)
     yield AS_CONFIGURED, given
@@ -95,8 +97,13 @@ def variants(given: SimulationSettings) -> Iterator[tuple[str, SimulationSetting
     segment = max(1, given.max_tokens // K15_SEGMENTS)
     k15 = replace(scheduler, lookahead=0, tokens_per_segment=segment)
     yield "Kimi k1.5", replace(given, scheduler=k15, max_staleness=None, window=None)
+    april = replace(plenty, lookahead=0, extra_groups=max(1, scheduler.groups_per_iteration // 2))
+    yield "APRIL", replace(given, scheduler=april, max_staleness=None, window=None)
+    ahead, versions = max(scheduler.lookahead, 1), given.scheduler.versions or DORA_VERSIONS
+    dora = replace(plenty, lookahead=ahead, versions=versions)
+    yield "DORA", replace(given, scheduler=dora, max_staleness=_at_least(given.max_staleness, ahead, versions - 1))
     for lookahead in (1, 2, 3, 4):
-        bound = None if given.max_staleness is None else max(given.max_staleness, lookahead)
+        bound = _at_least(given.max_staleness, lookahead)
         yield (
             f"lookahead {lookahead}",
             replace(given, scheduler=replace(plenty, lookahead=lookahead), max_staleness=bound),
@@ -144,6 +151,10 @@ def shrunk(given: SimulationSettings, *, trajectories: int) -> tuple[SimulationS
         actors=actors,
     )
     return smaller, part
+
+
+def _at_least(bound: int | None, *least: int) -> int | None:
+    return None if bound is None else max(bound, *least)
 
 
 def _in_units(lengths: Lengths, unit: int) -> Lengths:

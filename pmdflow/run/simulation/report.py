@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
+import numpy as np
+
 from pmdflow.metrics.fairness import lag_1, variation
+from pmdflow.types import Claim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,8 @@ class SimulatedIteration:
     staleness_mean: float
     staleness_max: int
     """Over tokens with a gradient; 0 without one."""
+    ages: Mapping[int, int]
+    """Tokens with a gradient by their age in iterations."""
     passed: int
     """Most younger groups that were trained before one of its groups."""
 
@@ -44,8 +49,14 @@ class SimulationReport:
     short_claims: int = 0
     """Claims of fewer groups than an iteration has."""
     max_groups_untrained: int = 0
+    max_versions: int = 0
+    """Most versions that trajectories were in flight of, the newest always counted."""
+    groups_left: int = 0
+    """Neither trained nor evicted at the end."""
     overspent_tokens: int = 0
     """Most by which a version's tokens exceeded its budget; 0 is the rule."""
+    mixed_version: int = 0
+    """Trained trajectories of more than one version."""
     ledger: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     busy_s: float = 0.0
@@ -104,3 +115,9 @@ class Steady:
     """Of the mean length of claims; see `pmdflow.metrics.fairness`."""
     variation: float | None
     """Of the same, over that of a random draw."""
+
+
+def group_means(claim: Claim) -> list[float]:
+    """Mean generated tokens of each group of a claim."""
+    lengths = np.diff(claim.cu_seqlens) - claim.prompt_lengths
+    return [float(part.mean()) for part in np.split(lengths, claim.group_starts()[1:])]

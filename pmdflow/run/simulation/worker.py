@@ -103,8 +103,10 @@ class Worker:
                 taken[trajectory] = None
         return list(taken)
 
-    def segments(self, trajectories: list[int], *, next_version: int, max_tokens: int) -> Iterator[Segment]:
-        """What these have generated beyond the store; without a grant, they are left to the next version."""
+    def segments(
+        self, trajectories: list[int], *, next_version: int, max_tokens: int, release: bool = False
+    ) -> Iterator[Segment]:
+        """What these have generated beyond the store; without a grant, or for `release`, they are left to others."""
         for trajectory in trajectories:
             running = self.running[trajectory]
             number = self.step - running.since
@@ -113,6 +115,8 @@ class Worker:
                 stop = "length" if running.length == max_tokens else "stop"
             elif number == 0 and running.granted == 0 and next_version == self.version:
                 stop = "budget"
+            elif release:
+                stop = "abort"
             yield Segment(
                 trajectory=trajectory,
                 epoch=running.epoch,

@@ -5,60 +5,29 @@ from __future__ import annotations
 import heapq
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
-from pmdflow.errors import PmdflowError
 from pmdflow.metrics.claim import claim_metrics
 from pmdflow.metrics.order import AdmissionOrder
-from pmdflow.run.scheduler import SchedulerSettings, must_regrant, next_quota
-from pmdflow.run.simulation.models import EngineModel, LearnerModel, Lengths
-from pmdflow.run.simulation.report import SimulatedIteration, SimulationReport
+from pmdflow.run.scheduler import decide, must_regrant, next_quota, oldest_beside, serve
+from pmdflow.run.simulation.answers import Answers
+from pmdflow.run.simulation.report import SimulatedIteration, SimulationReport, group_means
+from pmdflow.run.simulation.settings import NoSignalLeft, SimulationSettings
 from pmdflow.run.simulation.worker import Worker
+from pmdflow.store import StoreFull
 from pmdflow.store.facade import TrajectoryStore
 from pmdflow.store.segments import encode_segments
-from pmdflow.types import Claim, Mask, Outcome, Prompt
+from pmdflow.types import Mask, Outcome, Prompt
 
 LEASE_TTL_S = 1e9
 """Leases of live actors never expire: a simulated one appends when sequences end, not several times a second."""
 ASKED_EVERY = 64
 """Events between two questions whether to go on."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SimulationSettings:
-    """A workload and a machine. The token is whatever unit all numbers agree on."""
-
-    scheduler: SchedulerSettings
-    max_staleness: int | None
-    window: int | None = None
-    iterations: int
-    group_size: int
-    max_tokens: int
-    """Generated tokens of one trajectory at most."""
-    lengths: Lengths
-    engine: EngineModel
-    learner: LearnerModel
-    actors: int = 1
-    """Rollout actors."""
-    prompt_tokens: int = 3
-    score_s: float = 0.0
-    """Seconds from the end of a trajectory to its reward."""
-    grant_tokens: int = 64
-    lost_share: float = 0.0
-    """Chance that a rollout actor dies where its sequences end or are granted more."""
-    replace_s: float = 5.0
-    """Seconds until another takes its place, and its leases are ended."""
-    infra_failure_share: float = 0.0
-    """Share of scoring attempts that fail."""
-    refill_limit: int | None = None
-    """Groups without a signal are evicted, and at most so many times `groups_per_iteration` admitted in their place;
-    None trains them."""
-    no_signal_share: float = 0.0
-    """Share of groups whose members all get the same reward."""
-    seed: int = 0
+TICK_S = 1.0
+"""How soon rollout actors are sent to other versions once one of them has too little to generate."""
 
 
 class Simulation:
@@ -79,6 +48,7 @@ class Simulation:
         """Prepare an empty store at version 0."""
         self._settings = settings
         self._rng = np.random.default_rng(settings.seed)
+        self._answers = Answers(settings, self._rng)
         self._store = TrajectoryStore(
             None,
             groups_per_iteration=settings.scheduler.groups_per_iteration,
@@ -86,6 +56,7 @@ class Simulation:
             max_staleness=settings.max_staleness,
             window=settings.window,
             signal=None if settings.refill_limit is None else (0.0, 1.0),
+            one_version=settings.one_version,
             min_group_size=min(2, settings.group_size),
             lease_ttl_s=LEASE_TTL_S,
             grant_tokens=settings.grant_tokens,
@@ -102,17 +73,15 @@ class Simulation:
         self._rated = (0, 0.0)
         """Tokens and busy seconds of all workers up to the newest rate."""
         self._budgets: dict[int, int] = {}
-        self._lengths: dict[int, int] = {}
-        """Of trajectories that have begun and not ended."""
-        self._unused: dict[int, list[int]] = {}
-        """Of each group: lengths of members that have not begun."""
-        self._dull: dict[int, bool] = {}
-        """Whether a group's members all get the same reward."""
         self._refills = self._most_refills
         """Groups that may still be admitted before the next claim in the place of others."""
         self._order = AdmissionOrder()
         self._free_since: float | None = 0.0
         """Since when the learner has waited for a claim; None while it trains."""
+        self._held_back: SimulatedIteration | None = None
+        """What is trained, and is published once an old version has drained."""
+        self._assigning = False
+        """Rollout actors are about to be sent to other versions."""
 
     def run(self, *, max_events: int = 50_000_000, give_up: Callable[[], bool] = lambda: False) -> SimulationReport:
         """Run to the end.
@@ -120,7 +89,8 @@ class Simulation:
         Raises:
             TimeoutError: `give_up`, which is asked now and then, said so.
             RuntimeError: nothing happens any more, or it was not over after `max_events`.
-            PmdflowError: no group has a signal.
+            NoSignalLeft: no group has a signal.
+            PmdflowError: the policy says what cannot be.
         """
         self._store.publish(0, None, {})
         self._grant()
@@ -130,7 +100,7 @@ class Simulation:
             worker.waits_since, worker.cause = 0.0, "start"
         self._wake(0.0)
         now, events = 0.0, 0
-        while len(self._report.iterations) < self._settings.iterations:
+        while not self._is_over():
             if not self._events or events >= max_events:
                 raise RuntimeError(f"not over after {events} events and {now:g} s: {self._store.counts()}")
             now, _, happen = heapq.heappop(self._events)
@@ -140,6 +110,13 @@ class Simulation:
                 raise TimeoutError(f"not over after {events} events")
         self._finish(now)
         return self._report
+
+    @property
+    def _is_closing(self) -> bool:
+        return len(self._report.iterations) >= self._settings.iterations
+
+    def _is_over(self) -> bool:
+        return self._is_closing and not (self._settings.drain and self._store.counts().groups_untrained)
 
     def _at(self, time: float, happen: Callable[[float], None]) -> None:
         self._serial += 1
@@ -159,7 +136,10 @@ class Simulation:
         self._store.set_quota(quota)
 
     def _check_budgets(self) -> None:
-        over = [spent - self._budgets[version] for version, spent in self._store.versions_spent().items()]
+        spent = self._store.versions_spent()
+        if self._settings.one_version:  # an older version finishes what it began, whatever its budget was
+            spent = {self._version: spent[self._version]}
+        over = [tokens - self._budgets[version] for version, tokens in spent.items()]
         self._report.overspent_tokens = max([self._report.overspent_tokens, *over])
 
     @property
@@ -169,29 +149,34 @@ class Simulation:
 
     def _admit(self, most: int = sys.maxsize) -> int:
         counts = self._store.counts()
-        room = min(self._settings.scheduler.room(counts), most)
+        decision = decide(self._budgeted, counts)
+        number = 0 if self._is_closing else min(decision.room(counts), most)
         tokens = np.zeros(self._settings.prompt_tokens, np.int32)
-        groups = [
-            self._store.admit(
-                f"train-{cursor}",
-                Prompt(id=str(cursor), text="", tokens=tokens),
-                cursor=cursor,
-                group_size=self._settings.group_size,
-                max_tokens=self._settings.max_tokens,
-            )
-            for cursor in range(counts.next_cursor, counts.next_cursor + room)
-        ]
+        groups: list[int] = []
+        for cursor in range(counts.next_cursor, counts.next_cursor + number):
+            try:
+                group = self._store.admit(
+                    f"train-{cursor}",
+                    Prompt(id=str(cursor), text="", tokens=tokens),
+                    cursor=cursor,
+                    group_size=self._settings.group_size,
+                    max_tokens=self._settings.max_tokens,
+                    priority=decision.priority,
+                )
+            except StoreFull:  # the quota was granted by another decision
+                break
+            groups.append(group)
         self._order.admitted(groups, iteration=len(self._report.iterations) + 1)
         report = self._report
-        report.max_groups_untrained = max(report.max_groups_untrained, counts.groups_untrained + room)
-        return room
+        report.max_groups_untrained = max(report.max_groups_untrained, counts.groups_untrained + len(groups))
+        return len(groups)
 
     # Rollout.
 
     def _wake(self, now: float) -> None:
         """Let workers that wait look for leases, until one finds none."""
         for index in list(self._waiting):
-            if not self._lease(index, now):
+            if not self._lease(index, now) and not self._settings.one_version:
                 return
 
     def _lease(self, index: int, now: float, *, delay_s: float = 0.0) -> bool:
@@ -199,7 +184,10 @@ class Simulation:
         worker = self._workers[index]
         free = worker.engine.slots - len(worker.running)
         for lease in self._store.lease(worker.name, worker.version, free, 0.0, now_s=now) if free else ():
-            delay_s += worker.join(lease, length=self._length(lease.trajectory, lease.group))
+            delay_s += worker.join(lease, length=self._answers.length(lease.trajectory, lease.group))
+        if self._settings.one_version and len(worker.running) < worker.engine.slots and not self._assigning:
+            self._assigning = True
+            self._at(now + TICK_S, self._assign)
         end = worker.begin(now, delay_s=delay_s, training=self._free_since is None)
         if end is None:
             if worker.waits_since is None:
@@ -226,7 +214,7 @@ class Simulation:
         if alternates and counts.groups_claimed:
             return "training"
         if counts.trajectories_idle:
-            return "budget"
+            return "other versions" if self._settings.one_version else "budget"
         return "last answers" if alternates else "lookahead"
 
     def _due(self, index: int, serial: int, now: float) -> None:
@@ -243,6 +231,7 @@ class Simulation:
         self._append(worker, worker.take_due(), next_version=worker.version, now=now)
         if not self._lease(index, now):
             self._claim(now)
+        self._publish_held_back(now)
 
     def _replace(self, index: int, now: float) -> None:
         """Another worker takes the place of a dead one, whose leases end."""
@@ -253,33 +242,31 @@ class Simulation:
         if not self._lease(index, now):
             self._claim(now)
         self._wake(now)
+        self._publish_held_back(now)
 
-    def _append(self, worker: Worker, trajectories: list[int], *, next_version: int, now: float) -> None:
+    def _append(
+        self, worker: Worker, trajectories: list[int], *, next_version: int, now: float, release: bool = False
+    ) -> None:
         if not trajectories:
             return
-        segments = list(worker.segments(trajectories, next_version=next_version, max_tokens=self._settings.max_tokens))
+        most = self._settings.max_tokens
+        segments = list(worker.segments(trajectories, next_version=next_version, max_tokens=most, release=release))
         _, grants = self._store.append(encode_segments(segments), now_s=now)
         ended = 0
         for segment, grant in zip(segments, grants, strict=True):
             worker.answered(segment, grant, prompt_tokens=self._settings.prompt_tokens)
-            if segment.stop is not None and segment.stop != "budget" and not grant.stale:
-                del self._lengths[segment.trajectory]
+            if segment.stop not in (None, "budget", "abort") and not grant.stale:
+                self._answers.end(segment.trajectory)
                 ended += 1
         if ended:
             self._at(now + self._settings.score_s, self._score)
 
-    def _length(self, trajectory: int, group: int) -> int:
-        if trajectory not in self._lengths:
-            if group not in self._unused:
-                drawn = self._settings.lengths.group(self._rng, self._settings.group_size)
-                self._unused[group] = [min(length, self._settings.max_tokens) for length in drawn]
-            self._lengths[trajectory] = self._unused[group].pop()
-            if not self._unused[group]:
-                del self._unused[group]
-        return self._lengths[trajectory]
-
     def _offer(self, version: int, now: float) -> None:
-        """A version reaches every worker: it ends segments, not leases."""
+        """A version reaches every worker: it ends segments, not leases; or those that are sent to it."""
+        if self._settings.one_version:
+            self._assign(now)
+            self._wake(now)  # what an old version has left has no budget any more
+            return
         for index, worker in enumerate(self._workers):
             if worker.lost:
                 continue
@@ -290,19 +277,33 @@ class Simulation:
             self._lease(index, now, delay_s=worker.engine.apply_s)
         self._check_budgets()
 
+    def _assign(self, now: float) -> None:
+        """Send workers to the versions that need them; they give back what they hold of another."""
+        self._assigning = False
+        serving = {str(index): worker.version for index, worker in enumerate(self._workers) if not worker.lost}
+        slots = self._settings.engine.slots
+        then = serve(self._store.in_flight(), serving, newest=self._version, slots=slots)
+        moved = [int(name) for name, version in then.items() if version != serving[name]]
+        for index in moved:
+            worker = self._workers[index]
+            worker.advance(now)
+            self._append(worker, list(worker.running), next_version=worker.version, now=now, release=True)
+            worker.version = then[str(index)]
+            worker.serial += 1
+        for index in moved:
+            self._lease(index, now, delay_s=self._settings.engine.apply_s)
+        if moved:
+            self._wake(now)
+            self._publish_held_back(now)
+
     def _score(self, now: float) -> None:
         for item in self._store.unscored(1 << 20, 1.0, 0.0, now_s=now):
             failed = self._settings.infra_failure_share and self._rng.random() < self._settings.infra_failure_share
             outcome: Outcome = "infra_failure" if failed else "scored"
-            self._store.score(item.trajectory, item.attempt, outcome, self._reward(item.group), {}, now_s=now)
+            self._store.score(item.trajectory, item.attempt, outcome, self._answers.reward(item.group), {}, now_s=now)
             if failed:
                 self._at(now + self._settings.score_s, self._score)
         self._claim(now)
-
-    def _reward(self, group: int) -> float:
-        if group not in self._dull:
-            self._dull[group] = bool(self._rng.random() < self._settings.no_signal_share)
-        return 1.0 if self._dull[group] else float(self._rng.integers(2))
 
     # The learner.
 
@@ -318,7 +319,7 @@ class Simulation:
         if answer.status != "starved":
             return
         if self._refills == 0 and self._store.counts().groups_untrained == 0:
-            raise PmdflowError(
+            raise NoSignalLeft(
                 f"no group is left to train after {self._store.counts().groups_no_signal} without a signal"
             )
         admitted = self._admit(self._refills) if self._refills else 0
@@ -334,8 +335,9 @@ class Simulation:
         wait_s, self._free_since = now - self._free_since, None
         claim = self._store.read_rows(iteration)
         values = claim_metrics(claim)
+        self._report.mixed_version += values["trajectory/mixed_version"]
         order = self._order.claimed(claim, oldest_untrained=self._store.counts().oldest_untrained)
-        lengths = _group_means(claim)
+        lengths = group_means(claim)
         self._report.short_claims += len(lengths) < self._settings.scheduler.groups_per_iteration
         train_s, publish_s = self._settings.learner.train_s(int(claim.cu_seqlens[-1])), self._settings.learner.publish_s
         done = SimulatedIteration(
@@ -349,6 +351,7 @@ class Simulation:
             masked_by_decile=values["staleness/masked_share_by_decile"],
             staleness_mean=values["staleness/mean"] or 0.0,
             staleness_max=values["staleness/max"] or 0,
+            ages={int(age): tokens for age, tokens in values["staleness/tokens"].items()},
             passed=order["trajectory/bypasses_max"] or 0,
         )
         self._at(done.end_s, partial(self._publish, done))
@@ -356,7 +359,17 @@ class Simulation:
             self._waited(self._workers[index], now)
             self._workers[index].waits_since, self._workers[index].cause = now, self._cause()
 
+    def _publish_held_back(self, now: float) -> None:
+        held_back, self._held_back = self._held_back, None
+        if held_back is not None:
+            self._publish(replace(held_back, end_s=now), now)
+
     def _publish(self, done: SimulatedIteration, now: float) -> None:
+        oldest = oldest_beside(decide(self._settings.scheduler, self._store.counts()), self._version + 1)
+        if self._settings.one_version and min(self._store.in_flight(), default=oldest) < oldest:
+            self._held_back = done
+            return
+        self._check_budgets()
         iteration = len(self._report.iterations) + 1
         self._version += 1
         self._store.publish(self._version, iteration, {})
@@ -368,6 +381,7 @@ class Simulation:
         self._report.iterations.append(done)
         self._free_since, self._refills = now, self._most_refills
         self._admit()
+        self._report.max_versions = max(self._report.max_versions, len({self._version, *self._store.in_flight()}))
         self._offer(self._version, now)
         self._claim(now)
 
@@ -380,8 +394,4 @@ class Simulation:
             if worker.waits_since is not None:
                 self._waited(worker, now)
         report.seconds, report.ledger = now, self._store.ledger()
-
-
-def _group_means(claim: Claim) -> list[float]:
-    lengths = np.diff(claim.cu_seqlens) - claim.prompt_lengths
-    return [float(part.mean()) for part in np.split(lengths, claim.group_starts()[1:])]
+        report.groups_left = self._store.counts().groups_untrained

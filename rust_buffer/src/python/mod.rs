@@ -11,12 +11,7 @@ mod settings;
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
-use pyo3::{
-    buffer::PyBuffer,
-    exceptions::PyValueError,
-    prelude::*,
-    types::{PyBytes, PyDict},
-};
+use pyo3::{buffer::PyBuffer, exceptions::PyValueError, prelude::*};
 
 use crate::{
     error::Result,
@@ -39,9 +34,6 @@ use settings::Given;
 
 /// Trajectory, stale, grant.
 type Answer = (u64, bool, u32);
-
-/// Number of the rates, keys (u64), rates (f64).
-type Columned<'py> = (i64, Bound<'py, PyBytes>, Bound<'py, PyBytes>);
 
 /// The trajectory store; `pmdflow/_rust_buffer.pyi` documents it.
 #[pyclass(frozen, module = "pmdflow._rust_buffer")]
@@ -77,21 +69,22 @@ impl TrajectoryStore {
 impl TrajectoryStore {
     #[new]
     #[pyo3(signature = (path, *, groups_per_iteration, lookahead, max_staleness, segment_loss = "all",
-        window = None, signal = None, successes = None, min_group_size = 2, straggler = None, max_attempts = 3, lease_ttl_s = 30.0, grant_tokens = 64,
+        window = None, signal = None, successes = None, min_group_size = 2, one_version = false, straggler = None, max_attempts = 3,
+        lease_ttl_s = 30.0, grant_tokens = 64,
         durability = "group", max_bytes = None, file_bytes = 67_108_864, sync_interval_s = 0.005,
         read_only = false))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>, path: Option<PathBuf>, groups_per_iteration: usize, lookahead: u32, max_staleness: Option<u32>,
         segment_loss: &str, window: Option<u64>, signal: Option<(Option<f64>, Option<f64>)>,
-        successes: Option<(f64, f64)>, min_group_size: u32, straggler: Option<(u32, f64)>, max_attempts: u32,
-        lease_ttl_s: f64, grant_tokens: u32, durability: &str, max_bytes: Option<u64>, file_bytes: u64,
-        sync_interval_s: f64, read_only: bool,
+        successes: Option<(f64, f64)>, min_group_size: u32, one_version: bool, straggler: Option<(u32, f64)>,
+        max_attempts: u32, lease_ttl_s: f64, grant_tokens: u32, durability: &str, max_bytes: Option<u64>,
+        file_bytes: u64, sync_interval_s: f64, read_only: bool,
     ) -> PyResult<Self> {
         #[rustfmt::skip] // One name a line says no more.
         let settings = Settings::try_from(Given {
-            groups_per_iteration, lookahead, max_staleness, segment_loss, window, signal, successes, min_group_size, straggler, max_attempts,
-            lease_ttl_s, grant_tokens, durability, max_bytes, file_bytes, sync_interval_s,
+            groups_per_iteration, lookahead, max_staleness, segment_loss, window, signal, successes, min_group_size, one_version,
+            straggler, max_attempts, lease_ttl_s, grant_tokens, durability, max_bytes, file_bytes, sync_interval_s,
         })?;
         let on_disk = path.is_some();
         let open = || {
@@ -144,6 +137,23 @@ impl TrajectoryStore {
     fn lease_group<'py>(&self, py: Python<'py>, worker: &str, group: u64) -> PyResult<Vec<Row<'py>>> {
         let leases = py.detach(|| self.shared.lease_group(worker, group, self.shared.clock(None)))?;
         leases.iter().map(|lease| rows::lease(py, lease)).collect()
+    }
+
+    fn set_oldest(&self, py: Python<'_>, version: Version) -> PyResult<()> {
+        self.change(py, false, |store| {
+            store.set_oldest(version);
+            Ok(())
+        })
+    }
+
+    fn in_flight(&self, py: Python<'_>) -> PyResult<BTreeMap<Version, u64>> {
+        self.query(py, Store::in_flight)
+    }
+
+    fn wait_drained(&self, py: Python<'_>, version: Version, timeout_s: f64) -> PyResult<bool> {
+        let (timeout_s, clock) = (seconds("timeout_s", timeout_s)?, self.waiting(py, None)?);
+        let drained = |store: &mut Store, _| Ok(store.has_drained(version)?.then_some(()));
+        Ok(py.detach(|| self.shared.wait(timeout_s, clock, drained))?.is_some())
     }
 
     fn fence(&self, py: Python<'_>, worker: &str) -> PyResult<usize> {
@@ -345,10 +355,7 @@ impl TrajectoryStore {
     }
 
     fn ledger<'py>(&self, py: Python<'py>) -> PyResult<Row<'py>> {
-        let row = PyDict::new(py);
-        let ledger = self.query(py, |store| Ok(store.ledger()))?;
-        ledger.into_iter().try_for_each(|(key, tokens)| row.set_item(key, tokens))?;
-        Ok(row)
+        rows::ledger(py, &self.query(py, |store| Ok(store.ledger()))?)
     }
 
     fn versions_spent(&self, py: Python<'_>) -> PyResult<BTreeMap<Version, u64>> {
@@ -356,11 +363,8 @@ impl TrajectoryStore {
     }
 
     #[pyo3(signature = (after = None))]
-    fn successes<'py>(&self, py: Python<'py>, after: Option<i64>) -> PyResult<Columned<'py>> {
-        let successes = self.query(py, |store| Ok(store.successes()))?;
-        let (keys, rates): (Vec<_>, Vec<_>) =
-            successes.since(after).into_iter().map(|(key, rate)| (key.to_le_bytes(), rate.to_le_bytes())).unzip();
-        Ok((successes.number, PyBytes::new(py, keys.as_flattened()), PyBytes::new(py, rates.as_flattened())))
+    fn successes<'py>(&self, py: Python<'py>, after: Option<i64>) -> PyResult<rows::Rates<'py>> {
+        Ok(rows::rates(py, &self.query(py, |store| Ok(store.successes()))?, after))
     }
 
     fn wait_durable(&self, py: Python<'_>, lsn: Option<u64>, timeout_s: f64) -> PyResult<bool> {

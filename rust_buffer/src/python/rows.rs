@@ -10,6 +10,7 @@ use pyo3::{
 use crate::{
     log::Lsn,
     state::record::Plan,
+    state::successes::Successes,
     state::trajectory::Version,
     store::arrays::{Extra, Extras, StoredPrompt},
     store::claim_view::{Rows, Segments},
@@ -22,6 +23,21 @@ use crate::{
 
 /// One answer.
 pub type Row<'py> = Bound<'py, PyDict>;
+
+/// Number of the rates of success, keys (u64), rates (f64).
+pub type Rates<'py> = (i64, Bound<'py, PyBytes>, Bound<'py, PyBytes>);
+
+pub fn rates<'py>(py: Python<'py>, successes: &Successes, after: Option<i64>) -> Rates<'py> {
+    let moved = successes.since(after).into_iter();
+    let (keys, rates): (Vec<_>, Vec<_>) = moved.map(|(key, rate)| (key.to_le_bytes(), rate.to_le_bytes())).unzip();
+    (successes.number, PyBytes::new(py, keys.as_flattened()), PyBytes::new(py, rates.as_flattened()))
+}
+
+pub fn ledger<'py>(py: Python<'py>, ledger: &[(&str, i64)]) -> PyResult<Row<'py>> {
+    let row = PyDict::new(py);
+    ledger.iter().try_for_each(|(key, tokens)| row.set_item(key, tokens))?;
+    Ok(row)
+}
 
 /// What every answer with a prompt says of it.
 fn set_prompt(row: &Row<'_>, prompt: &StoredPrompt) -> PyResult<()> {

@@ -28,6 +28,7 @@ pub struct Given<'a> {
     /// Decay, and least reward of a success.
     pub successes: Option<(f64, f64)>,
     pub min_group_size: u32,
+    pub one_version: bool,
     /// Members, and seconds to wait for the others.
     pub straggler: Option<(u32, f64)>,
     pub max_attempts: u32,
@@ -70,6 +71,7 @@ impl TryFrom<Given<'_>> for Settings {
             signal: given.signal.map(|(above, below)| Signal { above, below }),
             successes: given.successes.map(averaging).transpose()?,
             min_group_size: given.min_group_size,
+            one_version: given.one_version,
             straggler: given.straggler.map(|rule| straggler(rule, given.min_group_size)).transpose()?,
             max_attempts: given.max_attempts,
             lease_ttl: ticks("lease_ttl_s", given.lease_ttl_s)?,

@@ -68,7 +68,8 @@ pub struct EvalResult {
 impl Store {
     /// Whether no group can become ready any more under the newest version and what is admitted.
     fn is_closed(&self) -> bool {
-        self.index.leased == 0 && self.index.unscored_train == 0 && self.next_trainable(self.state.version).is_none()
+        let may_come = self.index.leased > 0 || self.index.unscored_train > 0 || self.has_draining();
+        !may_come && self.next_trainable(self.state.version).is_none()
     }
 
     /// Claims `iteration`'s groups for a learner at `version`; None while it has to wait. Undone claims come first: the

@@ -11,6 +11,7 @@ mod upkeep;
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
+    ops::Range,
 };
 
 use crate::{
@@ -20,6 +21,7 @@ use crate::{
     state::group::{Kind, Phase},
     state::trajectory::{Verdict, Version},
     store::index::tails::Tails,
+    store::versions::Reach,
 };
 
 /// By the version of the newest token, -1 without one: a worker may extend those up to its own version, and finds the
@@ -150,17 +152,30 @@ impl Index {
         Ok(())
     }
 
-    /// The first idle evaluation trajectory that a worker at `version` may extend.
-    pub fn next_eval(&self, version: Version) -> Option<u64> {
-        first(self.eval.range(..=version))
+    /// The first idle evaluation trajectory that a worker of this reach may extend.
+    pub fn next_eval(&self, reach: Reach) -> Option<u64> {
+        first(self.eval.range(..reach.below).chain(self.eval.get_key_value(&reach.own)))
     }
 
-    /// The first idle training trajectory that a worker at `version`, which allows `tokens_per_segment`, may extend, if
-    /// the version's budget lasts.
-    pub fn next_train(&self, version: Version, tokens_per_segment: Option<u32>) -> Option<u64> {
-        let own = self.partial.get(&version).and_then(|tails| tails.first_below(tokens_per_segment));
-        let partial = first(self.partial.range(..version)).into_iter().chain(own).min();
-        partial.or_else(|| self.fresh.first().map(|(_, id)| *id))
+    /// The first idle training trajectory that a worker of this reach, whose version allows `tokens_per_segment`, may
+    /// extend, if its version's budget lasts.
+    pub fn next_train(&self, reach: Reach, tokens_per_segment: Option<u32>) -> Option<u64> {
+        let own = self.partial.get(&reach.own).and_then(|tails| tails.first_below(tokens_per_segment));
+        let partial = first(self.partial.range(..reach.below)).into_iter().chain(own).min();
+        let fresh = || self.fresh.first().filter(|_| reach.fresh).map(|(_, id)| *id);
+        partial.or_else(fresh)
+    }
+
+    /// Whether an idle training trajectory's newest token is of one of these versions.
+    pub fn has_partial(&self, versions: Range<Version>) -> bool {
+        !versions.is_empty() && self.partial.range(versions).next().is_some()
+    }
+
+    /// Idle trajectories by the version of their newest token, -1 without one; a version may come more than once.
+    pub fn idle_by_version(&self) -> impl Iterator<Item = (Version, u64)> + '_ {
+        let begun = [&self.eval, &self.partial].into_iter().flatten();
+        let begun = begun.map(|(version, tails)| (*version, tails.len() as u64));
+        begun.chain((!self.fresh.is_empty()).then_some((-1, self.fresh.len() as u64)))
     }
 
     /// Idle training trajectories, and how many of them hold tokens.

@@ -69,6 +69,9 @@ impl Store {
 
     /// Tokens of `version`'s budget that are neither generated nor granted.
     pub fn budget_left(&self, version: Version) -> u64 {
+        if self.drains(version) {
+            return u64::MAX;
+        }
         let Some(quota) = self.state.quotas.get(&version) else { return 0 };
         let spent = self.state.spent.get(&version).copied().unwrap_or(0);
         quota.tokens.saturating_sub(spent + self.leases.reserved(version))
@@ -79,11 +82,11 @@ impl Store {
         self.settings.lookahead > 0 || (version == self.state.version && self.state.open_claim().is_none())
     }
 
-    /// Tokens that may be granted for `id` under `version`, besides its own grant if it has one.
-    fn grant(&self, id: u64, version: Version) -> Result<u32> {
+    /// Tokens that may be granted for `id`, leased for `held` or not yet, under `version`, besides its own grant.
+    fn grant(&self, id: u64, held: Option<Version>, version: Version) -> Result<u32> {
         let trajectory = self.state.trajectory(id)?;
         let group = self.state.group(trajectory.group)?;
-        if !trajectory.is_partial() || !trajectory.accepts(version) {
+        if !trajectory.is_partial() || !self.may_extend(trajectory, held, version) {
             return Ok(0);
         }
         let remaining = group.max_tokens.saturating_sub(trajectory.len);
@@ -101,18 +104,18 @@ impl Store {
 
     /// The trajectory that a worker at `version` would be leased next.
     fn next_leasable(&self, version: Version) -> Option<u64> {
-        self.index.next_eval(version).or_else(|| self.next_trainable(version))
+        self.index.next_eval(self.reach(version)).or_else(|| self.next_trainable(version))
     }
 
     /// The training trajectory that a worker at `version` would be leased next.
     pub(crate) fn next_trainable(&self, version: Version) -> Option<u64> {
         let limit = self.state.quotas.get(&version).and_then(|quota| quota.tokens_per_segment);
         let open = self.may_train(version) && self.budget_left(version) > 0;
-        if open { self.index.next_train(version, limit) } else { None }
+        if open { self.index.next_train(self.reach(version), limit) } else { None }
     }
 
     fn hold(&mut self, id: u64, worker: &str, version: Version, deadline: Micros) -> Result<u32> {
-        let grant = self.grant(id, version)?;
+        let grant = self.grant(id, None, version)?;
         let budgeted = self.state.group(self.state.trajectory(id)?.group)?.kind == Kind::Train;
         self.index.remove(&self.state, id, false)?;
         self.leases.insert(id, Lease { worker: worker.to_owned(), version, grant, budgeted, deadline });
@@ -193,7 +196,7 @@ impl Store {
     pub(super) fn renew(&mut self, id: u64, version: Option<Version>, deadline: Micros) -> Result<()> {
         if let Some(mut lease) = self.leases.remove(id) {
             if let Some(version) = version {
-                lease.grant = self.grant(id, version)?;
+                lease.grant = self.grant(id, Some(lease.version), version)?;
                 lease.version = version;
             }
             lease.deadline = deadline;

@@ -23,6 +23,7 @@ fn a_record_that_is_written_and_cannot_be_applied_ends_the_log() {
         signal: None,
         successes: None,
         min_group_size: 1,
+        one_version: false,
         straggler: None,
         max_attempts: 1,
         lease_ttl: 1,

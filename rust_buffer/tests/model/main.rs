@@ -42,6 +42,7 @@ fn settings(lookahead: u32, current_only: bool, straggler: Option<Straggler>) ->
         signal: None,
         successes: None,
         min_group_size: 2,
+        one_version: false,
         straggler,
         max_attempts: 2,
         lease_ttl: TTL,

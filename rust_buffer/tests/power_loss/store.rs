@@ -70,6 +70,7 @@ fn settings(durability: Durability) -> Settings {
         lease_ttl: 1_000,
         grant_tokens: 16,
         durability,
+        one_version: false,
         straggler: None,
         max_bytes: None,
         file_bytes: 1024,
