@@ -71,7 +71,9 @@ def read_task(row: Mapping[str, Any], columns: ColumnsConfig, *, training: bool 
     is_chat = isinstance(prompt, list | tuple) or name == "messages"
     tools = _take(rest, columns.tools or "tools") if columns.tools or is_chat else None
     if not is_chat and (not isinstance(prompt, str) or not prompt.strip()):
-        raise ValueError(f"{name} is {prompt!r:.80}, not a text; every line needs one")
+        raise ValueError(
+            f"{name} is {prompt!r:.80}, not a text; every line needs one, or data.columns says which column it is"
+        )
     if tools and not is_chat:
         prompt, is_chat = [{"role": "user", "content": prompt}], True
     chat = parse_chat(prompt, tools) if is_chat else None
