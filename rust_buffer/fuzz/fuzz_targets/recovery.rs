@@ -132,7 +132,7 @@ fn plain_input_opens() {
     let record = Piece::Next { unsynced: 1, header: b"header", arrays: vec![b"abc", b"12345678"], damage: None };
     let pieces = [Piece::Header { number: None, first: 0 }, record, Piece::Mark { behind: 0 }];
     let storage: Arc<dyn Storage> = Arc::new(Memory::default());
-    storage.replace("0000000001.log", &[&bytes(&pieces, 1, &mut 1)]).unwrap();
+    storage.replace("0000000001.log", &mut once(Ok(bytes(&pieces, 1, &mut 1)))).unwrap();
     let (_, seen) = open(&storage).expect("a plain input opens");
     assert_eq!(seen.records, [(1, 1, b"header".to_vec(), 2)]);
 }
