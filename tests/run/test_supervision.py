@@ -59,8 +59,8 @@ class Worker:
 @pytest.fixture
 def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
     (tmp_path / "logs").mkdir()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    groups = dict.fromkeys(("lease", "append", "score", "claim", "read", "archive"), 2)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    groups = dict.fromkeys(("lease", "append", "score", "claim", "read", "evict"), 2)
     actor: Any = ray.remote(num_cpus=0, concurrency_groups=groups, max_concurrency=4)(StoreActor)
     settings = {"groups_per_iteration": 1, "lookahead": 0, "max_staleness": None}
     store = actor.remote(directory=str(tmp_path / "store"), settings=settings, steps_per_iteration=1, seed=0)

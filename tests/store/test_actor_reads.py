@@ -28,7 +28,7 @@ def store(tmp_path: Path) -> Iterator[Any]:
         completions = [np.full(LENGTH, number + 10, np.int32) for number in range(ATTEMPTS)]
         filled.put_group(PROMPT, completions, [np.zeros(LENGTH, np.float32)] * ATTEMPTS, [0.0] * ATTEMPTS)
         assert filled.claim(1, 0, timeout_s=0.0).status == "claimed"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     groups = dict.fromkeys(("lease", "append", "score", "claim", "read", "evict"), 2)
     actor: Any = ray.remote(num_cpus=0, concurrency_groups=groups, max_concurrency=4)(StoreActor)
     yield actor.remote(directory=str(tmp_path), settings=SETTINGS, steps_per_iteration=1, seed=0)
