@@ -40,7 +40,7 @@ class OurActor:
             self.call("set_quota", Quota(version=version, groups=1 << 30, tokens=1 << 40, tokens_per_segment=None))
         tokens = np.array([1], dtype=np.int32)
         prompts = [(f"g{g}", g, Prompt(id=f"p{g}", text="", tokens=tokens)) for g in range(work.num_groups)]
-        assert self.call("admit", prompts, "train", GROUP_SIZE, 8192) == work.num_groups
+        assert len(self.call("admit", prompts, "train", GROUP_SIZE, 8192)) == work.num_groups
         rows: list[tuple[int, int]] = []
         while len(rows) < work.size:
             leases = self.call("lease", "bench", NUM_VERSIONS - 1, 4096, TIMEOUT_S)
