@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -56,13 +57,19 @@ class AdviceView:
     def _search(self) -> None:
         config = str(self._run_dir / "config.yaml")
         arguments = ["simulate", config, "--from", str(self._run_dir), "--advice", str(SEARCH_S)]
-        linux = sys.platform == "linux"
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "pmdflow.cli", *arguments], stdin=subprocess.DEVNULL, capture_output=True,
-                text=True, timeout=DEADLINE_S, check=False, preexec_fn=die_with_parent if linux else None,
+                text=True, timeout=DEADLINE_S, check=False, preexec_fn=_stand_back,
             )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired):
             return
         if done.returncode == 0:
             self._lines = done.stdout.splitlines()
+
+
+def _stand_back() -> None:
+    """Take only the processor time that nobody else wants, and end with the page."""
+    os.nice(19)
+    if sys.platform == "linux":
+        die_with_parent()
