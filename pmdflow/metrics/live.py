@@ -15,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from pmdflow.config.schema import Config
-from pmdflow.metrics.history import Record
 from pmdflow.metrics.lasting import lasting
 from pmdflow.metrics.signal import RECENT, no_signal
 from pmdflow.metrics.text import number, percent
@@ -52,7 +51,7 @@ class LiveView:
         self._sample: dict[str, Any] = {}
         self._last: dict[str, Any] = {}
         self._event = ""
-        self._recent: deque[Record] = deque(maxlen=RECENT)
+        self._recent: deque[Mapping[str, Any]] = deque(maxlen=RECENT)
         self._warning: str | None = None
         self._header_due = True
         self._live = Live(console=self._console, refresh_per_second=_REFRESH_PER_S, get_renderable=self._render)
@@ -76,7 +75,7 @@ class LiveView:
     def iteration(self, values: Mapping[str, Any]) -> None:
         """Take an `iteration` record; without a terminal it is a line."""
         self._last.update(values)
-        self._recent.append(dict(values))
+        self._recent.append(values)
         warned, self._warning = self._warning, None
         if len(self._recent) == RECENT:
             self._warning = no_signal(list(self._recent))

@@ -13,7 +13,7 @@ from pmdflow.rollout.actor import RolloutActor
 from pmdflow.run.loops import Loop, is_ready
 from pmdflow.run.scheduler import serve
 from pmdflow.store.actor import StoreActor
-from pmdflow.store.client import StoreHandle, call
+from pmdflow.store.client import StoreHandle, answers, call
 from pmdflow.weights.transport import WeightsHandle
 
 FETCH_TIMEOUT_S = 300.0
@@ -55,7 +55,7 @@ class LiveVersions:
             newest, answer = self._asked
             if not is_ready(answer):
                 return
-            in_flight = ray.get(answer, timeout=ANSWER_TIMEOUT_S)
+            (in_flight,) = answers([answer], what="what is in flight", timeout_s=ANSWER_TIMEOUT_S)
             oldest = min([newest, *in_flight])  # a version that is not the newest begins nothing: it has drained
             self._handles = {version: handle for version, handle in self._handles.items() if version >= oldest}
             self._assign(in_flight, [loop for loop in loops if loop.takes_weights])

@@ -13,7 +13,7 @@ from pmdflow.types import Mask
 from tests.support.runs import Up, assert_exact, small_config
 
 PATIENCE_S = 150.0
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
 
 
 def versions_of(run: Path) -> list[set[int]]:
@@ -53,7 +53,6 @@ def test_every_trajectory_is_of_one_version_also_of_an_actor_that_is_killed(tmp_
     assert_exact(up)
 
 
-@pytest.mark.nightly
 def test_what_a_lost_version_began_goes_on_under_the_newest_and_is_counted(tmp_path: Path) -> None:
     config = small_config(
         tmp_path, run__iterations=5, scheduler__lookahead=2, scheduler__versions=2, scheduler__max_staleness=None,
