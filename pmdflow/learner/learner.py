@@ -14,12 +14,21 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from pmdflow.config.schema import Config
+from pmdflow.learner.agreement import rounding, tokens_of
 from pmdflow.learner.algorithms import find_algorithm
 from pmdflow.learner.batch import ReadTokens, StepPlan, pack_rank, plan_iteration
 from pmdflow.learner.checkpoint.files import AsyncSaver, load_training, training_state
 from pmdflow.learner.flops import Speed
-from pmdflow.learner.fsdp import build_policy, free_address, full_state_dict, gathered, join_ranks, learner_device
-from pmdflow.learner.policy import Policy
+from pmdflow.learner.fsdp import (
+    DTYPES,
+    build_policy,
+    free_address,
+    full_state_dict,
+    gathered,
+    join_ranks,
+    learner_device,
+)
+from pmdflow.learner.policy import Layout, Policy
 from pmdflow.learner.result import TrainResult
 from pmdflow.learner.schedule import learning_rate
 from pmdflow.learner.selection import Weighed, groups_left_out, importance_metrics, veto_sequences, weigh
@@ -31,6 +40,7 @@ from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.reward.total import total_rewards
 from pmdflow.types import Claim, Float64, Int64, Mask, TrainBatch
 from pmdflow.weights.file import NamedTensors
+from pmdflow.weights.probe import Probe
 
 Answer = TypeVar("Answer")
 
@@ -160,6 +170,28 @@ class Learner:
                 for _ in tensors.values:  # the other ranks wait in the collectives of what is left
                     pass
 
+    def probe(self) -> Probe:
+        """What an engine that has loaded the present weights gives for a few tokens. Every rank must call."""
+        scores, dtype = self._probe_scores(), DTYPES[self._config.model.dtype]
+        # The engine rounds as much as the learner does.
+        limit = 2 * rounding(scores, self._policy.model, dtype)
+        return Probe(
+            tokens=tuple(self._probe_tokens),
+            scores=scores.double().numpy(),
+            initial=self._initial.double().numpy(),
+            limit=limit,
+            by_median=dtype != torch.float32,
+        )
+
+    @torch.no_grad()
+    def _probe_scores(self) -> Tensor:
+        tokens = torch.tensor(self._probe_tokens, device=self._device)
+        count = len(tokens) - 1
+        layout = Layout.of((len(tokens),), packed=self._config.learner.packing, device=self._device)
+        ones, positions = torch.ones(count, device=self._device), torch.arange(count, device=self._device)
+        scores: Tensor = self._policy(tokens[None], layout, positions, tokens[1:], ones).logprobs
+        return scores.float().cpu()
+
     def save(self, directory: str) -> None:
         """Copy weights, optimizer, schedule and random state, and begin to write them; any number of ranks can load.
 
@@ -208,6 +240,8 @@ class Learner:
         )
         self._speed = Speed.of(self._policy.model, config=self._config, device=self._device)
         self._num_steps = 0
+        self._probe_tokens = tokens_of(self._policy.model)
+        self._initial = self._probe_scores()
         self._pristine = True
 
     def _plan(self, claim: Claim, counts: Int64, *, steps: int) -> list[StepPlan]:

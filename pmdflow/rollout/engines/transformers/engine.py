@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -25,7 +25,6 @@ class TransformersEngine:
 
     Decoding rows are kept in the first slots, so that a step reads the cache as a view. Sequences of different
     lengths share a batch through explicit positions and a 4D mask; the result does not depend on the company.
-
     Example:
         >>> engine = TransformersEngine(model_path=path, dtype="float32", num_slots=8, threads=1, seed=0)
         >>> engine.add(Request(id=0, tokens=np.array([5, 6], np.int32), limit=9, remaining=9, temperature=1.0))
@@ -145,6 +144,10 @@ class TransformersEngine:
     def pause(self) -> list[Output]:
         """It generates only in `step`."""
         return []
+
+    def score(self, tokens: Sequence[int]) -> list[float]:
+        """Log-probs of the tokens after the first, by a forward pass of its own."""
+        return self._model.score(tokens)
 
     def resume(self) -> None:
         """Nothing was stopped."""
