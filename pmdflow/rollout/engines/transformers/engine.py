@@ -23,8 +23,8 @@ _PREFILL_TOKENS = 4096
 class TransformersEngine:
     """A `RolloutEngine` on a Hugging Face model.
 
-    Decoding rows are kept in the first slots, so that a step reads the cache as a view. Sequences of different
-    lengths share a batch through explicit positions and a 4D mask; the result does not depend on the company.
+    Decoding rows are in the first slots, so that a step reads the cache as a view; a 4D mask lets any lengths share it.
+
     Example:
         >>> engine = TransformersEngine(model_path=path, dtype="float32", num_slots=8, threads=1, seed=0)
         >>> engine.add(Request(id=0, tokens=np.array([5, 6], np.int32), limit=9, remaining=9, temperature=1.0))
@@ -119,7 +119,7 @@ class TransformersEngine:
         """Prefill newcomers up to a bound, then generate one token for each sequence that is prefilled.
 
         Returns:
-            One `Output` with one token for each; [] only if no sequence has a limit left.
+            An `Output` of one token for each; [] only if no sequence has a limit left.
 
         Raises:
             PmdflowError: The model gave a log-prob that is not finite.
