@@ -123,6 +123,22 @@ def check_policy(
     typer.echo(check_command(policy, examples=examples, seed=seed))
 
 
+@app.command("check-algorithm")
+def check_algorithm(
+    algorithm: Annotated[str, typer.Argument(metavar="NAME", help="As in learner.algorithm.")],
+    components: Annotated[
+        list[str] | None, typer.Option("--component", help="Reward component that it reads; may be repeated.")
+    ] = None,
+) -> None:
+    """Try an algorithm on made-up claims: is it finite, repeatable, and the same however a claim is split?"""
+    from pmdflow.learner.conformance import check_algorithm as check
+
+    try:
+        typer.echo(check(algorithm, components=components or ()))
+    except ValueError as error:
+        raise PmdflowError(str(error)) from error
+
+
 @app.command()
 def down(run: Run) -> None:
     """Stop a run, also from another terminal; `up` resumes it."""

@@ -14,8 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from pmdflow.config.schema import Config
 from pmdflow.learner.algorithms import find_algorithm
-from pmdflow.learner.batch import ReadTokens, StepPlan, pack_rank, plan_iteration
+from pmdflow.learner.batch import Bool, ReadTokens, StepPlan, pack_rank, plan_iteration
 from pmdflow.learner.checkpoint.files import AsyncSaver, load_training, training_state
+from pmdflow.learner.crediting import give_credit
 from pmdflow.learner.flops import Speed
 from pmdflow.learner.fsdp import build_policy, free_address, full_state_dict, join_ranks, learner_device
 from pmdflow.learner.policy import Policy
@@ -25,6 +26,8 @@ from pmdflow.learner.selection import Weighed, groups_left_out, importance_metri
 from pmdflow.learner.steps import Supervised, Tensors, accumulate, mismatch_sums, reference_pass, update
 from pmdflow.learner.sums import StepSums, Sums, added, over_ranks
 from pmdflow.learner.supervised import SupervisedData
+from pmdflow.learner.token_scores import TokenScores
+from pmdflow.learner.view import FROM_REFERENCE, State
 from pmdflow.metrics.report import ActorReport
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.reward.total import total_rewards
@@ -46,11 +49,13 @@ class Learner:
         """Check the settings; nothing is loaded before `setup`.
 
         Raises:
-            ValueError: `learner.algorithm` is not known.
+            ValueError: `learner.algorithm` is not known, or has no such setting.
         """
-        self._config = config
-        self._rank = rank
         self._algorithm = find_algorithm(config.learner.algorithm)
+        self._config = config.model_copy(update={"learner": self._algorithm.configured(config.learner)})
+        self._rank = rank
+        self._state: State | None = None
+        """Of an algorithm that keeps some."""
         self._device = learner_device(rank)
         self._spans = SpanBuffer(f"learner-{rank}")
         self._mesh: DeviceMesh | None = None
@@ -109,14 +114,26 @@ class Learner:
         started = time.perf_counter()
         torch.set_num_threads(learner.threads)  # Also for this thread: it need not be the one that ran setup.
         rewards = total_rewards(claim, self._config.reward)
-        portions = claim.episode_shares()
-        advantages, weights = self._values(claim, rewards.total)
         filtered = groups_left_out(claim, rewards.task, learner)
         counts = claim.count(Mask.TRAINABLE)
         kept = np.where(filtered, 0, counts)
-        plans = self._plan(claim, kept, steps=learner.steps_per_iteration)
-        steps = self._load(claim, read, plans, advantages, weights)
-        anchors = self._anchors(claim, steps, sums)
+        scored = ~filtered & (claim.count(Mask.GENERATED) > 0) if self._algorithm.needs else None
+        plans = self._plan(claim, kept, steps=learner.steps_per_iteration, scored=scored)
+        portions = claim.episode_shares()
+        steps = self._load(claim, read, plans, portions)
+        scores = self._reference(claim, steps, sums)
+        steps, given = give_credit(
+            self._algorithm,
+            learner,
+            claim,
+            rewards,
+            filtered=filtered,
+            plans=plans,
+            steps=steps,
+            scores=scores,
+            state=self._state,
+        )
+        anchors = self._anchors(steps, scores)
         vetoed = np.zeros_like(filtered)
         weighed: list[Weighed] = []
         if learner.veto:
@@ -125,15 +142,16 @@ class Learner:
             pairs = [weigh(micros, own, learner, self._device) for micros, own in zip(steps, anchors, strict=True)]
             steps, weighed = [micros for micros, _ in pairs], [total for _, total in pairs]
         self._take_steps(claim, plans, steps, anchors, sums)
+        self._state = given.state
         left_out = {"filter": filtered, "veto": vetoed}
         total = max(int(counts.sum()), 1)
         own = sums.metrics(clips=self._algorithm.clipped is not None, supervised=self._ptx is not None)
         shares = {f"learner/{reason}_share": int(counts[out].sum()) / total for reason, out in left_out.items()}
         return TrainResult(
-            metrics={**own, **importance_metrics(weighed), **rewards.metrics(), **shares},
+            metrics={**own, **importance_metrics(weighed), **rewards.metrics(), **shares, **given.metrics},
             speed=self._speed.metrics(claim, plans, seconds=time.perf_counter() - started),
             left_out={reason: claim.trajectories[out].tolist() for reason, out in left_out.items()},
-            advantages=advantages,
+            advantages=given.advantages,
         )
 
     def weights(self) -> dict[str, Tensor] | None:
@@ -148,7 +166,8 @@ class Learner:
         Returns once the copy is made: training may go on. The files are whole when `await_saved` returns.
         """
         with self._spans.span("checkpoint", directory=directory):
-            self._saver.save(training_state(self._policy, self._optimizer, self._num_steps), directory)
+            state = training_state(self._policy, self._optimizer, self._num_steps, self._state)
+            self._saver.save(state, directory)
 
     def await_saved(self) -> None:
         """Wait for the files of the last `save`; safe beside `train`, and raises what went wrong in writing them."""
@@ -158,7 +177,8 @@ class Learner:
         """Continue from a saved directory, bit for bit if the ranks are equally many."""
         with self._spans.span("checkpoint", directory=directory):
             self._saver.wait()
-            self._num_steps = load_training(self._policy, self._optimizer, directory)
+            loaded = load_training(self._policy, self._optimizer, directory, self._state)
+            self._num_steps, self._state = loaded
             self._pristine = False
 
     def drain(self) -> ActorReport:
@@ -190,9 +210,10 @@ class Learner:
         )
         self._speed = Speed.of(self._policy.model, config=self._config, device=self._device)
         self._num_steps = 0
+        self._state = None if self._algorithm.state is None else self._algorithm.state()
         self._pristine = True
 
-    def _plan(self, claim: Claim, counts: Int64, *, steps: int) -> list[StepPlan]:
+    def _plan(self, claim: Claim, counts: Int64, *, steps: int, scored: Bool | None = None) -> list[StepPlan]:
         learner = self._config.learner
         return plan_iteration(
             claim,
@@ -201,35 +222,34 @@ class Learner:
             ranks=learner.ranks,
             tokens_per_microbatch=learner.tokens_per_microbatch,
             packing=learner.packing,
+            scored=scored,
         )
 
-    def _values(self, claim: Claim, rewards: Float64) -> tuple[Float64, Float64]:
-        """The advantage of each trajectory, which is its episode's, and its weight, a share of the episode's [N]."""
-        first, episode, weights = claim.first_branches(), claim.episode_of(), claim.episode_shares()
-        arguments = (rewards[first], claim.groups[first], self._config.learner)
-        if self._algorithm.weights is not None:
-            weights = weights * self._algorithm.weights(*arguments)[episode]
-        return self._algorithm.advantages(*arguments)[episode], weights
-
-    def _load(
-        self, claim: Claim, read: ReadTokens, plans: list[StepPlan], advantages: Float64, weights: Float64
-    ) -> list[list[Tensors]]:
+    def _load(self, claim: Claim, read: ReadTokens, plans: list[StepPlan], weights: Float64) -> list[list[Tensors]]:
         steps = pack_rank(claim, read, plans, rank=self._rank, packing=self._config.learner.packing)
-        values = {"advantages": advantages, "weights": weights}
         return [
-            [Tensors.of(micro, **values, version=claim.version, device=self._device) for micro in micros]
+            [Tensors.of(micro, weights=weights, version=claim.version, device=self._device) for micro in micros]
             for micros in steps
         ]
 
-    def _anchors(self, claim: Claim, steps: list[list[Tensors]], sums: Sums) -> list[list[Tensor]]:
-        """The log-probs to compare with; log pi_i of the whole claim is computed before the first step."""
+    def _reference(self, claim: Claim, steps: list[list[Tensors]], sums: Sums) -> list[list[TokenScores]]:
+        """What pi_i says of the whole claim, before the first step; where nobody asks, what the engine recorded."""
+        needs = self._algorithm.needs
+        if self._config.learner.anchor == "behavior" and not needs & FROM_REFERENCE:
+            return [[TokenScores(micro.behavior, torch.zeros_like(micro.behavior)) for micro in own] for own in steps]
+        with self._spans.span("reference", iteration=claim.iteration):
+            scores = [reference_pass(self._policy, micros, flow="entropy_flow" in needs) for micros in steps]
+            if self._config.learner.anchor != "behavior":
+                pairs = zip(chain(*steps), chain(*scores), strict=True)
+                parts = (mismatch_sums(micro, own.logprobs) for micro, own in pairs)
+                sums.mismatch = over_ranks(added(StepSums, parts), self._device)
+        return scores
+
+    def _anchors(self, steps: list[list[Tensors]], scores: list[list[TokenScores]]) -> list[list[Tensor]]:
+        """The log-probs that the policy is compared with."""
         if self._config.learner.anchor == "behavior":
             return [[micro.behavior for micro in micros] for micros in steps]
-        with self._spans.span("reference", iteration=claim.iteration):
-            anchors = [reference_pass(self._policy, micros) for micros in steps]
-            pairs = zip(chain(*steps), chain(*anchors), strict=True)
-            sums.mismatch = over_ranks(added(StepSums, (mismatch_sums(*pair) for pair in pairs)), self._device)
-        return anchors
+        return [[own.logprobs for own in step] for step in scores]
 
     def _take_steps(
         self,
@@ -254,8 +274,7 @@ class Learner:
         batch = self._ptx.batch(self._num_steps)
         claim = Claim.of(batch)
         (plan,) = self._plan(claim, claim.count(Mask.TRAINED), steps=1)
-        ones = np.ones(len(claim.rewards))
-        (micros,) = self._load(claim, batch.read, [plan], ones, ones)
+        (micros,) = self._load(claim, batch.read, [plan], np.ones(len(claim.rewards)))
         return Supervised(micros=micros, num_sequences=plan.num_sequences)
 
     def _step(self, plan: StepPlan, micros: list[Tensors], anchors: list[Tensor], sums: Sums, where: str) -> None:
