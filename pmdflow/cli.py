@@ -181,8 +181,30 @@ def replay(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: learner.tau=0.1")
     ] = None,
+    train: Annotated[
+        Path | None, typer.Option("--train", metavar="OUT", help="Make a new run, trained on the stored rollouts.")
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Compare --set with this setting, claim by claim; may be repeated."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.html", help="With --against: also write a plot.")] = None,
 ) -> None:
     """Run stored rollouts again, offline, without rollout actors."""
+    if sum((verify, train is not None, bool(against))) > 1 or (train is not None and start) or (out and not against):
+        raise PmdflowError(
+            "--verify, --train and --against are three different things, --from goes with the first and the last, "
+            "--out with the last",
+            hint="give one of them",
+        )
+    if train is not None:
+        from pmdflow.replay.training import train_on_stored
+
+        raise typer.Exit(train_on_stored(run.absolute(), train.absolute(), overrides or ()))
+    if against:
+        from pmdflow.replay.comparison import compare
+
+        raise typer.Exit(compare(run.absolute(), overrides or (), against, start=start, out=out))
     from pmdflow.replay.command import replay as train_again
 
     raise typer.Exit(train_again(run, verify=verify, start=start, overrides=overrides or ()))

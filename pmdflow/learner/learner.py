@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from pmdflow.config.schema import Config
 from pmdflow.learner.algorithms import find_algorithm
+from pmdflow.learner.assessment import Assessment, flat
 from pmdflow.learner.batch import Bool, ReadTokens, StepPlan, pack_rank, plan_iteration
 from pmdflow.learner.checkpoint.files import AsyncSaver, load_training, training_state
-from pmdflow.learner.crediting import give_credit
+from pmdflow.learner.crediting import Given, give_credit
 from pmdflow.learner.flops import Speed
 from pmdflow.learner.fsdp import build_policy, free_address, full_state_dict, join_ranks, learner_device
 from pmdflow.learner.policy import Policy
@@ -30,8 +33,23 @@ from pmdflow.learner.token_scores import TokenScores
 from pmdflow.learner.view import FROM_REFERENCE, State
 from pmdflow.metrics.report import ActorReport
 from pmdflow.metrics.spans import SpanBuffer
-from pmdflow.reward.total import total_rewards
+from pmdflow.reward.total import TotalRewards, total_rewards
 from pmdflow.types import Claim, Float64, Int64, Mask, TrainBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """A claim before its first step: by step of the iteration, this rank's micro-batches."""
+
+    plans: list[StepPlan]
+    steps: list[list[Tensors]]
+    anchors: list[list[Tensor]]
+    """Log-probs that the policy is compared with."""
+    left_out: dict[str, Bool]
+    """Trajectories [N] by reason."""
+    weighed: list[Weighed]
+    rewards: TotalRewards
+    given: Given
 
 
 class Learner:
@@ -112,47 +130,66 @@ class Learner:
         learner = self._config.learner
         sums = Sums(max_grad_norm=learner.max_grad_norm)
         started = time.perf_counter()
-        torch.set_num_threads(learner.threads)  # Also for this thread: it need not be the one that ran setup.
-        rewards = total_rewards(claim, self._config.reward)
-        filtered = groups_left_out(claim, rewards.task, learner)
+        ready = self._prepare(claim, read, sums, steps=learner.steps_per_iteration)
+        self._take_steps(claim, ready, sums)
+        self._state = ready.given.state
         counts = claim.count(Mask.TRAINABLE)
-        kept = np.where(filtered, 0, counts)
-        scored = ~filtered & (claim.count(Mask.GENERATED) > 0) if self._algorithm.needs else None
-        plans = self._plan(claim, kept, steps=learner.steps_per_iteration, scored=scored)
-        portions = claim.episode_shares()
-        steps = self._load(claim, read, plans, portions)
-        scores = self._reference(claim, steps, sums)
-        steps, given = give_credit(
-            self._algorithm,
-            learner,
-            claim,
-            rewards,
-            filtered=filtered,
-            plans=plans,
-            steps=steps,
-            scores=scores,
-            state=self._state,
-        )
-        anchors = self._anchors(steps, scores)
-        vetoed = np.zeros_like(filtered)
-        weighed: list[Weighed] = []
-        if learner.veto:
-            plans, steps, vetoed = veto_sequences(plans, steps, anchors, kept, portions, self._device)
-        if learner.importance_weights != "none":
-            pairs = [weigh(micros, own, learner, self._device) for micros, own in zip(steps, anchors, strict=True)]
-            steps, weighed = [micros for micros, _ in pairs], [total for _, total in pairs]
-        self._take_steps(claim, plans, steps, anchors, sums)
-        self._state = given.state
-        left_out = {"filter": filtered, "veto": vetoed}
         total = max(int(counts.sum()), 1)
         own = sums.metrics(clips=self._algorithm.clipped is not None, supervised=self._ptx is not None)
-        shares = {f"learner/{reason}_share": int(counts[out].sum()) / total for reason, out in left_out.items()}
+        shares = {f"learner/{reason}_share": int(counts[out].sum()) / total for reason, out in ready.left_out.items()}
+        own |= importance_metrics(ready.weighed)
         return TrainResult(
-            metrics={**own, **importance_metrics(weighed), **rewards.metrics(), **shares, **given.metrics},
-            speed=self._speed.metrics(claim, plans, seconds=time.perf_counter() - started),
-            left_out={reason: claim.trajectories[out].tolist() for reason, out in left_out.items()},
-            advantages=given.advantages,
+            metrics={**own, **ready.rewards.metrics(), **shares, **ready.given.metrics},
+            speed=self._speed.metrics(claim, ready.plans, seconds=time.perf_counter() - started),
+            left_out={reason: claim.trajectories[out].tolist() for reason, out in ready.left_out.items()},
+            advantages=ready.given.advantages,
         )
+
+    def assess(self, batch: TrainBatch) -> Assessment:
+        """What the algorithm makes of a claim as one step, at the present weights, which it leaves as they are.
+
+        Raises:
+            ValueError: as `train_claim`, or there are several ranks.
+        """
+        if self._config.learner.ranks > 1:
+            raise ValueError("a claim is assessed on one rank: set learner.ranks to 1")
+        claim = replace(Claim.of(batch), plan=None)
+        ready = self._prepare(claim, batch.read, Sums(max_grad_norm=1.0), steps=1)
+        ((plan, micros, anchors),) = zip(ready.plans, ready.steps, ready.anchors, strict=True)
+        loss = accumulate(
+            self._policy, micros, anchors, supervised=None, algorithm=self._algorithm, config=self._config, plan=plan
+        ).loss if plan.num_tokens else 0.0  # fmt: skip
+        gradients = [parameter.grad for parameter in self._policy.parameters() if parameter.requires_grad]
+        full = [gradient.full_tensor() for gradient in gradients if isinstance(gradient, DTensor)]
+        gradient = flat([tensor.float().cpu().numpy() for tensor in full])
+        self._optimizer.zero_grad()
+        weights = [torch.zeros(0, dtype=torch.float64), *(micro.trained_weights().cpu() for micro in micros)]
+        return Assessment(
+            advantages=ready.given.advantages,
+            weights=torch.cat(weights).numpy(),
+            loss=loss,
+            gradient=gradient,
+            state=ready.given.state,
+        )
+
+    def adopt(self, config: Config, state: State | None = None) -> None:
+        """Train the same weights by another algorithm and other settings of learner and reward from here on.
+
+        Args:
+            config: Of the same model, ranks and adapters.
+            state: Of its algorithm; None is the first.
+
+        Raises:
+            ValueError: `learner.algorithm` is not known, or has no such setting.
+        """
+        self._algorithm = find_algorithm(config.learner.algorithm)
+        self._config = config.model_copy(update={"learner": self._algorithm.configured(config.learner)})
+        self._state = state if state is not None or self._algorithm.state is None else self._algorithm.state()
+
+    @property
+    def state(self) -> State | None:
+        """What the algorithm keeps; None if nothing."""
+        return self._state
 
     def weights(self) -> dict[str, Tensor] | None:
         """All weights, or the adapters alone, on the CPU in `model.dtype`, at rank 0; None elsewhere."""
@@ -213,6 +250,46 @@ class Learner:
         self._state = None if self._algorithm.state is None else self._algorithm.state()
         self._pristine = True
 
+    def _prepare(self, claim: Claim, read: ReadTokens, sums: Sums, *, steps: int) -> Ready:
+        """All that comes before the first step: plan, reference pass, credit, veto, importance weights."""
+        learner = self._config.learner
+        torch.set_num_threads(learner.threads)  # Also for this thread: it need not be the one that ran setup.
+        rewards = total_rewards(claim, self._config.reward)
+        filtered = groups_left_out(claim, rewards.task, learner)
+        kept, portions = np.where(filtered, 0, claim.count(Mask.TRAINABLE)), claim.episode_shares()
+        scored = ~filtered & (claim.count(Mask.GENERATED) > 0) if self._algorithm.needs else None
+        plans = self._plan(claim, kept, steps=steps, scored=scored)
+        micros = self._load(claim, read, plans, portions)
+        scores = self._reference(claim, micros, sums)
+        micros, given = give_credit(
+            self._algorithm,
+            learner,
+            claim,
+            rewards,
+            filtered=filtered,
+            plans=plans,
+            steps=micros,
+            scores=scores,
+            state=self._state,
+        )
+        anchors = self._anchors(micros, scores)
+        vetoed = np.zeros_like(filtered)
+        weighed: list[Weighed] = []
+        if learner.veto:
+            plans, micros, vetoed = veto_sequences(plans, micros, anchors, kept, portions, self._device)
+        if learner.importance_weights != "none":
+            pairs = [weigh(step, own, learner, self._device) for step, own in zip(micros, anchors, strict=True)]
+            micros, weighed = [step for step, _ in pairs], [total for _, total in pairs]
+        return Ready(
+            plans=plans,
+            steps=micros,
+            anchors=anchors,
+            left_out={"filter": filtered, "veto": vetoed},
+            weighed=weighed,
+            rewards=rewards,
+            given=given,
+        )
+
     def _plan(self, claim: Claim, counts: Int64, *, steps: int, scored: Bool | None = None) -> list[StepPlan]:
         learner = self._config.learner
         return plan_iteration(
@@ -251,21 +328,15 @@ class Learner:
             return [[micro.behavior for micro in micros] for micros in steps]
         return [[own.logprobs for own in step] for step in scores]
 
-    def _take_steps(
-        self,
-        claim: Claim,
-        plans: list[StepPlan],
-        steps: list[list[Tensors]],
-        anchors: list[list[Tensor]],
-        sums: Sums,
-    ) -> None:
+    def _take_steps(self, claim: Claim, ready: Ready, sums: Sums) -> None:
         if self._config.learner.reset_optimizer:
             self._optimizer.state.clear()
         self._pristine = False
-        for index, (plan, micros) in enumerate(zip(plans, steps, strict=True)):
-            where = f"iteration {claim.iteration}, step {index + 1} of {len(plans)}"
+        parts = zip(ready.plans, ready.steps, ready.anchors, strict=True)
+        for index, (plan, micros, anchors) in enumerate(parts):
+            where = f"iteration {claim.iteration}, step {index + 1} of {len(ready.plans)}"
             with self._spans.span("step", iteration=claim.iteration, step=index, tokens=plan.num_tokens):
-                self._step(plan, micros, anchors[index], sums, where)
+                self._step(plan, micros, anchors, sums, where)
 
     def _supervised(self) -> Supervised | None:
         """The supervised sequences of the next step, which its number selects."""

@@ -65,6 +65,10 @@ class Tensors:
             trajectories=micro.trajectories,
         )
 
+    def trained_weights(self) -> Tensor:
+        """The weights of the rows with a trained token."""
+        return self.weights[_tokens_of_rows(self.trained, self.cu_seqlens) > 0]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Supervised:
