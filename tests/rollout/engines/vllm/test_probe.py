@@ -1,4 +1,4 @@
-"""A few given tokens scored by vLLM while others generate: the plain model's log-probs, and nothing of theirs is lost."""
+"""A few given tokens scored by vLLM while others generate: the plain model's log-probs, nothing of theirs lost."""
 
 from __future__ import annotations
 
