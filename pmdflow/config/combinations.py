@@ -13,7 +13,8 @@ from pmdflow.config.source_problems import source_problems
 
 if TYPE_CHECKING:
     from pmdflow.config.scheduling import SchedulerConfig
-    from pmdflow.config.schema import Config, EvalConfig, LearnerConfig, RewardConfig, RolloutConfig
+    from pmdflow.config.schema import Config, EvalConfig, LearnerConfig, RewardConfig
+    from pmdflow.config.sequences import RolloutConfig
     from pmdflow.config.sinks import SinkConfig
     from pmdflow.config.sources import DataConfig
 
@@ -193,7 +194,7 @@ def _room_problems(config: Config) -> Iterator[str]:
             f"learner.tokens_per_microbatch ({config.learner.tokens_per_microbatch}) has no room for a trajectory of "
             f"data.max_tokens ({data.max_tokens}) and its prompt; raise tokens_per_microbatch"
         )
-    if config.learner.ranks % config.learner.replicas:
+    if config.learner.ranks != "auto" and config.learner.ranks % config.learner.replicas:
         yield (
             f"learner.ranks ({config.learner.ranks}) is not a multiple of learner.replicas "
             f"({config.learner.replicas}): each replica is sharded over equally many ranks; change one of them"
@@ -281,7 +282,7 @@ def _sampling_problems(rollout: RolloutConfig, reward: RewardConfig) -> Iterator
             "rollout.final_temperature and rollout.temperature_iterations make one schedule, and one of them is null; "
             "set both, or neither"
         )
-    if rollout.engine != "vllm":
+    if rollout.engine not in ("vllm", "auto"):
         given = {"tensor_parallel": rollout.tensor_parallel > 1, "speculation": rollout.speculation is not None}
         for name in (name for name, is_given in given.items() if is_given):
             yield (

@@ -60,7 +60,7 @@ class Speed:
             # Scores and values, each 2 operations for every pair of tokens, of which half are seen.
             per_square=2.0 * sum(number * size for number, size in heads(text)),
             passes=4 if config.learner.anchor == "reference" else 3,
-            peak=peak * config.learner.ranks if known and peak is not None else None,
+            peak=peak * config.learner.num_ranks if known and peak is not None else None,
         )
 
     def operations(self, lengths: Sequence[int] | np.ndarray[Any, Any]) -> float:

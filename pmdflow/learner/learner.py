@@ -76,7 +76,7 @@ class Learner:
         torch.set_num_threads(self._config.learner.threads)
         if self._device.type == "cpu":
             torch.use_deterministic_algorithms(True)
-        ranks, replicas = self._config.learner.ranks, self._config.learner.replicas
+        ranks, replicas = self._config.learner.num_ranks, self._config.learner.replicas
         self._mesh = join_ranks(master, rank=self._rank, ranks=ranks, device=self._device, replicas=replicas)
         self._saver = AsyncSaver()
         self._build()
@@ -198,7 +198,7 @@ class Learner:
             claim,
             counts=counts,
             steps=steps,
-            ranks=learner.ranks,
+            ranks=learner.num_ranks,
             tokens_per_microbatch=learner.tokens_per_microbatch,
             packing=learner.packing,
         )

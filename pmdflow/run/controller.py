@@ -322,7 +322,7 @@ class Controller:
     def _record(self, claim: Claim, metrics: Mapping[str, object], spent: Counts, times: Mapping[str, float]) -> None:
         counts, ledger = self._sample()
         interval = self._telemetry.take_interval()
-        capacity = interval.capacity(actors=self._config.rollout.actors)
+        capacity = interval.capacity(actors=self._config.rollout.num_actors)
         if capacity is not None:
             self._rates.append(capacity)
         self._telemetry.iteration(

@@ -95,5 +95,7 @@ def test_all_impossible_combinations_come_at_once_at_the_keys_they_name(cluster_
 
 
 def test_options_of_vllm_are_refused_for_other_engines(cluster_yaml: Path) -> None:
-    issues = refuse(cluster_yaml, "rollout.speculation=ngram", "rollout.tensor_parallel=2")
+    issues = refuse(
+        cluster_yaml, "rollout.engine=transformers", "rollout.speculation=ngram", "rollout.tensor_parallel=2"
+    )
     assert {issue.message.split(" ")[0] for issue in issues} == {"rollout.speculation", "rollout.tensor_parallel"}

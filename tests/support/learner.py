@@ -81,12 +81,13 @@ def write_model(path: Path) -> str:
 def make_config(model_path: str, *, dtype: str = "float32", length_weight: float = 0.0, **learner) -> Config:
     defaults = {
         "tau": 0.5, "aggregation": "seq-mean-token-mean", "steps_per_iteration": 2, "tokens_per_microbatch": 64,
-        "lr": 1e-3, "max_grad_norm": 10.0,
+        "lr": 1e-3, "max_grad_norm": 10.0, "ranks": 1,
     }  # fmt: skip
     return Config.model_validate(
         {
             "run": {"name": "test", "iterations": 4},
             "model": {"path": model_path, "dtype": dtype},
+            "rollout": {"engine": "transformers", "actors": 1},
             "data": {"task": "reasoning_gym/chain_sum", "group_size": 3, "max_tokens": 16},
             "reward": {"functions": [{"function": "a:b"}], "length_weight": length_weight},
             "scheduler": {"groups_per_iteration": 6, "tokens_per_iteration": 1000},

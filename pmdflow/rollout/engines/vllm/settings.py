@@ -55,10 +55,10 @@ class VllmSettings:
         return cls(
             model_path=config.model.path,
             max_length=config.data.max_tokens + config.data.max_prompt_tokens,
-            dtype=config.model.dtype,
+            dtype=config.model.compute,
             slots=rollout.slots,
             threads=rollout.threads,
-            memory_share=rollout.memory_share,
+            memory_share=rollout.share,
             tensor_parallel=rollout.tensor_parallel,
             speculation=rollout.speculation,
             timeout_s=rollout.engine_timeout_s,
