@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -33,8 +33,9 @@ class RolloutConfig(Section):
     actors: PositiveInt | Literal["auto"] = "auto"
     """Rollout actors, one engine each. `auto`: every GPU that no learner rank has; one without GPUs."""
     slots: PositiveInt | None = None
-    """Sequences that one engine generates at a time; null is 64, or with `vllm` as many of full length as its
-    key-value cache holds, at most 256."""
+    """Sequences that one engine generates at a time; null is 64, or with `vllm` as many of mean length as its
+    key-value cache holds, at most 256. The mean is what the token budget gives each trajectory of a claim, and a
+    quarter of `data.max_tokens` where the budget is automatic."""
     tokens_per_segment: PositiveInt | None = None
     """Most tokens that one trajectory may generate in one iteration: the budget of Kimi k1.5, for `lookahead` 0. Where
     rollout runs ahead, new weights end segments already, and a budget makes batches alternate. null is unlimited."""
@@ -69,6 +70,9 @@ class RolloutConfig(Section):
     """Drafts that `vllm` verifies, without a change of the distribution: `ngram` repeats what followed the same tokens
     earlier in the sequence, `suffix` (needs `arctic-inference`) also in others; null is off. On a CPU only for
     greedy evaluation."""
+    engine_args: dict[str, Any] = {}
+    """Further arguments of vLLM's engine by their names there, such as `{quantization: fp8}`, which wants
+    `learner.importance_weights`. Those that the loop sets itself are refused."""
     engine_timeout_s: PositiveFloat = 60.0
     """Within this time a `vllm` engine that dies or falls silent is noticed: it is killed, its actor gives its leases
     back and is replaced."""

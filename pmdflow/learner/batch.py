@@ -82,13 +82,20 @@ def group_slices(batch: ClaimRows) -> list[slice]:
 
 
 def plan_iteration(
-    batch: ClaimRows, *, counts: Int64, steps: int, ranks: int, tokens_per_microbatch: int, packing: bool = True
+    batch: ClaimRows,
+    *,
+    counts: Int64,
+    steps: int,
+    ranks: int,
+    tokens_per_microbatch: int,
+    packing: bool = True,
+    quadratic: float = 0.0,
 ) -> list[StepPlan]:
     """Split a claim into steps, ranks and micro-batches.
 
     Groups stay whole and go to the steps of the claim's plan; a claim without one is dealt to `steps` in claim order.
     Trajectories without a trained token are in no micro-batch: they have no gradient and are in no denominator. Ranks
-    get about equally many tokens, and so do the packed micro-batches that run at the same time.
+    get about equally much to compute, and so do the packed micro-batches that run at the same time.
 
     Args:
         batch: The claim.
@@ -97,6 +104,7 @@ def plan_iteration(
         ranks: Learner ranks.
         tokens_per_microbatch: Most tokens of a micro-batch, padding included.
         packing: Whether a micro-batch is one row without padding.
+        quadratic: A sequence of n tokens costs n + quadratic x n^2, the latter for attention (`Speed.quadratic`).
 
     Raises:
         ValueError: one trajectory alone is longer than `tokens_per_microbatch`, or the plan is of another claim.
@@ -107,7 +115,7 @@ def plan_iteration(
     for dealt in _dealt(batch, steps):
         members = dealt[counts[dealt] > 0]
         _refuse_longer(lengths[members], tokens_per_microbatch)
-        parts = _spread(members, lengths, ranks, tokens_per_microbatch, packing=packing)
+        parts = _spread(members, lengths, ranks, tokens_per_microbatch, packing=packing, quadratic=quadratic)
         pace = max(len(part) for part in parts)
         plans.append(
             StepPlan(
@@ -142,11 +150,12 @@ def _refuse_longer(lengths: Int64, limit: int) -> None:
 
 
 def _spread(
-    members: Int64, lengths: Int64, num_ranks: int, limit: int, *, packing: bool
+    members: Int64, lengths: Int64, num_ranks: int, limit: int, *, packing: bool, quadratic: float
 ) -> Sequence[Sequence[Indices]]:
     """Micro-batches of each rank; padded ones are cut from one list for each rank, longest first."""
     own = lengths[members]
-    (ranks,) = _rust_buffer.pack(own.tolist(), ranks=num_ranks, limit=limit if packing else max(int(own.sum()), 1))
+    most = limit if packing else max(int(own.sum()), 1)
+    (ranks,) = _rust_buffer.pack(own.tolist(), ranks=num_ranks, limit=most, quadratic=quadratic)
     filled = [[tuple(members[micro].tolist()) for micro in rank] for rank in ranks]
     if packing:
         return filled

@@ -63,6 +63,11 @@ class Speed:
             peak=peak * config.learner.num_ranks if known and peak is not None else None,
         )
 
+    @property
+    def quadratic(self) -> float:
+        """What a token of a sequence costs more for each token before it, relative to its own cost."""
+        return self.per_square / self.per_token if self.per_token else 0.0
+
     def operations(self, lengths: Sequence[int] | np.ndarray[Any, Any]) -> float:
         """Operations of training on sequences of these lengths."""
         tokens = np.asarray(lengths, np.float64)

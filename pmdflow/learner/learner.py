@@ -18,6 +18,7 @@ from pmdflow.learner.batch import ReadTokens, StepPlan, pack_rank, plan_iteratio
 from pmdflow.learner.checkpoint.files import AsyncSaver, load_training, training_state
 from pmdflow.learner.flops import Speed
 from pmdflow.learner.fsdp import build_policy, free_address, full_state_dict, join_ranks, learner_device
+from pmdflow.learner.mismatch import mismatch_by_age
 from pmdflow.learner.policy import Policy
 from pmdflow.learner.result import TrainResult
 from pmdflow.learner.schedule import learning_rate
@@ -201,6 +202,7 @@ class Learner:
             ranks=learner.num_ranks,
             tokens_per_microbatch=learner.tokens_per_microbatch,
             packing=learner.packing,
+            quadratic=self._speed.quadratic,
         )
 
     def _values(self, claim: Claim, rewards: Float64) -> tuple[Float64, Float64]:
@@ -229,6 +231,7 @@ class Learner:
             anchors = [reference_pass(self._policy, micros) for micros in steps]
             pairs = zip(chain(*steps), chain(*anchors), strict=True)
             sums.mismatch = over_ranks(added(StepSums, (mismatch_sums(*pair) for pair in pairs)), self._device)
+            sums.by_age = mismatch_by_age(zip(chain(*steps), chain(*anchors), strict=True), self._device)
         return anchors
 
     def _take_steps(

@@ -30,6 +30,7 @@ METRIC_SIZES = {
     "learner/ptx_loss": LOGPROB_SIZE,
     "learner/entropy": LOGPROB_SIZE,
     "learner/mismatch_kl": LOGPROB_SIZE,
+    "learner/behavior_kl_by_age": LOGPROB_SIZE,
     "learner/reference_kl": U_SIZE,
     "learner/u_mean": U_SIZE,
     "learner/u_std": U_SIZE,  # no further apart than the root mean square of the differences in u
@@ -50,6 +51,12 @@ def assert_metrics_alike(found: Mapping[str, Any], expected: Mapping[str, Any], 
     for key, value in expected.items():
         if value is None or key not in METRIC_SIZES:
             assert found[key] == value, key
+        elif isinstance(value, list):
+            assert [one is None for one in found[key]] == [one is None for one in value], key
+            known = [(one, other) for one, other in zip(found[key], value, strict=True) if other is not None]
+            assert_close(
+                *map(list, zip(*known, strict=True)), roundings=ROUNDINGS, size=size * METRIC_SIZES[key], name=key
+            )
         else:
             assert_close(found[key], value, roundings=ROUNDINGS, size=size * METRIC_SIZES[key], name=key)
 
