@@ -94,6 +94,7 @@ def make_config(args: argparse.Namespace, model: str, batch: TrainBatch) -> Conf
             "reward": {"functions": [{"function": "a:b"}]},
             "scheduler": {"groups_per_iteration": args.sequences // 2, "tokens_per_iteration": len(batch.tokens)},
             "learner": {
+                "ranks": 1,
                 "steps_per_iteration": 1,
                 "tokens_per_microbatch": args.microbatch,
                 "threads": args.threads,

@@ -23,6 +23,7 @@ from pmdflow.learner.checkpoint.files import AsyncSaver, load_training, training
 from pmdflow.learner.crediting import Given, give_credit
 from pmdflow.learner.flops import Speed
 from pmdflow.learner.fsdp import build_policy, free_address, full_state_dict, gathered, join_ranks, learner_device
+from pmdflow.learner.mismatch import mismatch_by_age
 from pmdflow.learner.policy import Policy
 from pmdflow.learner.probing import Prober
 from pmdflow.learner.result import TrainResult
@@ -105,7 +106,7 @@ class Learner:
         torch.set_num_threads(self._config.learner.threads)
         if self._device.type == "cpu":
             torch.use_deterministic_algorithms(True)
-        ranks, replicas = self._config.learner.ranks, self._config.learner.replicas
+        ranks, replicas = self._config.learner.num_ranks, self._config.learner.replicas
         self._mesh = join_ranks(master, rank=self._rank, ranks=ranks, device=self._device, replicas=replicas)
         self._saver = AsyncSaver()
         self._build()
@@ -321,10 +322,11 @@ class Learner:
             claim,
             counts=counts,
             steps=steps,
-            ranks=learner.ranks,
+            ranks=learner.num_ranks,
             tokens_per_microbatch=learner.tokens_per_microbatch,
             packing=learner.packing,
             scored=scored,
+            quadratic=self._speed.quadratic,
         )
 
     def _load(self, claim: Claim, read: ReadTokens, plans: list[StepPlan], weights: Float64) -> list[list[Tensors]]:
@@ -342,9 +344,9 @@ class Learner:
         with self._spans.span("reference", iteration=claim.iteration):
             scores = [reference_pass(self._policy, micros, flow="entropy_flow" in needs) for micros in steps]
             if self._config.learner.anchor != "behavior":
-                pairs = zip(chain(*steps), chain(*scores), strict=True)
-                parts = (mismatch_sums(micro, own.logprobs) for micro, own in pairs)
-                sums.mismatch = over_ranks(added(StepSums, parts), self._device)
+                pairs = [(micro, own.logprobs) for micro, own in zip(chain(*steps), chain(*scores), strict=True)]
+                sums.mismatch = over_ranks(added(StepSums, (mismatch_sums(*pair) for pair in pairs)), self._device)
+                sums.by_age = mismatch_by_age(pairs, self._device)
         return scores
 
     def _anchors(self, steps: list[list[Tensors]], scores: list[list[TokenScores]]) -> list[list[Tensor]]:
