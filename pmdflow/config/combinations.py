@@ -21,7 +21,9 @@ CLIPPED = ("token_pmd", "ctpo", "grpo", "gspo")
 """Algorithms with a clipping band."""
 PARTITION = ("pmd_partition", "boltzmann_pmd")
 """Algorithms with the log-partition baseline."""
-ALGORITHM_NAMES = ("pmd_mean", *PARTITION, "weighted_sft", *CLIPPED)
+SHAPED = ("ucpo", "a_nsr", "gdpo", "opefo")
+"""Policy mirror descent on credit that other papers shape."""
+ALGORITHM_NAMES = ("pmd_mean", *PARTITION, "weighted_sft", *CLIPPED, *SHAPED)
 """What `learner.algorithm` may be, besides an import path."""
 BYTES_PER_TOKEN = 8
 """Bytes of one generated token in the store: an int32 id and a float32 log-prob."""

@@ -112,29 +112,38 @@ def give_credit(
     Raises:
         ValueError: the algorithm's answer does not fit the claim, or is not finite.
     """
-    kept, rows = ~filtered, None
-    wide = algorithm.claim_wide or algorithm.state is not None
-    if algorithm.needs:
-        rows = _Rows.of(steps, scores, frozenset(algorithm.needs))
-        wide = wide or not is_whole(plans, claim.groups)
-        rows = (rows.gathered() if wide else rows).in_claim_order()
-        if not wide:
-            kept = kept & np.isin(claim.groups, claim.groups[rows.trajectories])
-    view = _view(claim, rewards, kept, rows)
+    kept, view, local = _seen(algorithm, claim, rewards, ~filtered, plans, steps, scores)
     if algorithm.totals is not None:
         own = dict(algorithm.totals(view, learner))
-        view = replace(view, totals=_summed(own) if algorithm.needs and not wide else own)
+        view = replace(view, totals=_summed(own) if local else own)
     credit = algorithm.credit(view, learner, {} if state is None else state).checked(view)
-    local = bool(algorithm.needs) and not wide
     back = _Back(claim, kept, view, credit)
-    return (
-        [[back.credited(micro) for micro in micros] for micros in steps],
-        Given(
-            advantages=_over_ranks(back.advantages) if local else back.advantages,
-            metrics=_metrics(credit, view, local=local),
-            state=_next_state(algorithm, state, credit),
-        ),
+    given = Given(
+        advantages=_over_ranks(back.advantages) if local else back.advantages,
+        metrics=_metrics(credit, view, local=local),
+        state=_next_state(algorithm, state, credit),
     )
+    return [[back.credited(micro) for micro in micros] for micros in steps], given
+
+
+def _seen(
+    algorithm: Algorithm,
+    claim: Claim,
+    rewards: TotalRewards,
+    kept: Bool,
+    plans: Sequence[StepPlan],
+    steps: Steps,
+    scores: Sequence[Sequence[TokenScores]],
+) -> tuple[Bool, ClaimView, bool]:
+    """The trajectories in the view [N], the view, and whether it is this rank's own."""
+    if not algorithm.needs:
+        return kept, _view(claim, rewards, kept, None), False
+    rows = _Rows.of(steps, scores, frozenset(algorithm.needs))
+    wide = algorithm.claim_wide or algorithm.state is not None or not is_whole(plans, claim.groups)
+    rows = (rows.gathered() if wide else rows).in_claim_order()
+    if not wide:
+        kept = kept & np.isin(claim.groups, claim.groups[rows.trajectories])
+    return kept, _view(claim, rewards, kept, rows), not wide
 
 
 def _next_state(algorithm: Algorithm, state: State | None, credit: Credit) -> State | None:
@@ -205,6 +214,7 @@ def _view(claim: Claim, rewards: TotalRewards, kept: Bool, rows: _Rows | None) -
         version=claim.version,
         rewards=rewards.total[first],
         components={name: values[first] for name, values in claim.components.items()},
+        component_weights=rewards.weights,
         correct=rewards.correct[first],
         groups=claim.groups[first],
         prompt_ids=tuple(claim.prompt_ids[index] for index in first),

@@ -49,6 +49,8 @@ class ClaimView:
     """[N]"""
     cu_seqlens: Int64
     """Where each episode begins among the P generated tokens, and the end [N + 1]."""
+    component_weights: Mapping[str, float] = field(default_factory=dict)
+    """What `reward.functions` says that each counts, by component; those of a source's own functions are not here."""
     totals: Mapping[str, float] = field(default_factory=dict)
     """What `Algorithm.totals` gave, added over all groups of the claim."""
     per_token: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)

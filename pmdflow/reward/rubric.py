@@ -163,7 +163,7 @@ def load_rubric(config: RewardConfig) -> Rubric:
     Raises:
         ValueError: a function cannot be imported or called, or is listed twice; names its path and the cause.
     """
-    names = _component_names([entry.function for entry in config.functions])
+    names = component_names([entry.function for entry in config.functions])
     functions = []
     for index, (name, entry) in enumerate(zip(names, config.functions, strict=True)):
         try:
@@ -176,7 +176,12 @@ def load_rubric(config: RewardConfig) -> Rubric:
     return Rubric(functions=functions, invalid=config.invalid, max_abs=config.max_abs, args=written)
 
 
-def _component_names(paths: Sequence[str]) -> list[str]:
+def component_names(paths: Sequence[str]) -> list[str]:
+    """The name of each function's component: the last part of its module and its name, or all where that is ambiguous.
+
+    Raises:
+        ValueError: a path is listed twice.
+    """
     for index, path in enumerate(paths):
         if path in paths[:index]:
             raise ValueError(

@@ -5,6 +5,7 @@ It is computed at the claim from what the store holds, so a replay can compute i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pmdflow.reward.length import length_reward
+from pmdflow.reward.rubric import component_names
 from pmdflow.types import Claim, Float64, Mask, Stop, TrainBatch
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ class TotalRewards:
     """What advantages are made of."""
     correct: npt.NDArray[np.bool_]
     """From `CORRECT_REWARD` on, and not cut at `data.max_tokens` where that has a reward of its own."""
+    weights: Mapping[str, float]
+    """Of the components of `reward.functions`, by name."""
     mean: float
     """Of `total` over episodes."""
     length_weight: float
@@ -61,4 +65,6 @@ def total_rewards(batch: TrainBatch | Claim, reward: RewardConfig) -> TotalRewar
         lengths = np.bincount(episode, weights=batch.count(Mask.GENERATED)).astype(np.int64)
         total = task + weight * length_reward(lengths, correct[first], batch.groups[first])[episode]
     mean = float(total[first].mean()) if len(first) else 0.0
-    return TotalRewards(task=task, total=total, correct=correct, mean=mean, length_weight=weight)
+    names = component_names([entry.function for entry in reward.functions])
+    weights = {name: entry.weight for name, entry in zip(names, reward.functions, strict=True)}
+    return TotalRewards(task=task, total=total, correct=correct, weights=weights, mean=mean, length_weight=weight)
