@@ -199,7 +199,7 @@ def _notes(config: Config, store_bytes: int) -> Iterator[str]:
     if learner.algorithm == "opefo" and (learner.steps_per_iteration > 1 or scheduler.lookahead > 0):
         yield (
             "learner.algorithm opefo balances entropy for one step on fresh rollouts: with "
-            f"steps_per_iteration {learner.steps_per_iteration} and scheduler.lookahead {scheduler.lookahead} it does not"
+            f"steps_per_iteration {learner.steps_per_iteration} and lookahead {scheduler.lookahead} it does not"
         )
     if learner.algorithm in PARTITION and learner.tau < SMALL_PARTITION_TAU:
         yield (

@@ -33,15 +33,8 @@ def gdpo(
     for one group may have fewer members than rewards: a reward listed twice then counts sqrt(2), not 2. A reward
     without variance has no part in it. (RDPO whitens after a map of quantiles that is not published: this is not RDPO.)
 
-    Args:
-        components: Rewards [n, m].
-        groups: Group label of each trajectory [n].
-        weights: Of each reward [m]; None is 1.
-        decorrelate: Whether to whiten.
-        eps: Added to each standard deviation, which has n - 1 in its denominator.
-
-    Returns:
-        float64 [n].
+    `components` [n, m] are the rewards, `weights` [m] theirs, 1 by default; `eps` is added to each standard deviation,
+    which has n - 1 in its denominator.
 
     Raises:
         ValueError: a shape is wrong, a value is not finite, or `decorrelate` is not known.

@@ -35,20 +35,7 @@ def negative_reinforcement(
     lambda rises by a line from `lambda_min` to `lambda_max` over `total` iterations. beta falls from `beta_max` to
     `beta_min`: by exp(-kappa t), by half a cosine over `total`, or with the accuracy of the claim.
 
-    Args:
-        correct: Which answers are right [n].
-        iteration: t.
-        total: Iterations after which lambda and the cosine are at their ends.
-        schedule: Of beta.
-        beta_min: Least credit taken from a wrong answer.
-        beta_max: Largest.
-        kappa: Rate of the exponential.
-        lambda_min: Least credit of a right answer.
-        lambda_max: Largest.
-        accuracy: Of the whole claim, for that schedule; None is that of `correct`.
-
-    Returns:
-        float64 [n].
+    `iteration` is t. `accuracy` is that of the whole claim where `correct` [n] is a part of it; None is its mean.
 
     Raises:
         ValueError: the schedule is not known, or `total` is not positive.

@@ -30,16 +30,8 @@ def ucpo(
     q is the softmax over the n right answers of their mean log-probs, 1e-6 at least. The sum over the right answers
     stays what it was, also where their rewards differ; one right answer alone, and wrong ones, keep GRPO's credit.
 
-    Args:
-        rewards: Of each trajectory [n].
-        groups: Group label of each trajectory [n].
-        mean_logprobs: Mean over each trajectory's tokens of log pi_i [n]: one policy for all, whoever generated them.
-        correct: Which are right [n].
-        tau: 0 is GRPO with equal shares, 1 gives all by rarity.
-        eps: Added to GRPO's standard deviation.
-
-    Returns:
-        float64 [n].
+    `mean_logprobs` [n] are means over each trajectory's tokens of log pi_i: one policy for all, whoever generated them.
+    A `tau` of 0 gives all right answers equal shares, 1 shares by rarity alone.
 
     Raises:
         ValueError: tau is not between 0 and 1, a value is not finite, or the shapes differ.
@@ -53,8 +45,6 @@ def ucpo(
     means, right = np.asarray(mean_logprobs, np.float64), np.asarray(correct, np.bool_)
     if means.shape != credit.shape or right.shape != credit.shape:
         raise ValueError(f"mean_logprobs {means.shape} and correct {right.shape} must be like rewards {credit.shape}")
-    if not np.isfinite(means[right]).all():
-        raise ValueError("a mean log-prob is not finite: leave out trajectories without a token")
     labels = np.asarray(groups)
     for label in np.unique(labels[right]):
         members = np.flatnonzero((labels == label) & right)
