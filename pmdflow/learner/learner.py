@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from pmdflow.learner.batch import Bool, ReadTokens, StepPlan, pack_rank, plan_it
 from pmdflow.learner.checkpoint.files import AsyncSaver, load_training, training_state
 from pmdflow.learner.crediting import Given, give_credit
 from pmdflow.learner.flops import Speed
-from pmdflow.learner.fsdp import build_policy, free_address, full_state_dict, join_ranks, learner_device
+from pmdflow.learner.fsdp import build_policy, free_address, full_state_dict, gathered, join_ranks, learner_device
 from pmdflow.learner.policy import Policy
 from pmdflow.learner.result import TrainResult
 from pmdflow.learner.schedule import learning_rate
@@ -35,6 +36,9 @@ from pmdflow.metrics.report import ActorReport
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.reward.total import TotalRewards, total_rewards
 from pmdflow.types import Claim, Float64, Int64, Mask, TrainBatch
+from pmdflow.weights.file import NamedTensors
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,6 +200,20 @@ class Learner:
         with self._spans.span("publish"):
             dtype, lora = self._config.model.dtype, self._config.learner.lora
             return full_state_dict(self._policy, dtype=dtype, rank=self._rank, lora=lora)
+
+    def publish(self, write: Callable[[NamedTensors], Answer]) -> Answer | None:
+        """What `write` makes of all weights, or of the adapters alone, in `model.dtype`, at rank 0; None elsewhere.
+
+        Each tensor is gathered and cast on the learner's device when `write` comes to it. Every rank must call.
+        """
+        with self._spans.span("publish"):
+            dtype, lora = self._config.model.dtype, self._config.learner.lora
+            tensors = gathered(self._policy, dtype=dtype, rank=self._rank, lora=lora)
+            try:
+                return write(tensors) if self._rank == 0 else None
+            finally:
+                for _ in tensors.values:  # the other ranks wait in the collectives of what is left
+                    pass
 
     def save(self, directory: str) -> None:
         """Copy weights, optimizer, schedule and random state, and begin to write them; any number of ranks can load.
