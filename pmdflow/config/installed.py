@@ -143,6 +143,7 @@ def _import_paths(config: Config) -> Iterator[tuple[KeyPath, str, bool]]:
     """Every setting that is an import path: its key, its value, and whether what it names is called."""
     lists: list[tuple[KeyPath, Sequence[RewardFunctionConfig] | None]] = [
         (("reward", "functions"), config.reward.functions),
+        (("reward", "group"), config.reward.group),
         (("data", "reward"), config.data.reward),
         *((("eval", "sets", name, "reward"), given.reward) for name, given in config.eval.sets.items()),
     ]

@@ -154,7 +154,7 @@ def _import_settings(data: Any) -> Iterator[tuple[dict[str, Any], str]]:
     """Mappings in which a key may be an import path, as far as the file's shape can be made out."""
     sections = data if isinstance(data, dict) else {}
     reward = sections.get("reward")
-    lists = [reward.get("functions") if isinstance(reward, dict) else None]
+    lists = [reward.get(key) if isinstance(reward, dict) else None for key in ("functions", "group")]
     lists += [source.get("reward") for source in _sources(sections)]
     functions = [item for functions in lists if isinstance(functions, list) for item in functions]
     named = [(item, "function") for item in functions]

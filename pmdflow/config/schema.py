@@ -83,6 +83,8 @@ class RewardConfig(Section):
 
     functions: Annotated[list[RewardFunctionConfig], Field(min_length=1)]
     """The rubric."""
+    group: list[RewardFunctionConfig] = []
+    """Group rewards, added at the claim: functions of a `pmdflow.reward.group.GroupView` and the prompt's history."""
     actors: PositiveInt = 1
     """Reward actors, spread over the nodes of the cluster."""
     workers: PositiveInt = 1

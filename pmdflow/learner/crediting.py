@@ -213,7 +213,7 @@ def _view(claim: Claim, rewards: TotalRewards, kept: Bool, rows: _Rows | None) -
         iteration=claim.iteration,
         version=claim.version,
         rewards=rewards.total[first],
-        components={name: values[first] for name, values in claim.components.items()},
+        components={name: values[first] for name, values in rewards.components.items()},
         component_weights=rewards.weights,
         correct=rewards.correct[first],
         groups=claim.groups[first],

@@ -34,7 +34,7 @@ from pmdflow.learner.token_scores import TokenScores
 from pmdflow.learner.view import FROM_REFERENCE, State
 from pmdflow.metrics.report import ActorReport
 from pmdflow.metrics.spans import SpanBuffer
-from pmdflow.reward.total import TotalRewards, total_rewards
+from pmdflow.reward.total import Memory, TotalRewards, total_rewards
 from pmdflow.types import Claim, Float64, Int64, Mask, TrainBatch
 from pmdflow.weights.file import NamedTensors
 
@@ -78,6 +78,8 @@ class Learner:
         self._rank = rank
         self._state: State | None = None
         """Of an algorithm that keeps some."""
+        self._memory: Memory = {}
+        """Earlier claims by prompt, for group rewards that remember."""
         self._device = learner_device(rank)
         self._spans = SpanBuffer(f"learner-{rank}")
         self._mesh: DeviceMesh | None = None
@@ -136,7 +138,7 @@ class Learner:
         started = time.perf_counter()
         ready = self._prepare(claim, read, sums, steps=learner.steps_per_iteration)
         self._take_steps(claim, ready, sums)
-        self._state = ready.given.state
+        self._state, self._memory = ready.given.state, ready.rewards.memory
         counts = claim.count(Mask.TRAINABLE)
         total = max(int(counts.sum()), 1)
         own = sums.metrics(clips=self._algorithm.clipped is not None, supervised=self._ptx is not None)
@@ -221,7 +223,8 @@ class Learner:
         Returns once the copy is made: training may go on. The files are whole when `await_saved` returns.
         """
         with self._spans.span("checkpoint", directory=directory):
-            state = training_state(self._policy, self._optimizer, self._num_steps, self._state)
+            kept = {"algorithm": self._state, "prompts": dict(self._memory)}
+            state = training_state(self._policy, self._optimizer, self._num_steps, kept if any(kept.values()) else None)
             self._saver.save(state, directory)
 
     def await_saved(self) -> None:
@@ -232,8 +235,11 @@ class Learner:
         """Continue from a saved directory, bit for bit if the ranks are equally many."""
         with self._spans.span("checkpoint", directory=directory):
             self._saver.wait()
-            loaded = load_training(self._policy, self._optimizer, directory, self._state)
-            self._num_steps, self._state = loaded
+            self._build_state()
+            self._num_steps, kept = load_training(self._policy, self._optimizer, directory)
+            if kept is not None:
+                self._memory = kept["prompts"]
+                self._state = self._state if kept["algorithm"] is None else kept["algorithm"]
             self._pristine = False
 
     def drain(self) -> ActorReport:
@@ -265,14 +271,18 @@ class Learner:
         )
         self._speed = Speed.of(self._policy.model, config=self._config, device=self._device)
         self._num_steps = 0
-        self._state = None if self._algorithm.state is None else self._algorithm.state()
+        self._build_state()
         self._pristine = True
+
+    def _build_state(self) -> None:
+        self._state = None if self._algorithm.state is None else self._algorithm.state()
+        self._memory = {}
 
     def _prepare(self, claim: Claim, read: ReadTokens, sums: Sums, *, steps: int) -> Ready:
         """All that comes before the first step: plan, reference pass, credit, veto, importance weights."""
         learner = self._config.learner
         torch.set_num_threads(learner.threads)  # Also for this thread: it need not be the one that ran setup.
-        rewards = total_rewards(claim, self._config.reward)
+        rewards = total_rewards(claim, self._config.reward, self._memory)
         filtered = groups_left_out(claim, rewards.task, learner)
         kept, portions = np.where(filtered, 0, claim.count(Mask.TRAINABLE)), claim.episode_shares()
         scored = ~filtered & (claim.count(Mask.GENERATED) > 0) if self._algorithm.needs else None

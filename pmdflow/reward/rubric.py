@@ -11,6 +11,7 @@ from pmdflow.config.imports import shown
 from pmdflow.config.sources import SOURCE_KEY
 from pmdflow.config.variables import hide, resolve
 from pmdflow.reward.function import RewardFunction, bind, load_function
+from pmdflow.reward.judged import ANSWER, answer_key
 
 if TYPE_CHECKING:
     from pmdflow.config.schema import RewardConfig
@@ -30,7 +31,7 @@ class Scored:
     reward: float = 0.0
     """Weighted sum; `reward.invalid` if invalid; 0 and without meaning after an infra failure."""
     components: Mapping[str, float] = field(default_factory=dict)
-    """Unweighted value of each function by name; all 0 if invalid, empty after an infra failure."""
+    """Unweighted value of each function, and keys of answers; all 0 if invalid, empty after an infra failure."""
     message: str = ""
     """Why it is not `scored`."""
 
@@ -102,16 +103,18 @@ class Rubric:
         components: dict[str, float] = {}
         for function in self._functions:
             try:
-                value = await function.value(inputs)
+                judged = await function.judge(inputs)
             except InvalidCompletion as error:
                 zeros = dict.fromkeys(self.names, 0.0)
                 message = f"{function.name}: {error}"
                 return Scored(outcome="invalid", reward=self._invalid, components=zeros, message=message)
             except Exception as error:
                 return infra_failure(f"{function.name}: {type(error).__name__}: {error}")
-            if abs(value) > self._max_abs:
-                return infra_failure(f"{function.name}: returned {value:g}, {self._beyond}")
-            components[function.name] = value
+            if abs(judged.value) > self._max_abs:
+                return infra_failure(f"{function.name}: returned {judged.value:g}, {self._beyond}")
+            components[function.name] = judged.value
+            if judged.answer is not None:
+                components[f"{function.name}{ANSWER}"] = answer_key(judged.answer)
         reward = sum(function.weight * components[function.name] for function in self._functions)
         if not abs(reward) <= self._max_abs:  # NaN as well
             return infra_failure(f"the weighted sum of {components} is {reward:g}, {self._beyond}")
