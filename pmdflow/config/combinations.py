@@ -21,7 +21,9 @@ CLIPPED = ("token_pmd", "ctpo", "grpo", "gspo")
 """Algorithms with a clipping band."""
 PARTITION = ("pmd_partition", "boltzmann_pmd")
 """Algorithms with the log-partition baseline."""
-SHAPED = ("ucpo", "a_nsr", "gdpo", "opefo")
+TAUGHT = ("opd", "vopd")
+"""Those that learn from `learner.teacher`."""
+SHAPED = ("ucpo", "a_nsr", "gdpo", "opefo", *TAUGHT)
 """Policy mirror descent on credit that other papers shape."""
 ALGORITHM_NAMES = ("pmd_mean", *PARTITION, "weighted_sft", *CLIPPED, *SHAPED)
 """What `learner.algorithm` may be, besides an import path."""
@@ -261,6 +263,11 @@ def _algorithm_problems(learner: LearnerConfig) -> Iterator[str]:
             "import path package.module:name"
         )
         return
+    if (name in TAUGHT) != (learner.teacher is not None):
+        yield (
+            f"learner.teacher is {learner.teacher} while learner.algorithm is {name}: {' and '.join(TAUGHT)} learn "
+            "from a teacher, the others do not; set both, or neither"
+        )
     if name not in CLIPPED and (learner.clip_low is not None or learner.clip_high is not None):
         yield (
             f"learner.clip_low or learner.clip_high is set, but learner.algorithm {name} does not clip; remove it, "

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pmdflow.config.sinks import SinkName
     from pmdflow.config.sources import RewardFunctionConfig
 
-_PLACES = ("dir", "path", "address", "task", "ptx_data")
+_PLACES = ("dir", "path", "address", "task", "ptx_data", "teacher")
 """Settings that people expect variables in; elsewhere `${x}` is text, such as LaTeX."""
 IMPORT_TIMEOUT_S = 60.0
 """All modules that a configuration names are imported within this time."""

@@ -188,7 +188,9 @@ def _rank_bytes(config: Config, model: ModelSize | None) -> int | None:
     learner = config.learner
     logits = min(learner.tokens_per_microbatch * model.vocab_size * 3 * 4, _LOGITS_BYTES)
     held = _DTYPE_BYTES["float32"] if learner.lora else _MASTER_BYTES
-    return model.num_parameters * held * learner.replicas // learner.ranks + logits
+    teacher = None if learner.teacher is None else measure_model(learner.teacher)
+    taught = 0 if teacher is None else teacher.num_parameters * _DTYPE_BYTES["float32"]
+    return (model.num_parameters * held + taught) * learner.replicas // learner.ranks + logits
 
 
 def _notes(config: Config, store_bytes: int) -> Iterator[str]:

@@ -13,6 +13,7 @@ from pmdflow.learner import advantage, losses, objective
 from pmdflow.learner.algorithm import Algorithm as Algorithm
 from pmdflow.learner.algorithm import Terms as Terms
 from pmdflow.learner.algorithm import of_rewards as of_rewards
+from pmdflow.learner.methods.distillation import OPD, VOPD
 from pmdflow.learner.methods.gdpo import GDPO
 from pmdflow.learner.methods.negative import A_NSR
 from pmdflow.learner.methods.opefo import OPEFO
@@ -58,6 +59,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "a_nsr": A_NSR,
     "gdpo": GDPO,
     "opefo": OPEFO,
+    "opd": OPD,
+    "vopd": VOPD,
 }
 """Names that `learner.algorithm` knows."""
 assert tuple(ALGORITHMS) == ALGORITHM_NAMES

@@ -23,6 +23,8 @@ from pmdflow.types import Claim, Float64, Int64, Mask
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Steps = list[list[Tensors]]
+Scores = Sequence[Sequence[tuple[TokenScores, TokenScores | None]]]
+"""By step and micro-batch: what pi_i says, and what the teacher says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +47,7 @@ class _Rows:
     arrays: Arrays
 
     @classmethod
-    def of(
-        cls, steps: Sequence[Sequence[Tensors]], scores: Sequence[Sequence[TokenScores]], names: frozenset[str]
-    ) -> _Rows:
+    def of(cls, steps: Sequence[Sequence[Tensors]], scores: Scores, names: frozenset[str]) -> _Rows:
         """Those of a rank, in the order of its micro-batches."""
         pairs = [
             (micro, own)
@@ -60,7 +60,7 @@ class _Rows:
             trajectories=np.concatenate([none, *(micro.trajectories for micro, _ in pairs)]),
             lengths=np.concatenate([none, *(micro.cu_seqlens.diff().cpu().numpy() for micro, _ in pairs)]),
             arrays={
-                name: np.concatenate([_array(name, *pair) for pair in pairs]) if pairs else np.zeros(0)
+                name: np.concatenate([_array(name, micro, *own) for micro, own in pairs]) if pairs else np.zeros(0)
                 for name in sorted(names)
             },
         )
@@ -93,7 +93,7 @@ def give_credit(
     filtered: Bool,
     plans: Sequence[StepPlan],
     steps: Steps,
-    scores: Sequence[Sequence[TokenScores]],
+    scores: Scores,
     state: State | None,
 ) -> tuple[Steps, Given]:
     """Ask the algorithm once, and give the micro-batches of this rank their credit and weights.
@@ -106,7 +106,7 @@ def give_credit(
         filtered: Trajectories of groups that the config leaves out [N].
         plans: Every step; they say which rank has which trajectory.
         steps: This rank's micro-batches of each; their weights are the shares of episodes.
-        scores: What the policy that opens the iteration says of them.
+        scores: What the policy that opens the iteration, and a teacher, say of them.
         state: The algorithm's.
 
     Raises:
@@ -133,7 +133,7 @@ def _seen(
     kept: Bool,
     plans: Sequence[StepPlan],
     steps: Steps,
-    scores: Sequence[Sequence[TokenScores]],
+    scores: Scores,
 ) -> tuple[Bool, ClaimView, bool]:
     """The trajectories in the view [N], the view, and whether it is this rank's own."""
     if not algorithm.needs:
@@ -236,9 +236,18 @@ def _per_token(claim: Claim, rows: _Rows) -> Arrays:
     return {**rows.arrays, "turns": turns + np.repeat(before - before[first], rows.lengths)}
 
 
-def _array(name: str, micro: Tensors, scores: TokenScores) -> npt.NDArray[Any]:
+def _both_tops(scores: TokenScores, teacher: TokenScores) -> torch.Tensor | None:
+    """Log-probs of the same tokens under both [P, 2, K]."""
+    if scores.top_logprobs is None or teacher.top_logprobs is None:
+        return None
+    return torch.stack([scores.top_logprobs, teacher.top_logprobs], dim=1)
+
+
+def _array(name: str, micro: Tensors, scores: TokenScores, teacher: TokenScores | None) -> npt.NDArray[Any]:
     tensors = {
         "reference": scores.logprobs,
+        "teacher": None if teacher is None else teacher.logprobs,
+        "top": None if teacher is None else _both_tops(scores, teacher),
         "entropies": scores.entropies,
         "entropy_flow": scores.flow,
         "behavior": micro.behavior,

@@ -22,16 +22,24 @@ from pmdflow.learner.batch import Bool, ReadTokens, StepPlan, pack_rank, plan_it
 from pmdflow.learner.checkpoint.files import AsyncSaver, load_training, training_state
 from pmdflow.learner.crediting import Given, give_credit
 from pmdflow.learner.flops import Speed
-from pmdflow.learner.fsdp import build_policy, free_address, full_state_dict, gathered, join_ranks, learner_device
+from pmdflow.learner.fsdp import (
+    build_policy,
+    build_teacher,
+    free_address,
+    full_state_dict,
+    gathered,
+    join_ranks,
+    learner_device,
+)
 from pmdflow.learner.policy import Policy
 from pmdflow.learner.result import TrainResult
 from pmdflow.learner.schedule import learning_rate
 from pmdflow.learner.selection import Weighed, groups_left_out, importance_metrics, veto_sequences, weigh
-from pmdflow.learner.steps import Supervised, Tensors, accumulate, mismatch_sums, reference_pass, update
-from pmdflow.learner.sums import StepSums, Sums, added, over_ranks
+from pmdflow.learner.steps import Supervised, Tensors, accumulate, mismatch_sums, reference_pass, teacher_pass, update
+from pmdflow.learner.sums import StepSums, Sums, added, all_sum, over_ranks
 from pmdflow.learner.supervised import SupervisedData
 from pmdflow.learner.token_scores import TokenScores
-from pmdflow.learner.view import FROM_REFERENCE, State
+from pmdflow.learner.view import FROM_REFERENCE, FROM_TEACHER, TOP, State
 from pmdflow.metrics.report import ActorReport
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.reward.total import Memory, TotalRewards, total_rewards
@@ -76,6 +84,12 @@ class Learner:
         self._algorithm = find_algorithm(config.learner.algorithm)
         self._config = config.model_copy(update={"learner": self._algorithm.configured(config.learner)})
         self._rank = rank
+        self._teacher: Policy | None = None
+        if (self._algorithm.needs & FROM_TEACHER != frozenset()) != (config.learner.teacher is not None):
+            raise ValueError(
+                f"learner.teacher is {config.learner.teacher} while {config.learner.algorithm} needs "
+                f"{', '.join(sorted(self._algorithm.needs)) or 'nothing'}: set a teacher if it needs `teacher` or `top`"
+            )
         self._state: State | None = None
         """Of an algorithm that keeps some."""
         self._memory: Memory = {}
@@ -265,6 +279,8 @@ class Learner:
         self._ptx = SupervisedData.of(self._config)
         model = self._config.model
         self._policy = build_policy(model.path, dtype=model.dtype, learner=learner, mesh=self._mesh)
+        if learner.teacher is not None and self._teacher is None:
+            self._teacher = build_teacher(model.path, dtype=model.dtype, learner=learner, mesh=self._mesh)
         trained = [parameter for parameter in self._policy.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(
             trained, lr=learner.lr, betas=(0.9, 0.95), weight_decay=learner.weight_decay
@@ -297,7 +313,7 @@ class Learner:
             filtered=filtered,
             plans=plans,
             steps=micros,
-            scores=scores,
+            scores=self._taught(micros, scores, sums),
             state=self._state,
         )
         anchors = self._anchors(micros, scores)
@@ -343,12 +359,25 @@ class Learner:
         if self._config.learner.anchor == "behavior" and not needs & FROM_REFERENCE:
             return [[TokenScores(micro.behavior, torch.zeros_like(micro.behavior)) for micro in own] for own in steps]
         with self._spans.span("reference", iteration=claim.iteration):
-            scores = [reference_pass(self._policy, micros, flow="entropy_flow" in needs) for micros in steps]
+            top = TOP if "top" in needs else 0
+            scores = [reference_pass(self._policy, own, flow="entropy_flow" in needs, top=top) for own in steps]
             if self._config.learner.anchor != "behavior":
                 pairs = zip(chain(*steps), chain(*scores), strict=True)
                 parts = (mismatch_sums(micro, own.logprobs) for micro, own in pairs)
                 sums.mismatch = over_ranks(added(StepSums, parts), self._device)
         return scores
+
+    def _taught(
+        self, steps: list[list[Tensors]], scores: list[list[TokenScores]], sums: Sums
+    ) -> list[list[tuple[TokenScores, TokenScores | None]]]:
+        """The scores of pi_i, each with those of the teacher if the algorithm needs one."""
+        if self._teacher is None:
+            return [[(own, None) for own in step] for step in scores]
+        with self._spans.span("reference"):
+            found = [teacher_pass(self._teacher, micros, own) for micros, own in zip(steps, scores, strict=True)]
+        read = sum(micro.tokens.numel() for micros in steps for micro in micros if len(micro.trajectories))
+        sums.teacher_tokens += int(all_sum([float(read)], self._device)[0])
+        return [list(zip(*pair, strict=True)) for pair in zip(scores, found, strict=True)]
 
     def _anchors(self, steps: list[list[Tensors]], scores: list[list[TokenScores]]) -> list[list[Tensor]]:
         """The log-probs that the policy is compared with."""

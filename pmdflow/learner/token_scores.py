@@ -24,6 +24,10 @@ class TokenScores(NamedTuple):
     """Entropy in nats of the distribution that the token was drawn from [P]."""
     flow: Tensor | None = None
     """First-order change of that entropy by a unit step along the gradient of the token's log-prob [P], no gradient."""
+    top: Tensor | None = None
+    """Ids of other tokens [P, K]: the likeliest, or those that were asked for."""
+    top_logprobs: Tensor | None = None
+    """Theirs [P, K], no gradient."""
 
 
 def token_scores(
@@ -60,6 +64,32 @@ def entropy_flow(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: T
         logits = _scaled_logits(hidden[part], weight, bias, temperatures[part])
         flow[part] = _flow(logits.log_softmax(1), targets[part])
     return flow
+
+
+@torch.no_grad()
+def others(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperatures: Tensor, *, top: int, at: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Ids [P, K] and log-probs [P, K] of the `top` likeliest tokens at each position, or of those in `at` [P, K]."""
+    size = _chunk_size(weight)
+    parts = [slice(start, start + size) for start in range(0, max(len(hidden), 1), size)]
+    found = [
+        others_of(
+            _scaled_logits(hidden[part], weight, bias, temperatures[part]).log_softmax(1),
+            top=top,
+            at=None if at is None else at[part],
+        )
+        for part in parts
+    ]
+    return torch.cat([ids for ids, _ in found]), torch.cat([own for _, own in found])
+
+
+def others_of(logprobs: Tensor, *, top: int, at: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same from log-probs of all tokens [P, V]."""
+    if at is None:
+        own, ids = logprobs.topk(min(top, logprobs.shape[1]), dim=1)
+        return ids, own
+    return at, logprobs.gather(1, at)
 
 
 def _flow(logprobs: Tensor, targets: Tensor) -> Tensor:

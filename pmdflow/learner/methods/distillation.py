@@ -5,6 +5,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from pmdflow.config.schema import LearnerConfig
+from pmdflow.learner.algorithm import Algorithm
+from pmdflow.learner.losses import pmd_tokens
+from pmdflow.learner.view import ClaimView, Credit, State
 from pmdflow.types import Float64
 
 
@@ -59,3 +63,23 @@ def vopd(
     drawn = own > -np.inf
     terms = np.exp(own) * (np.where(drawn, own, 0.0) - np.where(drawn, other, 0.0))
     return np.asarray(credit + np.where(drawn, terms, 0.0).sum(axis=1))
+
+
+def _plain(view: ClaimView, learner: LearnerConfig, state: State) -> Credit:
+    clip = float(learner.settings["clip"])
+    return _told(view, opd(view.teacher, view.reference, clip=clip or None))
+
+
+def _with_baseline(view: ClaimView, learner: LearnerConfig, state: State) -> Credit:
+    return _told(view, vopd(view.student_top, view.teacher_top, view.reference, view.teacher))
+
+
+def _told(view: ClaimView, values: Float64) -> Credit:
+    means = view.episode_means(view.reference - view.teacher)
+    return Credit(values=values, per="token", metrics={"teacher_kl": float(means.mean()) if view.num_episodes else 0.0})
+
+
+OPD = Algorithm(credit=_plain, loss=pmd_tokens, needs=frozenset({"teacher", "reference"}), settings={"clip": 0.0})
+"""A `clip` of 0 does not cut. Rewards have no part in it."""
+VOPD = Algorithm(credit=_with_baseline, loss=pmd_tokens, needs=frozenset({"teacher", "reference", "top"}))
+"""The baseline is the KL over the `TOP` likeliest tokens under pi_i."""
