@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,9 +17,8 @@ from torch.distributed.tensor import DTensor
 from pmdflow.config.schema import Config
 from pmdflow.learner.algorithms import find_algorithm
 from pmdflow.learner.assessment import Assessment, flat
-from pmdflow.learner.batch import Bool, ReadTokens, StepPlan, pack_rank, plan_iteration
+from pmdflow.learner.batch import ReadTokens, StepPlan
 from pmdflow.learner.checkpoint.files import AsyncSaver, load_training, training_state
-from pmdflow.learner.crediting import Given, give_credit
 from pmdflow.learner.flops import Speed
 from pmdflow.learner.fsdp import (
     build_policy,
@@ -32,36 +30,21 @@ from pmdflow.learner.fsdp import (
     learner_device,
 )
 from pmdflow.learner.policy import Policy
+from pmdflow.learner.preparation import Parts, Ready, load_steps, plan_claim, prepare
 from pmdflow.learner.result import TrainResult
 from pmdflow.learner.schedule import learning_rate
-from pmdflow.learner.selection import Weighed, groups_left_out, importance_metrics, veto_sequences, weigh
-from pmdflow.learner.steps import Supervised, Tensors, accumulate, mismatch_sums, reference_pass, teacher_pass, update
-from pmdflow.learner.sums import StepSums, Sums, added, all_sum, over_ranks
+from pmdflow.learner.selection import importance_metrics
+from pmdflow.learner.steps import Supervised, Tensors, accumulate, update
+from pmdflow.learner.sums import Sums
 from pmdflow.learner.supervised import SupervisedData
-from pmdflow.learner.token_scores import TokenScores
-from pmdflow.learner.view import FROM_REFERENCE, FROM_TEACHER, TOP, State
+from pmdflow.learner.view import FROM_TEACHER, State
 from pmdflow.metrics.report import ActorReport
 from pmdflow.metrics.spans import SpanBuffer
-from pmdflow.reward.total import Memory, TotalRewards, total_rewards
-from pmdflow.types import Claim, Float64, Int64, Mask, TrainBatch
+from pmdflow.reward.total import Memory
+from pmdflow.types import Claim, Mask, TrainBatch
 from pmdflow.weights.file import NamedTensors
 
 Answer = TypeVar("Answer")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ready:
-    """A claim before its first step: by step of the iteration, this rank's micro-batches."""
-
-    plans: list[StepPlan]
-    steps: list[list[Tensors]]
-    anchors: list[list[Tensor]]
-    """Log-probs that the policy is compared with."""
-    left_out: dict[str, Bool]
-    """Trajectories [N] by reason."""
-    weighed: list[Weighed]
-    rewards: TotalRewards
-    given: Given
 
 
 class Learner:
@@ -295,95 +278,17 @@ class Learner:
         self._memory = {}
 
     def _prepare(self, claim: Claim, read: ReadTokens, sums: Sums, *, steps: int) -> Ready:
-        """All that comes before the first step: plan, reference pass, credit, veto, importance weights."""
-        learner = self._config.learner
-        torch.set_num_threads(learner.threads)  # Also for this thread: it need not be the one that ran setup.
-        rewards = total_rewards(claim, self._config.reward, self._memory)
-        filtered = groups_left_out(claim, rewards.task, learner)
-        kept, portions = np.where(filtered, 0, claim.count(Mask.TRAINABLE)), claim.episode_shares()
-        scored = ~filtered & (claim.count(Mask.GENERATED) > 0) if self._algorithm.needs else None
-        plans = self._plan(claim, kept, steps=steps, scored=scored)
-        micros = self._load(claim, read, plans, portions)
-        scores = self._reference(claim, micros, sums)
-        micros, given = give_credit(
-            self._algorithm,
-            learner,
-            claim,
-            rewards,
-            filtered=filtered,
-            plans=plans,
-            steps=micros,
-            scores=self._taught(micros, scores, sums),
-            state=self._state,
+        torch.set_num_threads(self._config.learner.threads)  # Also for this thread: it need not be the one of setup.
+        parts = Parts(
+            config=self._config,
+            algorithm=self._algorithm,
+            policy=self._policy,
+            teacher=self._teacher,
+            rank=self._rank,
+            device=self._device,
+            spans=self._spans,
         )
-        anchors = self._anchors(micros, scores)
-        vetoed = np.zeros_like(filtered)
-        weighed: list[Weighed] = []
-        if learner.veto:
-            plans, micros, vetoed = veto_sequences(plans, micros, anchors, kept, portions, self._device)
-        if learner.importance_weights != "none":
-            pairs = [weigh(step, own, learner, self._device) for step, own in zip(micros, anchors, strict=True)]
-            micros, weighed = [step for step, _ in pairs], [total for _, total in pairs]
-        return Ready(
-            plans=plans,
-            steps=micros,
-            anchors=anchors,
-            left_out={"filter": filtered, "veto": vetoed},
-            weighed=weighed,
-            rewards=rewards,
-            given=given,
-        )
-
-    def _plan(self, claim: Claim, counts: Int64, *, steps: int, scored: Bool | None = None) -> list[StepPlan]:
-        learner = self._config.learner
-        return plan_iteration(
-            claim,
-            counts=counts,
-            steps=steps,
-            ranks=learner.ranks,
-            tokens_per_microbatch=learner.tokens_per_microbatch,
-            packing=learner.packing,
-            scored=scored,
-        )
-
-    def _load(self, claim: Claim, read: ReadTokens, plans: list[StepPlan], weights: Float64) -> list[list[Tensors]]:
-        steps = pack_rank(claim, read, plans, rank=self._rank, packing=self._config.learner.packing)
-        return [
-            [Tensors.of(micro, weights=weights, version=claim.version, device=self._device) for micro in micros]
-            for micros in steps
-        ]
-
-    def _reference(self, claim: Claim, steps: list[list[Tensors]], sums: Sums) -> list[list[TokenScores]]:
-        """What pi_i says of the whole claim, before the first step; where nobody asks, what the engine recorded."""
-        needs = self._algorithm.needs
-        if self._config.learner.anchor == "behavior" and not needs & FROM_REFERENCE:
-            return [[TokenScores(micro.behavior, torch.zeros_like(micro.behavior)) for micro in own] for own in steps]
-        with self._spans.span("reference", iteration=claim.iteration):
-            top = TOP if "top" in needs else 0
-            scores = [reference_pass(self._policy, own, flow="entropy_flow" in needs, top=top) for own in steps]
-            if self._config.learner.anchor != "behavior":
-                pairs = zip(chain(*steps), chain(*scores), strict=True)
-                parts = (mismatch_sums(micro, own.logprobs) for micro, own in pairs)
-                sums.mismatch = over_ranks(added(StepSums, parts), self._device)
-        return scores
-
-    def _taught(
-        self, steps: list[list[Tensors]], scores: list[list[TokenScores]], sums: Sums
-    ) -> list[list[tuple[TokenScores, TokenScores | None]]]:
-        """The scores of pi_i, each with those of the teacher if the algorithm needs one."""
-        if self._teacher is None:
-            return [[(own, None) for own in step] for step in scores]
-        with self._spans.span("reference"):
-            found = [teacher_pass(self._teacher, micros, own) for micros, own in zip(steps, scores, strict=True)]
-        read = sum(micro.tokens.numel() for micros in steps for micro in micros if len(micro.trajectories))
-        sums.teacher_tokens += int(all_sum([float(read)], self._device)[0])
-        return [list(zip(*pair, strict=True)) for pair in zip(scores, found, strict=True)]
-
-    def _anchors(self, steps: list[list[Tensors]], scores: list[list[TokenScores]]) -> list[list[Tensor]]:
-        """The log-probs that the policy is compared with."""
-        if self._config.learner.anchor == "behavior":
-            return [[micro.behavior for micro in micros] for micros in steps]
-        return [[own.logprobs for own in step] for step in scores]
+        return prepare(parts, claim, read, sums, steps=steps, state=self._state, memory=self._memory)
 
     def _take_steps(self, claim: Claim, ready: Ready, sums: Sums) -> None:
         if self._config.learner.reset_optimizer:
@@ -401,8 +306,10 @@ class Learner:
             return None
         batch = self._ptx.batch(self._num_steps)
         claim = Claim.of(batch)
-        (plan,) = self._plan(claim, claim.count(Mask.TRAINED), steps=1)
-        (micros,) = self._load(claim, batch.read, [plan], np.ones(len(claim.rewards)))
+        learner = self._config.learner
+        (plan,) = plan_claim(learner, claim, claim.count(Mask.TRAINED), steps=1)
+        ones = np.ones(len(claim.rewards))
+        (micros,) = load_steps(learner, claim, batch.read, [plan], ones, rank=self._rank, device=self._device)
         return Supervised(micros=micros, num_sequences=plan.num_sequences)
 
     def _step(self, plan: StepPlan, micros: list[Tensors], anchors: list[Tensor], sums: Sums, where: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pmdflow.learner.attention import Packed
-from pmdflow.learner.token_scores import TokenScores, entropy_flow, others, others_of, scores_of_logits, token_scores
+from pmdflow.learner.token_scores import TokenScores, entropy_flow, others, scores_of_logits, token_scores
 
 logger = logging.getLogger(__name__)
 
@@ -72,24 +72,18 @@ class Policy(nn.Module):
             targets: Token ids [P].
             temperatures: [P]
             flow: Whether the entropy flow is wanted, too.
-            top: How many of the likeliest tokens are wanted, too.
-            at: Ids of other tokens that are wanted instead [P, K].
+            top: How many of the likeliest tokens are.
+            at: Ids of other tokens that are, instead [P, K].
         """
-        more = top > 0 or at is not None
         if not self._plain_head:
             logits = self.model(input_ids=tokens, **layout.arguments()).logits.flatten(0, 1)[positions]
-            scores = scores_of_logits(logits, targets, temperatures, flow=flow)
-            if not more:
-                return scores
-            scaled = (logits.detach().float() / temperatures[:, None]).log_softmax(1)
-            ids, own = others_of(scaled, top=top, at=at)
-            return scores._replace(top=ids, top_logprobs=own)
+            return scores_of_logits(logits, targets, temperatures, flow=flow, top=top, at=at)
         hidden = self.model.get_decoder()(input_ids=tokens, **layout.arguments()).last_hidden_state.flatten(0, 1)
         head, chosen = self.model.get_output_embeddings(), hidden[positions]
         scores = token_scores(chosen, head.weight, head.bias, targets, temperatures)
         if flow:
             scores = scores._replace(flow=entropy_flow(chosen, head.weight, head.bias, targets, temperatures))
-        if more:
+        if top or at is not None:
             ids, own = others(chosen, head.weight, head.bias, temperatures, top=top, at=at)
             scores = scores._replace(top=ids, top_logprobs=own)
         return scores

@@ -63,10 +63,7 @@ def total_rewards(batch: TrainBatch | Claim, reward: RewardConfig, memory: Memor
     - One that the repetition detector ended loses `repetition_penalty`.
     - The length reward is added with its weight after `length_warmup_iterations`, then what `reward.group` names.
 
-    Args:
-        batch: The claim.
-        reward: The settings.
-        memory: Earlier claims by prompt, for group rewards that remember.
+    `memory` holds earlier claims by prompt, for group rewards that remember.
 
     Raises:
         ValueError: a group reward cannot be imported, or answers wrongly.
@@ -78,12 +75,9 @@ def total_rewards(batch: TrainBatch | Claim, reward: RewardConfig, memory: Memor
     task = task - reward.repetition_penalty * (batch.stops == Stop.REPETITION)
     correct = (batch.rewards >= CORRECT_REWARD) & ~cut
     length = reward.length_weight if batch.iteration > reward.length_warmup_iterations else 0.0
-    functions = load_group_functions(reward.group)
-    if length > 0:
-        functions.insert(0, GroupFunction(name=LENGTH, weight=length, visits=0, call=length_of_group))
     names = component_names([entry.function for entry in reward.functions])
     weights = {name: entry.weight for name, entry in zip(names, reward.functions, strict=True)}
-    made, memory = _group_rewards(batch, correct, functions, memory or {})
+    made, memory = _group_rewards(batch, correct, _group_functions(reward, length), memory or {})
     total, first = task, batch.first_branches()
     for name, (weight, values) in made.items():
         total, weights[name] = total + weight * values, weight
@@ -105,6 +99,14 @@ def total_rewards(batch: TrainBatch | Claim, reward: RewardConfig, memory: Memor
 
 LENGTH_VALUE = f"{LENGTH}.value"
 """Component of the length reward of k1.5; `reward/length_weight` says already that it is there."""
+
+
+def _group_functions(reward: RewardConfig, length_weight: float) -> list[GroupFunction]:
+    """Those of `reward.group`, after the length reward if it counts."""
+    functions = load_group_functions(reward.group)
+    if length_weight > 0:
+        functions.insert(0, GroupFunction(name=LENGTH, weight=length_weight, visits=0, call=length_of_group))
+    return functions
 
 
 def _group_rewards(
