@@ -115,6 +115,8 @@ def rank_need(config: Config, model: Footprint, *, on_gpu: bool) -> Need:
     worst = max(moments, key=lambda parts: sum(parts.values()))
     context = {"CUDA context": CONTEXT_BYTES} if on_gpu else {}
     unknown = () if model.activation_bytes is not None else ("activations",)
+    if learner.teacher is not None:
+        unknown += ("teacher",)  # another model, which is not measured
     return Need(role="learner rank", count=learner.num_ranks, parts={**kept, **worst, **context}, unknown=unknown)
 
 

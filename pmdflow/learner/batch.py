@@ -116,9 +116,8 @@ def plan_iteration(
     Raises:
         ValueError: one trajectory alone is longer than `tokens_per_microbatch`, or the plan is of another claim.
     """
-    shares = batch.episode_shares()
-    lengths = np.diff(batch.cu_seqlens)
-    plans = []
+    lengths, plans = np.diff(batch.cu_seqlens), []
+    weighted = batch.episode_shares() * counts
     for dealt in _dealt(batch, steps):
         members = dealt[counts[dealt] > 0]
         computed = members if scored is None else dealt[(counts[dealt] > 0) | scored[dealt]]
@@ -128,14 +127,13 @@ def plan_iteration(
             kept = _whole(parts, batch.groups, lengths, tokens_per_microbatch, packing=packing, quadratic=quadratic)
             parts = kept or parts
         pace = max(len(part) for part in parts)
-        plans.append(
-            StepPlan(
-                num_sequences=float(shares[members].sum()),
-                num_tokens=int(counts[members].sum()),
-                weighted_tokens=float((shares * counts)[members].sum()),
-                ranks=tuple(tuple(part) + ((),) * (pace - len(part)) for part in parts),
-            )
+        plan = StepPlan(
+            num_sequences=float(batch.episode_shares()[members].sum()),
+            num_tokens=int(counts[members].sum()),
+            weighted_tokens=float(weighted[members].sum()),
+            ranks=tuple(tuple(part) + ((),) * (pace - len(part)) for part in parts),
         )
+        plans.append(plan)
     return plans
 
 
