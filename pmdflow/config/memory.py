@@ -114,7 +114,7 @@ def rank_need(config: Config, model: Footprint, *, on_gpu: bool) -> Need:
         moments.append({"optimizer temporaries": trained})
     worst = max(moments, key=lambda parts: sum(parts.values()))
     context = {"CUDA context": CONTEXT_BYTES} if on_gpu else {}
-    unknown = () if model.activation_bytes is not None else ("activations",)
+    unknown: tuple[str, ...] = () if model.activation_bytes is not None else ("activations",)
     if learner.teacher is not None:
         unknown += ("teacher",)  # another model, which is not measured
     return Need(role="learner rank", count=learner.num_ranks, parts={**kept, **worst, **context}, unknown=unknown)
