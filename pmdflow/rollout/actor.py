@@ -131,6 +131,9 @@ class RolloutActor:
             events=[*failed, *self._spans.losses()],
             tokens={
                 "generated_tokens": self._generated,
+                "prefill_tokens": self._engine.prefill_tokens,
+                "overrun_tokens": self._engine.overrun_tokens,
+                "preemptions": self._engine.preemptions,
                 "drafted_tokens": self._engine.drafted_tokens,
                 "accepted_tokens": self._engine.accepted_tokens,
             },

@@ -55,7 +55,11 @@ class RolloutEngine(Protocol):
     num_slots: int
     """Sequences it can hold, paused ones counted."""
     prefill_tokens: int
-    """Tokens prefilled since the start."""
+    """Tokens prefilled since the start, those of preempted sequences again."""
+    overrun_tokens: int
+    """Tokens generated beyond a limit, or after an abort, and thrown away; no log-prob of them is kept."""
+    preemptions: int
+    """Times that a running sequence lost its cache to another one, and is prefilled again."""
     drafted_tokens: int
     """Tokens proposed by speculation since the start; 0 without."""
     accepted_tokens: int

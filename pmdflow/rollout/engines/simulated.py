@@ -74,6 +74,7 @@ class SimulatedEngine:
         self.version = 0
         self.num_slots = num_slots
         self.prefill_tokens = self.drafted_tokens = self.accepted_tokens = 0
+        self.overrun_tokens = self.preemptions = 0
 
     def add(self, request: Request) -> None:
         """Join at the next step.
