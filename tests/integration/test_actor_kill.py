@@ -24,7 +24,8 @@ def test_it_loses_at_most_one_flush_interval_and_its_leases_at_once(tmp_path: Pa
     tiny_model(seed=0).save_pretrained(tmp_path / "model")
     config = small_config(tmp_path, scheduler__groups_per_iteration=GROUPS, data__max_tokens=400)
     config["model"] = {"path": str(tmp_path / "model")}
-    config["rollout"] = {"slots": SLOTS, "flush_interval_s": 1.0, "lease_ttl_s": LEASE_TTL_S}
+    engine = {"engine": "transformers", "slots": SLOTS}
+    config["rollout"] = {**engine, "flush_interval_s": 1.0, "lease_ttl_s": LEASE_TTL_S}
     with rollout_alone(Config.model_validate(config), tmp_path) as run:
         run.publish(0, groups=GROUPS)
         run.admit([prompt(8, seed=n) for n in range(GROUPS)], group_size=SIZE, max_tokens=400)

@@ -15,6 +15,7 @@ import pytest
 import ray
 
 from pmdflow.config.schema import Config
+from pmdflow.config.settle import settle
 from pmdflow.metrics.report import ActorReport
 from pmdflow.run.actors import start_ray, start_rollout, start_store
 from pmdflow.run.placement import place_rollouts
@@ -112,6 +113,7 @@ class RolloutAlone:
 @contextmanager
 def rollout_alone(config: Config, directory: Path) -> Iterator[RolloutAlone]:
     """Start Ray and the store; ends everything."""
+    config = settle(config, gpus=None)
     (directory / "logs").mkdir(parents=True, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")  # Ray's processes inherit it
