@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 
+from pmdflow.config.agents import AgentsConfig
 from pmdflow.config.combinations import combination_problems
 from pmdflow.config.imports import IMPORT_PATH
 from pmdflow.config.scheduling import SchedulerConfig
@@ -349,6 +350,8 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     environment: EnvironmentConfig | None = None
     """Makes trajectories of several turns; null makes single answers."""
+    agents: AgentsConfig | None = None
+    """Makes each trajectory the conversation of a program with an OpenAI endpoint; null has none."""
     scheduler: SchedulerConfig
     learner: LearnerConfig = LearnerConfig()
     store: StoreConfig = StoreConfig()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+import shutil
+import socket
 import subprocess
 import sys
 import types
@@ -17,11 +20,13 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pmdflow.agents.gateway import Gateway
 from pmdflow.config.schema import Config
 from pmdflow.errors import LaunchError
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.reward.actor import RewardActor
 from pmdflow.rollout.actor import RolloutActor
+from pmdflow.rollout.programs import AgentsPlace
 from pmdflow.run.directory import log_path
 from pmdflow.run.loops import Loop, LoopHandle
 from pmdflow.run.placement import ActorOptions, place_rewards
@@ -139,14 +144,28 @@ def start_archive(
 
 
 def start_rollout(
-    config: Config, run_dir: Path, store: StoreHandle, place: ActorOptions, *, index: int
+    config: Config,
+    run_dir: Path,
+    store: StoreHandle,
+    place: ActorOptions,
+    *,
+    index: int,
+    worker: str,
+    agents: AgentsPlace | None = None,
 ) -> ActorHandle[RolloutActor]:
-    """Rollout actor number `index` in its place; its `run` is still to be called."""
+    """Rollout actor number `index` in its place, known as `worker`; its `run` is still to be called."""
     return make_actor(
         RolloutActor,
         log=log_path(run_dir, f"rollout-{index}"),
-        options={"max_concurrency": 8, **place},
-        arguments={"config": config, "index": index, "store": store, "run_dir": str(run_dir)},
+        options={"max_concurrency": 8, "name": worker, **place},
+        arguments={
+            "config": config,
+            "index": index,
+            "store": store,
+            "run_dir": str(run_dir),
+            "worker": worker,
+            "agents": agents,
+        },
     )
 
 
@@ -198,10 +217,11 @@ def start_learners(
 def make_loops(config: Config, run_dir: Path, store: StoreHandle, places: Sequence[ActorOptions]) -> list[Loop]:
     """The replaceable actors: a rollout actor in each place, and reward actors over the nodes."""
     reward_places = place_rewards(config)
+    gateways, agents = make_gateway(config, run_dir)
 
     def rollout(index: int, weights: WeightsHandle | None, worker: str) -> tuple[LoopHandle, ObjectRef[object]]:
-        actor = start_rollout(config, run_dir, store, places[index], index=index)
-        return actor, call(actor, RolloutActor.run, weights, worker)
+        actor = start_rollout(config, run_dir, store, places[index], index=index, worker=worker, agents=agents)
+        return actor, call(actor, RolloutActor.run, weights)
 
     def reward(index: int, weights: WeightsHandle | None, worker: str) -> tuple[LoopHandle, ObjectRef[object]]:
         actor = make_actor(
@@ -221,7 +241,34 @@ def make_loops(config: Config, run_dir: Path, store: StoreHandle, places: Sequen
         Loop(name=f"reward-{index}", start=partial(reward, index), takes_weights=False, hang_timeout_s=hang_s)
         for index in range(config.reward.actors)
     ]
-    return [*rollouts, *rewards]
+    return [*gateways, *rollouts, *rewards]
+
+
+def make_gateway(config: Config, run_dir: Path) -> tuple[list[Loop], AgentsPlace | None]:
+    """The gateway of agent programs on this machine, and where they find it; none where the run has no agents."""
+    if config.agents is None:
+        return [], None
+    given, secret = config.agents, secrets.token_bytes(32)
+    shutil.rmtree(run_dir / "agents", ignore_errors=True)  # what programs of a killed run have left
+    with socket.socket(socket.AF_INET6 if ":" in given.host else socket.AF_INET) as probe:
+        probe.bind((given.host, given.port))
+        port = probe.getsockname()[1]
+    everywhere = given.host in ("0.0.0.0", "::")  # noqa: S104
+    host = ray.util.get_node_ip_address() if everywhere else given.host
+    node = ray.get_runtime_context().get_node_id()
+
+    def gateway(_: WeightsHandle | None, worker: str) -> tuple[LoopHandle, ObjectRef[object]]:
+        actor = make_actor(
+            Gateway,
+            log=log_path(run_dir, "gateway"),
+            options={"max_concurrency": 4, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)},
+            arguments={"config": given, "model": config.run.name, "secret": secret, "port": port},
+        )
+        return actor, call(actor, Gateway.run)
+
+    loop = Loop(name="gateway", start=gateway, takes_weights=False, hang_timeout_s=config.rollout.lease_ttl_s)
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return [loop], AgentsPlace(address=address, secret=secret)
 
 
 def _store_threads(config: Config) -> ActorOptions:
