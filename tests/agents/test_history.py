@@ -113,8 +113,8 @@ HERMES = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": [2]}}</tool_call
         ("json", ' {"name": "add", "arguments": {"a": 1, "b": [2]}} ', ""),
         (
             "kimi",
-            "so<|tool_calls_section_begin|><|tool_call_begin|>functions.add:0"
-            + '<|tool_call_argument_begin|>{"a": 1, "b": [2]}<|tool_call_end|><|tool_calls_section_end|>',
+            "so<|tool_calls_section_begin|><|tool_call_begin|>functions.add:0<|tool_call_argument_begin|>"  # noqa: ISC004
+            '{"a": 1, "b": [2]}<|tool_call_end|><|tool_calls_section_end|>',
             "so",
         ),
     ],
