@@ -17,6 +17,8 @@ from pmdflow import _rust_buffer
 from pmdflow.store.plan import in_claim_order
 from pmdflow.types import Claim, ClaimRows, ClaimTokens, Float32, Int32, Int64, Mask, TrainBatch
 
+WHOLE_GROUPS = 1.05
+"""Groups stay whole on a rank if the busiest rank then has at most so many times the tokens that it had otherwise."""
 BUCKET = 0.6
 """A padded row shorter than this share of the longest begins a new micro-batch: padding costs as much as tokens."""
 
@@ -60,6 +62,8 @@ class MicroBatch:
     """Log-probs at generation [P]."""
     versions: Int32
     """[P]"""
+    turns: Int32
+    """Turn of its trajectory that each token is of, from 0 [P]: what no observed token interrupts."""
     trained: Bool
     """[P]"""
     cu_seqlens: Int64
@@ -82,7 +86,14 @@ def group_slices(batch: ClaimRows) -> list[slice]:
 
 
 def plan_iteration(
-    batch: ClaimRows, *, counts: Int64, steps: int, ranks: int, tokens_per_microbatch: int, packing: bool = True
+    batch: ClaimRows,
+    *,
+    counts: Int64,
+    steps: int,
+    ranks: int,
+    tokens_per_microbatch: int,
+    packing: bool = True,
+    scored: Bool | None = None,
 ) -> list[StepPlan]:
     """Split a claim into steps, ranks and micro-batches.
 
@@ -97,6 +108,8 @@ def plan_iteration(
         ranks: Learner ranks.
         tokens_per_microbatch: Most tokens of a micro-batch, padding included.
         packing: Whether a micro-batch is one row without padding.
+        scored: Trajectories that are in a micro-batch in any case, trained or not [N]; with it, groups stay whole on a
+            rank where balance allows.
 
     Raises:
         ValueError: one trajectory alone is longer than `tokens_per_microbatch`, or the plan is of another claim.
@@ -106,8 +119,11 @@ def plan_iteration(
     plans = []
     for dealt in _dealt(batch, steps):
         members = dealt[counts[dealt] > 0]
-        _refuse_longer(lengths[members], tokens_per_microbatch)
-        parts = _spread(members, lengths, ranks, tokens_per_microbatch, packing=packing)
+        computed = members if scored is None else dealt[(counts[dealt] > 0) | scored[dealt]]
+        _refuse_longer(lengths[computed], tokens_per_microbatch)
+        parts = _spread(computed, lengths, ranks, tokens_per_microbatch, packing=packing)
+        if scored is not None and ranks > 1:
+            parts = _whole(parts, batch.groups, lengths, tokens_per_microbatch, packing=packing) or parts
         pace = max(len(part) for part in parts)
         plans.append(
             StepPlan(
@@ -151,6 +167,36 @@ def _spread(
     if packing:
         return filled
     return [[cut for whole in rank for cut in _fill_padded(whole, lengths, limit)] for rank in filled]
+
+
+def _whole(
+    parts: Sequence[Sequence[Indices]], groups: Int64, lengths: Int64, limit: int, *, packing: bool
+) -> Sequence[Sequence[Indices]] | None:
+    """The same trajectories with whole groups on each rank, the longest first; None if that unbalances the ranks."""
+    members = np.sort(np.array([row for part in parts for micro in part for row in micro], np.int64))
+    busiest = max(sum(int(lengths[list(micro)].sum()) for micro in part) for part in parts)
+    names, group = np.unique(groups[members], return_inverse=True)
+    tokens = np.bincount(group, weights=lengths[members], minlength=len(names))
+    loads, rank_of = np.zeros(len(parts)), np.zeros(len(names), np.int64)
+    for index in np.argsort(-tokens, kind="stable"):
+        rank_of[index] = np.argmin(loads)
+        loads[rank_of[index]] += tokens[index]
+    if loads.max() > WHOLE_GROUPS * busiest:
+        return None
+    own = [members[rank_of[group] == rank] for rank in range(len(parts))]
+    return [_spread(rows, lengths, 1, limit, packing=packing)[0] for rows in own]
+
+
+def is_whole(plans: Sequence[StepPlan], groups: Int64) -> bool:
+    """Whether all that is computed of a group is computed on one rank."""
+    seen: dict[int, int] = {}
+    return all(
+        seen.setdefault(int(groups[row]), rank) == rank
+        for plan in plans
+        for rank, micros in enumerate(plan.ranks)
+        for micro in micros
+        for row in micro
+    )
 
 
 def _fill_padded(members: Sequence[int], lengths: Int64, limit: int) -> list[Indices]:
@@ -228,10 +274,16 @@ def pack(batch: TrainBatch, *, trained: Bool, trajectories: Indices, packing: bo
         temperatures=batch.temperatures[source],
         behavior=batch.logprobs[source],
         versions=batch.versions[source],
+        turns=np.concatenate([_turns(part) for part in sources]),
         trained=trained[source],
         cu_seqlens=np.concatenate([[0], np.cumsum([len(part) for part in sources])]).astype(np.int64),
         packed=packing,
     )
+
+
+def _turns(generated: Int64) -> Int32:
+    """The turn of each generated token from their places in a trajectory: a gap ends one."""
+    return np.cumsum(np.diff(generated, prepend=generated[:1]) > 1, dtype=np.int32)
 
 
 def _empty(packing: bool) -> MicroBatch:
@@ -245,6 +297,7 @@ def _empty(packing: bool) -> MicroBatch:
         temperatures=np.ones(1, np.float32),
         behavior=np.zeros(1, np.float32),
         versions=np.full(1, -1, np.int32),
+        turns=np.zeros(1, np.int32),
         trained=np.zeros(1, np.bool_),
         cu_seqlens=np.array([0, 1], np.int64),
         packed=packing,
