@@ -64,6 +64,8 @@ class AgentSession:
     outlives: bool = field(default=True, init=False)
     rewards: dict[str, float] = field(default_factory=dict, init=False)
     """What the program says of its episode."""
+    is_judged: bool = field(default=False, init=False)
+    """The store has what was said of it already."""
     notes: list[tuple[str, str]] = field(default_factory=list, init=False)
     """(kind, message) of what is to be said of it in the run's events."""
     num_turns: int = field(default=0, init=False)

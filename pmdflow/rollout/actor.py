@@ -233,7 +233,10 @@ class RolloutActor:
             self._fork()
         for id, reply in answers.items():
             if self._programs is not None and reply.done:
-                self._programs.note(self._holder[id], reply.problem)
+                held = self._holder[id]
+                self._programs.note(held, reply.problem)
+                if rewards := self._programs.rewards(held):
+                    self._requests.turn(id, held.epoch, 0, rewards)
             if not reply.problem:
                 self._failures.clear()
                 continue

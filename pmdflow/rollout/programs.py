@@ -71,7 +71,8 @@ class Programs:
         """Begin the program of a leased trajectory, or go on with the one that waits for it."""
         lease = held.lease
         held.watch = partial(_watch, self._tokenizer)
-        episode = Episode() if len(lease.prefix) == 0 else _episode(self._read(lease.trajectory))
+        row = self._read(lease.trajectory) if lease.epoch > 1 else None
+        episode = Episode() if row is None else _episode(row)
         held.left_out = len(episode.tokens) - len(lease.prefix)
         session, _ = self._parked.pop(lease.trajectory, (None, 0))
         if session is not None:
@@ -81,7 +82,9 @@ class Programs:
                 held.attach(session, turn=turn)
                 return
             session.close("its tokens are not those that are stored")
-        held.open(self._session(lease, episode, held), unanswered=0, whole=False)
+        session = self._session(lease, episode, held)
+        session.is_judged = row is not None and len(row["turns"]) > 0
+        held.open(session, unanswered=0, whole=False)
 
     def let_go(self, held: HeldTrajectory, *, stays: bool) -> list[tuple[str, str]]:
         """A lease has ended; where the trajectory `stays` partial its program waits. Returns what is to be noted."""
@@ -93,6 +96,12 @@ class Programs:
         else:
             session.close("its trajectory is complete" if held.stop is not None else "another actor has its lease")
         return notes
+
+    def rewards(self, held: HeldTrajectory) -> Mapping[str, float]:
+        """What is to be noted of an episode that ends: what was said of it first stands."""
+        session = held.session
+        assert isinstance(session, AgentSession)
+        return {} if session.is_judged else session.rewards
 
     def note(self, held: HeldTrajectory, problem: str) -> None:
         """Count what a program failed at.

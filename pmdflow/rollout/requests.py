@@ -105,6 +105,10 @@ class StoreRequests:
         """The fencing epochs of those trajectories that are in the store; likewise."""
         return _get(call(self._store, StoreActor.epochs, trajectories), "the question for epochs")
 
+    def turn(self, id: int, epoch: int, number: int, rewards: Mapping[str, float], key: str | None = None) -> None:
+        """Note what is said of an episode; likewise."""
+        _get(call(self._store, StoreActor.turn, id, epoch, number, dict(rewards), key), "a note on an episode")
+
     def fork(self, id: int, epoch: int, offset: int) -> Forked:
         """Begin a branch; likewise."""
         return _get(call(self._store, StoreActor.fork, id, epoch, offset), "a fork")

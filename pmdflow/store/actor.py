@@ -80,6 +80,11 @@ class StoreActor:
         return self._store.fork(trajectory, epoch, offset)
 
     @_in_group("append")
+    def turn(self, trajectory: int, epoch: int, number: int, rewards: dict[str, float], key: str | None) -> bool:
+        """Note what is said of a leased episode; True if the lease was fenced."""
+        return self._store.turn(trajectory, epoch, number, rewards, key)
+
+    @_in_group("append")
     def trajectory(self, trajectory: int) -> dict[str, Any]:
         """One live trajectory with its arrays."""
         return self._store.trajectory(trajectory)

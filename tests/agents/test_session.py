@@ -14,7 +14,6 @@ import torch
 
 from pmdflow.agents.desk import Incoming, Outgoing
 from pmdflow.agents.requests import Posted, parse_turn
-from pmdflow.agents.session import AgentSession
 from pmdflow.config.load import load
 from pmdflow.config.schema import Config
 from pmdflow.data.prompts import make_prompts
@@ -76,7 +75,10 @@ class Life:
             self.holder.step()
         for id, reply in self.holder.take_answers().items():
             if reply.done:
-                self.programs.note(self.holder[id], reply.problem)
+                held = self.holder[id]
+                self.programs.note(held, reply.problem)
+                if rewards := self.programs.rewards(held):
+                    self.store.turn(id, held.epoch, 0, rewards)
         for held in self.holder.forks():
             assert held.fork is not None
             held.forked(self.store.fork(held.id, held.epoch, held.fork).epoch)
@@ -342,9 +344,11 @@ def test_rewards_are_the_programs_own_words(world: World) -> None:
     life = world.life()
     life.ask(ASK)
     assert life.wait(life.send(Posted(rewards={"reward": 0.5}))).body == {"rewards": {"reward": 0.5}}
-    (held,) = [life.holder[life.id]]
-    assert isinstance(held.session, AgentSession)
-    assert held.session.rewards == {"reward": 0.5}
+    assert life.wait(life.send(Posted(rewards={"bonus": 1.0}))).body == {"rewards": {"reward": 0.5, "bonus": 1.0}}
+    life.program.rewards = {"reward": 0.25, "late": 2.0}
+    life.end()
+    (unscored,) = world.store.unscored(1, 9.0, 0.0)
+    assert unscored.rewards == {"reward": 0.5, "bonus": 1.0, "late": 2.0}  # what was said first stands
 
 
 def test_a_session_takes_no_more_requests_once_it_is_over(world: World) -> None:
