@@ -17,6 +17,7 @@ def agent_config(tmp_path: Path, program: str, **overrides: Any) -> dict[str, An
     config = small_config(tmp_path, run__iterations=2, eval__prompts=2, data__group_size=2, **overrides)
     config["scheduler"] |= {"groups_per_iteration": 2}
     config["model"]["path"] = str(chat_model(tmp_path / "model"))
+    config["reward"] = {"functions": [{"function": "pmdflow.reward.said:score"}]}
     config["agents"] = {"program": f"tests.support.agent_programs:{program}", "concurrency": 4, "timeout_s": 60}
     return config
 
