@@ -43,6 +43,9 @@ class Program:
     """What it left in its file, once it has ended."""
     ended: Future[str] = field(default_factory=Future, init=False)
     """What went wrong: "" where it ended by itself, with exit code 0."""
+    died: bool = field(default=False, init=False)
+    """It was killed, by nobody here: another one may do better. Set before it has ended."""
+    _killed: bool = field(default=False, init=False)
     _late: bool = field(default=False, init=False)
 
     @classmethod
@@ -92,6 +95,7 @@ class Program:
     def kill(self) -> None:
         """Have it killed, with all that it started; returns at once."""
         assert self.keeper.stdin is not None
+        self._killed = True
         with contextlib.suppress(OSError, ValueError):
             self.keeper.stdin.close()
 
@@ -106,6 +110,7 @@ class Program:
         timer.start()
         said = self.keeper.stdout.read()
         timer.cancel()
+        ordered = self._killed
         self.kill()
         self.keeper.stdout.close()
         try:
@@ -113,7 +118,7 @@ class Program:
         except subprocess.TimeoutExpired:
             self.keeper.kill()
             self.keeper.wait()
-        problem = f"it did not end within {timeout_s:g} s" if self._late else self._problem(said)
+        problem = f"it did not end within {timeout_s:g} s" if self._late else self._problem(said, ordered)
         try:
             self._read_reward(reward)
         except ValueError as error:
@@ -124,14 +129,16 @@ class Program:
         self._late = True
         self.kill()
 
-    def _problem(self, said: bytes) -> str:
+    def _problem(self, said: bytes, ordered: bool) -> str:
         lines = said.decode(errors="replace").splitlines()
         if not lines:
+            self.died = not ordered
             return "its keeper was killed"
         first: dict[str, Any] = json.loads(lines[0])
         if "error" in first:
             return str(first["error"])
         status = first["status"]
+        self.died = status is not None and status < 0
         if status == 0:
             return ""
         how = "killed" if status is None else f"signal {-status}" if status < 0 else f"exit code {status}"

@@ -62,6 +62,8 @@ class AgentSession:
     sampling: Mapping[str, Any]
     """The run's own, which every answer says."""
     outlives: bool = field(default=True, init=False)
+    may_die: bool = True
+    """A program that is killed is started again."""
     rewards: dict[str, float] = field(default_factory=dict, init=False)
     """What the program says of its episode."""
     is_judged: bool = field(default=False, init=False)
@@ -128,7 +130,7 @@ class AgentSession:
         """What comes next, if anything: tokens to go on from, or the end."""
         self._take_arrivals()
         if self.generating:
-            return Reply(done=True, problem=self._problem()) if self.over else None
+            return self._last() if self.over else None
         while not self._ended and (self._current is not None or self._queue):
             self._current = self._current or self._queue.popleft()
             try:
@@ -140,9 +142,7 @@ class AgentSession:
             if reply is not None:
                 self.generating, self._turn = True, self._turn if reply.turn else ([], [])
                 return reply
-        if not self.over:
-            return None
-        return Reply(done=True, problem=self._problem())
+        return self._last() if self.over else None
 
     def close(self, why: str) -> None:
         """End the program and all that it started; whoever waits is told why."""
@@ -280,12 +280,15 @@ class AgentSession:
     def _answer(self, entry: _Open, status: int, body: Mapping[str, Any]) -> None:
         self.desk.answer([Outgoing(id=id, status=status, body=body) for id in entry.waiters])
 
-    def _problem(self) -> str:
+    def _last(self) -> Reply:
+        """The end of the episode, or of this program alone where it was killed."""
         if self._ended:
-            return self._ended
+            return Reply(done=True, problem=self._ended)
         assert self._program is not None
         self.rewards = {**self._program.rewards, **self.rewards}
-        return self._program.ended.result()
+        problem = self._program.ended.result()
+        again = self._program.died and self.may_die
+        return Reply(done=not again, again=again, problem=f"its program died ({problem})" if again else problem)
 
     def _text(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))

@@ -33,6 +33,8 @@ class Reply:
     done: bool = False
     problem: str = ""
     """What went wrong, for the run's events."""
+    again: bool = False
+    """The lease is to be given back: whoever gets it begins anew and goes on from the record."""
     fork: int | None = None
     """A branch begins, with so many tokens after the prompt; what else the history had is left out of it."""
     turn: int | None = None

@@ -183,7 +183,9 @@ class HeldTrajectory:
         self.num_observed += len(self.observed)
         if self.observed or reply.turn is not None:
             self.turn_start = len(self.context) - (reply.turn or 0)
-        if reply.done:
+        if reply.again:
+            self._end("abort")
+        elif reply.done:
             self._end("stop" if self.room > 0 else "length")
         elif self.room == 0:
             self._end("length")

@@ -92,7 +92,7 @@ class Holder:
         """What environments have answered, by trajectory; those go on once that is durable."""
         answers = {held.id: held.poll() for held in self._held.values()}
         for id, reply in answers.items():
-            if reply is not None and reply.done:
+            if reply is not None and self._held[id].stop is not None:
                 self._engine.abort(id)
         return {id: reply for id, reply in answers.items() if reply is not None}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+MAX_DEATHS = 3
+"""A trajectory whose programs are killed so often here ends where it is."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentsPlace:
     """Where the programs of a run find its gateway."""
@@ -59,6 +64,8 @@ class Programs:
         self._ends = end_ids(config.model.path)
         self._parked: dict[int, tuple[AgentSession, int]] = {}
         """By trajectory, with the epoch of the lease that was given back."""
+        self._deaths: Counter[int] = Counter()
+        """Programs that were killed, of each trajectory that is not complete."""
         self._failures: list[str] = []
         """What programs failed at since one of them asked for a turn."""
 
@@ -91,10 +98,13 @@ class Programs:
         session = held.session
         assert isinstance(session, AgentSession)
         notes, session.notes = session.notes, []
-        if stays and held.stop in ("budget", "abort"):
+        if stays and held.stop in ("budget", "abort") and not session.over:
             self._parked[held.id] = (session, held.epoch)
         else:
             session.close("its trajectory is complete" if held.stop is not None else "another actor has its lease")
+            self._deaths[held.id] += held.stop == "abort" and stays
+            if held.stop not in ("budget", "abort"):
+                self._deaths.pop(held.id, None)
         return notes
 
     def rewards(self, held: HeldTrajectory) -> Mapping[str, float]:
@@ -152,6 +162,7 @@ class Programs:
             max_tokens=control.max_tokens,
             record=Record.of(lease.prompt.tolist(), episode),
             ends=self._ends.union(control.stop_token_ids),
+            may_die=self._deaths[lease.trajectory] < MAX_DEATHS,
             sampling={"temperature": control.temperature, "top_p": control.top_p},
         )
 

@@ -38,7 +38,7 @@ class Quiet:
     def __init__(self) -> None:
         self.ended: Future[str] = Future()
         self.rewards: dict[str, float] = {}
-        self.killed = False
+        self.killed = self.died = False
 
     def kill(self) -> None:
         self.killed = True
@@ -54,11 +54,12 @@ class Life:
         self.holder = Holder(engine, LeaseTaker(config, self.programs))
         self.name, self.answers, self.notes, self._number = name, dict[str, Outgoing](), list[tuple[str, str]](), 0
         self.gone: list[HeldTrajectory] = []
-        self.lease()
+        self.epoch = 0
+        self.lease(new=True)
 
-    def lease(self) -> None:
+    def lease(self, *, new: bool = False) -> None:
         (lease,) = self.store.lease(self.name, 0, 1, 5.0)
-        self.epoch = self.epoch if hasattr(self, "epoch") else lease.epoch
+        self.epoch = lease.epoch if new else self.epoch
         self.holder.join(lease, grant=lease.grant)
         self.id = lease.trajectory
 
@@ -349,6 +350,21 @@ def test_rewards_are_the_programs_own_words(world: World) -> None:
     life.end()
     (unscored,) = world.store.unscored(1, 9.0, 0.0)
     assert unscored.rewards == {"reward": 0.5, "bonus": 1.0, "late": 2.0}  # what was said first stands
+
+
+def test_a_program_that_is_killed_is_started_again_and_goes_on(world: World) -> None:
+    life = world.life()
+    first = life.ask(ASK)
+    life.program.died = True
+    life.end("signal 9")
+    assert world.store.trajectory(life.id)["state"] == "idle"
+    life.program = Quiet()
+    life.lease(new=True)
+    assert life.ask(ASK) == first
+    life.ask(ASK, answer_of(first), {"role": "user", "content": "?"})
+    life.end()
+    row = world.store.trajectory(life.id)
+    assert (row["state"], row["forks"]) == ("unscored", [])
 
 
 def test_a_session_takes_no_more_requests_once_it_is_over(world: World) -> None:
