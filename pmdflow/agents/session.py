@@ -283,12 +283,13 @@ class AgentSession:
     def _last(self) -> Reply:
         """The end of the episode, or of this program alone where it was killed."""
         if self._ended:
-            return Reply(done=True, problem=self._ended)
+            return Reply(done=True, problem=f"trajectory {self.trajectory}: {self._ended}")
         assert self._program is not None
         self.rewards = {**self._program.rewards, **self.rewards}
         problem = self._program.ended.result()
         again = self._program.died and self.may_die
-        return Reply(done=not again, again=again, problem=f"its program died ({problem})" if again else problem)
+        told = f"trajectory {self.trajectory}: {'its program died: ' if again else ''}{problem}" if problem else ""
+        return Reply(done=not again, again=again, problem=told)
 
     def _text(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
