@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -118,6 +119,7 @@ class Program:
         except subprocess.TimeoutExpired:
             self.keeper.kill()
             self.keeper.wait()
+        shutil.rmtree(self.work, ignore_errors=True)  # a keeper that was killed has left it
         problem = f"it did not end within {timeout_s:g} s" if self._late else self._problem(said, ordered)
         try:
             self._read_reward(reward)
