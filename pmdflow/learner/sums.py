@@ -46,10 +46,14 @@ class Sums:
     """Of each step taken, before clipping."""
     skipped: int = 0
     trained_tokens: int = 0
+    teacher_tokens: int = 0
+    """Tokens that a teacher's forward passes read, over all ranks."""
     lr: float = 0.0
     """Of the last step taken."""
     mismatch: StepSums | None = None
     """The policy that opened the iteration against the engine: later steps have other weights."""
+    by_age: list[float | None] | None = None
+    """The same over tokens of each age; None without log pi_i."""
     total: StepSums = field(default_factory=StepSums)
     """Over the steps taken."""
 
@@ -81,6 +85,8 @@ class Sums:
             optional["learner/clipped_share"] = total.clipped / self.trained_tokens
         if taken and supervised:
             optional["learner/ptx_loss"] = total.supervised / taken
+        if self.teacher_tokens:
+            optional["learner/teacher_tokens"] = self.teacher_tokens
         return {
             **optional,
             "learner/loss": sum(self.step_losses) / taken if taken else 0.0,
@@ -91,6 +97,7 @@ class Sums:
             "learner/u_std": max(variance, 0.0) ** 0.5,
             "learner/reference_kl": -total.u / total.generated if total.generated else 0.0,
             "learner/mismatch_kl": mismatch.mismatch / mismatch.mismatch_tokens if mismatch.mismatch_tokens else None,
+            "learner/behavior_kl_by_age": self.by_age,
             "learner/entropy": total.entropy / total.entropy_tokens if total.entropy_tokens else None,
             "learner/trained_tokens": self.trained_tokens,
             "learner/lr": self.lr,

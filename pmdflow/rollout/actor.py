@@ -18,6 +18,7 @@ from pmdflow.rollout.held import HeldTrajectory
 from pmdflow.rollout.holder import Holder
 from pmdflow.rollout.incoming import IncomingWeights
 from pmdflow.rollout.leasing import LeaseTaker
+from pmdflow.rollout.loading import Loader
 from pmdflow.rollout.programs import AgentsPlace, Programs, noted
 from pmdflow.rollout.requests import STORE_TIMEOUT_S, StoreRequests
 from pmdflow.store.client import StoreHandle
@@ -70,6 +71,7 @@ class RolloutActor:
         if agents is not None:
             self._programs = Programs(config, agents, Path(run_dir), worker, self._requests.trajectory)
         self._holder = Holder(self._engine, LeaseTaker(config, self._programs))
+        self._loader = Loader(self._engine, mode=config.rollout.on_new_weights)
         self._one_version = config.scheduler.versions is not None
         self._incoming = IncomingWeights(any_order=self._one_version)
         self._spans = SpanBuffer(self._worker)
@@ -168,6 +170,9 @@ class RolloutActor:
             events=[*failed, *told, *self._spans.losses()],
             tokens={
                 "generated_tokens": self._generated,
+                "prefill_tokens": self._engine.prefill_tokens,
+                "overrun_tokens": self._engine.overrun_tokens,
+                "preemptions": self._engine.preemptions,
                 "drafted_tokens": self._engine.drafted_tokens,
                 "accepted_tokens": self._engine.accepted_tokens,
             },
@@ -183,7 +188,7 @@ class RolloutActor:
 
     def _offer(self, handle: WeightsHandle, *, timeout_s: float) -> None:
         weights = self._transport.fetch(handle, timeout_s=timeout_s)
-        self._incoming.offer(handle.version, self._engine.stage(weights))
+        self._incoming.offer(handle.version, (self._engine.stage(weights), handle.probe))
 
     def _swap_weights(self) -> None:
         """Take other weights; every token sent before carries the old version, every one after the new.
@@ -196,7 +201,8 @@ class RolloutActor:
         taken = self._incoming.take()
         if taken is None:
             return
-        version, staged = taken
+        version, (staged, probe) = taken
+        self._loader.expect(probe)
         self._await_append()
         self._end_span()
         with self._spans.span("apply_weights", version=version) as attrs:
@@ -207,10 +213,9 @@ class RolloutActor:
                 self._holder.abort()
             self._send(next_version=version)
             attrs["pause_s"] = time.monotonic() - start
-            self._engine.load_weights(version, staged, on_new_weights=self._config.on_new_weights)
+            self._loader.load(version, staged, probe)
             attrs["load_s"] = time.monotonic() - start - attrs["pause_s"]
             self._await_append()
-            self._engine.resume()
         self._incoming.mark_applied(version)
 
     def _collect(self) -> None:

@@ -72,7 +72,7 @@ class Programs:
     @property
     def most(self) -> int:
         """Programs that this actor may run at a time."""
-        return math.ceil(self._agents.concurrency / self._config.rollout.actors)
+        return math.ceil(self._agents.concurrency / self._config.rollout.num_actors)
 
     def open(self, held: HeldTrajectory) -> None:
         """Begin the program of a leased trajectory, or go on with the one that waits for it."""
