@@ -24,6 +24,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,9 @@ class Ours:
         torch.use_deterministic_algorithms(False)
         claim, ones = Claim.of(batch), np.ones(len(batch.rewards))
         (self.plan,) = self.learner._plan(claim, claim.count(Mask.TRAINED), steps=1)
-        (self.micros,) = self.learner._load(claim, batch.read, [self.plan], batch.rewards, ones)
+        (micros,) = self.learner._load(claim, batch.read, [self.plan], ones)
+        rewards = torch.from_numpy(batch.rewards).to(self.learner._device)
+        self.micros = [replace(micro, sequence_credit=rewards[micro.trajectories]) for micro in micros]
         self.anchors = [micro.behavior for micro in self.micros]
 
     def step(self) -> None:

@@ -50,6 +50,7 @@ from pmdflow.run.telemetry import Telemetry
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.client import StoreHandle, call
 from pmdflow.types import Claim
+from pmdflow.weights.file import NamedTensors
 from pmdflow.weights.object_store import ObjectStoreTransport
 from pmdflow.weights.transport import WeightsHandle
 
@@ -119,7 +120,7 @@ class SleepingLearner:
         return TrainResult(metrics={}, speed={}, left_out={}, advantages=np.zeros(len(claim.rewards)))
 
     def publish(self, version: int) -> WeightsHandle:
-        return ObjectStoreTransport().publish(version, {})
+        return ObjectStoreTransport("token-clock").publish(version, NamedTensors.of({}))
 
     def save(self, directory: str) -> None:
         Path(directory).mkdir(parents=True)

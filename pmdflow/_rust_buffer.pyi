@@ -208,7 +208,7 @@ class TrajectoryStore:
             Conflict: not complete, a reward that is not finite, or an attempt that nobody was asked for.
         """
     def publish(self, version: int, iteration: int | None, left_out: dict[str, list[int]]) -> None:
-        """Make `version` the newest; `iteration`'s claim is trained (None for initial weights or after a resume).
+        """Make `version` the newest; `iteration`'s claim is trained (None for initial weights).
 
         `left_out` names trajectories of the claim that had no gradient by reason (`filter`, `veto`): from then on,
         `read_claim` and the ledger show their otherwise trained tokens as masked for it.
@@ -216,6 +216,13 @@ class TrajectoryStore:
         Raises:
             Conflict: the version is not above every earlier one (an exact repeat is a no-op), the claim is not there to
                 be trained, or a trajectory left out is not in it, or is there for two reasons.
+        """
+    def restore(self, version: int, weights_of: int) -> None:
+        """Make `version` the newest; its weights are those of the older `weights_of`, from which staleness counts on.
+
+        Raises:
+            Conflict: the version is not above every earlier one (an exact repeat is a no-op), or the other was never
+                published.
         """
     def claim(self, iteration: int, version: int, timeout_s: float, now_s: float | None = None) -> dict[str, Any]:
         """Claim `iteration`'s groups for a learner at `version`.

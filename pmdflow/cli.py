@@ -126,6 +126,22 @@ def check_policy(
     typer.echo(check_command(policy, examples=examples, seed=seed))
 
 
+@app.command("check-algorithm")
+def check_algorithm(
+    algorithm: Annotated[str, typer.Argument(metavar="NAME", help="As in learner.algorithm.")],
+    components: Annotated[
+        list[str] | None, typer.Option("--component", help="Reward component that it reads; may be repeated.")
+    ] = None,
+) -> None:
+    """Try an algorithm on made-up claims: is it finite, repeatable, and the same however a claim is split?"""
+    from pmdflow.learner.conformance import check_algorithm as check
+
+    try:
+        typer.echo(check(algorithm, components=components or ()))
+    except ValueError as error:
+        raise PmdflowError(str(error)) from error
+
+
 @app.command()
 def down(run: Run) -> None:
     """Stop a run, also from another terminal; `up` resumes it."""
@@ -168,8 +184,30 @@ def replay(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: learner.tau=0.1")
     ] = None,
+    train: Annotated[
+        Path | None, typer.Option("--train", metavar="OUT", help="Make a new run, trained on the stored rollouts.")
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Compare --set with this setting, claim by claim; may be repeated."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.html", help="With --against: also write a plot.")] = None,
 ) -> None:
     """Run stored rollouts again, offline, without rollout actors."""
+    if sum((verify, train is not None, bool(against))) > 1 or (train is not None and start) or (out and not against):
+        raise PmdflowError(
+            "--verify, --train and --against are three different things, --from goes with the first and the last, "
+            "--out with the last",
+            hint="give one of them",
+        )
+    if train is not None:
+        from pmdflow.replay.training import train_on_stored
+
+        raise typer.Exit(train_on_stored(run.absolute(), train.absolute(), overrides or ()))
+    if against:
+        from pmdflow.replay.comparison import compare
+
+        raise typer.Exit(compare(run.absolute(), overrides or (), against, start=start, out=out))
     from pmdflow.replay.command import replay as train_again
 
     raise typer.Exit(train_again(run, verify=verify, start=start, overrides=overrides or ()))

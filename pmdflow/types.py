@@ -178,6 +178,7 @@ class Counts:
     """The oldest of them, by its group id; None without one."""
     groups_ready: int
     groups_claimed: int
+    claims_undone: int  # trained again before any new one is made
     trajectories_leased: int
     trajectories_idle: int
     """Neither leased nor complete: never started, or partial."""
@@ -192,8 +193,7 @@ class Counts:
     """Second, differing outcomes of scoring attempts since the store was opened: the first ones stand."""
     eval_pending: int
     """Evaluation trajectories that are not scored yet."""
-    tokens_budget: int
-    """Budget of the newest version."""
+    tokens_budget: int  # of the newest version
     tokens_spent: int
     """Durable tokens generated under the newest version."""
     bytes: int
@@ -236,7 +236,7 @@ class ClaimRows:
 
     iteration: int
     version: int
-    """Learner version at the claim; staleness of a token is this minus its version."""
+    """Learner version at the claim."""
     cu_seqlens: Int64
     """Where each trajectory begins among the tokens of all, its prompt first, and the end [N + 1]."""
     prompt_lengths: Int32
@@ -257,6 +257,7 @@ class ClaimRows:
     """None: recorded before plans were, or made up; then the learner deals the groups in claim order."""
     branches: Branches | None = None
     """None: each trajectory is an episode of its own."""
+    restored: Mapping[int, int] = field(default_factory=dict)  # version of each resume: iterations its weights trained
 
     def group_starts(self) -> Int64:
         """Index of the first trajectory of each group, in claim order [G]."""

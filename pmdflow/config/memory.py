@@ -1,8 +1,7 @@
 """What a run needs of the memory of its GPUs and of its host, by role and by purpose, before anything starts.
 
-A learner rank is planned at the worst of four moments: the end of the forward pass, the backward pass of a decoder
-layer, that of what lies outside of all layers, and the optimizer step. `tests/learner/test_memory_plan.py` holds the
-plan beside `FSDPMemTracker` of torch.
+A learner rank is planned at the worst of four moments: the end of the forward pass, the backward pass of a layer, that
+of what lies outside of all layers, and the optimizer step. `FSDPMemTracker` of torch is the measure of it in the tests.
 """
 
 from __future__ import annotations
@@ -107,11 +106,9 @@ def rank_need(config: Config, model: Footprint, *, on_gpu: bool) -> Need:
     shard = -(-model.num_parameters // shards) * MASTER_BYTES
     trained = 0 if learner.lora else shard
     kept = {"master weights": shard, "moments": 2 * trained, "gradients": trained}
+    moments = [*_moments(config, model, number), {"optimizer temporaries": trained}]
     if learner.cpu_offload and on_gpu:
-        kept = {}
-    moments = _moments(config, model, number)
-    if not learner.cpu_offload:
-        moments.append({"optimizer temporaries": trained})
+        kept, moments = {}, moments[:-1]
     worst = max(moments, key=lambda parts: sum(parts.values()))
     context = {"CUDA context": CONTEXT_BYTES} if on_gpu else {}
     unknown = () if model.activation_bytes is not None else ("activations",)

@@ -153,6 +153,8 @@ class LearnerConfig(Section):
     algorithm: str = "pmd_mean"
     """`pmd_mean`, `pmd_partition`, `boltzmann_pmd`, `token_pmd` (K2.5), `weighted_sft` (BOLT), `ctpo`, `grpo`, `gspo`,
     or the import path `package.module:name` of an `Algorithm`."""
+    settings: dict[str, float | str] = {}
+    """Settings of the algorithm that only it has, by name; `learner/ALGORITHMS.md` lists them."""
     tau: PositiveFloat = 0.05
     """KL regularization of policy mirror descent: an iteration moves the log-ratio of a whole sequence towards its
     advantage / tau, so long answers want a smaller one. With one step an iteration it has no effect in `pmd_mean`."""

@@ -25,7 +25,7 @@ from pmdflow.dashboard.queries import RunView, column
 CHARTS: Mapping[str, tuple[str, str, str]] = {
     "reward": ("Train reward", "reward/mean", "reward"),
     "length": ("Response length", "trajectory/length_mean", "tokens"),
-    "staleness": ("Mean staleness of tokens with a gradient", "staleness/mean", "versions"),
+    "staleness": ("Mean staleness of tokens with a gradient", "staleness/mean", "iterations"),
     "budget": ("Tokens spent by each iteration", "scheduler/tokens_spent", "tokens"),
     "busy": ("Rollout busy", "rollout/busy_share", "share of the time"),
     "time": ("Time of an iteration", "time/iteration_s", "seconds"),

@@ -20,7 +20,7 @@ from pmdflow.store.actor import StoreActor
 from pmdflow.store.client import StoreHandle, call
 from pmdflow.types import Claim, ClaimTokens, Int64, TrainBatch
 from pmdflow.weights.make import make_transport
-from pmdflow.weights.transport import WeightsHandle
+from pmdflow.weights.transport import Bytes, WeightsHandle, in_group
 
 READ_TIMEOUT_S = 600.0
 """Tokens that are not there after this long never will be; it outlasts a restart of the store actor."""
@@ -92,8 +92,12 @@ class LearnerActor:
     def publish(self, version: int) -> WeightsHandle | None:
         """Gather the weights and make them fetchable as `version`; the handle at rank 0, None elsewhere."""
         with self._busy("wait_controller"):
-            weights = self._learner.weights()
-            return None if weights is None else self._transport.publish(version, weights)
+            return self._learner.publish(lambda tensors: self._transport.publish(version, tensors))
+
+    @in_group("weights")
+    def read_weights(self, version: int, offset: int, num_bytes: int) -> Bytes:
+        """Bytes of a version's file, for a node that does not have it; safe beside everything else."""
+        return self._transport.read(version, offset, num_bytes)
 
     def save(self, directory: str) -> None:
         """Begin to write a checkpoint's files."""

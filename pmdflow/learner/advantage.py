@@ -66,13 +66,14 @@ def pmd_mean(
 ) -> Float64:
     """Reward minus the mean of the group's other members.
 
-    A group of one has baseline 0, so its advantage is its reward; `singleton="zero"` gives 0 instead.
+    Under leave-one-out a group of one has baseline 0, so its advantage is its reward; `singleton="zero"` gives 0
+    instead. With itself in the baseline it always gets 0.
 
     Args:
         rewards: Reward of each trajectory [n].
         groups: Group label of each trajectory [n], integers or strings.
         leave_one_out: False compares with the mean of the whole group, as Kimi k1.5 does.
-        singleton: What a group of one gets.
+        singleton: What a group of one gets under leave-one-out.
 
     Returns:
         Advantages, float64 [n].
@@ -88,7 +89,7 @@ def pmd_mean(
     def advantages(values: Float64) -> Float64:
         n = len(values)
         if n == 1:
-            return values if singleton == "reward" else np.zeros(1)
+            return values if leave_one_out and singleton == "reward" else np.zeros(1)
         shifted = values - values[0]
         if leave_one_out:
             return np.asarray(shifted - (shifted.sum() - shifted) / (n - 1))
@@ -108,7 +109,7 @@ def pmd_partition(
     """Reward minus the log-partition estimate tau log mean exp(r / tau) of the group's other members.
 
     Exact and safe from overflow: the maximum of the others is subtracted before the exponential. As tau goes to 0
-    the baseline is the maximum of the others. A group of one has baseline 0.
+    the baseline is the maximum of the others. A group of one has baseline 0 under leave-one-out, else it gets 0.
 
     Args:
         rewards: Reward of each trajectory [n].
@@ -132,7 +133,7 @@ def pmd_partition(
     def advantages(values: Float64) -> Float64:
         n = len(values)
         if n == 1:
-            return values
+            return values if leave_one_out else np.zeros(1)
         # Row i holds the rewards that trajectory i is compared with: [n, n - 1], or [n, n] with itself.
         compared = np.broadcast_to(values, (n, n))
         if leave_one_out:

@@ -15,8 +15,10 @@ import numpy.typing as npt
 
 from pmdflow import _rust_buffer
 from pmdflow.store.plan import in_claim_order
-from pmdflow.types import Claim, ClaimRows, ClaimTokens, Float32, Int32, Int64, Mask, TrainBatch
+from pmdflow.types import Claim, ClaimRows, ClaimTokens, Float32, Float64, Int32, Int64, Mask, TrainBatch
 
+WHOLE_GROUPS = 1.05
+"""Groups stay whole on a rank if the busiest rank then has at most so many times the tokens that it had otherwise."""
 BUCKET = 0.6
 """A padded row shorter than this share of the longest begins a new micro-batch: padding costs as much as tokens."""
 
@@ -60,6 +62,8 @@ class MicroBatch:
     """Log-probs at generation [P]."""
     versions: Int32
     """[P]"""
+    turns: Int32
+    """Turn of its trajectory that each token is of, from 0 [P]: what no observed token interrupts."""
     trained: Bool
     """[P]"""
     cu_seqlens: Int64
@@ -90,6 +94,7 @@ def plan_iteration(
     tokens_per_microbatch: int,
     packing: bool = True,
     quadratic: float = 0.0,
+    scored: Bool | None = None,
 ) -> list[StepPlan]:
     """Split a claim into steps, ranks and micro-batches.
 
@@ -105,6 +110,8 @@ def plan_iteration(
         tokens_per_microbatch: Most tokens of a micro-batch, padding included.
         packing: Whether a micro-batch is one row without padding.
         quadratic: A sequence of n tokens costs n + quadratic x n^2, the latter for attention (`Speed.quadratic`).
+        scored: Trajectories that are in a micro-batch in any case, trained or not [N]; with it, groups stay whole on a
+            rank where balance allows.
 
     Raises:
         ValueError: one trajectory alone is longer than `tokens_per_microbatch`, or the plan is of another claim.
@@ -114,18 +121,23 @@ def plan_iteration(
     plans = []
     for dealt in _dealt(batch, steps):
         members = dealt[counts[dealt] > 0]
-        _refuse_longer(lengths[members], tokens_per_microbatch)
-        parts = _spread(members, lengths, ranks, tokens_per_microbatch, packing=packing, quadratic=quadratic)
-        pace = max(len(part) for part in parts)
-        plans.append(
-            StepPlan(
-                num_sequences=float(shares[members].sum()),
-                num_tokens=int(counts[members].sum()),
-                weighted_tokens=float((shares * counts)[members].sum()),
-                ranks=tuple(tuple(part) + ((),) * (pace - len(part)) for part in parts),
-            )
-        )
+        computed = members if scored is None else dealt[(counts[dealt] > 0) | scored[dealt]]
+        _refuse_longer(lengths[computed], tokens_per_microbatch)
+        parts = _spread(computed, lengths, ranks, tokens_per_microbatch, packing=packing, quadratic=quadratic)
+        if scored is not None and ranks > 1:
+            parts = _whole(parts, batch.groups, lengths, tokens_per_microbatch, packing=packing) or parts
+        plans.append(_step(members, parts, counts=counts, shares=shares))
     return plans
+
+
+def _step(members: Int64, parts: Sequence[Sequence[Indices]], *, counts: Int64, shares: Float64) -> StepPlan:
+    pace = max(len(part) for part in parts)
+    return StepPlan(
+        num_sequences=float(shares[members].sum()),
+        num_tokens=int(counts[members].sum()),
+        weighted_tokens=float((shares * counts)[members].sum()),
+        ranks=tuple(tuple(part) + ((),) * (pace - len(part)) for part in parts),
+    )
 
 
 def _dealt(batch: ClaimRows, steps: int) -> list[Int64]:
@@ -160,6 +172,36 @@ def _spread(
     if packing:
         return filled
     return [[cut for whole in rank for cut in _fill_padded(whole, lengths, limit)] for rank in filled]
+
+
+def _whole(
+    parts: Sequence[Sequence[Indices]], groups: Int64, lengths: Int64, limit: int, *, packing: bool
+) -> Sequence[Sequence[Indices]] | None:
+    """The same trajectories with whole groups on each rank, the longest first; None if that unbalances the ranks."""
+    members = np.sort(np.array([row for part in parts for micro in part for row in micro], np.int64))
+    busiest = max(sum(int(lengths[list(micro)].sum()) for micro in part) for part in parts)
+    names, group = np.unique(groups[members], return_inverse=True)
+    tokens = np.bincount(group, weights=lengths[members], minlength=len(names))
+    loads, rank_of = np.zeros(len(parts)), np.zeros(len(names), np.int64)
+    for index in np.argsort(-tokens, kind="stable"):
+        rank_of[index] = np.argmin(loads)
+        loads[rank_of[index]] += tokens[index]
+    if loads.max() > WHOLE_GROUPS * busiest:
+        return None
+    own = [members[rank_of[group] == rank] for rank in range(len(parts))]
+    return [_spread(rows, lengths, 1, limit, packing=packing, quadratic=0.0)[0] for rows in own]
+
+
+def is_whole(plans: Sequence[StepPlan], groups: Int64) -> bool:
+    """Whether all that is computed of a group is computed on one rank."""
+    seen: dict[int, int] = {}
+    return all(
+        seen.setdefault(int(groups[row]), rank) == rank
+        for plan in plans
+        for rank, micros in enumerate(plan.ranks)
+        for micro in micros
+        for row in micro
+    )
 
 
 def _fill_padded(members: Sequence[int], lengths: Int64, limit: int) -> list[Indices]:
@@ -237,10 +279,16 @@ def pack(batch: TrainBatch, *, trained: Bool, trajectories: Indices, packing: bo
         temperatures=batch.temperatures[source],
         behavior=batch.logprobs[source],
         versions=batch.versions[source],
+        turns=np.concatenate([_turns(part) for part in sources]),
         trained=trained[source],
         cu_seqlens=np.concatenate([[0], np.cumsum([len(part) for part in sources])]).astype(np.int64),
         packed=packing,
     )
+
+
+def _turns(generated: Int64) -> Int32:
+    """The turn of each generated token from their places in a trajectory: a gap ends one."""
+    return np.cumsum(np.diff(generated, prepend=generated[:1]) > 1, dtype=np.int32)
 
 
 def _empty(packing: bool) -> MicroBatch:
@@ -254,6 +302,7 @@ def _empty(packing: bool) -> MicroBatch:
         temperatures=np.ones(1, np.float32),
         behavior=np.zeros(1, np.float32),
         versions=np.full(1, -1, np.int32),
+        turns=np.zeros(1, np.int32),
         trained=np.zeros(1, np.bool_),
         cu_seqlens=np.array([0, 1], np.int64),
         packed=packing,

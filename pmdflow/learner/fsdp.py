@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -23,6 +24,7 @@ from pmdflow.learner.agreement import check_policy, failures_named, remedy
 from pmdflow.learner.loading import load_model
 from pmdflow.learner.lora import add_adapters, published_name, published_scale
 from pmdflow.learner.policy import Policy
+from pmdflow.weights.file import NamedTensors, aligned
 
 JOIN_TIMEOUT_S = 120.0
 """All ranks must have joined within this."""
@@ -166,37 +168,47 @@ def shard(policy: Policy, layers: list[Any], *, dtype: torch.dtype, cpu_offload:
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
 
-def full_state_dict(
-    policy: Policy, *, dtype: str, rank: int, lora: LoraConfig | None = None
-) -> dict[str, Tensor] | None:
-    """Gather all weights by their Hugging Face names; of tied names only the first. Every rank must call.
+def gathered(policy: Policy, *, dtype: str, rank: int, lora: LoraConfig | None = None) -> NamedTensors:
+    """All weights by their Hugging Face names, each gathered when its turn comes; of tied names only the first.
+
+    Every rank must go through all of them, in step: gathering is a collective.
 
     Args:
         policy: The sharded policy.
-        dtype: Type of the gathered floating-point tensors.
-        rank: This rank.
+        dtype: Type of the floating-point tensors; each is cast where it is gathered.
+        rank: This rank; at others than 0 the values are of no use.
         lora: The settings if the policy has adapters: then only these are gathered, for `AdapterMerger`.
-
-    Returns:
-        The weights on the CPU at rank 0, None elsewhere.
     """
-    gathered: dict[str, Tensor] = {}
+    sources: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in policy.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
-            continue
+        own = name.removeprefix("model.")
+        published = own if lora is None else published_name(own)
+        if id(tensor) not in seen and published is not None:
+            sources[published] = tensor.detach()
         seen.add(id(tensor))
-        published = name.removeprefix("model.") if lora is None else published_name(name.removeprefix("model."))
-        if published is None:
-            continue
-        value = tensor.detach()
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        if rank == 0:
-            wanted = DTYPES[dtype] if whole.is_floating_point() else whole.dtype
-            # A copy: with one rank the gathered tensor may be the parameter itself, which the next step overwrites.
-            scale = 1.0 if lora is None else published_scale(published, lora)
-            gathered[published] = (whole * scale if scale != 1 else whole).to(device="cpu", dtype=wanted, copy=True)
-    return gathered if rank == 0 else None
+    wanted = {name: DTYPES[dtype] if own.is_floating_point() else own.dtype for name, own in sources.items()}
+
+    def values() -> Iterator[Tensor]:
+        for name in names:
+            own = sources[name]
+            whole = own.full_tensor() if isinstance(own, DTensor) else own
+            scale = 1.0 if lora is None else published_scale(name, lora)
+            yield (whole * scale if scale != 1 else whole).to(wanted[name]) if rank == 0 else whole
+
+    names = aligned(wanted)
+    return NamedTensors(specs={name: (wanted[name], tuple(sources[name].shape)) for name in names}, values=values())
+
+
+def full_state_dict(
+    policy: Policy, *, dtype: str, rank: int, lora: LoraConfig | None = None
+) -> dict[str, Tensor] | None:
+    """What `gathered` gives, on the CPU at rank 0; None elsewhere. Every rank must call."""
+    tensors = gathered(policy, dtype=dtype, rank=rank, lora=lora)
+    # Copies: with one rank the gathered tensor may be the parameter itself, which the next step overwrites.
+    pairs = zip(tensors.specs, tensors.values, strict=True)
+    whole = {name: value.to(device="cpu", copy=True) for name, value in pairs if rank == 0}
+    return whole if rank == 0 else None
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from pmdflow.config.schema import Config
 from pmdflow.learner.algorithms import find_algorithm
-from pmdflow.learner.batch import ReadTokens, StepPlan, pack_rank, plan_iteration
+from pmdflow.learner.assessment import Assessment, flat
+from pmdflow.learner.batch import Bool, ReadTokens, StepPlan, pack_rank, plan_iteration
 from pmdflow.learner.checkpoint.files import AsyncSaver, load_training, training_state
+from pmdflow.learner.crediting import Given, give_credit
 from pmdflow.learner.flops import Speed
-from pmdflow.learner.fsdp import build_policy, free_address, full_state_dict, join_ranks, learner_device
+from pmdflow.learner.fsdp import build_policy, free_address, full_state_dict, gathered, join_ranks, learner_device
 from pmdflow.learner.mismatch import mismatch_by_age
 from pmdflow.learner.policy import Policy
 from pmdflow.learner.result import TrainResult
@@ -26,10 +31,30 @@ from pmdflow.learner.selection import Weighed, groups_left_out, importance_metri
 from pmdflow.learner.steps import Supervised, Tensors, accumulate, mismatch_sums, reference_pass, update
 from pmdflow.learner.sums import StepSums, Sums, added, over_ranks
 from pmdflow.learner.supervised import SupervisedData
+from pmdflow.learner.token_scores import TokenScores
+from pmdflow.learner.view import FROM_REFERENCE, State
 from pmdflow.metrics.report import ActorReport
 from pmdflow.metrics.spans import SpanBuffer
-from pmdflow.reward.total import total_rewards
+from pmdflow.reward.total import TotalRewards, total_rewards
 from pmdflow.types import Claim, Float64, Int64, Mask, TrainBatch
+from pmdflow.weights.file import NamedTensors
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """A claim before its first step: by step of the iteration, this rank's micro-batches."""
+
+    plans: list[StepPlan]
+    steps: list[list[Tensors]]
+    anchors: list[list[Tensor]]
+    """Log-probs that the policy is compared with."""
+    left_out: dict[str, Bool]
+    """Trajectories [N] by reason."""
+    weighed: list[Weighed]
+    rewards: TotalRewards
+    given: Given
 
 
 class Learner:
@@ -47,11 +72,13 @@ class Learner:
         """Check the settings; nothing is loaded before `setup`.
 
         Raises:
-            ValueError: `learner.algorithm` is not known.
+            ValueError: `learner.algorithm` is not known, or has no such setting.
         """
-        self._config = config
-        self._rank = rank
         self._algorithm = find_algorithm(config.learner.algorithm)
+        self._config = config.model_copy(update={"learner": self._algorithm.configured(config.learner)})
+        self._rank = rank
+        self._state: State | None = None
+        """Of an algorithm that keeps some."""
         self._device = learner_device(rank)
         self._spans = SpanBuffer(f"learner-{rank}")
         self._mesh: DeviceMesh | None = None
@@ -108,34 +135,66 @@ class Learner:
         learner = self._config.learner
         sums = Sums(max_grad_norm=learner.max_grad_norm)
         started = time.perf_counter()
-        torch.set_num_threads(learner.threads)  # Also for this thread: it need not be the one that ran setup.
-        rewards = total_rewards(claim, self._config.reward)
-        portions = claim.episode_shares()
-        advantages, weights = self._values(claim, rewards.total)
-        filtered = groups_left_out(claim, rewards.task, learner)
+        ready = self._prepare(claim, read, sums, steps=learner.steps_per_iteration)
+        self._take_steps(claim, ready, sums)
+        self._state = ready.given.state
         counts = claim.count(Mask.TRAINABLE)
-        kept = np.where(filtered, 0, counts)
-        plans = self._plan(claim, kept, steps=learner.steps_per_iteration)
-        steps = self._load(claim, read, plans, advantages, weights)
-        anchors = self._anchors(claim, steps, sums)
-        vetoed = np.zeros_like(filtered)
-        weighed: list[Weighed] = []
-        if learner.veto:
-            plans, steps, vetoed = veto_sequences(plans, steps, anchors, kept, portions, self._device)
-        if learner.importance_weights != "none":
-            pairs = [weigh(micros, own, learner, self._device) for micros, own in zip(steps, anchors, strict=True)]
-            steps, weighed = [micros for micros, _ in pairs], [total for _, total in pairs]
-        self._take_steps(claim, plans, steps, anchors, sums)
-        left_out = {"filter": filtered, "veto": vetoed}
         total = max(int(counts.sum()), 1)
         own = sums.metrics(clips=self._algorithm.clipped is not None, supervised=self._ptx is not None)
-        shares = {f"learner/{reason}_share": int(counts[out].sum()) / total for reason, out in left_out.items()}
+        shares = {f"learner/{reason}_share": int(counts[out].sum()) / total for reason, out in ready.left_out.items()}
+        own |= importance_metrics(ready.weighed)
         return TrainResult(
-            metrics={**own, **importance_metrics(weighed), **rewards.metrics(), **shares},
-            speed=self._speed.metrics(claim, plans, seconds=time.perf_counter() - started),
-            left_out={reason: claim.trajectories[out].tolist() for reason, out in left_out.items()},
-            advantages=advantages,
+            metrics={**own, **ready.rewards.metrics(), **shares, **ready.given.metrics},
+            speed=self._speed.metrics(claim, ready.plans, seconds=time.perf_counter() - started),
+            left_out={reason: claim.trajectories[out].tolist() for reason, out in ready.left_out.items()},
+            advantages=ready.given.advantages,
         )
+
+    def assess(self, batch: TrainBatch) -> Assessment:
+        """What the algorithm makes of a claim as one step, at the present weights, which it leaves as they are.
+
+        Raises:
+            ValueError: as `train_claim`, or there are several ranks.
+        """
+        if self._config.learner.num_ranks > 1:
+            raise ValueError("a claim is assessed on one rank: set learner.ranks to 1")
+        claim = replace(Claim.of(batch), plan=None)
+        ready = self._prepare(claim, batch.read, Sums(max_grad_norm=1.0), steps=1)
+        ((plan, micros, anchors),) = zip(ready.plans, ready.steps, ready.anchors, strict=True)
+        loss = accumulate(
+            self._policy, micros, anchors, supervised=None, algorithm=self._algorithm, config=self._config, plan=plan
+        ).loss if plan.num_tokens else 0.0  # fmt: skip
+        gradients = [parameter.grad for parameter in self._policy.parameters() if parameter.requires_grad]
+        full = [gradient.full_tensor() for gradient in gradients if isinstance(gradient, DTensor)]
+        gradient = flat([tensor.float().cpu().numpy() for tensor in full])
+        self._optimizer.zero_grad()
+        weights = [torch.zeros(0, dtype=torch.float64), *(micro.trained_weights().cpu() for micro in micros)]
+        return Assessment(
+            advantages=ready.given.advantages,
+            weights=torch.cat(weights).numpy(),
+            loss=loss,
+            gradient=gradient,
+            state=ready.given.state,
+        )
+
+    def adopt(self, config: Config, state: State | None = None) -> None:
+        """Train the same weights by another algorithm and other settings of learner and reward from here on.
+
+        Args:
+            config: Of the same model, ranks and adapters.
+            state: Of its algorithm; None is the first.
+
+        Raises:
+            ValueError: `learner.algorithm` is not known, or has no such setting.
+        """
+        self._algorithm = find_algorithm(config.learner.algorithm)
+        self._config = config.model_copy(update={"learner": self._algorithm.configured(config.learner)})
+        self._state = state if state is not None or self._algorithm.state is None else self._algorithm.state()
+
+    @property
+    def state(self) -> State | None:
+        """What the algorithm keeps; None if nothing."""
+        return self._state
 
     def weights(self) -> dict[str, Tensor] | None:
         """All weights, or the adapters alone, on the CPU in `model.dtype`, at rank 0; None elsewhere."""
@@ -143,13 +202,28 @@ class Learner:
             dtype, lora = self._config.model.dtype, self._config.learner.lora
             return full_state_dict(self._policy, dtype=dtype, rank=self._rank, lora=lora)
 
+    def publish(self, write: Callable[[NamedTensors], Answer]) -> Answer | None:
+        """What `write` makes of all weights, or of the adapters alone, in `model.dtype`, at rank 0; None elsewhere.
+
+        Each tensor is gathered and cast on the learner's device when `write` comes to it. Every rank must call.
+        """
+        with self._spans.span("publish"):
+            dtype, lora = self._config.model.dtype, self._config.learner.lora
+            tensors = gathered(self._policy, dtype=dtype, rank=self._rank, lora=lora)
+            try:
+                return write(tensors) if self._rank == 0 else None
+            finally:
+                for _ in tensors.values:  # the other ranks wait in the collectives of what is left
+                    pass
+
     def save(self, directory: str) -> None:
         """Copy weights, optimizer, schedule and random state, and begin to write them; any number of ranks can load.
 
         Returns once the copy is made: training may go on. The files are whole when `await_saved` returns.
         """
         with self._spans.span("checkpoint", directory=directory):
-            self._saver.save(training_state(self._policy, self._optimizer, self._num_steps), directory)
+            state = training_state(self._policy, self._optimizer, self._num_steps, self._state)
+            self._saver.save(state, directory)
 
     def await_saved(self) -> None:
         """Wait for the files of the last `save`; safe beside `train`, and raises what went wrong in writing them."""
@@ -159,7 +233,8 @@ class Learner:
         """Continue from a saved directory, bit for bit if the ranks are equally many."""
         with self._spans.span("checkpoint", directory=directory):
             self._saver.wait()
-            self._num_steps = load_training(self._policy, self._optimizer, directory)
+            loaded = load_training(self._policy, self._optimizer, directory, self._state)
+            self._num_steps, self._state = loaded
             self._pristine = False
 
     def drain(self) -> ActorReport:
@@ -191,9 +266,50 @@ class Learner:
         )
         self._speed = Speed.of(self._policy.model, config=self._config, device=self._device)
         self._num_steps = 0
+        self._state = None if self._algorithm.state is None else self._algorithm.state()
         self._pristine = True
 
-    def _plan(self, claim: Claim, counts: Int64, *, steps: int) -> list[StepPlan]:
+    def _prepare(self, claim: Claim, read: ReadTokens, sums: Sums, *, steps: int) -> Ready:
+        """All that comes before the first step: plan, reference pass, credit, veto, importance weights."""
+        learner = self._config.learner
+        torch.set_num_threads(learner.threads)  # Also for this thread: it need not be the one that ran setup.
+        rewards = total_rewards(claim, self._config.reward)
+        filtered = groups_left_out(claim, rewards.task, learner)
+        kept, portions = np.where(filtered, 0, claim.count(Mask.TRAINABLE)), claim.episode_shares()
+        scored = ~filtered & (claim.count(Mask.GENERATED) > 0) if self._algorithm.needs else None
+        plans = self._plan(claim, kept, steps=steps, scored=scored)
+        micros = self._load(claim, read, plans, portions)
+        scores = self._reference(claim, micros, sums)
+        micros, given = give_credit(
+            self._algorithm,
+            learner,
+            claim,
+            rewards,
+            filtered=filtered,
+            plans=plans,
+            steps=micros,
+            scores=scores,
+            state=self._state,
+        )
+        anchors = self._anchors(micros, scores)
+        vetoed = np.zeros_like(filtered)
+        weighed: list[Weighed] = []
+        if learner.veto:
+            plans, micros, vetoed = veto_sequences(plans, micros, anchors, kept, portions, self._device)
+        if learner.importance_weights != "none":
+            pairs = [weigh(step, own, learner, self._device) for step, own in zip(micros, anchors, strict=True)]
+            micros, weighed = [step for step, _ in pairs], [total for _, total in pairs]
+        return Ready(
+            plans=plans,
+            steps=micros,
+            anchors=anchors,
+            left_out={"filter": filtered, "veto": vetoed},
+            weighed=weighed,
+            rewards=rewards,
+            given=given,
+        )
+
+    def _plan(self, claim: Claim, counts: Int64, *, steps: int, scored: Bool | None = None) -> list[StepPlan]:
         learner = self._config.learner
         return plan_iteration(
             claim,
@@ -203,52 +319,46 @@ class Learner:
             tokens_per_microbatch=learner.tokens_per_microbatch,
             packing=learner.packing,
             quadratic=self._speed.quadratic,
+            scored=scored,
         )
 
-    def _values(self, claim: Claim, rewards: Float64) -> tuple[Float64, Float64]:
-        """The advantage of each trajectory, which is its episode's, and its weight, a share of the episode's [N]."""
-        first, episode, weights = claim.first_branches(), claim.episode_of(), claim.episode_shares()
-        arguments = (rewards[first], claim.groups[first], self._config.learner)
-        if self._algorithm.weights is not None:
-            weights = weights * self._algorithm.weights(*arguments)[episode]
-        return self._algorithm.advantages(*arguments)[episode], weights
-
-    def _load(
-        self, claim: Claim, read: ReadTokens, plans: list[StepPlan], advantages: Float64, weights: Float64
-    ) -> list[list[Tensors]]:
+    def _load(self, claim: Claim, read: ReadTokens, plans: list[StepPlan], weights: Float64) -> list[list[Tensors]]:
         steps = pack_rank(claim, read, plans, rank=self._rank, packing=self._config.learner.packing)
-        values = {"advantages": advantages, "weights": weights}
         return [
-            [Tensors.of(micro, **values, version=claim.version, device=self._device) for micro in micros]
+            [Tensors.of(micro, weights=weights, version=claim.version, device=self._device) for micro in micros]
             for micros in steps
         ]
 
-    def _anchors(self, claim: Claim, steps: list[list[Tensors]], sums: Sums) -> list[list[Tensor]]:
-        """The log-probs to compare with; log pi_i of the whole claim is computed before the first step."""
+    def _reference(self, claim: Claim, steps: list[list[Tensors]], sums: Sums) -> list[list[TokenScores]]:
+        """What pi_i says of the whole claim, before the first step; where nobody asks, what the engine recorded."""
+        needs = self._algorithm.needs
+        if self._config.learner.anchor == "behavior" and not needs & FROM_REFERENCE:
+            return [[TokenScores(micro.behavior, torch.zeros_like(micro.behavior)) for micro in own] for own in steps]
+        with self._spans.span("reference", iteration=claim.iteration):
+            scores = [reference_pass(self._policy, micros, flow="entropy_flow" in needs) for micros in steps]
+            if self._config.learner.anchor != "behavior":
+                pairs = zip(chain(*steps), chain(*scores), strict=True)
+                parts = (mismatch_sums(micro, own.logprobs) for micro, own in pairs)
+                sums.mismatch = over_ranks(added(StepSums, parts), self._device)
+                compared = zip(chain(*steps), chain(*scores), strict=True)
+                sums.by_age = mismatch_by_age(((micro, own.logprobs) for micro, own in compared), self._device)
+        return scores
+
+    def _anchors(self, steps: list[list[Tensors]], scores: list[list[TokenScores]]) -> list[list[Tensor]]:
+        """The log-probs that the policy is compared with."""
         if self._config.learner.anchor == "behavior":
             return [[micro.behavior for micro in micros] for micros in steps]
-        with self._spans.span("reference", iteration=claim.iteration):
-            anchors = [reference_pass(self._policy, micros) for micros in steps]
-            pairs = zip(chain(*steps), chain(*anchors), strict=True)
-            sums.mismatch = over_ranks(added(StepSums, (mismatch_sums(*pair) for pair in pairs)), self._device)
-            sums.by_age = mismatch_by_age(zip(chain(*steps), chain(*anchors), strict=True), self._device)
-        return anchors
+        return [[own.logprobs for own in step] for step in scores]
 
-    def _take_steps(
-        self,
-        claim: Claim,
-        plans: list[StepPlan],
-        steps: list[list[Tensors]],
-        anchors: list[list[Tensor]],
-        sums: Sums,
-    ) -> None:
+    def _take_steps(self, claim: Claim, ready: Ready, sums: Sums) -> None:
         if self._config.learner.reset_optimizer:
             self._optimizer.state.clear()
         self._pristine = False
-        for index, (plan, micros) in enumerate(zip(plans, steps, strict=True)):
-            where = f"iteration {claim.iteration}, step {index + 1} of {len(plans)}"
+        parts = zip(ready.plans, ready.steps, ready.anchors, strict=True)
+        for index, (plan, micros, anchors) in enumerate(parts):
+            where = f"iteration {claim.iteration}, step {index + 1} of {len(ready.plans)}"
             with self._spans.span("step", iteration=claim.iteration, step=index, tokens=plan.num_tokens):
-                self._step(plan, micros, anchors[index], sums, where)
+                self._step(plan, micros, anchors, sums, where)
 
     def _supervised(self) -> Supervised | None:
         """The supervised sequences of the next step, which its number selects."""
@@ -257,8 +367,7 @@ class Learner:
         batch = self._ptx.batch(self._num_steps)
         claim = Claim.of(batch)
         (plan,) = self._plan(claim, claim.count(Mask.TRAINED), steps=1)
-        ones = np.ones(len(claim.rewards))
-        (micros,) = self._load(claim, batch.read, [plan], ones, ones)
+        (micros,) = self._load(claim, batch.read, [plan], np.ones(len(claim.rewards)))
         return Supervised(micros=micros, num_sequences=plan.num_sequences)
 
     def _step(self, plan: StepPlan, micros: list[Tensors], anchors: list[Tensor], sums: Sums, where: str) -> None:

@@ -86,9 +86,7 @@ def pmd_loss(
     Source: arXiv:2501.12599 eq. 3; OpenKimi `opmd`.
     """
     _require(tau > 0, f"tau is {tau}; it must be positive")
-    if aggregation == "seq-mean-token-sum-norm" and norm_length is None:
-        _require(cu_seqlens is None, "packed tensors have no padded width: pass norm_length, for example max_tokens")
-        norm_length = logprobs.shape[1]
+    norm_length = _norm_length(logprobs, cu_seqlens, aggregation, norm_length)
     generated = mask if generated_mask is None else generated_mask
     lp, anchor, trained, gen = rows(cu_seqlens, logprobs, reference_logprobs, mask.bool(), generated.bool())
     active = trained.any(1)
@@ -97,15 +95,84 @@ def pmd_loss(
     per_sequence = (column(active, advantages, lp) - tau * u) ** 2 / (2 * tau)
     if weights is not None:
         per_sequence = per_sequence * column(active, weights, lp)
+    return sequence_mean(active, _by_length(per_sequence, gen, aggregation, norm_length))
+
+
+def pmd_token_loss(
+    logprobs: Tensor,
+    reference_logprobs: Tensor,
+    token_advantages: Tensor,
+    mask: Tensor,
+    *,
+    tau: float,
+    aggregation: Aggregation = "seq-mean-token-mean",
+    weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    generated_mask: Tensor | None = None,
+    norm_length: float | None = None,
+) -> Tensor:
+    """Policy mirror descent on credit for each token: mean_i w_i (tau / 2 u_i^2 - sum_t A_it log pi_theta) / L_i.
+
+    The gradient at a trained token is -w_i (A_it - tau u_i) / (B L_i): with A_it = A_i that of `pmd_loss`, whose value
+    differs by a constant. The pull towards pi_i stays one of whole sequences. With credit that is not constant the
+    fixed point is no longer the Boltzmann policy of one reward.
+
+    Args:
+        logprobs: log pi_theta of each token, `[B, T]` or `[T]`.
+        reference_logprobs: log pi_i of each token, constants.
+        token_advantages: A of each token, of the same shape; values outside of `mask` are never read.
+        mask: Trained tokens; a subset of `generated_mask`.
+        tau: As in `pmd_loss`.
+        aggregation: As in `pmd_loss`.
+        weights: As in `pmd_loss`.
+        cu_seqlens: As in `pmd_loss`.
+        generated_mask: As in `pmd_loss`.
+        norm_length: As in `pmd_loss`.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: as `pmd_loss`.
+
+    Source: derived from arXiv:2501.12599 eq. 3.
+    """
+    _require(tau > 0, f"tau is {tau}; it must be positive")
+    norm_length = _norm_length(logprobs, cu_seqlens, aggregation, norm_length)
+    generated = mask if generated_mask is None else generated_mask
+    lp, anchor, credit, trained, gen = rows(
+        cu_seqlens, logprobs, reference_logprobs, token_advantages, mask.bool(), generated.bool()
+    )
+    active = trained.any(1)
+    used = torch.where(trained, lp, lp.detach())
+    u = masked(active, masked(gen, used - anchor.detach()).sum(1))
+    # Not A * lp under the mask, but the product of what the mask selects: both may be NaN outside.
+    earned = (masked(trained, credit.detach().to(lp.dtype)) * masked(trained, lp)).sum(1)
+    per_sequence = tau / 2 * u**2 - earned
+    if weights is not None:
+        per_sequence = per_sequence * column(active, weights, lp)
+    return sequence_mean(active, _by_length(per_sequence, gen, aggregation, norm_length))
+
+
+def _norm_length(
+    logprobs: Tensor, cu_seqlens: Tensor | None, aggregation: Aggregation, norm_length: float | None
+) -> float | None:
+    if aggregation == "seq-mean-token-sum-norm" and norm_length is None:
+        _require(cu_seqlens is None, "packed tensors have no padded width: pass norm_length, for example max_tokens")
+        return logprobs.shape[1]
+    return norm_length
+
+
+def _by_length(per_sequence: Tensor, generated: Tensor, aggregation: Aggregation, norm_length: float | None) -> Tensor:
+    """Sequence losses [B] over what the aggregation divides by."""
     if aggregation == "seq-mean-token-mean":
-        per_sequence = per_sequence / gen.sum(1).clamp(min=1)
-    elif aggregation == "seq-mean-token-sum-norm":
+        return per_sequence / generated.sum(1).clamp(min=1)
+    if aggregation == "seq-mean-token-sum-norm":
         if norm_length is None or not norm_length > 0:
             raise ValueError(f"norm_length is {norm_length}; it must be positive")
-        per_sequence = per_sequence / norm_length
-    else:
-        _require(aggregation == "seq-mean-token-sum", f"aggregation {aggregation!r} is not known")
-    return sequence_mean(active, per_sequence)
+        return per_sequence / norm_length
+    _require(aggregation == "seq-mean-token-sum", f"aggregation {aggregation!r} is not known")
+    return per_sequence
 
 
 def pmd_squared(rewards_minus_baseline: Tensor, u: Tensor, *, tau: float) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pmdflow.learner.attention import Packed
-from pmdflow.learner.token_scores import TokenScores, scores_of_logits, token_scores
+from pmdflow.learner.token_scores import TokenScores, entropy_flow, scores_of_logits, token_scores
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,14 @@ class Policy(nn.Module):
         self._plain_head = _has_plain_head(model)
 
     def forward(
-        self, tokens: Tensor, layout: Layout, positions: Tensor, targets: Tensor, temperatures: Tensor
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        positions: Tensor,
+        targets: Tensor,
+        temperatures: Tensor,
+        *,
+        flow: bool = False,
     ) -> TokenScores:
         """Score `targets` [P] under softmax(logits / temperature).
 
@@ -62,13 +69,16 @@ class Policy(nn.Module):
             positions: Indices into the flattened tokens whose logits predict the targets [P].
             targets: Token ids [P].
             temperatures: [P]
+            flow: Whether the entropy flow is wanted, too.
         """
         if not self._plain_head:
             logits = self.model(input_ids=tokens, **layout.arguments()).logits
-            return scores_of_logits(logits.flatten(0, 1)[positions], targets, temperatures)
+            return scores_of_logits(logits.flatten(0, 1)[positions], targets, temperatures, flow=flow)
         hidden = self.model.get_decoder()(input_ids=tokens, **layout.arguments()).last_hidden_state
         head = self.model.get_output_embeddings()
-        return token_scores(hidden.flatten(0, 1)[positions], head.weight, head.bias, targets, temperatures)
+        given = (hidden.flatten(0, 1)[positions], head.weight, head.bias, targets, temperatures)
+        scores = token_scores(*given)
+        return scores._replace(flow=entropy_flow(*given)) if flow else scores
 
 
 @torch.no_grad()

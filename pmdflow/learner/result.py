@@ -19,4 +19,5 @@ class TrainResult:
     left_out: dict[str, list[int]]
     """Ids of the trajectories that the learner itself left out of the claim, by reason: `filter` or `veto`."""
     advantages: Float64
-    """One value a trajectory [N], as the algorithm gave it to the loss."""
+    """One value a trajectory [N], as the algorithm gave it to the loss: its mean over the tokens where it is one a
+    token, 0 for groups that the filter left out."""

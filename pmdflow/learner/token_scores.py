@@ -22,6 +22,8 @@ class TokenScores(NamedTuple):
     """[P]"""
     entropies: Tensor
     """Entropy in nats of the distribution that the token was drawn from [P]."""
+    flow: Tensor | None = None
+    """First-order change of that entropy by a unit step along the gradient of the token's log-prob [P], no gradient."""
 
 
 def token_scores(
@@ -43,11 +45,35 @@ def token_scores(
     return TokenScores(*apply(hidden, weight, bias, targets, temperatures))
 
 
-def scores_of_logits(logits: Tensor, targets: Tensor, temperatures: Tensor) -> TokenScores:
-    """The same from logits [P, V] that are there already."""
+@torch.no_grad()
+def entropy_flow(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperatures: Tensor) -> Tensor:
+    """-[p_y (log p_y + H) - sum_k p_k^2 (log p_k + H)] of each target y [P], k over the vocabulary; as `token_scores`.
+
+    dH / dz_k = -p_k (log p_k + H), and a step along the gradient of log p_y moves the logits by onehot(y) - p.
+
+    Source: arXiv:2605.11491, in its exact form.
+    """
+    flow = hidden.new_empty((len(targets),), dtype=torch.float32)
+    size = _chunk_size(weight)
+    for start in range(0, len(targets), size):
+        part = slice(start, start + size)
+        logits = _scaled_logits(hidden[part], weight, bias, temperatures[part])
+        flow[part] = _flow(logits.log_softmax(1), targets[part])
+    return flow
+
+
+def _flow(logprobs: Tensor, targets: Tensor) -> Tensor:
+    probabilities = logprobs.exp()
+    by_logit = -probabilities * (logprobs - (probabilities * logprobs).sum(1, keepdim=True))
+    return by_logit.gather(1, targets[:, None]).squeeze(1) - (by_logit * probabilities).sum(1)
+
+
+def scores_of_logits(logits: Tensor, targets: Tensor, temperatures: Tensor, *, flow: bool = False) -> TokenScores:
+    """The same from logits [P, V] that are there already, with the entropy flow if asked."""
     logprobs = (logits.float() / temperatures[:, None]).log_softmax(1)
     entropies = -(logprobs.exp() * logprobs).sum(1)
-    return TokenScores(logprobs.gather(1, targets[:, None]).squeeze(1), entropies)
+    own = _flow(logprobs.detach(), targets) if flow else None
+    return TokenScores(logprobs.gather(1, targets[:, None]).squeeze(1), entropies, own)
 
 
 class _TokenScores(torch.autograd.Function):

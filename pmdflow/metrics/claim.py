@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pmdflow.types import Claim, ClaimPlan, Int64, Mask, Stop
+from pmdflow.types import Claim, ClaimPlan, ClaimRows, Int32, Int64, Mask, Stop
 
 
 def claim_metrics(claim: Claim) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def claim_metrics(claim: Claim) -> dict[str, Any]:
     lengths = episode_lengths(claim)
     untrained = lengths - _per_episode(claim, claim.count(Mask.TRAINED))
     trained = (claim.segment_masks & Mask.TRAINED) != 0
-    staleness = claim.version - claim.segment_versions[trained].astype(np.int64)
+    staleness = staleness_of(claim, claim.segment_versions[trained])
     multiple = _multi_version(claim)
     ages, which = np.unique(staleness, return_inverse=True)
     tokens = np.zeros(len(ages), np.int64)
@@ -44,6 +44,21 @@ def claim_metrics(claim: Claim) -> dict[str, Any]:
         "staleness/masked_share": _share(untrained.sum(), lengths.sum()),
         "staleness/masked_share_by_decile": by_decile(lengths, untrained, lengths),
     }
+
+
+def staleness_of(claim: ClaimRows, versions: Int32) -> Int64:
+    """Iterations that the learner had trained at a claim and the weights of `versions` had not, each >= 0.
+
+    Args:
+        claim: Where it is counted from.
+        versions: Policy versions of tokens, of any shape.
+    """
+    first = np.array(sorted(claim.restored), np.int64)
+    skips = np.array([0] + [claim.restored[version] - version for version in first.tolist()], np.int64)
+    ahead, trained = (
+        which + skips[np.searchsorted(first, which, side="right")] for which in (np.int64(claim.version), versions)
+    )
+    return np.asarray(np.maximum(ahead - trained, 0), np.int64)
 
 
 def episode_lengths(claim: Claim) -> Int64:

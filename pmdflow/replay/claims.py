@@ -66,7 +66,7 @@ def replay_claims(run: Path, config: Config, *, start: int, verify: bool = False
         for result in replay_claims(Path("runs/quickstart"), config, start=0):
             print(result.iteration, result.losses)
     """
-    recorded, claims = iterations(run), _claims_after(run, start)
+    recorded, claims = iterations(run), claims_after(run, start)
     dealt_anew = config.learner.steps_per_iteration != load_run(run).config.learner.steps_per_iteration
     start_ray(config)
     try:
@@ -108,7 +108,7 @@ def _load(learners: Sequence[ActorHandle[LearnerActor]], run: Path, *, start: in
     ray.get(loads, timeout=STEP_TIMEOUT_S)
 
 
-def _claims_after(run: Path, start: int) -> list[tuple[int, Path]]:
+def claims_after(run: Path, start: int) -> list[tuple[int, Path]]:
     """Archived claims after iteration `start`, without a gap."""
     archived = {part_iteration(path): path for path in parts(run)}
     claims = [(iteration, archived[iteration]) for iteration in sorted(archived) if iteration > start]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from pmdflow.reward.length import length_reward
 from pmdflow.types import Claim, Float64, Mask, Stop, TrainBatch
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from pmdflow.config.schema import RewardConfig
 
 CORRECT_REWARD = 0.5
-"""For the length reward a trajectory is correct from this reward on: it separates 0 and 1 as well as -1 and 1."""
+"""A trajectory is correct from this reward on: it separates 0 and 1 as well as -1 and 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,8 @@ class TotalRewards:
     """With the penalties for how a trajectory ended, without the length reward; the group filter reads these."""
     total: Float64
     """What advantages are made of."""
+    correct: npt.NDArray[np.bool_]
+    """From `CORRECT_REWARD` on, and not cut at `data.max_tokens` where that has a reward of its own."""
     mean: float
     """Of `total` over episodes."""
     length_weight: float
@@ -52,11 +55,10 @@ def total_rewards(batch: TrainBatch | Claim, reward: RewardConfig) -> TotalRewar
     task = np.where(cut, reward.cut_reward or 0.0, batch.rewards)
     task = task - reward.repetition_penalty * (batch.stops == Stop.REPETITION)
     weight = reward.length_weight if batch.iteration > reward.length_warmup_iterations else 0.0
-    total = task
+    total, correct = task, (batch.rewards >= CORRECT_REWARD) & ~cut
     if weight > 0:
-        correct, episode = (batch.rewards >= CORRECT_REWARD) & ~cut, batch.episode_of()
+        episode = batch.episode_of()
         lengths = np.bincount(episode, weights=batch.count(Mask.GENERATED)).astype(np.int64)
         total = task + weight * length_reward(lengths, correct[first], batch.groups[first])[episode]
-    return TotalRewards(
-        task=task, total=total, mean=float(total[first].mean()) if len(first) else 0.0, length_weight=weight
-    )
+    mean = float(total[first].mean()) if len(first) else 0.0
+    return TotalRewards(task=task, total=total, correct=correct, mean=mean, length_weight=weight)

@@ -18,7 +18,7 @@ from pmdflow.rollout.leasing import LeaseTaker
 from pmdflow.rollout.requests import STORE_TIMEOUT_S, StoreRequests
 from pmdflow.store.client import StoreHandle
 from pmdflow.weights.make import make_transport
-from pmdflow.weights.transport import WeightsHandle
+from pmdflow.weights.transport import Bytes, WeightsHandle, in_group
 
 SLOTS_PER_SPARE = 8
 """For so many slots one lease more is held: a slot that falls free is not empty while the store is asked."""
@@ -108,6 +108,11 @@ class RolloutActor:
             if self._config.on_new_weights == "finish":
                 return False
             raise
+
+    @in_group("weights")
+    def read_weights(self, version: int, offset: int, num_bytes: int) -> Bytes:
+        """Bytes of a version's file, for a node that does not have it; safe beside everything else."""
+        return self._transport.read(version, offset, num_bytes)
 
     def stop(self) -> None:
         """Let `run` send what it has, give its leases back and return."""

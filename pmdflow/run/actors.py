@@ -33,7 +33,7 @@ from pmdflow.store.archive.actor import ArchiveActor
 from pmdflow.store.client import StoreHandle, answers, call
 from pmdflow.store.creation import failures_told
 from pmdflow.store.settings import StoreSettings
-from pmdflow.weights.transport import WeightsHandle
+from pmdflow.weights.transport import THREADS, WeightsHandle
 
 LEARNER_SETUP_TIMEOUT_S = 300.0
 START_TRIES = 2
@@ -122,7 +122,7 @@ def start_rollout(
     return make_actor(
         RolloutActor,
         log=log_path(run_dir, f"rollout-{index}"),
-        options={"max_concurrency": 8, **place},
+        options={"max_concurrency": 8, "concurrency_groups": THREADS, **place},
         arguments={"config": config, "index": index, "store": store, "run_dir": str(run_dir)},
     )
 
@@ -160,7 +160,7 @@ def start_learners(
         make_actor(
             LearnerActor,
             log=log_path(run_dir, f"{log_prefix}learner-{rank}"),
-            options={"max_concurrency": 3, **place},
+            options={"max_concurrency": 3, "concurrency_groups": THREADS, **place},
             arguments={"config": config, "rank": rank, "run_dir": str(run_dir)},
         )
         for rank, place in enumerate(places)

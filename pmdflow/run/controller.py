@@ -148,11 +148,13 @@ class Controller:
 
     def _reopen_version(self) -> None:
         """Version numbers are never reused: weights older than the newest number get the next one."""
-        newest = self._counts().max_version
-        if newest > self.version:
+        newest, restored = self._counts().max_version, self.version
+        if newest > restored:
             self.version = newest + 1
-        if newest != self.version:
-            self._supervisor.get(call(self._store, StoreActor.publish, self.version, None, {}), what="publishing")
+            made = call(self._store, StoreActor.restore, self.version, restored)
+            self._supervisor.get(made, what="publishing")
+        elif newest < restored:
+            self._supervisor.get(call(self._store, StoreActor.publish, restored, None, {}), what="publishing")
         self._grant_first_budget()
         if self.version > 0 or self._settings.versions is not None:  # then an actor may come back to version 0
             self._supervisor.offer_weights(self._publish_weights(), timeout_s=APPLY_TIMEOUT_S)

@@ -44,6 +44,10 @@ def open_inputs(config: Config, *, pins: Mapping[str, str] | None = None, weight
         check_family(inputs.base, packing=config.learner.packing, slots=engine == "transformers")
         if inputs.has_weights:
             check_loading(inputs.base)
+        if ":" not in config.learner.algorithm:  # what a user's module does is known where it is imported
+            from pmdflow.learner.algorithms import find_algorithm
+
+            find_algorithm(config.learner.algorithm).configured(config.learner)
     except ValueError as error:
         raise _refusal(error) from error
     return inputs
@@ -98,6 +102,7 @@ def dry_run(loaded: Loaded) -> str:
         advice = short_advice(config, seconds=ADVICE_S)
     except PmdflowError as error:
         advice = [f"none: {error}"]
+    notes += algorithm_notes(config)
     origins = _settled_origins(loaded, settled)
     shown = replace(loaded, config=config, origins=origins)
     return render_dry_run(shown, plan, model=room.model, data=prompts.summary, advice=advice, notes=notes)
@@ -108,6 +113,27 @@ def _settled_origins(loaded: Loaded, settled: Config) -> dict[str, str]:
     before, after = (dict(leaves(config.model_dump())) for config in (loaded.config, settled))
     decided = {dotted(key) for key, value in before.items() if value in ("auto", None) and after.get(key) != value}
     return {key: f"auto, {origin}" if key in decided else origin for key, origin in loaded.origins.items()}
+
+
+def algorithm_notes(config: Config) -> list[str]:
+    """What the algorithm costs beside its steps.
+
+    Raises:
+        LaunchError: it is not there, or has no such setting.
+    """
+    from pmdflow.learner.algorithms import find_algorithm
+
+    try:
+        algorithm = find_algorithm(config.learner.algorithm)
+        algorithm.configured(config.learner)
+    except ValueError as error:
+        raise _refusal(error) from error
+    if not algorithm.needs or config.learner.num_ranks == 1 or not (algorithm.claim_wide or algorithm.state):
+        return []
+    tokens = config.scheduler.groups_per_iteration * config.data.group_size * config.data.max_tokens
+    size = tokens * 4 * len(algorithm.needs) / 2**20
+    needs = ", ".join(sorted(algorithm.needs))
+    return [f"the algorithm sees the whole claim: each rank gathers {needs} of {tokens:,} tokens, {size:,.3g} MiB"]
 
 
 def _refusal(error: ValueError) -> LaunchError:

@@ -44,11 +44,7 @@ def up(loaded: Loaded) -> int:
     Raises:
         LaunchError: something that the run needs is missing or taken; nothing was started.
     """
-    pins = RunDirectory.recorded_inputs(RunDirectory.path_of(loaded.config)).get("pins")
-    opened = open_inputs(loaded.config, pins=pins)
-    room = Room.of(opened, dry=False)
-    inputs = room.settled(opened)
-    room.plan(inputs.config)
+    inputs = _open(loaded)
     with (
         RunDirectory.prepare(inputs.config) as run,
         SinkProcesses.start(run.path, inputs.config.metrics.sinks),
@@ -85,6 +81,16 @@ def up(loaded: Loaded) -> int:
         if not finished:
             errors.write(f"drained; `{run.resume_command(loaded)}` continues\n")
     return 0
+
+
+def _open(loaded: Loaded) -> Inputs:
+    """Model and data, judged; what is `auto` decided for the GPUs that there are, on which it all fits."""
+    pins = RunDirectory.recorded_inputs(RunDirectory.path_of(loaded.config)).get("pins")
+    inputs = open_inputs(loaded.config, pins=pins)
+    room = Room.of(inputs, dry=False)
+    settled = room.settled(inputs)
+    room.plan(settled.config)
+    return settled
 
 
 def _train(inputs: Inputs, run: RunDirectory, telemetry: Telemetry, signals: StopSignals) -> bool:

@@ -43,6 +43,8 @@ class Running:
     """Version whose weights it was given or offered last."""
     offer: ObjectRef[bool] | None = None
     """Whether it uses these, not yet looked at."""
+    uses: int = -1
+    """Newest version that it was offered and has used."""
     refused: int = 0
     """Offers in a row that it could not take."""
     behind_since: float | None = None

@@ -19,9 +19,7 @@ from pmdflow.types import Counts, Quota
 if TYPE_CHECKING:
     from pmdflow.config.schema import Config
 
-
-RATES = 5
-"""Newest iterations by whose rates an automatic budget goes."""
+RATES = 5  # newest iterations by whose rates an automatic budget goes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +27,7 @@ class SchedulerSettings:
     """What the scheduler needs of the configuration."""
 
     groups_per_iteration: int
-    tokens_per_iteration: int
-    """Generated tokens that all rollout actors may spend under one policy version."""
+    tokens_per_iteration: int  # generated, of all rollout actors under one policy version
     tokens_per_segment: int | None
     """Generated tokens that one trajectory may spend under one policy version; None is unlimited."""
     lookahead: int
@@ -42,8 +39,8 @@ class SchedulerSettings:
     """A user's own; None is the one that the numbers stand for."""
     iteration_s: float | None = None
     """Seconds that an iteration should take: an automatic budget, of at most `tokens_per_iteration`."""
-    least_tokens: int = 1
-    """An automatic budget is never smaller."""
+    least_tokens: int = 1  # an automatic budget is never smaller
+    max_staleness: int | None = None  # of a token with a gradient; None is unbounded
 
     @classmethod
     def of(cls, config: Config) -> SchedulerSettings:
@@ -59,6 +56,7 @@ class SchedulerSettings:
             policy=None if scheduler.policy is None else load_named(scheduler.policy),
             iteration_s=scheduler.iteration_s,
             least_tokens=scheduler.groups_per_iteration * config.data.group_size,
+            max_staleness=scheduler.max_staleness,
         )
 
     def budgeted(self, rates: Sequence[float]) -> SchedulerSettings:
@@ -118,6 +116,8 @@ def next_quota(settings: SchedulerSettings, counts: Counts) -> Quota:
     budgets grow together, so every repetition lets at least one token be generated and no run can stall; an automatic
     budget is fixed when the version is published (`SchedulerSettings.budgeted`), and after a restart may be another.
 
+    There is no budget while what is generated would be over-age at its claim, after the undone ones.
+
     Args:
         settings: Budgets of one grant.
         counts: Live numbers of the store; `tokens_budget` is what the newest version has been granted so far.
@@ -132,13 +132,14 @@ def next_quota(settings: SchedulerSettings, counts: Counts) -> Quota:
         100
     """
     decision = decide(settings, counts)
-    grants = counts.tokens_budget // decision.tokens + 1
+    limit, age = settings.max_staleness, counts.claims_undone and counts.claims_undone + settings.lookahead
+    grants = 0 if limit is not None and age > limit else counts.tokens_budget // decision.tokens + 1
     segment = decision.tokens_per_segment
     return Quota(
         version=counts.version,
         groups=decision.groups,
         tokens=decision.tokens * grants,
-        tokens_per_segment=None if segment is None else segment * grants,
+        tokens_per_segment=None if segment is None else segment * max(grants, 1),
     )
 
 

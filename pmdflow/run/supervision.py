@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import ray
@@ -33,6 +34,8 @@ MAX_QUICK_DEATHS = 5
 """A loop that dies this often without having answered once is given up."""
 MAX_REFUSED = 3
 """A rollout actor that could not take new weights this often in a row is replaced."""
+MAX_PEERS = 4
+"""Actors that a handle names besides the one that published it."""
 LATE_OFFERS = 2
 """Likewise one that uses none for so many times their timeout, although it was offered some."""
 
@@ -70,7 +73,8 @@ class Supervisor:
         """Create the actor of a loop and run it from the newest weights."""
         loop.starts += 1
         worker = f"{loop.name}/{loop.starts}"
-        actor, run_ref = loop.start(self.handle if loop.takes_weights else None, worker)
+        handle = None if self.handle is None or not loop.takes_weights else self._served(self.handle)
+        actor, run_ref = loop.start(handle, worker)
         serves = 0 if self.handle is None else self.handle.version
         loop.running = Running(actor=actor, worker=worker, run_ref=run_ref, asked_at=time.monotonic(), serves=serves)
         if loop not in self.loops:
@@ -183,8 +187,14 @@ class Supervisor:
 
     def _offer(self, loop: Loop, handle: WeightsHandle) -> None:
         process = loop.process
-        process.offer = call(process.actor, RolloutActor.update_weights, handle, self._offer_timeout_s)
+        process.offer = call(process.actor, RolloutActor.update_weights, self._served(handle), self._offer_timeout_s)
         process.behind_since = process.behind_since or time.monotonic()
+
+    def _served(self, handle: WeightsHandle) -> WeightsHandle:
+        """The handle with actors that use its version: they have it even if who published it has died."""
+        running = [loop.running for loop in self.loops if loop.takes_weights and loop.running is not None]
+        users = [process.actor for process in running if process.uses == handle.version]
+        return replace(handle, peers=tuple(users[:MAX_PEERS]))
 
     def _watch_offer(self, loop: Loop) -> None:
         """Offer weights again that an actor could not take; replace one that cannot, or uses none for too long."""
@@ -195,8 +205,9 @@ class Supervisor:
         if is_ready(process.offer):
             offer, process.offer = process.offer, None
             try:
-                ray.get(offer, timeout=TICK_S)
+                is_used = ray.get(offer, timeout=TICK_S)
                 process.refused, process.behind_since = 0, None
+                process.uses = handle.version if is_used else process.uses
             except RayActorError:
                 return  # whoever watches over its loop replaces it
             except RayTaskError as error:

@@ -175,6 +175,10 @@ class StoreActor:
         """Make `version` the newest and the iteration's claim trained, but for the trajectories left out by reason."""
         self._store.publish(version, iteration, left_out)
 
+    def restore(self, version: int, weights_of: int) -> None:
+        """Make `version` the newest, with the weights of an older one."""
+        self._store.restore(version, weights_of=weights_of)
+
     def commit(self, iteration: int) -> None:
         """A checkpoint covers every claim up to `iteration`."""
         self._store.commit(iteration)

@@ -303,6 +303,14 @@ class TrajectoryStore(StoreView):
         """
         self._native.publish(version, iteration, {reason: list(ids) for reason, ids in (left_out or {}).items()})
 
+    def restore(self, version: int, *, weights_of: int) -> None:
+        """Make `version` the newest, with the weights of an older one, as a resume does: they age from where that was.
+
+        Raises:
+            Conflict: the version is not above every earlier one, or the other was never published.
+        """
+        self._native.restore(version, weights_of)
+
     def claim(self, iteration: int, version: int, timeout_s: float, *, now_s: float | None = None) -> ClaimAnswer:
         """Claim `iteration`'s groups for a learner at `version`, waiting until they are ready or rollout is closed.
 

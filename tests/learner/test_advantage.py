@@ -44,6 +44,9 @@ def test_pmd_mean_options():
     np.testing.assert_allclose(whole[[0, 2, 4]], np.array([1.0, 0.5, 3.0]) - mean_a, rtol=1e-14)
     assert pmd_mean([5.0], [0]) == 5.0
     assert pmd_mean([5.0], [0], singleton="zero") == 0.0
+    assert pmd_mean([5.0], [0], leave_one_out=False) == 0.0
+    assert pmd_partition([5.0], [0], tau=1.0) == 5.0
+    assert pmd_partition([5.0], [0], tau=1.0, leave_one_out=False) == 0.0
     assert pmd_mean(REWARDS, GROUPS).dtype == np.float64
     with pytest.raises(ValueError, match="singleton"):
         pmd_mean([1.0], [0], singleton="mean")
@@ -55,7 +58,8 @@ def test_pmd_partition_matches_sixty_digits(tau, leave_one_out):
     expected = []
     for i, reward in enumerate(REWARDS):
         compared = [REWARDS[j] for j in members(GROUPS, i) if j != i or not leave_one_out]
-        expected.append(reward if len(members(GROUPS, i)) == 1 else reward - log_mean_exp(compared, tau))
+        alone = len(members(GROUPS, i)) == 1 and leave_one_out
+        expected.append(reward if alone else reward - log_mean_exp(compared, tau))
     np.testing.assert_allclose(
         pmd_partition(REWARDS, GROUPS, tau=tau, leave_one_out=leave_one_out), expected, rtol=1e-9, atol=1e-12
     )

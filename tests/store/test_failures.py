@@ -149,6 +149,11 @@ def limited_file_size() -> Iterator[Callable[[], None]]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_a_directory_without_a_store_is_named_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(DiskFault, match=f"{tmp_path}: there is no store; name the directory of one"):
+        TrajectoryStore.read(tmp_path)
+
+
 def test_a_failed_allocation_stops_the_store_and_loses_nothing_acknowledged(tmp_path: Path) -> None:
     directory = tmp_path / "disk"
     directory.mkdir()

@@ -66,6 +66,8 @@ class Model:
     committed: int = -1
     evicting: int = -1
     evicted: int = -1
+    undoing: bool = False
+    """A life began and did not yet say which claims it has undone."""
     lsn: int = 0
     lines: Counter[str] = field(default_factory=Counter)
 
@@ -83,14 +85,18 @@ class Model:
         raise AssertionError(f"the child failed:\n{trace}")
 
     def _hear_opening(self) -> None:
-        pass
+        self.undoing = True
 
     def _hear_open(self, lsn: int) -> None:
         assert lsn >= self.lsn
 
     def _hear_uncommitted(self, iterations: list[int]) -> None:
         assert all(iteration > self.checkpoint for iteration in iterations)
-        self.claims = {i: claim for i, claim in self.claims.items() if i <= self.checkpoint}
+        self._forget_undone(set(self.claims))
+
+    def _forget_undone(self, iterations: set[int]) -> None:
+        self.undoing = False
+        self.claims = {i: claim for i, claim in self.claims.items() if i <= self.checkpoint or i not in iterations}
 
     def _hear_leased(self, rows: list[tuple[int, int]]) -> None:
         for trajectory, epoch in rows:
@@ -213,6 +219,9 @@ class Model:
             assert row["reward"] == outcome_of(trajectory, known.attempts - 1)[1]
 
     def _verify_claims(self, groups: dict[int, dict[str, Any]]) -> None:
+        if self.undoing:
+            claimed = {row["iteration"] for row in groups.values()}
+            self._forget_undone(self.claims.keys() - claimed)
         for iteration, (_, members) in self.claims.items():
             states = {groups[group]["state"] if group in groups else "gone" for group in members}
             allowed = {"claimed", "trained"} if iteration > self.checkpoint else {"trained", "committed"}
@@ -270,7 +279,7 @@ class Model:
         for iteration, (version, members) in self.claims.items():
             if iteration > self.evicting:
                 assert list(store.claim(iteration, version, 0.0).groups) == members
-        if self.published is not None:
+        if self.published is not None and self.published[1] in {None, *self.claims}:
             store.publish(*self.published)
         if self.committed >= 0:
             store.commit(self.committed)

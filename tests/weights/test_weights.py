@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import ray
 import torch
 
-from pmdflow.errors import WeightsLost
+from pmdflow.errors import PmdflowError, WeightsLost
+from pmdflow.weights.file import NamedTensors
 from pmdflow.weights.filesystem import FilesystemTransport
+from pmdflow.weights.held import NodeNotes
 from pmdflow.weights.object_store import ObjectStoreTransport
 from pmdflow.weights.transport import Transport, WeightsHandle
 
@@ -22,18 +25,22 @@ WEIGHTS = {
 }
 
 
-@pytest.fixture(params=["filesystem", "object_store"])
-def transport(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Transport]:
-    if request.param == "filesystem":
-        yield FilesystemTransport(tmp_path / "weights")
-        return
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
-    yield ObjectStoreTransport()
+    yield
     ray.shutdown()
 
 
+@pytest.fixture(params=["filesystem", "object_store"])
+def transport(request: pytest.FixtureRequest, tmp_path: Path, cluster: None) -> Transport:
+    if request.param == "filesystem":
+        return FilesystemTransport(tmp_path / "weights")
+    return ObjectStoreTransport(str(tmp_path), kept=2)
+
+
 def test_what_is_published_is_fetched_bit_for_bit(transport: Transport) -> None:
-    handle = transport.publish(3, WEIGHTS)
+    handle = transport.publish(3, NamedTensors.of(WEIGHTS))
     fetched = transport.fetch(handle, timeout_s=10.0)
     assert handle.version == 3
     assert fetched.keys() == WEIGHTS.keys()
@@ -43,14 +50,14 @@ def test_what_is_published_is_fetched_bit_for_bit(transport: Transport) -> None:
 
 
 def test_an_older_version_can_still_be_read_beside_the_newest(transport: Transport) -> None:
-    older = transport.publish(1, WEIGHTS)
-    transport.publish(2, {"a": torch.zeros(1)})
+    older = transport.publish(1, NamedTensors.of(WEIGHTS))
+    transport.publish(2, NamedTensors.of({"a": torch.zeros(1)}))
     assert torch.equal(transport.fetch(older, timeout_s=10.0)["a"], WEIGHTS["a"])
 
 
 def test_the_directory_shows_whole_files_only_and_forgets_old_versions(tmp_path: Path) -> None:
     transport = FilesystemTransport(tmp_path)
-    handles = [transport.publish(version, WEIGHTS) for version in range(4)]
+    handles = [transport.publish(version, NamedTensors.of(WEIGHTS)) for version in range(4)]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "version-000002.safetensors",
         "version-000003.safetensors",
@@ -59,35 +66,75 @@ def test_the_directory_shows_whole_files_only_and_forgets_old_versions(tmp_path:
         transport.fetch(handles[0], timeout_s=1.0)
 
 
-def test_weights_whose_publisher_has_died_are_lost_by_name() -> None:
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
-    publisher: Any = ray.remote(num_cpus=0)(Publisher).remote()
-    handle = ray.get(publisher.publish.remote(), timeout=60.0)
-    ray.kill(publisher)
-    with pytest.raises(WeightsLost, match="version 7 died with the learner that made them"):
-        fetch_for(60.0, handle)
-    ray.shutdown()
+def test_bytes_that_changed_on_the_way_are_refused(transport: Transport) -> None:
+    handle = transport.publish(3, NamedTensors.of(WEIGHTS))
+    with pytest.raises((PmdflowError, WeightsLost)):
+        transport.fetch(dataclasses.replace(handle, digest="0" * 16), timeout_s=10.0)
 
 
-def fetch_for(seconds: float, handle: WeightsHandle) -> None:
-    """Ray hears of a death a little later."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        ObjectStoreTransport().fetch(handle, timeout_s=seconds)
+class Holder:
+    """A process with a transport, as a learner and a rollout actor have one; `node` pretends to be another."""
+
+    def __init__(self, run: str, node: str | None = None) -> None:
+        self._transport = ObjectStoreTransport(run)
+        if node is not None:
+            self._transport._notes = NodeNotes(run, node)
+
+    def publish(self, version: int) -> WeightsHandle:
+        return self._transport.publish(version, NamedTensors.of(WEIGHTS | {"c": torch.arange(3 << 20)}))
+
+    def fetch(self, handle: WeightsHandle, *, timeout_s: float = 60.0) -> tuple[int, int, float]:
+        """Inode of the file, process id, and what the weights are."""
+        file = self._transport.fetch(handle, timeout_s=timeout_s)
+        inode = os.fstat(file.descriptor).st_ino
+        return inode, os.getpid(), int(file["c"].sum()) + float(file["b"].sum())
+
+    def read_weights(self, version: int, offset: int, num_bytes: int) -> Any:
+        return self._transport.read(version, offset, num_bytes)
 
 
-class Publisher:
-    def publish(self) -> WeightsHandle:
-        return ObjectStoreTransport().publish(7, {"a": torch.zeros(1 << 20)})  # Ray sends smaller ones along
+EXPECTED = int(torch.arange(3 << 20).sum()) - 0.75
 
 
-def test_what_comes_through_the_object_store_is_not_copied() -> None:
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
-    weights = {"a": torch.arange(1 << 18, dtype=torch.float32), "b": torch.zeros(1 << 18, dtype=torch.bfloat16)}
-    transport = ObjectStoreTransport()
-    handle = transport.publish(1, weights)
-    first, second = (transport.fetch(handle, timeout_s=10.0) for _ in range(2))
-    assert all(first[name].data_ptr() == second[name].data_ptr() for name in weights)
-    del handle, second  # the views keep the memory
-    assert torch.equal(first["a"], weights["a"])
-    ray.shutdown()
+@pytest.fixture
+def holders(tmp_path: Path, cluster: None) -> Callable[..., Any]:
+    return lambda node=None: ray.remote(num_cpus=0)(Holder).remote(str(tmp_path), node)
+
+
+def ask(ref: Any) -> Any:
+    return ray.get(ref, timeout=60.0)
+
+
+def test_the_processes_of_a_node_map_one_file_which_outlives_who_made_it(holders: Callable[..., Any]) -> None:
+    learner, first, second = holders(), holders(), holders()
+    handle = ask(learner.publish.remote(7))
+    inode, _, value = ask(first.fetch.remote(handle))
+    ray.kill(learner)
+    again, other, _ = ask(second.fetch.remote(handle))
+    assert (again, value) == (inode, EXPECTED)
+    assert other != ask(first.fetch.remote(handle))[1]
+
+
+def test_another_node_copies_it_once_from_the_learner_or_a_peer(holders: Callable[..., Any]) -> None:
+    learner, near, far, beside, third = holders(), holders(), holders("b"), holders("b"), holders("c")
+    handle = ask(learner.publish.remote(7))
+    home = ask(near.fetch.remote(handle))[0]
+    inode, _, value = ask(far.fetch.remote(handle))
+    assert inode != home
+    assert value == EXPECTED
+    assert ask(beside.fetch.remote(handle))[0] == inode
+    ray.kill(learner)
+    with_peers = dataclasses.replace(handle, peers=(far,))
+    assert ask(third.fetch.remote(with_peers))[2] == EXPECTED
+
+
+def test_weights_that_nobody_has_any_more_are_lost_by_name(holders: Callable[..., Any]) -> None:
+    learner, far = holders(), holders("b")
+    handle = ask(learner.publish.remote(7))
+    ask(learner.publish.remote(8))
+    with pytest.raises(WeightsLost, match=r"version 7 died with those that had them: .*version 7 any more"):
+        ask(far.fetch.remote(handle))
+    newest = ask(learner.publish.remote(9))
+    ray.kill(learner)
+    with pytest.raises(WeightsLost, match="version 9 died with those that had them"):
+        ask(far.fetch.remote(newest))

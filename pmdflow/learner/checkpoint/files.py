@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import Future
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from pmdflow.errors import PmdflowError, WaitTimeout
 from pmdflow.learner.policy import Policy
+from pmdflow.learner.view import State
 
+_ALGORITHM = "algorithm"
 WRITE_TIMEOUT_S = 3600.0
 """A checkpoint that is not written after this long never will be."""
 
@@ -63,8 +67,13 @@ class AsyncSaver:
             ) from error
 
 
-def training_state(policy: Policy, optimizer: torch.optim.Optimizer, num_steps: int) -> dict[str, Any]:
-    """What a checkpoint holds; the tensors are the live shards, and loading fills them in place."""
+def training_state(
+    policy: Policy, optimizer: torch.optim.Optimizer, num_steps: int, algorithm: State | None = None
+) -> dict[str, Any]:
+    """What a checkpoint holds; the tensors are the live shards, and loading fills them in place.
+
+    `algorithm` is the state of an algorithm that keeps some, else None.
+    """
     has_moments = bool(optimizer.state)
     model, moments = get_state_dict(policy, optimizer, options=_options(policy))
     if not has_moments:
@@ -73,7 +82,9 @@ def training_state(policy: Policy, optimizer: torch.optim.Optimizer, num_steps: 
     frozen = {
         name for name, parameter in policy.named_parameters(remove_duplicate=False) if not parameter.requires_grad
     }
+    kept = {} if algorithm is None else {_ALGORITHM: json.dumps(algorithm)}
     return {
+        **kept,
         # A tied name of a frozen tensor is still there.
         "model": {name: tensor for name, tensor in model.items() if name not in frozen},
         "optimizer": moments,
@@ -83,9 +94,16 @@ def training_state(policy: Policy, optimizer: torch.optim.Optimizer, num_steps: 
     }
 
 
-def load_training(policy: Policy, optimizer: torch.optim.Optimizer, directory: str) -> int:
-    """Put policy, optimizer and random state where `directory` has them; returns the optimizer steps taken."""
-    state = training_state(policy, optimizer, 0)
+def load_training(
+    policy: Policy, optimizer: torch.optim.Optimizer, directory: str, algorithm: State | None = None
+) -> tuple[int, State | None]:
+    """Put policy, optimizer and random state where `directory` has them.
+
+    Returns:
+        The optimizer steps taken, and the state of the algorithm; the given one if the checkpoint has none.
+    """
+    has_state = _ALGORITHM in FileSystemReader(directory).read_metadata().state_dict_metadata
+    state = training_state(policy, optimizer, 0, algorithm if has_state else None)
     load_state(state, checkpoint_id=directory)
     set_state_dict(
         policy,
@@ -97,7 +115,7 @@ def load_training(policy: Policy, optimizer: torch.optim.Optimizer, directory: s
     if not state["has_moments"]:
         optimizer.state.clear()
     torch.set_rng_state(state["random"])
-    return int(state["num_steps"])
+    return int(state["num_steps"]), json.loads(state[_ALGORITHM]) if _ALGORITHM in state else algorithm
 
 
 def _options(policy: Policy) -> StateDictOptions:

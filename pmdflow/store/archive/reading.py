@@ -49,6 +49,7 @@ def read_part(path: str | Path) -> TrainBatch:
         prompt_ids=tuple(prompts.tolist()),
         plan=_plan(attrs, group),
         branches=_branches(trajectory),
+        restored={int(version): trained for version, trained in attrs.get("restored", {}).items()},
         extra=_extra(path, "token_extra"),
         trajectory_extra=_extra(path, "trajectory_extra"),
     )

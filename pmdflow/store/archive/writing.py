@@ -73,6 +73,11 @@ def _write_tables(path: Path, batch: TrainBatch, attrs: Mapping[str, Any]) -> No
             "version": batch.version,
             "components": list(batch.components),
             **_plan_attrs(batch),
+            **(
+                {"restored": {str(version): trained for version, trained in batch.restored.items()}}
+                if batch.restored
+                else {}
+            ),
             **attrs,
         },
     )

@@ -170,7 +170,10 @@ impl Log {
     /// As `open`, but never `Locked`; `Io` also when there is no log.
     pub fn read(storage: Arc<dyn Storage>, replay: &mut dyn Replay) -> Result<Self> {
         let found = recover(&*storage, replay, false)?;
-        let missing = || StoreError::io(storage.path(), std::io::Error::from(std::io::ErrorKind::NotFound));
+        let missing = || {
+            let detail = "there is no store; name the directory of one that was opened to be written";
+            StoreError::io(storage.path(), std::io::Error::new(std::io::ErrorKind::NotFound, detail))
+        };
         let (number, tail) = found.last.as_ref().ok_or_else(missing)?;
         let writer = Writer::read_only(&*storage, *number, tail)?;
         let shared = Arc::new(Shared::new(storage, LogOptions::default(), writer, found.sealed, None));

@@ -209,6 +209,10 @@ impl TrajectoryStore {
         self.change(py, true, |store| store.publish(version, iteration, left_out))
     }
 
+    fn restore(&self, py: Python<'_>, version: Version, weights_of: Version) -> PyResult<()> {
+        self.change(py, true, |store| store.restore(version, weights_of))
+    }
+
     #[pyo3(signature = (iteration, version, timeout_s, now_s = None))]
     fn claim<'py>(
         &self, py: Python<'py>, iteration: i64, version: Version, timeout_s: f64, now_s: Option<f64>,

@@ -4,7 +4,7 @@ use std::iter::repeat_n;
 
 use pyo3::{
     prelude::*,
-    types::{PyBytes, PyDict, PyList, PyString},
+    types::{IntoPyDict, PyBytes, PyDict, PyList, PyString},
 };
 
 use crate::{
@@ -125,6 +125,7 @@ pub fn batch<'py>(py: Python<'py>, iteration: i64, version: Version, rows: &Rows
     let prompt_ids = rows.prompt_ids.iter().flat_map(|(id, count)| repeat_n(PyString::new(py, id), *count));
     row.set_item("prompt_ids", PyList::new(py, prompt_ids.collect::<Vec<_>>())?)?;
     row.set_item("columns", rows.columns)?;
+    row.set_item("restored", rows.restored.iter().copied().into_py_dict(py)?)?;
     Ok(row)
 }
 
@@ -239,6 +240,7 @@ pub fn counts<'py>(py: Python<'py>, counts: &Counts) -> PyResult<Row<'py>> {
     row.set_item("oldest_untrained", counts.oldest_untrained)?;
     row.set_item("groups_ready", counts.groups_ready)?;
     row.set_item("groups_claimed", counts.groups_claimed)?;
+    row.set_item("claims_undone", counts.claims_undone)?;
     row.set_item("trajectories_leased", counts.trajectories_leased)?;
     row.set_item("trajectories_idle", counts.trajectories_idle)?;
     row.set_item("trajectories_partial", counts.trajectories_partial)?;

@@ -28,6 +28,10 @@ impl State {
             Record::Append(items) => self.apply_append(items, place)?,
             Record::Score(score) => self.apply_score(score)?,
             Record::Publish(version, iteration, left_out) => self.apply_publish(*version, *iteration, left_out)?,
+            Record::Restore(version, weights_of) => {
+                self.trained.restore(*version, *weights_of);
+                self.apply_publish(*version, None, &LeftOut::default())?;
+            }
             Record::Claim(claimed) => self.apply_claim(claimed, place.lsn)?,
             Record::Evict(groups, reason) => groups.iter().try_for_each(|id| self.apply_evict(*id, reason))?,
             Record::Commit(iteration) => {

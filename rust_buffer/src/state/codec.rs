@@ -17,7 +17,7 @@ use crate::{
 use columns::Columns;
 
 /// Kinds that newer programs will write.
-const RESERVED: [(u8, &str); 3] = [(13, "annotate"), (15, "turn"), (17, "iteration of a version")];
+const RESERVED: [(u8, &str); 2] = [(13, "annotate"), (15, "turn")];
 
 #[derive(Serialize, Deserialize)]
 struct QuotaFields {
@@ -42,6 +42,12 @@ struct PublishFields {
     filter: BTreeSet<u64>,
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     veto: BTreeSet<u64>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct RestoreFields {
+    version: Version,
+    weights_of: Version,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -99,6 +105,7 @@ pub fn encode(record: &Record) -> Result<Vec<u8>> {
             let (filter, veto) = (filter.clone(), veto.clone());
             named(&PublishFields { version: *version, iteration: *iteration, filter, veto })
         }
+        Record::Restore(version, weights_of) => named(&RestoreFields { version: *version, weights_of: *weights_of }),
         Record::Claim(claimed) => named(claimed),
         Record::Evict(groups, reason) => {
             let detail = if let Reason::Discarded(why) = reason { Some(why.clone()) } else { None };
@@ -149,6 +156,10 @@ pub fn decode(kind: u8, header: &[u8]) -> std::result::Result<Record, String> {
             let ForkFields { trajectory, offset } = fields(header)?;
             Record::Fork(trajectory, offset)
         }
+        17 => {
+            let RestoreFields { version, weights_of } = fields(header)?;
+            Record::Restore(version, weights_of)
+        }
         18 => {
             let PlanFields { iteration, plan } = fields(header)?;
             Record::Plan(iteration, plan)
@@ -161,7 +172,7 @@ pub fn decode(kind: u8, header: &[u8]) -> std::result::Result<Record, String> {
 
 /// What a record of this kind is, if this program does not know it: a newer one wrote it.
 pub fn unknown(kind: u8) -> Option<String> {
-    if matches!(kind, 1..=12 | 14 | 18..=PACKED) {
+    if matches!(kind, 1..=12 | 14 | 17..=PACKED) {
         return None;
     }
     let name = RESERVED.iter().find(|(reserved, _)| *reserved == kind).map_or("unknown here", |(_, name)| name);

@@ -4,6 +4,7 @@ use crate::{
     error::Result,
     state::{
         Claim, ClaimSums, State,
+        age::Trained,
         fork::parts,
         group::Group,
         record::SegmentLoss,
@@ -25,8 +26,8 @@ pub const FILTER: u8 = 16;
 pub const VETO: u8 = 32;
 
 /// Mask flags of the tokens of a run in the branch `id` of the episode `trajectory` in `claim`, where they came.
-pub fn mask(run: &Run, id: u64, trajectory: &Trajectory, claim: &Claim) -> u8 {
-    let over_age = |limit| claim.version.saturating_sub(run.version) > i64::from(limit);
+pub fn mask(run: &Run, id: u64, trajectory: &Trajectory, claim: &Claim, trained: &Trained) -> u8 {
+    let over_age = |limit| trained.staleness(claim.version, run.version) > i64::from(limit);
     let current_only = claim.segment_loss == SegmentLoss::CurrentOnly;
     if run.observed {
         0
@@ -79,7 +80,7 @@ fn add_sums(sums: &mut ClaimSums, state: &State, group: &Group, claim: &Claim) {
             _ => {}
         }
         for (run, id, tokens) in generated(state, id, trajectory) {
-            let sum = match mask(run, id, trajectory, claim) & !GENERATED {
+            let sum = match mask(run, id, trajectory, claim, &state.trained) & !GENERATED {
                 OVER_AGE => &mut sums.over_age,
                 SEGMENT => &mut sums.segment,
                 FILTER => &mut sums.filter,
@@ -97,8 +98,8 @@ fn add_sums(sums: &mut ClaimSums, state: &State, group: &Group, claim: &Claim) {
 pub fn is_trainable(state: &State, group: &Group, version: Version, max_staleness: Option<u32>) -> bool {
     state.members(group).any(|(_, trajectory)| {
         let newest = trajectory.newest_generated();
-        let fresh =
-            newest.is_some_and(|v| max_staleness.is_none_or(|limit| version.saturating_sub(v) <= i64::from(limit)));
+        let within = |v| max_staleness.is_none_or(|limit| state.trained.staleness(version, v) <= i64::from(limit));
+        let fresh = newest.is_some_and(within);
         fresh && !matches!(trajectory.verdict, Verdict::Failed | Verdict::Late)
     })
 }

@@ -1,6 +1,7 @@
 //! The durable state: everything but the tokens themselves. `apply` says how each record changes it; a snapshot of it
 //! and the records after that are what recovery reads.
 
+pub mod age;
 pub mod apply;
 pub mod codec;
 mod compact;
@@ -22,6 +23,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::{
     error::{Result, StoreError},
     log::Lsn,
+    state::age::Trained,
     state::fork::{Branch, Fork, Stretch},
     state::gone::Counted,
     state::group::{Group, Kind, Phase},
@@ -84,7 +86,7 @@ impl ClaimSums {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "fields that say themselves")]
 pub struct Claim {
-    /// Learner version; staleness counts from it.
+    /// Learner version; staleness counts from what it had trained.
     pub version: Version,
     pub max_staleness: Option<u32>,
     pub segment_loss: SegmentLoss,
@@ -177,6 +179,8 @@ pub struct State {
     pub forks: OrdMap<u64, Vec<Fork>>,
     #[serde(default)]
     pub successes: Successes,
+    #[serde(default)]
+    pub trained: Trained,
 }
 
 /// Decodes a persistent collection by way of one of the standard library, which makes room as items come: the other
@@ -226,6 +230,7 @@ impl Default for State {
             counted_gone: Counted::default(),
             forks: OrdMap::new(),
             successes: Successes::default(),
+            trained: Trained::default(),
         }
     }
 }

@@ -163,7 +163,7 @@ pub struct Plan {
 #[allow(missing_docs, reason = "fields that say themselves")]
 pub struct Claimed {
     pub iteration: i64,
-    /// Learner version; staleness counts from it.
+    /// Learner version; staleness counts from what it had trained.
     pub version: Version,
     pub max_staleness: Option<u32>,
     pub segment_loss: SegmentLoss,
@@ -195,6 +195,8 @@ pub enum Record {
     Score(Score),
     /// Makes a version the newest, and an iteration's claim trained.
     Publish(Version, Option<i64>, LeftOut),
+    /// Makes the first version the newest; its weights are those of the second, which the learner went back to.
+    Restore(Version, Version),
     /// Claims groups.
     Claim(Claimed),
     /// Drops groups that were not trained.
@@ -222,6 +224,7 @@ impl Record {
     pub fn makes_room(&self) -> bool {
         match self {
             Self::Publish(..)
+            | Self::Restore(..)
             | Self::Claim(_)
             | Self::Plan(..)
             | Self::Evict(..)
@@ -257,6 +260,7 @@ impl Record {
             Self::Drop(_) => 11,
             Self::Late(_) => 12,
             Self::Fork(..) => 14,
+            Self::Restore(..) => 17,
             Self::Plan(..) => 18,
             Self::Compact(_) => 19,
             Self::Move(_) => 20,

@@ -7,6 +7,7 @@ use imbl::OrdMap;
 use crate::{
     error::{Result, StoreError},
     log::Log,
+    state::age::Trained,
     state::fork::{Fork, Part, trained_branches},
     state::group::Group,
     state::mask::{self, GENERATED},
@@ -22,6 +23,7 @@ pub struct ClaimView {
     trajectories: OrdMap<u64, Trajectory>,
     forks: OrdMap<u64, Vec<Fork>>,
     components: Vec<String>,
+    trained: Trained,
 }
 
 /// One branch of a member of a claim.
@@ -71,6 +73,8 @@ pub struct Rows {
     pub prompt_ids: Vec<(String, usize)>,
     /// Whether a trajectory has extra columns.
     pub columns: bool,
+    /// Restored versions, with the iterations that the weights of each had trained.
+    pub restored: Vec<(Version, i64)>,
 }
 
 /// The segments of which the trajectories of a claim consist: runs of tokens with equal version, temperature and mask.
@@ -104,6 +108,7 @@ impl ClaimView {
             trajectories: state.trajectories.clone(),
             forks: state.forks.clone(),
             components: state.components.clone(),
+            trained: state.trained.clone(),
         })
     }
 
@@ -158,6 +163,7 @@ impl ClaimView {
         rows.cu_seqlens.push(at);
         segments.offsets.push(segments.lengths.len() as i64);
         rows.components = self.named(components);
+        rows.restored = self.trained.restored();
         Ok((rows, segments))
     }
 
@@ -180,13 +186,14 @@ impl ClaimView {
         })?;
         rows.cu_seqlens.push(packer.at as i64);
         rows.components = self.named(components);
+        rows.restored = self.trained.restored();
         Ok(rows)
     }
 
     /// Version, temperature and mask flags of tokens of a run.
     fn fill(&self, Part { run, own, .. }: Part<'_>, member: &Member<'_>) -> Fill {
         let Source { trajectory, branch, .. } = &member.source;
-        let flags = if own { mask::mask(run, branch.id, trajectory, &self.claim) } else { 0 };
+        let flags = if own { mask::mask(run, branch.id, trajectory, &self.claim, &self.trained) } else { 0 };
         let version = if flags & GENERATED == 0 { -1 } else { i32::try_from(run.version).unwrap_or(i32::MAX) };
         (version, run.temperature, flags)
     }

@@ -199,13 +199,7 @@ impl Store {
         if self.state.publications.get(&version) == Some(&publication) {
             return Ok(());
         }
-        if version > MAX_VERSION || version <= self.state.version {
-            return conflict(format!(
-                "version {version} is not above the newest, {}; publish {} or higher, at most {MAX_VERSION}",
-                self.state.version,
-                self.state.max_version.saturating_add(1)
-            ));
-        }
+        self.require_newer(version)?;
         if let Some(iteration) = iteration {
             let claim = self.state.claim(iteration)?;
             if claim.status != ClaimStatus::Claimed {
@@ -215,6 +209,36 @@ impl Store {
         self.check_left_out(&publication)?;
         let Publication { iteration, left_out } = publication;
         self.record(&Record::Publish(version, iteration, left_out), &Arrays::default()).map(drop)
+    }
+
+    /// Makes `version` the newest, whose weights are those of the older `weights_of`: its tokens are as old as theirs.
+    ///
+    /// # Errors
+    /// `Conflict`: not above every earlier version and no repeat, or `weights_of` was never published.
+    pub fn restore(&mut self, version: Version, weights_of: Version) -> Result<()> {
+        let trained = &self.state.trained;
+        if version == self.state.version && weights_of < version && trained.by(version) == trained.by(weights_of) {
+            return Ok(());
+        }
+        self.require_newer(version)?;
+        if !(0..=self.state.max_version).contains(&weights_of) {
+            return conflict(format!(
+                "version {version} cannot have the weights of {weights_of}: the newest published is {}",
+                self.state.max_version
+            ));
+        }
+        self.record(&Record::Restore(version, weights_of), &Arrays::default()).map(drop)
+    }
+
+    fn require_newer(&self, version: Version) -> Result<()> {
+        if version > MAX_VERSION || version <= self.state.version {
+            return conflict(format!(
+                "version {version} is not above the newest, {}; publish {} or higher, at most {MAX_VERSION}",
+                self.state.version,
+                self.state.max_version.saturating_add(1)
+            ));
+        }
+        Ok(())
     }
 
     /// Whether what is left out, each for one reason, is in the claim.

@@ -30,6 +30,8 @@ pub struct Counts {
     pub groups_ready: usize,
     /// Those in the untrained claim.
     pub groups_claimed: usize,
+    /// Undone claims, which are made again before any new one.
+    pub claims_undone: usize,
     /// Leased training trajectories.
     pub trajectories_leased: u64,
     pub trajectories_idle: usize,
@@ -74,6 +76,7 @@ impl Store {
             oldest_untrained: index.untrained.first().copied(),
             groups_ready: index.ready.len(),
             groups_claimed: claimed.map_or(0, |claim| claim.groups.len()),
+            claims_undone: state.undone.len(),
             trajectories_leased: index.leased,
             trajectories_idle: idle,
             trajectories_partial: partial,

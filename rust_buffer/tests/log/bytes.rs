@@ -146,6 +146,7 @@ fn records() -> Vec<Record> {
         Record::Append(vec![item.clone(), Appended { version: 1, ..item }]),
         Record::Score(score),
         Record::Publish(0, Some(1), LeftOut { filter: [1].into(), veto: [2].into() }),
+        Record::Restore(5, 3),
         Record::Claim(claimed),
         Record::Evict(groups.clone(), Reason::Discarded("why".into())),
         Record::Evict(groups.clone(), Reason::NoSignal(Some(0.5))),

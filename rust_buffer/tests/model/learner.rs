@@ -173,7 +173,11 @@ impl Model {
         let version = self.store().state().claims[&iteration].version;
         let trained: Vec<i32> =
             packed.versions.iter().zip(&packed.mask).filter(|(_, mask)| *mask & 2 != 0).map(|(v, _)| *v).collect();
-        assert!(trained.iter().all(|v| version - i64::from(*v) <= 2));
+        let ages = |flag: u8| {
+            let tokens = packed.versions.iter().zip(&packed.mask).filter(move |(_, mask)| *mask & flag != 0);
+            tokens.map(|(v, _)| self.trained[&version] - self.trained[&i64::from(*v)])
+        };
+        assert!(ages(2).all(|age| age <= 2) && ages(4).all(|age| age > 2));
         let spans = packed.rows.cu_seqlens.windows(2).zip(&packed.rows.groups);
         for group in &self.store().state().claims[&iteration].groups.clone() {
             let mut own = spans.clone().filter(|(_, of)| **of == *group as i64).map(|(span, _)| span);
@@ -213,6 +217,8 @@ impl Model {
         self.store().publish(version, open, left_out).unwrap();
         assert_eq!(self.store().state(), &before);
         self.trained_through = open.unwrap_or(self.trained_through);
+        self.trained.insert(version, self.trained[&(version - 1)] + 1);
+        self.versions.insert(self.trained_through, version);
         self.check_masks();
     }
 
@@ -261,11 +267,27 @@ impl Model {
             self.undone.push_front(made);
         }
         self.trained_through = through;
+        self.versions.split_off(&(through + 1));
+        self.restore(through);
         self.masks.split_off(&(through + 1));
         self.left_out.split_off(&(through + 1));
         let live: BTreeSet<u64> = self.claims.values().flatten().copied().collect();
         let store = self.store.as_ref().unwrap();
         self.committed.retain(|group| live.contains(group) || !store.state().groups.contains_key(group));
+    }
+
+    /// The learner goes back to the weights after iteration `through`, under a new number.
+    fn restore(&mut self, through: i64) {
+        let (newest, old) = (self.newest(), self.versions[&through]);
+        if newest == old {
+            return;
+        }
+        self.store().restore(newest + 1, old).unwrap();
+        let before = self.store().state().clone();
+        self.store().restore(newest + 1, old).unwrap();
+        assert_eq!(self.store().state(), &before);
+        self.trained.insert(newest + 1, self.trained[&old]);
+        self.versions.insert(through, newest + 1);
     }
 
     pub fn evict(&mut self) {

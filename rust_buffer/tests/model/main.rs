@@ -102,6 +102,10 @@ struct Model {
     made: BTreeMap<i64, Made>,
     /// Undone claims, which come again in this order.
     undone: VecDeque<Made>,
+    /// Iterations that the weights of each version have trained; a publication without a claim counts as one.
+    trained: BTreeMap<i64, i64>,
+    /// Version after each iteration in the surviving history.
+    versions: BTreeMap<i64, i64>,
     /// Generated tokens of discarded groups.
     discarded_tokens: u64,
 }
@@ -135,6 +139,8 @@ impl Model {
             fenced: 0,
             made: BTreeMap::new(),
             undone: VecDeque::new(),
+            trained: BTreeMap::from([(0, 0)]),
+            versions: BTreeMap::from([(0, 0)]),
             discarded_tokens: 0,
         }
     }

@@ -21,7 +21,7 @@ from pmdflow.rollout.engine import OnNewWeights, Output, Request
 from pmdflow.rollout.engines.vllm.process import VllmProcess
 from pmdflow.rollout.engines.vllm.self_check import check_served
 from pmdflow.rollout.engines.vllm.settings import VllmSettings
-from pmdflow.rollout.engines.vllm.shared_memory import StagedWeights
+from pmdflow.weights.file import NamedTensors, WeightsFile
 from pmdflow.weights.lora import AdapterMerger, has_adapters, load_base
 
 
@@ -142,17 +142,18 @@ class VllmEngine:
         """Stop generating; gives out everything that was generated until now. Held sequences stay."""
         return self._give(self._process.pause())
 
-    def stage(self, weights: Mapping[str, Tensor]) -> StagedWeights:
-        """Put weights where vLLM's workers can map them; may be called beside generation, from any thread."""
+    def stage(self, weights: Mapping[str, Tensor]) -> WeightsFile:
+        """A file that vLLM's workers map: the node's own, or one of merged adapters; from any thread."""
+        if isinstance(weights, WeightsFile) and not has_adapters(weights):
+            return weights
         if self._base is None and has_adapters(weights):
             self._base = load_base(self._model_path)
-        return StagedWeights(self._adapters.merge(weights, self._base or {}))
+        return WeightsFile.write(NamedTensors.of(self._adapters.merge(weights, self._base or {})))
 
-    def load_weights(self, version: int, staged: StagedWeights, *, on_new_weights: OnNewWeights) -> None:
+    def load_weights(self, version: int, staged: WeightsFile, *, on_new_weights: OnNewWeights) -> None:
         """Load staged weights while paused; the cache of older ones is kept apart by salt, or cleared (`reprefill`)."""
         self._process.load(staged.path, version=version, clear=on_new_weights == "reprefill")
         self.version = version
-        staged.close()
 
     def resume(self) -> None:
         """Generate on."""

@@ -76,6 +76,7 @@ fn touched(state: &State, record: &Record) -> (BTreeSet<u64>, BTreeSet<u64>) {
         | Record::Admit(_)
         | Record::Commit(_)
         | Record::Lease(_)
+        | Record::Restore(..)
         | Record::Fork(..)
         | Record::Plan(..)
         | Record::Compact(_)
