@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from pmdflow.config.schema import Config
 from pmdflow.learner.learner import Learner
+from pmdflow.learner.preparation import load_steps, plan_claim
 from pmdflow.learner.steps import reference_pass
 from pmdflow.learner.sums import Sums
 from pmdflow.types import Claim, Mask, TrainBatch
@@ -116,8 +117,10 @@ class Ours:
         self.learner.setup(self.learner.address())
         torch.use_deterministic_algorithms(False)
         claim, ones = Claim.of(batch), np.ones(len(batch.rewards))
-        (self.plan,) = self.learner._plan(claim, claim.count(Mask.TRAINED), steps=1)
-        (micros,) = self.learner._load(claim, batch.read, [self.plan], ones)
+        (self.plan,) = plan_claim(config.learner, claim, claim.count(Mask.TRAINED), steps=1)
+        (micros,) = load_steps(
+            config.learner, claim, batch.read, [self.plan], ones, rank=0, device=self.learner._device
+        )
         rewards = torch.from_numpy(batch.rewards).to(self.learner._device)
         self.micros = [replace(micro, sequence_credit=rewards[micro.trajectories]) for micro in micros]
         self.anchors = [micro.behavior for micro in self.micros]

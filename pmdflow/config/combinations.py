@@ -22,7 +22,11 @@ CLIPPED = ("token_pmd", "ctpo", "grpo", "gspo")
 """Algorithms with a clipping band."""
 PARTITION = ("pmd_partition", "boltzmann_pmd")
 """Algorithms with the log-partition baseline."""
-ALGORITHM_NAMES = ("pmd_mean", *PARTITION, "weighted_sft", *CLIPPED)
+TAUGHT = ("opd", "vopd")
+"""Those that learn from `learner.teacher`."""
+SHAPED = ("ucpo", "a_nsr", "gdpo", "opefo", *TAUGHT)
+"""Policy mirror descent on credit that other papers shape."""
+ALGORITHM_NAMES = ("pmd_mean", *PARTITION, "weighted_sft", *CLIPPED, *SHAPED)
 """What `learner.algorithm` may be, besides an import path."""
 _KEPT = "leave it out"
 OWNED_ARGUMENTS = {
@@ -283,6 +287,11 @@ def _algorithm_problems(learner: LearnerConfig) -> Iterator[str]:
             "import path package.module:name"
         )
         return
+    if (name in TAUGHT) != (learner.teacher is not None):
+        yield (
+            f"learner.teacher is {learner.teacher} while learner.algorithm is {name}: {' and '.join(TAUGHT)} learn "
+            "from a teacher, the others do not; set both, or neither"
+        )
     if name not in CLIPPED and (learner.clip_low is not None or learner.clip_high is not None):
         yield (
             f"learner.clip_low or learner.clip_high is set, but learner.algorithm {name} does not clip; remove it, "

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pmdflow.config.sinks import SinkName
     from pmdflow.config.sources import RewardFunctionConfig
 
-_PLACES = ("dir", "path", "address", "task", "ptx_data")
+_PLACES = ("dir", "path", "address", "task", "ptx_data", "teacher")
 """Settings that people expect variables in; elsewhere `${x}` is text, such as LaTeX."""
 IMPORT_TIMEOUT_S = 60.0
 """All modules that a configuration names are imported within this time."""
@@ -145,6 +145,7 @@ def _import_paths(config: Config) -> Iterator[tuple[KeyPath, str, bool]]:
     """Every setting that is an import path: its key, its value, and whether what it names is called."""
     lists: list[tuple[KeyPath, Sequence[RewardFunctionConfig] | None]] = [
         (("reward", "functions"), config.reward.functions),
+        (("reward", "group"), config.reward.group),
         (("data", "reward"), config.data.reward),
         *((("eval", "sets", name, "reward"), given.reward) for name, given in config.eval.sets.items()),
     ]

@@ -36,9 +36,9 @@ class Loaded:
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Loaded:
     """Read and check a configuration file.
 
-    A relative `model.path`, `learner.ptx_data` or file in `data.task` and `eval.sets` is looked for in the current
-    directory first, then beside the configuration file; if it is in neither, it is left as written. The same holds for
-    the module of an import path, to which the folder that holds it is added.
+    A relative `model.path`, `learner.teacher`, `learner.ptx_data` or file in `data.task` and `eval.sets` is looked for
+    in the current directory first, then beside the configuration file; if it is in neither, it is left as written. The
+    same holds for the module of an import path, to which the folder that holds it is added.
 
     Args:
         path: The YAML file.
@@ -127,7 +127,7 @@ def _read(path: Path) -> str:
 def _find_paths(data: Any, *, beside: Path) -> None:
     for settings, key in _path_settings(data):
         written = settings.get(key)
-        if isinstance(written, str) and (key == "path" or written.endswith(FILE_SUFFIXES)):
+        if isinstance(written, str) and (key in ("path", "teacher") or written.endswith(FILE_SUFFIXES)):
             found = Path(written).expanduser()
             if not found.exists() and (beside / found).exists():
                 found = beside / found
@@ -145,7 +145,8 @@ def _find_modules(data: Any, *, beside: Path) -> None:
 def _path_settings(data: Any) -> Iterator[tuple[dict[str, Any], str]]:
     """Mappings in which a key may name a file or folder, as far as the file's shape can be made out."""
     sections = data if isinstance(data, dict) else {}
-    named = [(sections.get("model"), "path"), (sections.get("learner"), "ptx_data")]
+    learner = sections.get("learner")
+    named = [(sections.get("model"), "path"), (learner, "ptx_data"), (learner, "teacher")]
     named += [(source, "task") for source in _sources(sections)]
     yield from ((settings, key) for settings, key in named if isinstance(settings, dict))
 
@@ -154,7 +155,7 @@ def _import_settings(data: Any) -> Iterator[tuple[dict[str, Any], str]]:
     """Mappings in which a key may be an import path, as far as the file's shape can be made out."""
     sections = data if isinstance(data, dict) else {}
     reward = sections.get("reward")
-    lists = [reward.get("functions") if isinstance(reward, dict) else None]
+    lists = [reward.get(key) if isinstance(reward, dict) else None for key in ("functions", "group")]
     lists += [source.get("reward") for source in _sources(sections)]
     functions = [item for functions in lists if isinstance(functions, list) for item in functions]
     named = [(item, "function") for item in functions]

@@ -1,7 +1,8 @@
 """What a run needs of the memory of its GPUs and of its host, by role and by purpose, before anything starts.
 
-A learner rank is planned at the worst of four moments: the end of the forward pass, the backward pass of a layer, that
-of what lies outside of all layers, and the optimizer step. `FSDPMemTracker` of torch is the measure of it in the tests.
+A learner rank is planned at the worst of four moments: the end of the forward pass, the backward pass of a decoder
+layer, that of what lies outside of all layers, and the optimizer step. `tests/learner/test_memory_plan.py` holds the
+plan beside `FSDPMemTracker` of torch.
 """
 
 from __future__ import annotations
@@ -106,12 +107,16 @@ def rank_need(config: Config, model: Footprint, *, on_gpu: bool) -> Need:
     shard = -(-model.num_parameters // shards) * MASTER_BYTES
     trained = 0 if learner.lora else shard
     kept = {"master weights": shard, "moments": 2 * trained, "gradients": trained}
-    moments = [*_moments(config, model, number), {"optimizer temporaries": trained}]
     if learner.cpu_offload and on_gpu:
-        kept, moments = {}, moments[:-1]
+        kept = {}
+    moments = _moments(config, model, number)
+    if not learner.cpu_offload:
+        moments.append({"optimizer temporaries": trained})
     worst = max(moments, key=lambda parts: sum(parts.values()))
     context = {"CUDA context": CONTEXT_BYTES} if on_gpu else {}
-    unknown = () if model.activation_bytes is not None else ("activations",)
+    unknown: tuple[str, ...] = () if model.activation_bytes is not None else ("activations",)
+    if learner.teacher is not None:
+        unknown += ("teacher",)  # another model, which is not measured
     return Need(role="learner rank", count=learner.num_ranks, parts={**kept, **worst, **context}, unknown=unknown)
 
 

@@ -190,7 +190,7 @@ def _memory(plan: MemoryPlan) -> list[str]:
 
 def _parts(need: Need) -> Iterator[tuple[str, str]]:
     yield from ((name, show_bytes(size)) for name, size in need.parts.items() if size)
-    yield from ((name, "unknown: this family could not be measured") for name in need.unknown)
+    yield from ((name, "unknown: it could not be measured") for name in need.unknown)
 
 
 def _notes(config: Config, store_bytes: int) -> Iterator[str]:
@@ -198,6 +198,11 @@ def _notes(config: Config, store_bytes: int) -> Iterator[str]:
     oldest = _versions_per_trajectory(config) - 1
     if learner.steps_per_iteration == 1 and learner.algorithm == "pmd_mean":
         yield "learner.tau has no effect: with one step an iteration the policy is still the reference policy"
+    if learner.algorithm == "opefo" and (learner.steps_per_iteration > 1 or scheduler.lookahead > 0):
+        yield (
+            "learner.algorithm opefo balances entropy for one step on fresh rollouts: with "
+            f"steps_per_iteration {learner.steps_per_iteration} and lookahead {scheduler.lookahead} it does not"
+        )
     if learner.algorithm in PARTITION and learner.tau < SMALL_PARTITION_TAU:
         yield (
             f"learner.tau ({learner.tau}) is small for {learner.algorithm}: beside a right answer wrong ones get "

@@ -94,6 +94,8 @@ class RewardConfig(Section):
 
     functions: Annotated[list[RewardFunctionConfig], Field(min_length=1)]
     """The rubric."""
+    group: list[RewardFunctionConfig] = []
+    """Group rewards, added at the claim: functions of a `pmdflow.reward.group.GroupView` and the prompt's history."""
     actors: PositiveInt = 1
     """Reward actors, spread over the nodes of the cluster."""
     workers: PositiveInt = 1
@@ -152,9 +154,12 @@ class LearnerConfig(Section):
 
     algorithm: str = "pmd_mean"
     """`pmd_mean`, `pmd_partition`, `boltzmann_pmd`, `token_pmd` (K2.5), `weighted_sft` (BOLT), `ctpo`, `grpo`, `gspo`,
-    or the import path `package.module:name` of an `Algorithm`."""
+    `ucpo`, `a_nsr`, `gdpo`, `opefo`, `opd`, `vopd`, or the import path `package.module:name` of an `Algorithm`."""
     settings: dict[str, float | str] = {}
     """Settings of the algorithm that only it has, by name; `learner/ALGORITHMS.md` lists them."""
+    teacher: str | None = None
+    """Folder of the model that `opd` and `vopd` learn from (found like `model.path`), with the same tokenizer; frozen,
+    sharded over the learner's ranks."""
     tau: PositiveFloat = 0.05
     """KL regularization of policy mirror descent: an iteration moves the log-ratio of a whole sequence towards its
     advantage / tau, so long answers want a smaller one. With one step an iteration it has no effect in `pmd_mean`."""

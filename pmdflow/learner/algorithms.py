@@ -13,6 +13,11 @@ from pmdflow.learner import advantage, losses, objective
 from pmdflow.learner.algorithm import Algorithm as Algorithm
 from pmdflow.learner.algorithm import Terms as Terms
 from pmdflow.learner.algorithm import of_rewards as of_rewards
+from pmdflow.learner.methods.distillation import OPD, VOPD
+from pmdflow.learner.methods.gdpo import GDPO
+from pmdflow.learner.methods.negative import A_NSR
+from pmdflow.learner.methods.opefo import OPEFO
+from pmdflow.learner.methods.ucpo import UCPO
 from pmdflow.learner.view import ClaimView as ClaimView
 from pmdflow.learner.view import Credit as Credit
 from pmdflow.types import Float64, Int64
@@ -50,6 +55,12 @@ ALGORITHMS: dict[str, Algorithm] = {
     "ctpo": losses.ratio_clipping(of_rewards(_normalized), objective.ctpo_loss, "prefix", (0.2, 0.2), logarithmic=True),
     "grpo": losses.ratio_clipping(of_rewards(_normalized), objective.grpo_loss, "token", (0.2, 0.2)),
     "gspo": losses.ratio_clipping(of_rewards(_normalized), objective.gspo_loss, "sequence", (3e-4, 4e-4)),
+    "ucpo": UCPO,
+    "a_nsr": A_NSR,
+    "gdpo": GDPO,
+    "opefo": OPEFO,
+    "opd": OPD,
+    "vopd": VOPD,
 }
 """Names that `learner.algorithm` knows."""
 assert tuple(ALGORITHMS) == ALGORITHM_NAMES

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from pmdflow import _rust_buffer
 from pmdflow.store.plan import in_claim_order
-from pmdflow.types import Claim, ClaimRows, ClaimTokens, Float32, Float64, Int32, Int64, Mask, TrainBatch
+from pmdflow.types import Claim, ClaimRows, ClaimTokens, Float32, Int32, Int64, Mask, TrainBatch
 
 WHOLE_GROUPS = 1.05
 """Groups stay whole on a rank if the busiest rank then has at most so many times the tokens that it had otherwise."""
@@ -116,28 +116,25 @@ def plan_iteration(
     Raises:
         ValueError: one trajectory alone is longer than `tokens_per_microbatch`, or the plan is of another claim.
     """
-    shares = batch.episode_shares()
-    lengths = np.diff(batch.cu_seqlens)
-    plans = []
+    lengths, plans = np.diff(batch.cu_seqlens), []
+    weighted = batch.episode_shares() * counts
     for dealt in _dealt(batch, steps):
         members = dealt[counts[dealt] > 0]
         computed = members if scored is None else dealt[(counts[dealt] > 0) | scored[dealt]]
         _refuse_longer(lengths[computed], tokens_per_microbatch)
         parts = _spread(computed, lengths, ranks, tokens_per_microbatch, packing=packing, quadratic=quadratic)
         if scored is not None and ranks > 1:
-            parts = _whole(parts, batch.groups, lengths, tokens_per_microbatch, packing=packing) or parts
-        plans.append(_step(members, parts, counts=counts, shares=shares))
+            kept = _whole(parts, batch.groups, lengths, tokens_per_microbatch, packing=packing, quadratic=quadratic)
+            parts = kept or parts
+        pace = max(len(part) for part in parts)
+        plan = StepPlan(
+            num_sequences=float(batch.episode_shares()[members].sum()),
+            num_tokens=int(counts[members].sum()),
+            weighted_tokens=float(weighted[members].sum()),
+            ranks=tuple(tuple(part) + ((),) * (pace - len(part)) for part in parts),
+        )
+        plans.append(plan)
     return plans
-
-
-def _step(members: Int64, parts: Sequence[Sequence[Indices]], *, counts: Int64, shares: Float64) -> StepPlan:
-    pace = max(len(part) for part in parts)
-    return StepPlan(
-        num_sequences=float(shares[members].sum()),
-        num_tokens=int(counts[members].sum()),
-        weighted_tokens=float((shares * counts)[members].sum()),
-        ranks=tuple(tuple(part) + ((),) * (pace - len(part)) for part in parts),
-    )
 
 
 def _dealt(batch: ClaimRows, steps: int) -> list[Int64]:
@@ -175,21 +172,22 @@ def _spread(
 
 
 def _whole(
-    parts: Sequence[Sequence[Indices]], groups: Int64, lengths: Int64, limit: int, *, packing: bool
+    parts: Sequence[Sequence[Indices]], groups: Int64, lengths: Int64, limit: int, *, packing: bool, quadratic: float
 ) -> Sequence[Sequence[Indices]] | None:
     """The same trajectories with whole groups on each rank, the longest first; None if that unbalances the ranks."""
     members = np.sort(np.array([row for part in parts for micro in part for row in micro], np.int64))
-    busiest = max(sum(int(lengths[list(micro)].sum()) for micro in part) for part in parts)
+    costs = lengths + quadratic * lengths.astype(np.float64) ** 2
+    busiest = max(sum(float(costs[list(micro)].sum()) for micro in part) for part in parts)
     names, group = np.unique(groups[members], return_inverse=True)
-    tokens = np.bincount(group, weights=lengths[members], minlength=len(names))
+    own_costs = np.bincount(group, weights=costs[members], minlength=len(names))
     loads, rank_of = np.zeros(len(parts)), np.zeros(len(names), np.int64)
-    for index in np.argsort(-tokens, kind="stable"):
+    for index in np.argsort(-own_costs, kind="stable"):
         rank_of[index] = np.argmin(loads)
-        loads[rank_of[index]] += tokens[index]
+        loads[rank_of[index]] += own_costs[index]
     if loads.max() > WHOLE_GROUPS * busiest:
         return None
     own = [members[rank_of[group] == rank] for rank in range(len(parts))]
-    return [_spread(rows, lengths, 1, limit, packing=packing, quadratic=0.0)[0] for rows in own]
+    return [_spread(rows, lengths, 1, limit, packing=packing, quadratic=quadratic)[0] for rows in own]
 
 
 def is_whole(plans: Sequence[StepPlan], groups: Int64) -> bool:

@@ -49,7 +49,8 @@ class Trial:
 
     def __init__(self, name: str, *, components: Sequence[str] = (), settings: Mapping[str, Any] | None = None) -> None:
         self.algorithm: Algorithm = find_algorithm(name)
-        given = LearnerConfig.model_validate({"algorithm": name, "settings": dict(settings or {})})
+        given = LearnerConfig.model_construct(**{**LearnerConfig().model_dump(), "algorithm": name})
+        given = given.model_copy(update={"settings": dict(settings or {})})
         self.learner = self.algorithm.configured(given)
         self._components = tuple(components) or ("first", "second")
 
@@ -72,6 +73,8 @@ class Trial:
             "turns": np.zeros(total, np.int64),
             "trained": random.random(total) < 0.8,
             "tokens": random.integers(0, 50, total),
+            "teacher": -random.random(total).astype(np.float32) * 4,
+            "top": np.log(random.dirichlet(np.ones(4), (total, 2))).astype(np.float32),
         }
         assert everything.keys() == set(get_args(Need)), "every array that can be needed is here"
         view = ClaimView(

@@ -23,6 +23,8 @@ from pmdflow.types import Claim, Float64, Int64, Mask
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Steps = list[list[Tensors]]
+Scores = Sequence[Sequence[tuple[TokenScores, TokenScores | None]]]
+"""By step and micro-batch: what pi_i says, and what the teacher says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +47,7 @@ class _Rows:
     arrays: Arrays
 
     @classmethod
-    def of(
-        cls, steps: Sequence[Sequence[Tensors]], scores: Sequence[Sequence[TokenScores]], names: frozenset[str]
-    ) -> _Rows:
+    def of(cls, steps: Sequence[Sequence[Tensors]], scores: Scores, names: frozenset[str]) -> _Rows:
         """Those of a rank, in the order of its micro-batches."""
         pairs = [
             (micro, own)
@@ -60,7 +60,7 @@ class _Rows:
             trajectories=np.concatenate([none, *(micro.trajectories for micro, _ in pairs)]),
             lengths=np.concatenate([none, *(micro.cu_seqlens.diff().cpu().numpy() for micro, _ in pairs)]),
             arrays={
-                name: np.concatenate([_array(name, *pair) for pair in pairs]) if pairs else np.zeros(0)
+                name: np.concatenate([_array(name, micro, *own) for micro, own in pairs]) if pairs else np.zeros(0)
                 for name in sorted(names)
             },
         )
@@ -93,7 +93,7 @@ def give_credit(
     filtered: Bool,
     plans: Sequence[StepPlan],
     steps: Steps,
-    scores: Sequence[Sequence[TokenScores]],
+    scores: Scores,
     state: State | None,
 ) -> tuple[Steps, Given]:
     """Ask the algorithm once, and give the micro-batches of this rank their credit and weights.
@@ -106,35 +106,44 @@ def give_credit(
         filtered: Trajectories of groups that the config leaves out [N].
         plans: Every step; they say which rank has which trajectory.
         steps: This rank's micro-batches of each; their weights are the shares of episodes.
-        scores: What the policy that opens the iteration says of them.
+        scores: What the policy that opens the iteration, and a teacher, say of them.
         state: The algorithm's.
 
     Raises:
         ValueError: the algorithm's answer does not fit the claim, or is not finite.
     """
-    kept, rows = ~filtered, None
-    wide = algorithm.claim_wide or algorithm.state is not None
-    if algorithm.needs:
-        rows = _Rows.of(steps, scores, frozenset(algorithm.needs))
-        wide = wide or not is_whole(plans, claim.groups)
-        rows = (rows.gathered() if wide else rows).in_claim_order()
-        if not wide:
-            kept = kept & np.isin(claim.groups, claim.groups[rows.trajectories])
-    view = _view(claim, rewards, kept, rows)
+    kept, view, local = _seen(algorithm, claim, rewards, ~filtered, plans, steps, scores)
     if algorithm.totals is not None:
         own = dict(algorithm.totals(view, learner))
-        view = replace(view, totals=_summed(own) if algorithm.needs and not wide else own)
+        view = replace(view, totals=_summed(own) if local else own)
     credit = algorithm.credit(view, learner, {} if state is None else state).checked(view)
-    local = bool(algorithm.needs) and not wide
     back = _Back(claim, kept, view, credit)
-    return (
-        [[back.credited(micro) for micro in micros] for micros in steps],
-        Given(
-            advantages=_over_ranks(back.advantages) if local else back.advantages,
-            metrics=_metrics(credit, view, local=local),
-            state=_next_state(algorithm, state, credit),
-        ),
+    given = Given(
+        advantages=_over_ranks(back.advantages) if local else back.advantages,
+        metrics=_metrics(credit, view, local=local),
+        state=_next_state(algorithm, state, credit),
     )
+    return [[back.credited(micro) for micro in micros] for micros in steps], given
+
+
+def _seen(
+    algorithm: Algorithm,
+    claim: Claim,
+    rewards: TotalRewards,
+    kept: Bool,
+    plans: Sequence[StepPlan],
+    steps: Steps,
+    scores: Scores,
+) -> tuple[Bool, ClaimView, bool]:
+    """The trajectories in the view [N], the view, and whether it is this rank's own."""
+    if not algorithm.needs:
+        return kept, _view(claim, rewards, kept, None), False
+    rows = _Rows.of(steps, scores, frozenset(algorithm.needs))
+    wide = algorithm.claim_wide or algorithm.state is not None or not is_whole(plans, claim.groups)
+    rows = (rows.gathered() if wide else rows).in_claim_order()
+    if not wide:
+        kept = kept & np.isin(claim.groups, claim.groups[rows.trajectories])
+    return kept, _view(claim, rewards, kept, rows), not wide
 
 
 def _next_state(algorithm: Algorithm, state: State | None, credit: Credit) -> State | None:
@@ -204,7 +213,8 @@ def _view(claim: Claim, rewards: TotalRewards, kept: Bool, rows: _Rows | None) -
         iteration=claim.iteration,
         version=claim.version,
         rewards=rewards.total[first],
-        components={name: values[first] for name, values in claim.components.items()},
+        components={name: values[first] for name, values in rewards.components.items()},
+        component_weights=rewards.weights,
         correct=rewards.correct[first],
         groups=claim.groups[first],
         prompt_ids=tuple(claim.prompt_ids[index] for index in first),
@@ -226,9 +236,18 @@ def _per_token(claim: Claim, rows: _Rows) -> Arrays:
     return {**rows.arrays, "turns": turns + np.repeat(before - before[first], rows.lengths)}
 
 
-def _array(name: str, micro: Tensors, scores: TokenScores) -> npt.NDArray[Any]:
+def _both_tops(scores: TokenScores, teacher: TokenScores) -> torch.Tensor | None:
+    """Log-probs of the same tokens under both [P, 2, K]."""
+    if scores.top_logprobs is None or teacher.top_logprobs is None:
+        return None
+    return torch.stack([scores.top_logprobs, teacher.top_logprobs], dim=1)
+
+
+def _array(name: str, micro: Tensors, scores: TokenScores, teacher: TokenScores | None) -> npt.NDArray[Any]:
     tensors = {
         "reference": scores.logprobs,
+        "teacher": None if teacher is None else teacher.logprobs,
+        "top": None if teacher is None else _both_tops(scores, teacher),
         "entropies": scores.entropies,
         "entropy_flow": scores.flow,
         "behavior": micro.behavior,

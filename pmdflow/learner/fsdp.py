@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig
 
 from pmdflow.config.schema import LearnerConfig, LoraConfig
 from pmdflow.errors import WaitTimeout
@@ -116,6 +117,28 @@ def build_policy(path: str, *, dtype: str, learner: LearnerConfig, mesh: DeviceM
             layer.compile(dynamic=True)
     shard(policy, layers, dtype=DTYPES[dtype], cpu_offload=learner.cpu_offload, mesh=mesh)
     return policy
+
+
+def build_teacher(student: str, *, dtype: str, learner: LearnerConfig, mesh: DeviceMesh) -> Policy:
+    """The model of `learner.teacher`, frozen and sharded as the policy is.
+
+    Raises:
+        ValueError: as `build_policy`, or it has other tokens than the `student` in that folder.
+    """
+    assert learner.teacher is not None
+    sizes = {path: _num_tokens(path) for path in (student, learner.teacher)}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"learner.teacher {learner.teacher} has {sizes[learner.teacher]} tokens, the policy {sizes[student]}: a "
+            "teacher scores the student's tokens, so give one with the same tokenizer"
+        )
+    plain = learner.model_copy(update={"lora": None, "compile": False})
+    teacher = build_policy(learner.teacher, dtype=dtype, learner=plain, mesh=mesh)
+    return teacher.requires_grad_(requires_grad=False)
+
+
+def _num_tokens(path: str) -> int:
+    return int(AutoConfig.from_pretrained(path).get_text_config().vocab_size)
 
 
 def _check_on_first_rank(policy: Policy, *, packing: bool) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,43 +17,36 @@ from torch.distributed.tensor import DTensor
 from pmdflow.config.schema import Config
 from pmdflow.learner.algorithms import find_algorithm
 from pmdflow.learner.assessment import Assessment, flat
-from pmdflow.learner.batch import Bool, ReadTokens, StepPlan, pack_rank, plan_iteration
+from pmdflow.learner.batch import ReadTokens, StepPlan
 from pmdflow.learner.checkpoint.files import AsyncSaver, load_training, training_state
-from pmdflow.learner.crediting import Given, give_credit
 from pmdflow.learner.flops import Speed
-from pmdflow.learner.fsdp import build_policy, free_address, full_state_dict, gathered, join_ranks, learner_device
-from pmdflow.learner.mismatch import mismatch_by_age
+from pmdflow.learner.fsdp import (
+    build_policy,
+    build_teacher,
+    free_address,
+    full_state_dict,
+    gathered,
+    join_ranks,
+    learner_device,
+)
 from pmdflow.learner.policy import Policy
+from pmdflow.learner.preparation import Parts, Ready, load_steps, plan_claim, prepare
+from pmdflow.learner.probing import Prober
 from pmdflow.learner.result import TrainResult
 from pmdflow.learner.schedule import learning_rate
-from pmdflow.learner.selection import Weighed, groups_left_out, importance_metrics, veto_sequences, weigh
-from pmdflow.learner.steps import Supervised, Tensors, accumulate, mismatch_sums, reference_pass, update
-from pmdflow.learner.sums import StepSums, Sums, added, over_ranks
+from pmdflow.learner.selection import importance_metrics
+from pmdflow.learner.steps import Supervised, Tensors, accumulate, update
+from pmdflow.learner.sums import Sums
 from pmdflow.learner.supervised import SupervisedData
-from pmdflow.learner.token_scores import TokenScores
-from pmdflow.learner.view import FROM_REFERENCE, State
+from pmdflow.learner.view import FROM_TEACHER, State
 from pmdflow.metrics.report import ActorReport
 from pmdflow.metrics.spans import SpanBuffer
-from pmdflow.reward.total import TotalRewards, total_rewards
-from pmdflow.types import Claim, Float64, Int64, Mask, TrainBatch
+from pmdflow.reward.total import Memory
+from pmdflow.types import Claim, Mask, TrainBatch
 from pmdflow.weights.file import NamedTensors
+from pmdflow.weights.probe import Probe
 
 Answer = TypeVar("Answer")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ready:
-    """A claim before its first step: by step of the iteration, this rank's micro-batches."""
-
-    plans: list[StepPlan]
-    steps: list[list[Tensors]]
-    anchors: list[list[Tensor]]
-    """Log-probs that the policy is compared with."""
-    left_out: dict[str, Bool]
-    """Trajectories [N] by reason."""
-    weighed: list[Weighed]
-    rewards: TotalRewards
-    given: Given
 
 
 class Learner:
@@ -77,8 +69,16 @@ class Learner:
         self._algorithm = find_algorithm(config.learner.algorithm)
         self._config = config.model_copy(update={"learner": self._algorithm.configured(config.learner)})
         self._rank = rank
+        self._teacher: Policy | None = None
+        if (self._algorithm.needs & FROM_TEACHER != frozenset()) != (config.learner.teacher is not None):
+            raise ValueError(
+                f"learner.teacher is {config.learner.teacher} while {config.learner.algorithm} needs "
+                f"{', '.join(sorted(self._algorithm.needs)) or 'nothing'}: set a teacher if it needs `teacher` or `top`"
+            )
         self._state: State | None = None
         """Of an algorithm that keeps some."""
+        self._memory: Memory = {}
+        """Earlier claims by prompt, for group rewards that remember."""
         self._device = learner_device(rank)
         self._spans = SpanBuffer(f"learner-{rank}")
         self._mesh: DeviceMesh | None = None
@@ -137,7 +137,7 @@ class Learner:
         started = time.perf_counter()
         ready = self._prepare(claim, read, sums, steps=learner.steps_per_iteration)
         self._take_steps(claim, ready, sums)
-        self._state = ready.given.state
+        self._state, self._memory = ready.given.state, ready.rewards.memory
         counts = claim.count(Mask.TRAINABLE)
         total = max(int(counts.sum()), 1)
         own = sums.metrics(clips=self._algorithm.clipped is not None, supervised=self._ptx is not None)
@@ -216,13 +216,18 @@ class Learner:
                 for _ in tensors.values:  # the other ranks wait in the collectives of what is left
                     pass
 
+    def probe(self) -> Probe:
+        """What an engine that has loaded the present weights gives for a few tokens. Every rank must call."""
+        return self._prober.probe()
+
     def save(self, directory: str) -> None:
         """Copy weights, optimizer, schedule and random state, and begin to write them; any number of ranks can load.
 
         Returns once the copy is made: training may go on. The files are whole when `await_saved` returns.
         """
         with self._spans.span("checkpoint", directory=directory):
-            state = training_state(self._policy, self._optimizer, self._num_steps, self._state)
+            kept = {"algorithm": self._state, "prompts": dict(self._memory)}
+            state = training_state(self._policy, self._optimizer, self._num_steps, kept if any(kept.values()) else None)
             self._saver.save(state, directory)
 
     def await_saved(self) -> None:
@@ -233,8 +238,11 @@ class Learner:
         """Continue from a saved directory, bit for bit if the ranks are equally many."""
         with self._spans.span("checkpoint", directory=directory):
             self._saver.wait()
-            loaded = load_training(self._policy, self._optimizer, directory, self._state)
-            self._num_steps, self._state = loaded
+            self._build_state()
+            self._num_steps, kept = load_training(self._policy, self._optimizer, directory)
+            if kept is not None:
+                self._memory = kept["prompts"]
+                self._state = self._state if kept["algorithm"] is None else kept["algorithm"]
             self._pristine = False
 
     def drain(self) -> ActorReport:
@@ -260,95 +268,35 @@ class Learner:
         self._ptx = SupervisedData.of(self._config)
         model = self._config.model
         self._policy = build_policy(model.path, dtype=model.dtype, learner=learner, mesh=self._mesh)
+        if learner.teacher is not None and self._teacher is None:
+            self._teacher = build_teacher(model.path, dtype=model.dtype, learner=learner, mesh=self._mesh)
         trained = [parameter for parameter in self._policy.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(
             trained, lr=learner.lr, betas=(0.9, 0.95), weight_decay=learner.weight_decay
         )
         self._speed = Speed.of(self._policy.model, config=self._config, device=self._device)
         self._num_steps = 0
-        self._state = None if self._algorithm.state is None else self._algorithm.state()
+        self._prober = Prober(self._policy, config=self._config, device=self._device)
+        self._build_state()
         self._pristine = True
 
+    def _build_state(self) -> None:
+        self._state = None if self._algorithm.state is None else self._algorithm.state()
+        self._memory = {}
+
     def _prepare(self, claim: Claim, read: ReadTokens, sums: Sums, *, steps: int) -> Ready:
-        """All that comes before the first step: plan, reference pass, credit, veto, importance weights."""
-        learner = self._config.learner
-        torch.set_num_threads(learner.threads)  # Also for this thread: it need not be the one that ran setup.
-        rewards = total_rewards(claim, self._config.reward)
-        filtered = groups_left_out(claim, rewards.task, learner)
-        kept, portions = np.where(filtered, 0, claim.count(Mask.TRAINABLE)), claim.episode_shares()
-        scored = ~filtered & (claim.count(Mask.GENERATED) > 0) if self._algorithm.needs else None
-        plans = self._plan(claim, kept, steps=steps, scored=scored)
-        micros = self._load(claim, read, plans, portions)
-        scores = self._reference(claim, micros, sums)
-        micros, given = give_credit(
-            self._algorithm,
-            learner,
-            claim,
-            rewards,
-            filtered=filtered,
-            plans=plans,
-            steps=micros,
-            scores=scores,
-            state=self._state,
-        )
-        anchors = self._anchors(micros, scores)
-        vetoed = np.zeros_like(filtered)
-        weighed: list[Weighed] = []
-        if learner.veto:
-            plans, micros, vetoed = veto_sequences(plans, micros, anchors, kept, portions, self._device)
-        if learner.importance_weights != "none":
-            pairs = [weigh(step, own, learner, self._device) for step, own in zip(micros, anchors, strict=True)]
-            micros, weighed = [step for step, _ in pairs], [total for _, total in pairs]
-        return Ready(
-            plans=plans,
-            steps=micros,
-            anchors=anchors,
-            left_out={"filter": filtered, "veto": vetoed},
-            weighed=weighed,
-            rewards=rewards,
-            given=given,
-        )
-
-    def _plan(self, claim: Claim, counts: Int64, *, steps: int, scored: Bool | None = None) -> list[StepPlan]:
-        learner = self._config.learner
-        return plan_iteration(
-            claim,
-            counts=counts,
-            steps=steps,
-            ranks=learner.num_ranks,
-            tokens_per_microbatch=learner.tokens_per_microbatch,
-            packing=learner.packing,
+        torch.set_num_threads(self._config.learner.threads)  # Also for this thread: it need not be the one of setup.
+        parts = Parts(
+            config=self._config,
+            algorithm=self._algorithm,
+            policy=self._policy,
+            teacher=self._teacher,
+            rank=self._rank,
+            device=self._device,
+            spans=self._spans,
             quadratic=self._speed.quadratic,
-            scored=scored,
         )
-
-    def _load(self, claim: Claim, read: ReadTokens, plans: list[StepPlan], weights: Float64) -> list[list[Tensors]]:
-        steps = pack_rank(claim, read, plans, rank=self._rank, packing=self._config.learner.packing)
-        return [
-            [Tensors.of(micro, weights=weights, version=claim.version, device=self._device) for micro in micros]
-            for micros in steps
-        ]
-
-    def _reference(self, claim: Claim, steps: list[list[Tensors]], sums: Sums) -> list[list[TokenScores]]:
-        """What pi_i says of the whole claim, before the first step; where nobody asks, what the engine recorded."""
-        needs = self._algorithm.needs
-        if self._config.learner.anchor == "behavior" and not needs & FROM_REFERENCE:
-            return [[TokenScores(micro.behavior, torch.zeros_like(micro.behavior)) for micro in own] for own in steps]
-        with self._spans.span("reference", iteration=claim.iteration):
-            scores = [reference_pass(self._policy, micros, flow="entropy_flow" in needs) for micros in steps]
-            if self._config.learner.anchor != "behavior":
-                pairs = zip(chain(*steps), chain(*scores), strict=True)
-                parts = (mismatch_sums(micro, own.logprobs) for micro, own in pairs)
-                sums.mismatch = over_ranks(added(StepSums, parts), self._device)
-                compared = zip(chain(*steps), chain(*scores), strict=True)
-                sums.by_age = mismatch_by_age(((micro, own.logprobs) for micro, own in compared), self._device)
-        return scores
-
-    def _anchors(self, steps: list[list[Tensors]], scores: list[list[TokenScores]]) -> list[list[Tensor]]:
-        """The log-probs that the policy is compared with."""
-        if self._config.learner.anchor == "behavior":
-            return [[micro.behavior for micro in micros] for micros in steps]
-        return [[own.logprobs for own in step] for step in scores]
+        return prepare(parts, claim, read, sums, steps=steps, state=self._state, memory=self._memory)
 
     def _take_steps(self, claim: Claim, ready: Ready, sums: Sums) -> None:
         if self._config.learner.reset_optimizer:
@@ -366,8 +314,10 @@ class Learner:
             return None
         batch = self._ptx.batch(self._num_steps)
         claim = Claim.of(batch)
-        (plan,) = self._plan(claim, claim.count(Mask.TRAINED), steps=1)
-        (micros,) = self._load(claim, batch.read, [plan], np.ones(len(claim.rewards)))
+        learner = self._config.learner
+        (plan,) = plan_claim(learner, claim, claim.count(Mask.TRAINED), steps=1, quadratic=self._speed.quadratic)
+        ones = np.ones(len(claim.rewards))
+        (micros,) = load_steps(learner, claim, batch.read, [plan], ones, rank=self._rank, device=self._device)
         return Supervised(micros=micros, num_sequences=plan.num_sequences)
 
     def _step(self, plan: StepPlan, micros: list[Tensors], anchors: list[Tensor], sums: Sums, where: str) -> None:

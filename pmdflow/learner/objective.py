@@ -117,23 +117,8 @@ def pmd_token_loss(
     differs by a constant. The pull towards pi_i stays one of whole sequences. With credit that is not constant the
     fixed point is no longer the Boltzmann policy of one reward.
 
-    Args:
-        logprobs: log pi_theta of each token, `[B, T]` or `[T]`.
-        reference_logprobs: log pi_i of each token, constants.
-        token_advantages: A of each token, of the same shape; values outside of `mask` are never read.
-        mask: Trained tokens; a subset of `generated_mask`.
-        tau: As in `pmd_loss`.
-        aggregation: As in `pmd_loss`.
-        weights: As in `pmd_loss`.
-        cu_seqlens: As in `pmd_loss`.
-        generated_mask: As in `pmd_loss`.
-        norm_length: As in `pmd_loss`.
-
-    Returns:
-        A scalar.
-
-    Raises:
-        ValueError: as `pmd_loss`.
+    Args, Returns and Raises are those of `pmd_loss`, but for `token_advantages`: A of each token, of the shape of
+    `logprobs`; values outside of `mask` are never read.
 
     Source: derived from arXiv:2501.12599 eq. 3.
     """

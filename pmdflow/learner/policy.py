@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pmdflow.learner.attention import Packed
-from pmdflow.learner.token_scores import TokenScores, entropy_flow, scores_of_logits, token_scores
+from pmdflow.learner.token_scores import TokenScores, entropy_flow, others, scores_of_logits, token_scores
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,8 @@ class Policy(nn.Module):
         temperatures: Tensor,
         *,
         flow: bool = False,
+        top: int = 0,
+        at: Tensor | None = None,
     ) -> TokenScores:
         """Score `targets` [P] under softmax(logits / temperature).
 
@@ -70,15 +72,21 @@ class Policy(nn.Module):
             targets: Token ids [P].
             temperatures: [P]
             flow: Whether the entropy flow is wanted, too.
+            top: How many of the likeliest tokens are.
+            at: Ids of other tokens that are, instead [P, K].
         """
         if not self._plain_head:
-            logits = self.model(input_ids=tokens, **layout.arguments()).logits
-            return scores_of_logits(logits.flatten(0, 1)[positions], targets, temperatures, flow=flow)
-        hidden = self.model.get_decoder()(input_ids=tokens, **layout.arguments()).last_hidden_state
-        head = self.model.get_output_embeddings()
-        given = (hidden.flatten(0, 1)[positions], head.weight, head.bias, targets, temperatures)
-        scores = token_scores(*given)
-        return scores._replace(flow=entropy_flow(*given)) if flow else scores
+            logits = self.model(input_ids=tokens, **layout.arguments()).logits.flatten(0, 1)[positions]
+            return scores_of_logits(logits, targets, temperatures, flow=flow, top=top, at=at)
+        hidden = self.model.get_decoder()(input_ids=tokens, **layout.arguments()).last_hidden_state.flatten(0, 1)
+        head, chosen = self.model.get_output_embeddings(), hidden[positions]
+        scores = token_scores(chosen, head.weight, head.bias, targets, temperatures)
+        if flow:
+            scores = scores._replace(flow=entropy_flow(chosen, head.weight, head.bias, targets, temperatures))
+        if top or at is not None:
+            ids, own = others(chosen, head.weight, head.bias, temperatures, top=top, at=at)
+            scores = scores._replace(top=ids, top_logprobs=own)
+        return scores
 
 
 @torch.no_grad()

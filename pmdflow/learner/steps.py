@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,21 +85,25 @@ class Supervised:
     """Over all ranks."""
 
 
-def evaluate(policy: Policy, micro: Tensors, *, flow: bool = False) -> TokenScores:
-    """Log-probs and entropies [P] of the micro-batch's generated tokens under the policy, with gradient."""
-    scores: TokenScores = policy(
-        micro.tokens, micro.layout, micro.positions, micro.targets, micro.temperatures, flow=flow
-    )
+def evaluate(policy: Policy, micro: Tensors, **more: Any) -> TokenScores:
+    """Log-probs and entropies [P] of the micro-batch's generated tokens under the policy, with gradient.
+
+    `more` asks for more, as `Policy.forward` does.
+    """
+    scores: TokenScores = policy(micro.tokens, micro.layout, micro.positions, micro.targets, micro.temperatures, **more)
     return scores
 
 
 @torch.no_grad()
-def reference_pass(policy: Policy, micros: Sequence[Tensors], *, flow: bool = False) -> list[TokenScores]:
-    """What pi_i says of every generated token, in the very micro-batches of the steps, so that u is 0 at the first.
+def reference_pass(policy: Policy, micros: Sequence[Tensors], *, flow: bool = False, top: int = 0) -> list[TokenScores]:
+    """What pi_i says of every generated token, in the very micro-batches of the steps, so that u is 0 at the first."""
+    return [evaluate(policy, micro, flow=flow, top=top) for micro in micros]
 
-    `flow` asks for the entropy flow as well.
-    """
-    return [evaluate(policy, micro, flow=flow) for micro in micros]
+
+@torch.no_grad()
+def teacher_pass(teacher: Policy, micros: Sequence[Tensors], scores: Sequence[TokenScores]) -> list[TokenScores]:
+    """What a teacher says of the same tokens, and of those that are the likeliest under pi_i where these are known."""
+    return [evaluate(teacher, micro, at=own.top) for micro, own in zip(micros, scores, strict=True)]
 
 
 def mismatch_sums(micro: Tensors, logprobs: Tensor) -> StepSums:
@@ -171,7 +176,8 @@ def _backward(
 ) -> StepSums:
     """Add one micro-batch's gradient; its part of the sums."""
     learner = config.learner
-    logprobs, entropies, _ = evaluate(policy, micro)
+    scores = evaluate(policy, micro)
+    logprobs, entropies = scores.logprobs, scores.entropies
     bonus: Tensor | float = 0.0
     if learner.entropy_weight > 0:
         bonus = learner.entropy_weight * masked(micro.trained, entropies).sum() / plan.num_tokens

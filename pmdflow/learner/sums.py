@@ -46,6 +46,8 @@ class Sums:
     """Of each step taken, before clipping."""
     skipped: int = 0
     trained_tokens: int = 0
+    teacher_tokens: int = 0
+    """Tokens that a teacher's forward passes read, over all ranks."""
     lr: float = 0.0
     """Of the last step taken."""
     mismatch: StepSums | None = None
@@ -83,6 +85,8 @@ class Sums:
             optional["learner/clipped_share"] = total.clipped / self.trained_tokens
         if taken and supervised:
             optional["learner/ptx_loss"] = total.supervised / taken
+        if self.teacher_tokens:
+            optional["learner/teacher_tokens"] = self.teacher_tokens
         return {
             **optional,
             "learner/loss": sum(self.step_losses) / taken if taken else 0.0,

@@ -24,6 +24,10 @@ class TokenScores(NamedTuple):
     """Entropy in nats of the distribution that the token was drawn from [P]."""
     flow: Tensor | None = None
     """First-order change of that entropy by a unit step along the gradient of the token's log-prob [P], no gradient."""
+    top: Tensor | None = None
+    """Ids of other tokens [P, K]: the likeliest, or those that were asked for."""
+    top_logprobs: Tensor | None = None
+    """Theirs [P, K], no gradient."""
 
 
 def token_scores(
@@ -62,18 +66,52 @@ def entropy_flow(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: T
     return flow
 
 
+@torch.no_grad()
+def others(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperatures: Tensor, *, top: int, at: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Ids [P, K] and log-probs [P, K] of the `top` likeliest tokens at each position, or of those in `at` [P, K]."""
+    size = _chunk_size(weight)
+    parts = [slice(start, start + size) for start in range(0, max(len(hidden), 1), size)]
+    found = [
+        _others(
+            _scaled_logits(hidden[part], weight, bias, temperatures[part]).log_softmax(1),
+            top=top,
+            at=None if at is None else at[part],
+        )
+        for part in parts
+    ]
+    return torch.cat([ids for ids, _ in found]), torch.cat([own for _, own in found])
+
+
+def _others(logprobs: Tensor, *, top: int, at: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same from log-probs of all tokens [P, V]."""
+    if at is None:
+        own, ids = logprobs.topk(min(top, logprobs.shape[1]), dim=1)
+        return ids, own
+    return at, logprobs.gather(1, at)
+
+
 def _flow(logprobs: Tensor, targets: Tensor) -> Tensor:
     probabilities = logprobs.exp()
     by_logit = -probabilities * (logprobs - (probabilities * logprobs).sum(1, keepdim=True))
     return by_logit.gather(1, targets[:, None]).squeeze(1) - (by_logit * probabilities).sum(1)
 
 
-def scores_of_logits(logits: Tensor, targets: Tensor, temperatures: Tensor, *, flow: bool = False) -> TokenScores:
-    """The same from logits [P, V] that are there already, with the entropy flow if asked."""
+def scores_of_logits(
+    logits: Tensor, targets: Tensor, temperatures: Tensor, *, flow: bool = False, top: int = 0, at: Tensor | None = None
+) -> TokenScores:
+    """The same from logits [P, V] that are there already, and what else is asked."""
     logprobs = (logits.float() / temperatures[:, None]).log_softmax(1)
     entropies = -(logprobs.exp() * logprobs).sum(1)
-    own = _flow(logprobs.detach(), targets) if flow else None
-    return TokenScores(logprobs.gather(1, targets[:, None]).squeeze(1), entropies, own)
+    ids, own = _others(logprobs.detach(), top=top, at=at) if top or at is not None else (None, None)
+    return TokenScores(
+        logprobs.gather(1, targets[:, None]).squeeze(1),
+        entropies,
+        flow=_flow(logprobs.detach(), targets) if flow else None,
+        top=ids,
+        top_logprobs=own,
+    )
 
 
 class _TokenScores(torch.autograd.Function):

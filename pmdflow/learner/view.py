@@ -11,10 +11,16 @@ import numpy.typing as npt
 
 from pmdflow.types import Float64, Int32, Int64
 
-Need = Literal["reference", "behavior", "versions", "turns", "trained", "entropies", "entropy_flow", "tokens"]
+Need = Literal[
+    "reference", "behavior", "versions", "turns", "trained", "entropies", "entropy_flow", "tokens", "teacher", "top"
+]
 """Per-token arrays that `Algorithm.needs` may name; what is not named is not gathered."""
-FROM_REFERENCE = frozenset[Need]({"reference", "entropies", "entropy_flow"})
+FROM_REFERENCE = frozenset[Need]({"reference", "entropies", "entropy_flow", "top"})
 """Those that the pass of the policy over the claim gives, before the first step."""
+FROM_TEACHER = frozenset[Need]({"teacher", "top"})
+"""Those that want `learner.teacher`."""
+TOP = 16
+"""Of the likeliest tokens under pi_i, so many at each position are scored where an algorithm needs `top`."""
 State = Mapping[str, Any]
 """What an algorithm keeps from claim to claim: numbers, texts, and lists or mappings of them, as JSON has them."""
 Bool = npt.NDArray[np.bool_]
@@ -49,10 +55,12 @@ class ClaimView:
     """[N]"""
     cu_seqlens: Int64
     """Where each episode begins among the P generated tokens, and the end [N + 1]."""
+    component_weights: Mapping[str, float] = field(default_factory=dict)
+    """What `reward.functions` says that each counts, by component; those of a source's own functions are not here."""
     totals: Mapping[str, float] = field(default_factory=dict)
     """What `Algorithm.totals` gave, added over all groups of the claim."""
     per_token: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
-    """The arrays that the algorithm needs, each [P]; its properties below read them."""
+    """The arrays that the algorithm needs, each [P, ...]; its properties below read them."""
 
     @classmethod
     def of_rewards(cls, rewards: npt.ArrayLike, groups: npt.ArrayLike, **others: Any) -> ClaimView:
@@ -136,6 +144,21 @@ class ClaimView:
             known = ", ".join(self.components) or "none"
             raise ValueError(f"the algorithm reads the reward component {name!r}; reward.functions give {known}")
         return self.components[name]
+
+    @property
+    def teacher(self) -> Float64:
+        """Log-prob of each token under the teacher [P]."""
+        return self._token("teacher").astype(np.float64)
+
+    @property
+    def student_top(self) -> Float64:
+        """Log-probs under pi_i of its `TOP` likeliest tokens where each was drawn [P, K]."""
+        return self._token("top")[:, 0].astype(np.float64)
+
+    @property
+    def teacher_top(self) -> Float64:
+        """Log-probs of the same tokens under the teacher [P, K]."""
+        return self._token("top")[:, 1].astype(np.float64)
 
     def episode_means(self, values: Float64) -> Float64:
         """The mean of [P] values over each episode [N]; 0 for one without a token."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, SupportsFloat
 
 from pmdflow.config.imports import load_module, parts
+from pmdflow.reward.judged import Judged
 
 INPUTS: Mapping[str, str] = {
     "completion": "the generated text, and what an environment said, without special tokens",
@@ -25,7 +26,7 @@ INPUTS: Mapping[str, str] = {
 """What a reward function may ask for by the names of its parameters."""
 
 Function = Callable[..., Any]
-"""Keyword arguments to a number, a coroutine of one, or, if `batched`, to a list of numbers."""
+"""Keyword arguments to a number or `Judged`, a coroutine of one, or, if `batched`, to a list of them."""
 
 _BATCH_SIZE = "pmdflow_batch_size"
 
@@ -72,7 +73,7 @@ class RewardFunction:
     """A coroutine or `batched`: it wants many completions at once."""
     call: Function
 
-    async def value(self, inputs: Mapping[str, Any]) -> float:
+    async def judge(self, inputs: Mapping[str, Any]) -> Judged:
         """Judge one completion.
 
         Raises:
@@ -86,7 +87,9 @@ class RewardFunction:
         elif inspect.iscoroutine(value):
             value.close()
             raise TypeError("returned an awaitable; declare the function with `async def`")
-        return _finite(value)
+        if isinstance(value, Judged):
+            return Judged(value=_finite(value.value), answer=value.answer)
+        return Judged(value=_finite(value))
 
 
 def bind(

@@ -1,11 +1,15 @@
-"""The length reward of Kimi k1.5."""
+"""The length reward of Kimi k1.5, the first of the group rewards."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
+from pmdflow.reward.group import GroupView, History
 from pmdflow.types import Float64
+
+LENGTH = "length"
+"""Name of the length reward among group rewards."""
 
 
 def length_reward(lengths: npt.ArrayLike, correct: npt.ArrayLike, groups: npt.ArrayLike) -> Float64:
@@ -45,3 +49,8 @@ def length_reward(lengths: npt.ArrayLike, correct: npt.ArrayLike, groups: npt.Ar
     factor = 0.5 - (values - shortest[numbers]) / np.where(span > 0, span, 1.0)
     reward = np.where(right, factor, np.minimum(0.0, factor))
     return np.where(span > 0, reward, 0.0)
+
+
+def length_of_group(view: GroupView, history: History) -> dict[str, Float64]:
+    """`length_reward` as a group reward."""
+    return {"value": length_reward(view.lengths, view.correct, np.zeros(len(view.lengths)))}

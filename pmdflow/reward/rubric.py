@@ -11,6 +11,7 @@ from pmdflow.config.imports import shown
 from pmdflow.config.sources import SOURCE_KEY
 from pmdflow.config.variables import hide, resolve
 from pmdflow.reward.function import RewardFunction, bind, load_function
+from pmdflow.reward.judged import ANSWER, answer_key
 
 if TYPE_CHECKING:
     from pmdflow.config.schema import RewardConfig
@@ -30,7 +31,7 @@ class Scored:
     reward: float = 0.0
     """Weighted sum; `reward.invalid` if invalid; 0 and without meaning after an infra failure."""
     components: Mapping[str, float] = field(default_factory=dict)
-    """Unweighted value of each function by name; all 0 if invalid, empty after an infra failure."""
+    """Unweighted value of each function, and keys of answers; all 0 if invalid, empty after an infra failure."""
     message: str = ""
     """Why it is not `scored`."""
 
@@ -102,16 +103,18 @@ class Rubric:
         components: dict[str, float] = {}
         for function in self._functions:
             try:
-                value = await function.value(inputs)
+                judged = await function.judge(inputs)
             except InvalidCompletion as error:
                 zeros = dict.fromkeys(self.names, 0.0)
                 message = f"{function.name}: {error}"
                 return Scored(outcome="invalid", reward=self._invalid, components=zeros, message=message)
             except Exception as error:
                 return infra_failure(f"{function.name}: {type(error).__name__}: {error}")
-            if abs(value) > self._max_abs:
-                return infra_failure(f"{function.name}: returned {value:g}, {self._beyond}")
-            components[function.name] = value
+            if abs(judged.value) > self._max_abs:
+                return infra_failure(f"{function.name}: returned {judged.value:g}, {self._beyond}")
+            components[function.name] = judged.value
+            if judged.answer is not None:
+                components[f"{function.name}{ANSWER}"] = answer_key(judged.answer)
         reward = sum(function.weight * components[function.name] for function in self._functions)
         if not abs(reward) <= self._max_abs:  # NaN as well
             return infra_failure(f"the weighted sum of {components} is {reward:g}, {self._beyond}")
@@ -163,7 +166,7 @@ def load_rubric(config: RewardConfig) -> Rubric:
     Raises:
         ValueError: a function cannot be imported or called, or is listed twice; names its path and the cause.
     """
-    names = _component_names([entry.function for entry in config.functions])
+    names = component_names([entry.function for entry in config.functions])
     functions = []
     for index, (name, entry) in enumerate(zip(names, config.functions, strict=True)):
         try:
@@ -176,7 +179,12 @@ def load_rubric(config: RewardConfig) -> Rubric:
     return Rubric(functions=functions, invalid=config.invalid, max_abs=config.max_abs, args=written)
 
 
-def _component_names(paths: Sequence[str]) -> list[str]:
+def component_names(paths: Sequence[str]) -> list[str]:
+    """The name of each function's component: the last part of its module and its name, or all where that is ambiguous.
+
+    Raises:
+        ValueError: a path is listed twice.
+    """
     for index, path in enumerate(paths):
         if path in paths[:index]:
             raise ValueError(

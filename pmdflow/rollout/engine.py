@@ -96,6 +96,13 @@ class RolloutEngine(Protocol):
     def load_weights(self, version: int, staged: Any, *, on_new_weights: OnNewWeights) -> None:
         """Take staged weights while paused: `keep_kv` goes on, `reprefill` recomputes every held sequence's cache."""
 
+    def score(self, tokens: Sequence[int]) -> Sequence[float]:
+        """Log-probs, at temperature 1, of the tokens after the first of a sequence, by the weights in use.
+
+        Not while paused. Of a sequence that is too long for the engine those that fit; an engine without a model has
+        none.
+        """
+
     def resume(self) -> None:
         """Generate again, under the newest weights and limits."""
 

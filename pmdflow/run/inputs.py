@@ -128,7 +128,7 @@ def algorithm_notes(config: Config) -> list[str]:
         algorithm.configured(config.learner)
     except ValueError as error:
         raise _refusal(error) from error
-    if not algorithm.needs or config.learner.num_ranks == 1 or not (algorithm.claim_wide or algorithm.state):
+    if not algorithm.needs or config.learner.ranks == 1 or not (algorithm.claim_wide or algorithm.state):
         return []
     tokens = config.scheduler.groups_per_iteration * config.data.group_size * config.data.max_tokens
     size = tokens * 4 * len(algorithm.needs) / 2**20

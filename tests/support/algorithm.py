@@ -12,11 +12,11 @@ from pmdflow.learner import losses
 from pmdflow.learner.advantage import pmd_mean
 from pmdflow.learner.algorithms import Algorithm, Terms, of_rewards
 from pmdflow.learner.objective import pmd_loss
-from pmdflow.learner.view import ClaimView, Credit, Need, State
+from pmdflow.learner.view import FROM_TEACHER, ClaimView, Credit, Need, State
 
 VIEWS: list[ClaimView] = []
 """What `SEES` saw, newest last."""
-EVERYTHING: frozenset[Need] = frozenset(get_args(Need))
+EVERYTHING: frozenset[Need] = frozenset(get_args(Need)) - FROM_TEACHER
 
 
 def reinforce(terms: Terms, learner: LearnerConfig) -> Tensor:
@@ -41,6 +41,12 @@ def sees(view: ClaimView, learner: LearnerConfig, state: State) -> Credit:
     values = _mean(view)[view.episodes] * (1 + view.entropies) - view.reference / 10
     mean = float(view.rewards.mean()) if view.num_episodes else 0.0
     return Credit(values=values, per="token", metrics={"reward": mean})
+
+
+def sees_teacher(view: ClaimView, learner: LearnerConfig, state: State) -> Credit:
+    """Reads everything, and learns nothing."""
+    VIEWS.append(view)
+    return Credit(values=0 * view.teacher, per="token")
 
 
 def centered(view: ClaimView, learner: LearnerConfig, state: State) -> Credit:
@@ -96,3 +102,4 @@ SECRET = _per_sequence(lambda view, learner: view.episode_means(view.reference))
 INFINITE = _per_sequence(lambda view, learner: view.rewards + np.inf)
 SHAPE = _per_sequence(lambda view, learner: np.zeros(1))
 CHANGES = Algorithm(credit=changes, loss=losses.pmd, state=lambda: {"claims": 0})
+TAUGHT = Algorithm(credit=sees_teacher, loss=losses.pmd_tokens, needs=frozenset(get_args(Need)))

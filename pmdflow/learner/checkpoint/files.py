@@ -18,7 +18,7 @@ from pmdflow.errors import PmdflowError, WaitTimeout
 from pmdflow.learner.policy import Policy
 from pmdflow.learner.view import State
 
-_ALGORITHM = "algorithm"
+_KEPT = "kept"
 WRITE_TIMEOUT_S = 3600.0
 """A checkpoint that is not written after this long never will be."""
 
@@ -68,11 +68,11 @@ class AsyncSaver:
 
 
 def training_state(
-    policy: Policy, optimizer: torch.optim.Optimizer, num_steps: int, algorithm: State | None = None
+    policy: Policy, optimizer: torch.optim.Optimizer, num_steps: int, kept: State | None = None
 ) -> dict[str, Any]:
     """What a checkpoint holds; the tensors are the live shards, and loading fills them in place.
 
-    `algorithm` is the state of an algorithm that keeps some, else None.
+    `kept` is what algorithm and group rewards keep from claim to claim; None if nothing.
     """
     has_moments = bool(optimizer.state)
     model, moments = get_state_dict(policy, optimizer, options=_options(policy))
@@ -82,9 +82,8 @@ def training_state(
     frozen = {
         name for name, parameter in policy.named_parameters(remove_duplicate=False) if not parameter.requires_grad
     }
-    kept = {} if algorithm is None else {_ALGORITHM: json.dumps(algorithm)}
     return {
-        **kept,
+        **({} if kept is None else {_KEPT: json.dumps(kept)}),
         # A tied name of a frozen tensor is still there.
         "model": {name: tensor for name, tensor in model.items() if name not in frozen},
         "optimizer": moments,
@@ -94,16 +93,14 @@ def training_state(
     }
 
 
-def load_training(
-    policy: Policy, optimizer: torch.optim.Optimizer, directory: str, algorithm: State | None = None
-) -> tuple[int, State | None]:
+def load_training(policy: Policy, optimizer: torch.optim.Optimizer, directory: str) -> tuple[int, State | None]:
     """Put policy, optimizer and random state where `directory` has them.
 
     Returns:
-        The optimizer steps taken, and the state of the algorithm; the given one if the checkpoint has none.
+        The optimizer steps taken, and what algorithm and group rewards kept; None if the checkpoint has none of that.
     """
-    has_state = _ALGORITHM in FileSystemReader(directory).read_metadata().state_dict_metadata
-    state = training_state(policy, optimizer, 0, algorithm if has_state else None)
+    has_kept = _KEPT in FileSystemReader(directory).read_metadata().state_dict_metadata
+    state = training_state(policy, optimizer, 0, {} if has_kept else None)
     load_state(state, checkpoint_id=directory)
     set_state_dict(
         policy,
@@ -115,7 +112,7 @@ def load_training(
     if not state["has_moments"]:
         optimizer.state.clear()
     torch.set_rng_state(state["random"])
-    return int(state["num_steps"]), json.loads(state[_ALGORITHM]) if _ALGORITHM in state else algorithm
+    return int(state["num_steps"]), json.loads(state[_KEPT]) if has_kept else None
 
 
 def _options(policy: Policy) -> StateDictOptions:

@@ -77,6 +77,8 @@ class VllmEngine:
         self._waiting: list[int] = []
         """Sequences to look at in the next step: new, or without a running request."""
         self._request_ids = itertools.count()
+        self._early: list[EngineCoreOutputs] = []
+        """What came while a probe was scored."""
         self._aborted: list[str] = []
         """vLLM requests to abort in the next step."""
         self.version = 0
@@ -136,11 +138,13 @@ class VllmEngine:
             PmdflowError: The model gave a log-prob that is not finite, or vLLM refused a request.
         """
         aborted, requests = self._unsent()
-        return self._give(self._process.exchange(aborted, requests, running=len(self._running)))
+        early, self._early = self._early, []
+        return self._give([*early, *self._process.exchange(aborted, requests, running=len(self._running))])
 
     def pause(self) -> list[Output]:
         """Stop generating; gives out everything that was generated until now. Held sequences stay."""
-        return self._give(self._process.pause())
+        early, self._early = self._early, []
+        return self._give([*early, *self._process.pause()])
 
     def stage(self, weights: Mapping[str, Tensor]) -> WeightsFile:
         """A file that vLLM's workers map: the node's own, or one of merged adapters; from any thread."""
@@ -154,6 +158,27 @@ class VllmEngine:
         """Load staged weights while paused; the cache of older ones is kept apart by salt, or cleared (`reprefill`)."""
         self._process.load(staged.path, version=version, clear=on_new_weights == "reprefill")
         self.version = version
+
+    def score(self, tokens: Sequence[int]) -> list[float]:
+        """Log-probs of the tokens after the first, as a request of its own; what others generate meanwhile is kept.
+
+        Raises:
+            EngineDied: vLLM's process is gone or silent.
+        """
+        id, prompt = f"probe-{next(self._request_ids)}", list(tokens[: self._process.max_length - 1])
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        requests = [self._core_request(id, prompt, params)]
+        while True:
+            batches = self._process.exchange([], requests, running=1)
+            requests = []
+            self._early += batches
+            for batch in batches:
+                found = [output for output in batch.outputs if output.request_id == id]
+                if found and found[0].finished:
+                    batch.outputs = [output for output in batch.outputs if output.request_id != id]
+                    scored = found[0].new_prompt_logprobs_tensors
+                    assert scored is not None, "they were asked for"
+                    return [float(logprob) for logprob in scored.logprobs[:, 0]]
 
     def resume(self) -> None:
         """Generate on."""
@@ -190,11 +215,10 @@ class VllmEngine:
         # Never used again: outputs of an aborted request may still come.
         sequence.request_id = str(next(self._request_ids))
         self._running[sequence.request_id] = id
-        return EngineCoreRequest(
-            request_id=sequence.request_id,
-            prompt_token_ids=list(sequence.tokens),
-            mm_features=None,
-            sampling_params=SamplingParams(
+        return self._core_request(
+            sequence.request_id,
+            list(sequence.tokens),
+            SamplingParams(
                 temperature=request.temperature,
                 top_p=request.top_p,
                 max_tokens=sequence.remaining,
@@ -203,6 +227,14 @@ class VllmEngine:
                 logprobs=0,
                 detokenize=False,
             ),
+        )
+
+    def _core_request(self, id: str, tokens: list[int], params: SamplingParams) -> EngineCoreRequest:
+        return EngineCoreRequest(
+            request_id=id,
+            prompt_token_ids=tokens,
+            mm_features=None,
+            sampling_params=params,
             pooling_params=None,
             arrival_time=time.time(),
             lora_request=None,
