@@ -51,6 +51,9 @@ class ClusterConfig(Section):
     gpus: Annotated[str, Field(pattern=GPUS)] | None = None
     """GPUs that the plan reckons with, of all nodes together and by the memory of one, such as `8x80GiB`: to plan a
     run elsewhere, or a cluster. null: those of this machine. The run itself takes what Ray has."""
+    env: dict[str, str] = {}
+    """Environment variables of every worker process, such as `{NCCL_SOCKET_IFNAME: eth0, GLOO_SOCKET_IFNAME: eth0}`. On
+    a cluster all get those of this process that begin with NCCL_, GLOO_, PYTORCH_, HF_, VLLM_, UCX_ or OMPI_, too."""
 
 
 class ModelConfig(Section):

@@ -29,6 +29,7 @@ from pmdflow.rollout.programs import AgentsPlace
 from pmdflow.run.cluster import ask_cluster
 from pmdflow.run.directory import log_path
 from pmdflow.run.loops import Loop, LoopHandle
+from pmdflow.run.nodes import worker_environment
 from pmdflow.run.placement import ActorOptions, place_rewards
 from pmdflow.run.scheduler import grant_tokens
 from pmdflow.run.store_place import StorePlace
@@ -58,6 +59,7 @@ def start_ray(config: Config) -> None:
     rollout, learner = config.rollout, config.learner
     cpus = rollout.num_actors * rollout.threads * rollout.tensor_parallel + learner.num_ranks * learner.threads
     local = config.cluster.address == "local"
+    given = worker_environment({} if local else os.environ, config.cluster.env)
     if not local:
         ask_cluster(config.cluster.address)
     for again in range(START_TRIES - 1, -1, -1):
@@ -67,6 +69,7 @@ def start_ray(config: Config) -> None:
                 num_cpus=max(cpus, os.cpu_count() or 1) if local else None,
                 include_dashboard=False if local else None,
                 log_to_driver=False,
+                runtime_env={"env_vars": given} if given else None,
                 logging_level=logging.CRITICAL if again else logging.ERROR,
             )
             return
