@@ -30,10 +30,10 @@ from pmdflow.run.cluster import ask_cluster
 from pmdflow.run.directory import log_path
 from pmdflow.run.loops import Loop, LoopHandle
 from pmdflow.run.nodes import worker_environment
-from pmdflow.run.placement import ActorOptions, place_rewards
+from pmdflow.run.placement import ActorOptions, needs, place_rewards
 from pmdflow.run.scheduler import grant_tokens
 from pmdflow.run.store_place import StorePlace
-from pmdflow.run.supervision import STARTUP_TIMEOUT_S
+from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Supervisor
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.archive.actor import ArchiveActor
 from pmdflow.store.client import StoreHandle, answers, call
@@ -175,9 +175,14 @@ def store_settings(config: Config) -> StoreSettings:
 
 
 def start_learners(
-    config: Config, run_dir: Path, places: Sequence[ActorOptions], *, log_prefix: str = ""
+    config: Config,
+    run_dir: Path,
+    places: Sequence[ActorOptions],
+    *,
+    log_prefix: str = "",
+    supervisor: Supervisor | None = None,
 ) -> list[ActorHandle[LearnerActor]]:
-    """One actor a rank, each in its place, joined into one process group."""
+    """One actor a rank, each in its place, joined into one process group; `supervisor` looks after others meanwhile."""
     learners = [
         make_actor(
             LearnerActor,
@@ -187,10 +192,13 @@ def start_learners(
         )
         for rank, place in enumerate(places)
     ]
+    wait = answers if supervisor is None else supervisor.wait
+    if supervisor is not None:
+        supervisor.await_places(learners, what="learner ranks", needs=needs(places[0]))
     asked = [call(learners[0], LearnerActor.address)]
-    (master,) = answers(asked, what="the start of learner rank 0", timeout_s=STARTUP_TIMEOUT_S)
+    (master,) = wait(asked, what="the start of learner rank 0", timeout_s=STARTUP_TIMEOUT_S)
     setups = [call(learner, LearnerActor.setup, master) for learner in learners]
-    answers(setups, what="the setup of the learner ranks", timeout_s=LEARNER_SETUP_TIMEOUT_S)
+    wait(setups, what="the setup of the learner ranks", timeout_s=LEARNER_SETUP_TIMEOUT_S)
     return learners
 
 
@@ -214,7 +222,13 @@ def make_loops(config: Config, run_dir: Path, store: StoreHandle, places: Sequen
 
     hang_s = config.rollout.lease_ttl_s
     rollouts = [
-        Loop(name=f"rollout-{index}", start=partial(rollout, index), takes_weights=True, hang_timeout_s=hang_s)
+        Loop(
+            name=f"rollout-{index}",
+            start=partial(rollout, index),
+            takes_weights=True,
+            hang_timeout_s=hang_s,
+            needs=needs(places[index]),
+        )
         for index in range(config.rollout.num_actors)
     ]
     rewards = [
