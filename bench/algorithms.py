@@ -7,7 +7,8 @@ Each algorithm first gets ten tries with one seed: five learning rates (`RATES`)
 seeds; all algorithms see the same prompts under one seed. The quick start's engine, rewards and learner take turns, so
 that neither speed nor load of the machine has an influence: each claim was generated `LAG` versions before it is
 trained, about as old as most tokens of the quick start, whole and without segments. The peers of PMD are GRPO, GSPO,
-CTPO and BOLT; UCPO, A-NSR and GDPO give PMD other credit. Runs that are finished in `--runs` are read, not repeated. More settings follow as KEY=VALUE.
+CTPO and BOLT; UCPO, A-NSR and GDPO give PMD other credit. Runs that are finished in `--runs` are read, not repeated.
+More settings follow as KEY=VALUE.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """LEAD: short right answers, by a target length of each group and by weights that follow how unstable each reward is.
 
-Group reward and state. `alpha` is a setting because no value of it was found; credit is whitened by answer, not by token
-as in the paper, so that long answers do not count more.
+Group reward and state. `alpha` is a setting because no value of it was found; credit is whitened by answer, not by
+token as in the paper, so that long answers do not count more.
 
 Source: arXiv:2605.09806.
 """
