@@ -7,8 +7,9 @@ per-token values packed over those: P of them, in the order of its rows.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +67,8 @@ class MicroBatch:
     """Turn of its trajectory that each token is of, from 0 [P]: what no observed token interrupts."""
     trained: Bool
     """[P]"""
+    columns: Mapping[str, npt.NDArray[Any]]
+    """Extra columns by name, each [P, ...]; {} for a micro-batch that only keeps pace."""
     cu_seqlens: Int64
     """Start of each sequence's generated tokens and the end [B + 1]."""
     packed: bool
@@ -233,7 +236,8 @@ def pack_rank(
         for micro in micros:
             rows = np.array(micro, np.int64)
             start, end = end, end + int(lengths[rows].sum())
-            tokens = ClaimTokens(tokens=own.tokens[start:end], logprobs=own.logprobs[start:end])
+            extra = {name: values[start:end] for name, values in own.extra.items()}
+            tokens = ClaimTokens(tokens=own.tokens[start:end], logprobs=own.logprobs[start:end], extra=extra)
             batch = claim.batch(rows, tokens)
             trained = (batch.mask & Mask.TRAINABLE) != 0
             filled = pack(batch, trained=trained, trajectories=tuple(range(len(rows))), packing=packing)
@@ -274,6 +278,7 @@ def pack(batch: TrainBatch, *, trained: Bool, trajectories: Indices, packing: bo
         versions=batch.versions[source],
         turns=np.concatenate([_turns(part) for part in sources]),
         trained=trained[source],
+        columns={name: values[source] for name, values in batch.extra.items()},
         cu_seqlens=np.concatenate([[0], np.cumsum([len(part) for part in sources])]).astype(np.int64),
         packed=packing,
     )
@@ -297,6 +302,7 @@ def _empty(packing: bool) -> MicroBatch:
         versions=np.full(1, -1, np.int32),
         turns=np.zeros(1, np.int32),
         trained=np.zeros(1, np.bool_),
+        columns={},
         cu_seqlens=np.array([0, 1], np.int64),
         packed=packing,
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -42,6 +43,8 @@ class Tensors:
     versions: Int32
     """NumPy [P], as `turns`."""
     turns: Int32
+    columns: Mapping[str, npt.NDArray[Any]]
+    """Extra columns by name, NumPy [P, ...]."""
     sequence_credit: Tensor | None = None
     """float64 [B]"""
     token_credit: Tensor | None = None
@@ -63,6 +66,7 @@ class Tensors:
             weights=torch.from_numpy(weights[micro.trajectories] if real else np.zeros(1)).to(device),
             versions=micro.versions,
             turns=micro.turns,
+            columns=micro.columns,
             trajectories=micro.trajectories,
         )
 
@@ -226,6 +230,7 @@ def _terms(micro: Tensors, logprobs: Tensor, entropies: Tensor, anchor: Tensor, 
         scope=torch.ones_like(micro.trained) if generated else micro.trained,
         cu_seqlens=micro.cu_seqlens,
         max_tokens=config.data.max_tokens,
+        columns={name: torch.from_numpy(own).to(logprobs.device) for name, own in micro.columns.items()},
     )
 
 

@@ -19,6 +19,8 @@ FROM_REFERENCE = frozenset[Need]({"reference", "entropies", "entropy_flow", "top
 """Those that the pass of the policy over the claim gives, before the first step."""
 FROM_TEACHER = frozenset[Need]({"teacher", "top"})
 """Those that want `learner.teacher`."""
+COLUMN = "column "
+"""Before the name of an extra column among the per-token arrays of a view."""
 TOP = 16
 """Of the likeliest tokens under pi_i, so many at each position are scored where an algorithm needs `top`."""
 State = Mapping[str, Any]
@@ -75,6 +77,14 @@ class ClaimView:
             "cu_seqlens": np.arange(len(values) + 1),
         }
         return cls(rewards=values, groups=np.asarray(groups, np.int64), **{**given, **others})
+
+    @property
+    def columns(self) -> Mapping[str, npt.NDArray[Any]]:
+        """Extra columns that `Algorithm.columns` names, each [P, ...]; NaN, or 0 in whole numbers, where there is none.
+
+        Source: `extra` of `TrajectoryStore.put_group` and `append`.
+        """
+        return {name.removeprefix(COLUMN): own for name, own in self.per_token.items() if name.startswith(COLUMN)}
 
     @property
     def num_episodes(self) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from pmdflow.learner.advantage import pmd_mean
 from pmdflow.learner.algorithms import ALGORITHMS, find_algorithm
 from pmdflow.learner.conformance import CASES, Trial, check_algorithm
 from pmdflow.learner.learner import Learner
@@ -32,7 +33,7 @@ from tests.support.whole import Whole
 
 torch.set_num_threads(1)
 SET = "tests.support.algorithm:SET"
-OWN = ("CONSTANT", "SEES", "COUNTS", "CENTERED")
+OWN = ("CONSTANT", "SEES", "COUNTS", "CENTERED", "COLUMNS")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -226,6 +227,18 @@ def test_settings_of_an_algorithm_are_its_own(start, model_path) -> None:
     for shift in (0.25, 2.0):
         config = make_config(model_path, algorithm=SET, settings={"shift": shift})
         np.testing.assert_array_equal(start(config).train(batch).advantages, batch.rewards - shift)
+
+
+def test_extra_columns_reach_the_credit(start, model_path) -> None:
+    batch = make_batch()
+    share = np.random.default_rng(0).random(len(batch.tokens))
+    learner = start(make_config(model_path, algorithm="tests.support.algorithm:COLUMNS"))
+    found = learner.train(replace(batch, extra={"share": share, "unread": share})).advantages
+    generated = (batch.mask & Mask.GENERATED) != 0
+    means = [share[a:b][generated[a:b]].mean() for a, b in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False)]
+    np.testing.assert_allclose(found, pmd_mean(batch.rewards, batch.groups) * means, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"extra column 'share', which no token of the claim has \(there is none\)"):
+        learner.train(replace(batch, extra={"unread": share}))
 
 
 @pytest.fixture(scope="module")
