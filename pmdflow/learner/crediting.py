@@ -268,6 +268,7 @@ def _array(name: str, micro: Tensors, scores: TokenScores, teacher: TokenScores 
         "trained": micro.trained,
         "tokens": micro.targets,
         "turns": micro.turns,
+        "turn_keys": micro.turn_keys,
         "versions": micro.versions,
     }
     found = tensors[name]

@@ -41,8 +41,9 @@ class Tensors:
     weights: Tensor
     """Of the loss of each row, float64 [B]."""
     versions: Int32
-    """NumPy [P], as `turns`."""
+    """NumPy [P], as the next two."""
     turns: Int32
+    turn_keys: Int64
     columns: Mapping[str, npt.NDArray[Any]]
     """Extra columns by name, NumPy [P, ...]."""
     sequence_credit: Tensor | None = None
@@ -66,6 +67,7 @@ class Tensors:
             weights=torch.from_numpy(weights[micro.trajectories] if real else np.zeros(1)).to(device),
             versions=micro.versions,
             turns=micro.turns,
+            turn_keys=micro.turn_keys,
             columns=micro.columns,
             trajectories=micro.trajectories,
         )

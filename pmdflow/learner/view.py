@@ -12,7 +12,17 @@ import numpy.typing as npt
 from pmdflow.types import Float64, Int32, Int64
 
 Need = Literal[
-    "reference", "behavior", "versions", "turns", "trained", "entropies", "entropy_flow", "tokens", "teacher", "top"
+    "reference",
+    "behavior",
+    "versions",
+    "turns",
+    "turn_keys",
+    "trained",
+    "entropies",
+    "entropy_flow",
+    "tokens",
+    "teacher",
+    "top",
 ]
 """Per-token arrays that `Algorithm.needs` may name; what is not named is not gathered."""
 FROM_REFERENCE = frozenset[Need]({"reference", "entropies", "entropy_flow", "top"})
@@ -135,6 +145,11 @@ class ClaimView:
         return self._token("turns")
 
     @property
+    def turn_keys(self) -> Int64:
+        """Hash of what each token's turn answers [P]: what was observed since the turn before; at first, the prompt."""
+        return self._token("turn_keys")
+
+    @property
     def trained(self) -> Bool:
         """Which tokens have a gradient [P]."""
         return self._token("trained")
@@ -185,12 +200,7 @@ class ClaimView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credit:
-    """What each episode or token of a view is worth.
-
-    Example:
-        >>> Credit(values=np.array([0.5, -0.5]), per="sequence").metrics
-        {}
-    """
+    """What each episode or token of a view is worth: `Credit(values=np.array([0.5, -0.5]), per="sequence")`."""
 
     values: Float64
     """[N], or [P] if `per` is `token`."""
