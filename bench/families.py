@@ -182,12 +182,19 @@ def settings(folder: Path, *, packing: bool) -> Config:
     return Config.model_validate(
         {
             "run": {"name": "scan", "iterations": ITERATIONS},
-            "model": {"path": str(folder)},
+            "model": {"path": str(folder), "dtype": "float32"},
             "data": {"task": "reasoning_gym/chain_sum", "group_size": MEMBERS, "max_tokens": TOKENS},
             "reward": {"functions": [{"function": "a:b"}]},
-            "rollout": {"engine": "transformers", "slots": GROUPS * MEMBERS},
+            "rollout": {"engine": "transformers", "actors": 1, "slots": GROUPS * MEMBERS},
             "scheduler": {"groups_per_iteration": GROUPS, "tokens_per_iteration": 1000},
-            "learner": {"lr": 1e-2, "steps_per_iteration": 2, "packing": packing},
+            "learner": {
+                "ranks": 1,
+                "tau": 1.0,
+                "aggregation": "seq-mean-token-sum",
+                "lr": 1e-2,
+                "steps_per_iteration": 2,
+                "packing": packing,
+            },
         }
     )
 

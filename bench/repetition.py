@@ -30,7 +30,7 @@ from typing import Any
 from repetition_texts import Text, files, generated
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from pmdflow.config.schema import RepetitionConfig
+from pmdflow.config.sequences import RepetitionConfig
 from pmdflow.metrics.confidence import wilson
 from pmdflow.rollout.repetition import RepetitionDetector
 

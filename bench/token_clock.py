@@ -138,13 +138,13 @@ def config_of(mode: str, *, directory: str, iterations: int) -> Config:
     segment = settings.pop("tokens_per_segment", None)
     return Config.model_validate({
         "run": {"name": mode.replace(" ", "-").replace(",", ""), "dir": directory, "iterations": iterations},
-        "model": {"path": str(ROOT / "configs" / "tiny-arithmetic")},
+        "model": {"path": str(ROOT / "configs" / "tiny-arithmetic"), "dtype": "float32"},
         "data": {"task": "reasoning_gym/chain_sum", "group_size": SIZE, "max_tokens": MOST},
         "eval": {"prompts": 0, "every": iterations},
         "reward": {"functions": [{"function": "pmdflow.reward.reasoning_gym:score"}]},
         "rollout": {"engine": "simulated", "actors": ACTORS, "slots": SLOTS, "tokens_per_segment": segment},
         "scheduler": {"groups_per_iteration": GROUPS, "tokens_per_iteration": GROUPS * SIZE * MOST * 3, **settings},
-        "learner": {"checkpoint_every": iterations},
+        "learner": {"ranks": 1, "checkpoint_every": iterations},
         "dashboard": {"port": None},
     })  # fmt: skip
 

@@ -63,10 +63,16 @@ def make_config(folder: str, directory: Path, engine: str, arguments: argparse.N
     return Config.model_validate(
         {
             "run": {"name": engine, "dir": str(directory), "iterations": 1},
-            "model": {"path": folder},
+            "model": {"path": folder, "dtype": "float32"},
             "data": {"task": "reasoning_gym/chain_sum", "group_size": GROUP_SIZE, "max_tokens": arguments.max_tokens},
             "reward": {"functions": [{"function": "pmdflow.reward.reasoning_gym:score"}]},
-            "rollout": {"engine": engine, "slots": arguments.slots, "threads": arguments.threads},
+            "rollout": {
+                "engine": engine,
+                "actors": 1,
+                "memory_share": 0.5,
+                "slots": arguments.slots,
+                "threads": arguments.threads,
+            },
             "scheduler": {"groups_per_iteration": 10_000, "tokens_per_iteration": 16_384, "lookahead": 0},
             "store": {"max_bytes": "8GiB"},
         }

@@ -100,11 +100,14 @@ def simulate(
     ] = None,
 ) -> None:
     """Say how a configuration would run, beside other modes: throughput, waiting, age and masking of tokens."""
+    from pmdflow.config.gpus import planned_gpus
     from pmdflow.config.load import load
+    from pmdflow.config.settle import settle
     from pmdflow.run.simulation.command import short_advice
     from pmdflow.run.simulation.command import simulate as report
 
-    loaded = load(config, overrides or ()).config
+    written = load(config, overrides or ()).config
+    loaded = settle(written, gpus=planned_gpus(written))
     if advice is not None:
         typer.echo("\n".join(short_advice(loaded, run=run, seconds=advice)))
     else:

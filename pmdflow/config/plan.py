@@ -9,18 +9,14 @@ from typing import Any
 
 from pmdflow.config.combinations import BYTES_PER_TOKEN, PARTITION
 from pmdflow.config.errors import dotted
+from pmdflow.config.gpus import Gpus, gpu_shares
 from pmdflow.config.load import Loaded, leaves
-from pmdflow.config.model_size import ModelSize, measure_model
-from pmdflow.config.schema import DEFAULT_SLOTS, Config
+from pmdflow.config.memory import Footprint, MemoryPlan, Need, plan_memory, show_bytes
+from pmdflow.config.schema import Config
 from pmdflow.config.window import active_groups, most_tokens
 
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-_MASTER_BYTES = 16
-"""Float32 master weight, gradient and Adam's two moments of one parameter."""
 SMALL_PARTITION_TAU = 0.2
 """Below this share of a reward of 1 the log-partition is nearly the maximum."""
-_LOGITS_BYTES = 3 * 4 * (1 << 26)
-"""The most that the log-probs of a micro-batch hold: three float32 tensors of `token_scores.LOGITS_PER_CHUNK`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +27,8 @@ class ActorPlan:
     count: int
     cpus: int
     """CPUs that each reserves in Ray."""
-    gpus: int
-    """Most GPUs of each: whole ones where there are enough, else an equal part."""
-    memory_bytes: int | None
-    """Estimated model memory of each; None when the model's size is unknown, 0 for actors without a model."""
+    gpus: str
+    """GPUs of each, in words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,14 +53,23 @@ class Plan:
     actors: tuple[ActorPlan, ...]
     notes: tuple[str, ...]
     """Settings that are allowed but probably not meant."""
+    memory: MemoryPlan | None
+    """None when the model's size is unknown."""
 
 
-def make_plan(config: Config, *, model: ModelSize | None) -> Plan:
+def make_plan(
+    config: Config, *, model: Footprint | None, gpus: Gpus | None = None, host_bytes: int | None = None
+) -> Plan:
     """Derive all numbers of a configuration.
 
     Args:
         config: The configuration.
-        model: Size of its model, None if unknown.
+        model: Its model, None if unknown.
+        gpus: What it runs on; None is processors alone, or not known.
+        host_bytes: Memory of the one machine that runs it; None if that is another.
+
+    Raises:
+        LaunchError: the GPUs are too few for the engines and ranks.
     """
     scheduler, data, learner = config.scheduler, config.data, config.learner
     trajectories = scheduler.groups_per_iteration * data.group_size
@@ -87,14 +90,19 @@ def make_plan(config: Config, *, model: ModelSize | None) -> Plan:
         staleness=_staleness(config),
         optimizer_steps=config.run.iterations * learner.steps_per_iteration,
         store_bytes=store_bytes,
-        actors=tuple(_actors(config, model)),
+        actors=tuple(_actors(config, gpus)),
         notes=tuple(_notes(config, store_bytes)),
+        memory=None
+        if model is None or (gpus and gpus.bytes_each is None)
+        else plan_memory(config, model, gpus=gpus, host_bytes=host_bytes),
     )
 
 
 def render_dry_run(
     loaded: Loaded,
+    plan: Plan,
     *,
+    model: Footprint | None = None,
     data: Sequence[tuple[str, str]] = (),
     advice: Sequence[str] = (),
     notes: Sequence[str] = (),
@@ -103,32 +111,24 @@ def render_dry_run(
 
     Args:
         loaded: The configuration.
+        plan: What follows from it.
+        model: Its model, None if unknown.
         data: Name and numbers of every source of prompts.
         advice: What would run better.
         notes: What else is worth saying.
     """
     config = loaded.config
-    model = measure_model(config.model.path)
-    plan = make_plan(config, model=model)
     settings = [
         (dotted(path), _show(value), loaded.origins[dotted(path)]) for path, value in leaves(config.model_dump())
     ]
-    placement = [("actor", "count", "CPUs each", "GPUs each", "model memory each")]
-    placement += [
-        (
-            actor.role,
-            str(actor.count),
-            str(actor.cpus),
-            f"up to {actor.gpus}" if actor.gpus else "0",
-            _show_memory(actor.memory_bytes),
-        )
-        for actor in plan.actors
-    ]
+    placement = [("actor", "count", "CPUs each", "GPUs each")]
+    placement += [(actor.role, str(actor.count), str(actor.cpus), actor.gpus) for actor in plan.actors]
     cpus = sum(actor.count * actor.cpus for actor in plan.actors)
     total = f"{cpus} CPUs reserved in all, on {_where(config)}"
     sections = [
         ("configuration", [*_table(settings)]),
         ("placement", [*_table(placement), total]),
+        ("memory", _memory(plan.memory) if plan.memory else []),
         ("derived", [*_table(_numbers(plan, model, config.model.path))]),
         ("data", [*_table(data)] if data else []),
         ("advice", advice),
@@ -155,42 +155,42 @@ def _staleness(config: Config) -> str:
     return f"at most {limit} versions for a token with a gradient{ahead}"
 
 
-def _actors(config: Config, model: ModelSize | None) -> Iterator[ActorPlan]:
+def _actors(config: Config, gpus: Gpus | None) -> Iterator[ActorPlan]:
     rollout, learner, reward = config.rollout, config.learner, config.reward
-    engine_bytes = _engine_bytes(config, model)
-    rank_bytes = _rank_bytes(config, model)
-    yield ActorPlan(role="store", count=1, cpus=0, gpus=0, memory_bytes=0)
-    yield ActorPlan(role=f"reward, {reward.workers} subprocesses", count=reward.actors, cpus=0, gpus=0, memory_bytes=0)
+    split = rollout.tensor_parallel
+    engine, rank = f"up to {split}", "up to 1"  # of a cluster that nobody has described
+    if gpus is not None or config.cluster.address == "local":
+        count = gpus.count if gpus else 0
+        shares = gpu_shares(count, actors=rollout.num_actors, ranks=learner.num_ranks, tensor_parallel=split)
+        engine, rank = ("0" if share == 0 else "shared" if share < 1 else f"{share:.0f}" for share in shares)
+    yield ActorPlan(role="store", count=1, cpus=0, gpus="0")
+    yield ActorPlan(role=f"reward, {reward.workers} subprocesses", count=reward.actors, cpus=0, gpus="0")
     yield ActorPlan(
         role="rollout",
-        count=rollout.actors,
-        cpus=rollout.threads * rollout.tensor_parallel,
-        gpus=rollout.tensor_parallel,
-        memory_bytes=engine_bytes,
+        count=rollout.num_actors,
+        cpus=rollout.threads * split,
+        gpus=engine,
     )
-    yield ActorPlan(role="learner", count=learner.ranks, cpus=learner.threads, gpus=1, memory_bytes=rank_bytes)
+    yield ActorPlan(role="learner", count=learner.num_ranks, cpus=learner.threads, gpus=rank)
 
 
-def _engine_bytes(config: Config, model: ModelSize | None) -> int | None:
-    """Weights and full KV caches of one engine."""
-    if config.rollout.engine == "simulated":
-        return 0
-    if model is None:
-        return None
-    cache = (config.rollout.slots or DEFAULT_SLOTS) * config.data.max_tokens * model.kv_numbers_per_token
-    return (model.num_parameters + cache) * _DTYPE_BYTES[config.model.dtype]
+def _memory(plan: MemoryPlan) -> list[str]:
+    """One line for each purpose of each role, and the sum of each beside what there is."""
+    room = "of this machine's memory" if plan.gpus is None else f"of a GPU's {show_bytes(plan.gpus.room)}"
+    if plan.shared:
+        room += f", {show_bytes(plan.rank.total + plan.engine.total)} with the other role on it"
+    rows: list[tuple[str, ...]] = []
+    needs = [(plan.rank, f"each, {room}"), (plan.engine, f"each, {room}"), (plan.host, "of all hosts together")]
+    for need, of in needs:
+        rows += [(need.role if index == 0 else "", *part) for index, part in enumerate(_parts(need))]
+        rows.append(("" if need.parts else need.role, "all", f"{show_bytes(need.total)} {of}"))
+    source = "processors alone" if plan.gpus is None else f"{plan.gpus.count} GPUs, {plan.gpus.source}"
+    return [f"planned for {source}", *_table(rows)]
 
 
-def _rank_bytes(config: Config, model: ModelSize | None) -> int | None:
-    """Sharded master weights, gradients and moments, and logits; activations and adapters left out."""
-    if model is None:
-        return None
-    learner = config.learner
-    logits = min(learner.tokens_per_microbatch * model.vocab_size * 3 * 4, _LOGITS_BYTES)
-    held = _DTYPE_BYTES["float32"] if learner.lora else _MASTER_BYTES
-    teacher = None if learner.teacher is None else measure_model(learner.teacher)
-    taught = 0 if teacher is None else teacher.num_parameters * _DTYPE_BYTES["float32"]
-    return (model.num_parameters * held + taught) * learner.replicas // learner.ranks + logits
+def _parts(need: Need) -> Iterator[tuple[str, str]]:
+    yield from ((name, show_bytes(size)) for name, size in need.parts.items() if size)
+    yield from ((name, "unknown: it could not be measured") for name in need.unknown)
 
 
 def _notes(config: Config, store_bytes: int) -> Iterator[str]:
@@ -219,12 +219,12 @@ def _notes(config: Config, store_bytes: int) -> Iterator[str]:
         yield "rollout.engine is simulated: tokens are random, the model learns nothing"
     if store_bytes > config.store.limit_bytes:
         yield (
-            f"store.max_bytes ({config.store.max_bytes}) is below the {_show_bytes(store_bytes)} that trajectories of "
+            f"store.max_bytes ({config.store.max_bytes}) is below the {show_bytes(store_bytes)} that trajectories of "
             "full length would need: rollout may pause until a checkpoint frees room"
         )
 
 
-def _numbers(plan: Plan, model: ModelSize | None, path: str) -> list[tuple[str, str]]:
+def _numbers(plan: Plan, model: Footprint | None, path: str) -> list[tuple[str, str]]:
     size = f"{model.num_parameters:,} parameters" if model else f"unknown: no model found in {path}"
     return [
         ("model", size),
@@ -234,7 +234,7 @@ def _numbers(plan: Plan, model: ModelSize | None, path: str) -> list[tuple[str, 
         ("full-length trajectory", f"spans at least {plan.versions_per_trajectory} policy versions"),
         ("worst-case staleness", plan.staleness),
         ("optimizer steps", f"{plan.optimizer_steps:,}"),
-        ("store", f"at most about {_show_bytes(plan.store_bytes)} of tokens"),
+        ("store", f"at most about {show_bytes(plan.store_bytes)} of tokens"),
         ("Ray actors", f"{sum(actor.count for actor in plan.actors)}"),
     ]
 
@@ -259,20 +259,6 @@ def _show(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
-
-
-def _show_memory(num_bytes: int | None) -> str:
-    if num_bytes is None:
-        return "unknown"
-    return _show_bytes(num_bytes) if num_bytes else "-"
-
-
-def _show_bytes(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:,.3g} TiB"
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:

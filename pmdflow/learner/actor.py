@@ -101,7 +101,9 @@ class LearnerActor:
     def publish(self, version: int) -> WeightsHandle | None:
         """Gather the weights and make them fetchable as `version`; the handle at rank 0, None elsewhere."""
         with self._busy("wait_controller"):
-            return self._learner.publish(lambda tensors: self._transport.publish(version, tensors))
+            handle = self._learner.publish(lambda tensors: self._transport.publish(version, tensors))
+            probe = self._learner.probe()
+            return None if handle is None else replace(handle, probe=probe)
 
     @in_group("weights")
     def read_weights(self, version: int, offset: int, num_bytes: int) -> Bytes:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pmdflow.learner.policy import Layout, Policy
+from pmdflow.weights.probe import TOKENS
 
 LENGTHS = (9, 5)
 FLOAT32_NATS = 1e-3
@@ -21,6 +22,13 @@ def probe_tokens(model: Any) -> list[list[int]]:
     """Short sequences of tokens that a model has."""
     vocab = model.get_input_embeddings().weight.shape[0]
     return [[(7 * index + 3 * row + 1) % vocab for index in range(length)] for row, length in enumerate(LENGTHS)]
+
+
+def tokens_of(model: Any) -> list[int]:
+    """A sequence for `pmdflow.weights.probe`, of at most `TOKENS` tokens after its first."""
+    vocab = model.get_input_embeddings().weight.shape[0]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TOKENS + 1
+    return [(7 * index + 1) % vocab for index in range(min(positions, TOKENS + 1))]
 
 
 @torch.no_grad()
@@ -93,18 +101,22 @@ def require_agreement(got: Tensor, expected: Tensor, *, what: str, model: Any, r
         ValueError: names who differs, by how much, the family and the remedy.
     """
     differences = (got - expected).abs()
-    half = model.dtype != torch.float32
-    limit = FLOAT32_NATS
-    if half:  # each layer rounds what it adds twice, by half a unit of a log-prob's size
-        layers = model.config.get_text_config().num_hidden_layers
-        size = float(expected.abs().max())
-        limit = max(limit, torch.finfo(model.dtype).eps * size * math.sqrt(2 * layers))
+    half, limit = model.dtype != torch.float32, rounding(expected, model, model.dtype)
     judged = differences.median() if half else differences.max()
     if not judged <= limit:  # NaN is refused too
         raise ValueError(
             f"{what} and a plain forward pass of a {model.config.model_type} give log-probs that differ by up to "
             f"{float(differences.max()):.2g} nats, {limit:.2g} would be rounding; {remedy}"
         )
+
+
+def rounding(expected: Tensor, model: Any, dtype: torch.dtype) -> float:
+    """Nats that rounding in `dtype` may make of the log-probs `expected`."""
+    if dtype == torch.float32:
+        return FLOAT32_NATS
+    # each layer rounds what it adds twice, by half a unit of a log-prob's size
+    layers, size = model.config.get_text_config().num_hidden_layers, float(expected.abs().max())
+    return max(FLOAT32_NATS, torch.finfo(dtype).eps * size * math.sqrt(2 * layers))
 
 
 @contextmanager

@@ -99,13 +99,14 @@ def plan_iteration(
     ranks: int,
     tokens_per_microbatch: int,
     packing: bool = True,
+    quadratic: float = 0.0,
     scored: Bool | None = None,
 ) -> list[StepPlan]:
     """Split a claim into steps, ranks and micro-batches.
 
     Groups stay whole and go to the steps of the claim's plan; a claim without one is dealt to `steps` in claim order.
     Trajectories without a trained token are in no micro-batch: they have no gradient and are in no denominator. Ranks
-    get about equally many tokens, and so do the packed micro-batches that run at the same time.
+    get about equally much to compute, and so do the packed micro-batches that run at the same time.
 
     Args:
         batch: The claim.
@@ -114,6 +115,7 @@ def plan_iteration(
         ranks: Learner ranks.
         tokens_per_microbatch: Most tokens of a micro-batch, padding included.
         packing: Whether a micro-batch is one row without padding.
+        quadratic: A sequence of n tokens costs n + quadratic x n^2, the latter for attention (`Speed.quadratic`).
         scored: Trajectories that are in a micro-batch in any case, trained or not [N]; with it, groups stay whole on a
             rank where balance allows.
 
@@ -126,9 +128,10 @@ def plan_iteration(
         members = dealt[counts[dealt] > 0]
         computed = members if scored is None else dealt[(counts[dealt] > 0) | scored[dealt]]
         _refuse_longer(lengths[computed], tokens_per_microbatch)
-        parts = _spread(computed, lengths, ranks, tokens_per_microbatch, packing=packing)
+        parts = _spread(computed, lengths, ranks, tokens_per_microbatch, packing=packing, quadratic=quadratic)
         if scored is not None and ranks > 1:
-            parts = _whole(parts, batch.groups, lengths, tokens_per_microbatch, packing=packing) or parts
+            kept = _whole(parts, batch.groups, lengths, tokens_per_microbatch, packing=packing, quadratic=quadratic)
+            parts = kept or parts
         pace = max(len(part) for part in parts)
         plan = StepPlan(
             num_sequences=float(batch.episode_shares()[members].sum()),
@@ -162,11 +165,12 @@ def _refuse_longer(lengths: Int64, limit: int) -> None:
 
 
 def _spread(
-    members: Int64, lengths: Int64, num_ranks: int, limit: int, *, packing: bool
+    members: Int64, lengths: Int64, num_ranks: int, limit: int, *, packing: bool, quadratic: float
 ) -> Sequence[Sequence[Indices]]:
     """Micro-batches of each rank; padded ones are cut from one list for each rank, longest first."""
     own = lengths[members]
-    (ranks,) = _rust_buffer.pack(own.tolist(), ranks=num_ranks, limit=limit if packing else max(int(own.sum()), 1))
+    most = limit if packing else max(int(own.sum()), 1)
+    (ranks,) = _rust_buffer.pack(own.tolist(), ranks=num_ranks, limit=most, quadratic=quadratic)
     filled = [[tuple(members[micro].tolist()) for micro in rank] for rank in ranks]
     if packing:
         return filled
@@ -174,21 +178,22 @@ def _spread(
 
 
 def _whole(
-    parts: Sequence[Sequence[Indices]], groups: Int64, lengths: Int64, limit: int, *, packing: bool
+    parts: Sequence[Sequence[Indices]], groups: Int64, lengths: Int64, limit: int, *, packing: bool, quadratic: float
 ) -> Sequence[Sequence[Indices]] | None:
     """The same trajectories with whole groups on each rank, the longest first; None if that unbalances the ranks."""
     members = np.sort(np.array([row for part in parts for micro in part for row in micro], np.int64))
-    busiest = max(sum(int(lengths[list(micro)].sum()) for micro in part) for part in parts)
+    costs = lengths + quadratic * lengths.astype(np.float64) ** 2
+    busiest = max(sum(float(costs[list(micro)].sum()) for micro in part) for part in parts)
     names, group = np.unique(groups[members], return_inverse=True)
-    tokens = np.bincount(group, weights=lengths[members], minlength=len(names))
+    own_costs = np.bincount(group, weights=costs[members], minlength=len(names))
     loads, rank_of = np.zeros(len(parts)), np.zeros(len(names), np.int64)
-    for index in np.argsort(-tokens, kind="stable"):
+    for index in np.argsort(-own_costs, kind="stable"):
         rank_of[index] = np.argmin(loads)
-        loads[rank_of[index]] += tokens[index]
+        loads[rank_of[index]] += own_costs[index]
     if loads.max() > WHOLE_GROUPS * busiest:
         return None
     own = [members[rank_of[group] == rank] for rank in range(len(parts))]
-    return [_spread(rows, lengths, 1, limit, packing=packing)[0] for rows in own]
+    return [_spread(rows, lengths, 1, limit, packing=packing, quadratic=quadratic)[0] for rows in own]
 
 
 def is_whole(plans: Sequence[StepPlan], groups: Int64) -> bool:

@@ -60,8 +60,13 @@ class Speed:
             # Scores and values, each 2 operations for every pair of tokens, of which half are seen.
             per_square=2.0 * sum(number * size for number, size in heads(text)),
             passes=4 if config.learner.anchor == "reference" else 3,
-            peak=peak * config.learner.ranks if known and peak is not None else None,
+            peak=peak * config.learner.num_ranks if known and peak is not None else None,
         )
+
+    @property
+    def quadratic(self) -> float:
+        """What a token of a sequence costs more for each token before it, relative to its own cost."""
+        return self.per_square / self.per_token if self.per_token else 0.0
 
     def operations(self, lengths: Sequence[int] | np.ndarray[Any, Any]) -> float:
         """Operations of training on sequences of these lengths."""

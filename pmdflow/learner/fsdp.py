@@ -109,13 +109,13 @@ def build_policy(path: str, *, dtype: str, learner: LearnerConfig, mesh: DeviceM
     with failures_named(model, what="the learner", remedy=remedy(packing=learner.packing)):
         policy = Policy(model.eval())
     _check_on_first_rank(policy, packing=learner.packing)
-    layers = _apart(model)
+    layers = apart(model)
     for layer in layers:
-        if learner.activation_checkpointing:
+        if learner.activation_checkpointing is True:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         if learner.compile:
             layer.compile(dynamic=True)
-    _shard(policy, layers, dtype=DTYPES[dtype], cpu_offload=learner.cpu_offload, mesh=mesh)
+    shard(policy, layers, dtype=DTYPES[dtype], cpu_offload=learner.cpu_offload, mesh=mesh)
     return policy
 
 
@@ -166,8 +166,8 @@ def _outermost(module: nn.Module, names: set[str]) -> list[Any]:
     return [found for child in module.children() for found in _outermost(child, names)]
 
 
-def _apart(model: nn.Module) -> list[Any]:
-    """The modules sharded by themselves: those that a family wants whole, but not one that shares a weight."""
+def apart(model: nn.Module) -> list[Any]:
+    """The modules to be sharded by themselves: those that a family wants whole, but not one that shares a weight."""
 
     def uses(module: nn.Module) -> Counter[int]:
         return Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
@@ -177,7 +177,8 @@ def _apart(model: nn.Module) -> list[Any]:
     return [module for module in whole if all(count == everywhere[used] for used, count in uses(module).items())]
 
 
-def _shard(policy: Policy, layers: list[Any], *, dtype: torch.dtype, cpu_offload: bool, mesh: DeviceMesh) -> None:
+def shard(policy: Policy, layers: list[Any], *, dtype: torch.dtype, cpu_offload: bool, mesh: DeviceMesh) -> None:
+    """Shard each of `layers`, and what is outside of them as the root, over the ranks of `mesh`."""
     offload = CPUOffloadPolicy() if cpu_offload and mesh.device_type != "cpu" else OffloadPolicy()
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in layers:

@@ -31,6 +31,7 @@ from pmdflow.learner.fsdp import (
 )
 from pmdflow.learner.policy import Policy
 from pmdflow.learner.preparation import Parts, Ready, load_steps, plan_claim, prepare
+from pmdflow.learner.probing import Prober
 from pmdflow.learner.result import TrainResult
 from pmdflow.learner.schedule import learning_rate
 from pmdflow.learner.selection import importance_metrics
@@ -43,6 +44,7 @@ from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.reward.total import Memory
 from pmdflow.types import Claim, Mask, TrainBatch
 from pmdflow.weights.file import NamedTensors
+from pmdflow.weights.probe import Probe
 
 Answer = TypeVar("Answer")
 
@@ -102,7 +104,7 @@ class Learner:
         torch.set_num_threads(self._config.learner.threads)
         if self._device.type == "cpu":
             torch.use_deterministic_algorithms(True)
-        ranks, replicas = self._config.learner.ranks, self._config.learner.replicas
+        ranks, replicas = self._config.learner.num_ranks, self._config.learner.replicas
         self._mesh = join_ranks(master, rank=self._rank, ranks=ranks, device=self._device, replicas=replicas)
         self._saver = AsyncSaver()
         self._build()
@@ -154,7 +156,7 @@ class Learner:
         Raises:
             ValueError: as `train_claim`, or there are several ranks.
         """
-        if self._config.learner.ranks > 1:
+        if self._config.learner.num_ranks > 1:
             raise ValueError("a claim is assessed on one rank: set learner.ranks to 1")
         claim = replace(Claim.of(batch), plan=None)
         ready = self._prepare(claim, self._read(batch), Sums(max_grad_norm=1.0), steps=1)
@@ -219,6 +221,10 @@ class Learner:
                 for _ in tensors.values:  # the other ranks wait in the collectives of what is left
                     pass
 
+    def probe(self) -> Probe:
+        """What an engine that has loaded the present weights gives for a few tokens. Every rank must call."""
+        return self._prober.probe()
+
     def save(self, directory: str) -> None:
         """Copy weights, optimizer, schedule and random state, and begin to write them; any number of ranks can load.
 
@@ -275,6 +281,7 @@ class Learner:
         )
         self._speed = Speed.of(self._policy.model, config=self._config, device=self._device)
         self._num_steps = 0
+        self._prober = Prober(self._policy, config=self._config, device=self._device)
         self._build_state()
         self._pristine = True
 
@@ -296,6 +303,7 @@ class Learner:
             rank=self._rank,
             device=self._device,
             spans=self._spans,
+            quadratic=self._speed.quadratic,
         )
         return prepare(parts, claim, read, sums, steps=steps, state=self._state, memory=self._memory)
 
@@ -316,7 +324,7 @@ class Learner:
         batch = self._ptx.batch(self._num_steps)
         claim = Claim.of(batch)
         learner = self._config.learner
-        (plan,) = plan_claim(learner, claim, claim.count(Mask.TRAINED), steps=1)
+        (plan,) = plan_claim(learner, claim, claim.count(Mask.TRAINED), steps=1, quadratic=self._speed.quadratic)
         ones = np.ones(len(claim.rewards))
         (micros,) = load_steps(learner, claim, batch.read, [plan], ones, rank=self._rank, device=self._device)
         return Supervised(micros=micros, num_sequences=plan.num_sequences)

@@ -13,6 +13,7 @@ from pmdflow.config.schema import Config, LearnerConfig
 from pmdflow.learner.algorithm import Algorithm
 from pmdflow.learner.batch import Bool, ReadTokens, StepPlan, pack_rank, plan_iteration
 from pmdflow.learner.crediting import Given, give_credit
+from pmdflow.learner.mismatch import mismatch_by_age
 from pmdflow.learner.policy import Policy
 from pmdflow.learner.selection import Weighed, groups_left_out, veto_sequences, weigh
 from pmdflow.learner.steps import Tensors, mismatch_sums, reference_pass, teacher_pass
@@ -38,6 +39,8 @@ class Parts:
     rank: int
     device: torch.device
     spans: SpanBuffer
+    quadratic: float
+    """`Speed.quadratic`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +72,7 @@ def prepare(
     kept, portions = np.where(filtered, 0, claim.count(Mask.TRAINABLE)), claim.episode_shares()
     reads = parts.algorithm.needs or parts.algorithm.columns
     scored = ~filtered & (claim.count(Mask.GENERATED) > 0) if reads else None
-    plans = plan_claim(learner, claim, kept, steps=steps, scored=scored)
+    plans = plan_claim(learner, claim, kept, steps=steps, quadratic=parts.quadratic, scored=scored)
     micros = load_steps(learner, claim, read, plans, portions, rank=parts.rank, device=parts.device)
     scores = _reference(parts, claim, micros, sums)
     micros, given = give_credit(
@@ -97,17 +100,18 @@ def prepare(
 
 
 def plan_claim(
-    learner: LearnerConfig, claim: Claim, counts: Int64, *, steps: int, scored: Bool | None = None
+    learner: LearnerConfig, claim: Claim, counts: Int64, *, steps: int, quadratic: float, scored: Bool | None = None
 ) -> list[StepPlan]:
     """`plan_iteration` with the settings of the learner."""
     return plan_iteration(
         claim,
         counts=counts,
         steps=steps,
-        ranks=learner.ranks,
+        ranks=learner.num_ranks,
         tokens_per_microbatch=learner.tokens_per_microbatch,
         packing=learner.packing,
         scored=scored,
+        quadratic=quadratic,
     )
 
 
@@ -138,9 +142,9 @@ def _reference(parts: Parts, claim: Claim, steps: Steps, sums: Sums) -> list[lis
         top = TOP if "top" in needs else 0
         scores = [reference_pass(parts.policy, own, flow="entropy_flow" in needs, top=top) for own in steps]
         if anchor != "behavior":
-            pairs = zip(chain(*steps), chain(*scores), strict=True)
-            found = (mismatch_sums(micro, own.logprobs) for micro, own in pairs)
-            sums.mismatch = over_ranks(added(StepSums, found), parts.device)
+            pairs = [(micro, own.logprobs) for micro, own in zip(chain(*steps), chain(*scores), strict=True)]
+            sums.mismatch = over_ranks(added(StepSums, (mismatch_sums(*pair) for pair in pairs)), parts.device)
+            sums.by_age = mismatch_by_age(pairs, parts.device)
     return scores
 
 

@@ -52,6 +52,8 @@ class Sums:
     """Of the last step taken."""
     mismatch: StepSums | None = None
     """The policy that opened the iteration against the engine: later steps have other weights."""
+    by_age: list[float | None] | None = None
+    """The same over tokens of each age; None without log pi_i."""
     total: StepSums = field(default_factory=StepSums)
     """Over the steps taken."""
 
@@ -95,6 +97,7 @@ class Sums:
             "learner/u_std": max(variance, 0.0) ** 0.5,
             "learner/reference_kl": -total.u / total.generated if total.generated else 0.0,
             "learner/mismatch_kl": mismatch.mismatch / mismatch.mismatch_tokens if mismatch.mismatch_tokens else None,
+            "learner/behavior_kl_by_age": self.by_age,
             "learner/entropy": total.entropy / total.entropy_tokens if total.entropy_tokens else None,
             "learner/trained_tokens": self.trained_tokens,
             "learner/lr": self.lr,

@@ -11,7 +11,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from pmdflow.config.gpus import planned_gpus
 from pmdflow.config.load import load_run
+from pmdflow.config.settle import settle
 from pmdflow.errors import PmdflowError
 from pmdflow.replay.claims import Replayed, check_same, replay_claims
 from pmdflow.run.directory import hardware
@@ -37,7 +39,8 @@ def replay(run: Path, *, verify: bool, start: int, overrides: Sequence[str]) -> 
         raise PmdflowError("--verify compares with the recorded settings", hint="leave out --set, or --verify")
     if not (run / "config.yaml").is_file():
         raise PmdflowError(f"{run} is no run directory (it has no config.yaml)")
-    config = load_run(run, overrides).config
+    loaded = load_run(run, overrides).config
+    config = settle(loaded, gpus=planned_gpus(loaded))
     if verify:
         check_same(run, "hardware", hardware())
     console = Console(file=sys.stdout, soft_wrap=True)

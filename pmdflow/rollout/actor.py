@@ -15,6 +15,7 @@ from pmdflow.rollout.engines.make import make_engine
 from pmdflow.rollout.holder import Holder
 from pmdflow.rollout.incoming import IncomingWeights
 from pmdflow.rollout.leasing import LeaseTaker
+from pmdflow.rollout.loading import Loader
 from pmdflow.rollout.requests import STORE_TIMEOUT_S, StoreRequests
 from pmdflow.store.client import StoreHandle
 from pmdflow.weights.make import make_transport
@@ -41,6 +42,7 @@ class RolloutActor:
         self._transport = make_transport(config, Path(run_dir))
         self._engine = make_engine(config, seed=(config.run.seed * 1000 + index) % 2**32)
         self._holder = Holder(self._engine, LeaseTaker(config))
+        self._loader = Loader(self._engine, mode=config.rollout.on_new_weights)
         self._one_version = config.scheduler.versions is not None
         self._incoming = IncomingWeights(any_order=self._one_version)
         self._spans = SpanBuffer(self._worker)
@@ -129,6 +131,9 @@ class RolloutActor:
             events=[*failed, *self._spans.losses()],
             tokens={
                 "generated_tokens": self._generated,
+                "prefill_tokens": self._engine.prefill_tokens,
+                "overrun_tokens": self._engine.overrun_tokens,
+                "preemptions": self._engine.preemptions,
                 "drafted_tokens": self._engine.drafted_tokens,
                 "accepted_tokens": self._engine.accepted_tokens,
             },
@@ -144,7 +149,7 @@ class RolloutActor:
 
     def _offer(self, handle: WeightsHandle, *, timeout_s: float) -> None:
         weights = self._transport.fetch(handle, timeout_s=timeout_s)
-        self._incoming.offer(handle.version, self._engine.stage(weights))
+        self._incoming.offer(handle.version, (self._engine.stage(weights), handle.probe))
 
     def _swap_weights(self) -> None:
         """Take other weights; every token sent before carries the old version, every one after the new.
@@ -157,7 +162,8 @@ class RolloutActor:
         taken = self._incoming.take()
         if taken is None:
             return
-        version, staged = taken
+        version, (staged, probe) = taken
+        self._loader.expect(probe)
         self._await_append()
         self._end_span()
         with self._spans.span("apply_weights", version=version) as attrs:
@@ -168,10 +174,9 @@ class RolloutActor:
                 self._holder.abort()
             self._send(next_version=version)
             attrs["pause_s"] = time.monotonic() - start
-            self._engine.load_weights(version, staged, on_new_weights=self._config.on_new_weights)
+            self._loader.load(version, staged, probe)
             attrs["load_s"] = time.monotonic() - start - attrs["pause_s"]
             self._await_append()
-            self._engine.resume()
         self._incoming.mark_applied(version)
 
     def _collect(self) -> None:

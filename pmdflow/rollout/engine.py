@@ -55,7 +55,11 @@ class RolloutEngine(Protocol):
     num_slots: int
     """Sequences it can hold, paused ones counted."""
     prefill_tokens: int
-    """Tokens prefilled since the start."""
+    """Tokens prefilled since the start, those of preempted sequences again."""
+    overrun_tokens: int
+    """Tokens generated beyond a limit, or after an abort, and thrown away; no log-prob of them is kept."""
+    preemptions: int
+    """Times that a running sequence lost its cache to another one, and is prefilled again."""
     drafted_tokens: int
     """Tokens proposed by speculation since the start; 0 without."""
     accepted_tokens: int
@@ -91,6 +95,13 @@ class RolloutEngine(Protocol):
 
     def load_weights(self, version: int, staged: Any, *, on_new_weights: OnNewWeights) -> None:
         """Take staged weights while paused: `keep_kv` goes on, `reprefill` recomputes every held sequence's cache."""
+
+    def score(self, tokens: Sequence[int]) -> Sequence[float]:
+        """Log-probs, at temperature 1, of the tokens after the first of a sequence, by the weights in use.
+
+        Not while paused. Of a sequence that is too long for the engine those that fit; an engine without a model has
+        none.
+        """
 
     def resume(self) -> None:
         """Generate again, under the newest weights and limits."""

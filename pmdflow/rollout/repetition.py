@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Sequence
 
-from pmdflow.config.schema import RepetitionConfig
+from pmdflow.config.sequences import RepetitionConfig
 
 _MODULUS = (1 << 61) - 1
 _BASE = 1_000_003

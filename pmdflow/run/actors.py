@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from pmdflow.errors import LaunchError
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.reward.actor import RewardActor
 from pmdflow.rollout.actor import RolloutActor
+from pmdflow.run.cluster import ask_cluster
 from pmdflow.run.directory import log_path
 from pmdflow.run.loops import Loop, LoopHandle
 from pmdflow.run.placement import ActorOptions, place_rewards
@@ -38,8 +38,6 @@ from pmdflow.weights.transport import THREADS, WeightsHandle
 LEARNER_SETUP_TIMEOUT_S = 300.0
 START_TRIES = 2
 """A busy machine does not start Ray's processes within its own fixed 30 s, and the next time finds them in memory."""
-RAY_ANSWER_S = 25.0
-"""A Ray that is to be joined answers within this time, that for importing its client included."""
 MOST_READERS = 4
 """Learner ranks that the store actor serves tokens at once: each has a part of a claim in its memory."""
 
@@ -50,13 +48,13 @@ def start_ray(config: Config) -> None:
     """Start Ray on this machine, or join the cluster that `cluster.address` names.
 
     Raises:
-        LaunchError: Ray does not start here, or none answers there within `RAY_ANSWER_S`.
+        LaunchError: Ray does not start here, or none answers there in time.
     """
     rollout, learner = config.rollout, config.learner
-    cpus = rollout.actors * rollout.threads * rollout.tensor_parallel + learner.ranks * learner.threads
+    cpus = rollout.num_actors * rollout.threads * rollout.tensor_parallel + learner.num_ranks * learner.threads
     local = config.cluster.address == "local"
     if not local:
-        _require_ray_at(config.cluster.address)
+        ask_cluster(config.cluster.address)
     for again in range(START_TRIES - 1, -1, -1):
         try:
             ray.init(
@@ -75,27 +73,6 @@ def start_ray(config: Config) -> None:
                     hint="it keeps its files in /tmp/ray, or below RAY_TMPDIR: a short path on a disk with free space; "
                     "where the machine is busy, try again",
                 ) from error
-
-
-def _require_ray_at(address: str) -> None:
-    """Ask in a process of its own, which can be killed: Ray's client waits minutes for an address that is silent.
-
-    Raises:
-        LaunchError: nobody answers in time, or no Ray of this version.
-    """
-    hint = "start one there (`ray start --head`), or set cluster.address to local"
-    code = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False)"
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code, address], stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=RAY_ANSWER_S, check=False, start_new_session=True,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        why = f"no Ray has answered within {RAY_ANSWER_S:g} s"
-        raise LaunchError(f"cluster.address is {address!r}: {why}", hint=hint) from None
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"Ray's client ended with {done.returncode}"]
-        raise LaunchError(f"cluster.address is {address!r}: {said[-1]}", hint=hint)
 
 
 def start_store(config: Config, run_dir: Path) -> StoreHandle:
@@ -215,7 +192,7 @@ def make_loops(config: Config, run_dir: Path, store: StoreHandle, places: Sequen
     hang_s = config.rollout.lease_ttl_s
     rollouts = [
         Loop(name=f"rollout-{index}", start=partial(rollout, index), takes_weights=True, hang_timeout_s=hang_s)
-        for index in range(config.rollout.actors)
+        for index in range(config.rollout.num_actors)
     ]
     rewards = [
         Loop(name=f"reward-{index}", start=partial(reward, index), takes_weights=False, hang_timeout_s=hang_s)
@@ -226,13 +203,13 @@ def make_loops(config: Config, run_dir: Path, store: StoreHandle, places: Sequen
 
 def _store_threads(config: Config) -> ActorOptions:
     """A waiting call holds a thread of its group: rollout actors wait for leases, everybody else must not."""
-    actors = config.rollout.actors
+    actors = config.rollout.num_actors
     groups = {
         "lease": actors + 1,
         "append": actors + 1,
         "score": config.reward.actors + 1,
         "claim": 2,
-        "read": min(config.learner.ranks, MOST_READERS),
+        "read": min(config.learner.num_ranks, MOST_READERS),
         "evict": 1,
     }
     return {"concurrency_groups": groups, "max_concurrency": 4}

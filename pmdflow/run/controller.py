@@ -25,7 +25,7 @@ from pmdflow.run.held_out import HeldOut
 from pmdflow.run.learner_group import LearnerGroup
 from pmdflow.run.scheduler import SchedulerSettings, decide, must_regrant, next_quota, oldest_beside
 from pmdflow.run.supervision import Supervisor
-from pmdflow.run.telemetry import Interval, store_values
+from pmdflow.run.telemetry import store_values
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.answers import ClaimAnswer
 from pmdflow.store.archive.actor import ArchiveActor
@@ -179,8 +179,9 @@ class Controller:
         committed = time.time()
         spent = self._counts()
         self._publish(iteration, results[0].left_out)
-        published = time.time()
         self.iteration = iteration
+        self._admit_ahead()
+        published = time.time()
         if iteration % self._config.learner.checkpoint_every == 0:
             self._checkpoints.save(iteration=iteration, version=self.version)
         self._held_out.turn(iteration)
@@ -194,18 +195,18 @@ class Controller:
         }
         self._record(claim, {**results[0].metrics, **results[0].speed}, spent, times)
 
+    def _admit_ahead(self) -> None:
+        """Admit at once what a new version has room for: checkpoint, evaluation and metrics come after that.
+
+        What the store refuses here, since no checkpoint covers this iteration yet, is admitted when the next one opens.
+        """
+        if self.iteration < self._config.run.iterations and not self._supervisor.draining:
+            self._admit_room(self._counts())
+
     def _admit(self, most: int = sys.maxsize) -> int:
         """Admit prompts up to the quota; only admission is ever refused, so a full store admits fewer."""
         counts = self._counts()
-        self._learn_successes()
-        decision = decide(self._budgeted, counts)
-        cursors = range(counts.next_cursor, counts.next_cursor + min(decision.room(counts), most))
-        batch = [(f"train-{cursor}", cursor, self._prompts.prompt(cursor)) for cursor in cursors]
-        size, longest = self._config.data.group_size, self._config.data.max_tokens
-        answer = call(self._store, StoreActor.admit, batch, "train", size, longest, decision.priority)
-        groups = self._supervisor.get(answer, what="admitting prompts")
-        self._order.admitted(groups, iteration=self.iteration + 1)
-        admitted = len(groups)
+        admitted = self._admit_room(counts, most)
         if admitted == 0 and counts.groups_untrained == 0 and self._checkpoints.is_saving:
             self._checkpoints.commit()
             self._checkpoints.await_archive()
@@ -217,6 +218,17 @@ class Controller:
                 hint="raise store.max_bytes",
             )
         return admitted
+
+    def _admit_room(self, counts: Counts, most: int = sys.maxsize) -> int:
+        self._learn_successes()
+        decision = decide(self._budgeted, counts)
+        cursors = range(counts.next_cursor, counts.next_cursor + min(decision.room(counts), most))
+        batch = [(f"train-{cursor}", cursor, self._prompts.prompt(cursor)) for cursor in cursors]
+        size, longest = self._config.data.group_size, self._config.data.max_tokens
+        answer = call(self._store, StoreActor.admit, batch, "train", size, longest, decision.priority)
+        groups = self._supervisor.get(answer, what="admitting prompts")
+        self._order.admitted(groups, iteration=self.iteration + 1)
+        return len(groups)
 
     def _learn_successes(self) -> None:
         """Tell the prompts how well they are answered, where that decides what is drawn."""
@@ -324,7 +336,7 @@ class Controller:
     def _record(self, claim: Claim, metrics: Mapping[str, object], spent: Counts, times: Mapping[str, float]) -> None:
         counts, ledger = self._sample()
         interval = self._telemetry.take_interval()
-        capacity = interval.capacity(actors=self._config.rollout.actors)
+        capacity = interval.capacity(actors=self._config.rollout.num_actors)
         if capacity is not None:
             self._rates.append(capacity)
         self._telemetry.iteration(
@@ -341,7 +353,7 @@ class Controller:
                 "rollout/busy_share": interval.busy_share,
                 CAPACITY: capacity,
                 "rollout/reprefill_tokens": ledger["reprefill"],
-                **_speculation(self._config, interval),
+                **interval.engine_metrics(speculates=self._config.rollout.speculation is not None),
                 **({} if self._prompts.curriculum is None else self._prompts.curriculum.metrics()),
                 **times,
             }
@@ -368,10 +380,3 @@ class Progress:
                 f"{self._what}, without any progress for {STALL_TIMEOUT_S:g} s: {counts.trajectories_leased} "
                 f"trajectories leased, {counts.trajectories_idle} idle, {counts.trajectories_unscored} unscored"
             )
-
-
-def _speculation(config: Config, interval: Interval) -> dict[str, float | None]:
-    if config.rollout.speculation is None:
-        return {}
-    drafted, accepted = interval.tokens["drafted_tokens"], interval.tokens["accepted_tokens"]
-    return {"rollout/speculation_accepted_share": accepted / drafted if drafted else None}

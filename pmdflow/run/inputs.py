@@ -6,14 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from pmdflow.config.load import Loaded
+from pmdflow.config.errors import dotted
+from pmdflow.config.load import Loaded, leaves
 from pmdflow.config.plan import render_dry_run
 from pmdflow.config.schema import Config
+from pmdflow.config.settle import settle
 from pmdflow.data.inputs import Inputs, resolve_inputs
 from pmdflow.data.mixture import MixedPrompts
 from pmdflow.data.prompts import make_prompts
 from pmdflow.errors import LaunchError, PmdflowError
 from pmdflow.run.directory import RunDirectory
+from pmdflow.run.room import Room
 from pmdflow.run.simulation.command import short_advice
 
 ADVICE_S = 3.0
@@ -37,7 +40,8 @@ def open_inputs(config: Config, *, pins: Mapping[str, str] | None = None, weight
         inputs = resolve_inputs(config, merged=RunDirectory.path_of(config) / MERGED, pins=pins, weights=weights)
         from pmdflow.learner.loading import check_family, check_loading  # torch takes seconds; the files were judged
 
-        check_family(inputs.base, packing=config.learner.packing, slots=config.rollout.engine == "transformers")
+        engine = settle(config, gpus=None).rollout.engine
+        check_family(inputs.base, packing=config.learner.packing, slots=engine == "transformers")
         if inputs.has_weights:
             check_loading(inputs.base)
         if ":" not in config.learner.algorithm:  # what a user's module does is known where it is imported
@@ -86,10 +90,11 @@ def dry_run(loaded: Loaded) -> str:
     """
     pins = RunDirectory.recorded_inputs(RunDirectory.path_of(loaded.config)).get("pins")
     inputs = open_inputs(loaded.config, pins=pins, weights=False)
-    config = inputs.config.model_copy(
-        update={"model": inputs.config.model.model_copy(update={"path": str(inputs.base)})}
-    )
-    notes: list[str] = []
+    room = Room.of(inputs, dry=True)
+    settled = room.settled(inputs).config
+    plan = room.plan(settled)
+    config = settled.model_copy(update={"model": settled.model.model_copy(update={"path": str(inputs.base)})})
+    notes: list[str] = [*room.notes]
     prompts = open_prompts(config, on_skip=notes.append)
     if not inputs.has_weights:
         notes.append(f"the weights of {loaded.config.model.path} are downloaded by `up`")
@@ -98,7 +103,16 @@ def dry_run(loaded: Loaded) -> str:
     except PmdflowError as error:
         advice = [f"none: {error}"]
     notes += algorithm_notes(config)
-    return render_dry_run(replace(loaded, config=config), data=prompts.summary, advice=advice, notes=notes)
+    origins = _settled_origins(loaded, settled)
+    shown = replace(loaded, config=config, origins=origins)
+    return render_dry_run(shown, plan, model=room.model, data=prompts.summary, advice=advice, notes=notes)
+
+
+def _settled_origins(loaded: Loaded, settled: Config) -> dict[str, str]:
+    """Where each setting comes from; of what was decided for this machine, that it was."""
+    before, after = (dict(leaves(config.model_dump())) for config in (loaded.config, settled))
+    decided = {dotted(key) for key, value in before.items() if value in ("auto", None) and after.get(key) != value}
+    return {key: f"auto, {origin}" if key in decided else origin for key, origin in loaded.origins.items()}
 
 
 def algorithm_notes(config: Config) -> list[str]:

@@ -26,6 +26,7 @@ from pmdflow.run.directory import RunDirectory
 from pmdflow.run.inputs import merge, open_inputs, open_prompts
 from pmdflow.run.live_versions import LiveVersions
 from pmdflow.run.placement import place_learners, place_rollouts
+from pmdflow.run.room import Room
 from pmdflow.run.signals import StopSignals, hangup_ignored
 from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Supervisor
 from pmdflow.run.telemetry import Telemetry
@@ -44,7 +45,10 @@ def up(loaded: Loaded) -> int:
         LaunchError: something that the run needs is missing or taken; nothing was started.
     """
     pins = RunDirectory.recorded_inputs(RunDirectory.path_of(loaded.config)).get("pins")
-    inputs = open_inputs(loaded.config, pins=pins)
+    opened = open_inputs(loaded.config, pins=pins)
+    room = Room.of(opened, dry=False)
+    inputs = room.settled(opened)
+    room.plan(inputs.config)
     with (
         RunDirectory.prepare(inputs.config) as run,
         SinkProcesses.start(run.path, inputs.config.metrics.sinks),

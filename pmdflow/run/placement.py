@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, TypeAlias
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from pmdflow.config.gpus import gpu_shares
 from pmdflow.config.schema import Config
 from pmdflow.errors import LaunchError
 
@@ -28,7 +28,7 @@ def place_learners(config: Config) -> list[ActorOptions]:
     learner = config.learner
     _, gpus = _gpu_shares(config)
     bundle = _bundle(learner.threads, gpus)
-    shards = learner.ranks // learner.replicas
+    shards = learner.num_ranks // learner.replicas
     places = []
     for replica in range(learner.replicas):
         what = f"{shards} learner ranks of replica {replica}"
@@ -50,10 +50,10 @@ def place_rollouts(config: Config) -> list[ActorOptions]:
     gpus, _ = _gpu_shares(config)
     cpus = rollout.threads * rollout.tensor_parallel
     if rollout.tensor_parallel == 1:
-        return [{"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": "SPREAD"}] * rollout.actors
+        return [{"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": "SPREAD"}] * rollout.num_actors
     remedy = "lower rollout.actors, rollout.tensor_parallel or rollout.threads"
     places = []
-    for actor in range(rollout.actors):
+    for actor in range(rollout.num_actors):
         what = f"the {rollout.tensor_parallel} ranks of rollout actor {actor}, which must be on one node,"
         group = _reserve([_bundle(cpus, gpus)], "STRICT_PACK", what, remedy)
         places.append(_options(cpus, gpus, group, 0))
@@ -69,34 +69,11 @@ def place_rewards(config: Config) -> list[ActorOptions]:
     ]
 
 
-def gpu_shares(gpus: int, *, actors: int, ranks: int, tensor_parallel: int = 1) -> tuple[float, float]:
-    """GPUs of one rollout actor and of one learner rank: whole ones where there are enough; 0 on machines without.
-
-    Two ranks never share a GPU, which NCCL refuses; rollout actors share those that ranks leave, or all with them. The
-    GPUs of a tensor-parallel engine are its own.
-
-    Raises:
-        LaunchError: there are GPUs, but fewer than ranks.
-    """
-    if 0 < gpus < ranks:
-        raise LaunchError(
-            f"learner.ranks is {ranks}, but Ray has {gpus} GPUs and each rank needs its own", hint="lower learner.ranks"
-        )
-    if gpus > 0 and tensor_parallel > 1:
-        return float(tensor_parallel), 1.0
-    if gpus == 0 or gpus >= actors + ranks:
-        return float(gpus > 0), float(gpus > 0)
-    if gpus > ranks:
-        return 1 / math.ceil(actors / (gpus - ranks)), 1.0
-    # More than half: a second rank finds no room on the same GPU.
-    return 0.4 / math.ceil(actors / gpus), 0.6
-
-
 def _gpu_shares(config: Config) -> tuple[float, float]:
     return gpu_shares(
         int(ray.cluster_resources().get("GPU", 0)),
-        actors=config.rollout.actors,
-        ranks=config.learner.ranks,
+        actors=config.rollout.num_actors,
+        ranks=config.learner.num_ranks,
         tensor_parallel=config.rollout.tensor_parallel,
     )
 

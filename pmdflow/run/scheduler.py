@@ -237,7 +237,7 @@ def oldest_beside(decision: Decision, version: int) -> int:
 
 def grant_tokens(config: Config) -> int:
     """Tokens of one grant: many, so that it is extended before it ends; but all held ones leave half of the budget."""
-    held = config.rollout.actors * (config.rollout.slots or DEFAULT_SLOTS)
+    held = config.rollout.num_actors * (config.rollout.slots or DEFAULT_SLOTS)
     return min(max(most_tokens(config) // (2 * held), 64), 1024)
 
 

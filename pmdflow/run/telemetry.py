@@ -23,12 +23,26 @@ class Interval:
     waited_s: float = 0.0
     """Seconds in their wait spans."""
     tokens: Counter[str] = field(default_factory=Counter)
-    """`generated_tokens`, `drafted_tokens` and `accepted_tokens` of all rollout actors, lost ones included."""
+    """What engines count, of all rollout actors, lost ones included: see `RolloutActor.drain`."""
 
     def capacity(self, *, actors: int) -> float | None:
         """Tokens a second that so many rollout actors would generate without a wait; None without a token."""
         generated = self.tokens["generated_tokens"]
         return generated / self.busy_s * actors if generated and self.busy_s else None
+
+    def engine_metrics(self, *, speculates: bool) -> dict[str, object]:
+        """What the engines did besides generating, by metric key."""
+        count, generated = self.tokens, self.tokens["generated_tokens"]
+        metrics: dict[str, object] = {
+            "rollout/preemptions": count["preemptions"],
+            "rollout/lost_overrun_tokens": count["overrun_tokens"],
+            "rollout/lost_overrun_share": count["overrun_tokens"] / generated if generated else None,
+            "rollout/prefilled_per_generated": count["prefill_tokens"] / generated if generated else None,
+        }
+        if speculates:
+            drafted = count["drafted_tokens"]
+            metrics["rollout/speculation_accepted_share"] = count["accepted_tokens"] / drafted if drafted else None
+        return metrics
 
     @property
     def busy_share(self) -> float:

@@ -12,6 +12,7 @@ import ray
 
 if TYPE_CHECKING:
     from pmdflow.weights.file import NamedTensors, WeightsFile
+    from pmdflow.weights.probe import Probe
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -26,6 +27,8 @@ class WeightsHandle:
     """What the transport that made it needs."""
     digest: str = ""
     """That of the file's bytes, which whoever fetches it must find."""
+    probe: Probe | None = None
+    """What an engine that serves the version gives; None: nobody asks."""
     peers: tuple[Any, ...] = ()
     """Actors that have fetched it since, which have a `read_weights` like the one that published it."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pmdflow.config.load import load
 from tests.support.config import edit, refuse
 
 
@@ -95,5 +96,17 @@ def test_all_impossible_combinations_come_at_once_at_the_keys_they_name(cluster_
 
 
 def test_options_of_vllm_are_refused_for_other_engines(cluster_yaml: Path) -> None:
-    issues = refuse(cluster_yaml, "rollout.speculation=ngram", "rollout.tensor_parallel=2")
+    issues = refuse(
+        cluster_yaml, "rollout.engine=transformers", "rollout.speculation=ngram", "rollout.tensor_parallel=2"
+    )
     assert {issue.message.split(" ")[0] for issue in issues} == {"rollout.speculation", "rollout.tensor_parallel"}
+
+
+def test_arguments_of_vllm_that_the_loop_owns_are_refused_with_the_setting_that_has_them(cluster_yaml: Path) -> None:
+    given = "rollout.engine_args={max_num_seqs: 8, scheduling_policy: fcfs, quantization: fp8}"
+    said = [issue.message for issue in refuse(cluster_yaml, given)]
+    assert len(said) == 3
+    assert "names max_num_seqs, which the loop sets itself" in said[0] and "names scheduling_policy" in said[1]
+    assert "quantization is fp8 while learner.importance_weights is none" in said[2]
+    weighed = ["rollout.engine_args={quantization: fp8}", "learner.importance_weights=token"]
+    assert load(cluster_yaml, weighed).config.rollout.engine_args == {"quantization": "fp8"}

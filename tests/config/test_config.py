@@ -35,7 +35,7 @@ def test_three_mistakes_give_three_located_errors(cluster_yaml: Path) -> None:
         "      |               ^^^^^\n"
         "hint: Iterations to train; raising it and running `up` again continues a finished run.\n"
         "\n"
-        "cluster.yaml:6:10: error: `model.dtype` must be 'float32' or 'bfloat16', got 'float23' (string)\n"
+        "cluster.yaml:6:10: error: `model.dtype` must be 'auto', 'float32' or 'bfloat16', got 'float23' (string)\n"
         "    6 |   dtype: float23\n"
         "      |          ^^^^^^^\n"
         "hint: did you mean `float32`?\n"

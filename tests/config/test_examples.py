@@ -4,10 +4,12 @@ import json
 
 import pytest
 
+from pmdflow.config.gpus import planned_gpus
 from pmdflow.config.installed import require_imports
 from pmdflow.config.load import Loaded, load
 from pmdflow.config.plan import make_plan
 from pmdflow.config.schema import Config
+from pmdflow.config.settle import settle
 from tests.support.paths import CONFIGS
 
 EXAMPLES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
@@ -27,7 +29,8 @@ def test_shipped_examples_are_valid(name: str) -> None:
     assert loaded.config.run.name == name
     text = (CONFIGS / f"{name}.yaml").read_text()
     assert text.startswith("# yaml-language-server: $schema=schema.json\n")
-    assert make_plan(loaded.config, model=None).notes == ()
+    config = settle(loaded.config, gpus=planned_gpus(loaded.config))
+    assert make_plan(config, model=None).notes == ()
 
 
 def test_what_shipped_examples_name_can_be_imported() -> None:

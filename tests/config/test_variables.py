@@ -10,8 +10,9 @@ import pytest
 from pmdflow.config.errors import ConfigError
 from pmdflow.config.installed import require_variables
 from pmdflow.config.load import load
-from pmdflow.config.plan import render_dry_run
+from pmdflow.config.plan import make_plan, render_dry_run
 from pmdflow.config.schema import EnvironmentConfig, RewardConfig
+from pmdflow.config.settle import settle
 from pmdflow.config.variables import hide, resolve
 from pmdflow.environments.protocol import load_environment
 from pmdflow.reward.rubric import load_rubric
@@ -73,8 +74,8 @@ def test_what_a_run_writes_and_shows_has_the_name(
     monkeypatch.setenv("SHOP_KEY", SECRET)
     loaded = load(cluster_yaml, ['reward.functions.0.args={api_key: "${SHOP_KEY}"}', f"run.dir={tmp_path}"])
     require_variables(loaded)
-    assert "${SHOP_KEY}" in render_dry_run(loaded)
-    assert SECRET not in render_dry_run(loaded)
+    report = render_dry_run(loaded, make_plan(settle(loaded.config, gpus=None), model=None))
+    assert "${SHOP_KEY}" in report and SECRET not in report
     with RunDirectory.prepare(loaded.config) as run:
         written = (run.path / "config.yaml").read_text()
     assert "${SHOP_KEY}" in written and SECRET not in written

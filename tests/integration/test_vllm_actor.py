@@ -35,10 +35,10 @@ TIMEOUT_S = 12.0
 
 def make_config(directory: Path, model_path: str, **rollout: Any) -> Config:
     config = small_config(directory)
-    config["model"] = {"path": model_path}
+    config["model"]["path"] = model_path
     config["rollout"] = {
-        "engine": "vllm", "slots": 32, "on_new_weights": "reprefill", "flush_interval_s": FLUSH_S, "lease_ttl_s": 600.0,
-        "memory_share": 0.3, **rollout,
+        "engine": "vllm", "actors": 1, "slots": 32, "on_new_weights": "reprefill", "flush_interval_s": FLUSH_S,
+        "lease_ttl_s": 600.0, "memory_share": 0.3, **rollout,
     }  # fmt: skip
     config["scheduler"] |= {"groups_per_iteration": GROUPS, "lookahead": 0, "max_staleness": None}
     config["weights"] = {"transport": "filesystem"}

@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pmdflow import _rust_buffer
 from pmdflow.learner.batch import BUCKET, pack, plan_iteration
+from pmdflow.learner.flops import Speed
 from pmdflow.types import ClaimPlan, Mask
 from tests.support.learner import make_batch
 
@@ -70,6 +72,24 @@ def test_plan_is_balanced_and_refuses_what_does_not_fit():
         plan_iteration(
             replace(batch, groups=batch.groups[::-1] % 2), counts=trained, steps=1, ranks=1, tokens_per_microbatch=64
         )
+
+
+def test_ranks_have_equally_much_to_compute_where_attention_is_costly():
+    """2,048 answers of lognormal length over 8 ranks: with the cost of attention the slowest rank is hardly slower."""
+    lengths = np.clip(np.random.default_rng(0).lognormal(7.5, 1.0, 2048), 32, 32768).astype(np.int64)
+    quadratic = Speed(per_token=2 * 7.6e9, per_square=2.0 * 36 * 32 * 128, passes=4, peak=None).quadratic
+
+    def slowest(quadratic: float) -> float:
+        (ranks,) = _rust_buffer.pack(lengths.tolist(), ranks=8, limit=36864, quadratic=quadratic)
+        costs = np.array([[sum(lengths[i] + cost * float(lengths[i]) ** 2 for i in m) for m in rank] for rank in ranks])
+        return float(costs.max(0).sum() / costs.mean(0).sum())  # all ranks wait for the slowest in each micro-batch
+
+    cost = quadratic
+    assert slowest(quadratic) < 1.03 and slowest(0.0) > 1.1
+    batch = make_batch(groups=12)
+    options = {"counts": batch.count(Mask.TRAINED), "steps": 1, "ranks": 3, "tokens_per_microbatch": 64}
+    plain, weighed = (plan_iteration(batch, **options, quadratic=cost) for cost in (0.0, 1.0))
+    assert plain != weighed, "the plan knows it"
 
 
 def test_a_recorded_plan_deals_the_groups_and_not_the_number_of_steps():

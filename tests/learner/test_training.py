@@ -181,3 +181,20 @@ def test_missing_model_is_named(start, tmp_path):
     with pytest.raises(ValueError, match=r"model\.path"):
         start(make_config(str(tmp_path / "nothing")))
     torch.distributed.destroy_process_group()
+
+
+def test_the_distance_to_generation_is_reported_by_age_whatever_the_newest_version_has(start, model_path):
+    batch = make_batch(version=3)
+    plain = start(make_config(model_path)).train(batch).metrics["learner/behavior_kl_by_age"]
+    shift = np.where(batch.versions == 3, 0.0, np.where(batch.versions >= 0, 0.25 * (3 - batch.versions), 0.0))
+    moved = replace(batch, logprobs=(batch.logprobs + shift).astype(np.float32))
+    found = start(make_config(model_path)).train(moved).metrics["learner/behavior_kl_by_age"]
+    assert [value is None for value in found] == [value is None for value in plain]
+    known = [
+        (age, value - before) for age, (value, before) in enumerate(zip(found, plain, strict=True)) if value is not None
+    ]
+    assert len(known) >= 3
+    for age, difference in known:
+        assert difference == pytest.approx(0.25 * age, abs=1e-4)
+    none = replace(batch, versions=np.where(batch.versions == 3, 2, batch.versions))
+    assert start(make_config(model_path)).train(none).metrics["learner/behavior_kl_by_age"][0] is None

@@ -53,7 +53,9 @@ def make_config(directory: Path, function: str = "graders:obey", **reward: Any) 
     return Config.model_validate(
         {
             "run": {"name": "test", "dir": str(directory), "iterations": 1},
-            "model": {"path": model},
+            "model": {"path": model, "dtype": "float32"},
+            "rollout": {"engine": "transformers", "actors": 1},
+            "learner": {"ranks": 1},
             "data": {"task": "reasoning_gym/gcd", "max_tokens": 200},
             "reward": {"functions": [{"function": function}], "timeout_s": 1.0, "max_attempts": 2, **reward},
             "scheduler": {"groups_per_iteration": 4, "tokens_per_iteration": 100},

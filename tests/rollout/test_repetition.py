@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmdflow.config.schema import RepetitionConfig
+from pmdflow.config.sequences import RepetitionConfig
 from pmdflow.data.sampling import SamplingControl
 from pmdflow.rollout.engine import Output
 from pmdflow.rollout.held import HeldTrajectory

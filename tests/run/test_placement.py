@@ -10,27 +10,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.cluster_utils import Cluster
 
+from pmdflow.config.gpus import gpu_shares
 from pmdflow.config.schema import Config
 from pmdflow.errors import LaunchError
 from pmdflow.run import placement
 from tests.support.learner import make_config
 
 
-@given(gpus=st.integers(0, 16), actors=st.integers(1, 12), ranks=st.integers(1, 12))
-def test_gpu_shares_fit_and_no_two_ranks_share_a_gpu(gpus: int, actors: int, ranks: int) -> None:
-    if 0 < gpus < ranks:
-        with pytest.raises(LaunchError, match=f"Ray has {gpus} GPUs"):
-            placement.gpu_shares(gpus, actors=actors, ranks=ranks)
+@given(gpus=st.integers(0, 16), actors=st.integers(1, 12), ranks=st.integers(1, 12), split=st.integers(1, 4))
+def test_no_two_ranks_and_no_two_engines_share_a_gpu(gpus: int, actors: int, ranks: int, split: int) -> None:
+    everyone_alone = gpus >= actors * split + ranks
+    each_with_a_rank = gpus == ranks and actors <= gpus and split == 1
+    if gpus and not everyone_alone and not each_with_a_rank:
+        with pytest.raises(LaunchError, match=f"there are {gpus}"):
+            gpu_shares(gpus, actors=actors, ranks=ranks, tensor_parallel=split)
         return
-    rollout, learner = placement.gpu_shares(gpus, actors=actors, ranks=ranks)
+    rollout, learner = gpu_shares(gpus, actors=actors, ranks=ranks, tensor_parallel=split)
     if gpus == 0:
         assert rollout == learner == 0
-        return
-    assert learner > 0.5
-    room = [1 - learner] * ranks + [1.0] * (gpus - ranks)
-    fit = sum(int(free / rollout + 1e-9) for free in room)
-    assert fit >= actors
-    assert (rollout == learner == 1) == (gpus >= actors + ranks)
+    elif everyone_alone:
+        assert (rollout, learner) == (split, 1)
+    else:
+        assert learner > 0.5 and rollout + learner <= 1 < 2 * rollout + learner
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +77,8 @@ def test_too_many_ranks_are_refused_with_what_is_free(cluster: Cluster, monkeypa
         placement.place_learners(make_config("no-model", ranks=7))
 
 
-def engine_config(*, actors: int, tensor_parallel: int) -> Config:
-    rollout = {"engine": "vllm", "actors": actors, "tensor_parallel": tensor_parallel, "threads": 1}
+def engine_config(*, actors: int, tensor_parallel: int, threads: int = 1) -> Config:
+    rollout = {"engine": "vllm", "actors": actors, "tensor_parallel": tensor_parallel, "threads": threads}
     config = make_config("no-model").model_dump()
     return Config.model_validate({**config, "rollout": config["rollout"] | rollout})
 
@@ -98,5 +99,5 @@ def test_the_ranks_of_an_engine_are_on_one_node_and_its_successor_takes_their_pl
 @pytest.mark.timeout(180)
 def test_an_engine_that_fits_on_no_node_is_refused(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "PLACEMENT_TIMEOUT_S", 1)
-    with pytest.raises(LaunchError, match="no place for the 5 ranks of rollout actor 0, which must be on one node"):
-        placement.place_rollouts(engine_config(actors=1, tensor_parallel=5))
+    with pytest.raises(LaunchError, match="no place for the 4 ranks of rollout actor 0, which must be on one node"):
+        placement.place_rollouts(engine_config(actors=1, tensor_parallel=4, threads=2))

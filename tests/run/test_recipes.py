@@ -87,5 +87,4 @@ def test_the_recipes_are_the_jobs_that_people_bring() -> None:
     assert rewards["code"] == "pmdflow.reward.code:score"
     assert configs["tool"].environment is not None and configs["lora"].learner.lora is not None
     assert configs["long2short"].reward.length_weight > 0
-    assert configs["gpu8"].rollout.actors + configs["gpu8"].learner.ranks == 8
     assert configs["cluster"].cluster.address == "auto"

@@ -10,7 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from pmdflow.cli import app
+from pmdflow.config.gpus import Gpus
 from pmdflow.config.load import load
+from pmdflow.config.schema import Config
+from pmdflow.config.settle import settle
 from pmdflow.errors import PmdflowError
 from pmdflow.run.simulation.advice import advise
 from pmdflow.run.simulation.calibration import calibrate
@@ -22,6 +25,13 @@ from pmdflow.store.archive import parts, read_part
 from tests.support.fitted_run import FACTOR, SEQUENCE_S, STEP_S, fitted_run
 from tests.support.fixture_run import FixtureRun
 from tests.support.paths import CONFIGS
+
+
+def recipe(name: str, *overrides: str) -> Config:
+    """A shipped configuration as it is on a processor, or on the eight GPUs that it is for."""
+    config = load(CONFIGS / f"{name}.yaml", overrides).config
+    gpus = None if name == "quickstart" else Gpus(count=8, bytes_each=80 << 30, source="of a test")
+    return settle(config, gpus=gpus)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +67,7 @@ def test_a_run_that_says_too_little_is_refused(tmp_path: Path) -> None:
 
 def test_the_report_compares_modes_and_the_plot_is_whole(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.html"
-    config = load(CONFIGS / "quickstart.yaml").config
+    config = recipe("quickstart")
     report = simulate(config, run=run, iterations=12, out=out)
     assert f"fitted to iterations 3 to 10 of {run}" in report
     for name in ("as configured", "synchronous", "Kimi k1.5", "APRIL", "DORA", "lookahead 2", "unbounded"):
@@ -73,7 +83,7 @@ def test_the_command_runs_without_a_run_and_says_what_it_assumes() -> None:
 
 
 def test_long_answers_are_simulated_in_units_of_several_tokens() -> None:
-    config = load(CONFIGS / "cluster.yaml").config
+    config = recipe("cluster")
     models = assumed(config)
     assert unit_of(config) == 64
     given = configured(config, models, iterations=1)
@@ -84,7 +94,7 @@ def test_long_answers_are_simulated_in_units_of_several_tokens() -> None:
 
 
 def test_the_processors_are_divided_otherwise_and_all_used() -> None:
-    given = configured(load(CONFIGS / "gpu8.yaml").config, assumed(load(CONFIGS / "gpu8.yaml").config), iterations=1)
+    given = configured(recipe("gpu8"), assumed(recipe("gpu8")), iterations=1)
     ranks = 8 - given.actors
     for name, settings in splits(given, ranks=ranks):
         actors, others = map(int, name.split(" + "))
@@ -102,7 +112,7 @@ def test_the_mean_of_cut_lognormal_lengths(median: float, p99: float) -> None:
 
 
 def test_advice_names_its_models_and_what_it_would_gain(run: Path) -> None:
-    config = load(CONFIGS / "quickstart.yaml", ["scheduler.lookahead=0", "scheduler.max_staleness=0"]).config
+    config = recipe("quickstart", "scheduler.lookahead=0", "scheduler.max_staleness=0")
     lines = short_advice(config, seconds=100)
     assert lines[0].startswith("by models assumed: lengths lognormal")
     assert lines[1].startswith("as configured: ")
@@ -111,13 +121,13 @@ def test_advice_names_its_models_and_what_it_would_gain(run: Path) -> None:
 
 
 def test_advice_ends_in_time_and_says_what_it_left_out() -> None:
-    config = load(CONFIGS / "cluster.yaml").config
+    config = recipe("cluster")
     (line,) = advise(config, assumed(config), seconds=0.0).lines
     assert re.search(r"\b(\d+) of \1 simulations were left out", line)
 
 
 def test_a_part_of_a_large_job_takes_as_long_as_the_whole() -> None:
-    config = load(CONFIGS / "gpu8.yaml").config
+    config = recipe("gpu8")
     whole = configured(config, assumed(config), iterations=24)
     smaller, part = shrunk(whole, trajectories=64)
     assert part > 1 and smaller.scheduler.groups_per_iteration * part == whole.scheduler.groups_per_iteration

@@ -10,17 +10,18 @@ import pytest
 
 from pmdflow.config.load import load
 from pmdflow.config.schema import Config
+from pmdflow.config.settle import settle
 from pmdflow.errors import LaunchError
-from pmdflow.run import actors
+from pmdflow.run import actors, cluster
 from tests.support.paths import CONFIGS
 
 
 def config_of(address: str) -> Config:
-    return load(CONFIGS / "quickstart.yaml", [f"cluster.address={address}"]).config
+    return settle(load(CONFIGS / "quickstart.yaml", [f"cluster.address={address}"]).config, gpus=None)
 
 
 def test_an_address_that_is_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actors, "RAY_ANSWER_S", 4.0)
+    monkeypatch.setattr(cluster, "RAY_ANSWER_S", 4.0)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()

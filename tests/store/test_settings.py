@@ -8,6 +8,7 @@ import pytest
 
 from pmdflow import _rust_buffer
 from pmdflow.config.load import load
+from pmdflow.config.settle import settle
 from pmdflow.run.actors import store_settings
 from pmdflow.store import StoreSettings, TrajectoryStore
 from tests.support.paths import CONFIGS
@@ -21,7 +22,8 @@ def test_they_are_those_of_the_native_store() -> None:
 
 
 def test_a_configuration_gives_settings_that_open_a_store() -> None:
-    settings = store_settings(load(CONFIGS / "quickstart.yaml", ["store.sync_interval_s=0.25"]).config)
+    config = load(CONFIGS / "quickstart.yaml", ["store.sync_interval_s=0.25"]).config
+    settings = store_settings(settle(config, gpus=None))
     assert settings["sync_interval_s"] == 0.25
     TrajectoryStore(None, **settings).close()
 

@@ -30,7 +30,7 @@ def small_config(directory: Path, **overrides: Any) -> dict[str, Any]:
     """A run of a few iterations of the tiny model; `overrides` are dotted keys with `__` for the dot."""
     config: dict[str, Any] = {
         "run": {"name": "small", "dir": str(directory / "runs"), "iterations": 4, "seed": 1},
-        "model": {"path": str(MODEL)},
+        "model": {"path": str(MODEL), "dtype": "float32"},
         "data": {
             "task": "reasoning_gym/chain_sum",
             "args": {"min_terms": 2, "max_terms": 6, "min_digits": 1, "max_digits": 1},
@@ -39,9 +39,16 @@ def small_config(directory: Path, **overrides: Any) -> dict[str, Any]:
         },
         "eval": {"prompts": 8, "every": 2},
         "reward": {"functions": [{"function": "pmdflow.reward.reasoning_gym:score"}]},
-        "rollout": {"slots": 16, "flush_interval_s": 0.1},
+        "rollout": {"engine": "transformers", "actors": 1, "slots": 16, "flush_interval_s": 0.1},
         "scheduler": {"groups_per_iteration": 4, "tokens_per_iteration": 2000, "lookahead": 1, "max_staleness": 4},
-        "learner": {"steps_per_iteration": 2, "lr": 1e-4, "checkpoint_every": 2},
+        "learner": {
+            "ranks": 1,
+            "steps_per_iteration": 2,
+            "lr": 1e-4,
+            "tau": 1.0,
+            "aggregation": "seq-mean-token-sum",
+            "checkpoint_every": 2,
+        },
         "dashboard": {"port": None},
     }
     for key, value in overrides.items():

@@ -9,6 +9,7 @@ from pmdflow.rollout.engine import RolloutEngine
 def make_engine(config: Config, *, seed: int) -> RolloutEngine:
     """The engine that `rollout.engine` names."""
     rollout = config.rollout
+    assert rollout.engine != "auto", "settle comes first"
     if rollout.engine == "simulated":
         from pmdflow.rollout.engines.simulated import SimulatedEngine
 
@@ -22,7 +23,7 @@ def make_engine(config: Config, *, seed: int) -> RolloutEngine:
 
     return TransformersEngine(
         model_path=config.model.path,
-        dtype=config.model.dtype,
+        dtype=config.model.compute,
         num_slots=rollout.slots or DEFAULT_SLOTS,
         threads=config.rollout.threads,
         seed=seed,

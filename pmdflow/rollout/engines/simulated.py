@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -74,6 +74,7 @@ class SimulatedEngine:
         self.version = 0
         self.num_slots = num_slots
         self.prefill_tokens = self.drafted_tokens = self.accepted_tokens = 0
+        self.overrun_tokens = self.preemptions = 0
 
     def add(self, request: Request) -> None:
         """Join at the next step.
@@ -131,6 +132,10 @@ class SimulatedEngine:
 
     def resume(self) -> None:
         """Nothing was stopped."""
+
+    def score(self, tokens: Sequence[int]) -> list[float]:
+        """There is no model to ask."""
+        return []
 
     def close(self) -> None:
         """There are no processes."""

@@ -75,7 +75,7 @@ def advise(config: Config, models: Calibration, *, iterations: int = SHORT, seco
     """
     given = configured(config, models, iterations=iterations + SKIPPED)
     most = sys.maxsize if seconds is None else FEW
-    modes, shares = list(variants(given)), list(splits(given, ranks=config.learner.ranks))
+    modes, shares = list(variants(given)), list(splits(given, ranks=config.learner.num_ranks))
     order = {name: place for place, (name, _) in enumerate(modes)}
     modes.sort(key=lambda mode: mode[0] not in (AS_CONFIGURED, UNBOUNDED))
     end = None if seconds is None else time.monotonic() + seconds
@@ -124,7 +124,7 @@ def _lines(results: Sequence[Result], divided: Sequence[Result], config: Config)
         yield f"{_changes(better[0], config)}: {_gain(better[0], now)}, {_masked(better[0].steady)}"
     split = max(divided, key=lambda result: result.steady.tokens_per_s, default=None)
     if split is not None and split.steady.tokens_per_s > now.tokens_per_s / ENOUGH:
-        ranks = config.rollout.actors + config.learner.ranks - split.settings.actors
+        ranks = config.rollout.num_actors + config.learner.num_ranks - split.settings.actors
         yield f"rollout.actors={split.settings.actors} and learner.ranks={ranks}: {_gain(split, now)}"
     elif not better:
         yield "no other lookahead, budget or division of the processors is simulated to be better"

@@ -31,7 +31,7 @@ def assumed(config: Config) -> Calibration:
     lengths = LognormalLengths(median=most / LENGTH_SHARE, p99=most)
     slots = config.rollout.slots or DEFAULT_SLOTS
     tokens = config.scheduler.groups_per_iteration * config.data.group_size * lengths.mean(most)
-    generation_s = tokens * DECODE_STEP_S / (config.rollout.actors * slots)
+    generation_s = tokens * DECODE_STEP_S / (config.rollout.num_actors * slots)
     return Calibration(
         engine=EngineModel(slots=slots, step_s=DECODE_STEP_S),
         learner=LearnerModel(iteration_s=0.0, token_s=generation_s / 2 / tokens),
@@ -78,7 +78,7 @@ def configured(config: Config, models: Calibration, *, iterations: int) -> Simul
             prefill_s=engine.prefill_s * unit,
         ),
         learner=replace(learner, token_s=learner.token_s * unit),
-        actors=config.rollout.actors,
+        actors=config.rollout.num_actors,
         prompt_tokens=max(1, round(models.prompt_tokens / unit)),
         score_s=models.score_s,
         grant_tokens=max(1, grant_tokens(config) // unit),

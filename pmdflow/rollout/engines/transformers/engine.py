@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -23,8 +23,7 @@ _PREFILL_TOKENS = 4096
 class TransformersEngine:
     """A `RolloutEngine` on a Hugging Face model.
 
-    Decoding rows are kept in the first slots, so that a step reads the cache as a view. Sequences of different
-    lengths share a batch through explicit positions and a 4D mask; the result does not depend on the company.
+    Decoding rows are in the first slots, so that a step reads the cache as a view; a 4D mask lets any lengths share it.
 
     Example:
         >>> engine = TransformersEngine(model_path=path, dtype="float32", num_slots=8, threads=1, seed=0)
@@ -68,6 +67,7 @@ class TransformersEngine:
         self.version = 0
         self.num_slots = num_slots
         self.prefill_tokens = self.drafted_tokens = self.accepted_tokens = 0
+        self.overrun_tokens = self.preemptions = 0
 
     def add(self, request: Request) -> None:
         """Hold a sequence; its prompt is prefilled by the next steps.
@@ -120,7 +120,7 @@ class TransformersEngine:
         """Prefill newcomers up to a bound, then generate one token for each sequence that is prefilled.
 
         Returns:
-            One `Output` with one token for each; [] only if no sequence has a limit left.
+            An `Output` of one token for each; [] only if no sequence has a limit left.
 
         Raises:
             PmdflowError: The model gave a log-prob that is not finite.
@@ -145,6 +145,10 @@ class TransformersEngine:
     def pause(self) -> list[Output]:
         """It generates only in `step`."""
         return []
+
+    def score(self, tokens: Sequence[int]) -> list[float]:
+        """Log-probs of the tokens after the first, by a forward pass of its own."""
+        return self._model.score(tokens)
 
     def resume(self) -> None:
         """Nothing was stopped."""

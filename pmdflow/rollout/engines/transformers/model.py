@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from pmdflow.learner.agreement import plain_scores
 from pmdflow.learner.layers import family_problems, windows
 from pmdflow.rollout.engines.transformers.batch import DecodeBatch
 from pmdflow.rollout.engines.transformers.cache import ATTENTION, SlotCache
@@ -112,6 +113,11 @@ class CachedModel:
             )
         for name, tensor in weights.items():
             state[name].copy_(tensor)
+
+    def score(self, tokens: Sequence[int]) -> list[float]:
+        """Log-probs of the tokens after the first, computed without the cache; of as many as there are positions."""
+        (scores,) = plain_scores(self._model, [tokens[: self.max_length]])
+        return scores.tolist()
 
     def _masks(self, positions: Tensor, length: int) -> dict[str, Any]:
         """Additive masks [B, 1, Q, length] of queries at `positions` [B, Q]: of layers that see all, and of windows."""

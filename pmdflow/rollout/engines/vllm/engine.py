@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 from vllm import SamplingParams
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 
 from pmdflow.config.installed import inexact_speculation
 from pmdflow.data.tokenizer import end_ids
@@ -41,9 +41,11 @@ class _Sequence:
 class VllmEngine:
     """A `RolloutEngine` on vLLM's asynchronous engine.
 
-    A limit is the `max_tokens` of a vLLM request, so none is overrun; a sequence whose limit was raised goes on as a
-    new request, whose prefix is in the cache. vLLM generates on between the calls of this class; `step` gives out
-    what has arrived.
+    A vLLM request may run to the end of its trajectory: a limit that is raised in time interrupts nothing. One that is
+    reached ends the request, and what vLLM has generated beyond is thrown away and counted; raised afterwards, the
+    sequence goes on as a new request, whose prefix is in the cache. Where the cache is full, vLLM preempts the sequence
+    with the highest id, the youngest, and begins with the lowest. It generates on between the calls of this class;
+    `step` gives out what has arrived.
 
     Of the folder's generation settings only the end-of-sequence ids reach a vLLM request.
 
@@ -75,17 +77,19 @@ class VllmEngine:
         self._waiting: list[int] = []
         """Sequences to look at in the next step: new, or without a running request."""
         self._request_ids = itertools.count()
+        self._early: list[EngineCoreOutputs] = []
+        """What came while a probe was scored."""
         self._aborted: list[str] = []
         """vLLM requests to abort in the next step."""
         self.version = 0
         self.num_slots = settings.slots or self._process.capacity
-        self.prefill_tokens = self.drafted_tokens = self.accepted_tokens = 0
+        self._forget_counts()
         try:
             self._check(settings)
         except ValueError:
             self.close()
             raise
-        self.prefill_tokens = self.drafted_tokens = self.accepted_tokens = 0
+        self._forget_counts()
 
     def add(self, request: Request) -> None:
         """Hold a sequence; vLLM begins it in the next step.
@@ -134,11 +138,13 @@ class VllmEngine:
             PmdflowError: The model gave a log-prob that is not finite, or vLLM refused a request.
         """
         aborted, requests = self._unsent()
-        return self._give(self._process.exchange(aborted, requests, running=len(self._running)))
+        early, self._early = self._early, []
+        return self._give([*early, *self._process.exchange(aborted, requests, running=len(self._running))])
 
     def pause(self) -> list[Output]:
         """Stop generating; gives out everything that was generated until now. Held sequences stay."""
-        return self._give(self._process.pause())
+        early, self._early = self._early, []
+        return self._give([*early, *self._process.pause()])
 
     def stage(self, weights: Mapping[str, Tensor]) -> WeightsFile:
         """A file that vLLM's workers map: the node's own, or one of merged adapters; from any thread."""
@@ -153,6 +159,27 @@ class VllmEngine:
         self._process.load(staged.path, version=version, clear=on_new_weights == "reprefill")
         self.version = version
 
+    def score(self, tokens: Sequence[int]) -> list[float]:
+        """Log-probs of the tokens after the first, as a request of its own; what others generate meanwhile is kept.
+
+        Raises:
+            EngineDied: vLLM's process is gone or silent.
+        """
+        id, prompt = f"probe-{next(self._request_ids)}", list(tokens[: self._process.max_length - 1])
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        requests = [self._core_request(id, prompt, params)]
+        while True:
+            batches = self._process.exchange([], requests, running=1)
+            requests = []
+            self._early += batches
+            for batch in batches:
+                found = [output for output in batch.outputs if output.request_id == id]
+                if found and found[0].finished:
+                    batch.outputs = [output for output in batch.outputs if output.request_id != id]
+                    scored = found[0].new_prompt_logprobs_tensors
+                    assert scored is not None, "they were asked for"
+                    return [float(logprob) for logprob in scored.logprobs[:, 0]]
+
     def resume(self) -> None:
         """Generate on."""
         self._process.send(*self._unsent())
@@ -161,6 +188,10 @@ class VllmEngine:
     def close(self) -> None:
         """End vLLM's processes."""
         self._process.close()
+
+    def _forget_counts(self) -> None:
+        self.prefill_tokens = self.drafted_tokens = self.accepted_tokens = 0
+        self.overrun_tokens = self.preemptions = 0
 
     def _check(self, settings: VllmSettings) -> None:
         check_served(
@@ -181,28 +212,35 @@ class VllmEngine:
 
     def _make_request(self, id: int, sequence: _Sequence) -> EngineCoreRequest:
         request = sequence.request
-        max_tokens = min(sequence.limit, sequence.remaining)
         # Never used again: outputs of an aborted request may still come.
         sequence.request_id = str(next(self._request_ids))
         self._running[sequence.request_id] = id
-        return EngineCoreRequest(
-            request_id=sequence.request_id,
-            prompt_token_ids=list(sequence.tokens),
-            mm_features=None,
-            sampling_params=SamplingParams(
+        return self._core_request(
+            sequence.request_id,
+            list(sequence.tokens),
+            SamplingParams(
                 temperature=request.temperature,
                 top_p=request.top_p,
-                max_tokens=max_tokens,
-                min_tokens=min(max(request.min_tokens - request.remaining + sequence.remaining, 0), max_tokens),
+                max_tokens=sequence.remaining,
+                min_tokens=min(max(request.min_tokens - request.remaining + sequence.remaining, 0), sequence.remaining),
                 stop_token_ids=[*self._ends, *request.stop_token_ids],
                 logprobs=0,
                 detokenize=False,
             ),
+        )
+
+    def _core_request(self, id: str, tokens: list[int], params: SamplingParams) -> EngineCoreRequest:
+        return EngineCoreRequest(
+            request_id=id,
+            prompt_token_ids=tokens,
+            mm_features=None,
+            sampling_params=params,
             pooling_params=None,
             arrival_time=time.time(),
             lora_request=None,
             cache_salt=str(self.version),
             data_parallel_rank=None,
+            priority=id,
         )
 
     def _give(self, batches: Sequence[EngineCoreOutputs]) -> list[Output]:
@@ -227,13 +265,14 @@ class VllmEngine:
         """Account for the new tokens of one request; None if it was aborted."""
         id = self._running.get(output.request_id)
         if id is None:
+            self.overrun_tokens += len(output.new_token_ids)
             return None
         if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             raise PmdflowError(f"vLLM refused sequence {id}: {output.finish_reason}; its log says why")
         sequence = self._sequences[id]
-        self._count(output)
-        # Fewer than generated only if the limit was lowered since the request was made.
+        self._count(output, sequence)
         tokens = output.new_token_ids[: sequence.limit]
+        self.overrun_tokens += len(output.new_token_ids) - len(tokens)
         logprobs = output.new_logprobs.logprobs[: len(tokens), 0] if output.new_logprobs is not None else np.empty(0)
         sequence.tokens.extend(tokens)
         sequence.limit -= len(tokens)
@@ -253,7 +292,11 @@ class VllmEngine:
             self._end_request(sequence)
         return Output(id=id, tokens=tokens, logprobs=logprobs.tolist(), stop=stop)
 
-    def _count(self, output: EngineCoreOutput) -> None:
+    def _count(self, output: EngineCoreOutput, sequence: _Sequence) -> None:
+        for event in output.events or ():
+            if event.type == EngineCoreEventType.PREEMPTED:
+                self.preemptions += 1
+                self.prefill_tokens += len(sequence.tokens)  # at most: blocks of it may still be cached
         if output.prefill_stats is not None:
             self.prefill_tokens += output.prefill_stats.num_computed_tokens
         if output.spec_decode_metrics is not None:

@@ -63,6 +63,7 @@ class VllmProcess:
             ) from error
         self._core: Any = self._llm.engine_core
         self.max_length = int(self._llm.model_config.max_model_len)
+        self._mean_length = min(settings.mean_length or self.max_length, self.max_length)
         self.vocab_size = int(self._llm.model_config.get_vocab_size())
         self._ranks: list[int] = []
         """Process of each tensor-parallel rank; vLLM's engine process itself if there is one."""
@@ -71,10 +72,10 @@ class VllmProcess:
 
     @property
     def capacity(self) -> int:
-        """Sequences of full length that the key-value cache holds, and at most what vLLM was started for."""
+        """Sequences of mean length that the key-value cache holds, and at most what vLLM was started for."""
         most = int(self._llm.vllm_config.scheduler_config.max_num_seqs)
         cache = self._llm.vllm_config.cache_config
-        return max(1, min(most, int(cache.num_gpu_blocks * cache.block_size) // self.max_length))
+        return max(1, min(most, int(cache.num_gpu_blocks * cache.block_size) // self._mean_length))
 
     def send(self, aborted: Sequence[str], requests: Sequence[EngineCoreRequest]) -> None:
         """Abort requests, then add new ones."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import torch
@@ -45,22 +47,28 @@ class VllmSettings:
     tensor_parallel: int = 1
     """Ranks that one engine's weights are split over, each on its GPU, or on a CPU with `threads` of its own."""
     speculation: Literal["ngram", "suffix"] | None = None
+    mean_length: int | None = None
+    """Tokens of a sequence, prompt included, by which `slots: None` reckons; None is `max_length`."""
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of vLLM's engine."""
     timeout_s: float = 60.0
     """An engine process that is silent for this long has failed."""
 
     @classmethod
     def of(cls, config: Config) -> VllmSettings:
         """Take the settings out of a configuration."""
-        rollout = config.rollout
+        rollout, data = config.rollout, config.data
         return cls(
             model_path=config.model.path,
             max_length=config.data.max_tokens + config.data.max_prompt_tokens,
-            dtype=config.model.dtype,
+            dtype=config.model.compute,
             slots=rollout.slots,
             threads=rollout.threads,
-            memory_share=rollout.memory_share,
+            memory_share=rollout.share,
             tensor_parallel=rollout.tensor_parallel,
             speculation=rollout.speculation,
+            mean_length=_mean_answer(config) + data.max_prompt_tokens // 2,
+            engine_args=rollout.engine_args,
             timeout_s=rollout.engine_timeout_s,
         )
 
@@ -80,7 +88,7 @@ def make_engine_args(settings: VllmSettings, *, seed: int) -> AsyncEngineArgs:
             "speculative_config": dict(_SPECULATION[settings.speculation]),
             "per_request_spec_decode_metrics": "summary",
         }
-    return AsyncEngineArgs(
+    own: dict[str, Any] = dict(
         model=settings.model_path,
         dtype=settings.dtype,
         seed=seed,
@@ -93,11 +101,32 @@ def make_engine_args(settings: VllmSettings, *, seed: int) -> AsyncEngineArgs:
         logprobs_mode="processed_logprobs",
         skip_tokenizer_init=True,
         generation_config="vllm",
-        disable_log_stats=True,
+        disable_log_stats=False,  # a preemption is an event of a request, which comes with its statistics
+        scheduling_policy="priority",
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
         worker_extension_cls="pmdflow.rollout.engines.vllm.worker.WorkerExtension",
         **device,
     )
+    return AsyncEngineArgs(**own | _checked(settings.engine_args))
+
+
+def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
+    known = {argument.name for argument in fields(AsyncEngineArgs)}
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            guess = f"did you mean {near[0]}?" if near else "remove it"
+            raise ValueError(f"rollout.engine_args names {name}, which the installed vLLM does not have; {guess}")
+    return dict(given)
+
+
+def _mean_answer(config: Config) -> int:
+    """Tokens that a trajectory of a claim has of the budget, at most its own limit."""
+    scheduler, data = config.scheduler, config.data
+    if scheduler.tokens_per_iteration == "auto":
+        return max(data.max_tokens // 4, 1)
+    trajectories = scheduler.groups_per_iteration * data.group_size
+    return min(max(scheduler.tokens_per_iteration // trajectories, 1), data.max_tokens)
 
 
 def _max_length(settings: VllmSettings) -> int:

@@ -1,0 +1,136 @@
+"""What an engine serves after a loading is what the learner published, or the engine is given up at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pmdflow.errors import EngineDied
+from pmdflow.learner.learner import Learner
+from pmdflow.rollout.engines.transformers.engine import TransformersEngine
+from pmdflow.rollout.loading import Loader
+from pmdflow.weights.file import WeightsFile
+from tests.support.learner import make_batch, make_config, write_model
+
+Start = Callable[..., Any]
+
+
+class Published:
+    """A learner that trains an iteration and publishes, as often as it is asked."""
+
+    def __init__(self, path: str, *, dtype: str, **learner: Any) -> None:
+        self.learner = Learner(config=make_config(path, dtype=dtype, **learner), rank=0)
+        self.learner.setup(self.learner.address())
+        self.version = 0
+
+    def publish(self, *, train: bool = True) -> tuple[int, WeightsFile, Any]:
+        if train:
+            self.learner.train(make_batch(seed=self.version))
+        self.version += 1
+        file = self.learner.publish(WeightsFile.write)
+        assert file is not None
+        return self.version, file, self.learner.probe()
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def learner_of(path: str) -> Iterator[Start]:
+    made: list[Published] = []
+
+    def make(**options: Any) -> Published:
+        made.append(Published(path, **{"dtype": "float32", **options}))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.learner.close()
+    torch.use_deterministic_algorithms(False)
+
+
+def engine_of(path: str, dtype: Any = "float32") -> TransformersEngine:
+    return TransformersEngine(model_path=path, dtype=dtype, num_slots=2, threads=1, seed=0, device="cpu")
+
+
+def take(loader: Loader, version: int, file: WeightsFile, probe: Any) -> None:
+    loader.expect(probe)
+    loader.load(version, file, probe)
+
+
+@pytest.mark.parametrize(("dtype", "lr"), [("float32", 1e-3), ("float32", 1e-6), ("bfloat16", 1e-3)])
+def test_what_is_served_is_what_was_published(path: str, learner_of: Start, dtype: str, lr: float) -> None:
+    published, engine = learner_of(dtype=dtype, lr=lr), engine_of(path, dtype)
+    loader = Loader(engine, mode="keep_kv")
+    take(loader, *published.publish(train=False))  # those of the folder
+    for _ in range(3):
+        version, file, probe = published.publish()
+        take(loader, version, file, probe)
+        assert engine.version == version
+        assert len(probe.scores) == 63, "the model has 64 positions"
+        assert np.abs(np.array(engine.score(probe.tokens)) - probe.scores).max() < 0.05
+    take(loader, *published.publish(train=False))  # the same weights under another number
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_load_that_is_dropped_is_noticed_at_once(
+    path: str, learner_of: Start, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published, engine = learner_of(dtype=dtype), engine_of(path, dtype)
+    loader = Loader(engine, mode="keep_kv")
+    take(loader, *published.publish())
+    with monkeypatch.context() as broken:
+        broken.setattr(type(engine._model), "load", lambda *_: None)
+        with pytest.raises(EngineDied, match=r"version 2 .* none changed with the weights"):
+            take(loader, *published.publish())
+    take(loader, *published.publish())
+
+
+def test_the_first_load_is_proved_too_and_a_change_below_rounding_is_one(
+    path: str, learner_of: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published, engine = learner_of(lr=1e-6), engine_of(path)
+    monkeypatch.setattr(type(engine._model), "load", lambda *_: None)
+    with pytest.raises(EngineDied, match=r"version 1 .* none changed with the weights"):
+        take(Loader(engine, mode="keep_kv"), *published.publish())
+
+
+def test_a_load_of_a_part_or_of_another_version_is_noticed(path: str, learner_of: Start) -> None:
+    published, engine = learner_of(lr=3e-2), engine_of(path)
+    loader = Loader(engine, mode="keep_kv")
+    _, older, _ = published.publish()
+    version, file, probe = published.publish()
+    half = {name: file[name] if index % 2 else older[name] for index, name in enumerate(file)}
+    for wrong in (half, older):
+        with pytest.raises(EngineDied, match="off by"):
+            take(loader, version, wrong, probe)
+    take(loader, version, file, probe)
+    with pytest.raises(EngineDied, match="off by nan"):
+        take(loader, version, file, replace(probe, scores=np.full(63, np.nan)))
+
+
+def test_an_adapter_that_never_binds_is_noticed_at_once(
+    learner_of: Start, path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    published = learner_of(lora={"rank": 4, "alpha": 8.0, "targets": ["q_proj", "down_proj"]}, lr=1e-2)
+    engine = engine_of(path)
+    loader = Loader(engine, mode="keep_kv")
+    take(loader, *published.publish())
+    monkeypatch.setattr(type(engine._model._adapters), "merge", lambda _, weights, state: dict(state))
+    with pytest.raises(EngineDied, match=r"version 2 .* none changed with the weights"):
+        take(loader, *published.publish())
+
+
+def test_an_engine_that_nobody_asked_or_that_has_no_model_is_believed(path: str, learner_of: Start) -> None:
+    published, engine = learner_of(), engine_of(path)
+    version, file, _ = published.publish()
+    take(Loader(engine, mode="keep_kv"), version, file, None)
+    assert engine.version == 1
