@@ -17,7 +17,7 @@ from pmdflow.learner.batch import StepPlan, is_whole
 from pmdflow.learner.steps import Tensors
 from pmdflow.learner.sums import all_sum
 from pmdflow.learner.token_scores import TokenScores
-from pmdflow.learner.view import COLUMN, Bool, ClaimView, Credit, State
+from pmdflow.learner.view import COLUMN, TOP, Bool, ClaimView, Credit, State
 from pmdflow.reward.total import TotalRewards
 from pmdflow.types import Claim, Float64, Int64, Mask
 
@@ -60,7 +60,7 @@ class _Rows:
             trajectories=np.concatenate([none, *(micro.trajectories for micro, _ in pairs)]),
             lengths=np.concatenate([none, *(micro.cu_seqlens.diff().cpu().numpy() for micro, _ in pairs)]),
             arrays={
-                name: np.concatenate([_array(name, micro, *own) for micro, own in pairs]) if pairs else np.zeros(0)
+                name: np.concatenate([_array(name, micro, *own) for micro, own in pairs]) if pairs else _none(name)
                 for name in sorted(names)
             },
         )
@@ -274,6 +274,12 @@ def _array(name: str, micro: Tensors, scores: TokenScores, teacher: TokenScores 
     found = tensors[name]
     assert found is not None, f"the reference pass did not compute {name}"
     return found.detach().cpu().numpy() if isinstance(found, torch.Tensor) else found
+
+
+def _none(name: str) -> npt.NDArray[Any]:
+    """The array of a rank, or a claim, without a token."""
+    whole = {"trained": np.bool_, "versions": np.int32, "turns": np.int32, "turn_keys": np.int64, "tokens": np.int64}
+    return np.zeros((0, 2, TOP) if name == "top" else 0, whole.get(name, np.float32))
 
 
 def _summed(own: Mapping[str, float]) -> dict[str, float]:
