@@ -24,7 +24,7 @@ PARTITION = ("pmd_partition", "boltzmann_pmd")
 """Algorithms with the log-partition baseline."""
 TAUGHT = ("opd", "vopd")
 """Those that learn from `learner.teacher`."""
-SHAPED = ("ucpo", "a_nsr", "gdpo", "opefo", *TAUGHT)
+SHAPED = ("ucpo", "a_nsr", "gdpo", "opefo", "gigpo", *TAUGHT)
 """Policy mirror descent on credit that other papers shape."""
 ALGORITHM_NAMES = ("pmd_mean", *PARTITION, "weighted_sft", *CLIPPED, *SHAPED)
 """What `learner.algorithm` may be, besides an import path."""

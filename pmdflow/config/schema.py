@@ -158,7 +158,8 @@ class LearnerConfig(Section):
 
     algorithm: str = "pmd_mean"
     """`pmd_mean`, `pmd_partition`, `boltzmann_pmd`, `token_pmd` (K2.5), `weighted_sft` (BOLT), `ctpo`, `grpo`, `gspo`,
-    `ucpo`, `a_nsr`, `gdpo`, `opefo`, `opd`, `vopd`, or the import path `package.module:name` of an `Algorithm`."""
+    `ucpo`, `a_nsr`, `gdpo`, `opefo`, `gigpo`, `opd`, `vopd`, or the import path `package.module:name` of an
+    `Algorithm`."""
     settings: dict[str, float | str] = {}
     """Settings of the algorithm that only it has, by name; `learner/ALGORITHMS.md` lists them."""
     teacher: str | None = None

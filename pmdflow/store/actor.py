@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import ray
 
 from pmdflow._rust_buffer import Conflict, StoreFull, StoreLocked
@@ -145,6 +146,13 @@ class StoreActor:
         asked maps, before the thread takes the next call.
         """
         return self._room.read(self._store, trajectories)
+
+    @_in_group("read")
+    def read_columns(
+        self, trajectories: Int64, starts: Int64, total: int, names: Sequence[str]
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Extra columns of tokens of trajectories; see `StoreView.read_columns`."""
+        return self._store.read_columns(trajectories, starts=starts, total=total, names=names)
 
     def admit(
         self,
