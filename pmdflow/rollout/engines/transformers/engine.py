@@ -125,13 +125,12 @@ class TransformersEngine:
         Raises:
             PmdflowError: The model gave a log-prob that is not finite.
         """
-        if self._batch is None:
+        batch = self._batch
+        if batch is None:
             self._prefill([sequence for sequence in self._sequences.values() if sequence.limit > 0], bounded=True)
             batch = self._arrange()
             # Kept only while nothing waits for its prefill.
             self._batch = batch if len(batch.sequences) == self.active() else None
-        else:
-            batch = self._batch
         if not batch.sequences:
             return []
         tokens, logprobs = self._decode(batch)
