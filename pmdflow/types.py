@@ -65,8 +65,7 @@ class Prompt:
     tokens: Int32
     """Prompt token ids, shape [P]."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    drawn: Drawn | None = None
-    """None: its success is not kept."""
+    drawn: Drawn | None = None  # None: its success is not kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +80,7 @@ class Lease:
     """The prompt's."""
     text: str | None
     """The prompt's. None: recorded before texts were kept."""
-    prompt: Int32
-    """Prompt token ids, shape [P]."""
+    prompt: Int32  # [P]
     prefix: Int32
     """Durable token ids after the prompt so far, shape [S]; the next append has offset S."""
     prefix_observed: UInt8
@@ -142,6 +140,8 @@ class Unscored:
     observed: UInt8
     """1 where the environment made the token; shape of `tokens`."""
     stop: Stop
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """Sums, by name, of what its environment or program said of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 
+from pmdflow.config.agents import AgentsConfig
 from pmdflow.config.combinations import combination_problems
 from pmdflow.config.gpus import GPUS
 from pmdflow.config.imports import IMPORT_PATH
@@ -50,6 +51,9 @@ class ClusterConfig(Section):
     gpus: Annotated[str, Field(pattern=GPUS)] | None = None
     """GPUs that the plan reckons with, of all nodes together and by the memory of one, such as `8x80GiB`: to plan a
     run elsewhere, or a cluster. null: those of this machine. The run itself takes what Ray has."""
+    env: dict[str, str] = {}
+    """Environment variables of every worker process, such as `{NCCL_SOCKET_IFNAME: eth0, GLOO_SOCKET_IFNAME: eth0}`. On
+    a cluster all get those of this process that begin with NCCL_, GLOO_, PYTORCH_, HF_, VLLM_, UCX_ or OMPI_, too."""
 
 
 class ModelConfig(Section):
@@ -311,6 +315,8 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     environment: EnvironmentConfig | None = None
     """Makes trajectories of several turns; null makes single answers."""
+    agents: AgentsConfig | None = None
+    """Makes each trajectory the conversation of a program with an OpenAI endpoint; null has none."""
     scheduler: SchedulerConfig
     learner: LearnerConfig = LearnerConfig()
     store: StoreConfig = StoreConfig()

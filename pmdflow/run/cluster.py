@@ -11,6 +11,10 @@ from pmdflow.errors import LaunchError
 
 RAY_ANSWER_S = 25.0
 """A Ray that is to be joined answers within this time, that for importing its client included."""
+_UNKNOWN_HERE = (
+    "Ray's nodes need the same token: copy ~/.ray/auth_token of the head to every node, or set RAY_AUTH_MODE=disabled "
+    "for every `ray start` and for pmdflow"
+)
 _QUESTION = """
 import json, sys, ray
 ray.init(sys.argv[1], log_to_driver=False)
@@ -43,5 +47,6 @@ def ask_cluster(address: str) -> ClusterFacts:
         raise LaunchError(f"cluster.address is {address!r}: {why}", hint=hint) from None
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"Ray's client ended with {done.returncode}"]
-        raise LaunchError(f"cluster.address is {address!r}: {said[-1]}", hint=hint)
+        needs_token = any("authentication" in line.lower() for line in said)
+        raise LaunchError(f"cluster.address is {address!r}: {said[-1]}", hint=_UNKNOWN_HERE if needs_token else hint)
     return ClusterFacts(**json.loads(done.stdout.splitlines()[-1]))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pmdflow.config.errors import dotted
 from pmdflow.config.load import Loaded, leaves
+from pmdflow.config.never_run import never_run
 from pmdflow.config.plan import render_dry_run
 from pmdflow.config.schema import Config
 from pmdflow.config.settle import settle
@@ -94,7 +95,7 @@ def dry_run(loaded: Loaded) -> str:
     settled = room.settled(inputs).config
     plan = room.plan(settled)
     config = settled.model_copy(update={"model": settled.model.model_copy(update={"path": str(inputs.base)})})
-    notes: list[str] = [*room.notes]
+    notes: list[str] = [*room.notes, *never_run(settled, room.gpus)]
     prompts = open_prompts(config, on_skip=notes.append)
     if not inputs.has_weights:
         notes.append(f"the weights of {loaded.config.model.path} are downloaded by `up`")

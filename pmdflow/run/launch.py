@@ -11,6 +11,9 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from pmdflow.config.load import Loaded
+from pmdflow.config.memory import DTYPE_BYTES
+from pmdflow.config.model_size import measure_model
+from pmdflow.config.schema import Config
 from pmdflow.dashboard.process import DashboardProcess
 from pmdflow.data.inputs import Inputs
 from pmdflow.errors import ActorDied, PmdflowError
@@ -25,6 +28,7 @@ from pmdflow.run.controller import Controller
 from pmdflow.run.directory import RunDirectory
 from pmdflow.run.inputs import merge, open_inputs, open_prompts
 from pmdflow.run.live_versions import LiveVersions
+from pmdflow.run.nodes import require_nodes
 from pmdflow.run.placement import place_learners, place_rollouts
 from pmdflow.run.room import Room
 from pmdflow.run.signals import StopSignals, hangup_ignored
@@ -44,11 +48,7 @@ def up(loaded: Loaded) -> int:
     Raises:
         LaunchError: something that the run needs is missing or taken; nothing was started.
     """
-    pins = RunDirectory.recorded_inputs(RunDirectory.path_of(loaded.config)).get("pins")
-    opened = open_inputs(loaded.config, pins=pins)
-    room = Room.of(opened, dry=False)
-    inputs = room.settled(opened)
-    room.plan(inputs.config)
+    inputs = _open(loaded)
     with (
         RunDirectory.prepare(inputs.config) as run,
         SinkProcesses.start(run.path, inputs.config.metrics.sinks),
@@ -73,7 +73,7 @@ def up(loaded: Loaded) -> int:
                 raise ActorDied(f"an actor died while the run started: {failure_of(error) or error}") from error
             except OSError as error:
                 raise PmdflowError(
-                    f"{error.filename or run.path}: {error.strerror}",
+                    f"{error.filename or run.path}: {error.strerror or error or type(error).__name__}",
                     hint=f"mend that, and `{run.resume_command(loaded)}` continues from what is stored",
                 ) from error
             finally:
@@ -87,6 +87,22 @@ def up(loaded: Loaded) -> int:
     return 0
 
 
+def _open(loaded: Loaded) -> Inputs:
+    """Model and data, judged; what is `auto` decided for the GPUs that there are, on which it all fits."""
+    pins = RunDirectory.recorded_inputs(RunDirectory.path_of(loaded.config)).get("pins")
+    inputs = open_inputs(loaded.config, pins=pins)
+    room = Room.of(inputs, dry=False)
+    settled = room.settled(inputs)
+    room.plan(settled.config)
+    return settled
+
+
+def _weights_bytes(config: Config) -> int | None:
+    """Of one published version; adapters are small."""
+    size = None if config.learner.lora else measure_model(config.model.path)
+    return None if size is None else size.num_parameters * DTYPE_BYTES[config.model.compute]
+
+
 def _train(inputs: Inputs, run: RunDirectory, telemetry: Telemetry, signals: StopSignals) -> bool:
     """Run the controller; True if every iteration was done."""
     config = inputs.config
@@ -95,14 +111,16 @@ def _train(inputs: Inputs, run: RunDirectory, telemetry: Telemetry, signals: Sto
     run.check_inputs(inputs.identity(prompts))
     with hangup_ignored():
         start_ray(config)
+    if config.cluster.address != "local":
+        require_nodes(run.path, weights_bytes=_weights_bytes(config))
     signals.listen()
     places = place_learners(config)  # before the rollout actors: these share what is left
     rollout_places = place_rollouts(config)
 
     def start() -> list[ActorHandle[LearnerActor]]:
-        learners = start_learners(config, run.path, places)
+        learners = start_learners(config, run.path, places, supervisor=supervisor)
         asked = [call(learners[0], LearnerActor.device_info)]
-        (device,) = answers(asked, what="the device of learner rank 0", timeout_s=STARTUP_TIMEOUT_S)
+        (device,) = supervisor.wait(asked, what="the device of learner rank 0", timeout_s=STARTUP_TIMEOUT_S)
         run.write_meta(config, device)
         return learners
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -78,6 +79,25 @@ class StoreActor:
     def fork(self, trajectory: int, epoch: int, offset: int) -> Forked:
         """Go on in a new branch of a leased episode, which keeps `offset` tokens of the newest one's history."""
         return self._store.fork(trajectory, epoch, offset)
+
+    @_in_group("append")
+    def turn(self, trajectory: int, epoch: int, number: int, rewards: dict[str, float], key: str | None) -> bool:
+        """Note what is said of a leased episode; True if the lease was fenced."""
+        return self._store.turn(trajectory, epoch, number, rewards, key)
+
+    @_in_group("append")
+    def trajectory(self, trajectory: int) -> dict[str, Any]:
+        """One live trajectory with its arrays."""
+        return self._store.trajectory(trajectory)
+
+    @_in_group("append")
+    def epochs(self, trajectories: Sequence[int]) -> dict[int, int]:
+        """Fencing epochs of those trajectories that are in the store."""
+        found = {}
+        for trajectory in trajectories:
+            with contextlib.suppress(Conflict):
+                found[trajectory] = int(self._store.trajectory(trajectory)["epoch"])
+        return found
 
     @_in_group("score")
     def unscored(self, max_items: int, ttl_s: float, timeout_s: float) -> list[Unscored]:

@@ -167,7 +167,7 @@ class VllmEngine:
         """
         id, prompt = f"probe-{next(self._request_ids)}", list(tokens[: self._process.max_length - 1])
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        requests = [self._core_request(id, prompt, params)]
+        requests = [self._core_request(id, prompt, params, priority=-1)]  # before every sequence
         while True:
             batches = self._process.exchange([], requests, running=1)
             requests = []
@@ -227,9 +227,10 @@ class VllmEngine:
                 logprobs=0,
                 detokenize=False,
             ),
+            priority=id,
         )
 
-    def _core_request(self, id: str, tokens: list[int], params: SamplingParams) -> EngineCoreRequest:
+    def _core_request(self, id: str, tokens: list[int], params: SamplingParams, *, priority: int) -> EngineCoreRequest:
         return EngineCoreRequest(
             request_id=id,
             prompt_token_ids=tokens,
@@ -240,7 +241,7 @@ class VllmEngine:
             lora_request=None,
             cache_salt=str(self.version),
             data_parallel_rank=None,
-            priority=id,
+            priority=priority,
         )
 
     def _give(self, batches: Sequence[EngineCoreOutputs]) -> list[Output]:
