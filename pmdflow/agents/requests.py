@@ -14,11 +14,11 @@ from pmdflow.data.messages import parse_chat
 
 MAX_SAMPLES = 128
 """Most answers of one request (`n`)."""
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
-_UNSAMPLED: Mapping[str, Any] = {
-    "top_p": 1, "top_k": -1, "min_p": 0, "frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1,
+_UNSAMPLED: Mapping[str, tuple[Any, ...]] = {
+    "temperature": (), "top_p": (1,), "top_k": (-1,), "min_p": (0,), "frequency_penalty": (0,),
+    "presence_penalty": (0,), "repetition_penalty": (1,), "tool_choice": ("auto", "none"), "response_format": ({"type": "text"},),
 }  # fmt: skip
-"""Values that change nothing."""
+"""What a request may ask of the sampling, and values that change nothing."""
 _UNSUPPORTED = ("logit_bias", "functions", "function_call", "audio", "guided_json", "guided_regex", "suffix")
 
 
@@ -157,7 +157,7 @@ def parse_turn(body: Any, *, chat: bool, retried: bool = False, idempotency_key:
         samples=given.n,
         logprobs=bool(given.logprobs),
         content=hashlib.sha256(json.dumps(asks, sort_keys=True, default=str).encode()).hexdigest(),
-        asked={name: body[name] for name in _SAMPLING if _changes(name, body.get(name))},
+        asked={name: body[name] for name in _UNSAMPLED if _changes(name, body.get(name))},
         retried=retried,
         idempotency_key=idempotency_key,
     )
@@ -183,19 +183,14 @@ def parse_reward(body: Any) -> Posted:
 
 def _refuse_unsupported(body: Mapping[str, Any]) -> None:
     given = [name for name in _UNSUPPORTED if body.get(name)]
-    kind = (body.get("response_format") or {}).get("type", "text")
-    if kind != "text":
-        given.append(f"response_format {kind}")
     if body.get("echo") or (body.get("best_of") or 1) > 1:
         given.append("echo and best_of")
-    if body.get("tool_choice") not in (None, "auto", "none"):
-        given.append(f"tool_choice {body['tool_choice']!r}")
     if given:
         raise RequestRefused(f"{', '.join(given)}: not supported, for it changes what is sampled; leave it out")
 
 
 def _changes(name: str, value: Any) -> bool:
-    return value is not None and value != _UNSAMPLED.get(name)
+    return value is not None and value not in _UNSAMPLED[name]
 
 
 def _first(error: ValidationError) -> str:

@@ -70,6 +70,8 @@ class AgentSession:
     """The store has what was said of it already."""
     notes: list[tuple[str, str]] = field(default_factory=list, init=False)
     """(kind, message) of what is to be said of it in the run's events."""
+    refused: str = field(default="it asked for nothing", init=False)
+    """Why its last request got no turn, if none did."""
     num_turns: int = field(default=0, init=False)
     """Answered, recorded ones included."""
     generating: bool = field(default=False, init=False)
@@ -137,6 +139,7 @@ class AgentSession:
                 reply = self._proceed(self._current)
             except RequestRefused as refusal:
                 self._answer(self._current, refusal.status, error(str(refusal), kind=refusal.kind))
+                self.refused = f"its request was refused: {refusal}"
                 self._current = None
                 continue
             if reply is not None:

@@ -109,6 +109,11 @@ def eval_config(checkpoint: Checkpoint, task: str, options: EvalOptions) -> Conf
             f"the task is {task!r}, which is neither a file of prompts nor a configuration",
             hint=f"give a .jsonl or .parquet file with a prompt a row, {GYM_PREFIX}NAME, or a configuration .yaml",
         )
+    if values.get("agents"):
+        raise LaunchError(
+            f"the task is {task!r}, whose trajectories are made by agent programs: eval cannot run these yet",
+            hint="the rounds of a run (`eval.every`) are made by its programs; here, give a task without `agents`",
+        )
     values["model"]["path"] = checkpoint.model
     values["run"]["name"] = f"eval-{uuid.uuid4().hex}"  # begins the keys of environments: no two evaluations share them
     values["rollout"]["tokens_per_segment"] = None  # there are no iterations

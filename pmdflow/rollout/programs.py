@@ -120,10 +120,10 @@ class Programs:
             PmdflowError: they only fail.
         """
         assert isinstance(held.session, AgentSession)
-        if not problem or held.session.num_turns:
+        if held.session.num_turns:
             self._failures.clear()
             return
-        self._failures.append(problem)
+        self._failures.append(problem or f"trajectory {held.id}: it ended without a turn; {held.session.refused}")
         if len(self._failures) >= self._agents.max_failures_in_a_row:
             named = self._agents.program or " ".join(self._agents.command or ())
             raise PmdflowError(

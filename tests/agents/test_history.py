@@ -145,14 +145,19 @@ def test_what_is_no_whole_call_stays_text(style: Any, text: str) -> None:
         ({"messages": ASK, "n": 1000}, "n: "),
         ({"messages": ASK, "stop": [""]}, "empty text"),
         ({"messages": ASK, "logit_bias": {"1": 2}}, "logit_bias: not supported"),
-        ({"messages": ASK, "response_format": {"type": "json_object"}}, "response_format json_object"),
         ({"messages": ASK, "response_format": 3}, "response_format"),
         ({"messages": ASK, "tools": [3]}, "tools"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}, *ASK]}, "tool_calls.0.function"),
         ({"messages": [{"role": "assistant", "tool_calls": 3}, *ASK]}, "tool_calls"),
-        ({"messages": ASK, "tool_choice": "required"}, "tool_choice"),
     ],
 )
 def test_bad_requests_say_what_is_wrong(body: Any, why: str) -> None:
     with pytest.raises(RequestRefused, match=why):
         parse_turn(body, chat=True)
+
+
+def test_what_is_asked_of_the_sampling_is_known() -> None:
+    forced = {"temperature": 0.5, "top_p": 1, "tool_choice": "required", "response_format": {"type": "json_object"}}
+    asked_for = parse_turn({"messages": ASK, **forced}, chat=True).asked
+    assert asked_for.keys() == {"temperature", "tool_choice", "response_format"}
+    assert parse_turn({"messages": ASK, "tool_choice": "auto", "top_k": -1}, chat=True).asked == {}

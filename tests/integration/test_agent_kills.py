@@ -25,7 +25,9 @@ pytestmark = [pytest.mark.nightly, pytest.mark.timeout(3600)]
 
 def test_fifty_kills(tmp_path: Path) -> None:
     draw = random.Random(5)
-    config = agent_config(tmp_path, "long_talk", rollout__flush_interval_s=0.2, scheduler__tokens_per_iteration=100_000)
+    config = agent_config(
+        tmp_path, "agent_programs:long_talk", rollout__flush_interval_s=0.2, scheduler__tokens_per_iteration=100_000
+    )
     config["run"]["iterations"] = 12
     config["eval"] = {"prompts": 0}
     up, killed = Up(tmp_path, config), dict.fromkeys(VICTIMS, 0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pmdflow.store.archive import parts, read_part
 from pmdflow.types import Mask
 from tests.support.chat_model import chat_model
@@ -18,12 +20,12 @@ def agent_config(tmp_path: Path, program: str, **overrides: Any) -> dict[str, An
     config["scheduler"] |= {"groups_per_iteration": 2}
     config["model"]["path"] = str(chat_model(tmp_path / "model"))
     config["reward"] = {"functions": [{"function": "pmdflow.reward.said:score"}]}
-    config["agents"] = {"program": f"tests.support.agent_programs:{program}", "concurrency": 4, "timeout_s": 60}
+    config["agents"] = {"program": f"tests.support.{program}", "concurrency": 4, "timeout_s": 60}
     return config
 
 
 def test_an_unmodified_client_drives_a_run(tmp_path: Path) -> None:
-    up = Up(tmp_path, agent_config(tmp_path, "two_turns"))
+    up = Up(tmp_path, agent_config(tmp_path, "agent_programs:two_turns"))
     assert up.wait(PATIENCE_S) == 0, up.output
     assert_exact(up)
     for path in parts(up.run):
@@ -31,3 +33,20 @@ def test_an_unmodified_client_drives_a_run(tmp_path: Path) -> None:
         for start, end in zip(claim.cu_seqlens, claim.cu_seqlens[1:], strict=False):
             turns = (claim.mask[start:end] & Mask.GENERATED) != 0
             assert int((turns[1:] & ~turns[:-1]).sum()) == 2, "two turns are generated"
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+def test_an_agent_library_drives_a_run(tmp_path: Path) -> None:
+    pytest.importorskip("smolagents")
+    config = agent_config(tmp_path, "agent_smol:solve", data__max_tokens=900)
+    up = Up(tmp_path, config)
+    assert up.wait(500) == 0, up.output
+    assert_exact(up)
+    assert not any(event["kind"] == "request_refused" for event in up.events()), up.events()
+    generated = [
+        int(((claim.mask[start:end] & Mask.GENERATED) != 0).sum())
+        for claim in map(read_part, parts(up.run))
+        for start, end in zip(claim.cu_seqlens, claim.cu_seqlens[1:], strict=False)
+    ]
+    assert min(generated) > 0
