@@ -7,7 +7,8 @@ Each algorithm first gets ten tries with one seed: five learning rates (`RATES`)
 seeds; all algorithms see the same prompts under one seed. The quick start's engine, rewards and learner take turns, so
 that neither speed nor load of the machine has an influence: each claim was generated `LAG` versions before it is
 trained, about as old as most tokens of the quick start, whole and without segments. The peers of PMD are GRPO, GSPO,
-CTPO and BOLT. Runs that are finished in `--runs` are read, not repeated. More settings follow as KEY=VALUE.
+CTPO and BOLT; UCPO, A-NSR and GDPO give PMD other credit. Runs that are finished in `--runs` are read, not repeated.
+More settings follow as KEY=VALUE.
 """
 
 from __future__ import annotations
@@ -84,12 +85,41 @@ OWN: dict[str, tuple[str, ...]] = {
         "clip_low=0.02 clip_high=0.027",
         "clip_low=0.05 clip_high=0.067",
     ),
+    "ucpo": (
+        "tau=0.5 SUM settings.share=0.2",
+        "tau=0.5 SUM settings.share=0.1",
+        "tau=0.5 SUM settings.share=0.5",
+        "tau=1.0 SUM settings.share=0.2",
+        "tau=2.0 SUM settings.share=0.2",
+        "tau=0.1 settings.share=0.2",
+    ),
+    "a_nsr": (
+        "tau=0.5 SUM",
+        "tau=1.0 SUM",
+        "tau=0.1",
+        "tau=0.5 SUM settings.kappa=0.1",
+        "tau=0.5 SUM settings.lambda_min=0.5 settings.lambda_max=0.5",
+        "tau=0.5 SUM settings.schedule=accuracy",
+    ),
+    "gdpo": ("tau=0.5 SUM", "tau=1.0 SUM", "tau=2.0 SUM", "tau=0.1", "tau=0.5", "tau=1.0"),
 }
 """Six settings of each algorithm, keys of `learner`; `SUM` sums over the tokens of a sequence, others take means."""
 SCAN_SEED, SEEDS = 0, (1, 2, 3, 4, 5)
 ITERATIONS = 15
 LAG = 1
-COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
+COLORS = (
+    "#1f77b4",
+    "#d62728",
+    "#2ca02c",
+    "#9467bd",
+    "#ff7f0e",
+    "#17becf",
+    "#8c564b",
+    "#7f7f7f",
+    "#bcbd22",
+    "#e377c2",
+    "#000000",
+)
 SMOOTHING = 3
 """Iterations in the moving mean of the training reward."""
 
@@ -160,6 +190,7 @@ class Rollout:
         def constant(before: float, after: float, dtype: type) -> np.ndarray[Any, Any]:
             return columns(before, [[after] * n for _, n in sizes], dtype)
 
+        rewards = np.array([self._reward(p, own) for p, own in zip(prompts, tokens, strict=True)])
         ids = {prompt.id: number for number, prompt in enumerate(prompts)}
         return TrainBatch(
             iteration=0,
@@ -173,8 +204,8 @@ class Rollout:
             prompt_lengths=np.array([p for p, _ in sizes], np.int32),
             groups=np.array([ids[prompt.id] for prompt in prompts]),
             trajectories=np.arange(len(prompts)),
-            rewards=np.array([self._reward(p, own) for p, own in zip(prompts, tokens, strict=True)]),
-            components={},
+            rewards=rewards,
+            components={"score": rewards},
             stops=stops,
             prompt_ids=tuple(prompt.id for prompt in prompts),
         )

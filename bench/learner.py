@@ -117,7 +117,8 @@ class Ours:
         self.learner.setup(self.learner.address())
         torch.use_deterministic_algorithms(False)
         claim, ones = Claim.of(batch), np.ones(len(batch.rewards))
-        (self.plan,) = plan_claim(config.learner, claim, claim.count(Mask.TRAINED), steps=1)
+        counts, quadratic = claim.count(Mask.TRAINED), self.learner._speed.quadratic
+        (self.plan,) = plan_claim(config.learner, claim, counts, steps=1, quadratic=quadratic)
         (micros,) = load_steps(
             config.learner, claim, batch.read, [self.plan], ones, rank=0, device=self.learner._device
         )

@@ -179,9 +179,10 @@ def loops(config: Config, path: Path, store: StoreHandle, *, step_s: float) -> l
     def rollout(index: int, weights: WeightsHandle | None, worker: str) -> Any:
         actor = make_actor(
             ClockedRollout, log=str(path / "logs" / f"rollout-{index}.log"), options={"max_concurrency": 8},
-            arguments={"config": config, "index": index, "store": store, "run_dir": str(path), "step_s": step_s},
+            arguments={"config": config, "index": index, "store": store, "run_dir": str(path), "worker": worker,
+                       "step_s": step_s},
         )  # fmt: skip
-        return actor, call(actor, RolloutActor.run, weights, worker)
+        return actor, call(actor, RolloutActor.run, weights)
 
     made = make_loops(config, path, store, [{}] * ACTORS)
     for index, loop in enumerate(loop for loop in made if loop.takes_weights):

@@ -89,7 +89,7 @@ class Ours:
         self._store = start_store(config, directory)
         self._call("publish", 0, None, {})
         self._call("set_quota", Quota(version=0, groups=10**6, tokens=10**9, tokens_per_segment=None))
-        self._actor = start_rollout(config, directory, self._store, {"num_cpus": 1}, index=0)
+        self._actor = start_rollout(config, directory, self._store, {"num_cpus": 1}, index=0, worker="rollout-0")
         self._actor.run.remote(None, "rollout-0")
         ray.get(self._actor.drain.remote(), timeout=TIMEOUT_S)
         self._admitted = 0

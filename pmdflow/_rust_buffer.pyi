@@ -184,6 +184,22 @@ class TrajectoryStore:
             Conflict: an epoch never given out, an offset beyond the history, a branch without a token, a repeat with
                 another offset, or more than 1,024 branches.
         """
+    def turn(
+        self,
+        trajectory: int,
+        epoch: int,
+        number: int,
+        rewards: dict[str, float],
+        key: str | None = None,
+        wait: bool = True,
+        now_s: float | None = None,
+    ) -> bool:
+        """Note what is said of a leased episode where it stands; True: the lease was fenced. Renews the lease.
+
+        Raises:
+            Conflict: an epoch never given out, a reward that is not finite, or a number that is not the next (a repeat
+                of the last note is a no-op).
+        """
     def unscored(
         self, max_items: int, ttl_s: float, timeout_s: float, now_s: float | None = None
     ) -> list[dict[str, Any]]:

@@ -65,8 +65,7 @@ class Prompt:
     tokens: Int32
     """Prompt token ids, shape [P]."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    drawn: Drawn | None = None
-    """None: its success is not kept."""
+    drawn: Drawn | None = None  # None: its success is not kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +80,7 @@ class Lease:
     """The prompt's."""
     text: str | None
     """The prompt's. None: recorded before texts were kept."""
-    prompt: Int32
-    """Prompt token ids, shape [P]."""
+    prompt: Int32  # [P]
     prefix: Int32
     """Durable token ids after the prompt so far, shape [S]; the next append has offset S."""
     prefix_observed: UInt8
@@ -95,10 +93,7 @@ class Lease:
 
 @dataclass(slots=True, kw_only=True)
 class Segment:
-    """New tokens of one leased trajectory, all generated under one policy version.
-
-    Not frozen, alone of the values: to make frozen ones takes a twentieth of the time of their append.
-    """
+    """New tokens of one leased trajectory under one policy version; to freeze it would take 5 % of an append's time."""
 
     trajectory: int
     epoch: int
@@ -114,8 +109,7 @@ class Segment:
     stop: StopReason | None = None
     """None keeps the lease; anything else ends it."""
     observed: bool = False
-    """The environment made the tokens: they count in offsets and `max_tokens`, but in no budget, have no gradient, and
-    `logprobs` is ignored."""
+    """The environment made the tokens: they count in offsets and `max_tokens` only, and `logprobs` is ignored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +140,8 @@ class Unscored:
     observed: UInt8
     """1 where the environment made the token; shape of `tokens`."""
     stop: Stop
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """Sums, by name, of what its environment or program said of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,6 +316,7 @@ class TrainBatch(ClaimRows):
         return ClaimTokens(
             tokens=np.concatenate([np.empty(0, np.int32), *(self.tokens[part] for part in parts)]),
             logprobs=np.concatenate([np.empty(0, np.float32), *(self.logprobs[part] for part in parts)]),
+            extra={name: np.concatenate([own[:0], *(own[part] for part in parts)]) for name, own in self.extra.items()},
         )
 
 
@@ -331,6 +328,8 @@ class ClaimTokens:
     """[T]"""
     logprobs: Float32
     """Behavior log-probs [T]; 0 at prompt tokens."""
+    extra: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    """Extra columns of tokens by name, each [T, ...], as far as they were asked for; see `TrainBatch.extra`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -397,4 +396,5 @@ class Claim(ClaimRows):
             versions=np.repeat(self.segment_versions[chosen], lengths),
             temperatures=np.repeat(self.segment_temperatures[chosen], lengths),
             mask=np.repeat(self.segment_masks[chosen], lengths),
+            extra=own.extra,
         )

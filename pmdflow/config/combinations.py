@@ -24,7 +24,7 @@ PARTITION = ("pmd_partition", "boltzmann_pmd")
 """Algorithms with the log-partition baseline."""
 TAUGHT = ("opd", "vopd")
 """Those that learn from `learner.teacher`."""
-SHAPED = ("ucpo", "a_nsr", "gdpo", "opefo", *TAUGHT)
+SHAPED = ("ucpo", "a_nsr", "gdpo", "opefo", "gigpo", *TAUGHT)
 """Policy mirror descent on credit that other papers shape."""
 ALGORITHM_NAMES = ("pmd_mean", *PARTITION, "weighted_sft", *CLIPPED, *SHAPED)
 """What `learner.algorithm` may be, besides an import path."""
@@ -74,7 +74,21 @@ def combination_problems(config: Config, *, recorded: bool) -> Iterator[str]:
     yield from _engine_problems(config)
     yield from _evaluation_problems(config.eval, config.data, config.rollout)
     yield from _sink_problems(config.metrics.sinks)
+    yield from _agent_problems(config)
     yield from source_problems(config.data, config.eval)
+
+
+def _agent_problems(config: Config) -> Iterator[str]:
+    if config.agents is None:
+        return
+    if config.environment is not None:
+        yield "agents and environment are both set: a trajectory talks to one of them; remove the other"
+    if config.cluster.address != "local" and config.agents.host in ("127.0.0.1", "localhost", "::1"):
+        yield (
+            f"agents.host is {config.agents.host} while cluster.address is {config.cluster.address}: programs on other "
+            "machines would not reach the gateway; set it to an address of the machine that runs `pmdflow up`, or to "
+            "0.0.0.0"  # noqa: S104
+        )
 
 
 def _staleness_problems(config: Config) -> Iterator[str]:

@@ -125,7 +125,7 @@ def require_variables(loaded: Loaded) -> None:
             if _is_looked_up(key) and is_here and name not in os.environ:
                 why, hint = "is not set", f"set it before the run starts: export {name}=..."
             elif key[-1] in _PLACES and not _is_looked_up(key):
-                why = "is looked up only in args of rewards and environments"
+                why = "is looked up only in args of rewards, environments and agents"
                 hint = f"write the value, or let the shell look it up: `pmdflow up FILE {dotted(key)}=${name}`"
             else:
                 continue
@@ -136,9 +136,9 @@ def require_variables(loaded: Loaded) -> None:
 
 
 def _is_looked_up(key: KeyPath) -> bool:
-    """Whether a setting is below `environment.args`, or `args` of a reward function."""
+    """Whether a setting is below `environment.args` or `agents.args`, or `args` of a reward function."""
     functions = any(key[at] in ("functions", "reward") and key[at + 2] == "args" for at in range(len(key) - 2))
-    return functions or key[:2] == ("environment", "args")
+    return functions or key[:2] in (("environment", "args"), ("agents", "args"))
 
 
 def _import_paths(config: Config) -> Iterator[tuple[KeyPath, str, bool]]:
@@ -156,6 +156,8 @@ def _import_paths(config: Config) -> Iterator[tuple[KeyPath, str, bool]]:
             yield (*key, index, "function"), function.function, True
     if config.environment is not None:
         yield ("environment", "factory"), config.environment.factory, True
+    if config.agents is not None and config.agents.program is not None:
+        yield ("agents", "program"), config.agents.program, True
     if ":" in config.learner.algorithm:
         yield ("learner", "algorithm"), config.learner.algorithm, False
     if config.scheduler.policy is not None:

@@ -159,7 +159,11 @@ def _import_settings(data: Any) -> Iterator[tuple[dict[str, Any], str]]:
     lists += [source.get("reward") for source in _sources(sections)]
     functions = [item for functions in lists if isinstance(functions, list) for item in functions]
     named = [(item, "function") for item in functions]
-    named += [(sections.get("environment"), "factory"), (sections.get("learner"), "algorithm")]
+    named += [
+        (sections.get("environment"), "factory"),
+        (sections.get("agents"), "program"),
+        (sections.get("learner"), "algorithm"),
+    ]
     named.append((sections.get("scheduler"), "policy"))
     yield from ((settings, key) for settings, key in named if isinstance(settings, dict))
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 
+from pmdflow.config.agents import AgentsConfig
 from pmdflow.config.combinations import combination_problems
 from pmdflow.config.gpus import GPUS
 from pmdflow.config.imports import IMPORT_PATH
@@ -157,7 +158,8 @@ class LearnerConfig(Section):
 
     algorithm: str = "pmd_mean"
     """`pmd_mean`, `pmd_partition`, `boltzmann_pmd`, `token_pmd` (K2.5), `weighted_sft` (BOLT), `ctpo`, `grpo`, `gspo`,
-    `ucpo`, `a_nsr`, `gdpo`, `opefo`, `opd`, `vopd`, or the import path `package.module:name` of an `Algorithm`."""
+    `ucpo`, `a_nsr`, `gdpo`, `opefo`, `gigpo`, `opd`, `vopd`, or the import path `package.module:name` of an
+    `Algorithm`."""
     settings: dict[str, float | str] = {}
     """Settings of the algorithm that only it has, by name; `learner/ALGORITHMS.md` lists them."""
     teacher: str | None = None
@@ -313,6 +315,8 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     environment: EnvironmentConfig | None = None
     """Makes trajectories of several turns; null makes single answers."""
+    agents: AgentsConfig | None = None
+    """Makes each trajectory the conversation of a program with an OpenAI endpoint; null has none."""
     scheduler: SchedulerConfig
     learner: LearnerConfig = LearnerConfig()
     store: StoreConfig = StoreConfig()

@@ -142,7 +142,8 @@ def _make_source(
 ) -> Source:
     style = Style(system=source.system, suffix=source.suffix or "", template_args=source.template_args or {})
     limit = config.data.max_prompt_tokens
-    tokenize = make_tokenize(config.model.path, max_tokens=limit, style=style, tokenizer=tokenizer)
+    keep = None if config.agents is None else 1  # the program says the rest, in words of its own
+    tokenize = make_tokenize(config.model.path, max_tokens=limit, style=style, tokenizer=tokenizer, keep=keep)
     if source.task.startswith(GYM_PREFIX):
         assert num_held_out is not None
         return GymPrompts(

@@ -71,9 +71,16 @@ class PromptTokenizer:
     """
 
     def __init__(
-        self, model_path: str, *, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, style: Style
+        self,
+        model_path: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int | None,
+        style: Style,
+        keep: int | None = None,
     ) -> None:
         """See `make_tokenize`."""
+        self._keep = keep
         self._path, self._tokenizer, self._max_tokens, self._style = model_path, tokenizer, max_tokens, style
         if not self._tokenizer.chat_template and (style.system is not None or style.template_args):
             raise ValueError(
@@ -120,7 +127,7 @@ class PromptTokenizer:
 
     def _ids(self, prompt: str | Chat) -> list[int]:
         ids: list[int] = self._tokenizer(self._render(prompt), add_special_tokens=False)["input_ids"]
-        return ids
+        return ids[: self._keep]
 
     def _render(self, prompt: str | Chat) -> str:
         chat = self._style.chat(prompt)
@@ -155,6 +162,7 @@ def make_tokenize(
     max_tokens: int | None = None,
     style: Style | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    keep: int | None = None,
 ) -> PromptTokenizer:
     """Return the function from a prompt to its token ids, shape [P].
 
@@ -163,12 +171,13 @@ def make_tokenize(
         max_tokens: `data.max_prompt_tokens`; a longer prompt raises `PromptTooLong`. None is unlimited.
         style: System message, suffix and arguments of the template.
         tokenizer: The folder's, if it is loaded already.
+        keep: How many of the first tokens are kept; None keeps all.
 
     Raises:
         ValueError: no tokenizer in the folder, or a chat template that fails.
     """
     tokenizer = tokenizer or load_tokenizer(model_path)
-    return PromptTokenizer(model_path, tokenizer=tokenizer, max_tokens=max_tokens, style=style or Style())
+    return PromptTokenizer(model_path, tokenizer=tokenizer, max_tokens=max_tokens, style=style or Style(), keep=keep)
 
 
 def _shown(prompt: str | Chat) -> str:

@@ -64,7 +64,7 @@ def generate_and_score(
     done: list[list[Sample]] = [[] for _ in prompts]
     scores: list[tuple[Sample, ScoreItem, Future[Scored]]] = []
     for index, held, problems in generate_attempts(engine, taker, prompts, samples=samples, max_tokens=max_tokens):
-        observed = sum(len(turn.observed) for turn in held.session.turns) if held.session is not None else 0
+        observed = held.num_observed
         prompt = prompts[index]
         item = ScoreItem.of_tokens(
             held.context,

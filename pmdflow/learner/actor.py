@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError
 
@@ -74,9 +75,16 @@ class LearnerActor:
         """
 
         def read(rows: Int64) -> ClaimTokens:
-            asked = call(store, StoreActor.read_tokens, claim.trajectories[rows])
+            ids, names = claim.trajectories[rows], sorted(self._learner.columns)
+            asked: list[ray.ObjectRef[Any]] = [call(store, StoreActor.read_tokens, ids)]
+            if names:
+                lengths = np.diff(claim.cu_seqlens)[rows]
+                starts = (np.cumsum(lengths) - lengths + claim.prompt_lengths[rows]).astype(np.int64)
+                asked.append(call(store, StoreActor.read_columns, ids, starts, int(lengths.sum()), names))
             try:
-                return ray.get(asked, timeout=READ_TIMEOUT_S)
+                answers = ray.get(asked, timeout=READ_TIMEOUT_S)
+                tokens: ClaimTokens = answers[0]
+                return replace(tokens, extra=answers[1]) if names else tokens
             except GetTimeoutError as error:
                 raise WaitTimeout(
                     f"the store actor did not give iteration {claim.iteration} within {READ_TIMEOUT_S:g} s"

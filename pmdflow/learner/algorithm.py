@@ -43,6 +43,8 @@ class Terms:
     """[B + 1]"""
     max_tokens: int
     """Most generated tokens of a trajectory."""
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """Extra columns that the algorithm names, each [P, ...]."""
 
     @property
     def advantages(self) -> Tensor:
@@ -85,6 +87,8 @@ class Algorithm:
     needs: frozenset[Need] = frozenset()
     """Per-token arrays that `credit` reads. With any, whole groups are put on one rank where that unbalances ranks by
     5 % at most; else the arrays of all ranks are gathered."""
+    columns: frozenset[str] = frozenset()
+    """Extra columns of tokens that `credit` reads as `view.columns` and the loss as `terms.columns`."""
     totals: Callable[[ClaimView, LearnerConfig], Mapping[str, float]] | None = None
     """Sums over a view's groups, added over ranks before `credit`, which reads `view.totals`: statistics of the whole
     claim without gathering it."""

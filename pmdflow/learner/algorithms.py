@@ -15,6 +15,7 @@ from pmdflow.learner.algorithm import Terms as Terms
 from pmdflow.learner.algorithm import of_rewards as of_rewards
 from pmdflow.learner.methods.distillation import OPD, VOPD
 from pmdflow.learner.methods.gdpo import GDPO
+from pmdflow.learner.methods.gigpo import GIGPO
 from pmdflow.learner.methods.negative import A_NSR
 from pmdflow.learner.methods.opefo import OPEFO
 from pmdflow.learner.methods.ucpo import UCPO
@@ -59,6 +60,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "a_nsr": A_NSR,
     "gdpo": GDPO,
     "opefo": OPEFO,
+    "gigpo": GIGPO,
     "opd": OPD,
     "vopd": VOPD,
 }

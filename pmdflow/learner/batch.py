@@ -7,13 +7,15 @@ per-token values packed over those: P of them, in the order of its rows.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pmdflow import _rust_buffer
+from pmdflow.learner.turns import turn_keys, turn_numbers
 from pmdflow.store.plan import in_claim_order
 from pmdflow.types import Claim, ClaimRows, ClaimTokens, Float32, Int32, Int64, Mask, TrainBatch
 
@@ -64,8 +66,12 @@ class MicroBatch:
     """[P]"""
     turns: Int32
     """Turn of its trajectory that each token is of, from 0 [P]: what no observed token interrupts."""
+    turn_keys: Int64
+    """Of what was observed since the turn before, or of the prompt: what each token's turn answers [P]."""
     trained: Bool
     """[P]"""
+    columns: Mapping[str, npt.NDArray[Any]]
+    """Extra columns by name, each [P, ...]; {} for a micro-batch that only keeps pace."""
     cu_seqlens: Int64
     """Start of each sequence's generated tokens and the end [B + 1]."""
     packed: bool
@@ -238,7 +244,8 @@ def pack_rank(
         for micro in micros:
             rows = np.array(micro, np.int64)
             start, end = end, end + int(lengths[rows].sum())
-            tokens = ClaimTokens(tokens=own.tokens[start:end], logprobs=own.logprobs[start:end])
+            extra = {name: values[start:end] for name, values in own.extra.items()}
+            tokens = ClaimTokens(tokens=own.tokens[start:end], logprobs=own.logprobs[start:end], extra=extra)
             batch = claim.batch(rows, tokens)
             trained = (batch.mask & Mask.TRAINABLE) != 0
             filled = pack(batch, trained=trained, trajectories=tuple(range(len(rows))), packing=packing)
@@ -277,16 +284,15 @@ def pack(batch: TrainBatch, *, trained: Bool, trajectories: Indices, packing: bo
         temperatures=batch.temperatures[source],
         behavior=batch.logprobs[source],
         versions=batch.versions[source],
-        turns=np.concatenate([_turns(part) for part in sources]),
+        turns=np.concatenate([turn_numbers(part) for part in sources]),
+        turn_keys=np.concatenate(
+            [turn_keys(batch.tokens, start, part) for start, part in zip(starts, sources, strict=True)]
+        ),
         trained=trained[source],
+        columns={name: values[source] for name, values in batch.extra.items()},
         cu_seqlens=np.concatenate([[0], np.cumsum([len(part) for part in sources])]).astype(np.int64),
         packed=packing,
     )
-
-
-def _turns(generated: Int64) -> Int32:
-    """The turn of each generated token from their places in a trajectory: a gap ends one."""
-    return np.cumsum(np.diff(generated, prepend=generated[:1]) > 1, dtype=np.int32)
 
 
 def _empty(packing: bool) -> MicroBatch:
@@ -301,7 +307,9 @@ def _empty(packing: bool) -> MicroBatch:
         behavior=np.zeros(1, np.float32),
         versions=np.full(1, -1, np.int32),
         turns=np.zeros(1, np.int32),
+        turn_keys=np.zeros(1, np.int64),
         trained=np.zeros(1, np.bool_),
+        columns={},
         cu_seqlens=np.array([0, 1], np.int64),
         packed=packing,
     )

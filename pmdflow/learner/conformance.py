@@ -14,7 +14,7 @@ from torch import Tensor
 from pmdflow.config.schema import LearnerConfig
 from pmdflow.learner.algorithm import Algorithm, Terms
 from pmdflow.learner.algorithms import find_algorithm
-from pmdflow.learner.view import ClaimView, Credit, Need, State
+from pmdflow.learner.view import COLUMN, ClaimView, Credit, Need, State
 from pmdflow.types import Int64
 
 SIZES = (4, 3, 1, 4, 2)
@@ -71,6 +71,7 @@ class Trial:
             "entropy_flow": random.standard_normal(total).astype(np.float32),
             "versions": random.integers(0, 3, total).astype(np.int32),
             "turns": np.zeros(total, np.int64),
+            "turn_keys": random.integers(0, 3, total),
             "trained": random.random(total) < 0.8,
             "tokens": random.integers(0, 50, total),
             "teacher": -random.random(total).astype(np.float32) * 4,
@@ -86,7 +87,10 @@ class Trial:
             groups=groups,
             prompt_ids=tuple(f"prompt-{group}" for group in groups),
             cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            per_token={name: everything[name] for name in self.algorithm.needs},
+            per_token={
+                **{name: everything[name] for name in self.algorithm.needs},
+                **{f"{COLUMN}{name}": random.random(total) for name in self.algorithm.columns},
+            },
         )
         for values in (view.rewards, view.correct, view.groups, view.cu_seqlens, *view.per_token.values()):
             values.flags.writeable = False

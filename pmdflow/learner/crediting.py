@@ -17,7 +17,7 @@ from pmdflow.learner.batch import StepPlan, is_whole
 from pmdflow.learner.steps import Tensors
 from pmdflow.learner.sums import all_sum
 from pmdflow.learner.token_scores import TokenScores
-from pmdflow.learner.view import Bool, ClaimView, Credit, State
+from pmdflow.learner.view import COLUMN, TOP, Bool, ClaimView, Credit, State
 from pmdflow.reward.total import TotalRewards
 from pmdflow.types import Claim, Float64, Int64, Mask
 
@@ -60,7 +60,7 @@ class _Rows:
             trajectories=np.concatenate([none, *(micro.trajectories for micro, _ in pairs)]),
             lengths=np.concatenate([none, *(micro.cu_seqlens.diff().cpu().numpy() for micro, _ in pairs)]),
             arrays={
-                name: np.concatenate([_array(name, micro, *own) for micro, own in pairs]) if pairs else np.zeros(0)
+                name: np.concatenate([_array(name, micro, *own) for micro, own in pairs]) if pairs else _none(name)
                 for name in sorted(names)
             },
         )
@@ -136,14 +136,26 @@ def _seen(
     scores: Scores,
 ) -> tuple[Bool, ClaimView, bool]:
     """The trajectories in the view [N], the view, and whether it is this rank's own."""
-    if not algorithm.needs:
+    if not algorithm.needs and not algorithm.columns:
         return kept, _view(claim, rewards, kept, None), False
-    rows = _Rows.of(steps, scores, frozenset(algorithm.needs))
+    _require_columns(algorithm, steps)
+    rows = _Rows.of(steps, scores, frozenset(algorithm.needs) | {f"{COLUMN}{name}" for name in algorithm.columns})
     wide = algorithm.claim_wide or algorithm.state is not None or not is_whole(plans, claim.groups)
     rows = (rows.gathered() if wide else rows).in_claim_order()
     if not wide:
         kept = kept & np.isin(claim.groups, claim.groups[rows.trajectories])
     return kept, _view(claim, rewards, kept, rows), not wide
+
+
+def _require_columns(algorithm: Algorithm, steps: Steps) -> None:
+    for micro in (micro for micros in steps for micro in micros if len(micro.trajectories)):
+        missing = sorted(algorithm.columns - micro.columns.keys())
+        if missing:
+            known = ", ".join(sorted(micro.columns)) or "none"
+            raise ValueError(
+                f"the algorithm reads the extra column {missing[0]!r}, which no token of the claim has (there is "
+                f"{known}): whoever generates has to give it, as `extra` of an append"
+            )
 
 
 def _next_state(algorithm: Algorithm, state: State | None, credit: Credit) -> State | None:
@@ -244,6 +256,8 @@ def _both_tops(scores: TokenScores, teacher: TokenScores) -> torch.Tensor | None
 
 
 def _array(name: str, micro: Tensors, scores: TokenScores, teacher: TokenScores | None) -> npt.NDArray[Any]:
+    if name.startswith(COLUMN):
+        return micro.columns[name.removeprefix(COLUMN)]
     tensors = {
         "reference": scores.logprobs,
         "teacher": None if teacher is None else teacher.logprobs,
@@ -254,11 +268,18 @@ def _array(name: str, micro: Tensors, scores: TokenScores, teacher: TokenScores 
         "trained": micro.trained,
         "tokens": micro.targets,
         "turns": micro.turns,
+        "turn_keys": micro.turn_keys,
         "versions": micro.versions,
     }
     found = tensors[name]
     assert found is not None, f"the reference pass did not compute {name}"
     return found.detach().cpu().numpy() if isinstance(found, torch.Tensor) else found
+
+
+def _none(name: str) -> npt.NDArray[Any]:
+    """The array of a rank, or a claim, without a token."""
+    whole = {"trained": np.bool_, "versions": np.int32, "turns": np.int32, "turn_keys": np.int64, "tokens": np.int64}
+    return np.zeros((0, 2, TOP) if name == "top" else 0, whole.get(name, np.float32))
 
 
 def _summed(own: Mapping[str, float]) -> dict[str, float]:

@@ -123,7 +123,7 @@ class Learner:
 
     def train(self, batch: TrainBatch) -> TrainResult:
         """Take the iteration's optimizer steps on a claim that is here whole; as `train_claim`."""
-        return self.train_claim(Claim.of(batch), batch.read)
+        return self.train_claim(Claim.of(batch), self._read(batch))
 
     def train_claim(self, claim: Claim, read: ReadTokens) -> TrainResult:
         """Take the iteration's optimizer steps on one claim; each rank reads the tokens of its own trajectories alone.
@@ -159,7 +159,7 @@ class Learner:
         if self._config.learner.num_ranks > 1:
             raise ValueError("a claim is assessed on one rank: set learner.ranks to 1")
         claim = replace(Claim.of(batch), plan=None)
-        ready = self._prepare(claim, batch.read, Sums(max_grad_norm=1.0), steps=1)
+        ready = self._prepare(claim, self._read(batch), Sums(max_grad_norm=1.0), steps=1)
         ((plan, micros, anchors),) = zip(ready.plans, ready.steps, ready.anchors, strict=True)
         loss = accumulate(
             self._policy, micros, anchors, supervised=None, algorithm=self._algorithm, config=self._config, plan=plan
@@ -190,6 +190,11 @@ class Learner:
         self._algorithm = find_algorithm(config.learner.algorithm)
         self._config = config.model_copy(update={"learner": self._algorithm.configured(config.learner)})
         self._state = state if state is not None or self._algorithm.state is None else self._algorithm.state()
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Extra columns of tokens that a claim has to be read with."""
+        return self._algorithm.columns
 
     @property
     def state(self) -> State | None:
@@ -279,6 +284,10 @@ class Learner:
         self._prober = Prober(self._policy, config=self._config, device=self._device)
         self._build_state()
         self._pristine = True
+
+    def _read(self, batch: TrainBatch) -> ReadTokens:
+        """Of the extra columns only those that the algorithm names."""
+        return replace(batch, extra={name: own for name, own in batch.extra.items() if name in self.columns}).read
 
     def _build_state(self) -> None:
         self._state = None if self._algorithm.state is None else self._algorithm.state()

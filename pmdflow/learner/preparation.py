@@ -70,7 +70,8 @@ def prepare(
     rewards = total_rewards(claim, parts.config.reward, memory)
     filtered = groups_left_out(claim, rewards.task, learner)
     kept, portions = np.where(filtered, 0, claim.count(Mask.TRAINABLE)), claim.episode_shares()
-    scored = ~filtered & (claim.count(Mask.GENERATED) > 0) if parts.algorithm.needs else None
+    reads = parts.algorithm.needs or parts.algorithm.columns
+    scored = ~filtered & (claim.count(Mask.GENERATED) > 0) if reads else None
     plans = plan_claim(learner, claim, kept, steps=steps, quadratic=parts.quadratic, scored=scored)
     micros = load_steps(learner, claim, read, plans, portions, rank=parts.rank, device=parts.device)
     scores = _reference(parts, claim, micros, sums)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -42,8 +43,11 @@ class Tensors:
     weights: Tensor
     """Of the loss of each row, float64 [B]."""
     versions: Int32
-    """NumPy [P], as `turns`."""
+    """NumPy [P], as the next two."""
     turns: Int32
+    turn_keys: Int64
+    columns: Mapping[str, npt.NDArray[Any]]
+    """Extra columns by name, NumPy [P, ...]."""
     sequence_credit: Tensor | None = None
     """float64 [B]"""
     token_credit: Tensor | None = None
@@ -67,6 +71,8 @@ class Tensors:
             weights=torch.from_numpy(weights[micro.trajectories] if real else np.zeros(1)).to(device),
             versions=micro.versions,
             turns=micro.turns,
+            turn_keys=micro.turn_keys,
+            columns=micro.columns,
             trajectories=micro.trajectories,
         )
 
@@ -230,6 +236,7 @@ def _terms(micro: Tensors, logprobs: Tensor, entropies: Tensor, anchor: Tensor, 
         scope=torch.ones_like(micro.trained) if generated else micro.trained,
         cu_seqlens=micro.cu_seqlens,
         max_tokens=config.data.max_tokens,
+        columns={name: torch.from_numpy(own).to(logprobs.device) for name, own in micro.columns.items()},
     )
 
 

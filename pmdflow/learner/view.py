@@ -12,13 +12,25 @@ import numpy.typing as npt
 from pmdflow.types import Float64, Int32, Int64
 
 Need = Literal[
-    "reference", "behavior", "versions", "turns", "trained", "entropies", "entropy_flow", "tokens", "teacher", "top"
+    "reference",
+    "behavior",
+    "versions",
+    "turns",
+    "turn_keys",
+    "trained",
+    "entropies",
+    "entropy_flow",
+    "tokens",
+    "teacher",
+    "top",
 ]
 """Per-token arrays that `Algorithm.needs` may name; what is not named is not gathered."""
 FROM_REFERENCE = frozenset[Need]({"reference", "entropies", "entropy_flow", "top"})
 """Those that the pass of the policy over the claim gives, before the first step."""
 FROM_TEACHER = frozenset[Need]({"teacher", "top"})
 """Those that want `learner.teacher`."""
+COLUMN = "column "
+"""Before the name of an extra column among the per-token arrays of a view."""
 TOP = 16
 """Of the likeliest tokens under pi_i, so many at each position are scored where an algorithm needs `top`."""
 State = Mapping[str, Any]
@@ -77,6 +89,14 @@ class ClaimView:
         return cls(rewards=values, groups=np.asarray(groups, np.int64), **{**given, **others})
 
     @property
+    def columns(self) -> Mapping[str, npt.NDArray[Any]]:
+        """Extra columns that `Algorithm.columns` names, each [P, ...]; NaN, or 0 in whole numbers, where there is none.
+
+        Source: `extra` of `TrajectoryStore.put_group` and `append`.
+        """
+        return {name.removeprefix(COLUMN): own for name, own in self.per_token.items() if name.startswith(COLUMN)}
+
+    @property
     def num_episodes(self) -> int:
         """N."""
         return len(self.rewards)
@@ -123,6 +143,11 @@ class ClaimView:
     def turns(self) -> Int64:
         """Number of each token's turn in its episode, from 0 [P]: a turn is what no observed token interrupts."""
         return self._token("turns")
+
+    @property
+    def turn_keys(self) -> Int64:
+        """Hash of what each token's turn answers [P]: what was observed since the turn before; at first, the prompt."""
+        return self._token("turn_keys")
 
     @property
     def trained(self) -> Bool:
@@ -175,12 +200,7 @@ class ClaimView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credit:
-    """What each episode or token of a view is worth.
-
-    Example:
-        >>> Credit(values=np.array([0.5, -0.5]), per="sequence").metrics
-        {}
-    """
+    """What each episode or token of a view is worth: `Credit(values=np.array([0.5, -0.5]), per="sequence")`."""
 
     values: Float64
     """[N], or [P] if `per` is `token`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
+from concurrent.futures import wait
 from dataclasses import replace
 from typing import Self
 
@@ -14,10 +15,10 @@ from rich.progress import Progress
 from pmdflow.config.schema import Config
 from pmdflow.data.prompts import make_prompts
 from pmdflow.data.tokenizer import load_tokenizer
-from pmdflow.errors import PmdflowError
+from pmdflow.errors import PmdflowError, WaitTimeout
 from pmdflow.reward.item import ScoreItem
 from pmdflow.reward.rubric import Scored
-from pmdflow.reward.runner import RewardRunner
+from pmdflow.reward.runner import START_TIMEOUT_S, RewardRunner
 from pmdflow.types import Prompt, Stop, TrainBatch
 
 ROWS_PER_GROUP = 4
@@ -53,7 +54,7 @@ class Rescorer:
         """
         self._prompts = _find_prompts(config, set(prompt_ids), last_group)
         self._tokenizer = load_tokenizer(config.model.path)
-        self._attempts = config.reward.max_attempts
+        self._attempts, self._timeout_s = config.reward.max_attempts, config.reward.timeout_s
         workers = max(config.reward.workers, os.cpu_count() or 1)
         self._runner = RewardRunner(config.reward.model_copy(update={"workers": workers}), config.own_rewards)
 
@@ -89,7 +90,11 @@ class Rescorer:
             futures = [self._runner.submit(item) for item in items]
             for future in futures:
                 future.add_done_callback(lambda _: progress.advance(task))
-            scores = [future.result() for future in futures]
+            limit_s = (len(items) + 1) * (self._timeout_s + START_TIMEOUT_S)  # each in turn, and a new process for it
+            late = wait(futures, timeout=limit_s).not_done
+        if late:
+            raise WaitTimeout(f"{len(late)} of {len(items)} answers were not judged within {limit_s:g} s")
+        scores = [future.result() for future in futures]
         for index, scored in enumerate(scores):
             for _ in range(self._attempts - 1):
                 if scored.outcome != "infra_failure":

@@ -149,4 +149,5 @@ def _score_item(item: Unscored, tokenizer: PreTrainedTokenizerBase, runner: Rewa
         prompt=item.text if item.text is not None else decode_text(tokenizer, item.prompt.tolist()),
         stop=item.stop.name.lower(),
         metadata=item.metadata,
+        rewards=item.rewards,
     )

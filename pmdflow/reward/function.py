@@ -21,6 +21,7 @@ INPUTS: Mapping[str, str] = {
     "prompt": "the text of the task, as in the data",
     "messages": "the conversation of the task, None where the data has none",
     "metadata": "every other key of the data",
+    "rewards": "what its environment or agent program said of the episode, summed by name",
     "timeout_s": "`reward.timeout_s`",
 }
 """What a reward function may ask for by the names of its parameters."""

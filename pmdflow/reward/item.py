@@ -27,6 +27,7 @@ class ScoreItem:
     raw_completion: str = ""
     """Left empty where no function asks for it, like `token_ids`."""
     token_ids: Sequence[int] = ()
+    rewards: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of_tokens(
@@ -38,6 +39,7 @@ class ScoreItem:
         prompt: str,
         stop: str,
         metadata: Mapping[str, Any],
+        rewards: Mapping[str, float] | None = None,
     ) -> ScoreItem:
         """Decode what was generated after a prompt, as far as the rubric's `inputs` need it."""
         return cls(
@@ -48,6 +50,7 @@ class ScoreItem:
             stop=stop,
             metadata=metadata,
             messages=metadata.get(MESSAGES),
+            rewards=rewards or {},
         )
 
     def encode(self) -> bytes:
@@ -58,14 +61,14 @@ class ScoreItem:
         """
         values = [
             self.completion, self.prompt, dict(self.metadata), self.messages, self.stop, self.raw_completion,
-            list(self.token_ids),
+            list(self.token_ids), dict(self.rewards),
         ]  # fmt: skip
         return encode(values)
 
 
 def decode_inputs(data: bytes) -> dict[str, Any]:
     """The inputs of a reward function, but for `timeout_s`."""
-    names = ("completion", "prompt", "metadata", "messages", "stop", "raw_completion", "token_ids")
+    names = ("completion", "prompt", "metadata", "messages", "stop", "raw_completion", "token_ids", "rewards")
     return dict(zip(names, decode(data), strict=True))
 
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 
+from pmdflow.agents.desk import Incoming, Outgoing
 from pmdflow.config.schema import Config
 from pmdflow.errors import EngineDied, PmdflowError, WaitTimeout, WeightsLost
 from pmdflow.metrics.report import ActorReport, Event
 from pmdflow.metrics.spans import SpanBuffer, Wait
 from pmdflow.rollout.engines.make import make_engine
+from pmdflow.rollout.held import HeldTrajectory
 from pmdflow.rollout.holder import Holder
 from pmdflow.rollout.incoming import IncomingWeights
 from pmdflow.rollout.leasing import LeaseTaker
 from pmdflow.rollout.loading import Loader
+from pmdflow.rollout.programs import AgentsPlace, Programs, noted
 from pmdflow.rollout.requests import STORE_TIMEOUT_S, StoreRequests
 from pmdflow.store.client import StoreHandle
 from pmdflow.weights.make import make_transport
@@ -27,6 +31,8 @@ MAX_PROBLEMS = 20
 """Problems of environments kept between two drains."""
 LOST_WEIGHTS_TIMEOUT_S = 1800.0
 """A learner that was killed has loaded its checkpoint and published it within this time."""
+PARKED_LOOK_S = 5.0
+"""How often the store is asked who goes on with the trajectories of programs that wait here."""
 SPAN_S = 1.0
 """Longest `generate` span, so that a live timeline grows."""
 
@@ -34,14 +40,37 @@ SPAN_S = 1.0
 class RolloutActor:
     """Holds one engine and no trajectory state: it can vanish at any instant, and only unsent tokens are lost."""
 
-    def __init__(self, *, config: Config, index: int, store: StoreHandle, run_dir: str) -> None:
-        """Load the engine; `store` is the handle of the store actor."""
+    def __init__(
+        self,
+        *,
+        config: Config,
+        index: int,
+        store: StoreHandle,
+        run_dir: str,
+        worker: str,
+        agents: AgentsPlace | None = None,
+    ) -> None:
+        """Load the engine.
+
+        Args:
+            config: The run's.
+            index: Numbers the rollout actors.
+            store: The handle of the store actor.
+            run_dir: The run directory.
+            worker: The name under which leases are taken, which no actor before it had: the leases of those may be
+                fenced at any time. Ray knows the actor by it too.
+            agents: Where agent programs find the gateway.
+        """
         self._config = config.rollout
-        self._worker = f"rollout-{index}"
+        self._worker = worker
         self._requests = StoreRequests(store)
         self._transport = make_transport(config, Path(run_dir))
         self._engine = make_engine(config, seed=(config.run.seed * 1000 + index) % 2**32)
-        self._holder = Holder(self._engine, LeaseTaker(config))
+        self._programs: Programs | None = None
+        self._agents = config.agents
+        if agents is not None:
+            self._programs = Programs(config, agents, Path(run_dir), worker, self._requests.trajectory)
+        self._holder = Holder(self._engine, LeaseTaker(config, self._programs))
         self._loader = Loader(self._engine, mode=config.rollout.on_new_weights)
         self._one_version = config.scheduler.versions is not None
         self._incoming = IncomingWeights(any_order=self._one_version)
@@ -49,19 +78,19 @@ class RolloutActor:
         self._span_start: float | None = None
         self._span_steps = 0
         self._span_tokens = 0
-        self._last_flush = 0.0
+        self._last_flush = self._last_look = 0.0
         self._generated = 0
         self._problems: deque[str] = deque(maxlen=MAX_PROBLEMS)
         """What environments failed at since the last drain."""
+        self._notes: deque[Event] = deque(maxlen=MAX_PROBLEMS)
+        """What agent programs did that is to be known, since the last drain."""
         self._environment = config.environment
         self._failures: list[str] = []
         """What environments have failed at since one of them answered."""
         self._stopping = threading.Event()
 
-    def run(self, handle: WeightsHandle | None, worker: str) -> None:
+    def run(self, handle: WeightsHandle | None) -> None:
         """Generate until `stop`, from the weights of `handle`; None means those of the model folder.
-
-        Leases are taken as `worker`, a name that no actor before it had: the leases of those may be fenced at any time.
 
         Consumes: leases and weights. Produces: segments. Waits for: a lease or a grant, at most `LEASE_WAIT_S` at a
         time. Unblocked by: admission, a publication, an expired lease of another worker.
@@ -71,7 +100,6 @@ class RolloutActor:
             WaitTimeout: the store does not answer, or the first weights do not come.
             PmdflowError: the environment only fails.
         """
-        self._worker = worker
         if handle is not None:
             self._begin_with(handle)
         try:
@@ -121,14 +149,25 @@ class RolloutActor:
         self._stopping.set()
         self._incoming.close()
 
+    def submit_requests(self, requests: list[Incoming]) -> None:
+        """Leave HTTP requests of agent programs for the generating thread; returns at once."""
+        assert self._programs is not None
+        self._programs.desk.submit(requests)
+
+    def take_answers(self, wait_s: float) -> list[Outgoing]:
+        """Answers to HTTP requests; waits up to `wait_s` for the first one."""
+        assert self._programs is not None
+        return self._programs.desk.take_answers(wait_s)
+
     def drain(self) -> ActorReport:
         """Spans and problems of environments since the last call, and counts of tokens since the start."""
         problems = [self._problems.popleft() for _ in range(len(self._problems))]
+        told = [self._notes.popleft() for _ in range(len(self._notes))]
         attrs = {"actor": self._spans.actor}
         failed = [Event(kind="environment_failed", message=problem, attrs=attrs) for problem in problems]
         return ActorReport(
             spans=self._spans.drain(),
-            events=[*failed, *self._spans.losses()],
+            events=[*failed, *told, *self._spans.losses()],
             tokens={
                 "generated_tokens": self._generated,
                 "prefill_tokens": self._engine.prefill_tokens,
@@ -194,7 +233,15 @@ class RolloutActor:
             self._holder.join(lease, grant=lease.grant if version == self._engine.version else 0)
 
     def _take_answers(self) -> None:
-        for reply in self._holder.take_answers().values():
+        answers = self._holder.take_answers()
+        if self._holder.forks():
+            self._fork()
+        for id, reply in answers.items():
+            if self._programs is not None and reply.done:
+                held = self._holder[id]
+                self._programs.note(held, reply.problem)
+                if rewards := self._programs.rewards(held):
+                    self._requests.turn(id, held.epoch, 0, rewards)
             if not reply.problem:
                 self._failures.clear()
                 continue
@@ -208,9 +255,40 @@ class RolloutActor:
                     hint="mend the environment; what is stored stays, and `pmdflow up` goes on",
                 )
 
+    def _fork(self) -> None:
+        """Begin branches in the store: what is in flight renews leases under the epochs that these end."""
+        self._await_append()
+        for held in self._holder.forks():
+            assert held.fork is not None
+            forked = self._requests.fork(held.id, held.epoch, held.fork)
+            if forked.stale:
+                self._let_go([self._holder.drop(held.id)])
+            else:
+                held.forked(forked.epoch)
+
+    def _let_go(self, gone: Iterable[HeldTrajectory]) -> None:
+        """Leases have ended; what is given back is still partial."""
+        for held in gone:
+            if self._programs is not None and self._agents is not None:
+                notes = self._programs.let_go(held, stays=not self._stopping.is_set())
+                self._notes += noted(self._worker, notes, held, self._agents)
+            elif held.session is not None:
+                held.session.close("its lease has ended")
+
+    def _drop_parked(self) -> None:
+        """End programs whose trajectories others go on with."""
+        if self._programs is None or time.monotonic() - self._last_look < PARKED_LOOK_S:
+            return
+        self._last_look, parked = time.monotonic(), self._programs.parked()
+        epochs = self._requests.epochs(list(parked)) if parked else {}
+        for trajectory, epoch in parked.items():
+            if epochs.get(trajectory) != epoch:
+                self._programs.drop(trajectory)
+
     def _request_leases(self) -> None:
         slots, finish = self._engine.num_slots, self._config.on_new_weights == "finish"
-        wanted = (slots if finish else slots + slots // SLOTS_PER_SPARE) - self._holder.num_open
+        most = slots if finish else slots + slots // SLOTS_PER_SPARE
+        wanted = (self._programs.most if self._programs is not None else most) - self._holder.num_open
         awaits_weights = finish and self._incoming.waiting
         if wanted > 0 and not self._requests.asking and not awaits_weights:
             self._requests.ask_leases(self._worker, version=self._engine.version, most=wanted)
@@ -249,6 +327,7 @@ class RolloutActor:
         # waited for: what is generated meanwhile would be lost too.
         if time.monotonic() - self._last_flush >= self._config.flush_interval_s / 2:
             self._await_append()
+            self._drop_parked()
             self._send(next_version=self._engine.version)
         elif self._holder.urgent and not self._requests.sending:
             self._requests.send(self._holder.segments(next_version=self._engine.version, urgent=True))
@@ -261,7 +340,7 @@ class RolloutActor:
 
     def _await_append(self) -> None:
         """Wait for the append in flight, if there is one, and go on with its grants."""
-        self._holder.resume(self._requests.take_grants())
+        self._let_go(self._holder.resume(self._requests.take_grants()))
 
     def _release_all(self) -> None:
         """Send what is unsent and make every held trajectory leasable again."""
@@ -270,3 +349,5 @@ class RolloutActor:
         self._holder.abort()
         self._send(next_version=self._engine.version)
         self._await_append()
+        if self._programs is not None:
+            self._programs.close()

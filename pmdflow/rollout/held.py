@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,10 +10,10 @@ from typing import Any, Literal
 import numpy as np
 
 from pmdflow.data.sampling import SamplingControl
+from pmdflow.environments.protocol import Partner, Reply
 from pmdflow.rollout.engine import Output, Request
 from pmdflow.rollout.repetition import RepetitionDetector
 from pmdflow.rollout.stop_text import StopText
-from pmdflow.rollout.turns import Reply, Session
 from pmdflow.types import Lease, Segment, StopReason
 
 Phase = Literal["waiting", "generating", "ended", "calling", "answered", "over", "closed"]
@@ -49,8 +49,10 @@ class HeldTrajectory:
     """Watches the turn for stop strings; None if there are none."""
     repetition: RepetitionDetector | None = None
     """Watches for loops; None if they are let go on."""
-    session: Session | None = None
-    """Its environment; None if it is a single answer."""
+    session: Partner | None = None
+    """Its environment or agent program; None if it is a single answer."""
+    watch: Callable[[Sequence[str], Sequence[int]], StopText] | None = None
+    """Makes what watches a turn for stop strings that its program asks for."""
     phase: Phase = field(default="waiting", init=False)
     """Where it stands, by the table above."""
     stop: StopReason | None = field(default=None, init=False)
@@ -65,9 +67,17 @@ class HeldTrajectory:
     """Of `tokens`."""
     observed: list[int] = field(default_factory=list, init=False)
     """The environment's answer, not yet sent."""
+    num_observed: int = field(default=0, init=False)
+    """Tokens observed under this lease."""
+    epoch: int = field(init=False)
+    """Fencing epoch of the newest branch."""
+    left_out: int = field(default=0)
+    """Tokens of the episode that its newest branch has not."""
+    fork: int | None = field(default=None, init=False)
+    """A branch is to be begun in the store, with so many tokens after the prompt, before anything else is sent."""
 
     def __post_init__(self) -> None:
-        self.offset = len(self.context)
+        self.offset, self.epoch = len(self.context), self.lease.epoch
 
     @property
     def id(self) -> int:
@@ -77,7 +87,7 @@ class HeldTrajectory:
     @property
     def room(self) -> int:
         """Tokens until the trajectory's own maximum."""
-        return self.control.max_tokens - len(self.context)
+        return self.control.max_tokens - len(self.context) - self.left_out
 
     @property
     def min_tokens(self) -> int:
@@ -100,7 +110,7 @@ class HeldTrajectory:
         """The call of the environment that goes on."""
         return self.session.call if self.session is not None and self.phase == "calling" else None
 
-    def open(self, session: Session, *, unanswered: int, whole: bool) -> None:
+    def open(self, session: Partner, *, unanswered: int, whole: bool) -> None:
         """Begin with an environment, whose record is replayed.
 
         Args:
@@ -111,6 +121,15 @@ class HeldTrajectory:
         self.session = session
         self.turn_start = len(self.context) - unanswered
         self._call(self.context[self.turn_start :] if whole else None)
+
+    def attach(self, session: Partner, *, turn: int | None) -> None:
+        """Go on with a program that lives: it waits for `turn` tokens and more, or, None, it is waited for."""
+        self.session = session
+        self.turn_start = len(self.context) - (turn or 0)
+        if turn is None:
+            self.phase = "calling"
+        else:
+            self._watch_turn()
 
     def begin(self) -> Request:
         """What the engine is asked to generate, from now on."""
@@ -126,8 +145,8 @@ class HeldTrajectory:
             stop_token_ids=self.control.stop_token_ids,
         )
 
-    def take(self, output: Output) -> int:
-        """Take what the engine generated; returns how many of the tokens are kept.
+    def take(self, output: Output, *, version: int) -> int:
+        """Take what the engine generated under `version`; returns how many of the tokens are kept.
 
         A stop ends the trajectory, or its turn if it has an environment that can still answer.
         """
@@ -138,7 +157,10 @@ class HeldTrajectory:
         self.context.extend(output.tokens[:count])
         self.limit -= count
         stop = output.stop if end is None else "stop"
-        if stop == "stop" and self.session is not None and self.room > 0:
+        if self.session is not None:
+            self.session.generated(output.logprobs[:count], version)
+            stop = "length" if stop is None and self.session.limit == 0 else stop
+        if stop is not None and self.session is not None and (self.room > 0 or self.session.outlives):
             self.phase = "ended"
         elif stop is not None:
             self._end(stop)
@@ -146,19 +168,35 @@ class HeldTrajectory:
 
     def poll(self) -> Reply | None:
         """Take the environment's answer if it is there; one too long for the trajectory is cut and ends it."""
-        reply = self.session.poll() if self.session is not None and self.phase == "calling" else None
+        if self.session is None or self.stop is not None:
+            return None
+        interrupted = self.session.over and self.phase in ("waiting", "generating", "ended")
+        reply = self.session.poll() if self.phase == "calling" or interrupted else None
         if reply is None:
             return None
+        if reply.fork is not None:
+            self.left_out += len(self.context) - reply.fork
+            del self.context[reply.fork :]
+            self.offset = self.fork = reply.fork
         self.observed = list(reply.tokens[: self.room])
         self.context += self.observed
-        if self.observed:
-            self.turn_start = len(self.context)
-        self.phase = "answered" if self.observed else "waiting"
-        if reply.done:
-            self._end("stop")
+        self.num_observed += len(self.observed)
+        if self.observed or reply.turn is not None:
+            self.turn_start = len(self.context) - (reply.turn or 0)
+        if reply.again:
+            self._end("abort")
+        elif reply.done:
+            self._end("stop" if self.room > 0 else "length")
         elif self.room == 0:
             self._end("length")
+        else:
+            self.phase = "answered" if self.observed else "waiting"
+            self._watch_turn()
         return reply
+
+    def forked(self, epoch: int) -> None:
+        """The store has begun the branch."""
+        self.fork, self.epoch = None, epoch
 
     def resume(self, *, grant: int) -> None:
         """Go on after a send that is durable: generate within the new grant, or hand an ended turn to its environment.
@@ -177,6 +215,8 @@ class HeldTrajectory:
                 self.stop_text.restart(ignored=self.min_tokens)
         if self.phase in ("waiting", "generating") and self.limit == 0 and not self.tokens:
             self._end("budget")
+        if self.session is not None and self.session.limit is not None:
+            self.limit = min(self.limit, self.session.limit)
 
     def end_repetition(self) -> bool:
         """Whether the unsent tokens make it repetitive; it then ends at the token with which it became so."""
@@ -201,7 +241,7 @@ class HeldTrajectory:
         tokens, observed = self.observed or self.tokens, bool(self.observed)
         segment = Segment(
             trajectory=self.id,
-            epoch=self.lease.epoch,
+            epoch=self.epoch,
             offset=self.offset,
             version=version,
             temperature=self.control.temperature,
@@ -216,6 +256,11 @@ class HeldTrajectory:
         if self.phase == "over":
             self.phase = "closed"
         return segment
+
+    def _watch_turn(self) -> None:
+        if self.watch is not None and self.session is not None:
+            stop = (*self.control.stop, *self.session.stop)
+            self.stop_text = self.watch(stop, self.context[self.turn_start :]) if stop else None
 
     def _call(self, action: Sequence[int] | None) -> None:
         assert self.session is not None

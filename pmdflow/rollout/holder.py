@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, wait
 
+from pmdflow.environments.protocol import Reply
 from pmdflow.rollout.engine import Output, RolloutEngine
 from pmdflow.rollout.held import HeldTrajectory
 from pmdflow.rollout.leasing import LeaseTaker
-from pmdflow.rollout.turns import Reply
 from pmdflow.types import Grant, Lease, Segment
 
 CALL_WAIT_S = 0.02
@@ -44,6 +44,9 @@ class Holder:
     def __contains__(self, id: object) -> bool:
         return id in self._held
 
+    def __getitem__(self, id: int) -> HeldTrajectory:
+        return self._held[id]
+
     @property
     def num_open(self) -> int:
         """Trajectories that may still generate: those that are over wait only for their last append."""
@@ -62,7 +65,7 @@ class Holder:
     def join(self, lease: Lease, *, grant: int) -> None:
         """Hold a leased trajectory, of which `grant` tokens may be generated; an older lease of it is forgotten."""
         if lease.trajectory in self:
-            self._drop(lease.trajectory)
+            self.drop(lease.trajectory)
         self._held[lease.trajectory] = self._taker.take(lease, limit=grant, version=self._engine.version)
 
     def fill_slots(self) -> None:
@@ -80,7 +83,7 @@ class Holder:
         kept = 0
         for output in outputs:
             held = self._held[output.id]
-            kept += held.take(output)
+            kept += held.take(output, version=self._engine.version)
             if held.phase != "generating":
                 self._engine.abort(output.id)
         return kept
@@ -88,7 +91,14 @@ class Holder:
     def take_answers(self) -> dict[int, Reply]:
         """What environments have answered, by trajectory; those go on once that is durable."""
         answers = {held.id: held.poll() for held in self._held.values()}
+        for id, reply in answers.items():
+            if reply is not None and self._held[id].stop is not None:
+                self._engine.abort(id)
         return {id: reply for id, reply in answers.items() if reply is not None}
+
+    def forks(self) -> list[HeldTrajectory]:
+        """Those of which a branch is to be begun in the store before their next segment."""
+        return [held for held in self._held.values() if held.fork is not None]
 
     def wait_answer(self) -> None:
         """Wait a little for the next answer of an environment."""
@@ -117,7 +127,7 @@ class Holder:
         for grant in grants:
             held = self._held[grant.trajectory]
             if grant.stale or held.phase == "closed":
-                gone.append(self._drop(grant.trajectory))
+                gone.append(self.drop(grant.trajectory))
                 continue
             held.resume(grant=grant.tokens)
             if held.phase == "generating":
@@ -132,6 +142,7 @@ class Holder:
             held.abort()
             self._engine.abort(held.id)
 
-    def _drop(self, id: int) -> HeldTrajectory:
+    def drop(self, id: int) -> HeldTrajectory:
+        """Forget a trajectory."""
         self._engine.abort(id)
         return self._held.pop(id)

@@ -11,6 +11,7 @@ from pmdflow.data.sampling import SamplingControl, control_for, sampling_tempera
 from pmdflow.data.tokenizer import end_ids, load_tokenizer
 from pmdflow.environments.protocol import Environment, load_environment
 from pmdflow.rollout.held import HeldTrajectory
+from pmdflow.rollout.programs import Programs
 from pmdflow.rollout.repetition import RepetitionDetector
 from pmdflow.rollout.stop_text import StopText
 from pmdflow.rollout.turns import Session, split_turns
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
 class LeaseTaker:
     """Takes leases by the settings of a run; loads tokenizer and environment when the first one needs them."""
 
-    def __init__(self, config: Config) -> None:
-        """Load nothing yet."""
+    def __init__(self, config: Config, programs: Programs | None = None) -> None:
+        """Load nothing yet; `programs` are those of `agents`."""
         self._config = config
+        self._programs = programs
 
     def take(self, lease: Lease, *, limit: int, version: int) -> HeldTrajectory:
         """Hold a leased trajectory; with an environment, the call that replays its turns is under way.
@@ -47,7 +49,9 @@ class LeaseTaker:
         )
         if self._config.environment is not None:
             self._open(held)
-        if held.control.stop:
+        if self._programs is not None:
+            self._programs.open(held)
+        elif held.control.stop:
             held.stop_text = StopText(
                 self._tokenizer,
                 held.control.stop,

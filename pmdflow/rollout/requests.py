@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -12,6 +12,7 @@ from ray.exceptions import GetTimeoutError
 
 from pmdflow.errors import WaitTimeout
 from pmdflow.store.actor import StoreActor
+from pmdflow.store.answers import Forked
 from pmdflow.store.client import StoreHandle, call
 from pmdflow.store.segments import encode_segments
 from pmdflow.types import Grant, Lease, Segment
@@ -91,6 +92,26 @@ class StoreRequests:
         grants = _get(self._grants, "an append")
         self._grants = None
         return grants
+
+    def trajectory(self, id: int) -> Mapping[str, Any]:
+        """A trajectory as the store has it; waits for the answer.
+
+        Raises:
+            WaitTimeout: no answer within `STORE_TIMEOUT_S`.
+        """
+        return _get(call(self._store, StoreActor.trajectory, id), "the question for a trajectory")
+
+    def epochs(self, trajectories: Sequence[int]) -> Mapping[int, int]:
+        """The fencing epochs of those trajectories that are in the store; likewise."""
+        return _get(call(self._store, StoreActor.epochs, trajectories), "the question for epochs")
+
+    def turn(self, id: int, epoch: int, number: int, rewards: Mapping[str, float], key: str | None = None) -> None:
+        """Note what is said of an episode; likewise."""
+        _get(call(self._store, StoreActor.turn, id, epoch, number, dict(rewards), key), "a note on an episode")
+
+    def fork(self, id: int, epoch: int, offset: int) -> Forked:
+        """Begin a branch; likewise."""
+        return _get(call(self._store, StoreActor.fork, id, epoch, offset), "a fork")
 
     def _in_flight(self) -> list[ObjectRef[list[Lease]] | ObjectRef[list[Grant]]]:
         return [ref for ref in (self._leases, self._grants) if ref is not None]

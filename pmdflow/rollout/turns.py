@@ -6,11 +6,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pmdflow.config.variables import hide
-from pmdflow.environments.protocol import Environment, Observation
+from pmdflow.environments.protocol import Environment, Observation, Reply
 from pmdflow.errors import PmdflowError
 from pmdflow.types import Int32, UInt8
 
@@ -33,15 +34,12 @@ class Turn:
     """Empty if it has not answered yet, or the turn goes on."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
-    """What became of one call."""
-
-    tokens: tuple[int, ...] = ()
-    """To append as observed."""
-    done: bool = False
-    problem: str = ""
-    """What went wrong, for the run's events."""
+def close_environment(environment: Environment) -> None:
+    """Call its `close`, if it has one; what that fails at is nobody's any more."""
+    close = getattr(environment, "close", None)
+    if callable(close):
+        with suppress(Exception):
+            close()
 
 
 def split_turns(tokens: Int32, observed: UInt8) -> tuple[tuple[int, ...], list[Turn]]:
@@ -79,11 +77,16 @@ class Session:
     """What `reset` said; None if it was never called."""
     turns: list[Turn]
     """Answered ones."""
+    outlives: bool = field(default=False, init=False)
+    over: bool = field(default=False, init=False)
+    limit: int | None = field(default=None, init=False)
+    stop: tuple[str, ...] = field(default=(), init=False)
     environment: Environment | None = field(default=None, init=False)
     """None until the first call, and after a late one."""
     _call: Future[tuple[Environment | None, Reply]] | None = field(default=None, init=False)
     _action: tuple[int, ...] | None = field(default=None, init=False)
     _deadline: float = field(default=0.0, init=False)
+    _closed: bool = field(default=False, init=False)
 
     @property
     def call(self) -> Future[tuple[Environment | None, Reply]] | None:
@@ -121,6 +124,15 @@ class Session:
         arguments = (call, self.environment, self.said, list(self.turns), action)
         threading.Thread(target=self._run, args=arguments, name=f"environment-{self.key}", daemon=True).start()
 
+    def generated(self, logprobs: Sequence[float], version: int) -> None:
+        """Nobody asks for them."""
+
+    def close(self, why: str) -> None:
+        """Close the environment, if it can be, beside everything else; a call that goes on closes it at its end."""
+        call, self._closed = self._call, True
+        if call is None and self.environment is not None:
+            threading.Thread(target=close_environment, args=(self.environment,), daemon=True).start()
+
     def _run(
         self,
         call: Future[tuple[Environment | None, Reply]],
@@ -140,6 +152,8 @@ class Session:
         except Exception as error:
             reply = Reply(done=True, problem=self._said(f"the trajectory ends: {type(error).__name__}: {error}"))
         call.set_result((environment, reply))
+        if environment is not None and (self._closed or self._call is not call):
+            close_environment(environment)  # it was late, or is not wanted any more
 
     def _late(self) -> Reply:
         why = f"no answer within {self.config.timeout_s:g} s"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+import shutil
+import socket
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -16,19 +19,21 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pmdflow.agents.gateway import Gateway
 from pmdflow.config.schema import Config
 from pmdflow.errors import LaunchError
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.reward.actor import RewardActor
 from pmdflow.rollout.actor import RolloutActor
+from pmdflow.rollout.programs import AgentsPlace
 from pmdflow.run.cluster import ask_cluster
 from pmdflow.run.directory import log_path
 from pmdflow.run.loops import Loop, LoopHandle
 from pmdflow.run.nodes import worker_environment
-from pmdflow.run.placement import ActorOptions, place_rewards
+from pmdflow.run.placement import ActorOptions, needs, place_rewards
 from pmdflow.run.scheduler import grant_tokens
 from pmdflow.run.store_place import StorePlace
-from pmdflow.run.supervision import STARTUP_TIMEOUT_S
+from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Supervisor
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.archive.actor import ArchiveActor
 from pmdflow.store.client import StoreHandle, answers, call
@@ -119,14 +124,28 @@ def start_archive(
 
 
 def start_rollout(
-    config: Config, run_dir: Path, store: StoreHandle, place: ActorOptions, *, index: int
+    config: Config,
+    run_dir: Path,
+    store: StoreHandle,
+    place: ActorOptions,
+    *,
+    index: int,
+    worker: str,
+    agents: AgentsPlace | None = None,
 ) -> ActorHandle[RolloutActor]:
-    """Rollout actor number `index` in its place; its `run` is still to be called."""
+    """Rollout actor number `index` in its place, known as `worker`; its `run` is still to be called."""
     return make_actor(
         RolloutActor,
         log=log_path(run_dir, f"rollout-{index}"),
-        options={"max_concurrency": 8, "concurrency_groups": THREADS, **place},
-        arguments={"config": config, "index": index, "store": store, "run_dir": str(run_dir)},
+        options={"max_concurrency": 8, "concurrency_groups": THREADS, "name": worker, **place},
+        arguments={
+            "config": config,
+            "index": index,
+            "store": store,
+            "run_dir": str(run_dir),
+            "worker": worker,
+            "agents": agents,
+        },
     )
 
 
@@ -156,9 +175,14 @@ def store_settings(config: Config) -> StoreSettings:
 
 
 def start_learners(
-    config: Config, run_dir: Path, places: Sequence[ActorOptions], *, log_prefix: str = ""
+    config: Config,
+    run_dir: Path,
+    places: Sequence[ActorOptions],
+    *,
+    log_prefix: str = "",
+    supervisor: Supervisor | None = None,
 ) -> list[ActorHandle[LearnerActor]]:
-    """One actor a rank, each in its place, joined into one process group."""
+    """One actor a rank, each in its place, joined into one process group; `supervisor` looks after others meanwhile."""
     learners = [
         make_actor(
             LearnerActor,
@@ -168,20 +192,24 @@ def start_learners(
         )
         for rank, place in enumerate(places)
     ]
+    wait = answers if supervisor is None else supervisor.wait
+    if supervisor is not None:
+        supervisor.await_places(learners, what="learner ranks", needs=needs(places[0]))
     asked = [call(learners[0], LearnerActor.address)]
-    (master,) = answers(asked, what="the start of learner rank 0", timeout_s=STARTUP_TIMEOUT_S)
+    (master,) = wait(asked, what="the start of learner rank 0", timeout_s=STARTUP_TIMEOUT_S)
     setups = [call(learner, LearnerActor.setup, master) for learner in learners]
-    answers(setups, what="the setup of the learner ranks", timeout_s=LEARNER_SETUP_TIMEOUT_S)
+    wait(setups, what="the setup of the learner ranks", timeout_s=LEARNER_SETUP_TIMEOUT_S)
     return learners
 
 
 def make_loops(config: Config, run_dir: Path, store: StoreHandle, places: Sequence[ActorOptions]) -> list[Loop]:
     """The replaceable actors: a rollout actor in each place, and reward actors over the nodes."""
     reward_places = place_rewards(config)
+    gateways, agents = make_gateway(config, run_dir)
 
     def rollout(index: int, weights: WeightsHandle | None, worker: str) -> tuple[LoopHandle, ObjectRef[object]]:
-        actor = start_rollout(config, run_dir, store, places[index], index=index)
-        return actor, call(actor, RolloutActor.run, weights, worker)
+        actor = start_rollout(config, run_dir, store, places[index], index=index, worker=worker, agents=agents)
+        return actor, call(actor, RolloutActor.run, weights)
 
     def reward(index: int, weights: WeightsHandle | None, worker: str) -> tuple[LoopHandle, ObjectRef[object]]:
         actor = make_actor(
@@ -194,14 +222,47 @@ def make_loops(config: Config, run_dir: Path, store: StoreHandle, places: Sequen
 
     hang_s = config.rollout.lease_ttl_s
     rollouts = [
-        Loop(name=f"rollout-{index}", start=partial(rollout, index), takes_weights=True, hang_timeout_s=hang_s)
+        Loop(
+            name=f"rollout-{index}",
+            start=partial(rollout, index),
+            takes_weights=True,
+            hang_timeout_s=hang_s,
+            needs=needs(places[index]),
+        )
         for index in range(config.rollout.num_actors)
     ]
     rewards = [
         Loop(name=f"reward-{index}", start=partial(reward, index), takes_weights=False, hang_timeout_s=hang_s)
         for index in range(config.reward.actors)
     ]
-    return [*rollouts, *rewards]
+    return [*gateways, *rollouts, *rewards]
+
+
+def make_gateway(config: Config, run_dir: Path) -> tuple[list[Loop], AgentsPlace | None]:
+    """The gateway of agent programs on this machine, and where they find it; none where the run has no agents."""
+    if config.agents is None:
+        return [], None
+    given, secret = config.agents, secrets.token_bytes(32)
+    shutil.rmtree(run_dir / "agents", ignore_errors=True)  # what programs of a killed run have left
+    with socket.socket(socket.AF_INET6 if ":" in given.host else socket.AF_INET) as probe:
+        probe.bind((given.host, given.port))
+        port = probe.getsockname()[1]
+    everywhere = given.host in ("0.0.0.0", "::")  # noqa: S104
+    host = ray.util.get_node_ip_address() if everywhere else given.host
+    node = ray.get_runtime_context().get_node_id()
+
+    def gateway(_: WeightsHandle | None, worker: str) -> tuple[LoopHandle, ObjectRef[object]]:
+        actor = make_actor(
+            Gateway,
+            log=log_path(run_dir, "gateway"),
+            options={"max_concurrency": 4, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)},
+            arguments={"config": given, "model": config.run.name, "secret": secret, "port": port},
+        )
+        return actor, call(actor, Gateway.run)
+
+    loop = Loop(name="gateway", start=gateway, takes_weights=False, hang_timeout_s=config.rollout.lease_ttl_s)
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return [loop], AgentsPlace(address=address, secret=secret)
 
 
 def _store_threads(config: Config) -> ActorOptions:

@@ -118,9 +118,9 @@ def _train(inputs: Inputs, run: RunDirectory, telemetry: Telemetry, signals: Sto
     rollout_places = place_rollouts(config)
 
     def start() -> list[ActorHandle[LearnerActor]]:
-        learners = start_learners(config, run.path, places)
+        learners = start_learners(config, run.path, places, supervisor=supervisor)
         asked = [call(learners[0], LearnerActor.device_info)]
-        (device,) = answers(asked, what="the device of learner rank 0", timeout_s=STARTUP_TIMEOUT_S)
+        (device,) = supervisor.wait(asked, what="the device of learner rank 0", timeout_s=STARTUP_TIMEOUT_S)
         run.write_meta(config, device)
         return learners
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeAlias
 
 import ray
 from ray import ObjectRef
+from ray._private.state import actors
 from ray.actor import ActorHandle
 
 from pmdflow.metrics.report import ActorReport
@@ -38,6 +39,10 @@ class Running:
     drain_ref: ObjectRef[ActorReport] | None = None
     asked_at: float = 0.0
     """Monotonic second of the question that `drain_ref` answers."""
+    placed: bool = False
+    """Whether Ray has found a node for it; until then it is neither slow nor dead."""
+    missed: bool = False
+    """Whether somebody was told that it has no place."""
     answered: bool = False
     serves: int = 0
     """Version whose weights it was given or offered last."""
@@ -66,6 +71,8 @@ class Loop:
     takes_weights: bool
     hang_timeout_s: float
     """An actor that answered before and is silent for this long is killed and replaced."""
+    needs: str = "nothing"
+    """What a process of it reserves, for messages."""
     starts: int = 0
     """Processes started for it so far."""
     quick_deaths: list[str] = field(default_factory=list)
@@ -79,6 +86,12 @@ class Loop:
         """The present one."""
         assert self.running is not None, "start_loop comes first"
         return self.running
+
+
+def is_placed(actor: ActorHandle[Any]) -> bool:
+    """Whether Ray has found a node for an actor: of one that waits for room, or is just made, it knows no address."""
+    known = actors(actor._actor_id.hex())
+    return bool(known) and bool(known["Address"]["IPAddress"])
 
 
 def is_ready(ref: ObjectRef[Any]) -> bool:

@@ -69,6 +69,11 @@ def place_rewards(config: Config) -> list[ActorOptions]:
     ]
 
 
+def needs(place: ActorOptions) -> str:
+    """What an actor reserves, for messages."""
+    return f"{place.get('num_cpus', 0):g} CPUs and {place.get('num_gpus', 0):g} GPUs"
+
+
 def _gpu_shares(config: Config) -> tuple[float, float]:
     return gpu_shares(
         int(ray.cluster_resources().get("GPU", 0)),

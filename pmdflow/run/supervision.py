@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray import ObjectRef
@@ -17,7 +17,7 @@ from pmdflow.learner.actor import LearnerActor
 from pmdflow.metrics.report import ActorReport
 from pmdflow.rollout.actor import RolloutActor
 from pmdflow.run.live_versions import LiveVersions
-from pmdflow.run.loops import Loop, LoopActor, Running, is_ready
+from pmdflow.run.loops import Loop, LoopActor, Running, is_placed, is_ready
 from pmdflow.run.telemetry import Telemetry
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.client import StoreHandle, answers, call
@@ -29,7 +29,11 @@ TICK_S = 1.0
 CALL_TIMEOUT_S = 120.0
 """The store answers within this time, its restart included."""
 STARTUP_TIMEOUT_S = 300.0
-"""An actor that has not answered once by then has failed to start."""
+"""An actor that has not answered once by then, after it was placed, has failed to start."""
+PLACE_S = 15.0
+"""An actor that has no place after this long is told of."""
+PLACE_TIMEOUT_S = 24 * 3600.0
+"""A node that is lost comes back within this time, or its learner ranks find room elsewhere."""
 MAX_QUICK_DEATHS = 5
 """A loop that dies this often without having answered once is given up."""
 MAX_REFUSED = 3
@@ -119,7 +123,7 @@ class Supervisor:
             self._drain_learner(rank, learner)
         self._watch_store()
         if self._live_versions is not None:
-            self._live_versions.tick(self.loops)
+            self._live_versions.tick(loop for loop in self.loops if loop.process.placed)
 
     def offer_weights(self, handle: WeightsHandle, *, timeout_s: float) -> None:
         """Send a published version to every rollout actor, or to as many as it needs at the next tick."""
@@ -129,7 +133,7 @@ class Supervisor:
             return
         self._offer_timeout_s = timeout_s
         for loop in self.loops:
-            if loop.takes_weights:
+            if loop.takes_weights and loop.process.placed:
                 self._offer(loop, handle)
 
     def await_applied(self, *, timeout_s: float) -> None:
@@ -163,12 +167,57 @@ class Supervisor:
         self._learner_drains.clear()
 
     def _watch(self, loop: Loop) -> None:
-        if self._collect(loop):
+        process, silent_s = loop.process, time.monotonic() - loop.process.asked_at
+        is_heard = self._collect(loop)
+        is_judged = process.placed or self._find_place(loop, silent_s)
+        if is_heard or not is_judged:
             return
-        process = loop.process
-        silent_s = time.monotonic() - process.asked_at
         if silent_s > (loop.hang_timeout_s if process.answered else STARTUP_TIMEOUT_S):
             self._replace(loop, f"it did not answer for {silent_s:.0f} s")
+
+    def _find_place(self, loop: Loop, silent_s: float) -> bool:
+        """Whether a process is to be judged by its silence: it is placed, or nothing of the run has found room yet."""
+        process = loop.process
+        if is_placed(process.actor):
+            process.placed, process.asked_at = True, time.monotonic()
+            if process.missed:
+                self.telemetry.event("actor_placed", f"{loop.name} has found a place", actor=loop.name)
+            newest = self.handle
+            if loop.takes_weights and self._live_versions is None and newest and newest.version > process.serves:
+                self._offer(loop, newest)
+            return False
+        if silent_s > PLACE_S and not process.missed:
+            process.missed = True
+            what = f"{loop.name} waits for a place: it needs {loop.needs}, free are {free_resources()}"
+            self.telemetry.event("actor_waits", f"{what}; the others go on", actor=loop.name)
+        return not any(other.has_answered for other in self.loops if other.takes_weights == loop.takes_weights)
+
+    def await_places(self, waiting: Sequence[ActorHandle[Any]], *, what: str, needs: str) -> None:
+        """Wait until Ray has found a node for each actor, while all others go on.
+
+        Raises:
+            WaitTimeout: some have none after `PLACE_TIMEOUT_S`.
+            PmdflowError: the run was asked to end.
+        """
+        began, is_told = time.monotonic(), False
+        while left := [actor for actor in waiting if not is_placed(actor)]:
+            seconds = time.monotonic() - began
+            missing = f"{len(left)} of {len(waiting)} {what} wait for a place: each needs {needs}, free are "
+            if seconds > PLACE_S and not is_told:
+                is_told = True
+                free = free_resources()
+                self.telemetry.event(
+                    "actor_waits", f"{missing}{free}; they start when there is room, as on a lost node"
+                )
+            if self.draining or seconds > PLACE_TIMEOUT_S:
+                kind = PmdflowError if self.draining else WaitTimeout
+                raise kind(f"{missing}{free_resources()}", hint="`pmdflow up` goes on from what is stored")
+            ray.wait([loop.process.run_ref for loop in self.loops], timeout=TICK_S) if self.loops else time.sleep(
+                TICK_S
+            )
+            self.tick()
+        if is_told:
+            self.telemetry.event("actor_placed", f"all {what} have found a place")
 
     def _collect(self, loop: Loop) -> bool:
         """Take the report that was asked for last, if it is there, and ask for the next one."""
@@ -279,6 +328,12 @@ class Supervisor:
             self._sample = None
         if self._sample is None:
             self._sample = call(self.store, StoreActor.sample)
+
+
+def free_resources() -> str:
+    """CPUs and GPUs that nobody has reserved, for messages."""
+    free = ray.available_resources()
+    return ", ".join(f"{free.get(name, 0.0):g} {name}s" for name in ("CPU", "GPU"))
 
 
 def _answer(ref: ObjectRef[Answer], *, what: str) -> Answer:

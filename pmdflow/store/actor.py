@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import ray
 
 from pmdflow._rust_buffer import Conflict, StoreFull, StoreLocked
@@ -78,6 +80,25 @@ class StoreActor:
         """Go on in a new branch of a leased episode, which keeps `offset` tokens of the newest one's history."""
         return self._store.fork(trajectory, epoch, offset)
 
+    @_in_group("append")
+    def turn(self, trajectory: int, epoch: int, number: int, rewards: dict[str, float], key: str | None) -> bool:
+        """Note what is said of a leased episode; True if the lease was fenced."""
+        return self._store.turn(trajectory, epoch, number, rewards, key)
+
+    @_in_group("append")
+    def trajectory(self, trajectory: int) -> dict[str, Any]:
+        """One live trajectory with its arrays."""
+        return self._store.trajectory(trajectory)
+
+    @_in_group("append")
+    def epochs(self, trajectories: Sequence[int]) -> dict[int, int]:
+        """Fencing epochs of those trajectories that are in the store."""
+        found = {}
+        for trajectory in trajectories:
+            with contextlib.suppress(Conflict):
+                found[trajectory] = int(self._store.trajectory(trajectory)["epoch"])
+        return found
+
     @_in_group("score")
     def unscored(self, max_items: int, ttl_s: float, timeout_s: float) -> list[Unscored]:
         """Complete trajectories that await their reward; waits for the first one."""
@@ -125,6 +146,13 @@ class StoreActor:
         asked maps, before the thread takes the next call.
         """
         return self._room.read(self._store, trajectories)
+
+    @_in_group("read")
+    def read_columns(
+        self, trajectories: Int64, starts: Int64, total: int, names: Sequence[str]
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Extra columns of tokens of trajectories; see `StoreView.read_columns`."""
+        return self._store.read_columns(trajectories, starts=starts, total=total, names=names)
 
     def admit(
         self,

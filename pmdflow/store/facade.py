@@ -20,8 +20,9 @@ from numpy.typing import ArrayLike
 
 from pmdflow import _rust_buffer
 from pmdflow.store.alone import attempts_of, put_attempts, sampled_at
-from pmdflow.store.answers import ClaimAnswer, Forked, LateMembers
+from pmdflow.store.answers import ClaimAnswer, LateMembers
 from pmdflow.store.columns import Columns
+from pmdflow.store.episodes import Episodes, rewards_said
 from pmdflow.store.metadata import pack_metadata, unpack_metadata
 from pmdflow.store.segments import encode_segments
 from pmdflow.store.settings import StoreSettings
@@ -30,7 +31,7 @@ from pmdflow.store.view import StoreView, int32
 from pmdflow.types import ClaimPlan, Grant, Lease, LeaseKind, Outcome, Prompt, Quota, Segment, Stop, UInt8, Unscored
 
 
-class TrajectoryStore(StoreView):
+class TrajectoryStore(Episodes, StoreView):
     """The trajectory store with NumPy arrays and dataclasses; see `pmdflow/_rust_buffer.pyi` for the exact rules.
 
     Example:
@@ -185,23 +186,6 @@ class TrajectoryStore(StoreView):
         lsn, replies = self._native.append(encoded, wait, now_s)
         return lsn, [Grant(trajectory=trajectory, stale=stale, tokens=grant) for trajectory, stale, grant in replies]
 
-    def fork(
-        self, trajectory: int, epoch: int, offset: int, *, wait: bool = True, now_s: float | None = None
-    ) -> Forked:
-        """Go on in a new branch of a leased episode: an agent rewrote its history after `offset` tokens.
-
-        The branch keeps the first `offset` tokens after the prompt of the newest branch. In it they are observed: each
-        token is trained once, where it was generated. The next append has that offset and the new epoch. The episode
-        has one lease, one `max_tokens` over all that comes in it, one score, and one place in its group; each of its m
-        branches counts for 1/m where it is trained.
-
-        Raises:
-            Conflict: an epoch that was never given out, an offset beyond the history, a branch without a token yet, or
-                a repeat with another offset.
-        """
-        stale, branch, newest = self._native.fork(trajectory, epoch, offset, wait, now_s)
-        return Forked(stale=stale, branch=branch, epoch=newest)
-
     def put_group(
         self,
         prompt: Prompt,
@@ -263,6 +247,7 @@ class TrajectoryStore(StoreView):
                     "tokens": int32(row["tokens"]),
                     "observed": np.frombuffer(row["observed"], np.uint8),
                     "stop": Stop(row["stop"]),
+                    "rewards": rewards_said(row.pop("turns")),
                 }
             )
             for row in rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -124,6 +124,24 @@ class StoreView:
         views: dict[str, Any] = {name: getattr(out, name).view(np.uint8) for name in ("tokens", "logprobs")}
         self._native.read_tokens(ids, **views, check=check)
         return ClaimTokens(tokens=out.tokens[:total], logprobs=out.logprobs[:total])
+
+    def read_columns(
+        self, trajectories: Sequence[int] | Int64, *, starts: Int64, total: int, names: Collection[str]
+    ) -> dict[str, columns.Column]:
+        """Extra columns of tokens of live trajectories, each [`total`, ...]; those that no trajectory has are left out.
+
+        Args:
+            trajectories: Their ids.
+            starts: Where the tokens after the prompt of each begin.
+            total: Tokens of all, prompts included.
+            names: Of the columns.
+
+        Raises:
+            Conflict: a trajectory is not in the store, or values of one name have different shapes.
+        """
+        stored = self._native.read_extras([int(number) for number in trajectories])
+        wanted = [{name: pieces for name, pieces in own.items() if name in names} for own in stored]
+        return columns.per_token([Extras.of(own) for own in wanted], starts, total)
 
     def eval_results(self, prefix: str, timeout_s: float) -> list[EvalResult] | None:
         """Results of the evaluation groups whose request ids start with `prefix`; None if some are missing in time."""

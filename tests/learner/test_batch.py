@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pmdflow import _rust_buffer
-from pmdflow.learner.batch import BUCKET, pack, plan_iteration
+from pmdflow.learner.batch import BUCKET, is_whole, pack, plan_iteration
 from pmdflow.learner.flops import Speed
 from pmdflow.types import ClaimPlan, Mask
 from tests.support.learner import make_batch
@@ -126,3 +126,27 @@ def test_pack_predicts_each_generated_token_from_the_position_before(packing):
         np.testing.assert_array_equal(
             micro.tokens.reshape(-1)[offset : offset + micro.lengths[row]], batch.tokens[first:last]
         )
+
+
+@pytest.mark.parametrize("quadratic", [0.0, 0.01])
+def test_whole_groups_stay_on_a_rank_where_balance_allows(quadratic: float) -> None:
+    seen = set()
+    for seed in range(12):
+        batch = make_batch(seed=seed, groups=3 + seed % 8)
+        counts, scored = batch.count(Mask.TRAINED), np.ones(len(batch.groups), np.bool_)
+        given_ = {"counts": counts, "steps": 1, "ranks": 2, "tokens_per_microbatch": 64, "quadratic": quadratic}
+        (apart,), (plan,) = plan_iteration(batch, **given_), plan_iteration(batch, **given_, scored=scored)
+        rows = [row for rank in plan.ranks for micro in rank for row in micro]
+        assert sorted(rows) == list(range(len(batch.groups))), "untrained members are scored too"
+        assert (plan.num_sequences, plan.num_tokens) == (apart.num_sequences, apart.num_tokens)
+        whole = is_whole([plan], batch.groups)
+        seen.add(whole)
+        if whole:
+            lengths = np.diff(batch.cu_seqlens)
+            loads = [sum(_cost(lengths[row], quadratic) for micro in rank for row in micro) for rank in plan.ranks]
+            assert max(loads) <= 1.05 * (sum(loads) + _cost(lengths.max(), quadratic)) / 2
+    assert seen == {True, False}
+
+
+def _cost(length: int, quadratic: float) -> float:
+    return float(length + quadratic * length**2)

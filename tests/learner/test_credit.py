@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from pmdflow.learner.advantage import pmd_mean
 from pmdflow.learner.algorithms import ALGORITHMS, find_algorithm
 from pmdflow.learner.conformance import CASES, Trial, check_algorithm
 from pmdflow.learner.learner import Learner
@@ -32,7 +33,7 @@ from tests.support.whole import Whole
 
 torch.set_num_threads(1)
 SET = "tests.support.algorithm:SET"
-OWN = ("CONSTANT", "SEES", "COUNTS", "CENTERED")
+OWN = ("CONSTANT", "SEES", "COUNTS", "CENTERED", "COLUMNS")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -226,6 +227,46 @@ def test_settings_of_an_algorithm_are_its_own(start, model_path) -> None:
     for shift in (0.25, 2.0):
         config = make_config(model_path, algorithm=SET, settings={"shift": shift})
         np.testing.assert_array_equal(start(config).train(batch).advantages, batch.rewards - shift)
+
+
+@pytest.mark.parametrize("name", [*ALGORITHMS, "tests.support.algorithm:SEES", "tests.support.algorithm:COUNTS"])
+@pytest.mark.parametrize("anchor", ["reference", "behavior"])
+def test_a_claim_that_is_filtered_whole_trains_nothing(start, model_path, name: str, anchor: str) -> None:
+    teacher = model_path if name in ("opd", "vopd") else None
+    learner = start(make_config(model_path, algorithm=name, keep_groups_above=5.0, teacher=teacher, anchor=anchor))
+    weights = learner.weights()
+    result = learner.train(make_batch(groups=2))
+    assert result.metrics["learner/skipped_steps"] == 2 and not result.advantages.any()
+    assert same_weights(learner.weights(), weights)
+
+
+def test_what_group_rewards_remember_is_in_the_checkpoint(start, model_path, tmp_path) -> None:
+    config = make_config(model_path)
+    group = [{"function": "tests.reward.test_group:seen"}]
+    reward = config.reward.model_validate({**config.reward.model_dump(), "group": group})
+    learner = start(config.model_copy(update={"reward": reward}))
+    visits = [
+        learner.train(make_batch(seed=seed)).metrics["reward/group_test_group.seen.visits_mean"] for seed in (0, 1)
+    ]
+    learner.save(str(tmp_path / "saved"))
+    learner.await_saved()
+    third = learner.train(make_batch(seed=2)).metrics
+    killed = start(config.model_copy(update={"reward": reward}))
+    killed.load(str(tmp_path / "saved"))
+    assert visits == [0, 1] and third["reward/group_test_group.seen.visits_mean"] == 2
+    assert killed.train(make_batch(seed=2)).metrics == third
+
+
+def test_extra_columns_reach_the_credit(start, model_path) -> None:
+    batch = make_batch()
+    share = np.random.default_rng(0).random(len(batch.tokens))
+    learner = start(make_config(model_path, algorithm="tests.support.algorithm:COLUMNS"))
+    found = learner.train(replace(batch, extra={"share": share, "unread": share})).advantages
+    generated = (batch.mask & Mask.GENERATED) != 0
+    means = [share[a:b][generated[a:b]].mean() for a, b in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False)]
+    np.testing.assert_allclose(found, pmd_mean(batch.rewards, batch.groups) * means, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"extra column 'share', which no token of the claim has \(there is none\)"):
+        learner.train(replace(batch, extra={"unread": share}))
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from pmdflow.learner.advantage import grpo
 from pmdflow.learner.credit import gdpo, gigpo, negative_reinforcement, opd, opefo, ucpo, vopd
+from pmdflow.types import Mask
 from tests.support.learner import make_batch, make_config
 
 torch.set_num_threads(1)
@@ -159,6 +161,39 @@ def test_gigpo_by_its_definition() -> None:
     scaled = gigpo(returns, groups, **TURNS, gamma=gamma, scale_by_std=True)
     deviation = statistics.stdev([g[0], g[2], g[3], g[5]])
     assert scaled[0] == pytest.approx(0.5 / (0.5 + 1e-6) + (g[0] - start) / (deviation + 1e-6))
+
+
+def test_gigpo_of_a_claim(start, model_path) -> None:
+    """Turns that answer the same observation are found from a claim's tokens, and each turn gets its credit."""
+    batch = make_batch(groups=2)
+    flags, tokens = batch.mask.copy(), batch.tokens.copy()
+    turns: list[list[tuple[int, int, bytes]]] = []
+    for row in range(6):
+        first, last = batch.cu_seqlens[row : row + 2]
+        begin = first + batch.prompt_lengths[row]
+        tokens[first:begin] = tokens[batch.cu_seqlens[row // 3 * 3]]  # the group's prompt, but for its length
+        flags[begin:last] = Mask.GENERATED | Mask.TRAINED
+        own, start_of, said = [], begin, tokens[first:begin].tobytes()
+        if last - begin > 4:
+            flags[begin + 2], tokens[begin + 2] = 0, 77
+            own, start_of, said = [(begin, begin + 2, said)], begin + 3, tokens[begin + 2 : begin + 3].tobytes()
+        turns.append([*own, (start_of, last, said)])
+    batch = replace(batch, mask=flags, tokens=tokens)
+    flat = [(row, turn) for row, own in enumerate(turns) for turn in own]
+    rewards = [batch.rewards[row] if turn is turns[row][-1] else 0.0 for row, turn in flat]
+    expected = gigpo(
+        batch.rewards, batch.groups, [row for row, _ in flat], [turn[2].hex() for _, turn in flat], rewards, gamma=0.95
+    )
+    assert sum(len(own) > 1 for own in turns) >= 2
+    result = start(make_config(model_path, algorithm="gigpo")).train(batch)
+    lengths = [turn[1] - turn[0] for _, turn in flat]
+    for row in range(6):
+        mine = [index for index, (owner, _) in enumerate(flat) if owner == row]
+        mean = np.average(expected[mine], weights=[lengths[index] for index in mine])
+        assert result.advantages[row] == pytest.approx(mean, abs=1e-12)
+    seen = [(batch.groups[row], turn[2]) for row, turn in flat]
+    shared = np.mean([seen.count(one) > 1 for one in seen])
+    assert result.metrics["learner/credit_shared_states_share"] == pytest.approx(shared) and 0 < shared < 1
 
 
 def test_gigpo_keeps_prompt_groups_apart() -> None:

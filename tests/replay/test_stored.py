@@ -125,6 +125,12 @@ def test_claims_are_judged_by_other_functions(run: Path, answered: TrainBatch) -
     assert list(judged.components) == ["lengths.longer"]
     with Rescorer(recorded, prompt_ids=answered.prompt_ids, last_group=1) as rescorer:
         assert rescorer.judge(answered).rewards.tolist() == [1.0, 0.0, 1.0, 0.0]
+    broken = load_run(run, [OTHER.replace("longer", "fails")]).config
+    with (
+        Rescorer(broken, prompt_ids=answered.prompt_ids, last_group=1) as rescorer,
+        pytest.raises(PmdflowError, match=r"trajectory \d+ of iteration 1 cannot be judged: .*the judge is away"),
+    ):
+        rescorer.judge(answered)
     with pytest.raises(PmdflowError, match="1 prompts of the stored rollouts are not among"):
         Rescorer(recorded, prompt_ids=["x"], last_group=1)
 

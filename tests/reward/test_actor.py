@@ -130,7 +130,7 @@ def test_actors_on_two_nodes_score_what_the_store_hands_them(cluster: Cluster, t
     (given,) = [told for told in map(json.loads, told.read_text().splitlines()) if told["completion"] == "40"]
     assert given == {
         "completion": "40", "raw_completion": "<think>40</think><eos>", "stop": "stop", "prompt": "What is 43?",
-        "messages": metadata["messages"], "metadata": metadata, "timeout_s": 1.0,
+        "messages": metadata["messages"], "metadata": metadata, "timeout_s": 1.0, "rewards": {},
         "token_ids": [*tokenizer("<think>40</think>")["input_ids"], tokenizer.eos_token_id],
     }  # fmt: skip
 

@@ -31,7 +31,7 @@ def test_special_tokens_are_kept_where_a_function_asks_for_them(folder: str) -> 
     )
     assert decode_inputs(item.encode()) == {
         "completion": "hm é f", "raw_completion": TEXT + "<eos>", "token_ids": tokens, "stop": "length", "prompt": "hi",
-        "messages": metadata["messages"], "metadata": metadata,
+        "messages": metadata["messages"], "metadata": metadata, "rewards": {},
     }  # fmt: skip
     assert {*decode_inputs(item.encode()), "timeout_s"} == set(INPUTS)
 

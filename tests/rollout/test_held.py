@@ -58,7 +58,7 @@ def wait_answer(held: HeldTrajectory) -> None:
 
 def test_an_answer_that_is_too_long_is_cut_and_ends_the_trajectory() -> None:
     held = make_held(max_tokens=5, answer=Observation(text="1 + 1 + 1"))
-    held.take(Output(id=7, tokens=(11, 12, 13), logprobs=(-1.0, -1.0, -1.0), stop="stop"))
+    held.take(Output(id=7, tokens=(11, 12, 13), logprobs=(-1.0, -1.0, -1.0), stop="stop"), version=0)
     assert (held.phase, held.stop, held.urgent) == ("ended", None, True)
     held.resume(grant=9)
     assert held.phase == "ended", "nobody may answer what is not durable"
@@ -75,13 +75,13 @@ def test_an_answer_that_is_too_long_is_cut_and_ends_the_trajectory() -> None:
 
 def test_a_last_turn_without_room_for_an_answer_ends_the_trajectory() -> None:
     held = make_held(max_tokens=2, answer=Observation(text="1"))
-    held.take(Output(id=7, tokens=(11, 12), logprobs=(-1.0, -1.0), stop="stop"))
+    held.take(Output(id=7, tokens=(11, 12), logprobs=(-1.0, -1.0), stop="stop"), version=0)
     assert (held.phase, held.stop) == ("over", "stop")
 
 
 def test_an_end_without_words_is_sent_before_the_trajectory_is_let_go() -> None:
     held = make_held(max_tokens=9, answer=Observation(done=True))
-    held.take(Output(id=7, tokens=(11,), logprobs=(-1.0,), stop="stop"))
+    held.take(Output(id=7, tokens=(11,), logprobs=(-1.0,), stop="stop"), version=0)
     held.segment(version=0, next_version=0)
     held.resume(grant=9)
     wait_answer(held)
@@ -91,7 +91,7 @@ def test_an_end_without_words_is_sent_before_the_trajectory_is_let_go() -> None:
 
 def test_an_answer_goes_on_only_once_it_is_durable() -> None:
     held = make_held(max_tokens=99, answer=Observation(text="1"))
-    held.take(Output(id=7, tokens=(11,), logprobs=(-1.0,), stop="stop"))
+    held.take(Output(id=7, tokens=(11,), logprobs=(-1.0,), stop="stop"), version=0)
     held.segment(version=0, next_version=0)
     held.resume(grant=9)
     wait_answer(held)
@@ -105,7 +105,7 @@ def test_an_answer_goes_on_only_once_it_is_durable() -> None:
 
 def test_without_a_grant_it_is_given_back_once_everything_is_sent() -> None:
     held = make_held(max_tokens=99, answer=Observation(text="1"))
-    held.take(Output(id=7, tokens=(11, 12), logprobs=(-1.0, -1.0), stop=None))
+    held.take(Output(id=7, tokens=(11, 12), logprobs=(-1.0, -1.0), stop=None), version=0)
     held.resume(grant=2)
     assert (held.phase, held.limit) == ("generating", 0), "what is unsent has used up the grant, and may bring another"
     assert held.segment(version=0, next_version=0).stop is None
@@ -119,7 +119,7 @@ def test_many_tokens_an_end_and_a_used_up_grant_are_sent_at_once_and_little_is_n
     def after(count: int, *, grant: int, stop: StopReason | None = None) -> bool:
         held = make_held(max_tokens=999, answer=Observation())
         held.resume(grant=grant)
-        held.take(Output(id=7, tokens=(11,) * count, logprobs=(-1.0,) * count, stop=stop))
+        held.take(Output(id=7, tokens=(11,) * count, logprobs=(-1.0,) * count, stop=stop), version=0)
         return held.urgent
 
     assert [after(count, grant=900) for count in (1, FLUSH_TOKENS - 1, FLUSH_TOKENS)] == [False, False, True]

@@ -118,7 +118,7 @@ def test_a_repeating_trajectory_is_ended_and_stored_as_such() -> None:
     segments = []
     for lease, tokens in zip(store.lease("rollout-0", 0, 2, 0.0), ([7, 8] * 4, [7, 8, 7, 9]), strict=True):
         held = HeldTrajectory(lease=lease, control=control, limit=9, context=[], repetition=RepetitionDetector(loops))
-        held.take(Output(id=lease.trajectory, tokens=tokens, logprobs=[-1.0] * len(tokens), stop=None))
+        held.take(Output(id=lease.trajectory, tokens=tokens, logprobs=[-1.0] * len(tokens), stop=None), version=0)
         assert held.end_repetition() == (len(tokens) == 8)
         segments.append(held.segment(version=0, next_version=0))
     store.append(segments)

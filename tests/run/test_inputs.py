@@ -17,8 +17,9 @@ from pmdflow.data.inputs import resolve_inputs
 from pmdflow.data.prompts import make_prompts
 from pmdflow.errors import LaunchError
 from pmdflow.run.directory import RunDirectory
-from pmdflow.run.inputs import open_inputs, open_prompts
+from pmdflow.run.inputs import algorithm_notes, open_inputs, open_prompts
 from tests.support.data import write_jsonl
+from tests.support.learner import make_config
 from tests.support.paths import TINY
 from tests.support.runs import small_config
 
@@ -32,6 +33,16 @@ def config(tmp_path: Path) -> dict[str, Any]:
     settings["model"] = {"path": str(shutil.copytree(TINY, tmp_path / "model"))}
     settings["data"] = {"task": write_jsonl(tmp_path / "own.jsonl", ROWS), "max_tokens": 120, "group_size": 4}
     return settings
+
+
+def test_what_an_algorithm_gathers_is_said() -> None:
+    name = "tests.support.algorithm:WIDE"
+    (note,) = algorithm_notes(make_config("unused", algorithm=name, ranks=2))
+    assert "each rank gathers behavior, entropies, entropy_flow" in note and "of 288 tokens" in note
+    assert algorithm_notes(make_config("unused", algorithm=name)) == [], "one rank has it all"
+    assert algorithm_notes(make_config("unused", algorithm="ucpo", ranks=2)) == [], "its view is local"
+    with pytest.raises(LaunchError, match="grpo has no such setting"):
+        algorithm_notes(make_config("unused", algorithm="grpo", settings={"size": 1.0}))
 
 
 def begin(config: dict[str, Any]) -> RunDirectory:

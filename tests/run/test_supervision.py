@@ -104,7 +104,7 @@ HANDLE = WeightsHandle(version=3, location=None)
 def test_a_refused_offer_is_told_and_made_again(supervisor: Supervisor, tmp_path: Path) -> None:
     loop = start(supervisor, ["refuse"])
     supervisor.offer_weights(HANDLE, timeout_s=60.0)
-    until(supervisor, lambda: loop.process.offer is None, "the second offer")
+    until(supervisor, lambda: loop.process.uses == HANDLE.version, "the second offer")
     assert (loop.starts, loop.process.refused) == (1, 0)
     (message,) = events(tmp_path, "weights_failed")
     assert message == "rollout-0: it could not take version 3: no room for them; offering it again"

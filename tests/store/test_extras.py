@@ -49,6 +49,20 @@ def test_they_are_in_the_claim_of_a_store_that_was_opened_again(tmp_path: Path) 
     assert batch.trajectory_extra["plane"].shape == (4, 2, 2)
 
 
+def test_columns_are_read_for_some_trajectories() -> None:
+    store = filled(None)
+    batch = store.read_claim(1)
+    rows = np.array([1, 0])
+    lengths = np.diff(batch.cu_seqlens)[rows]
+    starts = np.cumsum(lengths) - lengths + batch.prompt_lengths[rows]
+    ids, total = batch.trajectories[rows], int(lengths.sum())
+    found = store.read_columns(ids, starts=starts, total=total, names=["experts"])
+    assert found.keys() == {"experts"}
+    expected = np.concatenate([batch.extra["experts"][slice(*batch.cu_seqlens[row : row + 2])] for row in rows])
+    np.testing.assert_array_equal(found["experts"], expected)
+    assert store.read_columns(ids, starts=starts, total=total, names=["nobody"]) == {}
+
+
 def test_the_archive_keeps_them_and_a_replay_reads_them(tmp_path: Path) -> None:
     batch = filled(tmp_path / "store").read_claim(1)
     path = write_part(tmp_path, batch, attrs={})

@@ -102,4 +102,9 @@ SECRET = _per_sequence(lambda view, learner: view.episode_means(view.reference))
 INFINITE = _per_sequence(lambda view, learner: view.rewards + np.inf)
 SHAPE = _per_sequence(lambda view, learner: np.zeros(1))
 CHANGES = Algorithm(credit=changes, loss=losses.pmd, state=lambda: {"claims": 0})
+COLUMNS = Algorithm(
+    credit=lambda view, learner, state: Credit(values=_mean(view)[view.episodes] * view.columns["share"], per="token"),
+    loss=losses.pmd_tokens,
+    columns=frozenset({"share"}),
+)
 TAUGHT = Algorithm(credit=sees_teacher, loss=losses.pmd_tokens, needs=frozenset(get_args(Need)))

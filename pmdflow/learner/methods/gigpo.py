@@ -7,7 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pmdflow.config.schema import LearnerConfig
 from pmdflow.learner.advantage import grpo
+from pmdflow.learner.algorithm import Algorithm
+from pmdflow.learner.losses import pmd_tokens
+from pmdflow.learner.view import ClaimView, Credit, State
 from pmdflow.types import Float64, Int64
 
 
@@ -75,3 +79,29 @@ def discounted(rewards: Float64, owner: Int64, *, gamma: float) -> Float64:
     for turn in range(len(rewards) - 1, -1, -1):
         found[turn] = later[int(owner[turn])] = rewards[turn] + gamma * later.get(int(owner[turn]), 0.0)
     return found
+
+
+def _credit(view: ClaimView, learner: LearnerConfig, state: State) -> Credit:
+    """An episode's reward is that of its last turn."""
+    episodes, turns = view.episodes, view.turns
+    begins = np.ones(len(turns), np.bool_)
+    begins[1:] = (np.diff(episodes) != 0) | (np.diff(turns) != 0)
+    first = np.flatnonzero(begins)
+    owner, keys = episodes[first], view.turn_keys[first]
+    last = np.append(np.diff(owner) != 0, True)[: len(owner)]
+    gamma, weight = float(learner.settings["gamma"]), float(learner.settings["weight"])
+    rewards = np.where(last, view.rewards[owner], 0.0)
+    values = gigpo(view.rewards, view.groups, owner, keys, rewards, gamma=gamma, weight=weight)
+    states = np.column_stack([view.groups[owner], keys])
+    counts = np.unique(states, axis=0, return_inverse=True, return_counts=True)
+    shared = float((counts[2][counts[1].reshape(-1)] > 1).mean()) if len(first) else 0.0
+    return Credit(values=values[np.cumsum(begins) - 1], per="token", metrics={"shared_states_share": shared})
+
+
+GIGPO = Algorithm(
+    credit=_credit,
+    loss=pmd_tokens,
+    needs=frozenset({"turns", "turn_keys"}),
+    settings={"gamma": 0.95, "weight": 1.0},
+)
+"""The state of a turn is what the environment said before it; `gamma` is our choice."""

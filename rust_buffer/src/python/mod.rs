@@ -3,6 +3,7 @@
 #![allow(clippy::needless_pass_by_value)] // pyo3 hands over owned arguments.
 
 mod buffers;
+mod calls;
 mod errors;
 mod packing;
 mod parse;
@@ -14,7 +15,6 @@ use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 use pyo3::{buffer::PyBuffer, exceptions::PyValueError, prelude::*};
 
 use crate::{
-    error::Result,
     log::{Disk, Memory, Storage},
     state::group::Kind,
     state::record::{Admit, Quota},
@@ -23,7 +23,7 @@ use crate::{
     store::admission::Prompt,
     store::claim_view::{ClaimView, Columns},
     store::query::{Bounds, Filter},
-    store::shared::{Clock, Shared},
+    store::shared::Shared,
     store::{Settings, Store},
     wire::Batch,
 };
@@ -45,23 +45,6 @@ impl Drop for TrajectoryStore {
     fn drop(&mut self) {
         // Whoever wants to know calls `close` first.
         let _ = self.shared.close();
-    }
-}
-
-impl TrajectoryStore {
-    fn query<T: Send>(&self, py: Python<'_>, run: impl FnOnce(&Store) -> Result<T> + Send) -> PyResult<T> {
-        Ok(py.detach(|| self.shared.query(run))?)
-    }
-
-    fn change<T: Send>(
-        &self, py: Python<'_>, wait: bool, run: impl FnOnce(&mut Store) -> Result<T> + Send,
-    ) -> PyResult<T> {
-        Ok(py.detach(|| self.shared.change(wait, run))?.1)
-    }
-
-    /// The clock of a call that waits.
-    fn waiting(&self, py: Python<'_>, now_s: Option<f64>) -> PyResult<Clock> {
-        Ok(self.shared.clock(now_s).interruptible(errors::interrupted(py)?))
     }
 }
 
@@ -180,6 +163,16 @@ impl TrajectoryStore {
         let now = self.shared.clock(now_s).base();
         let forked = self.change(py, wait, |store| store.fork(trajectory, epoch, offset, now))?;
         Ok((forked.stale, forked.branch, forked.epoch))
+    }
+
+    #[pyo3(signature = (trajectory, epoch, number, rewards, key = None, wait = true, now_s = None))]
+    #[allow(clippy::too_many_arguments)]
+    fn turn(
+        &self, py: Python<'_>, trajectory: u64, epoch: u64, number: usize, rewards: BTreeMap<String, f64>,
+        key: Option<String>, wait: bool, now_s: Option<f64>,
+    ) -> PyResult<bool> {
+        let now = self.shared.clock(now_s).base();
+        self.change(py, wait, |store| store.turn(trajectory, epoch, number, rewards, key, now))
     }
 
     #[pyo3(signature = (max_items, ttl_s, timeout_s, now_s = None))]

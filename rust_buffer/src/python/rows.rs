@@ -1,6 +1,6 @@
 //! Answers as Python dictionaries.
 
-use std::iter::repeat_n;
+use std::{collections::BTreeMap, iter::repeat_n};
 
 use pyo3::{
     prelude::*,
@@ -12,6 +12,7 @@ use crate::{
     state::record::Plan,
     state::successes::Successes,
     state::trajectory::Version,
+    state::turn::Turn,
     store::arrays::{Extra, Extras, StoredPrompt},
     store::claim_view::{Rows, Segments},
     store::claims::{ClaimAnswer, EvalResult},
@@ -81,7 +82,13 @@ pub fn unscored<'py>(py: Python<'py>, item: &UnscoredView) -> PyResult<Row<'py>>
     row.set_item("tokens", PyBytes::new(py, &item.tokens.ids))?;
     row.set_item("observed", PyBytes::new(py, &item.tokens.observed))?;
     row.set_item("stop", item.trajectory.stop as u8)?;
+    row.set_item("turns", turns(&item.turns))?;
     Ok(row)
+}
+
+/// Offset, rewards, key of each note on an episode.
+fn turns(turns: &[Turn]) -> Vec<(u32, &BTreeMap<String, f64>, Option<&str>)> {
+    turns.iter().map(|turn| (turn.offset, &turn.rewards, turn.key.as_deref())).collect()
 }
 
 /// `answer` is None when the time was over first; `lsn` is the claim's record, or the newest one.
@@ -225,6 +232,7 @@ pub fn trajectory<'py>(py: Python<'py>, view: &TrajectoryView) -> PyResult<Row<'
     row.set_item("attempts", trajectory.attempts)?;
     row.set_item("epoch", trajectory.epoch)?;
     row.set_item("extra", extra(py, &view.extras)?)?;
+    row.set_item("turns", turns(&view.turns))?;
     row.set_item("forks", view.forks.iter().map(|fork| (fork.branch, fork.start, fork.offset)).collect::<Vec<_>>())?;
     Ok(row)
 }

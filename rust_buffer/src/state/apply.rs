@@ -41,6 +41,7 @@ impl State {
             Record::Drop(iteration) => self.apply_drop(*iteration)?,
             Record::Late(groups) => groups.iter().try_for_each(|id| self.apply_late(*id))?,
             Record::Fork(id, offset) => self.apply_fork(*id, *offset)?,
+            Record::Turn(id, turn) => self.apply_turn(*id, turn)?,
             Record::Plan(iteration, plan) => self.apply_plan(*iteration, plan)?,
             Record::Compact(items) => self.apply_compact(items, place)?,
             Record::Move(group) => self.apply_move(*group, place)?,
@@ -351,6 +352,7 @@ impl State {
         for member in self.group(id)?.members() {
             self.trajectories.remove(&member);
             self.forks.remove(&member);
+            self.turns.remove(&member);
         }
         if let Some(group) = self.groups.remove(&id).filter(|group| group.kind == Kind::Train) {
             gone::insert(&mut self.gone, &mut self.counted_gone, &group.request_id);

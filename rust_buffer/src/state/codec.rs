@@ -5,7 +5,7 @@
 mod columns;
 mod format3;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -13,11 +13,12 @@ use crate::{
     error::{Result, StoreError},
     state::record::{Claimed, LeftOut, PACKED, Plan, Quota, Reason, Record},
     state::trajectory::Version,
+    state::turn::Turn,
 };
 use columns::Columns;
 
 /// Kinds that newer programs will write.
-const RESERVED: [(u8, &str); 2] = [(13, "annotate"), (15, "turn")];
+const RESERVED: [(u8, &str); 1] = [(13, "annotate")];
 
 #[derive(Serialize, Deserialize)]
 struct QuotaFields {
@@ -77,6 +78,16 @@ struct ForkFields {
 }
 
 #[derive(Serialize, Deserialize)]
+struct TurnFields {
+    trajectory: u64,
+    offset: u32,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    rewards: BTreeMap<String, f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    key: Option<String>,
+}
+
+#[derive(Serialize, Deserialize)]
 struct PlanFields {
     iteration: i64,
     plan: Plan,
@@ -117,6 +128,10 @@ pub fn encode(record: &Record) -> Result<Vec<u8>> {
         }
         Record::Late(groups) => named(&Groups { groups: groups.clone() }),
         Record::Fork(trajectory, offset) => named(&ForkFields { trajectory: *trajectory, offset: *offset }),
+        Record::Turn(trajectory, Turn { offset, rewards, key }) => {
+            let (trajectory, offset, rewards, key) = (*trajectory, *offset, rewards.clone(), key.clone());
+            named(&TurnFields { trajectory, offset, rewards, key })
+        }
         Record::Plan(iteration, plan) => named(&PlanFields { iteration: *iteration, plan: plan.clone() }),
         Record::Move(group) => named(&Group { group: *group }),
     }
@@ -156,6 +171,10 @@ pub fn decode(kind: u8, header: &[u8]) -> std::result::Result<Record, String> {
             let ForkFields { trajectory, offset } = fields(header)?;
             Record::Fork(trajectory, offset)
         }
+        15 => {
+            let TurnFields { trajectory, offset, rewards, key } = fields(header)?;
+            Record::Turn(trajectory, Turn { offset, rewards, key })
+        }
         17 => {
             let RestoreFields { version, weights_of } = fields(header)?;
             Record::Restore(version, weights_of)
@@ -172,7 +191,7 @@ pub fn decode(kind: u8, header: &[u8]) -> std::result::Result<Record, String> {
 
 /// What a record of this kind is, if this program does not know it: a newer one wrote it.
 pub fn unknown(kind: u8) -> Option<String> {
-    if matches!(kind, 1..=12 | 14 | 17..=PACKED) {
+    if matches!(kind, 1..=12 | 14 | 15 | 17..=PACKED) {
         return None;
     }
     let name = RESERVED.iter().find(|(reserved, _)| *reserved == kind).map_or("unknown here", |(_, name)| name);

@@ -14,6 +14,7 @@ pub mod placed;
 pub mod record;
 pub mod successes;
 pub mod trajectory;
+pub mod turn;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -31,6 +32,7 @@ use crate::{
     state::record::{LeftOut, Plan, Quota, SegmentLoss},
     state::successes::Successes,
     state::trajectory::{Trajectory, Version},
+    state::turn::Turn,
 };
 
 /// Quotas that are kept; a version below the oldest of them has no budget any more.
@@ -177,6 +179,9 @@ pub struct State {
     /// Forks of the live trajectories that have some, in order.
     #[serde(default, deserialize_with = "grown::<_, BTreeMap<u64, Vec<Fork>>, _>")]
     pub forks: OrdMap<u64, Vec<Fork>>,
+    /// What was said of the live trajectories of which something was, in order.
+    #[serde(default, deserialize_with = "grown::<_, BTreeMap<u64, Vec<Turn>>, _>")]
+    pub turns: OrdMap<u64, Vec<Turn>>,
     #[serde(default)]
     pub successes: Successes,
     #[serde(default)]
@@ -229,6 +234,7 @@ impl Default for State {
             undone: VecDeque::new(),
             counted_gone: Counted::default(),
             forks: OrdMap::new(),
+            turns: OrdMap::new(),
             successes: Successes::default(),
             trained: Trained::default(),
         }

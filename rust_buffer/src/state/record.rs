@@ -8,6 +8,7 @@ use crate::{
     state::group::{Kind, Phase},
     state::successes::Drawn,
     state::trajectory::{Outcome, Stop, Version},
+    state::turn::Turn,
 };
 
 /// Kind of an append whose items lie in one array.
@@ -211,6 +212,8 @@ pub enum Record {
     Late(Vec<u64>),
     /// Begins a branch of a trajectory's episode, which keeps so many tokens of the history; its epoch goes up by one.
     Fork(u64, u32),
+    /// Notes what is said of a trajectory's episode.
+    Turn(u64, Turn),
     /// Deals an iteration's claim to steps.
     Plan(i64, Plan),
     /// Gives the oldest tokens of trajectories another place: these runs, and no others, are theirs from now on.
@@ -238,6 +241,7 @@ impl Record {
             | Self::Append(_)
             | Self::Score(_)
             | Self::Fork(..)
+            | Self::Turn(..)
             | Self::Compact(_)
             | Self::Move(_) => false,
         }
@@ -260,6 +264,7 @@ impl Record {
             Self::Drop(_) => 11,
             Self::Late(_) => 12,
             Self::Fork(..) => 14,
+            Self::Turn(..) => 15,
             Self::Restore(..) => 17,
             Self::Plan(..) => 18,
             Self::Compact(_) => 19,

@@ -32,6 +32,7 @@ mod snapshot;
 #[cfg(test)]
 mod tests;
 pub mod token_view;
+pub mod turns;
 mod versions;
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};

@@ -11,6 +11,7 @@ use crate::{
     state::fork::Fork,
     state::group::Group,
     state::trajectory::{Trajectory, Verdict, Version},
+    state::turn::Turn,
     store::arrays::{Extras, StoredPrompt, Tokens, read_extras, read_history, read_prompt, read_runs},
     store::claim_view::{ClaimView, Columns, Rows, Segments},
     store::rollout::Granted,
@@ -37,6 +38,8 @@ pub struct UnscoredView {
     pub group: Group,
     pub prompt: StoredPrompt,
     pub tokens: Tokens,
+    /// What was said of the episode.
+    pub turns: Vec<Turn>,
 }
 
 /// A group with its prompt.
@@ -70,6 +73,8 @@ pub struct TrajectoryView {
     pub extras: Extras,
     /// Where branches begin among the tokens.
     pub forks: Vec<Fork>,
+    /// What was said of the episode.
+    pub turns: Vec<Turn>,
 }
 
 impl Shared {
@@ -121,18 +126,19 @@ impl Shared {
             let ids = store.unscored(max_items, ttl, now);
             let waiting = |id| {
                 let (id, trajectory, group) = with_group(store.state(), id)?;
-                Ok((store.state().history(id, &trajectory), id, trajectory, group))
+                let turns = store.state().turns(id).to_vec();
+                Ok((store.state().history(id, &trajectory), id, trajectory, group, turns))
             };
             let waiting = ids.into_iter().map(waiting).collect::<Result<Vec<_>>>()?;
             Ok(some(waiting).map(|waiting| (waiting, self.pins.pin())))
         })?;
         let Some((_, (waiting, _pin))) = waiting else { return Ok(Vec::new()) };
         let mut items = Vec::new();
-        for (history, id, trajectory, group) in waiting {
+        for (history, id, trajectory, group, turns) in waiting {
             let read = read_prompt(self.log(), group.location)
                 .and_then(|prompt| Ok((prompt, read_history(self.log(), &trajectory.runs, &history)?)));
             if let Some((prompt, tokens)) = self.unless_gone(id, read)? {
-                items.push(UnscoredView { id, trajectory, group, prompt, tokens });
+                items.push(UnscoredView { id, trajectory, group, prompt, tokens, turns });
             }
         }
         Ok(items)
@@ -162,10 +168,10 @@ impl Shared {
     /// `Conflict` when it is not there, those of the log, or `Closed`.
     pub fn trajectory(&self, id: u64) -> Result<TrajectoryView> {
         let _pin = self.pins.pin();
-        let (trajectory, group, state, (reward, components), forks) = self.query(|store| {
+        let (trajectory, group, state, (reward, components), forks, turns) = self.query(|store| {
             let (id, trajectory, group) = with_group(store.state(), id)?;
             let (state, verdict) = (store.state_of(id, &trajectory), verdict(store.state(), &trajectory));
-            Ok((trajectory, group, state, verdict, store.state().forks(id).to_vec()))
+            Ok((trajectory, group, state, verdict, store.state().forks(id).to_vec(), store.state().turns(id).to_vec()))
         })?;
         let read = || {
             let prompt = read_prompt(self.log(), group.location)?;
@@ -173,7 +179,7 @@ impl Shared {
         };
         let gone = || StoreError::Conflict(format!("trajectory {id} was evicted while it was read"));
         let (prompt, tokens, extras) = self.unless_gone(id, read())?.ok_or_else(gone)?;
-        Ok(TrajectoryView { id, trajectory, state, reward, components, prompt, tokens, extras, forks })
+        Ok(TrajectoryView { id, trajectory, state, reward, components, prompt, tokens, extras, forks, turns })
     }
 
     /// Packs the claim of `iteration` into `columns`; its version, and the other arrays. Checksums of tokens are tested

@@ -14,6 +14,7 @@ use _rust_buffer::{
     state::record::{Admit, Appended, Claimed, LeftOut, Plan, Quota, Reason, Record, Score, SegmentLoss},
     state::successes::Drawn,
     state::trajectory::{Outcome, Stop},
+    state::turn::Turn,
 };
 use tempfile::tempdir;
 
@@ -155,6 +156,7 @@ fn records() -> Vec<Record> {
         Record::Drop(1),
         Record::Late(groups),
         Record::Fork(1, 2),
+        Record::Turn(1, Turn { offset: 2, rewards: [("r".to_owned(), 0.5)].into(), key: Some("k".to_owned()) }),
         Record::Plan(1, planned),
         Record::Compact(vec![copied.clone(), Appended { version: 1, ..copied }]),
         Record::Move(1),

@@ -78,6 +78,7 @@ fn touched(state: &State, record: &Record) -> (BTreeSet<u64>, BTreeSet<u64>) {
         | Record::Lease(_)
         | Record::Restore(..)
         | Record::Fork(..)
+        | Record::Turn(..)
         | Record::Plan(..)
         | Record::Compact(_)
         | Record::Move(_) => (none.clone(), none),

@@ -1,0 +1,122 @@
+"""Keeps one program: runs it in a folder of its own, and ends with it everything that it started.
+
+It is started as a text by a bare interpreter, so it imports nothing but the standard library. The first line of its
+standard input is the job in JSON, `{"argv", "env", "task", "work", "log", "log_bytes"}`; the end of its input is the
+order to kill, so the death of whoever started it is one too. Its last word is a line of JSON, `{"status"}`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+_END_S = 5.0
+"""Time in which killed processes end."""
+
+
+def main() -> None:
+    """Run the job of standard input to its end, or to the end of the input."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    job: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
+    os.makedirs(job["work"], exist_ok=True)
+    status = None
+    try:
+        with open(job["log"], "ab", buffering=0) as log:
+            process = subprocess.Popen(
+                job["argv"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                cwd=job["work"],
+                env=job["env"],
+                start_new_session=True,
+                preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
+            )
+            status = _attend(process, job["task"].encode(), log, job["log_bytes"])
+    except OSError as error:
+        _say({"error": str(error)})
+    finally:
+        _kill_all()
+        shutil.rmtree(job["work"], ignore_errors=True)
+    _say({"status": status})
+
+
+def _say(what: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(what) + "\n")
+    sys.stdout.flush()
+
+
+def _attend(process: subprocess.Popen[bytes], task: bytes, log: Any, room: int) -> int | None:
+    """Feed it and keep what it says until it ends; None if it is to be killed."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    ended = os.pidfd_open(process.pid)
+    said, order, into = process.stdout.fileno(), sys.stdin.fileno(), process.stdin.fileno()
+    os.set_blocking(into, False)
+    reading, writing = {ended, said, order}, {into} if task else set()
+    while True:
+        ready, free, _ = select.select(reading, writing, [])
+        if free:
+            with contextlib.suppress(BrokenPipeError):
+                task = task[os.write(into, task) :]
+        if writing and (not task or process.poll() is not None):
+            process.stdin.close()
+            writing = set()
+        if said in ready:
+            data = os.read(said, 1 << 16)
+            if not data:
+                reading.discard(said)
+            log.write(data[:room])
+            room = max(room - len(data), 0)
+        if order in ready and not os.read(order, 1 << 16):
+            return None
+        if ended in ready:
+            os.set_blocking(said, False)
+            with contextlib.suppress(BlockingIOError):
+                log.write(os.read(said, 1 << 20)[:room])
+            return process.wait()
+
+
+def _kill_all() -> None:
+    """Kill every descendant: what loses its parent becomes a child of this process."""
+    deadline = time.monotonic() + _END_S
+    while time.monotonic() < deadline:
+        for pid in _descendants(os.getpid()):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(0.005)
+
+
+def _descendants(root: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+                parent = int(file.read().rpartition(b")")[2].split()[1])
+                children.setdefault(parent, []).append(int(name))
+    found, todo = [], [root]
+    while todo:
+        below = children.get(todo.pop(), [])
+        found += below
+        todo += below
+    return found
+
+
+if __name__ == "__main__":
+    main()

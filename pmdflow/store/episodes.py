@@ -1,0 +1,75 @@
+"""Calls on an episode while it goes on: branches, and what is said of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+from pmdflow import _rust_buffer
+from pmdflow.store.answers import Forked
+
+Turn = tuple[int, Mapping[str, float], str | None]
+"""Tokens of the episode before the note, rewards by name, and key."""
+
+
+class Episodes:
+    """That part of `TrajectoryStore`."""
+
+    _native: _rust_buffer.TrajectoryStore
+
+    def fork(
+        self, trajectory: int, epoch: int, offset: int, *, wait: bool = True, now_s: float | None = None
+    ) -> Forked:
+        """Go on in a new branch of a leased episode: an agent rewrote its history after `offset` tokens.
+
+        The branch keeps the first `offset` tokens after the prompt of the newest branch. In it they are observed: each
+        token is trained once, where it was generated. The next append has that offset and the new epoch. The episode
+        has one lease, one `max_tokens` over all that comes in it, one score, and one place in its group; each of its m
+        branches counts for 1/m where it is trained.
+
+        Raises:
+            Conflict: an epoch that was never given out, an offset beyond the history, a branch without a token yet, or
+                a repeat with another offset.
+        """
+        stale, branch, newest = self._native.fork(trajectory, epoch, offset, wait, now_s)
+        return Forked(stale=stale, branch=branch, epoch=newest)
+
+    def turn(
+        self,
+        trajectory: int,
+        epoch: int,
+        number: int,
+        rewards: Mapping[str, float],
+        key: str | None = None,
+        *,
+        wait: bool = True,
+        now_s: float | None = None,
+    ) -> bool:
+        """Note what is said of a leased episode where it stands; `Unscored.rewards` has the sums, by name.
+
+        Args:
+            trajectory: The episode's.
+            epoch: Of the lease.
+            number: Of the note, from 0; a repeat of the last one changes nothing.
+            rewards: By name.
+            key: Identity of the state that it is in.
+            wait: Until it is durable.
+            now_s: The clock, for simulations.
+
+        Returns:
+            Whether the lease was fenced: nothing is noted then.
+
+        Raises:
+            Conflict: an epoch that was never given out, a reward that is not finite, or a number that is not the next.
+        """
+        stale: bool = self._native.turn(trajectory, epoch, number, dict(rewards), key, wait, now_s)
+        return stale
+
+
+def rewards_said(turns: Iterable[Turn]) -> dict[str, float]:
+    """The rewards that were said of an episode, each the sum of its notes."""
+    sums: defaultdict[str, float] = defaultdict(float)
+    for _, rewards, _ in turns:
+        for name, value in rewards.items():
+            sums[name] += value
+    return dict(sums)

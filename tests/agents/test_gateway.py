@@ -1,0 +1,155 @@
+"""The front: who may ask, what is refused, and the form of answers, by real clients over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from pmdflow.agents import gateway
+from pmdflow.agents.answers import Choice, chat_answer
+from pmdflow.agents.desk import Incoming, Outgoing
+from pmdflow.agents.gateway import _Front
+from pmdflow.agents.keys import Credential
+from pmdflow.agents.requests import Posted
+from pmdflow.agents.tools import Said
+from pmdflow.config.agents import AgentsConfig
+
+SECRET = b"secret"
+KEY = Credential("rollout-0/1", 7, 1).key(SECRET)
+FOREIGN = [
+    "", "sk-1", KEY[:-8] + "AAAAAAA=", Credential("rollout-0/1", 8, 1).key(SECRET),
+    Credential("rollout-0/1", 7, 1).key(b"another"), "é",
+]  # fmt: skip
+
+
+class Echo:
+    """Stands for the rollout actors: answers a turn with what was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Incoming] = []
+
+    async def ask(self, worker: str, incoming: Incoming) -> Outgoing:
+        self.asked.append(incoming)
+        if isinstance(incoming.content, Posted):
+            return Outgoing(id=incoming.id, status=200, body={"rewards": dict(incoming.content.rewards)})
+        said = Said(text="", content=str((incoming.content.messages or [{"content": "?"}])[-1]["content"]))
+        choice = Choice(
+            said=said, tokens=[5, 6], texts=["a", "b"], logprobs=[-1.0, -2.0], versions=[3, 4], finish="stop"
+        )
+        return Outgoing(id=incoming.id, status=200, body=chat_answer("7-3-0", "run", [choice], prompt_tokens=3))
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[str, Echo, list[str]]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    refused: list[str] = []
+    front = _Front(AgentsConfig(command=["agent"]), "run", SECRET, port, refused.append)
+    echo, stopping = Echo(), threading.Event()
+    front._channels = echo  # type: ignore[assignment]
+    thread = threading.Thread(target=lambda: asyncio.run(front.serve(stopping)))
+    thread.start()
+    deadline = time.monotonic() + 20
+    while socket.socket().connect_ex(("127.0.0.1", port)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}/episodes/7/v1", echo, refused
+    stopping.set()
+    thread.join(timeout=20)
+
+
+def ask(url: str, key: str = KEY, **how: Any) -> httpx.Response:
+    headers = {"authorization": f"Bearer {key}".encode()} | how.pop("headers", {})
+    return httpx.post(f"{url}/chat/completions", headers=headers, timeout=20, **how)
+
+
+def test_the_official_client_reads_answers_streams_models_and_errors(served: tuple[str, Echo, list[str]]) -> None:
+    url, _, _ = served
+    client = openai.OpenAI(base_url=url, api_key=KEY, max_retries=0)
+    messages: Any = [{"role": "user", "content": "hello"}]
+    answer = client.chat.completions.create(model="run", messages=messages, logprobs=True)
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("hello", "stop")
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == 5
+    assert answer.model_dump()["pmdflow"]["versions"] == [[[3, 1], [4, 1]]]
+    stream = client.chat.completions.create(
+        model="run", messages=messages, stream=True, stream_options={"include_usage": True}
+    )
+    pieces = list(stream)
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == "hello"
+    assert pieces[-1].usage is not None
+    assert [model.id for model in client.models.list()] == ["run"]
+    with pytest.raises(openai.BadRequestError, match="logit_bias: not supported"):
+        client.chat.completions.create(model="run", messages=messages, logit_bias={"5": 3})
+    with pytest.raises(openai.AuthenticationError, match="not that of this episode"):
+        openai.OpenAI(base_url=url, api_key="sk-1", max_retries=0).models.list()
+
+
+@pytest.mark.parametrize("key", FOREIGN)
+def test_a_foreign_key_is_refused_and_told_without_itself(served: tuple[str, Echo, list[str]], key: str) -> None:
+    url, echo, refused = served
+    before = len(echo.asked)
+    response = ask(url, headers={"authorization": f"Bearer {key}".strip().encode()}, json={})
+    assert response.status_code == 401
+    assert len(echo.asked) == before
+    assert refused[-1].startswith("episode 7")
+    assert not key or key not in refused[-1]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "why"),
+    [
+        (b"{", 400, "no JSON"),
+        (b"[" * 100_000, 400, "no JSON"),
+        (b"3", 400, "valid dictionary"),
+        (b'{"messages": 3}', 400, "messages"),
+        (b"\xff", 400, "no JSON"),
+    ],
+)
+def test_a_malformed_body_is_refused(served: tuple[str, Echo, list[str]], body: bytes, status: int, why: str) -> None:
+    response = ask(served[0], content=body)
+    assert response.status_code == status
+    assert why in response.json()["error"]["message"]
+
+
+def test_a_large_or_slow_body_is_refused(served: tuple[str, Echo, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "MAX_BODY_BYTES", 1000)
+    monkeypatch.setattr(gateway, "BODY_TIMEOUT_S", 0.2)
+    assert ask(served[0], content=b" " * 2000).status_code == 413
+
+    def drip() -> Iterator[bytes]:
+        for _ in range(20):
+            yield b" "
+            time.sleep(0.1)
+
+    assert ask(served[0], content=drip()).status_code == 408
+
+
+def test_retries_are_known_by_the_clients_own_header(served: tuple[str, Echo, list[str]]) -> None:
+    url, echo, _ = served
+    body = {"messages": [{"role": "user", "content": "?"}]}
+    ask(url, json=body, headers={"x-stainless-retry-count": "1", "idempotency-key": "k"})
+    ask(url, json=body, headers={"x-stainless-retry-count": "0"})
+    first, second = (incoming.content for incoming in echo.asked[-2:])
+    assert not isinstance(first, Posted)
+    assert not isinstance(second, Posted)
+    assert (first.retried, first.idempotency_key, second.retried) == (True, "k", False)
+    assert first.content == second.content
+
+
+def test_rewards_are_posted(served: tuple[str, Echo, list[str]]) -> None:
+    headers = {"authorization": f"Bearer {KEY}"}
+    url = f"{served[0]}/reward"
+    assert httpx.post(url, json=0.5, headers=headers).json() == {"rewards": {"reward": 0.5}}
+    assert httpx.post(url, json={"a": 1, "b": -2.5}, headers=headers).json() == {"rewards": {"a": 1.0, "b": -2.5}}
+    for bad in ('{"a": NaN}', '{"a": "x"}', "[]", "{}", "null"):
+        assert httpx.post(url, content=bad, headers=headers).status_code == 400
