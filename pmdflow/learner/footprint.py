@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ from pmdflow.learner.attention import ATTENTION, Packed
 from pmdflow.learner.fsdp import DTYPES, apart
 from pmdflow.learner.layers import heads
 
+MEASURE_TIMEOUT_S = 120.0
 SHORT, LONG = 256, 512
 """Tokens of two forward passes: what one keeps more than the other is what a token costs."""
 
@@ -52,6 +58,22 @@ def measure_footprint(folder: Path | str, *, dtype: str, packing: bool) -> Footp
     )
 
 
+def measure_apart(folder: Path | str, *, dtype: str, packing: bool) -> Footprint:
+    """The same in a process that sees no GPU: tensors without memory would make a CUDA context, which stays.
+
+    Raises:
+        ValueError: the model's code failed.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "pmdflow.learner.footprint", str(folder), dtype, str(int(packing))],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        timeout=MEASURE_TIMEOUT_S, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise ValueError(f"{folder} could not be measured: {done.stderr.strip().splitlines()[-1]}")
+    return Footprint(**json.loads(done.stdout.splitlines()[-1]))
+
+
 def _kept_bytes(model: Any, tokens: int, *, packing: bool) -> int:
     """What the decoder keeps for its backward pass on one sequence, its own weights left out."""
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
@@ -70,3 +92,8 @@ def _kept_bytes(model: Any, tokens: int, *, packing: bool) -> int:
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         model.get_decoder()(input_ids=row, use_cache=False, **arguments)
     return sum(size for size, _ in kept.values())
+
+
+if __name__ == "__main__":
+    measured = measure_footprint(sys.argv[1], dtype=sys.argv[2], packing=sys.argv[3] == "1")
+    sys.stdout.write(json.dumps(asdict(measured)) + "\n")

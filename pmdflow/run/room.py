@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
-from pmdflow.config.gpus import Gpus, planned_gpus
+from pmdflow.config.gpus import Gpus, local_gpus, planned_gpus
 from pmdflow.config.memory import Footprint
 from pmdflow.config.plan import Plan, make_plan
 from pmdflow.config.schema import Config
@@ -32,14 +32,11 @@ class Room:
             LaunchError: no Ray answers at `cluster.address`.
         """
         config, notes = inputs.config, []
-        gpus = planned_gpus(config)
-        if gpus is None and config.cluster.address != "local":
+        gpus = planned_gpus(config) if dry else real_gpus(config)
+        if dry and gpus is None and config.cluster.address != "local":
             try:
-                count = ask_cluster(config.cluster.address).gpus
-                gpus = Gpus(count=count, bytes_each=None, source="of the Ray cluster") if count else None
+                gpus = real_gpus(config)
             except LaunchError as error:
-                if not dry:
-                    raise
                 notes.append(f"{error}: the plan is that of processors")
             notes.append("the memory of the cluster's GPUs is not known; state it for a plan: cluster.gpus=8x80GiB")
         has_size = gpus is not None and gpus.bytes_each is not None
@@ -48,7 +45,8 @@ class Room:
 
     def settled(self, inputs: Inputs) -> Inputs:
         """Decide whatever is `auto`."""
-        return replace(inputs, config=settle(inputs.config, gpus=self.gpus, model=self.model))
+        is_sized = self.gpus is not None and self.gpus.bytes_each is not None
+        return replace(inputs, config=settle(inputs.config, gpus=self.gpus, model=self.model if is_sized else None))
 
     def plan(self, config: Config) -> Plan:
         """The plan of a settled configuration.
@@ -65,10 +63,24 @@ class Room:
         return plan
 
 
-def _measure(inputs: Inputs, config: Config) -> Footprint | None:
-    from pmdflow.learner.footprint import measure_footprint  # torch takes seconds
+def real_gpus(config: Config) -> Gpus | None:
+    """Those that a run has, whatever `cluster.gpus` states but their memory, which Ray does not tell.
 
+    Raises:
+        LaunchError: no Ray answers at `cluster.address`.
+    """
+    if config.cluster.address == "local":
+        return local_gpus()
+    stated, count = planned_gpus(config), ask_cluster(config.cluster.address).gpus
+    each = None if stated is None else stated.bytes_each
+    return Gpus(count=count, bytes_each=each, source="of the Ray cluster") if count else None
+
+
+def _measure(inputs: Inputs, config: Config) -> Footprint | None:
+    from pmdflow.learner.footprint import measure_apart, measure_footprint  # torch takes seconds
+
+    measure = measure_footprint if local_gpus() is None else measure_apart
     try:
-        return measure_footprint(inputs.base, dtype=config.model.compute, packing=config.learner.packing)
+        return measure(inputs.base, dtype=config.model.compute, packing=config.learner.packing)
     except Exception:  # a family's code can fail in any way; that it can be trained was judged before
         return None

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 from pmdflow.config.memory import CONTEXT_BYTES, rank_need
 from pmdflow.learner import policy as policy_module
 from pmdflow.learner.attention import ATTENTION, Packed
-from pmdflow.learner.footprint import measure_footprint
+from pmdflow.learner.footprint import measure_apart, measure_footprint
 from pmdflow.learner.fsdp import apart, shard
 from pmdflow.learner.policy import Layout, Policy
 from tests.support.footprints import FOOTPRINTS, SHAPES
@@ -91,6 +91,14 @@ def test_a_rank_holds_what_was_planned(
     peak = tracked_peak(model, ranks=ranks, checkpointing=checkpointing, monkeypatch=monkeypatch)
     print(f"planned {planned / 2**30:.2f} GiB, tracked {peak / 2**30:.2f} GiB: {planned / peak:.3f}", need.parts)
     assert planned == pytest.approx(peak, rel=0.15)
+
+
+def test_a_process_of_its_own_measures_the_same(tmp_path: Path) -> None:
+    SMALL.save_pretrained(tmp_path)
+    arguments = {"dtype": "bfloat16", "packing": True}
+    assert measure_apart(tmp_path, **arguments) == measure_footprint(tmp_path, **arguments)
+    with pytest.raises(ValueError, match="could not be measured"):
+        measure_apart(tmp_path / "nothing", **arguments)
 
 
 def test_what_cannot_be_measured_is_said_to_be_unknown(tmp_path: Path) -> None:

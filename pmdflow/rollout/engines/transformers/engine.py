@@ -66,8 +66,7 @@ class TransformersEngine:
         self._batch: DecodeBatch | None = None
         self.version = 0
         self.num_slots = num_slots
-        self.prefill_tokens = self.drafted_tokens = self.accepted_tokens = 0
-        self.overrun_tokens = self.preemptions = 0
+        self.prefill_tokens = self.drafted_tokens = self.accepted_tokens = self.overrun_tokens = self.preemptions = 0
 
     def add(self, request: Request) -> None:
         """Hold a sequence; its prompt is prefilled by the next steps.
