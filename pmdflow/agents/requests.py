@@ -15,9 +15,16 @@ from pmdflow.data.messages import parse_chat
 MAX_SAMPLES = 128
 """Most answers of one request (`n`)."""
 _UNSAMPLED: Mapping[str, tuple[Any, ...]] = {
-    "temperature": (), "top_p": (1,), "top_k": (-1,), "min_p": (0,), "frequency_penalty": (0,),
-    "presence_penalty": (0,), "repetition_penalty": (1,), "tool_choice": ("auto", "none"), "response_format": ({"type": "text"},),
-}  # fmt: skip
+    "temperature": (),
+    "top_p": (1,),
+    "top_k": (-1,),
+    "min_p": (0,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "tool_choice": ("auto", "none"),
+    "response_format": ({"type": "text"},),
+}
 """What a request may ask of the sampling, and values that change nothing."""
 _UNSUPPORTED = ("logit_bias", "functions", "function_call", "audio", "guided_json", "guided_regex", "suffix")
 
