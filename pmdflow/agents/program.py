@@ -72,14 +72,8 @@ class Program:
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         reward = work.with_name(f"{work.name}.reward")
-        job = {
-            "argv": list(argv),
-            "env": {**os.environ, "PYTHONPATH": _python_path(), **env, _REWARD: str(reward)},
-            "task": json.dumps(task),
-            "work": str(work),
-            "log": str(log),
-            "log_bytes": LOG_BYTES,
-        }
+        full = {**os.environ, "PYTHONPATH": _python_path(), **env, _REWARD: str(reward)}
+        job = {"argv": list(argv), "env": full, "task": json.dumps(task), "work": str(work), "log": str(log)}
         keeper = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", KEEPER],
             stdin=subprocess.PIPE,
@@ -89,7 +83,9 @@ class Program:
         )
         program = cls(keeper=keeper, work=work, log=log)
         threading.Thread(
-            target=program._watch, args=(json.dumps(job).encode() + b"\n", reward, timeout_s), daemon=True
+            target=program._watch,
+            args=(json.dumps({**job, "log_bytes": LOG_BYTES}).encode() + b"\n", reward, timeout_s),
+            daemon=True,
         ).start()
         return program
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -137,7 +137,7 @@ def parse_turn(body: Any, *, chat: bool, retried: bool = False, idempotency_key:
         given: Any = (_ChatBody if chat else _TextBody).model_validate(body)
     except ValidationError as error:
         raise RequestRefused(_first(error)) from error
-    _refuse_unsupported(body)
+    _refuse_unsupported(body, given.stop)
     messages: tuple[Mapping[str, Any], ...] | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
     prompt: str | tuple[int, ...] = ""
@@ -152,8 +152,6 @@ def parse_turn(body: Any, *, chat: bool, retried: bool = False, idempotency_key:
         if not prompt:
             raise RequestRefused("prompt is empty")
     max_tokens = (given.max_completion_tokens if chat else None) or given.max_tokens
-    if any(not text for text in given.stop):
-        raise RequestRefused("stop has an empty text")
     asks = [messages, tools, prompt, max_tokens, given.stop, given.n, bool(given.logprobs)]
     return TurnRequest(
         messages=messages,
@@ -188,7 +186,9 @@ def parse_reward(body: Any) -> Posted:
     return Posted(rewards=rewards)
 
 
-def _refuse_unsupported(body: Mapping[str, Any]) -> None:
+def _refuse_unsupported(body: Mapping[str, Any], stop: Sequence[str]) -> None:
+    if any(not text for text in stop):
+        raise RequestRefused("stop has an empty text")
     given = [name for name in _UNSUPPORTED if body.get(name)]
     if body.get("echo") or (body.get("best_of") or 1) > 1:
         given.append("echo and best_of")
