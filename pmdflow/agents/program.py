@@ -82,11 +82,8 @@ class Program:
             start_new_session=True,
         )
         program = cls(keeper=keeper, work=work, log=log)
-        threading.Thread(
-            target=program._watch,
-            args=(json.dumps({**job, "log_bytes": LOG_BYTES}).encode() + b"\n", reward, timeout_s),
-            daemon=True,
-        ).start()
+        order = json.dumps({**job, "log_bytes": LOG_BYTES}).encode() + b"\n"
+        threading.Thread(target=program._watch, args=(order, reward, timeout_s), daemon=True).start()
         return program
 
     def kill(self) -> None:
