@@ -69,7 +69,7 @@ class Gateway:
         """What happened since the last call."""
         refused = [self._refusals.popleft() for _ in range(len(self._refusals))]
         events = [Event(kind="request_refused", message=why, attrs={"actor": "gateway"}) for why in refused]
-        return ActorReport(spans=self._spans.drain(), events=events)
+        return ActorReport(spans=self._spans.drain(), events=[*events, *self._spans.losses()])
 
 
 class _Front:

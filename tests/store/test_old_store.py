@@ -123,6 +123,7 @@ def test_a_snapshot_of_format_3_holds_what_it_held_and_goes_on(tmp_path: Path) -
     expected = json.loads((tmp_path / "told.json").read_text())
     store = open_plain(tmp_path / "store", max_staleness=1, file_bytes=2048)
     held = told(store)
+    assert [row.pop("turns") for row in held["trajectories"].values()] == [[]] * len(held["trajectories"])
     for name, value in expected.items():
         known = {key: held[name][key] for key in value} if isinstance(value, dict) else held[name]
         assert known == value, name
@@ -173,6 +174,7 @@ def test_format_4_holds_what_it_held(format_4: Path) -> None:
     expected = json.loads((format_4 / "told.json").read_text())
     for store in (TrajectoryStore.read(format_4 / "store"), open_plain(format_4 / "store", max_staleness=1)):
         now = told(store)
+        assert [row.pop("turns") for row in now["trajectories"].values()] == [[]] * len(now["trajectories"])
         assert (now["counts"].pop("oldest_untrained"), now["counts"].pop("claims_undone")) == (2, 1)
         for numbers in ("counts", "ledger"):
             since = {name for name in now[numbers] if name not in expected[numbers]}

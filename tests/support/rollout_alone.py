@@ -38,9 +38,11 @@ class RolloutAlone:
 
     def start_actor(self, handle: Any = None) -> None:
         """Start the actor and wait until its engine is ready."""
-        self.actor = start_rollout(self.config, self.directory, self.store, self.place, index=0, worker="rollout-0/1")
         self.workers += 1
-        self.run_ref = self.actor.run.remote(handle, f"rollout-0/{self.workers}")
+        self.actor = start_rollout(
+            self.config, self.directory, self.store, self.place, index=0, worker=f"rollout-0/{self.workers}"
+        )
+        self.run_ref = self.actor.run.remote(handle)
         self.drained()
 
     def drained(self) -> ActorReport:
