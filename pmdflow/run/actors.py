@@ -114,7 +114,6 @@ def start_archive(
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=config.store.dir is None),
         },
         arguments={
-            "store": store,
             "directory": str(run_dir / "store"),
             "run_dir": str(run_dir),
             "attrs": attrs,

@@ -112,7 +112,8 @@ class Checkpoints:
         committed = sorted(iteration for iteration, state in claims.items() if state == "committed")
         if oldest is not None and committed:
             self._archive = self._archive or self._start_archive()
-            archived = call(self._archive, ArchiveActor.archive, committed, oldest.iteration)
+            store = self._supervisor.store
+            archived = call(self._archive, ArchiveActor.archive, store, committed, oldest.iteration)
             self._archiving = archived, oldest.iteration
 
     def await_archive(self) -> None:

@@ -28,22 +28,22 @@ class ArchiveActor:
     def __init__(
         self,
         *,
-        store: StoreHandle,
         directory: str,
         run_dir: str,
         attrs: dict[str, Any],
         steps_per_iteration: int,
     ) -> None:
-        """Archive what `store` has in `directory` into `run_dir`; `attrs` are those of every part."""
-        self._store = store
+        """Archive what the store has in `directory` into `run_dir`; `attrs` are those of every part."""
         self._directory = Path(directory)
         self._run_dir = Path(run_dir)
         self._attrs = attrs
         self._steps_per_iteration = steps_per_iteration
         self._spans = SpanBuffer("archive")
 
-    def archive(self, iterations: Sequence[int], evict_through: int) -> ActorReport:
-        """Archive the committed claims of `iterations`, then have the store evict those up to `evict_through`.
+    def archive(self, store: StoreHandle, iterations: Sequence[int], evict_through: int) -> ActorReport:
+        """Archive the committed claims of `iterations`, then have `store` evict those up to `evict_through`.
+
+        The handle comes with each call: Ray may not find one again with which it would restart this actor.
 
         Returns:
             The spans since the last call.
@@ -56,5 +56,5 @@ class ArchiveActor:
             steps_per_iteration=self._steps_per_iteration,
             spans=self._spans,
         )
-        ray.get(call(self._store, StoreActor.evict, evict_through), timeout=EVICT_TIMEOUT_S)
+        ray.get(call(store, StoreActor.evict, evict_through), timeout=EVICT_TIMEOUT_S)
         return ActorReport(spans=self._spans.drain(), events=self._spans.losses())
