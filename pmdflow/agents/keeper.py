@@ -1,8 +1,9 @@
 """Keeps one program: runs it in a folder of its own, and ends with it everything that it started.
 
 It is started as a text by a bare interpreter, so it imports nothing but the standard library. The first line of its
-standard input is the job in JSON, `{"argv", "env", "task", "work", "log", "log_bytes"}`; the end of its input is the
-order to kill, so the death of whoever started it is one too. Its last word is a line of JSON, `{"status"}`.
+standard input is the job in JSON, `{"argv", "env", "task", "work", "reward", "log", "log_bytes"}`; the end of its input
+is the order to kill, so the death of whoever started it is one too. Its last word is a line of JSON, `{"status",
+"reward"}`: how the program ended, and the text that it left in the file `reward`, if any.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from typing import Any
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+_REWARD_CHARS = 1 << 16
 _END_S = 5.0
 """Time in which killed processes end."""
 
@@ -30,7 +32,7 @@ def main() -> None:
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     job: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
     os.makedirs(job["work"], exist_ok=True)
-    status = None
+    status, reward = None, None
     try:
         with open(job["log"], "ab", buffering=0) as log:
             process = subprocess.Popen(
@@ -48,8 +50,16 @@ def main() -> None:
         _say({"error": str(error)})
     finally:
         _kill_all()
+        reward = _read(job["reward"])
         shutil.rmtree(job["work"], ignore_errors=True)
-    _say({"status": status})
+    _say({"status": status, "reward": reward})
+
+
+def _read(path: str) -> str | None:
+    """What the program has left as its reward."""
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        return file.read(_REWARD_CHARS)
+    return None
 
 
 def _say(what: dict[str, Any]) -> None:

@@ -71,8 +71,8 @@ class Program:
             timeout_s: Its deadline.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
-        reward = work.with_name(f"{work.name}.reward")
-        full = {**os.environ, "PYTHONPATH": _python_path(), **env, _REWARD: str(reward)}
+        reward = str(work / ".reward")
+        full = {**os.environ, "PYTHONPATH": _python_path(), **env, _REWARD: reward}
         job = {"argv": list(argv), "env": full, "task": json.dumps(task), "work": str(work), "log": str(log)}
         keeper = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", KEEPER],
@@ -82,8 +82,8 @@ class Program:
             start_new_session=True,
         )
         program = cls(keeper=keeper, work=work, log=log)
-        order = json.dumps({**job, "log_bytes": LOG_BYTES}).encode() + b"\n"
-        threading.Thread(target=program._watch, args=(order, reward, timeout_s), daemon=True).start()
+        order = json.dumps({**job, "reward": reward, "log_bytes": LOG_BYTES}).encode() + b"\n"
+        threading.Thread(target=program._watch, args=(order, timeout_s), daemon=True).start()
         return program
 
     def kill(self) -> None:
@@ -93,7 +93,7 @@ class Program:
         with contextlib.suppress(OSError, ValueError):
             self.keeper.stdin.close()
 
-    def _watch(self, job: bytes, reward: Path, timeout_s: float) -> None:
+    def _watch(self, job: bytes, timeout_s: float) -> None:
         """See to its end, in a thread of its own."""
         assert self.keeper.stdin is not None
         assert self.keeper.stdout is not None
@@ -113,12 +113,8 @@ class Program:
             self.keeper.kill()
             self.keeper.wait()
         shutil.rmtree(self.work, ignore_errors=True)  # a keeper that was killed has left it
-        problem = f"it did not end within {timeout_s:g} s" if self._late else self._problem(said, ordered)
-        try:
-            self._read_reward(reward)
-        except ValueError as error:
-            problem = problem or str(error)
-        self.ended.set_result(problem)
+        problem = self._problem(said, ordered)
+        self.ended.set_result(f"it did not end within {timeout_s:g} s" if self._late else problem)
 
     def _end_late(self) -> None:
         self._late = True
@@ -132,8 +128,12 @@ class Program:
         first: dict[str, Any] = json.loads(lines[0])
         if "error" in first:
             return str(first["error"])
-        status = first["status"]
+        status, reward = first["status"], first["reward"]
         self.died = status is not None and status < 0
+        try:
+            self.rewards = {} if reward is None else dict(parse_reward(json.loads(reward)).rewards)
+        except ValueError as error:
+            return f"its reward file: {error}"
         if status == 0:
             return ""
         how = "killed" if status is None else f"signal {-status}" if status < 0 else f"exit code {status}"
@@ -145,17 +145,6 @@ class Program:
             file.seek(max(file.tell() - _TAIL, 0))
             return file.read().decode(errors="replace").strip()
         return ""
-
-    def _read_reward(self, path: Path) -> None:
-        try:
-            text = path.read_text()
-            path.unlink()
-        except OSError:
-            return
-        try:
-            self.rewards = dict(parse_reward(json.loads(text)).rewards)
-        except ValueError as error:
-            raise ValueError(f"its reward file: {error}") from error
 
 
 def _python_path() -> str:
