@@ -70,7 +70,8 @@ def up(
     from pmdflow.config.load import load
 
     loaded = load(config, overrides or ())
-    require_engine(loaded.config.rollout)
+    if not dry_run or loaded.config.cluster.gpus is None:  # else it is planned for another machine than this one
+        require_engine(loaded.config.rollout)
     require_imports(loaded)
     require_variables(loaded)
     if dry_run:

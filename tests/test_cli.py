@@ -59,6 +59,13 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing() -> None:
     assert set((ROOT / "runs").glob("*")) == before
 
 
+def test_a_machine_elsewhere_is_planned_for_without_its_engine() -> None:
+    done = run("up", QUICKSTART, "run.name=never", "rollout.engine=vllm", "cluster.gpus=8x80GiB", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "planned for 8 GPUs, stated by cluster.gpus" in done.stdout
+    assert "key-value cache" in done.stdout
+
+
 @pytest.mark.parametrize(("where", "said"), [("/dev/full", "No space left on device"), ("a pipe nobody reads", "")])
 def test_output_that_cannot_be_written_is_one_line_and_a_reader_that_is_gone_none(where: str, said: str) -> None:
     reading, output = os.pipe()
