@@ -164,7 +164,8 @@ class RolloutActor:
         problems = [self._problems.popleft() for _ in range(len(self._problems))]
         told = [self._notes.popleft() for _ in range(len(self._notes))]
         attrs = {"actor": self._spans.actor}
-        failed = [Event(kind="environment_failed", message=problem, attrs=attrs) for problem in problems]
+        kind = "environment_failed" if self._programs is None else "agent_failed"
+        failed = [Event(kind=kind, message=problem, attrs=attrs) for problem in problems]
         return ActorReport(
             spans=self._spans.drain(),
             events=[*failed, *told, *self._spans.losses()],
