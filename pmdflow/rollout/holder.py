@@ -64,8 +64,8 @@ class Holder:
 
     def join(self, lease: Lease, *, grant: int) -> None:
         """Hold a leased trajectory, of which `grant` tokens may be generated; an older lease of it is forgotten."""
-        if lease.trajectory in self:
-            self.drop(lease.trajectory)
+        if lease.trajectory in self and (session := self.drop(lease.trajectory).session) is not None:
+            session.close("its lease has ended, and was given out again")
         self._held[lease.trajectory] = self._taker.take(lease, limit=grant, version=self._engine.version)
 
     def fill_slots(self) -> None:
@@ -131,7 +131,7 @@ class Holder:
                 continue
             held.resume(grant=grant.tokens)
             if held.phase == "generating":
-                self._engine.extend(held.id, held.limit)
+                self._engine.extend(held.id, held.allowed)
             elif held.phase == "over":
                 self._engine.abort(held.id)
         return gone

@@ -81,14 +81,13 @@ class Programs:
         row = self._read(lease.trajectory) if lease.epoch > 1 else None
         episode = Episode() if row is None else _episode(row)
         held.left_out = len(episode.tokens) - len(lease.prefix)
-        session, _ = self._parked.pop(lease.trajectory, (None, 0))
+        session, epoch = self._parked.pop(lease.trajectory, (None, 0))
         if session is not None:
-            history = (*lease.prompt.tolist(), *lease.prefix.tolist())
-            if history[: len(session.record.live)] == session.record.live and not session.over:
-                turn = len(history) - session.turn_start if session.generating else None
-                held.attach(session, turn=turn)
+            if lease.epoch == epoch + 1 and not session.over:
+                turn = held.context[session.turn_start - len(lease.prompt) :] if session.generating else None
+                held.attach(session, turn=turn, whole=turn is not None and session.is_whole(turn))
                 return
-            session.close("its tokens are not those that are stored")
+            session.close("it has ended" if session.over else "another actor went on with its trajectory")
         session = self._session(lease, episode, held)
         session.is_judged = row is not None and len(row["turns"]) > 0
         held.open(session, unanswered=0, whole=False)
@@ -162,6 +161,7 @@ class Programs:
             max_tokens=control.max_tokens,
             record=Record.of(lease.prompt.tolist(), episode),
             ends=self._ends.union(control.stop_token_ids),
+            run_stop=control.stop,
             may_die=self._deaths[lease.trajectory] < MAX_DEATHS,
             sampling={"temperature": control.temperature, "top_p": control.top_p},
         )
