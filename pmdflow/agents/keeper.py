@@ -1,7 +1,8 @@
 """Keeps one program: runs it in a folder of its own, and ends with it everything that it started.
 
 It is started as a text by a bare interpreter, so it imports nothing but the standard library. The first line of its
-standard input is the job in JSON, `{"argv", "env", "task", "work", "log", "log_bytes"}`; the end of its input is the
+standard input is the job in JSON, `{"argv", "env", "task", "work", "log", "log_bytes",
+"hidden"}`; the end of its input is the
 order to kill, so the death of whoever started it is one too. Its last word is a line of JSON, `{"status"}`.
 """
 
@@ -32,7 +33,8 @@ def main() -> None:
     os.makedirs(job["work"], exist_ok=True)
     status = None
     try:
-        with open(job["log"], "ab", buffering=0) as log:
+        with open(job["log"], "ab", buffering=0) as file:
+            log = _Log(file, job["log_bytes"], job["hidden"].encode())
             process = subprocess.Popen(
                 job["argv"],
                 stdin=subprocess.PIPE,
@@ -43,7 +45,7 @@ def main() -> None:
                 start_new_session=True,
                 preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
             )
-            status = _attend(process, job["task"].encode(), log, job["log_bytes"])
+            status = _attend(process, job["task"].encode(), log)
     except OSError as error:
         _say({"error": str(error)})
     finally:
@@ -57,7 +59,24 @@ def _say(what: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _attend(process: subprocess.Popen[bytes], task: bytes, log: Any, room: int) -> int | None:
+class _Log:
+    """The first bytes of what a program says, without its key."""
+
+    def __init__(self, file: Any, room: int, hidden: bytes) -> None:
+        self._file, self._room, self._hidden, self._held = file, room, hidden, b""
+
+    def write(self, data: bytes, *, last: bool = False) -> None:
+        """Keep more of it; what may be the beginning of the key waits for the rest, or for the `last` call."""
+        data, key = self._held + data, self._hidden
+        if key:
+            data = data.replace(key, b"OPENAI_API_KEY")
+        begun = 0 if last else next((n for n in range(len(key) - 1, 0, -1) if data.endswith(key[:n])), 0)
+        data, self._held = data[: len(data) - begun], data[len(data) - begun :]
+        self._file.write(data[: self._room])
+        self._room = max(self._room - len(data), 0)
+
+
+def _attend(process: subprocess.Popen[bytes], task: bytes, log: _Log) -> int | None:
     """Feed it and keep what it says until it ends; None if it is to be killed."""
     assert process.stdin is not None
     assert process.stdout is not None
@@ -77,14 +96,14 @@ def _attend(process: subprocess.Popen[bytes], task: bytes, log: Any, room: int) 
             data = os.read(said, 1 << 16)
             if not data:
                 reading.discard(said)
-            log.write(data[:room])
-            room = max(room - len(data), 0)
+            log.write(data)
         if order in ready and not os.read(order, 1 << 16):
             return None
         if ended in ready:
             os.set_blocking(said, False)
             with contextlib.suppress(BlockingIOError):
-                log.write(os.read(said, 1 << 20)[:room])
+                log.write(os.read(said, 1 << 20))
+            log.write(b"", last=True)
             return process.wait()
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pmdflow.agents.requests import parse_reward
+from pmdflow.agents.remains import kill_marked, take_reward
 
 KEEPER = Path(__file__).with_name("keeper.py").read_text()
 LOG_BYTES = 1 << 20
@@ -74,6 +74,7 @@ class Program:
         reward = work.with_name(f"{work.name}.reward")
         full = {**os.environ, "PYTHONPATH": _python_path(), **env, _REWARD: str(reward)}
         job = {"argv": list(argv), "env": full, "task": json.dumps(task), "work": str(work), "log": str(log)}
+        job["hidden"] = env.get("OPENAI_API_KEY", "")
         keeper = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", KEEPER],
             stdin=subprocess.PIPE,
@@ -112,27 +113,32 @@ class Program:
         except subprocess.TimeoutExpired:
             self.keeper.kill()
             self.keeper.wait()
-        shutil.rmtree(self.work, ignore_errors=True)  # a keeper that was killed has left it
-        problem = f"it did not end within {timeout_s:g} s" if self._late else self._problem(said, ordered)
+        self.ended.set_result(self._settle(said, ordered, reward, timeout_s))
+
+    def _settle(self, said: bytes, ordered: bool, reward: Path, timeout_s: float) -> str:
+        """Take its reward, and see that nothing of it stays; returns what went wrong."""
+        word = _last_word(said)
+        if word is None:  # a keeper that was killed has left all
+            kill_marked(f"{_REWARD}={reward}")
+        shutil.rmtree(self.work, ignore_errors=True)
+        problem = f"it did not end within {timeout_s:g} s" if self._late else self._problem(word, ordered)
         try:
-            self._read_reward(reward)
+            self.rewards = take_reward(reward)
         except ValueError as error:
             problem = problem or str(error)
-        self.ended.set_result(problem)
+        return problem
 
     def _end_late(self) -> None:
         self._late = True
         self.kill()
 
-    def _problem(self, said: bytes, ordered: bool) -> str:
-        lines = said.decode(errors="replace").splitlines()
-        if not lines:
+    def _problem(self, word: Mapping[str, Any] | None, ordered: bool) -> str:
+        if word is None:
             self.died = not ordered
             return "its keeper was killed"
-        first: dict[str, Any] = json.loads(lines[0])
-        if "error" in first:
-            return str(first["error"])
-        status = first["status"]
+        if "error" in word:
+            return str(word["error"])
+        status = word["status"]
         self.died = status is not None and status < 0
         if status == 0:
             return ""
@@ -146,16 +152,14 @@ class Program:
             return file.read().decode(errors="replace").strip()
         return ""
 
-    def _read_reward(self, path: Path) -> None:
-        try:
-            text = path.read_text()
-            path.unlink()
-        except OSError:
-            return
-        try:
-            self.rewards = dict(parse_reward(json.loads(text)).rewards)
-        except ValueError as error:
-            raise ValueError(f"its reward file: {error}") from error
+
+def _last_word(said: bytes) -> Mapping[str, Any] | None:
+    """Of a keeper; None if it was killed before it had said it."""
+    try:
+        word = json.loads(said.partition(b"\n")[0])
+    except (ValueError, RecursionError):
+        return None
+    return word if isinstance(word, dict) and word.keys() & {"status", "error"} else None
 
 
 def _python_path() -> str:

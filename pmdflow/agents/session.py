@@ -15,6 +15,7 @@ from pmdflow.agents.program import Program
 from pmdflow.agents.record import Record, Tokens
 from pmdflow.agents.requests import Posted, RequestRefused, TurnRequest
 from pmdflow.agents.tools import ToolFormat, read
+from pmdflow.config.variables import hide
 from pmdflow.environments.protocol import Reply
 from pmdflow.rollout.stop_text import StopText
 
@@ -310,6 +311,7 @@ class AgentSession:
         problem = self._program.ended.result()
         again = self._program.died and self.may_die
         told = f"trajectory {self.trajectory}: {'its program died: ' if again else ''}{problem}" if problem else ""
+        told = hide(told, self.config.args)
         return Reply(done=not again, again=again, problem=told)
 
     def _text(self, tokens: Sequence[int]) -> str:

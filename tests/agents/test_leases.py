@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pmdflow.agents.requests import Posted
+from pmdflow.errors import PmdflowError
 from pmdflow.rollout.engines.transformers.engine import TransformersEngine
 from tests.support.agent_world import ASK, Life, Quiet, World, answer_of, generated_of
 
@@ -171,4 +172,17 @@ def test_a_stop_text_of_the_run_ends_a_turn_and_stays_in_the_answer(
     life = world.life()
     assert life.ask(ASK, max_tokens=100) == first
     life.end()
+    world.store.close()
+
+
+def test_what_a_program_said_at_its_end_is_told_without_the_values_of_variables(
+    tmp_path: Path, engine: TransformersEngine, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEARCH_KEY", "sk-of-another")
+    world = World(tmp_path, engine, folders[""], "agents.args={key: '${SEARCH_KEY}'}", "agents.max_failures_in_a_row=1")
+    life = world.life()
+    with pytest.raises(PmdflowError, match="SEARCH_KEY") as raised:
+        life.end("exit code 1; it said: 'sk-of-another is no key'")
+    assert "sk-of-another" not in str(raised.value)
+    engine.abort(life.id)
     world.store.close()

@@ -78,7 +78,7 @@ class Life:
         for held in self.holder.resume(self.store.append(self.holder.segments(next_version=0))[1]):
             self.notes += self.programs.let_go(held, stays=True)
             self.gone.append(held)
-        self.answers |= {answer.id: answer for answer in self.programs.desk.take_answers(0.0)}
+        self.answers |= {answer.id: answer for answer in self.programs.desk.take_answers(0.0, "gateway")}
 
     def wait(self, id: str) -> Outgoing:
         for _ in range(2000):
