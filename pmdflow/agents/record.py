@@ -46,12 +46,14 @@ class Record:
     """Tokens of the episode after the prompt, of all branches."""
     bare: bool = False
     """The newest branch has no token of its own yet."""
+    forks: int = 0
+    """Branches that were begun."""
     _turns: defaultdict[Tokens, deque[Turn]] = field(default_factory=lambda: defaultdict(deque))
 
     @classmethod
     def of(cls, prompt: Sequence[int], episode: Episode) -> Record:
         """The turns of what is durable."""
-        record = cls(live=tuple(prompt), spent=len(episode.tokens))
+        record = cls(live=tuple(prompt), spent=len(episode.tokens), forks=len(episode.forks))
         cuts = dict(episode.forks)
         start, total = 0, len(episode.tokens)
         while start < total:

@@ -18,6 +18,7 @@ from pmdflow.agents.tools import ToolFormat, read
 from pmdflow.config.variables import hide
 from pmdflow.environments.protocol import Reply
 from pmdflow.rollout.stop_text import StopText
+from pmdflow.store.episodes import MAX_FORKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -224,10 +225,13 @@ class AgentSession:
             )
         fork = None
         if kept < len(live):
+            if self.record.forks >= MAX_FORKS:
+                raise RequestRefused(f"an episode begins at most {MAX_FORKS} branches, and this request would another")
             self._say_broken(entry)
             if self._ended:
                 raise RequestRefused(self._ended, status=410, kind="session_over")
             fork = kept - self.prompt_length
+            self.record.forks += 1
         self.record.live, self.record.bare = target, False
         self.record.spent += new
         self.turn_start = len(target)
@@ -247,6 +251,11 @@ class AgentSession:
         elif self.record.bare:
             self._ended = f"{why}, and the branch before this one has no token yet"
         self.notes.append(("history_ended" if self._ended else "history_branched", why))
+
+    def is_at(self, history: Tokens) -> bool:
+        """Whether it stands where this history of the newest branch ends: all that it knows of is durable."""
+        own = len(self._turn[0]) if self.generating else len(self.record.live) - self.turn_start
+        return history[: len(self.record.live)] == self.record.live and len(history) - self.turn_start == own
 
     def is_whole(self, tokens: Sequence[int]) -> bool:
         """Whether the present turn has ended with these tokens."""

@@ -22,6 +22,10 @@ FLUSH_TOKENS = 64
 """Unsent tokens of one trajectory that are sent at once, however large its grant is."""
 
 
+class LeaseLost(Exception):
+    """A lease that has ended before it was taken up."""
+
+
 @dataclass(slots=True)
 class HeldTrajectory:
     """A leased trajectory, in one phase at a time; nothing but its own methods writes the phase.

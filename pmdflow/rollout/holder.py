@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import suppress
 
 from pmdflow.environments.protocol import Reply
 from pmdflow.rollout.engine import Output, RolloutEngine
-from pmdflow.rollout.held import HeldTrajectory
+from pmdflow.rollout.held import HeldTrajectory, LeaseLost
 from pmdflow.rollout.leasing import LeaseTaker
 from pmdflow.types import Grant, Lease, Segment
 
@@ -66,7 +67,8 @@ class Holder:
         """Hold a leased trajectory, of which `grant` tokens may be generated; an older lease of it is forgotten."""
         if lease.trajectory in self and (session := self.drop(lease.trajectory).session) is not None:
             session.close("its lease has ended, and was given out again")
-        self._held[lease.trajectory] = self._taker.take(lease, limit=grant, version=self._engine.version)
+        with suppress(LeaseLost):
+            self._held[lease.trajectory] = self._taker.take(lease, limit=grant, version=self._engine.version)
 
     def fill_slots(self) -> None:
         """Give the engine what waits for it, oldest lease first."""

@@ -10,6 +10,7 @@ import pytest
 from pmdflow.agents.requests import Posted
 from pmdflow.errors import PmdflowError
 from pmdflow.rollout.engines.transformers.engine import TransformersEngine
+from pmdflow.store.episodes import MAX_FORKS
 from tests.support.agent_world import ASK, Life, Quiet, World, answer_of, generated_of
 
 
@@ -186,3 +187,40 @@ def test_what_a_program_said_at_its_end_is_told_without_the_values_of_variables(
     assert "sk-of-another" not in str(raised.value)
     engine.abort(life.id)
     world.store.close()
+
+
+def test_a_program_whose_tokens_were_lost_on_the_way_is_started_anew(world: World) -> None:
+    life = world.life()
+    id = ended_turn(life, max_tokens=8)
+    life.store.fence("w1")  # nothing of the turn is durable, and the lease is another's
+    life.name = "w2"
+    give_back(life)
+    life.lease(new=True)
+    for _ in range(3):
+        life.step()
+    assert life.answers[id].status == 410
+    body = life.ask(ASK)
+    assert body["usage"]["completion_tokens"] == generated_of(world.store, life.id)
+
+
+def test_a_lease_that_ended_before_it_was_taken_up_is_not_held(world: World) -> None:
+    life = world.life()
+    life.ask(ASK)
+    life.store.fence("w1")
+    (lease,) = world.store.lease("w2", 0, 1, 5.0)
+    world.store.fence("w2")
+    world.store.lease("w3", 0, 1, 5.0)
+    life.holder.join(lease, grant=9)
+    assert len(life.holder) == 0
+    life.programs._read = lambda _: None
+    life.holder.join(lease, grant=9)
+    assert len(life.holder) == 0
+
+
+def test_an_episode_has_no_more_branches_than_the_store_takes(world: World) -> None:
+    life = world.life()
+    life.ask(ASK)
+    session: Any = life.holder[life.id].session
+    session.record.forks = MAX_FORKS
+    refused = life.wait(life.send({"messages": [ASK], "max_tokens": 8}))
+    assert (refused.status, refused.body["error"]["message"][:32]) == (400, "an episode begins at most 1023 b")
