@@ -24,8 +24,9 @@ class WorkerGone(Exception):
 class Channels:
     """One for each rollout actor that is asked; used by one event loop."""
 
-    def __init__(self) -> None:
-        """Nobody is asked yet."""
+    def __init__(self, gateway: str) -> None:
+        """Nobody is asked yet; `gateway` tells this one from those before it."""
+        self._gateway = gateway
         self._by_worker: dict[str, _Channel] = {}
 
     async def ask(self, worker: str, incoming: Incoming) -> Outgoing:
@@ -40,7 +41,7 @@ class Channels:
                 actor = await asyncio.to_thread(ray.get_actor, worker)
             except ValueError:
                 raise WorkerGone(worker) from None
-            channel = self._by_worker.setdefault(worker, _Channel(actor))
+            channel = self._by_worker.setdefault(worker, _Channel(actor, self._gateway))
         try:
             return await channel.ask(incoming)
         except RayError:
@@ -49,8 +50,9 @@ class Channels:
 
 
 class _Channel:
-    def __init__(self, actor: ActorHandle[Any]) -> None:
+    def __init__(self, actor: ActorHandle[Any], gateway: str) -> None:
         self._actor: Any = actor
+        self._gateway = gateway
         self._open: dict[str, asyncio.Future[Outgoing]] = {}
         self._polling: asyncio.Task[None] | None = None
 
@@ -69,7 +71,7 @@ class _Channel:
         """Take answers as long as somebody waits; those of a gateway before this one are nobody's."""
         try:
             while self._open:
-                for outgoing in await _answer(self._actor.take_answers.remote(POLL_S)):
+                for outgoing in await _answer(self._actor.take_answers.remote(POLL_S, self._gateway)):
                     waiting = self._open.get(outgoing.id)
                     if waiting is not None and not waiting.done():
                         waiting.set_result(outgoing)

@@ -47,6 +47,8 @@ class Desk:
         self._waiting: defaultdict[_Program, list[Incoming]] = defaultdict(list)
         self._known: set[_Program] = set()
         self._answers: list[Outgoing] = []
+        self._gateways: list[str] = []
+        """Those that have asked for answers; only the newest lives."""
         self._arrival: Future[None] = Future()
 
     @property
@@ -94,10 +96,18 @@ class Desk:
             self._answers += answers
             self._changed.notify_all()
 
-    def take_answers(self, wait_s: float) -> list[Outgoing]:
-        """What is answered; waits up to `wait_s` for the first one."""
+    def take_answers(self, wait_s: float, gateway: str) -> list[Outgoing]:
+        """What is answered; waits up to `wait_s` for the first one.
+
+        A call of a `gateway` that another one has come after takes nothing: it was killed, and its call goes on.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: bool(self._answers), timeout=wait_s)
+            if gateway not in self._gateways:
+                self._gateways.append(gateway)
+                self._changed.notify_all()
+            self._changed.wait_for(lambda: self._answers or self._gateways[-1] != gateway, timeout=wait_s)
+            if self._gateways[-1] != gateway:
+                return []
             taken, self._answers = self._answers, []
         return taken
 

@@ -79,9 +79,9 @@ class _Front:
         self, config: AgentsConfig, model: str, secret: bytes, port: int, refuse: Callable[[str], None]
     ) -> None:
         self._config, self._model, self._secret, self._port, self._refuse = config, model, secret, port, refuse
-        self._channels = Channels()
         self._served, self._process = 0, uuid4().hex
         """The latter tells its requests from those of a gateway before it."""
+        self._channels = Channels(self._process)
 
     async def serve(self, stopping: threading.Event) -> None:
         """Until `stopping` is set."""

@@ -59,9 +59,14 @@ class History:
         """The tokens that a request wants to be gone on from.
 
         Raises:
-            RequestRefused: the template fails on it, or there is none.
+            RequestRefused: the template or the tokenizer fails on it, or there is no template.
         """
-        return self._of_text(request) if request.messages is None else self._of_chat(request)
+        try:
+            return self._of_text(request) if request.messages is None else self._of_chat(request)
+        except RequestRefused:
+            raise
+        except Exception as error:  # of one request: it must not end the actor that serves all
+            raise RequestRefused(f"the model's tokenizer fails on this history: {type(error).__name__}") from error
 
     def answered(self, request: TurnRequest, target: Target, said: Said, generated: Sequence[int]) -> None:
         """Know a turn from now on."""
@@ -142,7 +147,7 @@ def _spelt(message: Mapping[str, Any]) -> str:
 def _arguments(given: Any) -> str:
     try:
         value = json.loads(given) if isinstance(given, str) else given
-    except ValueError:
+    except (ValueError, RecursionError):
         value = given
     return json.dumps(value, sort_keys=True)
 

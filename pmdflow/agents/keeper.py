@@ -1,9 +1,9 @@
 """Keeps one program: runs it in a folder of its own, and ends with it everything that it started.
 
 It is started as a text by a bare interpreter, so it imports nothing but the standard library. The first line of its
-standard input is the job in JSON, `{"argv", "env", "task", "work", "reward", "log", "log_bytes"}`; the end of its input
-is the order to kill, so the death of whoever started it is one too. Its last word is a line of JSON, `{"status",
-"reward"}`: how the program ended, and the text that it left in the file `reward`, if any.
+standard input is the job in JSON, `{"argv", "env", "task", "work", "reward", "log", "log_bytes", "hidden"}`; the end of
+its input is the order to kill, so the death of whoever started it is one too. Its last word is a line of JSON,
+`{"status"}`; where nobody hears it, it removes the file `reward`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import time
 from typing import Any
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
-_REWARD_CHARS = 1 << 16
 _END_S = 5.0
 """Time in which killed processes end."""
 
@@ -32,9 +31,10 @@ def main() -> None:
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     job: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
     os.makedirs(job["work"], exist_ok=True)
-    status, reward = None, None
+    status = None
     try:
-        with open(job["log"], "ab", buffering=0) as log:
+        with open(job["log"], "ab", buffering=0) as file:
+            log = _Log(file, job["log_bytes"], job["hidden"].encode())
             process = subprocess.Popen(
                 job["argv"],
                 stdin=subprocess.PIPE,
@@ -45,21 +45,21 @@ def main() -> None:
                 start_new_session=True,
                 preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
             )
-            status = _attend(process, job["task"].encode(), log, job["log_bytes"])
+            status = _attend(process, job["task"].encode(), log)
     except OSError as error:
         _say({"error": str(error)})
     finally:
         _kill_all()
-        reward = _read(job["reward"])
         shutil.rmtree(job["work"], ignore_errors=True)
-    _say({"status": status, "reward": reward})
-
-
-def _read(path: str) -> str | None:
-    """What the program has left as its reward."""
-    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
-        return file.read(_REWARD_CHARS)
-    return None
+    heard = status is not None
+    try:
+        _say({"status": status})
+    except BrokenPipeError:
+        heard = False
+        sys.stdout = sys.stderr  # the interpreter flushes it at its end
+    if not heard:
+        with contextlib.suppress(OSError):
+            os.unlink(job["reward"])
 
 
 def _say(what: dict[str, Any]) -> None:
@@ -67,7 +67,24 @@ def _say(what: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _attend(process: subprocess.Popen[bytes], task: bytes, log: Any, room: int) -> int | None:
+class _Log:
+    """The first bytes of what a program says, without its key."""
+
+    def __init__(self, file: Any, room: int, hidden: bytes) -> None:
+        self._file, self._room, self._hidden, self._held = file, room, hidden, b""
+
+    def write(self, data: bytes, *, last: bool = False) -> None:
+        """Keep more of it; what may be the beginning of the key waits for the rest, or for the `last` call."""
+        data, key = self._held + data, self._hidden
+        if key:
+            data = data.replace(key, b"OPENAI_API_KEY")
+        begun = 0 if last else next((n for n in range(len(key) - 1, 0, -1) if data.endswith(key[:n])), 0)
+        data, self._held = data[: len(data) - begun], data[len(data) - begun :]
+        self._file.write(data[: self._room])
+        self._room = max(self._room - len(data), 0)
+
+
+def _attend(process: subprocess.Popen[bytes], task: bytes, log: _Log) -> int | None:
     """Feed it and keep what it says until it ends; None if it is to be killed."""
     assert process.stdin is not None
     assert process.stdout is not None
@@ -87,14 +104,14 @@ def _attend(process: subprocess.Popen[bytes], task: bytes, log: Any, room: int) 
             data = os.read(said, 1 << 16)
             if not data:
                 reading.discard(said)
-            log.write(data[:room])
-            room = max(room - len(data), 0)
+            log.write(data)
         if order in ready and not os.read(order, 1 << 16):
             return None
         if ended in ready:
             os.set_blocking(said, False)
             with contextlib.suppress(BlockingIOError):
-                log.write(os.read(said, 1 << 20)[:room])
+                log.write(os.read(said, 1 << 20))
+            log.write(b"", last=True)
             return process.wait()
 
 

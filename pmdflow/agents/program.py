@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pmdflow.agents.requests import parse_reward
+from pmdflow.agents.remains import kill_marked, take_reward
 
 KEEPER = Path(__file__).with_name("keeper.py").read_text()
 LOG_BYTES = 1 << 20
@@ -71,9 +71,10 @@ class Program:
             timeout_s: Its deadline.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
-        reward = str(work / ".reward")
-        full = {**os.environ, "PYTHONPATH": _python_path(), **env, _REWARD: reward}
+        reward = work.with_name(f"{work.name}.reward")
+        full = {**os.environ, "PYTHONPATH": _python_path(), **env, _REWARD: str(reward)}
         job = {"argv": list(argv), "env": full, "task": json.dumps(task), "work": str(work), "log": str(log)}
+        job |= {"reward": str(reward), "hidden": env.get("OPENAI_API_KEY", "")}
         keeper = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", KEEPER],
             stdin=subprocess.PIPE,
@@ -82,8 +83,8 @@ class Program:
             start_new_session=True,
         )
         program = cls(keeper=keeper, work=work, log=log)
-        order = json.dumps({**job, "reward": reward, "log_bytes": LOG_BYTES}).encode() + b"\n"
-        threading.Thread(target=program._watch, args=(order, timeout_s), daemon=True).start()
+        order = json.dumps({**job, "log_bytes": LOG_BYTES}).encode() + b"\n"
+        threading.Thread(target=program._watch, args=(order, reward, timeout_s), daemon=True).start()
         return program
 
     def kill(self) -> None:
@@ -93,7 +94,7 @@ class Program:
         with contextlib.suppress(OSError, ValueError):
             self.keeper.stdin.close()
 
-    def _watch(self, job: bytes, timeout_s: float) -> None:
+    def _watch(self, job: bytes, reward: Path, timeout_s: float) -> None:
         """See to its end, in a thread of its own."""
         assert self.keeper.stdin is not None
         assert self.keeper.stdout is not None
@@ -112,28 +113,33 @@ class Program:
         except subprocess.TimeoutExpired:
             self.keeper.kill()
             self.keeper.wait()
-        shutil.rmtree(self.work, ignore_errors=True)  # a keeper that was killed has left it
-        problem = self._problem(said, ordered)
-        self.ended.set_result(f"it did not end within {timeout_s:g} s" if self._late else problem)
+        self.ended.set_result(self._settle(said, ordered, reward, timeout_s))
+
+    def _settle(self, said: bytes, ordered: bool, reward: Path, timeout_s: float) -> str:
+        """Take its reward, and see that nothing of it stays; returns what went wrong."""
+        word = _last_word(said)
+        if word is None:  # a keeper that was killed has left all
+            kill_marked(f"{_REWARD}={reward}")
+        shutil.rmtree(self.work, ignore_errors=True)
+        problem = f"it did not end within {timeout_s:g} s" if self._late else self._problem(word, ordered)
+        try:
+            self.rewards = take_reward(reward)
+        except ValueError as error:
+            problem = problem or str(error)
+        return problem
 
     def _end_late(self) -> None:
         self._late = True
         self.kill()
 
-    def _problem(self, said: bytes, ordered: bool) -> str:
-        lines = said.decode(errors="replace").splitlines()
-        if not lines:
+    def _problem(self, word: Mapping[str, Any] | None, ordered: bool) -> str:
+        if word is None:
             self.died = not ordered
             return "its keeper was killed"
-        first: dict[str, Any] = json.loads(lines[0])
-        if "error" in first:
-            return str(first["error"])
-        status, reward = first["status"], first["reward"]
+        if "error" in word:
+            return str(word["error"])
+        status = word["status"]
         self.died = status is not None and status < 0
-        try:
-            self.rewards = {} if reward is None else dict(parse_reward(json.loads(reward)).rewards)
-        except ValueError as error:
-            return f"its reward file: {error}"
         if status == 0:
             return ""
         how = "killed" if status is None else f"signal {-status}" if status < 0 else f"exit code {status}"
@@ -145,6 +151,15 @@ class Program:
             file.seek(max(file.tell() - _TAIL, 0))
             return file.read().decode(errors="replace").strip()
         return ""
+
+
+def _last_word(said: bytes) -> Mapping[str, Any] | None:
+    """Of a keeper; None if it was killed before it had said it."""
+    try:
+        word = json.loads(said.partition(b"\n")[0])
+    except (ValueError, RecursionError):
+        return None
+    return word if isinstance(word, dict) and word.keys() & {"status", "error"} else None
 
 
 def _python_path() -> str:

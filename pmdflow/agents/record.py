@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 Tokens: TypeAlias = "tuple[int, ...]"
@@ -44,12 +44,16 @@ class Record:
     """The history of the newest branch, prompt included."""
     spent: int
     """Tokens of the episode after the prompt, of all branches."""
+    bare: bool = False
+    """The newest branch has no token of its own yet."""
+    forks: int = 0
+    """Branches that were begun."""
     _turns: defaultdict[Tokens, deque[Turn]] = field(default_factory=lambda: defaultdict(deque))
 
     @classmethod
     def of(cls, prompt: Sequence[int], episode: Episode) -> Record:
         """The turns of what is durable."""
-        record = cls(live=tuple(prompt), spent=len(episode.tokens))
+        record = cls(live=tuple(prompt), spent=len(episode.tokens), forks=len(episode.forks))
         cuts = dict(episode.forks)
         start, total = 0, len(episode.tokens)
         while start < total:
@@ -65,19 +69,28 @@ class Record:
                         tokens=tokens,
                         logprobs=tuple(episode.logprobs[start:end]),
                         versions=tuple(episode.versions[start:end]),
-                        last=end == total,
+                        last=end == total and total not in cuts,
                     )
                 )
             record.live += tokens
             start = end
         if total in cuts:
-            record.live = record.live[: len(prompt) + cuts[total]]
+            record.live, record.bare = record.live[: len(prompt) + cuts[total]], True
         return record
 
     def take(self, target: Tokens) -> Turn | None:
         """The next recorded turn that follows a history."""
         turns = self._turns.get(target)
         return turns.popleft() if turns else None
+
+    def cut(self, target: Tokens, turn: Turn, end: int) -> Turn:
+        """The first `end` tokens of a turn that was taken; the next one follows these and goes on with the rest."""
+        head, rest = (
+            replace(turn, tokens=turn.tokens[part], logprobs=turn.logprobs[part], versions=turn.versions[part])
+            for part in (slice(end), slice(end, None))
+        )
+        self._turns[target + head.tokens].appendleft(rest)
+        return replace(head, last=False)
 
     @property
     def remaining(self) -> int:

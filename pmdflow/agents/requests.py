@@ -134,9 +134,16 @@ def parse_turn(body: Any, *, chat: bool, retried: bool = False, idempotency_key:
         RequestRefused: what is wrong with it, or not supported.
     """
     try:
-        given: Any = (_ChatBody if chat else _TextBody).model_validate(body)
+        check_text(body)
+        return _parse_turn(body, chat, retried, idempotency_key)
     except ValidationError as error:
         raise RequestRefused(_first(error)) from error
+    except RecursionError:
+        raise RequestRefused("the body is nested too deeply") from None
+
+
+def _parse_turn(body: Any, chat: bool, retried: bool, idempotency_key: str | None) -> TurnRequest:
+    given: Any = (_ChatBody if chat else _TextBody).model_validate(body)
     _refuse_unsupported(body, given.stop)
     messages: tuple[Mapping[str, Any], ...] | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -177,20 +184,35 @@ def parse_reward(body: Any) -> Posted:
     given = {"reward": body} if isinstance(body, int | float) else body
     if not isinstance(given, Mapping) or not given:
         raise RequestRefused('a reward is a number, {"reward": number}, or several numbers by name')
+    check_text(list(given))
     try:
         rewards = {str(name): float(value) for name, value in given.items()}
-    except (TypeError, ValueError):
-        raise RequestRefused(f"a reward is a number, not {given!r:.80}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise RequestRefused(f"a reward is a finite number, not {given!r:.80}") from None
     if bad := [name for name, value in rewards.items() if not -1e300 < value < 1e300]:
         raise RequestRefused(f"{bad[0]} is {rewards[bad[0]]}; rewards must be finite")
     return Posted(rewards=rewards)
+
+
+def check_text(value: Any) -> None:
+    """Refuse what JSON can spell and no other text can: half of a character of two units.
+
+    Raises:
+        RequestRefused: it has one.
+        RecursionError: it is nested too deeply.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        why = f"it has {error.object[error.start]!r}, which is half of a character (a lone surrogate)"
+        raise RequestRefused(f"the body is no text: {why}") from error
 
 
 def _refuse_unsupported(body: Mapping[str, Any], stop: Sequence[str]) -> None:
     if any(not text for text in stop):
         raise RequestRefused("stop has an empty text")
     given = [name for name in _UNSUPPORTED if body.get(name)]
-    if body.get("echo") or (body.get("best_of") or 1) > 1:
+    if body.get("echo") or body.get("best_of") not in (None, 1):
         given.append("echo and best_of")
     if given:
         raise RequestRefused(f"{', '.join(given)}: not supported, for it changes what is sampled; leave it out")

@@ -15,7 +15,10 @@ from pmdflow.agents.program import Program
 from pmdflow.agents.record import Record, Tokens
 from pmdflow.agents.requests import Posted, RequestRefused, TurnRequest
 from pmdflow.agents.tools import ToolFormat, read
+from pmdflow.config.variables import hide
 from pmdflow.environments.protocol import Reply
+from pmdflow.rollout.stop_text import StopText
+from pmdflow.store.episodes import MAX_FORKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,6 +62,8 @@ class AgentSession:
     record: Record
     ends: Collection[int]
     """Token ids that end a turn."""
+    run_stop: tuple[str, ...]
+    """Texts that end a turn of any request, and stay in the answer."""
     sampling: Mapping[str, Any]
     """The run's own, which every answer says."""
     outlives: bool = field(default=True, init=False)
@@ -133,7 +138,7 @@ class AgentSession:
         self._take_arrivals()
         if self.generating:
             return self._last() if self.over else None
-        while not self._ended and (self._current is not None or self._queue):
+        while not self.over and (self._current is not None or self._queue):
             self._current = self._current or self._queue.popleft()
             try:
                 reply = self._proceed(self._current)
@@ -190,9 +195,12 @@ class AgentSession:
         target = entry.target.tokens
         turn = self.record.take(target)
         if turn is not None:
+            end = self._end(entry.request, turn.tokens)
+            if end is not None and end < len(turn.tokens):
+                turn = self.record.cut(target, turn, end)
             self._turn = (list(turn.logprobs), list(turn.versions))
             self.turn_start = len(target)
-            if not turn.last or self._is_whole(entry.request, turn.tokens):
+            if not turn.last or end is not None:
                 self._chose(turn.tokens, turn.logprobs, turn.versions)
                 return None
             return Reply(turn=len(turn.tokens))
@@ -204,8 +212,10 @@ class AgentSession:
         if kept < self.prompt_length:
             raise RequestRefused(
                 "a history of this run begins as its chat template makes conversations begin, with token "
-                f"{live[0]} ({self.tokenizer.decode([live[0]])!r}), not {target[0]}"
+                f"{live[0]} ({self.tokenizer.decode([live[0]])!r}), not {list(target[:1])}"
             )
+        if max(target[kept:], default=0) >= len(self.tokenizer):
+            raise RequestRefused(f"the model has {len(self.tokenizer)} tokens, not {max(target[kept:])}")
         new = len(target) - kept
         if self.record.spent + new >= self.max_tokens:
             raise RequestRefused(
@@ -215,11 +225,14 @@ class AgentSession:
             )
         fork = None
         if kept < len(live):
+            if self.record.forks >= MAX_FORKS:
+                raise RequestRefused(f"an episode begins at most {MAX_FORKS} branches, and this request would another")
             self._say_broken(entry)
             if self._ended:
                 raise RequestRefused(self._ended, status=410, kind="session_over")
             fork = kept - self.prompt_length
-        self.record.live = target
+            self.record.forks += 1
+        self.record.live, self.record.bare = target, False
         self.record.spent += new
         self.turn_start = len(target)
         return Reply(tokens=target[kept:], fork=fork, turn=0)
@@ -228,23 +241,37 @@ class AgentSession:
         """A request does not go on from what was last: by the rule it begins a branch, or ends the episode."""
         assert entry.target is not None
         asked_before = any(_same(earlier, entry.request) for earlier, _ in self._answered) or bool(entry.choices)
-        if asked_before:
+        if asked_before and not self.record.bare:
             return  # another answer to the same: a sample
         why = entry.target.broken or "the program rewrote its history"
         if self.record.remaining:
             why = f"started again, the program says something else than before; {why}"
         if self.config.history == "strict":
             self._ended = f"{why} (agents.history is strict)"
+        elif self.record.bare:
+            self._ended = f"{why}, and the branch before this one has no token yet"
         self.notes.append(("history_ended" if self._ended else "history_branched", why))
 
-    def _is_whole(self, request: TurnRequest, tokens: Tokens) -> bool:
-        """Whether the last recorded turn had ended when its worker vanished."""
-        if tokens[-1] in self.ends or self.record.spent >= self.max_tokens:
-            return True
+    def is_at(self, history: Tokens) -> bool:
+        """Whether it stands where this history of the newest branch ends: all that it knows of is durable."""
+        own = len(self._turn[0]) if self.generating else len(self.record.live) - self.turn_start
+        return history[: len(self.record.live)] == self.record.live and len(history) - self.turn_start == own
+
+    def is_whole(self, tokens: Sequence[int]) -> bool:
+        """Whether the present turn has ended with these tokens."""
+        return self._current is not None and self._end(self._current.request, tokens) is not None
+
+    def _end(self, request: TurnRequest, tokens: Sequence[int]) -> int | None:
+        """Tokens of the turn that is the answer, where they begin with a whole one."""
+        ends = [at + 1 for at, token in enumerate(tokens) if token in self.ends][:1]
         if request.max_tokens is not None and len(tokens) >= request.max_tokens:
-            return True
-        text = self._text(tokens)
-        return any(stop in text for stop in request.stop)
+            ends.append(request.max_tokens)
+        if stop := (*self.run_stop, *request.stop):
+            found = StopText(self.tokenizer, stop).find(tokens)
+            ends += [] if found is None else [found + 1]
+        if self.record.spent >= self.max_tokens:
+            ends.append(len(tokens))
+        return min(ends, default=None)
 
     def _chose(self, tokens: Sequence[int], logprobs: Sequence[float], versions: Sequence[int]) -> None:
         """A turn is whole: answer its request once it has all of its samples."""
@@ -254,6 +281,7 @@ class AgentSession:
         ended = bool(tokens) and tokens[-1] in self.ends
         text = self._text(tokens[:-1] if ended else tokens)
         cut = min((at for at in (text.find(stop) for stop in entry.request.stop) if at >= 0), default=None)
+        ended = ended or any(stop in text for stop in self.run_stop)
         place = f"{self.trajectory}-{len(entry.target.tokens)}-{self.num_turns}"
         said = read(text if cut is None else text[:cut], self.style, id=place)
         entry.choices.append(
@@ -292,6 +320,7 @@ class AgentSession:
         problem = self._program.ended.result()
         again = self._program.died and self.may_die
         told = f"trajectory {self.trajectory}: {'its program died: ' if again else ''}{problem}" if problem else ""
+        told = hide(told, self.config.args)
         return Reply(done=not again, again=again, problem=told)
 
     def _text(self, tokens: Sequence[int]) -> str:

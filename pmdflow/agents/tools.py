@@ -124,6 +124,7 @@ def _call(text: str) -> Call | None:
 def _object(text: str) -> dict[str, Any] | None:
     try:
         value = json.loads(text)
-    except ValueError:
+        json.dumps(value, ensure_ascii=False).encode()  # half a character can be spelt, but neither sent nor tokenized
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

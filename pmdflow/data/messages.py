@@ -108,7 +108,7 @@ def _text(content: Any) -> str:
         return content
     parts = list(content) if isinstance(content, list | tuple) else [content]
     for part in parts:
-        if not isinstance(part, Mapping) or part.get("type") != "text":
+        if not isinstance(part, Mapping) or part.get("type") != "text" or "text" not in part:
             raise ValueError(f"the content of a message holds {part!r:.80}: {PARTS_WITHOUT_TEXT}; leave such rows out")
     return "".join(str(part["text"]) for part in parts)
 

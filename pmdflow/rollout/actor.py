@@ -154,10 +154,10 @@ class RolloutActor:
         assert self._programs is not None
         self._programs.desk.submit(requests)
 
-    def take_answers(self, wait_s: float) -> list[Outgoing]:
-        """Answers to HTTP requests; waits up to `wait_s` for the first one."""
+    def take_answers(self, wait_s: float, gateway: str) -> list[Outgoing]:
+        """Answers to HTTP requests, for the newest gateway; waits up to `wait_s` for the first one."""
         assert self._programs is not None
-        return self._programs.desk.take_answers(wait_s)
+        return self._programs.desk.take_answers(wait_s, gateway)
 
     def drain(self) -> ActorReport:
         """Spans and problems of environments since the last call, and counts of tokens since the start."""
@@ -238,7 +238,7 @@ class RolloutActor:
         if self._holder.forks():
             self._fork()
         for id, reply in answers.items():
-            if self._programs is not None and reply.done:
+            if self._programs is not None and reply.done and id in self._holder:  # a fork awaits grants: it may be gone
                 held = self._holder[id]
                 self._programs.note(held, reply.problem)
                 if rewards := self._programs.rewards(held):

@@ -22,6 +22,10 @@ FLUSH_TOKENS = 64
 """Unsent tokens of one trajectory that are sent at once, however large its grant is."""
 
 
+class LeaseLost(Exception):
+    """A lease that has ended before it was taken up."""
+
+
 @dataclass(slots=True)
 class HeldTrajectory:
     """A leased trajectory, in one phase at a time; nothing but its own methods writes the phase.
@@ -85,6 +89,12 @@ class HeldTrajectory:
         return self.lease.trajectory
 
     @property
+    def allowed(self) -> int:
+        """Tokens that the engine may generate now: of the grant, and of what the program has asked for."""
+        asked = None if self.session is None else self.session.limit
+        return self.limit if asked is None else min(self.limit, max(asked, 0))
+
+    @property
     def room(self) -> int:
         """Tokens until the trajectory's own maximum."""
         return self.control.max_tokens - len(self.context) - self.left_out
@@ -122,12 +132,14 @@ class HeldTrajectory:
         self.turn_start = len(self.context) - unanswered
         self._call(self.context[self.turn_start :] if whole else None)
 
-    def attach(self, session: Partner, *, turn: int | None) -> None:
-        """Go on with a program that lives: it waits for `turn` tokens and more, or, None, it is waited for."""
+    def attach(self, session: Partner, *, turn: Sequence[int] | None, whole: bool) -> None:
+        """Go on with a program that lives: it waits for `turn`, and more if that is not `whole`; None: for nothing."""
         self.session = session
-        self.turn_start = len(self.context) - (turn or 0)
+        self.turn_start = len(self.context) - len(turn or ())
         if turn is None:
             self.phase = "calling"
+        elif whole:
+            self._call(turn)
         else:
             self._watch_turn()
 
@@ -137,7 +149,7 @@ class HeldTrajectory:
         return Request(
             id=self.id,
             tokens=np.concatenate([self.lease.prompt, np.asarray(self.context, np.int32)]),
-            limit=self.limit,
+            limit=self.allowed,
             remaining=self.room,
             temperature=self.control.temperature,
             top_p=self.control.top_p,
@@ -215,8 +227,6 @@ class HeldTrajectory:
                 self.stop_text.restart(ignored=self.min_tokens)
         if self.phase in ("waiting", "generating") and self.limit == 0 and not self.tokens:
             self._end("budget")
-        if self.session is not None and self.session.limit is not None:
-            self.limit = min(self.limit, self.session.limit)
 
     def end_repetition(self) -> bool:
         """Whether the unsent tokens make it repetitive; it then ends at the token with which it became so."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import suppress
 
 from pmdflow.environments.protocol import Reply
 from pmdflow.rollout.engine import Output, RolloutEngine
-from pmdflow.rollout.held import HeldTrajectory
+from pmdflow.rollout.held import HeldTrajectory, LeaseLost
 from pmdflow.rollout.leasing import LeaseTaker
 from pmdflow.types import Grant, Lease, Segment
 
@@ -64,9 +65,10 @@ class Holder:
 
     def join(self, lease: Lease, *, grant: int) -> None:
         """Hold a leased trajectory, of which `grant` tokens may be generated; an older lease of it is forgotten."""
-        if lease.trajectory in self:
-            self.drop(lease.trajectory)
-        self._held[lease.trajectory] = self._taker.take(lease, limit=grant, version=self._engine.version)
+        if lease.trajectory in self and (session := self.drop(lease.trajectory).session) is not None:
+            session.close("its lease has ended, and was given out again")
+        with suppress(LeaseLost):
+            self._held[lease.trajectory] = self._taker.take(lease, limit=grant, version=self._engine.version)
 
     def fill_slots(self) -> None:
         """Give the engine what waits for it, oldest lease first."""
@@ -131,7 +133,7 @@ class Holder:
                 continue
             held.resume(grant=grant.tokens)
             if held.phase == "generating":
-                self._engine.extend(held.id, held.limit)
+                self._engine.extend(held.id, held.allowed)
             elif held.phase == "over":
                 self._engine.abort(held.id)
         return gone

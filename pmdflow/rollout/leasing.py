@@ -39,6 +39,7 @@ class LeaseTaker:
 
         Raises:
             ValueError: impossible overrides of its prompt, or no such environment.
+            LeaseLost: it has ended already.
         """
         held = HeldTrajectory(
             lease=lease,

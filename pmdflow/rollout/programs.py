@@ -27,7 +27,7 @@ from pmdflow.data.messages import Style
 from pmdflow.data.tokenizer import end_ids, load_tokenizer
 from pmdflow.errors import PmdflowError
 from pmdflow.metrics.report import Event
-from pmdflow.rollout.held import HeldTrajectory
+from pmdflow.rollout.held import HeldTrajectory, LeaseLost
 from pmdflow.rollout.stop_text import StopText
 from pmdflow.types import Lease
 
@@ -53,7 +53,12 @@ class Programs:
     """Starts, keeps and ends them. A lease that is given back leaves its program waiting for the next one."""
 
     def __init__(
-        self, config: Config, place: AgentsPlace, run_dir: Path, worker: str, read: Callable[[int], Mapping[str, Any]]
+        self,
+        config: Config,
+        place: AgentsPlace,
+        run_dir: Path,
+        worker: str,
+        read: Callable[[int], Mapping[str, Any] | None],
     ) -> None:
         """Start nothing yet; `read` gives a trajectory as the store has it (`TrajectoryStore.trajectory`)."""
         assert config.agents is not None
@@ -75,20 +80,28 @@ class Programs:
         return math.ceil(self._agents.concurrency / self._config.rollout.num_actors)
 
     def open(self, held: HeldTrajectory) -> None:
-        """Begin the program of a leased trajectory, or go on with the one that waits for it."""
+        """Begin the program of a leased trajectory, or go on with the one that waits for it.
+
+        Raises:
+            LeaseLost: the trajectory is gone, or somebody else's.
+        """
         lease = held.lease
         held.watch = partial(_watch, self._tokenizer)
-        row = self._read(lease.trajectory) if lease.epoch > 1 else None
+        row = None
+        if lease.epoch > 1:
+            row = self._read(lease.trajectory)
+            if row is None or row["epoch"] != lease.epoch:
+                raise LeaseLost(f"trajectory {lease.trajectory}, epoch {lease.epoch}")
         episode = Episode() if row is None else _episode(row)
         held.left_out = len(episode.tokens) - len(lease.prefix)
-        session, _ = self._parked.pop(lease.trajectory, (None, 0))
+        session, epoch = self._parked.pop(lease.trajectory, (None, 0))
         if session is not None:
-            history = (*lease.prompt.tolist(), *lease.prefix.tolist())
-            if history[: len(session.record.live)] == session.record.live and not session.over:
-                turn = len(history) - session.turn_start if session.generating else None
-                held.attach(session, turn=turn)
+            history = (*lease.prompt.tolist(), *held.context)
+            if lease.epoch == epoch + 1 and not session.over and session.is_at(history):
+                turn = held.context[session.turn_start - len(lease.prompt) :] if session.generating else None
+                held.attach(session, turn=turn, whole=turn is not None and session.is_whole(turn))
                 return
-            session.close("its tokens are not those that are stored")
+            session.close("it has ended" if session.over else "another program goes on with its trajectory")
         session = self._session(lease, episode, held)
         session.is_judged = row is not None and len(row["turns"]) > 0
         held.open(session, unanswered=0, whole=False)
@@ -162,6 +175,7 @@ class Programs:
             max_tokens=control.max_tokens,
             record=Record.of(lease.prompt.tolist(), episode),
             ends=self._ends.union(control.stop_token_ids),
+            run_stop=control.stop,
             may_die=self._deaths[lease.trajectory] < MAX_DEATHS,
             sampling={"temperature": control.temperature, "top_p": control.top_p},
         )

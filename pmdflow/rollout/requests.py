@@ -93,8 +93,8 @@ class StoreRequests:
         self._grants = None
         return grants
 
-    def trajectory(self, id: int) -> Mapping[str, Any]:
-        """A trajectory as the store has it; waits for the answer.
+    def trajectory(self, id: int) -> Mapping[str, Any] | None:
+        """A trajectory as the store has it, None if it is gone; waits for the answer.
 
         Raises:
             WaitTimeout: no answer within `STORE_TIMEOUT_S`.

@@ -86,9 +86,11 @@ class StoreActor:
         return self._store.turn(trajectory, epoch, number, rewards, key)
 
     @_in_group("append")
-    def trajectory(self, trajectory: int) -> dict[str, Any]:
-        """One live trajectory with its arrays."""
-        return self._store.trajectory(trajectory)
+    def trajectory(self, trajectory: int) -> dict[str, Any] | None:
+        """One live trajectory with its arrays; None if it is in the store no more."""
+        with contextlib.suppress(Conflict):
+            return self._store.trajectory(trajectory)
+        return None
 
     @_in_group("append")
     def epochs(self, trajectories: Sequence[int]) -> dict[int, int]:

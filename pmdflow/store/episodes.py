@@ -12,6 +12,10 @@ Turn = tuple[int, Mapping[str, float], str | None]
 """Tokens of the episode before the note, rewards by name, and key."""
 
 
+MAX_FORKS = 1023
+"""Of one episode."""
+
+
 class Episodes:
     """That part of `TrajectoryStore`."""
 
@@ -28,8 +32,8 @@ class Episodes:
         branches counts for 1/m where it is trained.
 
         Raises:
-            Conflict: an epoch that was never given out, an offset beyond the history, a branch without a token yet, or
-                a repeat with another offset.
+            Conflict: an epoch that was never given out, an offset beyond the history, a branch without a token yet, a
+                repeat with another offset, or more than `MAX_FORKS`.
         """
         stale, branch, newest = self._native.fork(trajectory, epoch, offset, wait, now_s)
         return Forked(stale=stale, branch=branch, epoch=newest)

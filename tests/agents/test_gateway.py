@@ -15,7 +15,7 @@ import pytest
 
 from pmdflow.agents import gateway
 from pmdflow.agents.answers import Choice, chat_answer
-from pmdflow.agents.desk import Incoming, Outgoing
+from pmdflow.agents.desk import Desk, Incoming, Outgoing
 from pmdflow.agents.gateway import _Front
 from pmdflow.agents.keys import Credential
 from pmdflow.agents.requests import Posted
@@ -153,3 +153,17 @@ def test_rewards_are_posted(served: tuple[str, Echo, list[str]]) -> None:
     assert httpx.post(url, json={"a": 1, "b": -2.5}, headers=headers).json() == {"rewards": {"a": 1.0, "b": -2.5}}
     for bad in ('{"a": NaN}', '{"a": "x"}', "[]", "{}", "null"):
         assert httpx.post(url, content=bad, headers=headers).status_code == 400
+
+
+def test_a_call_of_a_gateway_that_was_killed_takes_no_answer_from_the_one_after_it() -> None:
+    desk, taken = Desk(), list[Outgoing]()
+    killed = threading.Thread(target=lambda: taken.extend(desk.take_answers(20.0, "killed")))
+    killed.start()
+    while not desk._gateways:
+        time.sleep(0.01)
+    assert desk.take_answers(0.0, "next") == []
+    killed.join(timeout=10)
+    desk.answer([Outgoing(id="next-1", status=200, body={})])
+    assert desk.take_answers(0.0, "killed") == []
+    assert [answer.id for answer in desk.take_answers(0.0, "next")] == ["next-1"]
+    assert taken == []

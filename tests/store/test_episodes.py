@@ -11,6 +11,7 @@ import pytest
 
 from pmdflow.store import Conflict, TrajectoryStore, encode_segments
 from pmdflow.store.archive import read_part, read_table, write_part
+from pmdflow.store.episodes import MAX_FORKS
 from pmdflow.types import Lease, Mask, Segment, StopReason, TrainBatch
 from tests.support.filled_store import admit, assert_exact, complete, lease_all, quota, ready_store
 
@@ -198,3 +199,15 @@ def test_an_episode_has_one_lease_one_limit_and_one_score() -> None:
     view = store.trajectory(0)
     assert (view["tokens"].tolist(), view["forks"]) == ([10, 11, 12, 13, 20, 30], [(2, 4, 4), (3, 5, 1)])
     assert_exact(store)
+
+
+def test_an_episode_is_forked_so_often_and_no_more() -> None:
+    store = ready_store()
+    admit(store, max_tokens=MAX_FORKS + 9)
+    lease = lease_all(store)[0]
+    store.append([said(lease, 0, 9)])
+    for _ in range(MAX_FORKS):
+        lease = forked(store, lease, 0)
+        store.append([said(lease, 0, 9)])
+    with pytest.raises(Conflict, match="at most 1024 times"):
+        store.fork(lease.trajectory, lease.epoch, 0)

@@ -1,0 +1,78 @@
+"""Requests that no client should send: each is refused by name, and the actor that serves all others lives."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from pmdflow.agents.requests import RequestRefused, parse_reward, parse_turn
+from pmdflow.agents.tools import ToolFormat, read
+from tests.support.agent_world import ASK, World
+
+DEEP = "[" * 5000
+HALF = "\ud800"
+CALL = {"type": "function", "id": "c", "function": {"name": "add", "arguments": "{}"}}
+
+
+def calling(arguments: Any) -> dict[str, Any]:
+    call = {**CALL, "function": {"name": "add", "arguments": arguments}}
+    return {"messages": [ASK, {"role": "assistant", "tool_calls": [call]}, ASK]}
+
+
+@pytest.mark.parametrize("prompt", [[0, 1 << 40], [0, 383_000], [5], [0, 5, 1 << 31]])
+def test_a_token_that_the_model_has_not_is_refused(world: World, prompt: list[int]) -> None:
+    life = world.life()
+    start = world.store.trajectory(life.id)["prompt"].tolist() if prompt[0] == 0 else []
+    refused = life.wait(life.send({"prompt": [*start, *prompt[bool(start) :]]}, chat=False))
+    assert refused.status == 400, refused
+    life.ask(ASK)
+
+
+@pytest.mark.parametrize("body", [calling(DEEP), calling(json.dumps({"a": HALF})), calling('{"a": ')])
+def test_arguments_of_calls_that_no_tokenizer_takes_are_refused(world: World, body: dict[str, Any]) -> None:
+    life = world.life()
+    assert life.wait(life.send(body)).status in (200, 400)
+    life.ask(ASK)
+
+
+def nested(depth: int) -> Any:
+    value: Any = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"role": "user", "content": HALF}]},
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        {"messages": [{"role": "user", "content": "x", "name": nested(700)}]},
+        {"messages": [ASK], "temperature": HALF},
+        {"messages": [ASK], "best_of": "x"},
+        {"messages": [ASK], "stop": [""]},
+    ],
+)
+def test_a_body_that_is_no_text_is_refused_before_it_goes_anywhere(body: dict[str, Any]) -> None:
+    with pytest.raises(RequestRefused):
+        parse_turn(body, chat=True)
+
+
+@pytest.mark.parametrize("body", [10**400, {HALF: 1.0}, {"a": 10**400}, {"a": [1]}, float("nan"), {}])
+def test_a_reward_that_the_store_cannot_hold_is_refused(body: Any) -> None:
+    with pytest.raises(RequestRefused):
+        parse_reward(body)
+
+
+@pytest.mark.parametrize("style", ["hermes", "llama", "kimi", "json"])
+def test_what_a_model_writes_is_no_call_where_it_cannot_be_sent(style: ToolFormat) -> None:
+    for text in ('{"a":' * 5000, '{"name": "\\ud800", "arguments": {}}'):
+        marked = {"hermes": f"<tool_call>{text}}}</tool_call>", "json": text, "llama": text}.get(
+            style, f"<|tool_call_begin|>x<|tool_call_argument_begin|>{text}<|tool_call_end|>"
+        )
+        said = read(marked, style, id="0")
+        json.dumps(said.message, ensure_ascii=False).encode()
+        if style != "kimi":
+            assert said.calls == ()
