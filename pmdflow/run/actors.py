@@ -237,12 +237,17 @@ def make_loops(config: Config, run_dir: Path, store: StoreHandle, places: Sequen
     return [*gateways, *rollouts, *rewards]
 
 
+def sweep_programs(run_dir: Path) -> None:
+    """Remove what agent programs have left whose rollout actors were killed."""
+    shutil.rmtree(run_dir / "agents", ignore_errors=True)
+
+
 def make_gateway(config: Config, run_dir: Path) -> tuple[list[Loop], AgentsPlace | None]:
     """The gateway of agent programs on this machine, and where they find it; none where the run has no agents."""
     if config.agents is None:
         return [], None
     given, secret = config.agents, secrets.token_bytes(32)
-    shutil.rmtree(run_dir / "agents", ignore_errors=True)  # what programs of a killed run have left
+    sweep_programs(run_dir)
     with socket.socket(socket.AF_INET6 if ":" in given.host else socket.AF_INET) as probe:
         probe.bind((given.host, given.port))
         port = probe.getsockname()[1]

@@ -23,7 +23,7 @@ from pmdflow.metrics.live import LiveView
 from pmdflow.metrics.recorder import Recorder
 from pmdflow.metrics.sinks.process import SinkProcesses
 from pmdflow.metrics.summary import render_summary
-from pmdflow.run.actors import make_loops, start_archive, start_learners, start_ray, start_store
+from pmdflow.run.actors import make_loops, start_archive, start_learners, start_ray, start_store, sweep_programs
 from pmdflow.run.controller import Controller
 from pmdflow.run.directory import RunDirectory
 from pmdflow.run.inputs import merge, open_inputs, open_prompts
@@ -141,6 +141,7 @@ def _train(inputs: Inputs, run: RunDirectory, telemetry: Telemetry, signals: Sto
         controller.run()
         supervisor.stop_learners()
         answers([call(store, StoreActor.close)], what="closing the store", timeout_s=STARTUP_TIMEOUT_S)
+        sweep_programs(run.path)
         return controller.iteration >= config.run.iterations
     finally:
         signals.over()
