@@ -52,6 +52,8 @@ class History:
 
     tokenizer: PreTrainedTokenizerBase
     style: Style
+    max_chars: int | None = None
+    """A text that is longer has too many tokens: it is not even tokenized, which would keep all others waiting."""
     _conversations: list[_Known] = field(default_factory=list)
     _texts: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
 
@@ -128,6 +130,12 @@ class History:
             raise RequestRefused(f"the model's chat template fails on these messages: {error}") from error
 
     def _ids(self, text: str) -> tuple[int, ...]:
+        if self.max_chars is not None and len(text) > self.max_chars:
+            raise RequestRefused(
+                f"the request adds {len(text)} characters, which are more tokens than an episode may have "
+                "(data.max_tokens)",
+                kind="context_length_exceeded",
+            )
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _text(self, tokens: Sequence[int]) -> str:

@@ -37,7 +37,8 @@ class Program:
         ''
     """
 
-    keeper: subprocess.Popen[bytes]
+    keeper: subprocess.Popen[bytes] | None
+    """None: it could not be started."""
     work: Path
     log: Path
     rewards: dict[str, float] = field(default_factory=dict, init=False)
@@ -87,8 +88,18 @@ class Program:
         threading.Thread(target=program._watch, args=(order, reward, timeout_s), daemon=True).start()
         return program
 
+    @classmethod
+    def failed(cls, problem: str) -> Program:
+        """One that could not be started: to be tried again."""
+        program = cls(keeper=None, work=Path(), log=Path())
+        program.died = True
+        program.ended.set_result(problem)
+        return program
+
     def kill(self) -> None:
         """Have it killed, with all that it started; returns at once."""
+        if self.keeper is None:
+            return
         assert self.keeper.stdin is not None
         self._killed = True
         with contextlib.suppress(OSError, ValueError):
@@ -96,6 +107,7 @@ class Program:
 
     def _watch(self, job: bytes, reward: Path, timeout_s: float) -> None:
         """See to its end, in a thread of its own."""
+        assert self.keeper is not None
         assert self.keeper.stdin is not None
         assert self.keeper.stdout is not None
         with contextlib.suppress(OSError, ValueError):  # it was killed before it began

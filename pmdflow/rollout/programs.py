@@ -67,6 +67,8 @@ class Programs:
         self._run_dir, self._worker = run_dir, worker
         self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.model.path)
         self._ends = end_ids(config.model.path)
+        self._longest = max(map(len, self._tokenizer.get_vocab()))
+        """Characters of the longest token."""
         self._parked: dict[int, tuple[AgentSession, int]] = {}
         """By trajectory, with the epoch of the lease that was given back."""
         self._deaths: Counter[int] = Counter()
@@ -160,11 +162,12 @@ class Programs:
             self.drop(trajectory)
 
     def _session(self, lease: Lease, episode: Episode, held: HeldTrajectory) -> AgentSession:
-        control = held.control
+        control, style = held.control, Style(template_args=self._config.data.sources[0].template_args or {})
+        max_chars = (len(lease.prompt) + control.max_tokens) * self._longest
         return AgentSession(
             config=self._agents,
             tokenizer=self._tokenizer,
-            history=History(self._tokenizer, Style(template_args=self._config.data.sources[0].template_args or {})),
+            history=History(self._tokenizer, style, max_chars),
             style=format_of(self._tokenizer.chat_template) if self._agents.tools == "auto" else self._agents.tools,
             desk=self.desk,
             start_program=partial(self._start, lease),
@@ -193,7 +196,8 @@ class Programs:
         }
         address = f"{self._place.address}/episodes/{lease.trajectory}/v1"
         host = self._place.address.rpartition("//")[2].rpartition(":")[0]
-        return Program.start(
+        start = partial(
+            Program.start,
             agents.command or [sys.executable, "-m", "pmdflow.agents.function", str(agents.program)],
             env={"OPENAI_BASE_URL": address, "OPENAI_API_KEY": key, "NO_PROXY": host, "no_proxy": host},
             task=task,
@@ -201,6 +205,10 @@ class Programs:
             log=self._run_dir / "logs" / "agents" / f"{named}.log",
             timeout_s=agents.timeout_s,
         )
+        try:
+            return start()
+        except (OSError, RuntimeError) as error:  # this machine has no process or no room left: it may have later
+            return Program.failed(f"it could not be started: {error}")
 
 
 def noted(worker: str, notes: list[tuple[str, str]], held: HeldTrajectory, agents: AgentsConfig) -> list[Event]:

@@ -76,3 +76,22 @@ def test_what_a_model_writes_is_no_call_where_it_cannot_be_sent(style: ToolForma
         json.dumps(said.message, ensure_ascii=False).encode()
         if style != "kimi":
             assert said.calls == ()
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_text_that_is_much_too_long_is_refused_before_it_is_tokenized(
+    world: World, chat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    life = world.life()
+    text = "1 + 2 " * 100_000
+    session: Any = life.holder[life.id].session
+    read: list[int] = []
+    tokenizer = type(session.tokenizer)
+    call = tokenizer.__call__
+    monkeypatch.setattr(
+        tokenizer, "__call__", lambda self, text, **how: (read.append(len(text)), call(self, text, **how))[1]
+    )
+    body = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+    refused = life.wait(life.send(body, chat=chat))
+    assert refused.body["error"]["code"] == "context_length_exceeded"
+    assert max(read, default=0) < 1000

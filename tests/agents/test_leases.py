@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pmdflow.agents.program import Program
 from pmdflow.agents.requests import Posted
 from pmdflow.errors import PmdflowError
 from pmdflow.rollout.engines.transformers.engine import TransformersEngine
@@ -224,3 +225,21 @@ def test_an_episode_has_no_more_branches_than_the_store_takes(world: World) -> N
     session.record.forks = MAX_FORKS
     refused = life.wait(life.send({"messages": [ASK], "max_tokens": 8}))
     assert (refused.status, refused.body["error"]["message"][:32]) == (400, "an episode begins at most 1023 b")
+
+
+def test_a_program_that_cannot_be_started_is_tried_again_and_then_given_up(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: Any, **__: Any) -> Program:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    life = world.life()
+    monkeypatch.setattr(Program, "start", start)
+    world.store.fence("w1")
+    life.name = "w2"
+    del life.programs._start
+    for _ in range(4):
+        life.lease(new=True)
+        for _ in range(20):
+            life.step()
+    assert world.store.trajectory(life.id)["state"] == "unscored"
