@@ -12,10 +12,9 @@ ToolFormat = Literal["hermes", "llama", "kimi", "json"]
 Call: TypeAlias = "tuple[str, str]"
 """Name, and arguments as JSON text."""
 
-_HERMES = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|$)", re.DOTALL)
-_KIMI = re.compile(
-    r"<\|tool_call_begin\|>\s*([^<]*?)\s*<\|tool_call_argument_begin\|>\s*(.*?)\s*<\|tool_call_end\|>", re.DOTALL
-)
+_HERMES = ("<tool_call>", "</tool_call>")
+_OBJECT = re.compile(r"\s*\{")
+_KIMI = ("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>")
 _KIMI_SECTION = re.compile(r"<\|tool_calls_section_begin\|>.*?(?:<\|tool_calls_section_end\|>|$)", re.DOTALL)
 _LLAMA = "<|python_tag|>"
 _THOUGHT = re.compile(r"^.*</think>", re.DOTALL)
@@ -74,19 +73,40 @@ def read(text: str, style: ToolFormat, *, id: str) -> Said:
 
 
 def _hermes(text: str) -> tuple[str, list[Call]]:
-    found = [(match, _call(match[1])) for match in _HERMES.finditer(text)]
-    if not found or any(call is None for _, call in found):
-        return text, []
-    return _HERMES.sub("", text), [call for _, call in found if call is not None]
+    # A model may loop: whatever it writes is read in linear time, which a pattern with two ends would not be.
+    first, last = _HERMES
+    content, calls, at = "", list[Call](), 0
+    while (begin := text.find(first, at)) >= 0:
+        end = text.find(last, begin)
+        end = len(text) if end < 0 else end  # the last call may lack its end
+        while not _OBJECT.match(text, begin + len(first), end) and (later := text.find(first, begin + 1, end)) >= 0:
+            begin = later
+        body, after = text[begin + len(first) : end].strip(), end + len(last)
+        if body.startswith("{") and body.endswith("}"):
+            call = _call(body)
+            if call is None:
+                return text, []
+            calls.append(call)
+            content += text[at:begin]
+        else:
+            content += text[at:after]
+        at = after
+    return (content + text[at:], calls) if calls else (text, [])
 
 
 def _kimi(text: str) -> tuple[str, list[Call]]:
-    calls = []
-    for match in _KIMI.finditer(text):
-        name = match[1].removeprefix("functions.").partition(":")[0]
-        if _object(match[2]) is None or not name:
+    first, middle, last = _KIMI
+    calls, at = list[Call](), 0
+    while (given := text.find(middle, at)) >= 0 and (end := text.find(last, given)) >= 0:
+        begin = text.rfind(first, at, given)
+        at = end + len(last)
+        if begin < 0:
+            continue
+        name = text[begin + len(first) : given].strip().removeprefix("functions.").partition(":")[0]
+        arguments = text[given + len(middle) : end].strip()
+        if _object(arguments) is None or not name:
             return text, []
-        calls.append((name, match[2]))
+        calls.append((name, arguments))
     return (_KIMI_SECTION.sub("", text), calls) if calls else (text, [])
 
 

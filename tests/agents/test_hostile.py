@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -95,3 +96,28 @@ def test_a_text_that_is_much_too_long_is_refused_before_it_is_tokenized(
     refused = life.wait(life.send(body, chat=chat))
     assert refused.body["error"]["code"] == "context_length_exceeded"
     assert max(read, default=0) < 1000
+
+
+@pytest.mark.parametrize(
+    ("style", "text"),
+    [
+        ("hermes", "<tool_call>{ " * 20_000),
+        ("kimi", "<|tool_call_begin|>x<|tool_call_argument_begin|>" * 5_000),
+        ("kimi", "<|tool_call_begin|>" + " " * 40_000 + "<|tool_call_argument_begin|>" + " " * 40_000),
+    ],
+)
+def test_a_model_that_loops_in_its_markers_keeps_nobody_waiting(style: ToolFormat, text: str) -> None:
+    start = time.monotonic()
+    assert read(text, style, id="0").calls == ()
+    assert time.monotonic() - start < 2.0
+
+
+def test_calls_among_broken_ones_are_read() -> None:
+    one = '<tool_call>{"name": "a", "arguments": {"x": "<tool_call>"}}</tool_call>'
+    for text, content, count in (
+        (f"<tool_call>no {one[:11]}{one[11:]}", "<tool_call>no", 1),
+        (f"x{one}y{one[:-12]}", "xy", 2),
+        (f"{one}<tool_call>{{", "<tool_call>{", 1),
+    ):
+        said = read(text, "hermes", id="0")
+        assert (said.content, len(said.calls)) == (content, count)
