@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -199,7 +200,7 @@ class Programs:
         start = partial(
             Program.start,
             agents.command or [sys.executable, "-m", "pmdflow.agents.function", str(agents.program)],
-            env={"OPENAI_BASE_URL": address, "OPENAI_API_KEY": key, "NO_PROXY": host, "no_proxy": host},
+            env={"OPENAI_BASE_URL": address, "OPENAI_API_KEY": key, **_without_proxy(host)},
             task=task,
             work=self._run_dir / "agents" / named,
             log=self._run_dir / "logs" / "agents" / f"{named}.log",
@@ -237,3 +238,8 @@ def _episode(row: Mapping[str, Any]) -> Episode:
 
 def _watch(tokenizer: PreTrainedTokenizerBase, stop: Any, history: Any) -> StopText:
     return StopText(tokenizer, stop, history=history)
+
+
+def _without_proxy(host: str) -> dict[str, str]:
+    """The gateway is asked directly, besides whatever else is."""
+    return {name: ",".join(filter(None, [os.environ.get(name), host])) for name in ("NO_PROXY", "no_proxy")}
