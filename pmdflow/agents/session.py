@@ -154,14 +154,18 @@ class AgentSession:
 
     def close(self, why: str) -> None:
         """End the program and all that it started; whoever waits is told why."""
-        waiting = [self._current, *self._queue] if self._current else [*self._queue]
-        for entry in waiting:
+        for entry in self._waiting:
             self._answer(entry, 410, error(f"the episode is over: {why}", kind="session_over"))
         self._current = None
         self._queue.clear()
         self.desk.close(self.trajectory, self.epoch)
         if self._program is not None:
             self._program.kill()
+
+    @property
+    def _waiting(self) -> list[_Open]:
+        """Requests that are not answered yet, in their order."""
+        return [*([] if self._current is None else [self._current]), *self._queue]
 
     def _take_arrivals(self) -> None:
         for incoming in self.desk.take(self.trajectory, self.epoch):
@@ -173,7 +177,7 @@ class AgentSession:
 
     def _arrive(self, incoming: Incoming, request: TurnRequest) -> None:
         """Join the same request where it is open or sent again; else wait for one's turn."""
-        for entry in [*([self._current] if self._current else []), *self._queue]:
+        for entry in self._waiting:
             if _same(entry.request, request):
                 entry.waiters.append(incoming.id)
                 return
