@@ -16,8 +16,8 @@ from pmdflow.agents.record import Record, Tokens
 from pmdflow.agents.requests import Posted, RequestRefused, TurnRequest
 from pmdflow.agents.tools import ToolFormat, read
 from pmdflow.config.variables import hide
+from pmdflow.data.stop_text import StopText
 from pmdflow.environments.protocol import Reply
-from pmdflow.rollout.stop_text import StopText
 from pmdflow.store.episodes import MAX_FORKS
 
 if TYPE_CHECKING:

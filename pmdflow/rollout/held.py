@@ -10,10 +10,10 @@ from typing import Any, Literal
 import numpy as np
 
 from pmdflow.data.sampling import SamplingControl
+from pmdflow.data.stop_text import StopText
 from pmdflow.environments.protocol import Partner, Reply
 from pmdflow.rollout.engine import Output, Request
 from pmdflow.rollout.repetition import RepetitionDetector
-from pmdflow.rollout.stop_text import StopText
 from pmdflow.types import Lease, Segment, StopReason
 
 Phase = Literal["waiting", "generating", "ended", "calling", "answered", "over", "closed"]

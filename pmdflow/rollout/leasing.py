@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from pmdflow.config.schema import Config
 from pmdflow.data.sampling import SamplingControl, control_for, sampling_temperature
+from pmdflow.data.stop_text import StopText
 from pmdflow.data.tokenizer import end_ids, load_tokenizer
 from pmdflow.environments.protocol import Environment, load_environment
 from pmdflow.rollout.held import HeldTrajectory
 from pmdflow.rollout.programs import Programs
 from pmdflow.rollout.repetition import RepetitionDetector
-from pmdflow.rollout.stop_text import StopText
 from pmdflow.rollout.turns import Session, split_turns
 from pmdflow.types import Lease
 

@@ -25,11 +25,11 @@ from pmdflow.config.agents import AgentsConfig
 from pmdflow.config.schema import Config
 from pmdflow.config.variables import hide, resolve
 from pmdflow.data.messages import Style
+from pmdflow.data.stop_text import StopText
 from pmdflow.data.tokenizer import end_ids, load_tokenizer
 from pmdflow.errors import PmdflowError
 from pmdflow.metrics.report import Event
 from pmdflow.rollout.held import HeldTrajectory, LeaseLost
-from pmdflow.rollout.stop_text import StopText
 from pmdflow.types import Lease
 
 if TYPE_CHECKING:

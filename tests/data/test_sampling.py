@@ -17,12 +17,12 @@ from transformers import AutoTokenizer
 
 from pmdflow.data import TablePrompts
 from pmdflow.data.sampling import SamplingControl, check_overrides, control_for, sampling_temperature
+from pmdflow.data.stop_text import StopText
 from pmdflow.data.table import open_rows
 from pmdflow.data.tokenizer import make_tokenize
 from pmdflow.rollout.engine import Request
 from pmdflow.rollout.engines.transformers.engine import TransformersEngine
 from pmdflow.rollout.engines.transformers.sampling import sample
-from pmdflow.rollout.stop_text import StopText
 from tests.support.paths import TINY
 
 MODEL = str(TINY)
