@@ -31,8 +31,9 @@ def check_algorithm(name: str, *, components: Sequence[str] = (), settings: Mapp
         settings: Its settings, where they are not to be the defaults.
 
     Raises:
-        ValueError: it breaks a rule; names each, with what was seen.
+        ValueError: there is no such algorithm, or it breaks a rule; names each, with what was seen.
     """
+    find_algorithm(name)
     problems = []
     for title, case in CASES.items():
         try:
