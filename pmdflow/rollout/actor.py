@@ -21,7 +21,9 @@ from pmdflow.rollout.leasing import LeaseTaker
 from pmdflow.rollout.loading import Loader
 from pmdflow.rollout.programs import AgentsPlace, Programs, noted
 from pmdflow.rollout.requests import STORE_TIMEOUT_S, StoreRequests
+from pmdflow.rollout.shift import Shift
 from pmdflow.store.client import StoreHandle
+from pmdflow.weights.device_turn import DeviceTurn
 from pmdflow.weights.make import make_transport
 from pmdflow.weights.transport import Bytes, WeightsHandle, in_group
 
@@ -65,6 +67,7 @@ class RolloutActor:
         self._worker = worker
         self._requests = StoreRequests(store)
         self._transport = make_transport(config, Path(run_dir))
+        self._shift = Shift(DeviceTurn.own(run_dir, index)) if config.cluster.colocate else None
         self._engine = make_engine(config, seed=(config.run.seed * 1000 + index) % 2**32)
         self._programs: Programs | None = None
         self._agents = config.agents
@@ -104,6 +107,8 @@ class RolloutActor:
             self._begin_with(handle)
         try:
             while not self._stopping.is_set():
+                if self._rests():
+                    continue
                 self._swap_weights()
                 self._collect()
                 self._take_answers()
@@ -143,6 +148,24 @@ class RolloutActor:
     def read_weights(self, version: int, offset: int, num_bytes: int) -> Bytes:
         """Bytes of a version's file, for a node that does not have it; safe beside everything else."""
         return self._transport.read(version, offset, num_bytes)
+
+    def sleep(self, timeout_s: float) -> None:
+        """Let the engine give its device to the learner; returns when it has.
+
+        Raises:
+            WaitTimeout: it did not within `timeout_s`.
+        """
+        assert self._shift is not None, "only in a colocated run"
+        self._shift.ask(True, timeout_s=timeout_s)
+
+    def wake(self, timeout_s: float) -> None:
+        """Let the engine have its device again, and go on.
+
+        Raises:
+            WaitTimeout: it did not within `timeout_s`.
+        """
+        assert self._shift is not None, "only in a colocated run"
+        self._shift.ask(False, timeout_s=timeout_s)
 
     def stop(self) -> None:
         """Let `run` send what it has, give its leases back and return."""
@@ -190,6 +213,27 @@ class RolloutActor:
     def _offer(self, handle: WeightsHandle, *, timeout_s: float) -> None:
         weights = self._transport.fetch(handle, timeout_s=timeout_s)
         self._incoming.offer(handle.version, (self._engine.stage(weights), handle.probe))
+
+    def _rests(self) -> bool:
+        """Change over if that is due; whether the engine sleeps: what is held stays leased, nothing is generated."""
+        shift = self._shift
+        if shift is None:
+            return False
+        if shift.is_due and not shift.asleep:
+            self._await_append()
+            self._end_span()
+            self._generated += self._holder.take(self._engine.pause())
+            self._send(next_version=self._engine.version)
+            shift.sleep(self._engine, self._spans)
+        elif shift.is_due:
+            shift.wake(self._engine, self._spans)
+        if shift.asleep:
+            with self._spans.span("wait_device"):
+                shift.await_due(timeout_s=SPAN_S)
+            self._collect()
+            self._take_answers()
+            self._flush_when_due()
+        return shift.asleep
 
     def _swap_weights(self) -> None:
         """Take other weights; every token sent before carries the old version, every one after the new.
