@@ -25,6 +25,7 @@ from pmdflow.learner.agreement import check_policy, failures_named, remedy
 from pmdflow.learner.loading import load_model
 from pmdflow.learner.lora import add_adapters, published_name, published_scale
 from pmdflow.learner.policy import Policy
+from pmdflow.learner.routing import Routing
 from pmdflow.weights.file import NamedTensors, aligned
 
 JOIN_TIMEOUT_S = 120.0
@@ -109,6 +110,8 @@ def build_policy(path: str, *, dtype: str, learner: LearnerConfig, mesh: DeviceM
     with failures_named(model, what="the learner", remedy=remedy(packing=learner.packing)):
         policy = Policy(model.eval())
     _check_on_first_rank(policy, packing=learner.packing)
+    if learner.router_replay:
+        policy.routing = Routing(model)
     layers = apart(model)
     for layer in layers:
         if learner.activation_checkpointing is True:
@@ -132,7 +135,7 @@ def build_teacher(student: str, *, dtype: str, learner: LearnerConfig, mesh: Dev
             f"learner.teacher {learner.teacher} has {sizes[learner.teacher]} tokens, the policy {sizes[student]}: a "
             "teacher scores the student's tokens, so give one with the same tokenizer"
         )
-    plain = learner.model_copy(update={"lora": None, "compile": False})
+    plain = learner.model_copy(update={"lora": None, "compile": False, "router_replay": False})
     teacher = build_policy(learner.teacher, dtype=dtype, learner=plain, mesh=mesh)
     return teacher.requires_grad_(requires_grad=False)
 

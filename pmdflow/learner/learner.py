@@ -30,10 +30,12 @@ from pmdflow.learner.fsdp import (
     learner_device,
 )
 from pmdflow.learner.policy import Policy
-from pmdflow.learner.preparation import Parts, Ready, load_steps, plan_claim, prepare
+from pmdflow.learner.preparation import Parts, Ready, load_steps, needed_columns, plan_claim, prepare
 from pmdflow.learner.probing import Prober
 from pmdflow.learner.result import TrainResult
 from pmdflow.learner.schedule import learning_rate
+from pmdflow.learner.scorers.claim import ClaimScorers
+from pmdflow.learner.scorers.teacher import TEACHER
 from pmdflow.learner.selection import importance_metrics
 from pmdflow.learner.steps import Supervised, Tensors, accumulate, update
 from pmdflow.learner.sums import Sums
@@ -70,10 +72,17 @@ class Learner:
         self._config = config.model_copy(update={"learner": self._algorithm.configured(config.learner)})
         self._rank = rank
         self._teacher: Policy | None = None
-        if (self._algorithm.needs & FROM_TEACHER != frozenset()) != (config.learner.teacher is not None):
+        self._scorers: ClaimScorers | None = None
+        taught = self._algorithm.needs & FROM_TEACHER
+        by_columns = TEACHER in config.learner.scorers
+        if (config.learner.teacher is not None and (not taught or by_columns)) or (
+            taught and config.learner.teacher is None and not by_columns
+        ):
+            also = " and learner.scorers.teacher is set, too" if by_columns else ""
             raise ValueError(
                 f"learner.teacher is {config.learner.teacher} while {config.learner.algorithm} needs "
-                f"{', '.join(sorted(self._algorithm.needs)) or 'nothing'}: set a teacher if it needs `teacher` or `top`"
+                f"{', '.join(sorted(self._algorithm.needs)) or 'nothing'}{also}: set a teacher if it needs `teacher` "
+                "or `top`, in one of the two ways"
             )
         self._state: State | None = None
         """Of an algorithm that keeps some."""
@@ -144,7 +153,7 @@ class Learner:
         shares = {f"learner/{reason}_share": int(counts[out].sum()) / total for reason, out in ready.left_out.items()}
         own |= importance_metrics(ready.weighed)
         return TrainResult(
-            metrics={**own, **ready.rewards.metrics(), **shares, **ready.given.metrics},
+            metrics={**own, **ready.rewards.metrics(), **shares, **ready.given.metrics, **ready.scored},
             speed=self._speed.metrics(claim, ready.plans, seconds=time.perf_counter() - started),
             left_out={reason: claim.trajectories[out].tolist() for reason, out in ready.left_out.items()},
             advantages=ready.given.advantages,
@@ -159,7 +168,10 @@ class Learner:
         if self._config.learner.num_ranks > 1:
             raise ValueError("a claim is assessed on one rank: set learner.ranks to 1")
         claim = replace(Claim.of(batch), plan=None)
+        learned = self._scorers.state() if self._scorers else {}
         ready = self._prepare(claim, self._read(batch), Sums(max_grad_norm=1.0), steps=1)
+        if self._scorers:
+            self._scorers.load(learned)
         ((plan, micros, anchors),) = zip(ready.plans, ready.steps, ready.anchors, strict=True)
         loss = accumulate(
             self._policy, micros, anchors, supervised=None, algorithm=self._algorithm, config=self._config, plan=plan
@@ -181,7 +193,7 @@ class Learner:
         """Train the same weights by another algorithm and other settings of learner and reward from here on.
 
         Args:
-            config: Of the same model, ranks and adapters.
+            config: Of the same model, ranks, adapters and scorers.
             state: Of its algorithm; None is the first.
 
         Raises:
@@ -193,8 +205,9 @@ class Learner:
 
     @property
     def columns(self) -> frozenset[str]:
-        """Extra columns of tokens that a claim has to be read with."""
-        return self._algorithm.columns
+        """Extra columns of tokens that a claim has to be read with; scorers that run here give theirs later."""
+        named = needed_columns(self._algorithm, self._config.learner)
+        return named - (self._scorers.columns if self._scorers else frozenset())
 
     @property
     def state(self) -> State | None:
@@ -232,7 +245,10 @@ class Learner:
         """
         with self._spans.span("checkpoint", directory=directory):
             kept = {"algorithm": self._state, "prompts": dict(self._memory)}
-            state = training_state(self._policy, self._optimizer, self._num_steps, kept if any(kept.values()) else None)
+            scorers = self._scorers.state() if self._scorers else {}
+            state = training_state(
+                self._policy, self._optimizer, self._num_steps, kept if any(kept.values()) else None, scorers
+            )
             self._saver.save(state, directory)
 
     def await_saved(self) -> None:
@@ -244,7 +260,9 @@ class Learner:
         with self._spans.span("checkpoint", directory=directory):
             self._saver.wait()
             self._build_state()
-            self._num_steps, kept = load_training(self._policy, self._optimizer, directory)
+            self._num_steps, kept, scorers = load_training(self._policy, self._optimizer, directory)
+            if self._scorers:
+                self._scorers.load(scorers)
             if kept is not None:
                 self._memory = kept["prompts"]
                 self._state = self._state if kept["algorithm"] is None else kept["algorithm"]
@@ -275,6 +293,7 @@ class Learner:
         self._policy = build_policy(model.path, dtype=model.dtype, learner=learner, mesh=self._mesh)
         if learner.teacher is not None and self._teacher is None:
             self._teacher = build_teacher(model.path, dtype=model.dtype, learner=learner, mesh=self._mesh)
+        self._scorers = ClaimScorers(self._config, self._device)
         trained = [parameter for parameter in self._policy.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(
             trained, lr=learner.lr, betas=(0.9, 0.95), weight_decay=learner.weight_decay
@@ -295,11 +314,13 @@ class Learner:
 
     def _prepare(self, claim: Claim, read: ReadTokens, sums: Sums, *, steps: int) -> Ready:
         torch.set_num_threads(self._config.learner.threads)  # Also for this thread: it need not be the one of setup.
+        assert self._scorers is not None, "setup comes first"
         parts = Parts(
             config=self._config,
             algorithm=self._algorithm,
             policy=self._policy,
             teacher=self._teacher,
+            scorers=self._scorers,
             rank=self._rank,
             device=self._device,
             spans=self._spans,

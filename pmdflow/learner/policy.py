@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pmdflow.learner.attention import Packed
+from pmdflow.learner.routing import Routing
 from pmdflow.learner.token_scores import TokenScores, entropy_flow, others, scores_of_logits, token_scores
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ class Policy(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.routing: Routing | None = None
+        """Of a Mixture of Experts whose experts are replayed."""
         self._plain_head = _has_plain_head(model)
 
     def forward(
@@ -62,6 +65,8 @@ class Policy(nn.Module):
         flow: bool = False,
         top: int = 0,
         at: Tensor | None = None,
+        alternatives: Tensor | None = None,
+        experts: Tensor | None = None,
     ) -> TokenScores:
         """Score `targets` [P] under softmax(logits / temperature).
 
@@ -74,13 +79,17 @@ class Policy(nn.Module):
             flow: Whether the entropy flow is wanted, too.
             top: How many of the likeliest tokens are.
             at: Ids of other tokens that are, instead [P, K].
+            alternatives: Ids of other tokens whose log-probs are wanted with gradient [P, K].
+            experts: Those that its routers take at `positions`, as `routing` has them [P, L, k].
         """
+        if self.routing is not None:
+            self.routing.give(None if experts is None else positions, experts, total=tokens.numel())
         if not self._plain_head:
             logits = self.model(input_ids=tokens, **layout.arguments()).logits.flatten(0, 1)[positions]
-            return scores_of_logits(logits, targets, temperatures, flow=flow, top=top, at=at)
+            return scores_of_logits(logits, targets, temperatures, flow=flow, top=top, at=at, alternatives=alternatives)
         hidden = self.model.get_decoder()(input_ids=tokens, **layout.arguments()).last_hidden_state.flatten(0, 1)
         head, chosen = self.model.get_output_embeddings(), hidden[positions]
-        scores = token_scores(chosen, head.weight, head.bias, targets, temperatures)
+        scores = token_scores(chosen, head.weight, head.bias, targets, temperatures, alternatives)
         if flow:
             scores = scores._replace(flow=entropy_flow(chosen, head.weight, head.bias, targets, temperatures))
         if top or at is not None:

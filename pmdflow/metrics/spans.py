@@ -16,7 +16,7 @@ Work = Literal[
 ]  # fmt: skip
 """What an actor does in a span: a rollout actor generates and applies weights; a learner recomputes reference
 log-probs, takes steps, publishes and writes checkpoints; the reward actor starts its subprocesses and scores; the
-archive actor archives."""
+archive actor archives; a scorer actor starts and scores likewise, and tells the tokens that it read."""
 Wait = Literal[
     "wait_lease", "wait_grant", "wait_environment", "wait_claim", "wait_controller", "wait_unscored", "wait_groups",
     "wait_weights",
