@@ -18,6 +18,7 @@ from pmdflow.errors import WaitTimeout
 from pmdflow.metrics.report import ActorReport, Event
 from pmdflow.store.alone import DURABLE_TIMEOUT_S
 from pmdflow.store.answers import ClaimAnswer, EvalResult, Forked, LateMembers, Successes
+from pmdflow.store.episodes import TurnNote
 from pmdflow.store.facade import TrajectoryStore
 from pmdflow.store.plan import deal, in_claim_order
 from pmdflow.store.settings import StoreSettings
@@ -71,8 +72,13 @@ class StoreActor:
         return self._store.fence(worker)
 
     @_in_group("append")
-    def append(self, batch: UInt8) -> list[Grant]:
-        """Append encoded segments, an array so that Ray moves bytes as they are; answers once they are durable."""
+    def append(self, batch: UInt8, notes: Sequence[TurnNote] = ()) -> list[Grant]:
+        """Note what is said of episodes, then append encoded segments; answers once all of it is durable.
+
+        The segments are an array so that Ray moves bytes as they are.
+        """
+        for trajectory, epoch, number, rewards, key in notes:
+            self._store.turn(trajectory, epoch, number, rewards, key, wait=False)
         return self._store.append(batch)[1]
 
     @_in_group("append")

@@ -32,6 +32,7 @@ FIRST = "up configs/quickstart.yaml"
 SHORTER = {
     "up quickstart.yaml": ["run.iterations=2"],
     "up configs/calculator.yaml": ["run.iterations=2"],
+    "up configs/key_and_door.yaml": ["run.iterations=2"],
     "up configs/quickstart-vllm.yaml": ["run.iterations=2", "eval.prompts=4"],
 }
 """What is trained elsewhere as long as the guide says, or on another engine."""
