@@ -19,10 +19,11 @@ log-probs, takes steps, publishes and writes checkpoints; the reward actor start
 archive actor archives."""
 Wait = Literal[
     "wait_lease", "wait_grant", "wait_environment", "wait_claim", "wait_controller", "wait_unscored", "wait_groups",
-    "wait_weights",
+    "wait_weights", "wait_evaluation",
 ]  # fmt: skip
 """What an actor waits for in a bubble: a rollout actor for a lease, for more tokens under those it has, for an
-environment, or for weights where those that it should begin with are lost; a learner for its claim, or for the
+environment, for weights where those that it should begin with are lost, or for its part in an evaluation to be over,
+whose answers it generates meanwhile; a learner for its claim, or for the
 controller while it holds one; the reward actor for unscored trajectories; the controller for ready groups. Each begins
 with `wait_`, and no work does."""
 SpanName = Work | Wait

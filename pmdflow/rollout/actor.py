@@ -12,15 +12,16 @@ from pmdflow.agents.desk import Incoming, Outgoing
 from pmdflow.config.schema import Config
 from pmdflow.errors import EngineDied, PmdflowError, WaitTimeout, WeightsLost
 from pmdflow.metrics.report import ActorReport, Event
-from pmdflow.metrics.spans import SpanBuffer, Wait
+from pmdflow.metrics.spans import SpanBuffer, SpanName, Wait
 from pmdflow.rollout.engines.make import make_engine
+from pmdflow.rollout.evaluation import Ended, EvaluationTurns
 from pmdflow.rollout.held import HeldTrajectory
 from pmdflow.rollout.holder import Holder
 from pmdflow.rollout.incoming import IncomingWeights
 from pmdflow.rollout.leasing import LeaseTaker
 from pmdflow.rollout.loading import Loader
 from pmdflow.rollout.programs import AgentsPlace, Programs, noted
-from pmdflow.rollout.requests import STORE_TIMEOUT_S, StoreRequests
+from pmdflow.rollout.requests import STORE_TIMEOUT_S, Kind, StoreRequests
 from pmdflow.store.client import StoreHandle
 from pmdflow.weights.make import make_transport
 from pmdflow.weights.transport import Bytes, WeightsHandle, in_group
@@ -74,6 +75,9 @@ class RolloutActor:
         self._loader = Loader(self._engine, mode=config.rollout.on_new_weights)
         self._one_version = config.scheduler.versions is not None
         self._incoming = IncomingWeights(any_order=self._one_version)
+        self._turns = EvaluationTurns()
+        self._evaluates = self._starved = False
+        self._evaluated = 0
         self._spans = SpanBuffer(self._worker)
         self._span_start: float | None = None
         self._span_steps = 0
@@ -104,6 +108,7 @@ class RolloutActor:
             self._begin_with(handle)
         try:
             while not self._stopping.is_set():
+                self._attend_evaluation()
                 self._swap_weights()
                 self._collect()
                 self._take_answers()
@@ -124,7 +129,7 @@ class RolloutActor:
 
         Returns:
             False if the actor stopped, or a newer version came, before this one was used; or if it still finishes what
-            it holds after `timeout_s`.
+            it holds, or evaluates, after `timeout_s`.
 
         Raises:
             WaitTimeout: it was not in use within `timeout_s`, or did not arrive.
@@ -135,9 +140,19 @@ class RolloutActor:
         try:
             return self._incoming.await_applied(handle.version, timeout_s=deadline - time.monotonic())
         except WaitTimeout:
-            if self._config.on_new_weights == "finish":
+            if self._config.on_new_weights == "finish" or self._turns.active:
                 return False
             raise
+
+    def evaluate(self, version: int, hold_s: float) -> Ended:
+        """Take part in the evaluation of a version once it is in use, until nothing of that is left to lease.
+
+        Nothing else is generated, and no other weights are taken, for at most `hold_s`.
+
+        Returns:
+            How that ended; `passed` at once where the engine has a newer version, or if the actor stops.
+        """
+        return self._turns.serve(version, hold_s=hold_s)
 
     @in_group("weights")
     def read_weights(self, version: int, offset: int, num_bytes: int) -> Bytes:
@@ -148,6 +163,7 @@ class RolloutActor:
         """Let `run` send what it has, give its leases back and return."""
         self._stopping.set()
         self._incoming.close()
+        self._turns.close()
 
     def submit_requests(self, requests: list[Incoming]) -> None:
         """Leave HTTP requests of agent programs for the generating thread; returns at once."""
@@ -171,6 +187,7 @@ class RolloutActor:
             events=[*failed, *told, *self._spans.losses()],
             tokens={
                 "generated_tokens": self._generated,
+                "evaluation_tokens": self._evaluated,
                 "prefill_tokens": self._engine.prefill_tokens,
                 "overrun_tokens": self._engine.overrun_tokens,
                 "preemptions": self._engine.preemptions,
@@ -191,13 +208,25 @@ class RolloutActor:
         weights = self._transport.fetch(handle, timeout_s=timeout_s)
         self._incoming.offer(handle.version, (self._engine.stage(weights), handle.probe))
 
+    def _attend_evaluation(self) -> None:
+        """Turn to evaluation or back to training; what is held is given back, for others to go on with."""
+        self._turns.ends(is_idle=self._starved and not len(self._holder))
+        self._turns.begins(self._engine.version)
+        if self._turns.active == self._evaluates:
+            return
+        self._end_span()
+        if self._requests.asking:
+            self._join_leases()
+        self._give_back()
+        self._evaluates, self._starved = not self._evaluates, False
+
     def _swap_weights(self) -> None:
         """Take other weights; every token sent before carries the old version, every one after the new.
 
         With one version a trajectory, what the old version began is given back: whoever serves it goes on.
         The weights are loaded while the store answers with the grants for them.
         """
-        if self._config.on_new_weights == "finish" and len(self._holder):
+        if self._evaluates or (self._config.on_new_weights == "finish" and len(self._holder)):
             return
         taken = self._incoming.take()
         if taken is None:
@@ -224,9 +253,12 @@ class RolloutActor:
         leased, appended = self._requests.answered()
         if appended:
             self._await_append()
-        if not leased:
-            return
+        if leased:
+            self._join_leases()
+
+    def _join_leases(self) -> None:
         version, leases = self._requests.take_leases()
+        self._starved = not leases
         if any(lease.trajectory in self._holder for lease in leases):
             self._await_append()  # it gave the leases back, and is answered later: once that is durable
         for lease in leases:
@@ -290,15 +322,17 @@ class RolloutActor:
         slots, finish = self._engine.num_slots, self._config.on_new_weights == "finish"
         most = slots if finish else slots + slots // SLOTS_PER_SPARE
         wanted = (self._programs.most if self._programs is not None else most) - self._holder.num_open
-        awaits_weights = finish and self._incoming.waiting
+        awaits_weights = finish and self._incoming.waiting and not self._evaluates
         if wanted > 0 and not self._requests.asking and not awaits_weights:
-            self._requests.ask_leases(self._worker, version=self._engine.version, most=wanted)
+            kind: Kind = "eval" if self._evaluates else "train"
+            self._requests.ask_leases(self._worker, version=self._engine.version, most=wanted, kind=kind)
 
     def _step(self) -> None:
         if self._span_start is None:
             self._span_start, self._span_steps, self._span_tokens = time.time(), 0, 0
         generated = self._holder.step()
         self._generated += generated
+        self._evaluated += generated if self._evaluates else 0
         self._span_steps += 1
         self._span_tokens += generated
         if time.time() - self._span_start > SPAN_S:
@@ -307,7 +341,8 @@ class RolloutActor:
     def _end_span(self) -> None:
         if self._span_start is not None:
             did = {"steps": self._span_steps, "tokens": self._span_tokens}
-            self._spans.add("generate", self._span_start, time.time(), version=self._engine.version, **did)
+            name: SpanName = "wait_evaluation" if self._evaluates else "generate"
+            self._spans.add(name, self._span_start, time.time(), version=self._engine.version, **did)
             self._span_start = None
 
     def _idle(self) -> None:
@@ -317,7 +352,7 @@ class RolloutActor:
         if not self._requests.sending and len(self._holder) > calling:
             self._send(next_version=self._engine.version)
         name: Wait = "wait_environment" if calling else "wait_grant" if len(self._holder) else "wait_lease"
-        with self._spans.span(name):
+        with self._spans.span("wait_evaluation" if self._evaluates else name):
             if calling:
                 self._holder.wait_answer()
             elif not self._requests.wait_answer():  # new weights are awaited by `finish` with an empty engine
@@ -343,12 +378,16 @@ class RolloutActor:
         """Wait for the append in flight, if there is one, and go on with its grants."""
         self._let_go(self._holder.resume(self._requests.take_grants()))
 
+    def _give_back(self) -> None:
+        self._await_append()
+        self._holder.abort()
+        self._send(next_version=self._engine.version)
+        self._await_append()
+
     def _release_all(self) -> None:
         """Send what is unsent and make every held trajectory leasable again."""
         self._await_append()
         self._collect()
-        self._holder.abort()
-        self._send(next_version=self._engine.version)
-        self._await_append()
+        self._give_back()
         if self._programs is not None:
             self._programs.close()

@@ -44,6 +44,7 @@ ELSEWHERE = {
     "export runs/lora lora-adapter --adapter": "test_guides",
     "export runs/quickstart pushed --push me/quickstart": "test_guides",
     "down runs/quickstart": "test_a_run_goes_on_and_is_drained_from_another_terminal",
+    "scale runs/quickstart rollout=2": "run/test_scaling",
     "up configs/cluster.yaml": "needs several machines: its dry run is tried",
 }
 LONG_S = 3600.0
