@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pmdflow.config.combinations import BYTES_PER_TOKEN, PARTITION
+from pmdflow.config.engine_problems import correction, lossy_arguments
 from pmdflow.config.errors import dotted
-from pmdflow.config.gpus import Gpus, gpu_shares
+from pmdflow.config.gpus import Gpus, gpu_shares, left_by_scorers
 from pmdflow.config.load import Loaded, leaves
 from pmdflow.config.memory import Footprint, MemoryPlan, Need, plan_memory, show_bytes
 from pmdflow.config.schema import Config
@@ -160,8 +161,14 @@ def _actors(config: Config, gpus: Gpus | None) -> Iterator[ActorPlan]:
     split = rollout.tensor_parallel
     engine, rank = f"up to {split}", "up to 1"  # of a cluster that nobody has described
     if gpus is not None or config.cluster.address == "local":
-        count = gpus.count if gpus else 0
-        shares = gpu_shares(count, actors=rollout.num_actors, ranks=learner.num_ranks, tensor_parallel=split)
+        count = left_by_scorers(config, gpus.count if gpus else 0)
+        shares = gpu_shares(
+            count,
+            actors=rollout.num_actors,
+            ranks=learner.num_ranks,
+            tensor_parallel=split,
+            colocate=config.cluster.colocate,
+        )
         engine, rank = ("0" if share == 0 else "shared" if share < 1 else f"{share:.0f}" for share in shares)
     yield ActorPlan(role="store", count=1, cpus=0, gpus="0")
     yield ActorPlan(role=f"reward, {reward.workers} subprocesses", count=reward.actors, cpus=0, gpus="0")
@@ -171,16 +178,25 @@ def _actors(config: Config, gpus: Gpus | None) -> Iterator[ActorPlan]:
         cpus=rollout.threads * split,
         gpus=engine,
     )
+    for name, scorer in learner.scorers_when("complete").items():
+        yield ActorPlan(role=f"scorer {name}", count=scorer.actors, cpus=scorer.threads, gpus=f"{scorer.gpus:g}")
     yield ActorPlan(role="learner", count=learner.num_ranks, cpus=learner.threads, gpus=rank)
 
 
 def _memory(plan: MemoryPlan) -> list[str]:
     """One line for each purpose of each role, and the sum of each beside what there is."""
     room = "of this machine's memory" if plan.gpus is None else f"of a GPU's {show_bytes(plan.gpus.room)}"
-    if plan.shared:
+    if plan.in_turn:
+        room += ", in turn with the other role"
+    elif plan.shared:
         room += f", {show_bytes(plan.rank.total + plan.engine.total)} with the other role on it"
     rows: list[tuple[str, ...]] = []
-    needs = [(plan.rank, f"each, {room}"), (plan.engine, f"each, {room}"), (plan.host, "of all hosts together")]
+    needs = [
+        (plan.rank, f"each, {room}"),
+        (plan.engine, f"each, {room}"),
+        *((need, "each") for need in plan.scorers),
+        (plan.host, "of all hosts together"),
+    ]
     for need, of in needs:
         rows += [(need.role if index == 0 else "", *part) for index, part in enumerate(_parts(need))]
         rows.append(("" if need.parts else need.role, "all", f"{show_bytes(need.total)} {of}"))
@@ -215,6 +231,11 @@ def _notes(config: Config, store_bytes: int) -> Iterator[str]:
         )
     if rollout.tokens_per_segment is not None and rollout.tokens_per_segment >= config.data.max_tokens:
         yield "rollout.tokens_per_segment has no effect: it is not below data.max_tokens"
+    for name in lossy_arguments(rollout):
+        yield (
+            f"rollout.engine_args.{name} is {rollout.engine_args[name]}: the engine samples from another distribution "
+            f"than the learner's; on against it: {correction(learner)}"
+        )
     if rollout.engine == "simulated":
         yield "rollout.engine is simulated: tokens are random, the model learns nothing"
     if store_bytes > config.store.limit_bytes:

@@ -15,6 +15,7 @@ from pmdflow.config.combinations import combination_problems
 from pmdflow.config.gpus import GPUS
 from pmdflow.config.imports import IMPORT_PATH
 from pmdflow.config.scheduling import SchedulerConfig
+from pmdflow.config.scorers import ScorerConfig
 from pmdflow.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from pmdflow.config.sequences import RolloutConfig
 from pmdflow.config.sinks import MetricsConfig
@@ -54,6 +55,9 @@ class ClusterConfig(Section):
     roles: dict[Literal["learner", "rollout"], Annotated[str, Field(pattern=NAME)]] = {}
     """Nodes that learner ranks, or rollout actors, may be on: those that were started with this resource, such as
     `{learner: train}` and `ray start --resources='{"train": 1}'`. Without an entry: any."""
+    colocate: bool = False
+    """Every device has a rollout engine and a learner rank in turn: while one works, the other's memory is on the host.
+    For models that do not fit beside themselves; wants `scheduler.lookahead: 0`, and as many actors as ranks."""
     env: dict[str, str] = {}
     """Environment variables of every worker process, such as `{NCCL_SOCKET_IFNAME: eth0, GLOO_SOCKET_IFNAME: eth0}`. On
     a cluster all get those of this process that begin with NCCL_, GLOO_, PYTORCH_, HF_, VLLM_, UCX_ or OMPI_, too."""
@@ -171,6 +175,9 @@ class LearnerConfig(Section):
     teacher: str | None = None
     """Folder of the model that `opd` and `vopd` learn from (found like `model.path`), with the same tokenizer; frozen,
     sharded over the learner's ranks."""
+    scorers: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], ScorerConfig] = {}
+    """Token scorers by name: what they say of tokens are columns that an algorithm reads. With one called `teacher`,
+    `opd` and `vopd` learn from it, and `learner.teacher` is left out."""
     tau: PositiveFloat = 0.05
     """KL regularization of policy mirror descent: an iteration moves the log-ratio of a whole sequence towards its
     advantage / tau, so long answers want a smaller one. With one step an iteration it has no effect in `pmd_mean`."""
@@ -205,6 +212,9 @@ class LearnerConfig(Section):
     """Supervised sequences of each optimizer step."""
     ranks: PositiveInt | Literal["auto"] = "auto"
     """Learner processes (FSDP2). `auto`: a quarter of the GPUs, or as many as the model's states need; one without."""
+    router_replay: bool = False
+    """Of a Mixture of Experts: the engine records which experts computed each token's logits, and the learner takes the
+    same ones, with weights of its own logits. Needs `rollout.engine: transformers`."""
     replicas: PositiveInt = 1
     """Copies of the model among the ranks: each is sharded over ranks / replicas of them (hybrid sharding)."""
     steps_per_iteration: PositiveInt = 4
@@ -228,6 +238,10 @@ class LearnerConfig(Section):
     """Steps of linear learning-rate warm-up after each reset: the first step of an empty Adam has the full size."""
     tokens_per_microbatch: PositiveInt = 8192
     """Most tokens, padding included, that one forward pass may hold."""
+    context_parallel: PositiveInt = 1
+    """Ranks that share each row of a micro-batch (Ulysses): every one computes a part of its tokens, and in attention a
+    part of the heads, which it must divide. For sequences that are too long for one rank; rows may then be as many
+    times longer."""
     packing: bool = True
     """Sequences of a micro-batch lie in one row, without padding; false pads each to a row of its own."""
     activation_checkpointing: bool | Literal["auto"] = "auto"
@@ -255,6 +269,10 @@ class LearnerConfig(Section):
     """Newest checkpoints that are kept."""
     threads: PositiveInt = 1
     """CPU threads of one rank."""
+
+    def scorers_when(self, when: Literal["complete", "claim"]) -> dict[str, ScorerConfig]:
+        """Those of `scorers` that run then."""
+        return {name: scorer for name, scorer in self.scorers.items() if scorer.when == when}
 
     @property
     def num_ranks(self) -> int:

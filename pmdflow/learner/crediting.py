@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 
 from pmdflow.config.schema import LearnerConfig
 from pmdflow.learner.algorithm import Algorithm
 from pmdflow.learner.batch import StepPlan, is_whole
 from pmdflow.learner.steps import Tensors
-from pmdflow.learner.sums import all_sum
+from pmdflow.learner.sums import all_sum, from_ranks
 from pmdflow.learner.token_scores import TokenScores
 from pmdflow.learner.view import COLUMN, TOP, Bool, ClaimView, Credit, State
 from pmdflow.reward.total import TotalRewards
@@ -67,8 +66,7 @@ class _Rows:
 
     def gathered(self) -> _Rows:
         """Those of all ranks."""
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (self.trajectories, self.lengths, dict(self.arrays)))
+        parts = from_ranks((self.trajectories, self.lengths, dict(self.arrays)))
         full = [part for part in parts if len(part[0])] or parts[:1]
         return _Rows(
             trajectories=np.concatenate([part[0] for part in full]),
@@ -138,24 +136,12 @@ def _seen(
     """The trajectories in the view [N], the view, and whether it is this rank's own."""
     if not algorithm.needs and not algorithm.columns:
         return kept, _view(claim, rewards, kept, None), False
-    _require_columns(algorithm, steps)
     rows = _Rows.of(steps, scores, frozenset(algorithm.needs) | {f"{COLUMN}{name}" for name in algorithm.columns})
     wide = algorithm.claim_wide or algorithm.state is not None or not is_whole(plans, claim.groups)
     rows = (rows.gathered() if wide else rows).in_claim_order()
     if not wide:
         kept = kept & np.isin(claim.groups, claim.groups[rows.trajectories])
     return kept, _view(claim, rewards, kept, rows), not wide
-
-
-def _require_columns(algorithm: Algorithm, steps: Steps) -> None:
-    for micro in (micro for micros in steps for micro in micros if len(micro.trajectories)):
-        missing = sorted(algorithm.columns - micro.columns.keys())
-        if missing:
-            known = ", ".join(sorted(micro.columns)) or "none"
-            raise ValueError(
-                f"the algorithm reads the extra column {missing[0]!r}, which no token of the claim has (there is "
-                f"{known}): whoever generates has to give it, as `extra` of an append"
-            )
 
 
 def _next_state(algorithm: Algorithm, state: State | None, credit: Credit) -> State | None:
@@ -283,8 +269,7 @@ def _none(name: str) -> npt.NDArray[Any]:
 
 
 def _summed(own: Mapping[str, float]) -> dict[str, float]:
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, dict(own))
+    parts = from_ranks(dict(own))
     names = sorted({name for part in parts for name in part})
     return {name: float(sum(part.get(name, 0.0) for part in parts)) for name in names}
 
@@ -294,8 +279,7 @@ def _metrics(credit: Credit, view: ClaimView, *, local: bool) -> dict[str, float
     if not local:
         return named
     episodes = float(view.num_episodes)
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, (episodes, named if episodes else {}))
+    parts = from_ranks((episodes, named if episodes else {}))
     total = sum(count for count, _ in parts)
     names = sorted({name for _, values in parts for name in values})
     return {name: sum(count * values.get(name, 0.0) for count, values in parts) / total for name in names}

@@ -4,38 +4,37 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 
 from pmdflow.agents.desk import Incoming, Outgoing
 from pmdflow.config.schema import Config
 from pmdflow.errors import EngineDied, PmdflowError, WaitTimeout, WeightsLost
-from pmdflow.metrics.report import ActorReport, Event
-from pmdflow.metrics.spans import SpanBuffer, SpanName, Wait
+from pmdflow.metrics.report import ActorReport
+from pmdflow.metrics.spans import SpanBuffer, Wait
 from pmdflow.rollout.engines.make import make_engine
 from pmdflow.rollout.evaluation import Ended, EvaluationTurns
 from pmdflow.rollout.held import HeldTrajectory
 from pmdflow.rollout.holder import Holder
 from pmdflow.rollout.incoming import IncomingWeights
+from pmdflow.rollout.launching import AgentsPlace
 from pmdflow.rollout.leasing import LeaseTaker
 from pmdflow.rollout.loading import Loader
-from pmdflow.rollout.programs import AgentsPlace, Programs, noted
+from pmdflow.rollout.programs import Programs, noted
 from pmdflow.rollout.requests import STORE_TIMEOUT_S, Kind, StoreRequests
+from pmdflow.rollout.shift import Shift
+from pmdflow.rollout.telling import SPAN_S, Telling
 from pmdflow.store.client import StoreHandle
+from pmdflow.weights.device_turn import DeviceTurn
 from pmdflow.weights.make import make_transport
 from pmdflow.weights.transport import Bytes, WeightsHandle, in_group
 
 SLOTS_PER_SPARE = 8
 """For so many slots one lease more is held: a slot that falls free is not empty while the store is asked."""
-MAX_PROBLEMS = 20
-"""Problems of environments kept between two drains."""
 LOST_WEIGHTS_TIMEOUT_S = 1800.0
 """A learner that was killed has loaded its checkpoint and published it within this time."""
 PARKED_LOOK_S = 5.0
 """How often the store is asked who goes on with the trajectories of programs that wait here."""
-SPAN_S = 1.0
-"""Longest `generate` span, so that a live timeline grows."""
 
 
 class RolloutActor:
@@ -66,6 +65,7 @@ class RolloutActor:
         self._worker = worker
         self._requests = StoreRequests(store)
         self._transport = make_transport(config, Path(run_dir))
+        self._shift = Shift(DeviceTurn.own(run_dir, index)) if config.cluster.colocate else None
         self._engine = make_engine(config, seed=(config.run.seed * 1000 + index) % 2**32)
         self._programs: Programs | None = None
         self._agents = config.agents
@@ -76,18 +76,11 @@ class RolloutActor:
         self._one_version = config.scheduler.versions is not None
         self._incoming = IncomingWeights(any_order=self._one_version)
         self._turns = EvaluationTurns()
-        self._evaluates = self._starved = False
-        self._evaluated = 0
+        self._starved = False
         self._spans = SpanBuffer(self._worker)
-        self._span_start: float | None = None
-        self._span_steps = 0
-        self._span_tokens = 0
+        failure = "environment_failed" if agents is None else "agent_failed"
+        self._telling = Telling(self._spans, self._engine, failure=failure)
         self._last_flush = self._last_look = 0.0
-        self._generated = 0
-        self._problems: deque[str] = deque(maxlen=MAX_PROBLEMS)
-        """What environments failed at since the last drain."""
-        self._notes: deque[Event] = deque(maxlen=MAX_PROBLEMS)
-        """What agent programs did that is to be known, since the last drain."""
         self._environment = config.environment
         self._failures: list[str] = []
         """What environments have failed at since one of them answered."""
@@ -108,12 +101,14 @@ class RolloutActor:
             self._begin_with(handle)
         try:
             while not self._stopping.is_set():
+                if self._rests():
+                    continue
                 self._attend_evaluation()
                 self._swap_weights()
                 self._collect()
                 self._take_answers()
                 self._request_leases()
-                self._holder.fill_slots()
+                self._telling.keep(self._holder.fill_slots())
                 if self._engine.active():
                     self._step()
                 else:
@@ -159,6 +154,24 @@ class RolloutActor:
         """Bytes of a version's file, for a node that does not have it; safe beside everything else."""
         return self._transport.read(version, offset, num_bytes)
 
+    def sleep(self, timeout_s: float) -> None:
+        """Let the engine give its device to the learner; returns when it has.
+
+        Raises:
+            WaitTimeout: it did not within `timeout_s`.
+        """
+        assert self._shift is not None, "only in a colocated run"
+        self._shift.ask(True, timeout_s=timeout_s)
+
+    def wake(self, timeout_s: float) -> None:
+        """Let the engine have its device again, and go on.
+
+        Raises:
+            WaitTimeout: it did not within `timeout_s`.
+        """
+        assert self._shift is not None, "only in a colocated run"
+        self._shift.ask(False, timeout_s=timeout_s)
+
     def stop(self) -> None:
         """Let `run` send what it has, give its leases back and return."""
         self._stopping.set()
@@ -177,24 +190,7 @@ class RolloutActor:
 
     def drain(self) -> ActorReport:
         """Spans and problems of environments since the last call, and counts of tokens since the start."""
-        problems = [self._problems.popleft() for _ in range(len(self._problems))]
-        told = [self._notes.popleft() for _ in range(len(self._notes))]
-        attrs = {"actor": self._spans.actor}
-        kind = "environment_failed" if self._programs is None else "agent_failed"
-        failed = [Event(kind=kind, message=problem, attrs=attrs) for problem in problems]
-        return ActorReport(
-            spans=self._spans.drain(),
-            events=[*failed, *told, *self._spans.losses()],
-            tokens={
-                "generated_tokens": self._generated,
-                "evaluation_tokens": self._evaluated,
-                "prefill_tokens": self._engine.prefill_tokens,
-                "overrun_tokens": self._engine.overrun_tokens,
-                "preemptions": self._engine.preemptions,
-                "drafted_tokens": self._engine.drafted_tokens,
-                "accepted_tokens": self._engine.accepted_tokens,
-            },
-        )
+        return self._telling.drain()
 
     def _begin_with(self, handle: WeightsHandle) -> None:
         """Fetch the first weights; where they died with the learner, it comes back and publishes others."""
@@ -212,13 +208,34 @@ class RolloutActor:
         """Turn to evaluation or back to training; what is held is given back, for others to go on with."""
         self._turns.ends(is_idle=self._starved and not len(self._holder))
         self._turns.begins(self._engine.version)
-        if self._turns.active == self._evaluates:
+        if self._turns.active == self._telling.evaluates:
             return
-        self._end_span()
+        self._telling.end_span()
         if self._requests.asking:
             self._join_leases()
         self._give_back()
-        self._evaluates, self._starved = not self._evaluates, False
+        self._telling.evaluates, self._starved = not self._telling.evaluates, False
+
+    def _rests(self) -> bool:
+        """Change over if that is due; whether the engine sleeps: what is held stays leased, nothing is generated."""
+        shift = self._shift
+        if shift is None:
+            return False
+        if shift.is_due and not shift.asleep:
+            self._await_append()
+            self._telling.end_span()
+            self._telling.keep(self._holder.take(self._engine.pause()))
+            self._send(next_version=self._engine.version)
+            shift.sleep(self._engine, self._spans)
+        elif shift.is_due:
+            shift.wake(self._engine, self._spans)
+        if shift.asleep:
+            with self._spans.span("wait_device"):
+                shift.await_due(timeout_s=SPAN_S)
+            self._collect()
+            self._take_answers()
+            self._flush_when_due()
+        return shift.asleep
 
     def _swap_weights(self) -> None:
         """Take other weights; every token sent before carries the old version, every one after the new.
@@ -226,7 +243,7 @@ class RolloutActor:
         With one version a trajectory, what the old version began is given back: whoever serves it goes on.
         The weights are loaded while the store answers with the grants for them.
         """
-        if self._evaluates or (self._config.on_new_weights == "finish" and len(self._holder)):
+        if self._telling.evaluates or (self._config.on_new_weights == "finish" and len(self._holder)):
             return
         taken = self._incoming.take()
         if taken is None:
@@ -234,11 +251,12 @@ class RolloutActor:
         version, (staged, probe) = taken
         self._loader.expect(probe)
         self._await_append()
-        self._end_span()
+        self._telling.end_span()
         with self._spans.span("apply_weights", version=version) as attrs:
             attrs["running"] = len(self._holder)
             start = time.monotonic()
-            self._generated += self._holder.take(self._engine.pause())
+            self._telling.keep(self._holder.take(self._engine.pause()))
+            self._holder.forget_ahead()
             if self._one_version:
                 self._holder.abort()
             self._send(next_version=version)
@@ -267,18 +285,17 @@ class RolloutActor:
 
     def _take_answers(self) -> None:
         answers = self._holder.take_answers()
+        if self._programs is not None:
+            self._programs.note_rewards(self._holder, self._requests.turns)
         if self._holder.forks():
             self._fork()
         for id, reply in answers.items():
             if self._programs is not None and reply.done and id in self._holder:  # a fork awaits grants: it may be gone
-                held = self._holder[id]
-                self._programs.note(held, reply.problem)
-                if rewards := self._programs.rewards(held):
-                    self._requests.turn(id, held.epoch, 0, rewards)
+                self._programs.note(self._holder[id], reply.problem)
             if not reply.problem:
                 self._failures.clear()
                 continue
-            self._problems.append(reply.problem)
+            self._telling.problems.append(reply.problem)
             self._failures.append(reply.problem)
             environment = self._environment
             if environment is not None and len(self._failures) >= environment.max_failures_in_a_row:
@@ -304,7 +321,7 @@ class RolloutActor:
         for held in gone:
             if self._programs is not None and self._agents is not None:
                 notes = self._programs.let_go(held, stays=not self._stopping.is_set())
-                self._notes += noted(self._worker, notes, held, self._agents)
+                self._telling.notes += noted(self._worker, notes, held, self._agents)
             elif held.session is not None:
                 held.session.close("its lease has ended")
 
@@ -322,37 +339,23 @@ class RolloutActor:
         slots, finish = self._engine.num_slots, self._config.on_new_weights == "finish"
         most = slots if finish else slots + slots // SLOTS_PER_SPARE
         wanted = (self._programs.most if self._programs is not None else most) - self._holder.num_open
-        awaits_weights = finish and self._incoming.waiting and not self._evaluates
+        awaits_weights = finish and self._incoming.waiting and not self._telling.evaluates
         if wanted > 0 and not self._requests.asking and not awaits_weights:
-            kind: Kind = "eval" if self._evaluates else "train"
+            kind: Kind = "eval" if self._telling.evaluates else "train"
             self._requests.ask_leases(self._worker, version=self._engine.version, most=wanted, kind=kind)
 
     def _step(self) -> None:
-        if self._span_start is None:
-            self._span_start, self._span_steps, self._span_tokens = time.time(), 0, 0
-        generated = self._holder.step()
-        self._generated += generated
-        self._evaluated += generated if self._evaluates else 0
-        self._span_steps += 1
-        self._span_tokens += generated
-        if time.time() - self._span_start > SPAN_S:
-            self._end_span()
-
-    def _end_span(self) -> None:
-        if self._span_start is not None:
-            did = {"steps": self._span_steps, "tokens": self._span_tokens}
-            name: SpanName = "wait_evaluation" if self._evaluates else "generate"
-            self._spans.add(name, self._span_start, time.time(), version=self._engine.version, **did)
-            self._span_start = None
+        self._telling.begin_step()
+        self._telling.end_step(self._holder.step())
 
     def _idle(self) -> None:
         """Nothing to decode: wait for an environment, for a lease or for the grants of the append in flight."""
-        self._end_span()
+        self._telling.end_span()
         calling = self._holder.num_calling
         if not self._requests.sending and len(self._holder) > calling:
             self._send(next_version=self._engine.version)
         name: Wait = "wait_environment" if calling else "wait_grant" if len(self._holder) else "wait_lease"
-        with self._spans.span("wait_evaluation" if self._evaluates else name):
+        with self._spans.span("wait_evaluation" if self._telling.evaluates else name):
             if calling:
                 self._holder.wait_answer()
             elif not self._requests.wait_answer():  # new weights are awaited by `finish` with an empty engine

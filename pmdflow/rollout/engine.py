@@ -45,6 +45,8 @@ class Output:
     stop: Literal["stop", "length"] | None
     """`stop`: an end of sequence or a stop id was sampled (it is the last of `tokens`). The sequence has left the
     engine."""
+    columns: Mapping[str, Sequence[Any]] | None = None
+    """More of each token by name, a value or array for each of `tokens`; None: the engine has none."""
 
 
 class RolloutEngine(Protocol):
@@ -105,6 +107,16 @@ class RolloutEngine(Protocol):
 
     def resume(self) -> None:
         """Generate again, under the newest weights and limits."""
+
+    def sleep(self) -> None:
+        """Give the device's memory back while paused: weights go to the host, caches are forgotten.
+
+        Held sequences stay, and are prefilled again by those steps that go on with them. Until `wake` it may be asked
+        to add, extend and abort, and for nothing else.
+        """
+
+    def wake(self) -> None:
+        """Take the memory again and generate on, under the same weights."""
 
     def close(self) -> None:
         """End its processes, if it has any; nothing is called afterwards."""

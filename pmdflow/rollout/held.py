@@ -52,7 +52,7 @@ class HeldTrajectory:
     stop_text: StopText | None = None
     """Watches the turn for stop strings; None if there are none."""
     repetition: RepetitionDetector | None = None
-    """Watches for loops; None if they are let go on."""
+    """Watches for loops, of an agent within a turn; None if they are let go on."""
     session: Partner | None = None
     """Its environment or agent program; None if it is a single answer."""
     watch: Callable[[Sequence[str], Sequence[int]], StopText] | None = None
@@ -69,6 +69,8 @@ class HeldTrajectory:
     """Generated and not yet sent."""
     logprobs: list[float] = field(default_factory=list, init=False)
     """Of `tokens`."""
+    columns: dict[str, list[Any]] = field(default_factory=dict, init=False)
+    """Of `tokens` by name, as the engine gives them."""
     observed: list[int] = field(default_factory=list, init=False)
     """The environment's answer, not yet sent."""
     num_observed: int = field(default=0, init=False)
@@ -141,7 +143,7 @@ class HeldTrajectory:
         elif whole:
             self._call(turn)
         else:
-            self._watch_turn()
+            self._begin_turn()
 
     def begin(self) -> Request:
         """What the engine is asked to generate, from now on."""
@@ -166,6 +168,8 @@ class HeldTrajectory:
         count = len(output.tokens) if end is None else end + 1
         self.tokens.extend(output.tokens[:count])
         self.logprobs.extend(output.logprobs[:count])
+        for name, values in (output.columns or {}).items():
+            self.columns.setdefault(name, []).extend(values[:count])
         self.context.extend(output.tokens[:count])
         self.limit -= count
         stop = output.stop if end is None else "stop"
@@ -195,6 +199,8 @@ class HeldTrajectory:
         self.num_observed += len(self.observed)
         if self.observed or reply.turn is not None:
             self.turn_start = len(self.context) - (reply.turn or 0)
+        if reply.turn is not None:
+            self._begin_turn()
         if reply.again:
             self._end("abort")
         elif reply.done:
@@ -203,7 +209,8 @@ class HeldTrajectory:
             self._end("length")
         else:
             self.phase = "answered" if self.observed else "waiting"
-            self._watch_turn()
+            if reply.turn is None:
+                self._watch_turn()
         return reply
 
     def forked(self, epoch: int) -> None:
@@ -237,6 +244,8 @@ class HeldTrajectory:
             return False
         del self.context[len(self.context) - len(self.tokens) + end + 1 :]
         del self.tokens[end + 1 :], self.logprobs[end + 1 :]
+        for column in self.columns.values():
+            del column[end + 1 :]
         self._end("repetition")
         return True
 
@@ -260,12 +269,19 @@ class HeldTrajectory:
             next_version=next_version,
             stop=self.stop,
             observed=observed,
+            columns=None if observed or not tokens else {name: np.stack(own) for name, own in self.columns.items()},
         )
         self.offset += len(tokens)
-        self.tokens, self.logprobs, self.observed = [], [], []
+        self.tokens, self.logprobs, self.observed, self.columns = [], [], [], {}
         if self.phase == "over":
             self.phase = "closed"
         return segment
+
+    def _begin_turn(self) -> None:
+        """Watch a turn of an agent, whose others and whose other samples say nothing of it."""
+        if self.repetition is not None:
+            self.repetition = self.repetition.anew(self.context[self.turn_start :])
+        self._watch_turn()
 
     def _watch_turn(self) -> None:
         if self.watch is not None and self.session is not None:

@@ -20,6 +20,7 @@ from pmdflow.learner.result import TrainResult
 from pmdflow.metrics.history import iterations
 from pmdflow.metrics.order import AdmissionOrder, Claimed
 from pmdflow.run.checkpoints import Checkpoints
+from pmdflow.run.devices import Devices
 from pmdflow.run.discards import take_up
 from pmdflow.run.held_out import HeldOut
 from pmdflow.run.learner_group import LearnerGroup
@@ -74,6 +75,7 @@ class Controller:
             learners=self._learners,
             start_archive=start_archive,
         )
+        self._devices = Devices(config, supervisor=supervisor, learners=self._learners)
         self._order = AdmissionOrder()
         self._held_out = HeldOut(config=config, supervisor=supervisor, prompts=prompts, run_dir=run_dir)
         self.iteration = 0
@@ -101,7 +103,9 @@ class Controller:
                 died_after = self.iteration
                 self._recover_from(error)
         if self._checkpoints.saved_iteration < self.iteration:
+            self._devices.to_learner()
             self._checkpoints.save(iteration=self.iteration, version=self.version)
+            self._devices.to_engines()
         self._checkpoints.commit()
         if not self._supervisor.draining:
             self._held_out.finish()
@@ -125,6 +129,7 @@ class Controller:
         """Put learner and store at the newest checkpoint: later claims are undone, to be made and trained again."""
         self._supervisor.stop_learners()  # whoever is dead is not to be told of again while others are waited for
         manifest = self._checkpoints.recover()
+        self._devices.rest_engines()
         self._learners.restart()
         if manifest is None:
             self._learners.wait(self._learners.call(LearnerActor.load_initial), what="loading the initial weights")
@@ -147,6 +152,7 @@ class Controller:
         self._rates = [rate for rate in rates if rate is not None]
         self._take_discards()
         self._reopen_version()
+        self._devices.to_engines()
         self._held_out.start(self.iteration, self.version)
         self._checkpoints.archive()
 
@@ -182,6 +188,7 @@ class Controller:
             return
         self._held_out.claimed()
         claimed = time.time()
+        self._devices.to_learner()
         claim_ref = call(self._store, StoreActor.read_rows, iteration)
         # Ray resolves a reference in the place of an argument.
         refs: list[ObjectRef[TrainResult]] = [
@@ -200,6 +207,7 @@ class Controller:
         published = time.time()
         if iteration % self._config.learner.checkpoint_every == 0:
             self._checkpoints.save(iteration=iteration, version=self.version)
+        self._devices.to_engines()
         claim = self._supervisor.get(looked, what="looking at the claim", timeout_s=APPLY_TIMEOUT_S)
         times = {
             "time/claim_wait_s": claimed - started,

@@ -66,7 +66,8 @@ class HeldOut:
             for name, settings in config.eval.sets.items()
         ]
         self._sets = [given for given in (held_out, *named) if given.prompts]
-        self._alternates = config.scheduler.lookahead == 0
+        self._alternates = config.scheduler.lookahead == 0 and not config.cluster.colocate
+        """Whether engines have nothing to do, and their devices, while an iteration is trained."""
         self._round: _Round | None = None
         self._newest = (0, 0)
         """Iterations that the newest weights have trained, and their version."""

@@ -136,7 +136,8 @@ def _train(
         maker = LoopMaker(config, run.path, store, rollout_places)
         for loop in maker.all():
             supervisor.start_loop(loop)
-        Scaling(run=run.path, supervisor=supervisor, configured=configured, make=maker.rollout)
+        fixed = config.cluster.colocate
+        Scaling(run=run.path, supervisor=supervisor, configured=configured, make=maker.rollout, fixed=fixed)
         controller = Controller(
             config=config,
             run_dir=run.path,

@@ -64,16 +64,23 @@ class Scaling:
     """
 
     def __init__(
-        self, *, run: Path, supervisor: Supervisor, configured: int | str, make: Callable[[int], Loop]
+        self,
+        *,
+        run: Path,
+        supervisor: Supervisor,
+        configured: int | str,
+        make: Callable[[int], Loop],
+        fixed: bool = False,
     ) -> None:
         """Look for requests in `run`; `make` gives the loop of rollout actor number i, without starting it.
 
-        `configured` is `rollout.actors` as written.
+        `configured` is `rollout.actors` as written; with `fixed` every request is refused.
         """
         self._run = run
         self._supervisor = supervisor
         self._configured = configured
         self._make = make
+        self._fixed = fixed
         supervisor.watchers.append(self.tick)
 
     def tick(self) -> None:
@@ -89,6 +96,9 @@ class Scaling:
         tell = self._supervisor.telemetry.event
         if type(number) is not int or not 1 <= number <= MOST:
             tell("scale", f"request {path.name} is refused: it does not say how many, from 1 to {MOST}")
+            return
+        if self._fixed:
+            tell("scale", f"request {path.name} is refused: with cluster.colocate there is an actor for each rank")
             return
         record = {"rollout": number, "configured": self._configured}
         durable.write(self._run / RECORD, json.dumps(record) + "\n")

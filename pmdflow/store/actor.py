@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
@@ -18,6 +18,7 @@ from pmdflow.errors import WaitTimeout
 from pmdflow.metrics.order import Claimed
 from pmdflow.metrics.report import ActorReport, Event
 from pmdflow.store.alone import DURABLE_TIMEOUT_S
+from pmdflow.store.annotations import Unannotated
 from pmdflow.store.answers import ClaimAnswer, EvalResult, Forked, LateMembers, Successes
 from pmdflow.store.facade import TrajectoryStore
 from pmdflow.store.plan import deal, in_claim_order
@@ -98,11 +99,7 @@ class StoreActor:
     @_in_group("append")
     def epochs(self, trajectories: Sequence[int]) -> dict[int, int]:
         """Fencing epochs of those trajectories that are in the store."""
-        found = {}
-        for trajectory in trajectories:
-            with contextlib.suppress(Conflict):
-                found[trajectory] = int(self._store.trajectory(trajectory)["epoch"])
-        return found
+        return self._store.epochs(trajectories)
 
     @_in_group("score")
     def unscored(self, max_items: int, ttl_s: float, timeout_s: float) -> list[Unscored]:
@@ -118,6 +115,22 @@ class StoreActor:
         """
         for trajectory, attempt, outcome, reward, components in scores:
             self._store.score(trajectory, attempt, outcome, reward, components, wait=False)
+        self._await_durable()
+
+    @_in_group("score")
+    def unannotated(self, scorer: str, max_items: int, ttl_s: float, timeout_s: float) -> list[Unannotated]:
+        """Complete trajectories that a scorer has not seen; waits for the first one."""
+        return self._store.unannotated(scorer, max_items, ttl_s, timeout_s)
+
+    @_in_group("score")
+    def annotate(
+        self, scorer: str, columns: Mapping[int, Mapping[str, npt.NDArray[Any]]], failed: Mapping[int, int]
+    ) -> None:
+        """Add a scorer's columns by trajectory; of those that it failed on, by the attempt, the failure."""
+        for trajectory, own in columns.items():
+            self._store.annotate(trajectory, scorer, own, wait=False)
+        for trajectory, attempt in failed.items():
+            self._store.score(trajectory, attempt, "infra_failure", wait=False)
         self._await_durable()
 
     @_in_group("claim")

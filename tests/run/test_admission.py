@@ -28,6 +28,7 @@ def iterated(monkeypatch: pytest.MonkeyPatch, *, iterations: int) -> list[str]:
     given._supervisor = SimpleNamespace(learners=[], draining=False, get=says("its numbers"))
     given._learners = SimpleNamespace(wait=says("train", [result]))
     given._checkpoints = SimpleNamespace(commit=says("commit"), save=says("save"))
+    given._devices = SimpleNamespace(to_learner=lambda: None, to_engines=lambda: None)
     given._held_out = SimpleNamespace(claimed=says("idle"), published=says("evaluate"))
     monkeypatch.setattr(module, "call", lambda *asked: None)
     for name in ("_take_discards", "_counts", "_record"):
