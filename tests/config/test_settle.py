@@ -102,6 +102,9 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
     assert "it would fit with learner.activation_checkpointing=true" in problem and "GPU has 80 GiB" in problem
     _, memory = plan("gpu", gpus(1, each=4))
     assert memory.problems
+    long = ("data.max_tokens=131000", "learner.tokens_per_microbatch=133000", "rollout.actors=4", "learner.ranks=4")
+    _, memory = plan("gpu8", gpus(8, each=48), *long, "rollout.memory_share=0.9")
+    assert "it would fit with learner.context_parallel=2" in memory.problems[0]
     _, memory = plan("cluster", gpus(32, each=16))
     assert "raise rollout.tensor_parallel" in memory.problems[0]
     _, memory = plan("gpu8", gpus(2), "rollout.engine=transformers", "rollout.slots=128")

@@ -84,12 +84,16 @@ def test_losses_and_gradients_are_those_of_one_rank(pool: Ranks, paths: dict[str
             np.testing.assert_allclose(rank[name], expected, atol=1e-5 * scale, rtol=0, err_msg=name)
 
 
-def test_contexts_beside_each_other_train_the_same_curve(start: Any, pool: Ranks, paths: dict[str, str]) -> None:
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_contexts_beside_each_other_train_the_same_curve(
+    start: Any, pool: Ranks, paths: dict[str, str], replicas: int
+) -> None:
     claims, settings = two_claims(), {"steps_per_iteration": 2, "veto": True, "importance_weights": "token"}
     config = make_config(paths["qwen3"], **settings)
     one = start(config)
     expected: list[TrainResult] = [one.train(claim) for claim in claims]
-    shared = make_config(paths["qwen3"], ranks=4, context_parallel=2, activation_checkpointing=True, **settings)
+    settings |= {"activation_checkpointing": True, "replicas": replicas}
+    shared = make_config(paths["qwen3"], ranks=4, context_parallel=2, **settings)
     found = pool.train(shared, claims)
     for rank in found:
         assert rank.metrics == found[0].metrics and rank.left_out == found[0].left_out
