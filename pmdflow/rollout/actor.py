@@ -17,9 +17,10 @@ from pmdflow.rollout.engines.make import make_engine
 from pmdflow.rollout.held import HeldTrajectory
 from pmdflow.rollout.holder import Holder
 from pmdflow.rollout.incoming import IncomingWeights
+from pmdflow.rollout.launching import AgentsPlace
 from pmdflow.rollout.leasing import LeaseTaker
 from pmdflow.rollout.loading import Loader
-from pmdflow.rollout.programs import AgentsPlace, Programs, noted
+from pmdflow.rollout.programs import Programs, noted
 from pmdflow.rollout.requests import STORE_TIMEOUT_S, StoreRequests
 from pmdflow.rollout.shift import Shift
 from pmdflow.store.client import StoreHandle
@@ -113,7 +114,7 @@ class RolloutActor:
                 self._collect()
                 self._take_answers()
                 self._request_leases()
-                self._holder.fill_slots()
+                self._generated += self._holder.fill_slots()
                 if self._engine.active():
                     self._step()
                 else:
@@ -254,6 +255,7 @@ class RolloutActor:
             attrs["running"] = len(self._holder)
             start = time.monotonic()
             self._generated += self._holder.take(self._engine.pause())
+            self._holder.forget_ahead()
             if self._one_version:
                 self._holder.abort()
             self._send(next_version=version)
@@ -279,14 +281,13 @@ class RolloutActor:
 
     def _take_answers(self) -> None:
         answers = self._holder.take_answers()
+        if self._programs is not None:
+            self._programs.note_rewards(self._holder, self._requests.turns)
         if self._holder.forks():
             self._fork()
         for id, reply in answers.items():
             if self._programs is not None and reply.done and id in self._holder:  # a fork awaits grants: it may be gone
-                held = self._holder[id]
-                self._programs.note(held, reply.problem)
-                if rewards := self._programs.rewards(held):
-                    self._requests.turn(id, held.epoch, 0, rewards)
+                self._programs.note(self._holder[id], reply.problem)
             if not reply.problem:
                 self._failures.clear()
                 continue

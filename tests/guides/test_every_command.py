@@ -117,10 +117,12 @@ def assert_serves(arguments: Sequence[str], desk: Path) -> None:
     with subprocess.Popen([program(), *arguments], cwd=desk, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
-            link = re.search(r"http://\S+", server.stdout.readline())
+            link = re.search(r"(http://\S+)(?: \(token: (.+)\))?", server.stdout.readline())
             assert link is not None
-            browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())  # keeps what the token gave it
-            page = browser.open(link[0].replace("0.0.0.0", "127.0.0.1"), timeout=60).read()
+            request = urllib.request.Request(link[1])
+            if link[2]:
+                request.add_header("Authorization", f"Bearer {(desk / link[2]).read_text().strip()}")
+            page = urllib.request.urlopen(request, timeout=60).read()
             assert b"<html" in page.lower()
         finally:
             server.send_signal(signal.SIGINT)
