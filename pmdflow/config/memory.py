@@ -7,10 +7,12 @@ plan beside `FSDPMemTracker` of torch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 from pmdflow.config.gpus import Gpus, gpu_shares
 from pmdflow.config.schema import DEFAULT_SLOTS, Config
+from pmdflow.errors import LaunchError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 MASTER_BYTES = 4
@@ -89,13 +91,20 @@ def plan_memory(config: Config, model: Footprint, *, gpus: Gpus | None, host_byt
         host_bytes: Memory of the one machine that runs it; None where that is another machine.
 
     Raises:
-        LaunchError: the GPUs are too few for the engines and ranks.
+        LaunchError: the GPUs are too few for the engines and ranks, or the ranks cannot be divided as they should.
     """
     learner, rollout = config.learner, config.rollout
     count = gpus.count if gpus else 0
     actors, ranks = rollout.num_actors, learner.num_ranks
     in_turn = config.cluster.colocate and count > 0
     gpu_shares(count, actors=actors, ranks=ranks, tensor_parallel=rollout.tensor_parallel, colocate=in_turn)
+    unit = math.lcm(learner.replicas, learner.context_parallel)
+    if ranks % unit:
+        raise LaunchError(
+            f"learner.ranks is {ranks}, which learner.replicas ({learner.replicas}) and learner.context_parallel "
+            f"({learner.context_parallel}) must divide",
+            hint=f"change these, or set learner.ranks to a multiple of {unit}",
+        )
     shared = 0 < count < actors * rollout.tensor_parallel + ranks
     rank = rank_need(config, model, on_gpu=gpus is not None)
     engine = engine_need(config, model, gpus=gpus)

@@ -76,8 +76,10 @@ class LearnerActor:
     def restore(self) -> None:
         """See `Learner.restore`; waits until the engine has given the device back."""
         assert self._turn is not None, "only a colocated run restores"
-        with self._busy("wait_device"):
+        with self._busy("wait_claim"):
+            asked = time.time()
             self._turn.take(timeout_s=TURN_TIMEOUT_S)
+            self._waits.add("wait_device", asked, time.time())
             self._learner.restore()
 
     def device_info(self) -> dict[str, Any]:
