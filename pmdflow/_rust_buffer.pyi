@@ -83,6 +83,7 @@ class TrajectoryStore:
         file_bytes: int = 67108864,
         sync_interval_s: float = 0.005,
         read_only: bool = False,
+        scorers: list[str] = ...,
     ) -> TrajectoryStore:
         """Open or create the store in directory `path`; None keeps the log in memory (simulation, tests).
 
@@ -98,6 +99,8 @@ class TrajectoryStore:
         members is ready once that time has passed since, without its late members: those not complete or without an
         outcome. They are evicted with the reason `late`: fenced, not in claims, their scores ignored. This biases
         training towards short answers. The time is not stored: opening starts it again.
+
+        A trajectory for training is handed out for its reward only once each of `scorers` has annotated it.
 
         Raises:
             StoreLocked: another writer has it open.
@@ -204,6 +207,31 @@ class TrajectoryStore:
         self, max_items: int, ttl_s: float, timeout_s: float, now_s: float | None = None
     ) -> list[dict[str, Any]]:
         """Complete trajectories without a reward; each is handed out again only after `ttl_s` or a restart."""
+    def unannotated(
+        self, scorer: str, max_items: int, ttl_s: float, timeout_s: float, now_s: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Complete trajectories for training that a scorer has not seen; each comes again after `ttl_s` or a restart.
+
+        What `trajectory` says of each, with `metadata` and `text` of its prompt.
+
+        Raises:
+            Conflict: the scorer is not among the `scorers` of the store.
+        """
+    def annotate(
+        self,
+        trajectory: int,
+        scorer: str,
+        columns: list[tuple[str, str, bytes]],
+        wait: bool = True,
+        now_s: float | None = None,
+    ) -> None:
+        """Add the columns (name, dtype, bytes) of a scorer to a complete trajectory, as extra columns of its tokens.
+
+        What a scorer has added stands: a repeat changes nothing, nor does a call for what is gone or came too late.
+
+        Raises:
+            Conflict: not complete, in a claim, a column that is not what its dtype says, or one that there is already.
+        """
     def score(
         self,
         trajectory: int,
@@ -274,7 +302,8 @@ class TrajectoryStore:
         """Pack the claim into the given byte arrays, without the GIL: nobody else may touch them during the call.
 
         Returns the other fields of `pmdflow.types.TrainBatch` but `plan`, arrays as bytes, but for extra columns:
-        `columns` says whether there are any, and `read_extras` gives them.
+        `columns` says whether there are any, and `read_extras` gives them. `turns` has the row of an episode's first
+        branch, offset, rewards and key of each note.
 
         Raises:
             ValueError: the arrays are read-only, not contiguous or share memory.

@@ -8,9 +8,11 @@ plan beside `FSDPMemTracker` of torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from pmdflow.config.gpus import Gpus, gpu_shares
+from pmdflow.config.gpus import Gpus, gpu_shares, left_by_scorers
+from pmdflow.config.model_size import measure_model
 from pmdflow.config.schema import DEFAULT_SLOTS, Config
 from pmdflow.errors import LaunchError
 
@@ -77,6 +79,8 @@ class MemoryPlan:
     """An engine and a rank live on the same GPU."""
     in_turn: bool
     """They have it one after the other: while one works, the other's memory is on the host."""
+    scorers: tuple[Need, ...] = ()
+    """Those in actors of their own."""
     problems: tuple[str, ...] = field(default=())
     """What cannot fit, each with what would."""
 
@@ -94,7 +98,7 @@ def plan_memory(config: Config, model: Footprint, *, gpus: Gpus | None, host_byt
         LaunchError: the GPUs are too few for the engines and ranks, or the ranks cannot be divided as they should.
     """
     learner, rollout = config.learner, config.rollout
-    count = gpus.count if gpus else 0
+    count = left_by_scorers(config, gpus.count if gpus else 0)
     actors, ranks = rollout.num_actors, learner.num_ranks
     in_turn = config.cluster.colocate and count > 0
     gpu_shares(count, actors=actors, ranks=ranks, tensor_parallel=rollout.tensor_parallel, colocate=in_turn)
@@ -108,8 +112,12 @@ def plan_memory(config: Config, model: Footprint, *, gpus: Gpus | None, host_byt
     shared = 0 < count < actors * rollout.tensor_parallel + ranks
     rank = rank_need(config, model, on_gpu=gpus is not None)
     engine = engine_need(config, model, gpus=gpus)
+    scorers = tuple(_scorer_needs(config))
     host = _host_need(config, model, rank, engine, on_gpu=gpus is not None)
-    plan = MemoryPlan(rank=rank, engine=engine, host=host, gpus=gpus, shared=shared, in_turn=in_turn)
+    plan = MemoryPlan(
+        rank=rank, engine=engine, host=_with(host, scorers, config), scorers=scorers, gpus=gpus, shared=shared,
+        in_turn=in_turn,
+    )  # fmt: skip
     return replace(plan, problems=tuple(_problems(config, model, plan, host_bytes)))
 
 
@@ -135,7 +143,28 @@ def rank_need(config: Config, model: Footprint, *, on_gpu: bool) -> Need:
         kept["teacher"] = -(-model.teacher.num_parameters // shards) * MASTER_BYTES
     elif learner.teacher is not None:
         unknown += ("teacher",)
+    unknown += tuple(f"scorer {name}" for name in learner.scorers_when("claim"))  # they may train what they hold
     return Need(role="learner rank", count=learner.num_ranks, parts={**kept, **worst, **context}, unknown=unknown)
+
+
+def _scorer_needs(config: Config) -> Iterator[Need]:
+    """What each actor of a scorer holds: its model in float32, and the logits of a forward pass."""
+    for name, scorer in config.learner.scorers_when("complete").items():
+        role, size = f"scorer {name}", measure_model(scorer.model or config.model.path)
+        context = {"CUDA context": CONTEXT_BYTES} if scorer.gpus else {}
+        if size is None:
+            yield Need(role=role, count=scorer.actors, parts=context, unknown=("weights",))
+            continue
+        weights = size.num_parameters * MASTER_BYTES
+        logits = min(3 * LOGITS_BYTES, 3 * 4 * config.learner.tokens_per_microbatch * size.vocab_size)
+        yield Need(role=role, count=scorer.actors, parts={"weights": weights, "head": logits, **context})
+
+
+def _with(host: Need, scorers: Sequence[Need], config: Config) -> Need:
+    """The host with the scorers that are on processors."""
+    given = config.learner.scorers
+    own = {need.role: need.total * need.count for need in scorers if not given[need.role.removeprefix("scorer ")].gpus}
+    return replace(host, parts={**host.parts, **own})
 
 
 def _moments(config: Config, model: Footprint, number: int) -> list[dict[str, int]]:

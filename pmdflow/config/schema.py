@@ -15,6 +15,7 @@ from pmdflow.config.combinations import combination_problems
 from pmdflow.config.gpus import GPUS
 from pmdflow.config.imports import IMPORT_PATH
 from pmdflow.config.scheduling import SchedulerConfig
+from pmdflow.config.scorers import ScorerConfig
 from pmdflow.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from pmdflow.config.sequences import RolloutConfig
 from pmdflow.config.sinks import MetricsConfig
@@ -138,6 +139,8 @@ class EnvironmentConfig(Section):
     """Arguments of the factory; `${NAME}` is a variable of the environment, which is shown by its name everywhere."""
     timeout_s: PositiveFloat = 10.0
     """Wall-clock limit of one call; meanwhile other trajectories go on."""
+    max_turns: PositiveInt | None = None
+    """Turns of an episode, which ends with the answer to the last one; null: as many as `data.max_tokens` allows."""
     max_failures_in_a_row: PositiveInt = 100
     """Calls of one rollout actor that fail without an answer between them, after which the run ends with the first
     one's message."""
@@ -168,6 +171,9 @@ class LearnerConfig(Section):
     teacher: str | None = None
     """Folder of the model that `opd` and `vopd` learn from (found like `model.path`), with the same tokenizer; frozen,
     sharded over the learner's ranks."""
+    scorers: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], ScorerConfig] = {}
+    """Token scorers by name: what they say of tokens are columns that an algorithm reads. With one called `teacher`,
+    `opd` and `vopd` learn from it, and `learner.teacher` is left out."""
     tau: PositiveFloat = 0.05
     """KL regularization of policy mirror descent: an iteration moves the log-ratio of a whole sequence towards its
     advantage / tau, so long answers want a smaller one. With one step an iteration it has no effect in `pmd_mean`."""
@@ -202,6 +208,9 @@ class LearnerConfig(Section):
     """Supervised sequences of each optimizer step."""
     ranks: PositiveInt | Literal["auto"] = "auto"
     """Learner processes (FSDP2). `auto`: a quarter of the GPUs, or as many as the model's states need; one without."""
+    router_replay: bool = False
+    """Of a Mixture of Experts: the engine records which experts computed each token's logits, and the learner takes the
+    same ones, with weights of its own logits. Needs `rollout.engine: transformers`."""
     replicas: PositiveInt = 1
     """Copies of the model among the ranks: each is sharded over ranks / replicas of them (hybrid sharding)."""
     steps_per_iteration: PositiveInt = 4
@@ -256,6 +265,10 @@ class LearnerConfig(Section):
     """Newest checkpoints that are kept."""
     threads: PositiveInt = 1
     """CPU threads of one rank."""
+
+    def scorers_when(self, when: Literal["complete", "claim"]) -> dict[str, ScorerConfig]:
+        """Those of `scorers` that run then."""
+        return {name: scorer for name, scorer in self.scorers.items() if scorer.when == when}
 
     @property
     def num_ranks(self) -> int:

@@ -76,6 +76,7 @@ class Trial:
             "versions": random.integers(0, 3, total).astype(np.int32),
             "turns": np.zeros(total, np.int64),
             "turn_keys": random.integers(0, 3, total),
+            "turn_rewards": random.random(total),
             "trained": random.random(total) < 0.8,
             "tokens": random.integers(0, 50, total),
             "teacher": -random.random(total).astype(np.float32) * 4,
@@ -135,6 +136,9 @@ class Trial:
             scope=torch.ones(len(tokens), dtype=torch.bool) if scope else trained,
             cu_seqlens=cu,
             max_tokens=16,
+            columns={name: torch.from_numpy(np.array(values)) for name, values in own.columns.items()},
+            alternatives=None if self.algorithm.alternatives is None else logprobs[tokens].detach()[:, None] - 0.5,
+            iteration=view.iteration,
         )
         loss = self.algorithm.loss(terms, self.learner)
         (found,) = torch.autograd.grad(loss, chosen, allow_unused=True)

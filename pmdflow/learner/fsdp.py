@@ -26,6 +26,7 @@ from pmdflow.learner.context import Context, require_divisible
 from pmdflow.learner.loading import load_model
 from pmdflow.learner.lora import add_adapters, published_name, published_scale
 from pmdflow.learner.policy import Policy
+from pmdflow.learner.routing import Routing
 from pmdflow.weights.file import NamedTensors, aligned
 
 JOIN_TIMEOUT_S = 120.0
@@ -116,6 +117,8 @@ def build_policy(
     if context is not None:
         require_divisible(model.config, context.size)
         policy.context = context
+    if learner.router_replay:
+        policy.routing = Routing(model)
     layers = apart(model)
     for layer in layers:
         if learner.activation_checkpointing is True:
@@ -139,7 +142,7 @@ def build_teacher(student: str, *, build: Callable[..., Policy], learner: Learne
             f"learner.teacher {learner.teacher} has {sizes[learner.teacher]} tokens, the policy {sizes[student]}: a "
             "teacher scores the student's tokens, so give one with the same tokenizer"
         )
-    plain = learner.model_copy(update={"lora": None, "compile": False})
+    plain = learner.model_copy(update={"lora": None, "compile": False, "router_replay": False})
     return build(learner.teacher, learner=plain).requires_grad_(requires_grad=False)
 
 

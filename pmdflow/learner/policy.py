@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pmdflow.learner.attention import Packed
 from pmdflow.learner.context import Context
+from pmdflow.learner.routing import Routing
 from pmdflow.learner.token_scores import TokenScores, entropy_flow, others, scores_of_logits, token_scores
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,17 @@ class Layout:
         return {"position_ids": self.packed.position_ids, "packed": self.packed, "use_cache": False}
 
 
+class _Wanted(NamedTuple):
+    """What is asked of the tokens of a micro-batch: arguments of `Policy`, one entry a position."""
+
+    positions: Tensor
+    targets: Tensor
+    temperatures: Tensor
+    at: Tensor | None
+    alternatives: Tensor | None
+    experts: Tensor | None
+
+
 class Policy(nn.Module):
     """Log-probs and entropies of given tokens under a causal language model.
 
@@ -52,6 +64,8 @@ class Policy(nn.Module):
         self.model = model
         self.context: Context | None = None
         """The ranks that compute a part of each row; they make the same calls."""
+        self.routing: Routing | None = None
+        """Of a Mixture of Experts whose experts are replayed."""
         self._plain_head = _has_plain_head(model)
 
     def forward(
@@ -65,6 +79,8 @@ class Policy(nn.Module):
         flow: bool = False,
         top: int = 0,
         at: Tensor | None = None,
+        alternatives: Tensor | None = None,
+        experts: Tensor | None = None,
     ) -> TokenScores:
         """Score `targets` [P] under softmax(logits / temperature).
 
@@ -77,65 +93,43 @@ class Policy(nn.Module):
             flow: Whether the entropy flow is wanted, too.
             top: How many of the likeliest tokens are.
             at: Ids of other tokens that are, instead [P, K].
+            alternatives: Ids of other tokens whose log-probs are wanted with gradient [P, K].
+            experts: Those that its routers take at `positions`, as `routing` has them [P, L, k].
         """
+        wanted = _Wanted(positions, targets, temperatures, at, alternatives, experts)
         if self.context is not None:
-            return self._in_parts(
-                self.context, tokens, layout, positions, targets, temperatures, flow=flow, top=top, at=at
-            )
-        return self._scored(tokens, layout.arguments(), positions, targets, temperatures, flow=flow, top=top, at=at)
+            return self._in_parts(self.context, tokens, layout, wanted, flow=flow, top=top)
+        return self._scored(tokens, layout.arguments(), wanted, flow=flow, top=top)
 
     def _in_parts(
-        self,
-        context: Context,
-        tokens: Tensor,
-        layout: Layout,
-        positions: Tensor,
-        targets: Tensor,
-        temperatures: Tensor,
-        *,
-        flow: bool,
-        top: int,
-        at: Tensor | None,
+        self, context: Context, tokens: Tensor, layout: Layout, wanted: _Wanted, *, flow: bool, top: int
     ) -> TokenScores:
         """The same from this rank's part of the row, and the parts of the others."""
         assert layout.packed is not None, "only a packed row is shared"
         width, packed = context.width(tokens.shape[1]), layout.packed.shared(context)
         start = context.rank * width
         own = slice(start, start + width)
-        mine = (positions >= start) & (positions < start + width)
+        mine = (wanted.positions >= start) & (wanted.positions < start + width)
         row = nn.functional.pad(tokens, (0, context.size * width - tokens.shape[1]))
         arguments = {"position_ids": packed.position_ids[:, own], "packed": packed, "use_cache": False}
-        found = self._scored(
-            row[:, own],
-            arguments,
-            positions[mine] - start,
-            targets[mine],
-            temperatures[mine],
-            flow=flow,
-            top=top,
-            at=None if at is None else at[mine],
-        )
-        whole: list[Any] = [None if part is None else context.gathered(part, mine) for part in found]
+        parts: list[Any] = [None if of is None else of[mine] for of in wanted]
+        part = _Wanted(*parts)._replace(positions=parts[0] - start)
+        found = self._scored(row[:, own], arguments, part, flow=flow, top=top)
+        whole: list[Any] = [None if of is None else context.gathered(of, mine) for of in found]
         return TokenScores(*whole)
 
     def _scored(
-        self,
-        tokens: Tensor,
-        arguments: dict[str, Any],
-        positions: Tensor,
-        targets: Tensor,
-        temperatures: Tensor,
-        *,
-        flow: bool,
-        top: int,
-        at: Tensor | None,
+        self, tokens: Tensor, arguments: dict[str, Any], wanted: _Wanted, *, flow: bool, top: int
     ) -> TokenScores:
+        positions, targets, temperatures, at, alternatives, experts = wanted
+        if self.routing is not None:
+            self.routing.give(None if experts is None else positions, experts, total=tokens.numel())
         if not self._plain_head:
             logits = self.model(input_ids=tokens, **arguments).logits.flatten(0, 1)[positions]
-            return scores_of_logits(logits, targets, temperatures, flow=flow, top=top, at=at)
+            return scores_of_logits(logits, targets, temperatures, flow=flow, top=top, at=at, alternatives=alternatives)
         hidden = self.model.get_decoder()(input_ids=tokens, **arguments).last_hidden_state.flatten(0, 1)
         head, chosen = self.model.get_output_embeddings(), hidden[positions]
-        scores = token_scores(chosen, head.weight, head.bias, targets, temperatures)
+        scores = token_scores(chosen, head.weight, head.bias, targets, temperatures, alternatives)
         if flow:
             scores = scores._replace(flow=entropy_flow(chosen, head.weight, head.bias, targets, temperatures))
         if top or at is not None:

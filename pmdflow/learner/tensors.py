@@ -35,9 +35,10 @@ class Tensors:
     weights: Tensor
     """Of the loss of each row, float64 [B]."""
     versions: Int32
-    """NumPy [P], as the next two."""
+    """NumPy [P], as the next three."""
     turns: Int32
     turn_keys: Int64
+    turn_rewards: Float64
     columns: Mapping[str, npt.NDArray[Any]]
     """Extra columns by name, NumPy [P, ...]."""
     sequence_credit: Tensor | None = None
@@ -46,11 +47,13 @@ class Tensors:
     """float64 [P]"""
     token_weights: Tensor | None = None
     """Of the gradient of each token's log-prob, float64 [P]."""
+    iteration: int = 1
+    """Of the claim."""
     trajectories: Int64
     """Index of each row's trajectory, NumPy [B]; empty for a micro-batch that only keeps pace with the other ranks."""
 
     @classmethod
-    def of(cls, micro: MicroBatch, *, weights: Float64, version: int, device: torch.device) -> Tensors:
+    def of(cls, micro: MicroBatch, *, weights: Float64, version: int, iteration: int, device: torch.device) -> Tensors:
         """Copy a micro-batch to `device`, without credit; `weights` are those of the whole claim [N]."""
         real = len(micro.trajectories) > 0
         names = ("tokens", "positions", "targets", "temperatures", "behavior", "trained", "cu_seqlens")
@@ -64,7 +67,9 @@ class Tensors:
             versions=micro.versions,
             turns=micro.turns,
             turn_keys=micro.turn_keys,
+            turn_rewards=micro.turn_rewards,
             columns=micro.columns,
+            iteration=iteration,
             trajectories=micro.trajectories,
         )
 

@@ -23,6 +23,7 @@ from pmdflow.agents.gateway import Gateway
 from pmdflow.config.schema import Config
 from pmdflow.errors import LaunchError
 from pmdflow.learner.actor import LearnerActor
+from pmdflow.learner.scorers.actor import ScorerActor
 from pmdflow.reward.actor import RewardActor
 from pmdflow.rollout.actor import RolloutActor
 from pmdflow.rollout.launching import AgentsPlace
@@ -30,7 +31,7 @@ from pmdflow.run.cluster import ask_cluster
 from pmdflow.run.directory import log_path
 from pmdflow.run.loops import Loop, LoopHandle
 from pmdflow.run.nodes import worker_environment
-from pmdflow.run.placement import ActorOptions, needs, place_rewards
+from pmdflow.run.placement import ActorOptions, needs, place_rewards, place_scorer
 from pmdflow.run.scheduler import grant_tokens
 from pmdflow.run.store_place import StorePlace
 from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Supervisor
@@ -58,6 +59,7 @@ def start_ray(config: Config) -> None:
     """
     rollout, learner = config.rollout, config.learner
     cpus = rollout.num_actors * rollout.threads * rollout.tensor_parallel + learner.num_ranks * learner.threads
+    cpus += sum(scorer.actors * scorer.threads for scorer in learner.scorers_when("complete").values())
     local = config.cluster.address == "local"
     given = worker_environment({} if local else os.environ, config.cluster.env)
     if not local:
@@ -164,6 +166,7 @@ def store_settings(config: Config) -> StoreSettings:
         "min_group_size": config.scheduler.min_group_size,
         "one_version": config.scheduler.versions is not None,
         "straggler": None if straggler is None else (straggler.members, straggler.wait_s),
+        "scorers": list(config.learner.scorers_when("complete")),
         "max_attempts": config.reward.max_attempts,
         "lease_ttl_s": config.rollout.lease_ttl_s,
         "grant_tokens": grant_tokens(config),
@@ -234,7 +237,34 @@ def make_loops(config: Config, run_dir: Path, store: StoreHandle, places: Sequen
         Loop(name=f"reward-{index}", start=partial(reward, index), takes_weights=False, hang_timeout_s=hang_s)
         for index in range(config.reward.actors)
     ]
-    return [*gateways, *rollouts, *rewards]
+    return [*gateways, *rollouts, *make_scorers(config, run_dir, store), *rewards]
+
+
+def make_scorers(config: Config, run_dir: Path, store: StoreHandle) -> list[Loop]:
+    """The actors that score complete trajectories, by `learner.scorers`."""
+
+    def scorer(
+        name: str, index: int, weights: WeightsHandle | None, worker: str
+    ) -> tuple[LoopHandle, ObjectRef[object]]:
+        actor = make_actor(
+            ScorerActor,
+            log=log_path(run_dir, f"scorer-{name}-{index}"),
+            options={"max_concurrency": 4, **place_scorer(config.learner.scorers[name])},
+            arguments={"config": config, "name": name, "index": index, "store": store},
+        )
+        return actor, call(actor, ScorerActor.run)
+
+    return [
+        Loop(
+            name=f"scorer-{name}-{index}",
+            start=partial(scorer, name, index),
+            takes_weights=False,
+            hang_timeout_s=config.rollout.lease_ttl_s,
+            needs=needs(place_scorer(given)),
+        )
+        for name, given in config.learner.scorers_when("complete").items()
+        for index in range(given.actors)
+    ]
 
 
 def sweep_programs(run_dir: Path) -> None:
@@ -272,10 +302,11 @@ def make_gateway(config: Config, run_dir: Path) -> tuple[list[Loop], AgentsPlace
 def _store_threads(config: Config) -> ActorOptions:
     """A waiting call holds a thread of its group: rollout actors wait for leases, everybody else must not."""
     actors = config.rollout.num_actors
+    scorers = sum(scorer.actors for scorer in config.learner.scorers_when("complete").values())
     groups = {
         "lease": actors + 1,
         "append": actors + 1,
-        "score": config.reward.actors + 1,
+        "score": config.reward.actors + scorers + 1,
         "claim": 2,
         "read": min(config.learner.num_ranks, MOST_READERS),
         "evict": 1,

@@ -8,8 +8,9 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from pmdflow.config.gpus import gpu_shares
+from pmdflow.config.gpus import gpu_shares, left_by_scorers
 from pmdflow.config.schema import Config
+from pmdflow.config.scorers import ScorerConfig
 from pmdflow.errors import LaunchError
 
 ActorOptions: TypeAlias = dict[str, Any]
@@ -69,6 +70,11 @@ def place_rewards(config: Config) -> list[ActorOptions]:
     ]
 
 
+def place_scorer(scorer: ScorerConfig) -> ActorOptions:
+    """The options of each Ray actor of a scorer."""
+    return {"num_cpus": scorer.threads, "num_gpus": scorer.gpus, "scheduling_strategy": "SPREAD"}
+
+
 def needs(place: ActorOptions) -> str:
     """What an actor reserves, for messages."""
     return f"{place.get('num_cpus', 0):g} CPUs and {place.get('num_gpus', 0):g} GPUs"
@@ -76,7 +82,7 @@ def needs(place: ActorOptions) -> str:
 
 def _gpu_shares(config: Config) -> tuple[float, float]:
     return gpu_shares(
-        int(ray.cluster_resources().get("GPU", 0)),
+        left_by_scorers(config, int(ray.cluster_resources().get("GPU", 0))),
         actors=config.rollout.num_actors,
         ranks=config.learner.num_ranks,
         tensor_parallel=config.rollout.tensor_parallel,

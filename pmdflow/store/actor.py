@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
@@ -17,7 +17,9 @@ from pmdflow._rust_buffer import Conflict, StoreFull, StoreLocked
 from pmdflow.errors import WaitTimeout
 from pmdflow.metrics.report import ActorReport, Event
 from pmdflow.store.alone import DURABLE_TIMEOUT_S
+from pmdflow.store.annotations import Unannotated
 from pmdflow.store.answers import ClaimAnswer, EvalResult, Forked, LateMembers, Successes
+from pmdflow.store.episodes import TurnNote
 from pmdflow.store.facade import TrajectoryStore
 from pmdflow.store.plan import deal, in_claim_order
 from pmdflow.store.settings import StoreSettings
@@ -71,8 +73,13 @@ class StoreActor:
         return self._store.fence(worker)
 
     @_in_group("append")
-    def append(self, batch: UInt8) -> list[Grant]:
-        """Append encoded segments, an array so that Ray moves bytes as they are; answers once they are durable."""
+    def append(self, batch: UInt8, notes: Sequence[TurnNote] = ()) -> list[Grant]:
+        """Note what is said of episodes, then append encoded segments; answers once all of it is durable.
+
+        The segments are an array so that Ray moves bytes as they are.
+        """
+        for trajectory, epoch, number, rewards, key in notes:
+            self._store.turn(trajectory, epoch, number, rewards, key, wait=False)
         return self._store.append(batch)[1]
 
     @_in_group("append")
@@ -111,6 +118,22 @@ class StoreActor:
         """
         for trajectory, attempt, outcome, reward, components in scores:
             self._store.score(trajectory, attempt, outcome, reward, components, wait=False)
+        self._await_durable()
+
+    @_in_group("score")
+    def unannotated(self, scorer: str, max_items: int, ttl_s: float, timeout_s: float) -> list[Unannotated]:
+        """Complete trajectories that a scorer has not seen; waits for the first one."""
+        return self._store.unannotated(scorer, max_items, ttl_s, timeout_s)
+
+    @_in_group("score")
+    def annotate(
+        self, scorer: str, columns: Mapping[int, Mapping[str, npt.NDArray[Any]]], failed: Mapping[int, int]
+    ) -> None:
+        """Add a scorer's columns by trajectory; of those that it failed on, by the attempt, the failure."""
+        for trajectory, own in columns.items():
+            self._store.annotate(trajectory, scorer, own, wait=False)
+        for trajectory, attempt in failed.items():
+            self._store.score(trajectory, attempt, "infra_failure", wait=False)
         self._await_durable()
 
     @_in_group("claim")

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 
 from pmdflow import _rust_buffer
 from pmdflow.store.alone import attempts_of, put_attempts, sampled_at
+from pmdflow.store.annotations import Annotations
 from pmdflow.store.answers import ClaimAnswer, LateMembers
 from pmdflow.store.columns import Columns
 from pmdflow.store.episodes import Episodes, rewards_said
@@ -31,7 +32,7 @@ from pmdflow.store.view import StoreView, int32
 from pmdflow.types import ClaimPlan, Grant, Lease, LeaseKind, Outcome, Prompt, Quota, Segment, Stop, UInt8, Unscored
 
 
-class TrajectoryStore(Episodes, StoreView):
+class TrajectoryStore(Annotations, Episodes, StoreView):
     """The trajectory store with NumPy arrays and dataclasses; see `pmdflow/_rust_buffer.pyi` for the exact rules.
 
     Example:
@@ -55,7 +56,8 @@ class TrajectoryStore(Episodes, StoreView):
             StoreLocked: another writer has it open.
             CorruptLog: damage before the tail of the log, or a newer format.
         """
-        self._native = _rust_buffer.TrajectoryStore(None if path is None else str(path), **settings)
+        given: dict[str, Any] = {**settings, "scorers": list(settings.get("scorers", ()))}
+        self._native = _rust_buffer.TrajectoryStore(None if path is None else str(path), **given)
 
     @classmethod
     def read(cls, path: Path | str) -> TrajectoryStore:

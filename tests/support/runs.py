@@ -65,10 +65,21 @@ class Up:
         self.run = Path(config["run"]["dir"]) / config["run"]["name"]
         self.file = directory / "small.yaml"
         self.file.write_text(yaml.safe_dump(config))
-        self._output = directory / f"up-{time.time_ns()}.log"
+        self._start(["up", str(self.file)], directory, terminal)
+
+    @classmethod
+    def of(cls, arguments: list[str], directory: Path, *, run: Path) -> Up:
+        """Another command that writes the run directory `run`."""
+        command = cls.__new__(cls)
+        command.run = run
+        command._start(arguments, directory, None)
+        return command
+
+    def _start(self, arguments: list[str], directory: Path, terminal: int | None) -> None:
+        self._output = directory / f"{arguments[0]}-{time.time_ns()}.log"
         with open(self._output, "wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pmdflow.cli", "up", str(self.file)],
+                [sys.executable, "-m", "pmdflow.cli", *arguments],
                 stdin=subprocess.DEVNULL if terminal is None else terminal,
                 stdout=output if terminal is None else terminal,
                 stderr=subprocess.STDOUT,

@@ -19,6 +19,7 @@ from pmdflow.learner.policy import Policy
 from pmdflow.learner.view import State
 
 _KEPT = "kept"
+_SCORERS = "scorers"
 WRITE_TIMEOUT_S = 3600.0
 """A checkpoint that is not written after this long never will be."""
 
@@ -68,11 +69,16 @@ class AsyncSaver:
 
 
 def training_state(
-    policy: Policy, optimizer: torch.optim.Optimizer, num_steps: int, kept: State | None = None
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    num_steps: int,
+    kept: State | None = None,
+    scorers: dict[str, bytes] | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint holds; the tensors are the live shards, and loading fills them in place.
 
-    `kept` is what algorithm and group rewards keep from claim to claim; None if nothing.
+    `kept` is what algorithm and group rewards keep from claim to claim; None if nothing. `scorers` is what the scorers
+    that learn do, by name.
     """
     has_moments = bool(optimizer.state)
     model, moments = get_state_dict(policy, optimizer, options=_options(policy))
@@ -84,6 +90,7 @@ def training_state(
     }
     return {
         **({} if kept is None else {_KEPT: json.dumps(kept)}),
+        **({_SCORERS: scorers} if scorers else {}),
         # A tied name of a frozen tensor is still there.
         "model": {name: tensor for name, tensor in model.items() if name not in frozen},
         "optimizer": moments,
@@ -93,14 +100,19 @@ def training_state(
     }
 
 
-def load_training(policy: Policy, optimizer: torch.optim.Optimizer, directory: str) -> tuple[int, State | None]:
+def load_training(
+    policy: Policy, optimizer: torch.optim.Optimizer, directory: str
+) -> tuple[int, State | None, dict[str, bytes]]:
     """Put policy, optimizer and random state where `directory` has them.
 
     Returns:
-        The optimizer steps taken, and what algorithm and group rewards kept; None if the checkpoint has none of that.
+        The optimizer steps taken, what algorithm and group rewards kept (None if the checkpoint has none of that), and
+        what scorers did, by name.
     """
-    has_kept = _KEPT in FileSystemReader(directory).read_metadata().state_dict_metadata
-    state = training_state(policy, optimizer, 0, {} if has_kept else None)
+    named = FileSystemReader(directory).read_metadata().state_dict_metadata
+    has_kept = _KEPT in named
+    scorers = {name.removeprefix(f"{_SCORERS}."): b"" for name in named if name.startswith(f"{_SCORERS}.")}
+    state = training_state(policy, optimizer, 0, {} if has_kept else None, scorers)
     load_state(state, checkpoint_id=directory)
     set_state_dict(
         policy,
@@ -112,7 +124,8 @@ def load_training(policy: Policy, optimizer: torch.optim.Optimizer, directory: s
     if not state["has_moments"]:
         optimizer.state.clear()
     torch.set_rng_state(state["random"])
-    return int(state["num_steps"]), json.loads(state[_KEPT]) if has_kept else None
+    kept = json.loads(state[_KEPT]) if has_kept else None
+    return int(state["num_steps"]), kept, state.get(_SCORERS, {})
 
 
 def _options(policy: Policy) -> StateDictOptions:

@@ -86,6 +86,13 @@ pub fn unscored<'py>(py: Python<'py>, item: &UnscoredView) -> PyResult<Row<'py>>
     Ok(row)
 }
 
+/// A trajectory as a scorer is told of it.
+pub fn unannotated<'py>(py: Python<'py>, view: &TrajectoryView) -> PyResult<Row<'py>> {
+    let row = trajectory(py, view)?;
+    set_prompt(&row, &view.prompt)?;
+    Ok(row)
+}
+
 /// Offset, rewards, key of each note on an episode.
 fn turns(turns: &[Turn]) -> Vec<(u32, &BTreeMap<String, f64>, Option<&str>)> {
     turns.iter().map(|turn| (turn.offset, &turn.rewards, turn.key.as_deref())).collect()
@@ -132,6 +139,8 @@ pub fn batch<'py>(py: Python<'py>, iteration: i64, version: Version, rows: &Rows
     let prompt_ids = rows.prompt_ids.iter().flat_map(|(id, count)| repeat_n(PyString::new(py, id), *count));
     row.set_item("prompt_ids", PyList::new(py, prompt_ids.collect::<Vec<_>>())?)?;
     row.set_item("columns", rows.columns)?;
+    let said = |(row, turn): &(i64, Turn)| (*row, turn.offset, turn.rewards.clone(), turn.key.clone());
+    row.set_item("turns", rows.turns.iter().map(said).collect::<Vec<_>>())?;
     row.set_item("restored", rows.restored.iter().copied().into_py_dict(py)?)?;
     Ok(row)
 }
