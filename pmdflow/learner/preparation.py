@@ -8,7 +8,6 @@ from itertools import chain
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pmdflow.config.schema import Config, LearnerConfig
@@ -22,7 +21,7 @@ from pmdflow.learner.scorers.claim import ClaimScorers, Kept
 from pmdflow.learner.scorers.teacher import TEACHER, TOP_IDS, TOP_LOGPROBS
 from pmdflow.learner.selection import Weighed, groups_left_out, veto_sequences, weigh
 from pmdflow.learner.steps import Tensors, mismatch_sums, reference_pass, teacher_pass
-from pmdflow.learner.sums import StepSums, Sums, added, all_sum, over_ranks
+from pmdflow.learner.sums import StepSums, Sums, add_in_place, added, all_sum, num_across, over_ranks
 from pmdflow.learner.token_scores import TokenScores
 from pmdflow.learner.view import FROM_REFERENCE, FROM_TEACHER, TOP, State
 from pmdflow.metrics.spans import SpanBuffer
@@ -191,12 +190,12 @@ def _scored(
 
     def add(tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
-            dist.all_reduce(tensor)
+            add_in_place(tensor)
 
     outcome = kept.outcome(claim, rewards=rewards.task, correct=rewards.correct, add=add)
     with parts.spans.span("reference", iteration=claim.iteration):
         columns, own = parts.scorers.run(kept.batch(claim), outcome)
-    shared = [value / dist.get_world_size() for value in all_sum(list(own.values()), parts.device)]
+    shared = [value / num_across() for value in all_sum(list(own.values()), parts.device)]
     start = 0
     filled: Steps = []
     for micros in steps:

@@ -134,9 +134,19 @@ def all_sum(values: Iterable[float], device: torch.device) -> list[float]:
     return [float(value) for value in total.tolist()]
 
 
+def add_in_place(tensor: torch.Tensor) -> None:
+    """Add a tensor over the ranks, where it is."""
+    dist.all_reduce(tensor, group=_across.group)
+
+
+def num_across() -> int:
+    """Ranks whose rows differ."""
+    return dist.get_world_size(_across.group)
+
+
 def from_ranks(own: Given) -> list[Given]:
     """What every rank gives, by rank."""
-    parts: list[Any] = [None] * dist.get_world_size(_across.group)
+    parts: list[Any] = [None] * num_across()
     dist.all_gather_object(parts, own, group=_across.group)
     return parts
 

@@ -202,7 +202,7 @@ class RolloutActor:
             self._offer(handle, timeout_s=STORE_TIMEOUT_S)
         except WeightsLost:
             with self._spans.span("wait_weights"):
-                self._incoming.await_offer(timeout_s=LOST_WEIGHTS_TIMEOUT_S)
+                self._incoming.await_offer(timeout_s=LOST_WEIGHTS_TIMEOUT_S, meanwhile=self._rests)
 
     def _offer(self, handle: WeightsHandle, *, timeout_s: float) -> None:
         weights = self._transport.fetch(handle, timeout_s=timeout_s)
