@@ -208,7 +208,7 @@ class TrajectoryStore:
     ) -> list[dict[str, Any]]:
         """Complete trajectories without a reward; each is handed out again only after `ttl_s` or a restart."""
     def unannotated(
-        self, scorer: str, max_items: int, ttl_s: float, timeout_s: float, now_s: float | None = None
+        self, scorer: str, max_items: int, ttl_s: float, timeout_s: float, now_s: float | None
     ) -> list[dict[str, Any]]:
         """Complete trajectories for training that a scorer has not seen; each comes again after `ttl_s` or a restart.
 
@@ -222,8 +222,8 @@ class TrajectoryStore:
         trajectory: int,
         scorer: str,
         columns: list[tuple[str, str, bytes]],
-        wait: bool = True,
-        now_s: float | None = None,
+        wait: bool,
+        now_s: float | None,
     ) -> None:
         """Add the columns (name, dtype, bytes) of a scorer to a complete trajectory, as extra columns of its tokens.
 
@@ -331,6 +331,8 @@ class TrajectoryStore:
         Raises:
             Conflict: one of them is not in the store.
         """
+    def epochs(self, trajectories: list[int]) -> dict[int, int]:
+        """Fencing epochs of those of these trajectories that are in the store; no file is read."""
     def read_tokens(self, trajectories: list[int], *, tokens: Buffer, logprobs: Buffer, check: bool) -> None:
         """Pack prompt and tokens of live trajectories into the given byte arrays, without the GIL.
 

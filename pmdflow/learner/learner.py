@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,9 +17,11 @@ from torch.distributed.tensor import DTensor
 
 from pmdflow.config.schema import Config
 from pmdflow.learner.algorithms import find_algorithm
+from pmdflow.learner.aside import Aside
 from pmdflow.learner.assessment import Assessment, flat
 from pmdflow.learner.batch import ReadTokens, StepPlan
 from pmdflow.learner.checkpoint.files import AsyncSaver, load_training, training_state
+from pmdflow.learner.context import Context, make_contexts
 from pmdflow.learner.flops import Speed
 from pmdflow.learner.fsdp import (
     build_policy,
@@ -28,19 +31,19 @@ from pmdflow.learner.fsdp import (
     gathered,
     join_ranks,
     learner_device,
+    reshard,
 )
 from pmdflow.learner.policy import Policy
-from pmdflow.learner.preparation import Parts, Ready, load_steps, needed_columns, plan_claim, prepare
+from pmdflow.learner.preparation import Parts, Ready, check_teacher, load_steps, needed_columns, plan_claim, prepare
 from pmdflow.learner.probing import Prober
 from pmdflow.learner.result import TrainResult
 from pmdflow.learner.schedule import learning_rate
 from pmdflow.learner.scorers.claim import ClaimScorers
-from pmdflow.learner.scorers.teacher import TEACHER
 from pmdflow.learner.selection import importance_metrics
 from pmdflow.learner.steps import Supervised, Tensors, accumulate, update
-from pmdflow.learner.sums import Sums
+from pmdflow.learner.sums import Sums, add_across
 from pmdflow.learner.supervised import SupervisedData
-from pmdflow.learner.view import FROM_TEACHER, State
+from pmdflow.learner.view import State
 from pmdflow.metrics.report import ActorReport
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.reward.total import Memory
@@ -73,24 +76,16 @@ class Learner:
         self._rank = rank
         self._teacher: Policy | None = None
         self._scorers: ClaimScorers | None = None
-        taught = self._algorithm.needs & FROM_TEACHER
-        by_columns = TEACHER in config.learner.scorers
-        if (config.learner.teacher is not None and (not taught or by_columns)) or (
-            taught and config.learner.teacher is None and not by_columns
-        ):
-            also = " and learner.scorers.teacher is set, too" if by_columns else ""
-            raise ValueError(
-                f"learner.teacher is {config.learner.teacher} while {config.learner.algorithm} needs "
-                f"{', '.join(sorted(self._algorithm.needs)) or 'nothing'}{also}: set a teacher if it needs `teacher` "
-                "or `top`, in one of the two ways"
-            )
+        check_teacher(self._algorithm, config.learner)
         self._state: State | None = None
         """Of an algorithm that keeps some."""
         self._memory: Memory = {}
         """Earlier claims by prompt, for group rewards that remember."""
         self._device = learner_device(rank)
         self._spans = SpanBuffer(f"learner-{rank}")
+        self._aside = Aside()
         self._mesh: DeviceMesh | None = None
+        self._context: Context | None = None
         self._saver: AsyncSaver
         self._policy: Policy
         self._speed: Speed
@@ -116,13 +111,17 @@ class Learner:
         ranks, replicas = self._config.learner.num_ranks, self._config.learner.replicas
         self._mesh = join_ranks(master, rank=self._rank, ranks=ranks, device=self._device, replicas=replicas)
         self._saver = AsyncSaver()
+        if self._config.learner.context_parallel > 1:
+            self._context, across = make_contexts(self._config.learner.context_parallel)
+            add_across(across)
         self._build()
 
     def close(self) -> None:
         """Leave the process group, so that this process can join another."""
         if self._mesh is not None:
             self._saver.wait()
-            self._mesh = None
+            self._mesh = self._context = None
+            add_across(None)
             dist.destroy_process_group()
 
     def load_initial(self) -> None:
@@ -268,6 +267,25 @@ class Learner:
                 self._state = self._state if kept["algorithm"] is None else kept["algorithm"]
             self._pristine = False
 
+    def offload(self) -> None:
+        """Put weights, moments and teacher on the host and give the device's memory back; `restore` undoes it.
+
+        Until then nothing else may be called but `await_saved`, `drain` and `close`.
+        """
+        with self._spans.span("offload"):
+            policies = [policy for policy in (self._policy, self._teacher) if policy is not None]
+            kept: list[Tensor] = []
+            for policy in policies:
+                reshard(policy)
+                kept += [*policy.parameters(), *policy.buffers()]
+            kept += [value for state in self._optimizer.state.values() for value in state.values()]
+            self._aside.put(tensor for tensor in kept if tensor.device.type == self._device.type)
+
+    def restore(self) -> None:
+        """Have everything on the device again, as it was."""
+        with self._spans.span("offload"):
+            self._aside.take_back()
+
     def drain(self) -> ActorReport:
         """The spans since the last call; safe beside `train`."""
         return ActorReport(spans=self._spans.drain(), events=self._spans.losses())
@@ -290,9 +308,10 @@ class Learner:
         torch.manual_seed(self._config.run.seed)
         self._ptx = SupervisedData.of(self._config)
         model = self._config.model
-        self._policy = build_policy(model.path, dtype=model.dtype, learner=learner, mesh=self._mesh)
+        build = partial(build_policy, dtype=model.dtype, learner=learner, mesh=self._mesh, context=self._context)
+        self._policy = build(model.path)
         if learner.teacher is not None and self._teacher is None:
-            self._teacher = build_teacher(model.path, dtype=model.dtype, learner=learner, mesh=self._mesh)
+            self._teacher = build_teacher(model.path, build=build, learner=learner)
         self._scorers = ClaimScorers(self._config, self._device)
         trained = [parameter for parameter in self._policy.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pmdflow.learner.attention import Packed
+from pmdflow.learner.context import Context
 from pmdflow.learner.routing import Routing
 from pmdflow.learner.token_scores import TokenScores, entropy_flow, others, scores_of_logits, token_scores
 
@@ -50,6 +51,8 @@ class Policy(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.context: Context | None = None
+        """The ranks that compute a part of each row; they make the same calls."""
         self.routing: Routing | None = None
         """Of a Mixture of Experts whose experts are replayed."""
         self._plain_head = _has_plain_head(model)
@@ -82,12 +85,71 @@ class Policy(nn.Module):
             alternatives: Ids of other tokens whose log-probs are wanted with gradient [P, K].
             experts: Those that its routers take at `positions`, as `routing` has them [P, L, k].
         """
+        others = {"at": at, "alternatives": alternatives, "experts": experts}
+        if self.context is not None:
+            return self._in_parts(
+                self.context, tokens, layout, positions, targets, temperatures, flow=flow, top=top, **others
+            )
+        return self._scored(tokens, layout.arguments(), positions, targets, temperatures, flow=flow, top=top, **others)
+
+    def _in_parts(
+        self,
+        context: Context,
+        tokens: Tensor,
+        layout: Layout,
+        positions: Tensor,
+        targets: Tensor,
+        temperatures: Tensor,
+        *,
+        flow: bool,
+        top: int,
+        at: Tensor | None,
+        alternatives: Tensor | None,
+        experts: Tensor | None,
+    ) -> TokenScores:
+        """The same from this rank's part of the row, and the parts of the others."""
+        assert layout.packed is not None, "only a packed row is shared"
+        width, packed = context.width(tokens.shape[1]), layout.packed.shared(context)
+        start = context.rank * width
+        own = slice(start, start + width)
+        mine = (positions >= start) & (positions < start + width)
+        row = nn.functional.pad(tokens, (0, context.size * width - tokens.shape[1]))
+        arguments = {"position_ids": packed.position_ids[:, own], "packed": packed, "use_cache": False}
+        found = self._scored(
+            row[:, own],
+            arguments,
+            positions[mine] - start,
+            targets[mine],
+            temperatures[mine],
+            flow=flow,
+            top=top,
+            at=None if at is None else at[mine],
+            alternatives=None if alternatives is None else alternatives[mine],
+            experts=None if experts is None else experts[mine],
+        )
+        whole: list[Any] = [None if part is None else context.gathered(part, mine) for part in found]
+        return TokenScores(*whole)
+
+    def _scored(
+        self,
+        tokens: Tensor,
+        arguments: dict[str, Any],
+        positions: Tensor,
+        targets: Tensor,
+        temperatures: Tensor,
+        *,
+        flow: bool,
+        top: int,
+        at: Tensor | None,
+        alternatives: Tensor | None,
+        experts: Tensor | None,
+    ) -> TokenScores:
         if self.routing is not None:
             self.routing.give(None if experts is None else positions, experts, total=tokens.numel())
         if not self._plain_head:
-            logits = self.model(input_ids=tokens, **layout.arguments()).logits.flatten(0, 1)[positions]
+            logits = self.model(input_ids=tokens, **arguments).logits.flatten(0, 1)[positions]
             return scores_of_logits(logits, targets, temperatures, flow=flow, top=top, at=at, alternatives=alternatives)
-        hidden = self.model.get_decoder()(input_ids=tokens, **layout.arguments()).last_hidden_state.flatten(0, 1)
+        hidden = self.model.get_decoder()(input_ids=tokens, **arguments).last_hidden_state.flatten(0, 1)
         head, chosen = self.model.get_output_embeddings(), hidden[positions]
         scores = token_scores(chosen, head.weight, head.bias, targets, temperatures, alternatives)
         if flow:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pmdflow.config.schema import Config, LearnerConfig
@@ -22,7 +20,7 @@ from pmdflow.learner.scorers.claim import ClaimScorers, Kept
 from pmdflow.learner.scorers.teacher import TEACHER, TOP_IDS, TOP_LOGPROBS
 from pmdflow.learner.selection import Weighed, groups_left_out, veto_sequences, weigh
 from pmdflow.learner.steps import Tensors, mismatch_sums, reference_pass, teacher_pass
-from pmdflow.learner.sums import StepSums, Sums, added, all_sum, over_ranks
+from pmdflow.learner.sums import StepSums, Sums, added, all_sum, num_summed, over_ranks, sum_in_place
 from pmdflow.learner.token_scores import TokenScores
 from pmdflow.learner.view import FROM_REFERENCE, FROM_TEACHER, TOP, State
 from pmdflow.metrics.spans import SpanBuffer
@@ -125,7 +123,7 @@ def plan_claim(
         claim,
         counts=counts,
         steps=steps,
-        ranks=learner.num_ranks,
+        ranks=learner.num_ranks // learner.context_parallel,
         tokens_per_microbatch=learner.tokens_per_microbatch,
         packing=learner.packing,
         scored=scored,
@@ -144,7 +142,7 @@ def load_steps(
     device: torch.device,
 ) -> Steps:
     """The micro-batches of a rank on its device, without credit."""
-    steps = pack_rank(claim, read, plans, rank=rank, packing=learner.packing)
+    steps = pack_rank(claim, read, plans, rank=rank // learner.context_parallel, packing=learner.packing)
     return [
         [
             Tensors.of(micro, weights=weights, version=claim.version, iteration=claim.iteration, device=device)
@@ -162,6 +160,23 @@ def needed_columns(algorithm: Algorithm, learner: LearnerConfig) -> frozenset[st
     if algorithm.needs & FROM_TEACHER and learner.teacher is None:
         named |= {TEACHER, TOP_IDS, TOP_LOGPROBS} if "top" in algorithm.needs else {TEACHER}
     return frozenset(named)
+
+
+def check_teacher(algorithm: Algorithm, learner: LearnerConfig) -> None:
+    """Refuse an algorithm that needs a teacher and has none, or two; and a teacher that nobody needs.
+
+    Raises:
+        ValueError: names the settings.
+    """
+    taught, by_columns = algorithm.needs & FROM_TEACHER, TEACHER in learner.scorers
+    if (learner.teacher is None and (by_columns or not taught)) or (learner.teacher and taught and not by_columns):
+        return
+    also = " and learner.scorers.teacher is set, too" if by_columns else ""
+    raise ValueError(
+        f"learner.teacher is {learner.teacher} while {learner.algorithm} needs "
+        f"{', '.join(sorted(algorithm.needs)) or 'nothing'}{also}: set a teacher if it needs `teacher` or `top`, "
+        "in one of the two ways"
+    )
 
 
 def _require_columns(names: frozenset[str], steps: Steps) -> None:
@@ -189,14 +204,10 @@ def _scored(
     if not parts.scorers:
         return steps, {}
 
-    def add(tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-
-    outcome = kept.outcome(claim, rewards=rewards.task, correct=rewards.correct, add=add)
+    outcome = kept.outcome(claim, rewards=rewards.task, correct=rewards.correct, add=sum_in_place)
     with parts.spans.span("reference", iteration=claim.iteration):
         columns, own = parts.scorers.run(kept.batch(claim), outcome)
-    shared = [value / dist.get_world_size() for value in all_sum(list(own.values()), parts.device)]
+    shared = [value / num_summed() for value in all_sum(list(own.values()), parts.device)]
     start = 0
     filled: Steps = []
     for micros in steps:

@@ -17,11 +17,14 @@ from pmdflow.rollout.engines.make import make_engine
 from pmdflow.rollout.held import HeldTrajectory
 from pmdflow.rollout.holder import Holder
 from pmdflow.rollout.incoming import IncomingWeights
+from pmdflow.rollout.launching import AgentsPlace
 from pmdflow.rollout.leasing import LeaseTaker
 from pmdflow.rollout.loading import Loader
-from pmdflow.rollout.programs import AgentsPlace, Programs, noted
+from pmdflow.rollout.programs import Programs, noted
 from pmdflow.rollout.requests import STORE_TIMEOUT_S, StoreRequests
+from pmdflow.rollout.shift import Shift
 from pmdflow.store.client import StoreHandle
+from pmdflow.weights.device_turn import DeviceTurn
 from pmdflow.weights.make import make_transport
 from pmdflow.weights.transport import Bytes, WeightsHandle, in_group
 
@@ -65,6 +68,7 @@ class RolloutActor:
         self._worker = worker
         self._requests = StoreRequests(store)
         self._transport = make_transport(config, Path(run_dir))
+        self._shift = Shift(DeviceTurn.own(run_dir, index)) if config.cluster.colocate else None
         self._engine = make_engine(config, seed=(config.run.seed * 1000 + index) % 2**32)
         self._programs: Programs | None = None
         self._agents = config.agents
@@ -104,11 +108,13 @@ class RolloutActor:
             self._begin_with(handle)
         try:
             while not self._stopping.is_set():
+                if self._rests():
+                    continue
                 self._swap_weights()
                 self._collect()
                 self._take_answers()
                 self._request_leases()
-                self._holder.fill_slots()
+                self._generated += self._holder.fill_slots()
                 if self._engine.active():
                     self._step()
                 else:
@@ -143,6 +149,24 @@ class RolloutActor:
     def read_weights(self, version: int, offset: int, num_bytes: int) -> Bytes:
         """Bytes of a version's file, for a node that does not have it; safe beside everything else."""
         return self._transport.read(version, offset, num_bytes)
+
+    def sleep(self, timeout_s: float) -> None:
+        """Let the engine give its device to the learner; returns when it has.
+
+        Raises:
+            WaitTimeout: it did not within `timeout_s`.
+        """
+        assert self._shift is not None, "only in a colocated run"
+        self._shift.ask(True, timeout_s=timeout_s)
+
+    def wake(self, timeout_s: float) -> None:
+        """Let the engine have its device again, and go on.
+
+        Raises:
+            WaitTimeout: it did not within `timeout_s`.
+        """
+        assert self._shift is not None, "only in a colocated run"
+        self._shift.ask(False, timeout_s=timeout_s)
 
     def stop(self) -> None:
         """Let `run` send what it has, give its leases back and return."""
@@ -191,6 +215,27 @@ class RolloutActor:
         weights = self._transport.fetch(handle, timeout_s=timeout_s)
         self._incoming.offer(handle.version, (self._engine.stage(weights), handle.probe))
 
+    def _rests(self) -> bool:
+        """Change over if that is due; whether the engine sleeps: what is held stays leased, nothing is generated."""
+        shift = self._shift
+        if shift is None:
+            return False
+        if shift.is_due and not shift.asleep:
+            self._await_append()
+            self._end_span()
+            self._generated += self._holder.take(self._engine.pause())
+            self._send(next_version=self._engine.version)
+            shift.sleep(self._engine, self._spans)
+        elif shift.is_due:
+            shift.wake(self._engine, self._spans)
+        if shift.asleep:
+            with self._spans.span("wait_device"):
+                shift.await_due(timeout_s=SPAN_S)
+            self._collect()
+            self._take_answers()
+            self._flush_when_due()
+        return shift.asleep
+
     def _swap_weights(self) -> None:
         """Take other weights; every token sent before carries the old version, every one after the new.
 
@@ -210,6 +255,7 @@ class RolloutActor:
             attrs["running"] = len(self._holder)
             start = time.monotonic()
             self._generated += self._holder.take(self._engine.pause())
+            self._holder.forget_ahead()
             if self._one_version:
                 self._holder.abort()
             self._send(next_version=version)
@@ -235,14 +281,13 @@ class RolloutActor:
 
     def _take_answers(self) -> None:
         answers = self._holder.take_answers()
+        if self._programs is not None:
+            self._programs.note_rewards(self._holder, self._requests.turns)
         if self._holder.forks():
             self._fork()
         for id, reply in answers.items():
             if self._programs is not None and reply.done and id in self._holder:  # a fork awaits grants: it may be gone
-                held = self._holder[id]
-                self._programs.note(held, reply.problem)
-                if rewards := self._programs.rewards(held):
-                    self._requests.turn(id, held.epoch, 0, rewards)
+                self._programs.note(self._holder[id], reply.problem)
             if not reply.problem:
                 self._failures.clear()
                 continue

@@ -26,7 +26,7 @@ from pmdflow.learner.actor import LearnerActor
 from pmdflow.learner.scorers.actor import ScorerActor
 from pmdflow.reward.actor import RewardActor
 from pmdflow.rollout.actor import RolloutActor
-from pmdflow.rollout.programs import AgentsPlace
+from pmdflow.rollout.launching import AgentsPlace
 from pmdflow.run.cluster import ask_cluster
 from pmdflow.run.directory import log_path
 from pmdflow.run.loops import Loop, LoopHandle

@@ -171,7 +171,6 @@ impl TrajectoryStore {
         items.iter().map(|item| rows::unscored(py, item)).collect()
     }
 
-    #[pyo3(signature = (scorer, max_items, ttl_s, timeout_s, now_s = None))]
     fn unannotated<'py>(
         &self, py: Python<'py>, scorer: &str, max_items: usize, ttl_s: f64, timeout_s: f64, now_s: Option<f64>,
     ) -> PyResult<Vec<Row<'py>>> {
@@ -181,7 +180,6 @@ impl TrajectoryStore {
         items.iter().map(|item| rows::unannotated(py, item)).collect()
     }
 
-    #[pyo3(signature = (trajectory, scorer, columns, wait = true, now_s = None))]
     fn annotate(
         &self, py: Python<'_>, trajectory: u64, scorer: &str, columns: Vec<(String, String, PyBackedBytes)>,
         wait: bool, now_s: Option<f64>,
@@ -262,6 +260,10 @@ impl TrajectoryStore {
 
     fn token_counts(&self, py: Python<'_>, trajectories: Vec<u64>) -> PyResult<Vec<i64>> {
         Ok(py.detach(|| self.shared.token_counts(trajectories))?)
+    }
+
+    fn epochs(&self, py: Python<'_>, trajectories: Vec<u64>) -> PyResult<BTreeMap<u64, u64>> {
+        Ok(py.detach(|| self.shared.epochs(&trajectories))?)
     }
 
     #[pyo3(signature = (trajectories, *, tokens, logprobs, check))]
