@@ -302,7 +302,8 @@ class TrajectoryStore:
         """Pack the claim into the given byte arrays, without the GIL: nobody else may touch them during the call.
 
         Returns the other fields of `pmdflow.types.TrainBatch` but `plan`, arrays as bytes, but for extra columns:
-        `columns` says whether there are any, and `read_extras` gives them.
+        `columns` says whether there are any, and `read_extras` gives them. `turns` has the row of an episode's first
+        branch, offset, rewards and key of each note.
 
         Raises:
             ValueError: the arrays are read-only, not contiguous or share memory.

@@ -5,7 +5,7 @@ Shapes: T tokens of a batch, N trajectories, G groups. Arrays are NumPy; nothing
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum, IntFlag
 from typing import Any, Literal
@@ -171,8 +171,7 @@ class Counts:
     durable_lsn: int
     groups_untrained: int
     """Admitted and not yet trained: partial, complete, ready or claimed."""
-    oldest_untrained: int | None
-    """The oldest of them, by its group id; None without one."""
+    oldest_untrained: int | None  # of them, by its group id
     groups_ready: int
     groups_claimed: int
     claims_undone: int  # trained again before any new one is made
@@ -183,17 +182,13 @@ class Counts:
     trajectories_unscored: int
     trajectories_late: int
     """Evicted since the store began because their groups did not wait for them (the straggler rule)."""
-    groups_no_signal: int
-    """Evicted since the store was opened because their rewards said nothing to the learner (`scheduler.refill`)."""
+    groups_no_signal: int  # evicted since the store was opened because their rewards said nothing to the learner
     scores_ignored: int
     """Second, differing outcomes of scoring attempts since the store was opened: the first ones stand."""
-    eval_pending: int
-    """Evaluation trajectories that are not scored yet."""
+    eval_pending: int  # evaluation trajectories that are not scored yet
     tokens_budget: int  # of the newest version
-    tokens_spent: int
-    """Durable tokens generated under the newest version."""
-    bytes: int
-    """Bytes of the log files on disk."""
+    tokens_spent: int  # durable, generated under it
+    bytes: int  # of the log files on disk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +221,10 @@ class Branches:
     """Tokens after the prompt that each keeps of its parent [N]; 0 for the first of an episode."""
 
 
+TurnRow = tuple[int, int, Mapping[str, float], str | None]
+"""Index of a trajectory, its tokens after the prompt before the note, rewards by name, and key of its state."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimRows:
     """What is known of each trajectory of a claim; groups are contiguous, in claim order."""
@@ -254,6 +253,7 @@ class ClaimRows:
     branches: Branches | None = None
     """None: each trajectory is an episode of its own."""
     restored: Mapping[int, int] = field(default_factory=dict)  # version of each resume: iterations its weights trained
+    turns: Sequence[TurnRow] = ()  # what was said of episodes, in the order of their rows
 
     def group_starts(self) -> Int64:
         """Index of the first trajectory of each group, in claim order [G]."""

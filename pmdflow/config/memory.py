@@ -106,14 +106,9 @@ def plan_memory(config: Config, model: Footprint, *, gpus: Gpus | None, host_byt
     scorers = tuple(_scorer_needs(config))
     host = _host_need(config, model, rank, engine, on_gpu=gpus is not None)
     plan = MemoryPlan(
-        rank=rank,
-        engine=engine,
-        host=_with(host, scorers, config),
-        scorers=scorers,
-        gpus=gpus,
-        shared=shared,
+        rank=rank, engine=engine, host=_with(host, scorers, config), scorers=scorers, gpus=gpus, shared=shared,
         in_turn=in_turn,
-    )
+    )  # fmt: skip
     return replace(plan, problems=tuple(_problems(config, model, plan, host_bytes)))
 
 

@@ -139,6 +139,8 @@ class EnvironmentConfig(Section):
     """Arguments of the factory; `${NAME}` is a variable of the environment, which is shown by its name everywhere."""
     timeout_s: PositiveFloat = 10.0
     """Wall-clock limit of one call; meanwhile other trajectories go on."""
+    max_turns: PositiveInt | None = None
+    """Turns of an episode, which ends with the answer to the last one; null: as many as `data.max_tokens` allows."""
     max_failures_in_a_row: PositiveInt = 100
     """Calls of one rollout actor that fail without an answer between them, after which the run ends with the first
     one's message."""

@@ -63,9 +63,8 @@ def generate_and_score(
     """
     done: list[list[Sample]] = [[] for _ in prompts]
     scores: list[tuple[Sample, ScoreItem, Future[Scored]]] = []
-    for index, held, problems in generate_attempts(engine, taker, prompts, samples=samples, max_tokens=max_tokens):
-        observed = held.num_observed
-        prompt = prompts[index]
+    for attempt in generate_attempts(engine, taker, prompts, samples=samples, max_tokens=max_tokens):
+        held, observed, prompt = attempt.held, attempt.held.num_observed, prompts[attempt.prompt]
         item = ScoreItem.of_tokens(
             held.context,
             tokenizer=tokenizer,
@@ -73,15 +72,16 @@ def generate_and_score(
             prompt=prompt.text,
             stop=str(held.stop),
             metadata=prompt.metadata,
+            rewards=attempt.rewards,
         )
         sample = Sample(
             completion=item.completion,
             tokens=len(held.context) - observed,
             observed=observed,
             stop=str(held.stop),
-            problems=problems,
+            problems=attempt.problems,
         )
-        done[index].append(sample)
+        done[attempt.prompt].append(sample)
         scores.append((sample, item, runner.submit(item)))
     for again in range(max_scorings - 1, -1, -1):
         failed = [(sample, item) for sample, item, future in scores if not _score(sample, future)]

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pmdflow import _rust_buffer
-from pmdflow.learner.turns import turn_keys, turn_numbers
+from pmdflow.learner.turns import notes_of, turn_keys, turn_numbers, turn_rewards
 from pmdflow.store.plan import in_claim_order
-from pmdflow.types import Claim, ClaimRows, ClaimTokens, Float32, Int32, Int64, Mask, TrainBatch
+from pmdflow.types import Claim, ClaimRows, ClaimTokens, Float32, Float64, Int32, Int64, Mask, TrainBatch
 
 WHOLE_GROUPS = 1.05
 """Groups stay whole on a rank if the busiest rank then has at most so many times the tokens that it had otherwise."""
@@ -67,7 +67,9 @@ class MicroBatch:
     turns: Int32
     """Turn of its trajectory that each token is of, from 0 [P]: what no observed token interrupts."""
     turn_keys: Int64
-    """Of what was observed since the turn before, or of the prompt: what each token's turn answers [P]."""
+    """Of the state in which each token's turn began: what was said of it, or observed since the turn before [P]."""
+    turn_rewards: Float64
+    """What each token's turn was rewarded with [P]."""
     trained: Bool
     """[P]"""
     columns: Mapping[str, npt.NDArray[Any]]
@@ -246,7 +248,8 @@ def pack_rank(
             start, end = end, end + int(lengths[rows].sum())
             extra = {name: values[start:end] for name, values in own.extra.items()}
             tokens = ClaimTokens(tokens=own.tokens[start:end], logprobs=own.logprobs[start:end], extra=extra)
-            batch = claim.batch(rows, tokens)
+            notes = [(new, *note[1:]) for new, row in enumerate(micro) for note in notes_of(claim.turns, row)]
+            batch = replace(claim.batch(rows, tokens), turns=notes)
             trained = (batch.mask & Mask.TRAINABLE) != 0
             filled = pack(batch, trained=trained, trajectories=tuple(range(len(rows))), packing=packing)
             packed[-1].append(replace(filled, trajectories=rows))
@@ -285,14 +288,23 @@ def pack(batch: TrainBatch, *, trained: Bool, trajectories: Indices, packing: bo
         behavior=batch.logprobs[source],
         versions=batch.versions[source],
         turns=np.concatenate([turn_numbers(part) for part in sources]),
-        turn_keys=np.concatenate(
-            [turn_keys(batch.tokens, start, part) for start, part in zip(starts, sources, strict=True)]
-        ),
+        **_said(batch, trajectories, sources),
         trained=trained[source],
         columns={name: values[source] for name, values in batch.extra.items()},
         cu_seqlens=np.concatenate([[0], np.cumsum([len(part) for part in sources])]).astype(np.int64),
         packed=packing,
     )
+
+
+def _said(batch: TrainBatch, trajectories: Indices, sources: Sequence[Int64]) -> dict[str, npt.NDArray[Any]]:
+    """What environments said of each generated token's turn, from the places of those of each trajectory."""
+    keys, rewards = [], []
+    for row, generated in zip(trajectories, sources, strict=True):
+        start, notes = int(batch.cu_seqlens[row]), notes_of(batch.turns, row)
+        said = start + int(batch.prompt_lengths[row])
+        keys.append(turn_keys(batch.tokens, start, generated, said=said, notes=notes))
+        rewards.append(turn_rewards(generated, said=said, notes=notes))
+    return {"turn_keys": np.concatenate(keys), "turn_rewards": np.concatenate(rewards)}
 
 
 def _empty(packing: bool) -> MicroBatch:
@@ -308,6 +320,7 @@ def _empty(packing: bool) -> MicroBatch:
         versions=np.full(1, -1, np.int32),
         turns=np.zeros(1, np.int32),
         turn_keys=np.zeros(1, np.int64),
+        turn_rewards=np.zeros(1),
         trained=np.zeros(1, np.bool_),
         columns={},
         cu_seqlens=np.array([0, 1], np.int64),

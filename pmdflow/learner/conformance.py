@@ -76,6 +76,7 @@ class Trial:
             "versions": random.integers(0, 3, total).astype(np.int32),
             "turns": np.zeros(total, np.int64),
             "turn_keys": random.integers(0, 3, total),
+            "turn_rewards": random.random(total),
             "trained": random.random(total) < 0.8,
             "tokens": random.integers(0, 50, total),
             "teacher": -random.random(total).astype(np.float32) * 4,

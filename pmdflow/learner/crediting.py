@@ -255,6 +255,7 @@ def _array(name: str, micro: Tensors, scores: TokenScores, teacher: TokenScores 
         "tokens": micro.targets,
         "turns": micro.turns,
         "turn_keys": micro.turn_keys,
+        "turn_rewards": micro.turn_rewards,
         "versions": micro.versions,
     }
     found = tensors[name]
@@ -265,7 +266,8 @@ def _array(name: str, micro: Tensors, scores: TokenScores, teacher: TokenScores 
 def _none(name: str) -> npt.NDArray[Any]:
     """The array of a rank, or a claim, without a token."""
     whole = {"trained": np.bool_, "versions": np.int32, "turns": np.int32, "turn_keys": np.int64, "tokens": np.int64}
-    return np.zeros((0, 2, TOP) if name == "top" else 0, whole.get(name, np.float32))
+    types = {**whole, "turn_rewards": np.float64}
+    return np.zeros((0, 2, TOP) if name == "top" else 0, types.get(name, np.float32))
 
 
 def _summed(own: Mapping[str, float]) -> dict[str, float]:

@@ -114,11 +114,11 @@ def build_policy(
     with failures_named(model, what="the learner", remedy=remedy(packing=learner.packing)):
         policy = Policy(model.eval())
     _check_on_first_rank(policy, packing=learner.packing)
-    if learner.router_replay:
-        policy.routing = Routing(model)
     if context is not None:
         require_divisible(model.config, context.size)
         policy.context = context
+    if learner.router_replay:
+        policy.routing = Routing(model)
     layers = apart(model)
     for layer in layers:
         if learner.activation_checkpointing is True:

@@ -34,11 +34,12 @@ from pmdflow.learner.fsdp import (
     reshard,
 )
 from pmdflow.learner.policy import Policy
-from pmdflow.learner.preparation import Parts, Ready, check_teacher, load_steps, needed_columns, plan_claim, prepare
+from pmdflow.learner.preparation import Parts, Ready, load_steps, needed_columns, plan_claim, prepare
 from pmdflow.learner.probing import Prober
 from pmdflow.learner.result import TrainResult
 from pmdflow.learner.schedule import learning_rate
 from pmdflow.learner.scorers.claim import ClaimScorers
+from pmdflow.learner.scorers.teacher import require_teacher
 from pmdflow.learner.selection import importance_metrics
 from pmdflow.learner.steps import Supervised, Tensors, accumulate, update
 from pmdflow.learner.sums import Sums, add_across
@@ -76,7 +77,7 @@ class Learner:
         self._rank = rank
         self._teacher: Policy | None = None
         self._scorers: ClaimScorers | None = None
-        check_teacher(self._algorithm, config.learner)
+        require_teacher(self._algorithm.needs, config.learner)
         self._state: State | None = None
         """Of an algorithm that keeps some."""
         self._memory: Memory = {}

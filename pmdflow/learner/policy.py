@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,17 @@ class Layout:
         if self.packed is None:
             return {"attention_mask": self.attention, "use_cache": False}
         return {"position_ids": self.packed.position_ids, "packed": self.packed, "use_cache": False}
+
+
+class _Wanted(NamedTuple):
+    """What is asked of the tokens of a micro-batch: arguments of `Policy`, one entry a position."""
+
+    positions: Tensor
+    targets: Tensor
+    temperatures: Tensor
+    at: Tensor | None
+    alternatives: Tensor | None
+    experts: Tensor | None
 
 
 class Policy(nn.Module):
@@ -85,65 +96,32 @@ class Policy(nn.Module):
             alternatives: Ids of other tokens whose log-probs are wanted with gradient [P, K].
             experts: Those that its routers take at `positions`, as `routing` has them [P, L, k].
         """
-        others = {"at": at, "alternatives": alternatives, "experts": experts}
+        wanted = _Wanted(positions, targets, temperatures, at, alternatives, experts)
         if self.context is not None:
-            return self._in_parts(
-                self.context, tokens, layout, positions, targets, temperatures, flow=flow, top=top, **others
-            )
-        return self._scored(tokens, layout.arguments(), positions, targets, temperatures, flow=flow, top=top, **others)
+            return self._in_parts(self.context, tokens, layout, wanted, flow=flow, top=top)
+        return self._scored(tokens, layout.arguments(), wanted, flow=flow, top=top)
 
     def _in_parts(
-        self,
-        context: Context,
-        tokens: Tensor,
-        layout: Layout,
-        positions: Tensor,
-        targets: Tensor,
-        temperatures: Tensor,
-        *,
-        flow: bool,
-        top: int,
-        at: Tensor | None,
-        alternatives: Tensor | None,
-        experts: Tensor | None,
+        self, context: Context, tokens: Tensor, layout: Layout, wanted: _Wanted, *, flow: bool, top: int
     ) -> TokenScores:
         """The same from this rank's part of the row, and the parts of the others."""
         assert layout.packed is not None, "only a packed row is shared"
         width, packed = context.width(tokens.shape[1]), layout.packed.shared(context)
         start = context.rank * width
         own = slice(start, start + width)
-        mine = (positions >= start) & (positions < start + width)
+        mine = (wanted.positions >= start) & (wanted.positions < start + width)
         row = nn.functional.pad(tokens, (0, context.size * width - tokens.shape[1]))
         arguments = {"position_ids": packed.position_ids[:, own], "packed": packed, "use_cache": False}
-        found = self._scored(
-            row[:, own],
-            arguments,
-            positions[mine] - start,
-            targets[mine],
-            temperatures[mine],
-            flow=flow,
-            top=top,
-            at=None if at is None else at[mine],
-            alternatives=None if alternatives is None else alternatives[mine],
-            experts=None if experts is None else experts[mine],
-        )
-        whole: list[Any] = [None if part is None else context.gathered(part, mine) for part in found]
+        parts: list[Any] = [None if of is None else of[mine] for of in wanted]
+        part = _Wanted(*parts)._replace(positions=parts[0] - start)
+        found = self._scored(row[:, own], arguments, part, flow=flow, top=top)
+        whole: list[Any] = [None if of is None else context.gathered(of, mine) for of in found]
         return TokenScores(*whole)
 
     def _scored(
-        self,
-        tokens: Tensor,
-        arguments: dict[str, Any],
-        positions: Tensor,
-        targets: Tensor,
-        temperatures: Tensor,
-        *,
-        flow: bool,
-        top: int,
-        at: Tensor | None,
-        alternatives: Tensor | None,
-        experts: Tensor | None,
+        self, tokens: Tensor, arguments: dict[str, Any], wanted: _Wanted, *, flow: bool, top: int
     ) -> TokenScores:
+        positions, targets, temperatures, at, alternatives, experts = wanted
         if self.routing is not None:
             self.routing.give(None if experts is None else positions, experts, total=tokens.numel())
         if not self._plain_head:

@@ -162,23 +162,6 @@ def needed_columns(algorithm: Algorithm, learner: LearnerConfig) -> frozenset[st
     return frozenset(named)
 
 
-def check_teacher(algorithm: Algorithm, learner: LearnerConfig) -> None:
-    """Refuse an algorithm that needs a teacher and has none, or two; and a teacher that nobody needs.
-
-    Raises:
-        ValueError: names the settings.
-    """
-    taught, by_columns = algorithm.needs & FROM_TEACHER, TEACHER in learner.scorers
-    if (learner.teacher is None and (by_columns or not taught)) or (learner.teacher and taught and not by_columns):
-        return
-    also = " and learner.scorers.teacher is set, too" if by_columns else ""
-    raise ValueError(
-        f"learner.teacher is {learner.teacher} while {learner.algorithm} needs "
-        f"{', '.join(sorted(algorithm.needs)) or 'nothing'}{also}: set a teacher if it needs `teacher` or `top`, "
-        "in one of the two ways"
-    )
-
-
 def _require_columns(names: frozenset[str], steps: Steps) -> None:
     for micro in (micro for micros in steps for micro in micros if len(micro.trajectories)):
         missing = sorted(names - micro.columns.keys())

@@ -35,9 +35,10 @@ class Tensors:
     weights: Tensor
     """Of the loss of each row, float64 [B]."""
     versions: Int32
-    """NumPy [P], as the next two."""
+    """NumPy [P], as the next three."""
     turns: Int32
     turn_keys: Int64
+    turn_rewards: Float64
     columns: Mapping[str, npt.NDArray[Any]]
     """Extra columns by name, NumPy [P, ...]."""
     sequence_credit: Tensor | None = None
@@ -66,6 +67,7 @@ class Tensors:
             versions=micro.versions,
             turns=micro.turns,
             turn_keys=micro.turn_keys,
+            turn_rewards=micro.turn_rewards,
             columns=micro.columns,
             iteration=iteration,
             trajectories=micro.trajectories,

@@ -17,6 +17,7 @@ Need = Literal[
     "versions",
     "turns",
     "turn_keys",
+    "turn_rewards",
     "trained",
     "entropies",
     "entropy_flow",
@@ -90,10 +91,7 @@ class ClaimView:
 
     @property
     def columns(self) -> Mapping[str, npt.NDArray[Any]]:
-        """Extra columns that `Algorithm.columns` names, each [P, ...]; NaN, or 0 in whole numbers, where there is none.
-
-        Source: `extra` of `TrajectoryStore.put_group` and `append`.
-        """
+        """Extra columns that `Algorithm.columns` names, each [P, ...]; NaN, or 0 in whole numbers, where none is."""
         return {name.removeprefix(COLUMN): own for name, own in self.per_token.items() if name.startswith(COLUMN)}
 
     @property
@@ -146,8 +144,13 @@ class ClaimView:
 
     @property
     def turn_keys(self) -> Int64:
-        """Hash of what each token's turn answers [P]: what was observed since the turn before; at first, the prompt."""
+        """Hash of the state in which each token's turn began [P]: its `key`, else what was observed before the turn."""
         return self._token("turn_keys")
+
+    @property
+    def turn_rewards(self) -> Float64:
+        """What the environment rewarded each token's turn with [P], in `rewards` or not; 0 where it said nothing."""
+        return self._token("turn_rewards").astype(np.float64)
 
     @property
     def trained(self) -> Bool:

@@ -16,8 +16,8 @@ Work = Literal[
 ]  # fmt: skip
 """What an actor does in a span: a rollout actor generates and applies weights; a learner recomputes reference
 log-probs, takes steps, publishes and writes checkpoints; either moves its memory to the host and back where they take
-turns with a device; the reward actor starts its subprocesses and scores; the archive actor archives; a scorer
-actor starts and scores likewise, and tells the tokens that it read."""
+turns with a device; the reward actor starts its subprocesses and scores; the archive actor archives; a scorer actor
+starts and scores likewise, and tells the tokens that it read."""
 Wait = Literal[
     "wait_lease", "wait_grant", "wait_environment", "wait_claim", "wait_controller", "wait_unscored", "wait_groups",
     "wait_weights", "wait_device",

@@ -7,13 +7,15 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from pmdflow.agents.desk import Incoming, Outgoing
 from pmdflow.config.schema import Config
-from pmdflow.errors import EngineDied, PmdflowError, WaitTimeout, WeightsLost
+from pmdflow.errors import EngineDied, WaitTimeout, WeightsLost
 from pmdflow.metrics.report import ActorReport, Event
 from pmdflow.metrics.spans import SpanBuffer, Wait
 from pmdflow.rollout.engines.make import make_engine
+from pmdflow.rollout.failures import InARow
 from pmdflow.rollout.held import HeldTrajectory
 from pmdflow.rollout.holder import Holder
 from pmdflow.rollout.incoming import IncomingWeights
@@ -35,7 +37,7 @@ MAX_PROBLEMS = 20
 LOST_WEIGHTS_TIMEOUT_S = 1800.0
 """A learner that was killed has loaded its checkpoint and published it within this time."""
 PARKED_LOOK_S = 5.0
-"""How often the store is asked who goes on with the trajectories of programs that wait here."""
+"""How often the store is asked who goes on with the trajectories of programs and environments that wait here."""
 SPAN_S = 1.0
 """Longest `generate` span, so that a live timeline grows."""
 
@@ -74,7 +76,8 @@ class RolloutActor:
         self._agents = config.agents
         if agents is not None:
             self._programs = Programs(config, agents, Path(run_dir), worker, self._requests.trajectory)
-        self._holder = Holder(self._engine, LeaseTaker(config, self._programs))
+        self._taker = LeaseTaker(config, self._programs, self._requests.trajectory)
+        self._holder = Holder(self._engine, self._taker)
         self._loader = Loader(self._engine, mode=config.rollout.on_new_weights)
         self._one_version = config.scheduler.versions is not None
         self._incoming = IncomingWeights(any_order=self._one_version)
@@ -84,13 +87,11 @@ class RolloutActor:
         self._span_tokens = 0
         self._last_flush = self._last_look = 0.0
         self._generated = 0
-        self._problems: deque[str] = deque(maxlen=MAX_PROBLEMS)
+        self._problems: deque[Event] = deque(maxlen=MAX_PROBLEMS)
         """What environments failed at since the last drain."""
         self._notes: deque[Event] = deque(maxlen=MAX_PROBLEMS)
-        """What agent programs did that is to be known, since the last drain."""
-        self._environment = config.environment
-        self._failures: list[str] = []
-        """What environments have failed at since one of them answered."""
+        """What environments and agent programs did that is to be known, since the last drain."""
+        self._failures = InARow.of_environment(config.environment)
         self._stopping = threading.Event()
 
     def run(self, handle: WeightsHandle | None) -> None:
@@ -123,7 +124,11 @@ class RolloutActor:
         except EngineDied:
             self._release_all()
             raise
-        self._release_all()
+        else:
+            self._release_all()
+        finally:
+            left = self._holder.close_environments()
+            self._problems += [self._event("failed", f"{name}: it did not end when it was closed") for name in left]
 
     def update_weights(self, handle: WeightsHandle, timeout_s: float) -> bool:
         """Fetch a version beside generation, and wait until it is in use.
@@ -187,12 +192,9 @@ class RolloutActor:
         """Spans and problems of environments since the last call, and counts of tokens since the start."""
         problems = [self._problems.popleft() for _ in range(len(self._problems))]
         told = [self._notes.popleft() for _ in range(len(self._notes))]
-        attrs = {"actor": self._spans.actor}
-        kind = "environment_failed" if self._programs is None else "agent_failed"
-        failed = [Event(kind=kind, message=problem, attrs=attrs) for problem in problems]
         return ActorReport(
             spans=self._spans.drain(),
-            events=[*failed, *told, *self._spans.losses()],
+            events=[*problems, *told, *self._spans.losses()],
             tokens={
                 "generated_tokens": self._generated,
                 "prefill_tokens": self._engine.prefill_tokens,
@@ -288,18 +290,15 @@ class RolloutActor:
         for id, reply in answers.items():
             if self._programs is not None and reply.done and id in self._holder:  # a fork awaits grants: it may be gone
                 self._programs.note(self._holder[id], reply.problem)
-            if not reply.problem:
-                self._failures.clear()
-                continue
-            self._problems.append(reply.problem)
-            self._failures.append(reply.problem)
-            environment = self._environment
-            if environment is not None and len(self._failures) >= environment.max_failures_in_a_row:
-                raise PmdflowError(
-                    f"{len(self._failures)} calls of environment.factory {environment.factory} failed in a row "
-                    f"(environment.max_failures_in_a_row); the first: {self._failures[0]}",
-                    hint="mend the environment; what is stored stays, and `pmdflow up` goes on",
-                )
+            if reply.notice:
+                self._notes.append(self._event("ended", reply.notice, trajectory=id))
+            if reply.problem:
+                self._problems.append(self._event("failed", reply.problem, trajectory=id))
+            self._failures.note(reply.problem)
+
+    def _event(self, what: str, message: str, **attrs: Any) -> Event:
+        room = "environment" if self._programs is None else "agent"
+        return Event(kind=f"{room}_{what}", message=message, attrs={"actor": self._worker, **attrs})
 
     def _fork(self) -> None:
         """Begin branches in the store: what is in flight renews leases under the epochs that these end."""
@@ -318,18 +317,19 @@ class RolloutActor:
             if self._programs is not None and self._agents is not None:
                 notes = self._programs.let_go(held, stays=not self._stopping.is_set())
                 self._notes += noted(self._worker, notes, held, self._agents)
-            elif held.session is not None:
-                held.session.close("its lease has ended")
+            else:
+                self._taker.let_go(held, stays=not self._stopping.is_set())
 
     def _drop_parked(self) -> None:
-        """End programs whose trajectories others go on with."""
-        if self._programs is None or time.monotonic() - self._last_look < PARKED_LOOK_S:
+        """End programs, and close environments, whose trajectories others go on with."""
+        if time.monotonic() - self._last_look < PARKED_LOOK_S:
             return
-        self._last_look, parked = time.monotonic(), self._programs.parked()
+        keeper = self._taker if self._programs is None else self._programs
+        self._last_look, parked = time.monotonic(), keeper.parked()
         epochs = self._requests.epochs(list(parked)) if parked else {}
         for trajectory, epoch in parked.items():
             if epochs.get(trajectory) != epoch:
-                self._programs.drop(trajectory)
+                keeper.drop(trajectory)
 
     def _request_leases(self) -> None:
         slots, finish = self._engine.num_slots, self._config.on_new_weights == "finish"
@@ -376,13 +376,14 @@ class RolloutActor:
             self._drop_parked()
             self._send(next_version=self._engine.version)
         elif self._holder.urgent and not self._requests.sending:
-            self._requests.send(self._holder.segments(next_version=self._engine.version, urgent=True))
+            segments = self._holder.segments(next_version=self._engine.version, urgent=True)
+            self._requests.send(segments, self._holder.notes())
 
     def _send(self, *, next_version: int) -> None:
         """Append everything unsent, and renew every lease, in one call."""
         self._last_flush = time.monotonic()
         if len(self._holder):
-            self._requests.send(self._holder.segments(next_version=next_version))
+            self._requests.send(self._holder.segments(next_version=next_version), self._holder.notes())
 
     def _await_append(self) -> None:
         """Wait for the append in flight, if there is one, and go on with its grants."""

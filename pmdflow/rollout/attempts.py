@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from pmdflow.environments.protocol import Reply
 from pmdflow.errors import WaitTimeout
 from pmdflow.rollout.engine import RolloutEngine
 from pmdflow.rollout.held import HeldTrajectory
@@ -19,38 +21,60 @@ STALL_TIMEOUT_S = 600.0
 """Generation without a token or an answer of an environment for this long is given up."""
 
 
+@dataclass(slots=True, kw_only=True)
+class Attempt:
+    """One attempt at a prompt."""
+
+    prompt: int
+    """Its index."""
+    held: HeldTrajectory
+    problems: list[str] = field(default_factory=list)
+    """What its environment failed at."""
+    rewards: dict[str, float] = field(default_factory=dict)
+    """Sums, by name, of what its environment said of it."""
+
+    def take(self, reply: Reply) -> None:
+        """Keep what is said of it."""
+        self.problems += [reply.problem] if reply.problem else []
+        for name, value in ({} if reply.note is None else reply.note.rewards).items():
+            self.rewards[name] = self.rewards.get(name, 0.0) + value
+
+
 def generate_attempts(
     engine: RolloutEngine, taker: LeaseTaker, prompts: Sequence[Prompt], *, samples: int, max_tokens: int
-) -> Iterator[tuple[int, HeldTrajectory, list[str]]]:
-    """Make `samples` attempts at every prompt, with the sampling of evaluation.
-
-    Yields:
-        Index of the prompt, the finished attempt, and what its environment failed at.
+) -> Iterator[Attempt]:
+    """Make `samples` attempts at every prompt, with the sampling of evaluation; environments are closed at the end.
 
     Raises:
         WaitTimeout: nothing happened for too long.
     """
     waiting = deque(range(len(prompts) * samples))
     holder = Holder(engine, taker)
-    problems: dict[int, list[str]] = defaultdict(list)
+    open_: dict[int, Attempt] = {}
     last = time.monotonic()
-    while waiting or len(holder):
-        while waiting and len(holder) < engine.num_slots:
-            id = waiting.popleft()
-            holder.join(_lease(id, prompts[id // samples], max_tokens), grant=max_tokens)
-        holder.fill_slots()
-        if not engine.active() and holder.num_calling:
-            holder.wait_answer()
-        tokens, replies = holder.step(), holder.take_answers()
-        for id, reply in replies.items():
-            problems[id] += [reply.problem] if reply.problem else []
-        # Nobody stores the segments, so everything is granted at once.
-        segments = holder.segments(next_version=engine.version)
-        for held in holder.resume(_grant(segment.trajectory, max_tokens) for segment in segments):
-            yield held.id // samples, held, problems.pop(held.id, [])
-        last = time.monotonic() if tokens or replies else last
-        if time.monotonic() - last > STALL_TIMEOUT_S:
-            raise WaitTimeout(f"{len(holder)} attempts: no token was generated for {STALL_TIMEOUT_S:g} s")
+    try:
+        while waiting or len(holder):
+            while waiting and len(holder) < engine.num_slots:
+                id = waiting.popleft()
+                holder.join(_lease(id, prompts[id // samples], max_tokens), grant=max_tokens)
+                open_[id] = Attempt(prompt=id // samples, held=holder[id])
+            holder.fill_slots()
+            if not engine.active() and holder.num_calling:
+                holder.wait_answer()
+            tokens, replies = holder.step(), holder.take_answers()
+            for id, reply in replies.items():
+                open_[id].take(reply)
+            # Nobody stores the segments, so everything is granted at once.
+            segments = holder.segments(next_version=engine.version)
+            for held in holder.resume(_grant(segment.trajectory, max_tokens) for segment in segments):
+                if held.session is not None:
+                    held.session.close("its attempt is over")
+                yield open_.pop(held.id)
+            last = time.monotonic() if tokens or replies else last
+            if time.monotonic() - last > STALL_TIMEOUT_S:
+                raise WaitTimeout(f"{len(holder)} attempts: no token was generated for {STALL_TIMEOUT_S:g} s")
+    finally:
+        holder.close_environments()
 
 
 def _grant(id: int, tokens: int) -> Grant:

@@ -11,7 +11,7 @@ import numpy as np
 
 from pmdflow.data.sampling import SamplingControl
 from pmdflow.data.stop_text import StopText
-from pmdflow.environments.protocol import Partner, Reply
+from pmdflow.environments.protocol import Note, Partner, Reply
 from pmdflow.rollout.engine import Output, Request
 from pmdflow.rollout.repetition import RepetitionDetector
 from pmdflow.types import Lease, Segment, StopReason
@@ -75,6 +75,8 @@ class HeldTrajectory:
     """The environment's answer, not yet sent."""
     num_observed: int = field(default=0, init=False)
     """Tokens observed under this lease."""
+    notes: list[Note] = field(default_factory=list, init=False)
+    """What was said of it and is not sent yet."""
     epoch: int = field(init=False)
     """Fencing epoch of the newest branch."""
     left_out: int = field(default=0)
@@ -194,6 +196,7 @@ class HeldTrajectory:
             self.left_out += len(self.context) - reply.fork
             del self.context[reply.fork :]
             self.offset = self.fork = reply.fork
+        self.notes += [] if reply.note is None else [reply.note]
         self.observed = list(reply.tokens[: self.room])
         self.context += self.observed
         self.num_observed += len(self.observed)

@@ -11,6 +11,7 @@ from pmdflow.rollout.ahead import Ahead
 from pmdflow.rollout.engine import Output, RolloutEngine
 from pmdflow.rollout.held import HeldTrajectory, LeaseLost
 from pmdflow.rollout.leasing import LeaseTaker
+from pmdflow.store.episodes import TurnNote
 from pmdflow.types import Grant, Lease, Segment
 
 CALL_WAIT_S = 0.02
@@ -139,6 +140,14 @@ class Holder:
         version = self._engine.version
         return [held.segment(version=version, next_version=next_version) for held in sent]
 
+    def notes(self) -> list[TurnNote]:
+        """What was said of episodes since the last call; it goes to the store before the next segments."""
+        notes: list[TurnNote] = []
+        for held in self._held.values():
+            notes += [(held.id, held.epoch, note.number, dict(note.rewards), note.key) for note in held.notes]
+            held.notes.clear()
+        return notes
+
     def resume(self, grants: Iterable[Grant]) -> list[HeldTrajectory]:
         """Go on with what the store answered to the last segments.
 
@@ -163,6 +172,10 @@ class Holder:
         for held in self._held.values():
             held.abort()
             self._engine.abort(held.id)
+
+    def close_environments(self) -> list[str]:
+        """Close all that were begun, wherever they stand, and wait; which did not end in time."""
+        return self._taker.close_environments()
 
     def drop(self, id: int) -> HeldTrajectory:
         """Forget a trajectory."""

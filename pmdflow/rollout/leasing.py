@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pmdflow.config.schema import Config
 from pmdflow.data.sampling import SamplingControl, control_for, sampling_temperature
 from pmdflow.data.stop_text import StopText
 from pmdflow.data.tokenizer import end_ids, load_tokenizer
+from pmdflow.environments.host import Hosts
+from pmdflow.environments.observed import Speech
 from pmdflow.environments.protocol import Environment, load_environment
-from pmdflow.rollout.held import HeldTrajectory
+from pmdflow.rollout.held import HeldTrajectory, LeaseLost
 from pmdflow.rollout.programs import Programs
 from pmdflow.rollout.repetition import RepetitionDetector
-from pmdflow.rollout.turns import Session, split_turns
+from pmdflow.rollout.session import Session
+from pmdflow.rollout.turns import split_turns
+from pmdflow.store.episodes import Turn
 from pmdflow.types import Lease
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+Read = Callable[[int], Mapping[str, Any] | None]
+
+
 class LeaseTaker:
     """Takes leases by the settings of a run; loads tokenizer and environment when the first one needs them."""
 
-    def __init__(self, config: Config, programs: Programs | None = None) -> None:
-        """Load nothing yet; `programs` are those of `agents`."""
+    def __init__(self, config: Config, programs: Programs | None = None, read: Read | None = None) -> None:
+        """Load nothing yet.
+
+        Args:
+            config: The run's.
+            programs: Those of `agents`.
+            read: Gives a trajectory as the store has it (`TrajectoryStore.trajectory`); None: there is no store.
+        """
         self._config = config
-        self._programs = programs
+        self._programs, self._read = programs, read
+        self._hosts = Hosts()
+        self._parked: dict[int, tuple[Session, int]] = {}
+        """Environments whose trajectories were given back, with the epochs of those leases."""
 
     def take(self, lease: Lease, *, limit: int, version: int) -> HeldTrajectory:
         """Hold a leased trajectory; with an environment, the call that replays its turns is under way.
@@ -91,17 +107,61 @@ class LeaseTaker:
         lease = held.lease
         said, turns = split_turns(lease.prefix, lease.prefix_observed)
         action = turns.pop().action if turns and not turns[-1].observed else ()
+        notes = self._notes(lease)
+        parked, epoch = self._parked.pop(lease.trajectory, (None, 0))
+        if parked is not None:
+            if lease.epoch == epoch + 1 and parked.is_at(said, turns, num_notes=len(notes)):
+                held.attach(parked, turn=action, whole=self._has_ended(action, held.control))
+                return
+            parked.close("its trajectory went on without it")
         session = Session(
             make=self._environment,
-            tokenizer=self._tokenizer,
+            hosts=self._hosts,
+            speech=self._speech,
             config=self._config.environment,
             key=f"{self._config.run.name}/{lease.trajectory}",
             prompt=self._text(lease),
             metadata=lease.metadata,
             said=said if len(lease.prefix) else None,
             turns=turns,
+            num_notes=len(notes),
+            is_noted=bool(notes) and notes[-1][0] >= len(lease.prefix),
         )
         held.open(session, unanswered=len(action), whole=self._has_ended(action, held.control))
+
+    def let_go(self, held: HeldTrajectory, *, stays: bool) -> None:
+        """A lease has ended; where the trajectory `stays` partial its environment waits for the next one."""
+        session = held.session
+        if not isinstance(session, Session):
+            return
+        if stays and held.stop in ("budget", "abort") and session.call is None:
+            self._parked[held.id] = (session, held.epoch)
+        else:
+            session.close("its trajectory is complete" if held.stop is not None else "another actor has its lease")
+
+    def parked(self) -> dict[int, int]:
+        """Trajectories whose environments wait for a lease, each with the epoch of the last one."""
+        return {id: epoch for id, (_, epoch) in self._parked.items()}
+
+    def drop(self, trajectory: int) -> None:
+        """Another actor goes on with a trajectory, or it is gone: close the environment that waits here."""
+        session, _ = self._parked.pop(trajectory)
+        session.close("another actor goes on with its trajectory")
+
+    def close_environments(self) -> list[str]:
+        """Close all that were begun and wait, at most `environment.timeout_s`; the keys of those that go on."""
+        environment = self._config.environment
+        return [] if environment is None else self._hosts.close(timeout_s=environment.timeout_s)
+
+    def _notes(self, lease: Lease) -> Sequence[Turn]:
+        """What earlier holders of a lease have noted."""
+        if self._read is None or lease.epoch <= 1:
+            return ()
+        row = self._read(lease.trajectory)
+        if row is None or row["epoch"] != lease.epoch:
+            raise LeaseLost(f"trajectory {lease.trajectory}, epoch {lease.epoch}")
+        notes: Sequence[Turn] = row["turns"]
+        return notes
 
     def _text(self, lease: Lease) -> str:
         if lease.text is not None:
@@ -123,6 +183,10 @@ class LeaseTaker:
     @cached_property
     def _ends(self) -> frozenset[int]:
         return end_ids(self._config.model.path)
+
+    @cached_property
+    def _speech(self) -> Speech:
+        return Speech(tokenizer=self._tokenizer, template_args=self._config.data.sources[0].template_args or {})
 
     @cached_property
     def _environment(self) -> Callable[[], Environment]:

@@ -14,6 +14,7 @@ from pmdflow.errors import WaitTimeout
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.answers import Forked
 from pmdflow.store.client import StoreHandle, call
+from pmdflow.store.episodes import TurnNote
 from pmdflow.store.segments import encode_segments
 from pmdflow.types import Grant, Lease, Segment
 
@@ -51,11 +52,11 @@ class StoreRequests:
         self._lease_version = version
         self._leases = call(self._store, StoreActor.lease, worker, version, most, LEASE_WAIT_S)
 
-    def send(self, segments: Sequence[Segment]) -> None:
-        """Append in one call; only while no append is in flight."""
+    def send(self, segments: Sequence[Segment], notes: Sequence[TurnNote] = ()) -> None:
+        """Append in one call, what is noted first; only while no append is in flight."""
         assert self._grants is None
         encoded = np.frombuffer(encode_segments(segments), np.uint8)
-        self._grants = call(self._store, StoreActor.append, encoded)
+        self._grants = call(self._store, StoreActor.append, encoded, notes)
 
     def answered(self) -> tuple[bool, bool]:
         """Whether the request for leases, and whether the append, has its answer."""

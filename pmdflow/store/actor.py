@@ -19,6 +19,7 @@ from pmdflow.metrics.report import ActorReport, Event
 from pmdflow.store.alone import DURABLE_TIMEOUT_S
 from pmdflow.store.annotations import Unannotated
 from pmdflow.store.answers import ClaimAnswer, EvalResult, Forked, LateMembers, Successes
+from pmdflow.store.episodes import TurnNote
 from pmdflow.store.facade import TrajectoryStore
 from pmdflow.store.plan import deal, in_claim_order
 from pmdflow.store.settings import StoreSettings
@@ -72,8 +73,13 @@ class StoreActor:
         return self._store.fence(worker)
 
     @_in_group("append")
-    def append(self, batch: UInt8) -> list[Grant]:
-        """Append encoded segments, an array so that Ray moves bytes as they are; answers once they are durable."""
+    def append(self, batch: UInt8, notes: Sequence[TurnNote] = ()) -> list[Grant]:
+        """Note what is said of episodes, then append encoded segments; answers once all of it is durable.
+
+        The segments are an array so that Ray moves bytes as they are.
+        """
+        for trajectory, epoch, number, rewards, key in notes:
+            self._store.turn(trajectory, epoch, number, rewards, key, wait=False)
         return self._store.append(batch)[1]
 
     @_in_group("append")

@@ -10,6 +10,8 @@ from pmdflow.store.answers import Forked
 
 Turn = tuple[int, Mapping[str, float], str | None]
 """Tokens of the episode before the note, rewards by name, and key."""
+TurnNote = tuple[int, int, int, Mapping[str, float], str | None]
+"""Trajectory, epoch, number, rewards by name, and key: what `Episodes.turn` takes."""
 
 
 MAX_FORKS = 1023
@@ -54,7 +56,7 @@ class Episodes:
         Args:
             trajectory: The episode's.
             epoch: Of the lease.
-            number: Of the note, from 0; a repeat of the last one changes nothing.
+            number: Of the note, from 0; a repeat changes nothing.
             rewards: By name.
             key: Identity of the state that it is in.
             wait: Until it is durable.
@@ -66,7 +68,13 @@ class Episodes:
         Raises:
             Conflict: an epoch that was never given out, a reward that is not finite, or a number that is not the next.
         """
-        stale: bool = self._native.turn(trajectory, epoch, number, dict(rewards), key, wait, now_s)
+        try:
+            stale: bool = self._native.turn(trajectory, epoch, number, dict(rewards), key, wait, now_s)
+        except _rust_buffer.Conflict:
+            noted = self._native.trajectory(trajectory)["turns"]
+            if noted[number : number + 1] and noted[number][1:] == (dict(rewards), key):
+                return False  # a repeat, after what came behind it
+            raise
         return stale
 
     def epochs(self, trajectories: Sequence[int]) -> dict[int, int]:

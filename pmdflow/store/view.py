@@ -13,7 +13,19 @@ from pmdflow.store import columns
 from pmdflow.store.answers import BatchBuffers, EvalResult, GroupState, StoredTrajectory, Successes, TrajectoryState
 from pmdflow.store.columns import Extras
 from pmdflow.store.metadata import unpack_metadata
-from pmdflow.types import Branches, Claim, ClaimPlan, ClaimTokens, Counts, Int32, Int64, LeaseKind, Stop, TrainBatch
+from pmdflow.types import (
+    Branches,
+    Claim,
+    ClaimPlan,
+    ClaimTokens,
+    Counts,
+    Int32,
+    Int64,
+    LeaseKind,
+    Stop,
+    TrainBatch,
+    TurnRow,
+)
 
 PAGE_ROWS = 1024
 """Trajectories that a query reads in one call."""
@@ -289,7 +301,19 @@ class StoreView:
 def _named(row: Mapping[str, Any]) -> dict[str, Any]:
     components = {name: np.frombuffer(data, dtype="<f8") for name, data in row["components"].items()}
     branches = None if row["branches"] is None else _branches(row["branches"])
-    return {"components": components, "prompt_ids": tuple(row["prompt_ids"]), "branches": branches}
+    turns = [(int(index), offset, rewards, key) for index, offset, rewards, key in row["turns"]]
+    return {
+        "components": components,
+        "prompt_ids": tuple(row["prompt_ids"]),
+        "branches": branches,
+        "turns": turns if branches is None else _unforked(turns, branches),
+    }
+
+
+def _unforked(turns: Sequence[TurnRow], branches: Branches) -> list[TurnRow]:
+    """Those of episodes of one branch: of others a note does not say where in which branch it was made."""
+    _, number, sizes = np.unique(branches.episodes, return_inverse=True, return_counts=True)
+    return [turn for turn in turns if sizes[number.reshape(-1)[turn[0]]] == 1]
 
 
 def _branches(row: Mapping[str, bytes]) -> Branches:

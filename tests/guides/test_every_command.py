@@ -35,6 +35,7 @@ SHORTER = {
     "up configs/quickstart.yaml run.name=mine learner.algorithm=my_algorithm:mine learner.settings.cut=0.3": [
         "run.iterations=2"
     ],
+    "up configs/key_and_door.yaml": ["run.iterations=2"],
     "up configs/quickstart-vllm.yaml": ["run.iterations=2", "eval.prompts=4"],
 }
 """What is trained elsewhere as long as the guide says, or on another engine."""

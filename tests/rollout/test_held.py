@@ -6,10 +6,12 @@ import numpy as np
 
 from pmdflow.config.schema import EnvironmentConfig
 from pmdflow.data.sampling import SamplingControl
+from pmdflow.environments.host import Hosts
+from pmdflow.environments.observed import Speech
 from pmdflow.environments.protocol import Observation
 from pmdflow.rollout.engine import Output
 from pmdflow.rollout.held import FLUSH_TOKENS, HeldTrajectory
-from pmdflow.rollout.turns import Session
+from pmdflow.rollout.session import Session
 from pmdflow.types import Lease, StopReason
 from tests.support.environments import tokenizer, tokens_of
 
@@ -39,8 +41,8 @@ def make_held(*, max_tokens: int, answer: Observation) -> HeldTrajectory:
     held = HeldTrajectory(lease=lease, control=control, limit=9, context=[])
     config = EnvironmentConfig(factory="a:b", timeout_s=WAIT_S)
     session = Session(
-        make=lambda: Says(answer), tokenizer=tokenizer, config=config, key="run/7", prompt="", metadata={}, said=None,
-        turns=[],
+        make=lambda: Says(answer), hosts=Hosts(), speech=Speech(tokenizer=tokenizer), config=config, key="run/7",
+        prompt="", metadata={}, said=None, turns=[],
     )  # fmt: skip
     held.open(session, unanswered=0, whole=False)
     assert held.phase == "calling"

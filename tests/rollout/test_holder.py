@@ -22,7 +22,7 @@ from pmdflow.rollout.holder import Holder
 from pmdflow.rollout.leasing import LeaseTaker
 from pmdflow.rollout.turns import Turn, split_turns
 from pmdflow.store import TrajectoryStore
-from pmdflow.types import Prompt, Quota, Stop
+from pmdflow.types import Prompt, Quota, Segment, Stop
 from tests.support.environments import Moody, fails_to_begin, tokenizer, tokens_of
 from tests.support.paths import ROOT
 
@@ -36,6 +36,8 @@ def make_config(environment: str, *overrides: str) -> Config:
 
 
 MOODY = make_config("Moody", f"rollout.stop_token_ids=[{EOS}]")
+LOADED = ("_tokenizer", "_ends", "_environment", "_speech")
+"""What takes long to load, and is the same for every worker."""
 TAKER = LeaseTaker(MOODY)
 
 
@@ -53,6 +55,7 @@ class World:
     version: int = 0
     store: TrajectoryStore = field(init=False)
     engine: SimulatedEngine = field(init=False)
+    taker: LeaseTaker = field(init=False)
     holder: Holder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -75,7 +78,11 @@ class World:
         """A worker with nothing but the newest weights."""
         self.engine = SimulatedEngine(num_slots=SLOTS, seed=self.worker, median_tokens=6.0)
         self.engine.load_weights(self.version, {}, on_new_weights="keep_kv")
-        self.holder = Holder(self.engine, TAKER)
+        if self.worker:
+            self.taker.close_environments()
+        self.taker = LeaseTaker(MOODY, None, self.store.trajectory)
+        vars(self.taker).update({name: getattr(TAKER, name) for name in LOADED})
+        self.holder = Holder(self.engine, self.taker)
 
     def lease(self) -> None:
         wanted = SLOTS + 1 - self.holder.num_open
@@ -93,8 +100,18 @@ class World:
             self.holder.wait_answer()
             self.holder.take_answers()
 
+    def append(self, segments: list[Segment]) -> None:
+        """What was said of episodes, then the segments."""
+        self.note()
+        for held in self.holder.resume(self.store.append(segments)[1]):
+            self.taker.let_go(held, stays=True)
+
+    def note(self) -> None:
+        for note in self.holder.notes():
+            self.store.turn(*note, wait=False)
+
     def send(self) -> None:
-        self.holder.resume(self.store.append(self.holder.segments(next_version=self.version))[1])
+        self.append(self.holder.segments(next_version=self.version))
 
     def send_urgent(self) -> None:
         """What is not urgent stays unsent, and goes on."""
@@ -102,14 +119,14 @@ class World:
         segments = self.holder.segments(next_version=self.version, urgent=True)
         assert all(len(self.holder._held[id].tokens) == count for id, count in quiet.items())
         assert self.holder.urgent is False and quiet.keys().isdisjoint(one.trajectory for one in segments)
-        self.holder.resume(self.store.append(segments)[1])
+        self.append(segments)
 
     def swap(self) -> None:
         self.version += 1
         self.publish(self.version)
         segments = self.holder.segments(next_version=self.version)
         self.engine.load_weights(self.version, {}, on_new_weights="keep_kv")
-        self.holder.resume(self.store.append(segments)[1])
+        self.append(segments)
 
     def fence(self) -> None:
         """The worker lives on and learns of it from the store."""
@@ -120,6 +137,16 @@ class World:
         self.fence()
         self.start()
 
+    def vanish_amidst(self) -> None:
+        """What was said is noted, the rest lost."""
+        self.note()
+        self.vanish()
+
+    def drop_parked(self) -> None:
+        """Others may have gone on with what waits."""
+        for id in list(self.taker.parked()):
+            self.taker.drop(id)
+
     def give_back(self) -> None:
         self.holder.abort()
         self.send()
@@ -128,7 +155,7 @@ class World:
     def run(self) -> None:
         """Let things happen until every trajectory is complete."""
         often, seldom = [self.lease, self.step, self.step, self.answer, self.send_urgent], [self.swap, self.fence]
-        seldom += [self.vanish, self.give_back, self.send, self.send]
+        seldom += [self.vanish, self.vanish_amidst, self.give_back, self.drop_parked, self.send, self.send]
         for _ in range(10_000):
             if self.store.counts().trajectories_unscored == GROUPS * SIZE:
                 return
@@ -162,10 +189,25 @@ def check_record(row: dict[str, Any], *, max_tokens: int) -> None:
         whole, is_last = tokens_of(says.text), number == len(pairs)
         assert observed == whole or (is_last and full and observed == whole[: len(observed)])
         assert (says.done or full) if is_last else not says.done
+    check_notes(row, [says for _, says in pairs], turns, max_tokens=max_tokens)
     for turn in turns:
         assert EOS not in turn.action[:-1]
         ends = turn.action[-1] in (EOS, tokenizer.eos_token_id) or "]" in tokenizer.decode(turn.action[-1:])
         assert ends or turn is turns[-1]
+
+
+def check_notes(row: dict[str, Any], answers: list[Observation], turns: list[Turn], *, max_tokens: int) -> None:
+    """What was said of it is there once, each where it was said."""
+    expected, offset = [], 0
+    for turn, says in zip([None, *turns], answers, strict=False):
+        offset += 0 if turn is None else len(turn.action)
+        if turn is not None and not turn.observed and len(row["tokens"]) == max_tokens:
+            break  # the last turn filled the trajectory, and was not answered
+        rewards = dict(says.metrics) | ({} if says.reward is None else {"reward": says.reward})
+        if rewards or says.key is not None:
+            expected.append((offset, rewards, says.key))
+        offset += len(turn.observed) if turn is not None else len(tokens_of(says.text))
+    assert row["turns"] == expected
 
 
 @settings(max_examples=100, deadline=None)

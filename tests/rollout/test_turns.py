@@ -11,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pmdflow.config.schema import EnvironmentConfig
-from pmdflow.environments.protocol import Observation
-from pmdflow.rollout.turns import Reply, Session, Turn, split_turns
+from pmdflow.environments.host import Hosts
+from pmdflow.environments.observed import Speech
+from pmdflow.environments.protocol import Observation, Reply
+from pmdflow.rollout.session import Session
+from pmdflow.rollout.turns import Turn, split_turns
 from tests.support.environments import Echo, tokenizer, tokens_of
 
 WAIT_S = 30.0
@@ -22,7 +25,8 @@ ids = st.integers(2, 300)
 def make_session(environment: Any, *, said: tuple[int, ...] | None = None, timeout_s: float = 20.0) -> Session:
     return Session(
         make=lambda: environment,
-        tokenizer=tokenizer,
+        hosts=Hosts(),
+        speech=Speech(tokenizer=tokenizer),
         config=EnvironmentConfig(factory="a:b", timeout_s=timeout_s, failure=" = ?\n"),
         key="run/7",
         prompt="1 + 1 =",

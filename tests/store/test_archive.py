@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,6 +43,8 @@ def test_round_trip_is_bit_for_bit(tmp_path: Path) -> None:
     batch = make_batch(12)
     batch.logprobs[5], batch.rewards[0] = -0.0, np.nan
     batch.temperatures[-1] = np.float32(0.1)
+    said: Any = [(0, 0, {}, "room 1"), (0, 3, {"reward": -0.0, "m": 2.0}, None), (2, 1, {"reward": 1.5}, "room 2")]
+    batch = dataclasses.replace(batch, turns=said)
     path = archive.write_part(tmp_path, batch, attrs={"model": "tiny"})
     assert path == tmp_path / "archive" / "part-000012.zarr"
     assert_equal(archive.read_part(path), batch)

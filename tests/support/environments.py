@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
+from uuid import uuid4
 from zlib import crc32
 
 from pmdflow.data.tokenizer import load_tokenizer
 from pmdflow.environments.calculator import Calculator
+from pmdflow.environments.key_and_door import KeyAndDoor
 from pmdflow.environments.protocol import Observation
 from tests.support.paths import ROOT
 
@@ -42,7 +47,7 @@ class Echo:
 
 
 class Moody:
-    """Decides by the key alone whether it speaks, is silent, ends the trajectory or fails."""
+    """Decides by the key alone whether it speaks, is silent, ends the trajectory, rewards or fails."""
 
     salt: ClassVar[int] = 0
     """Another one gives other moods."""
@@ -50,12 +55,18 @@ class Moody:
     def reset(self, *, key: str, prompt: str, metadata: Mapping[str, Any]) -> Observation:
         """Fail, end at once, say nothing, or begin."""
         mood, text = self._mood(key)
-        return Observation(text=text if mood > 3 else "", done=mood == 1)
+        return Observation(text=text if mood > 3 else "", done=mood == 1, **self._note(text))
 
     def step(self, *, key: str, action: str) -> Observation:
         """Fail, end with or without words, or answer."""
         mood, text = self._mood(key)
-        return Observation(text="" if mood == 1 else text, done=mood in (1, 2))
+        return Observation(text="" if mood == 1 else text, done=mood in (1, 2), **self._note(text))
+
+    def _note(self, text: str) -> dict[str, Any]:
+        """Some say nothing of the episode."""
+        number = int(text)
+        reward = number / 2 if number % 3 else None
+        return {"reward": reward, "key": text if number % 2 else None, "metrics": {"m": 1.0} if number % 5 == 0 else {}}
 
     def _mood(self, key: str) -> tuple[int, str]:
         number = crc32(f"{self.salt} {key}".encode())
@@ -85,3 +96,28 @@ class SometimesBegins(Calculator):
         if fails_to_begin(key):
             raise ConnectionError("no server")
         return super().reset(key=key, prompt=prompt, metadata=metadata)
+
+
+class Troubled(KeyAndDoor):
+    """A text world that now and then does not answer, and writes down who began and who was closed."""
+
+    def __init__(self, folder: str) -> None:
+        """`folder` gets a file for each object: `PROCESS-OBJECT.begun`, and `.closed`."""
+        super().__init__()
+        self._file = Path(folder) / f"{os.getpid()}-{uuid4().hex}"
+
+    def reset(self, *, key: str, prompt: str, metadata: Mapping[str, Any]) -> Observation:
+        """Begin."""
+        self._file.with_suffix(".begun").touch()
+        return super().reset(key=key, prompt=prompt, metadata=metadata)
+
+    def step(self, *, key: str, action: str) -> Observation:
+        """Answer late, for some keys."""
+        if crc32(key.encode()) % 97 == 0:
+            time.sleep(3.5)
+        return super().step(key=key, action=action)
+
+    def close(self) -> None:
+        """Write it down."""
+        assert not self._file.with_suffix(".closed").exists()
+        self._file.with_suffix(".closed").touch()

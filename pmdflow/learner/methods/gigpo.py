@@ -82,7 +82,7 @@ def discounted(rewards: Float64, owner: Int64, *, gamma: float) -> Float64:
 
 
 def _credit(view: ClaimView, learner: LearnerConfig, state: State) -> Credit:
-    """An episode's reward is that of its last turn."""
+    """An episode whose turns were rewarded has these rewards; any other's is that of its last turn."""
     episodes, turns = view.episodes, view.turns
     begins = np.ones(len(turns), np.bool_)
     begins[1:] = (np.diff(episodes) != 0) | (np.diff(turns) != 0)
@@ -90,7 +90,9 @@ def _credit(view: ClaimView, learner: LearnerConfig, state: State) -> Credit:
     owner, keys = episodes[first], view.turn_keys[first]
     last = np.append(np.diff(owner) != 0, True)[: len(owner)]
     gamma, weight = float(learner.settings["gamma"]), float(learner.settings["weight"])
-    rewards = np.where(last, view.rewards[owner], 0.0)
+    said = view.turn_rewards[first]
+    rewarded = np.bincount(owner, weights=said != 0, minlength=view.num_episodes)[owner] > 0
+    rewards = np.where(rewarded, said, np.where(last, view.rewards[owner], 0.0))
     values = gigpo(view.rewards, view.groups, owner, keys, rewards, gamma=gamma, weight=weight)
     states = np.column_stack([view.groups[owner], keys])
     counts = np.unique(states, axis=0, return_inverse=True, return_counts=True)
@@ -101,7 +103,7 @@ def _credit(view: ClaimView, learner: LearnerConfig, state: State) -> Credit:
 GIGPO = Algorithm(
     credit=_credit,
     loss=pmd_tokens,
-    needs=frozenset({"turns", "turn_keys"}),
+    needs=frozenset({"turns", "turn_keys", "turn_rewards"}),
     settings={"gamma": 0.95, "weight": 1.0},
 )
-"""The state of a turn is what the environment said before it; `gamma` is our choice."""
+"""The state of a turn is the environment's key, else what it said before it; `gamma` is our choice."""

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from pmdflow.config.imports import load_named
+from pmdflow.config.schema import LearnerConfig
 from pmdflow.learner.scorers.model import ScoringModel
 from pmdflow.learner.scorers.protocol import Column, ColumnSpec, Setup, TokenBatch
+from pmdflow.learner.view import FROM_TEACHER, Need
 
 TEACHER, TOP_IDS, TOP_LOGPROBS = "teacher", "teacher_top_ids", "teacher_top"
 """Names of its columns."""
@@ -53,3 +55,21 @@ class Teacher:
                 found[TOP_IDS][place] = scores.top.cpu().numpy()
                 found[TOP_LOGPROBS][place] = scores.top_logprobs.cpu().numpy()
         return found
+
+
+def require_teacher(needs: frozenset[Need], learner: LearnerConfig) -> None:
+    """Refuse an algorithm without the teacher that it needs, one that needs none with a teacher, and two teachers.
+
+    Raises:
+        ValueError: as said.
+    """
+    taught, by_columns = needs & FROM_TEACHER, TEACHER in learner.scorers
+    given = (learner.teacher is not None) + by_columns
+    if (by_columns and given == 1) or given == bool(taught):
+        return
+    also = " and learner.scorers.teacher is set, too" if by_columns else ""
+    raise ValueError(
+        f"learner.teacher is {learner.teacher} while {learner.algorithm} needs "
+        f"{', '.join(sorted(needs)) or 'nothing'}{also}: set a teacher if it needs `teacher` or "
+        "`top`, in one of the two ways"
+    )

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import zarr
 
 from pmdflow.errors import PmdflowError
-from pmdflow.types import Branches, ClaimPlan, TrainBatch
+from pmdflow.types import Branches, ClaimPlan, TrainBatch, TurnRow
 
 FORMAT = "pmdflow-rollouts/1"
 
@@ -50,6 +50,7 @@ def read_part(path: str | Path) -> TrainBatch:
         plan=_plan(attrs, group),
         branches=_branches(trajectory),
         restored={int(version): trained for version, trained in attrs.get("restored", {}).items()},
+        turns=_turns(path, attrs),
         extra=_extra(path, "token_extra"),
         trajectory_extra=_extra(path, "trajectory_extra"),
     )
@@ -74,6 +75,18 @@ def _branches(trajectory: Table) -> Branches | None:
         return None
     episodes, parents, fork_offsets = (trajectory[name] for name in ("episode", "parent", "fork_offset"))
     return Branches(episodes=episodes, parents=parents, fork_offsets=fork_offsets)
+
+
+def _turns(path: str | Path, attrs: Mapping[str, Any]) -> Sequence[TurnRow]:
+    """() where nothing was said of a turn."""
+    if "turn_rewards" not in attrs:
+        return ()
+    table, names = read_table(path, "turn"), attrs["turn_rewards"]
+    columns = (table[name].tolist() for name in ("trajectory", "offset", "rewards", "key"))
+    return [
+        (row, offset, {n: v for n, v in zip(names, said, strict=True) if not np.isnan(v)}, str(key) or None)
+        for row, offset, said, key in zip(*columns, strict=True)
+    ]
 
 
 def open_part(path: str | Path) -> zarr.Group:
@@ -103,7 +116,7 @@ def read_attrs(path: str | Path) -> dict[str, Any]:
 
 
 def read_table(path: str | Path, name: str, columns: Sequence[str] | None = None) -> Table:
-    """Read whole columns of the table `token`, `segment`, `trajectory` or `group` (None: all of them)."""
+    """Read whole columns of the table `token`, `segment`, `trajectory`, `group` or `turn` (None: all of them)."""
     table = cast(zarr.Group, open_part(path)[name])
     wanted = sorted(table.array_keys()) if columns is None else columns
     return {column: np.asarray(cast(Any, table[column])[...]) for column in wanted}

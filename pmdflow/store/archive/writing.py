@@ -19,9 +19,7 @@ from pmdflow.store.archive.parts import append_to_catalog, part_path
 from pmdflow.store.archive.reading import FORMAT, Table, read_attrs
 from pmdflow.types import Int64, TrainBatch
 
-CHUNK_ROWS = 1 << 16
-SHARD_ROWS = 1 << 22
-
+CHUNK_ROWS, SHARD_ROWS = 1 << 16, 1 << 22
 _ZSTD_LEVEL = 3
 
 
@@ -78,6 +76,7 @@ def _write_tables(path: Path, batch: TrainBatch, attrs: Mapping[str, Any]) -> No
                 if batch.restored
                 else {}
             ),
+            **({"turn_rewards": names_said(batch)} if batch.turns else {}),
             **attrs,
         },
     )
@@ -86,6 +85,8 @@ def _write_tables(path: Path, batch: TrainBatch, attrs: Mapping[str, Any]) -> No
     _write_table(root, "segment", _segment_columns(batch, starts), counted={"length": "token"})
     _write_table(root, "trajectory", _trajectory_columns(batch, starts), counted={"num_segments": "segment"})
     _write_table(root, "group", _group_columns(batch), counted={"size": "trajectory"})
+    if batch.turns:
+        _write_table(root, "turn", _turn_columns(batch))
     for name, columns in (("token_extra", batch.extra), ("trajectory_extra", batch.trajectory_extra)):
         if columns:
             _write_table(root, name, columns, rows=name.removesuffix("_extra"))
@@ -164,6 +165,21 @@ def _group_columns(batch: TrainBatch) -> Table:
     }
 
 
+def names_said(batch: TrainBatch) -> list[str]:
+    """Names of the rewards that were said of turns."""
+    return sorted({name for _, _, rewards, _ in batch.turns for name in rewards})
+
+
+def _turn_columns(batch: TrainBatch) -> Table:
+    rewards = [[said.get(name, np.nan) for name in names_said(batch)] for _, _, said, _ in batch.turns]
+    return {
+        "trajectory": np.array([row for row, *_ in batch.turns], np.int64),
+        "offset": np.array([offset for _, offset, *_ in batch.turns], np.int32),
+        "rewards": np.array(rewards, np.float64).reshape(len(batch.turns), -1),
+        "key": np.array([key or "" for *_, key in batch.turns], dtype=object),
+    }
+
+
 def _holds(attrs: Mapping[str, Any], identity: Mapping[str, Any], plan: Mapping[str, Any]) -> bool:
     """Whether a part is the claim's; of one older than plans nobody knows today how it was dealt to steps."""
     return identity.items() <= attrs.items() and ("plan" not in attrs or plan.items() <= attrs.items())
@@ -215,6 +231,8 @@ def _digest(batch: TrainBatch) -> str:
     columns += [batch.prompt_lengths, batch.groups, batch.trajectories, batch.rewards, batch.stops]
     if batch.branches is not None:
         columns += [batch.branches.episodes, batch.branches.parents, batch.branches.fork_offsets]
+    if batch.turns:
+        digest.update(json.dumps([(*note[:2], sorted(note[2].items()), note[3]) for note in batch.turns]).encode())
     extras = [*batch.extra.items(), *batch.trajectory_extra.items()]
     if extras:
         digest.update(json.dumps([(name, values.dtype.str, values.shape) for name, values in extras]).encode())

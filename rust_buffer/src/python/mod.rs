@@ -40,13 +40,6 @@ struct TrajectoryStore {
     shared: Arc<Shared>,
 }
 
-impl Drop for TrajectoryStore {
-    fn drop(&mut self) {
-        // Whoever wants to know calls `close` first.
-        let _ = self.shared.close();
-    }
-}
-
 #[pymethods]
 impl TrajectoryStore {
     #[new]

@@ -139,6 +139,8 @@ pub fn batch<'py>(py: Python<'py>, iteration: i64, version: Version, rows: &Rows
     let prompt_ids = rows.prompt_ids.iter().flat_map(|(id, count)| repeat_n(PyString::new(py, id), *count));
     row.set_item("prompt_ids", PyList::new(py, prompt_ids.collect::<Vec<_>>())?)?;
     row.set_item("columns", rows.columns)?;
+    let said = |(row, turn): &(i64, Turn)| (*row, turn.offset, turn.rewards.clone(), turn.key.clone());
+    row.set_item("turns", rows.turns.iter().map(said).collect::<Vec<_>>())?;
     row.set_item("restored", rows.restored.iter().copied().into_py_dict(py)?)?;
     Ok(row)
 }

@@ -12,6 +12,7 @@ use crate::{
     state::group::Group,
     state::mask::{self, GENERATED},
     state::trajectory::{Trajectory, Verdict, Version},
+    state::turn::Turn,
     state::{Claim, State},
     store::token_view::{Piece, Source, part, put, walk},
 };
@@ -22,6 +23,7 @@ pub struct ClaimView {
     groups: OrdMap<u64, Group>,
     trajectories: OrdMap<u64, Trajectory>,
     forks: OrdMap<u64, Vec<Fork>>,
+    turns: OrdMap<u64, Vec<Turn>>,
     components: Vec<String>,
     trained: Trained,
 }
@@ -73,6 +75,8 @@ pub struct Rows {
     pub prompt_ids: Vec<(String, usize)>,
     /// Whether a trajectory has extra columns.
     pub columns: bool,
+    /// What was said of episodes, each note with the row of its episode's first branch.
+    pub turns: Vec<(i64, Turn)>,
     /// Restored versions, with the iterations that the weights of each had trained.
     pub restored: Vec<(Version, i64)>,
 }
@@ -107,6 +111,7 @@ impl ClaimView {
             groups: state.groups.clone(),
             trajectories: state.trajectories.clone(),
             forks: state.forks.clone(),
+            turns: state.turns.clone(),
             components: state.components.clone(),
             trained: state.trained.clone(),
         })
@@ -164,6 +169,7 @@ impl ClaimView {
         segments.offsets.push(segments.lengths.len() as i64);
         rows.components = self.named(components);
         rows.restored = self.trained.restored();
+        rows.turns = self.said(&rows);
         Ok((rows, segments))
     }
 
@@ -187,6 +193,7 @@ impl ClaimView {
         rows.cu_seqlens.push(packer.at as i64);
         rows.components = self.named(components);
         rows.restored = self.trained.restored();
+        rows.turns = self.said(&rows);
         Ok(rows)
     }
 
@@ -196,6 +203,15 @@ impl ClaimView {
         let flags = if own { mask::mask(run, branch.id, trajectory, &self.claim, &self.trained) } else { 0 };
         let version = if flags & GENERATED == 0 { -1 } else { i32::try_from(run.version).unwrap_or(i32::MAX) };
         (version, run.temperature, flags)
+    }
+
+    fn said(&self, rows: &Rows) -> Vec<(i64, Turn)> {
+        let first = rows.episodes.iter().zip(&rows.parents).enumerate().filter(|(_, (_, parent))| **parent < 0);
+        let own = |(row, (id, _)): (usize, (&i64, &i64))| {
+            let turns = self.turns.get(&(*id as u64)).into_iter().flatten();
+            turns.map(move |turn| (row as i64, turn.clone())).collect::<Vec<_>>()
+        };
+        first.flat_map(own).collect()
     }
 
     fn named(&self, components: BTreeMap<u32, Vec<f64>>) -> BTreeMap<String, Vec<f64>> {
