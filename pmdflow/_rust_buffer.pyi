@@ -215,7 +215,7 @@ class TrajectoryStore:
     ) -> list[dict[str, Any]]:
         """Complete trajectories without a reward; each is handed out again only after `ttl_s` or a restart."""
     def unannotated(
-        self, scorer: str, max_items: int, ttl_s: float, timeout_s: float, now_s: float | None = None
+        self, scorer: str, max_items: int, ttl_s: float, timeout_s: float, now_s: float | None
     ) -> list[dict[str, Any]]:
         """Complete trajectories for training that a scorer has not seen; each comes again after `ttl_s` or a restart.
 
@@ -229,8 +229,8 @@ class TrajectoryStore:
         trajectory: int,
         scorer: str,
         columns: list[tuple[str, str, bytes]],
-        wait: bool = True,
-        now_s: float | None = None,
+        wait: bool,
+        now_s: float | None,
     ) -> None:
         """Add the columns (name, dtype, bytes) of a scorer to a complete trajectory, as extra columns of its tokens.
 

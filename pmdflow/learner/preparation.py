@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -21,7 +20,7 @@ from pmdflow.learner.scorers.claim import ClaimScorers, Kept
 from pmdflow.learner.scorers.teacher import TEACHER, TOP_IDS, TOP_LOGPROBS
 from pmdflow.learner.selection import Weighed, groups_left_out, veto_sequences, weigh
 from pmdflow.learner.steps import Tensors, mismatch_sums, reference_pass, teacher_pass
-from pmdflow.learner.sums import StepSums, Sums, add_in_place, added, all_sum, num_across, over_ranks
+from pmdflow.learner.sums import StepSums, Sums, added, all_sum, num_across, over_ranks, sum_in_place
 from pmdflow.learner.token_scores import TokenScores
 from pmdflow.learner.view import FROM_REFERENCE, FROM_TEACHER, TOP, State
 from pmdflow.metrics.spans import SpanBuffer
@@ -188,11 +187,7 @@ def _scored(
     if not parts.scorers:
         return steps, {}
 
-    def add(tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            add_in_place(tensor)
-
-    outcome = kept.outcome(claim, rewards=rewards.task, correct=rewards.correct, add=add)
+    outcome = kept.outcome(claim, rewards=rewards.task, correct=rewards.correct, add=sum_in_place)
     with parts.spans.span("reference", iteration=claim.iteration):
         columns, own = parts.scorers.run(kept.batch(claim), outcome)
     shared = [value / num_across() for value in all_sum(list(own.values()), parts.device)]

@@ -134,9 +134,10 @@ def all_sum(values: Iterable[float], device: torch.device) -> list[float]:
     return [float(value) for value in total.tolist()]
 
 
-def add_in_place(tensor: torch.Tensor) -> None:
-    """Add a tensor over the ranks, where it is."""
-    dist.all_reduce(tensor, group=_across.group)
+def sum_in_place(tensors: Iterable[torch.Tensor]) -> None:
+    """Add tensors over the ranks, each into itself."""
+    for tensor in tensors:
+        dist.all_reduce(tensor, group=_across.group)
 
 
 def num_across() -> int:

@@ -222,7 +222,7 @@ def test_tgpo_by_its_definition() -> None:
     }  # fmt: skip
     terms = Terms(logprobs=logprobs, alternatives=likeliest, iteration=50, **common)
     cross_entropy = statistics.fmean([statistics.fmean([0.3, 0.9]), 1.5])
-    assert float(tgpo.loss(terms, learner)) == pytest.approx(-0.25 + 0.075 * cross_entropy)
+    assert tgpo.loss(terms, learner).item() == pytest.approx(-0.25 + 0.075 * cross_entropy)
     for iteration, weight in ((200, 0.0), (50, 0.075)):
         own = Terms(logprobs=logprobs, alternatives=logprobs[:, None], iteration=iteration, **common)
         (found,) = torch.autograd.grad(tgpo.loss(own, learner), logprobs)

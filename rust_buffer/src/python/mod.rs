@@ -167,7 +167,6 @@ impl TrajectoryStore {
         items.iter().map(|item| rows::unscored(py, item)).collect()
     }
 
-    #[pyo3(signature = (scorer, max_items, ttl_s, timeout_s, now_s = None))]
     fn unannotated<'py>(
         &self, py: Python<'py>, scorer: &str, max_items: usize, ttl_s: f64, timeout_s: f64, now_s: Option<f64>,
     ) -> PyResult<Vec<Row<'py>>> {
@@ -177,7 +176,6 @@ impl TrajectoryStore {
         items.iter().map(|item| rows::unannotated(py, item)).collect()
     }
 
-    #[pyo3(signature = (trajectory, scorer, columns, wait = true, now_s = None))]
     fn annotate(
         &self, py: Python<'_>, trajectory: u64, scorer: &str, columns: Vec<(String, String, PyBackedBytes)>,
         wait: bool, now_s: Option<f64>,
