@@ -6,11 +6,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from pmdflow.agents.desk import Incoming, Outgoing
 from pmdflow.config.schema import Config
 from pmdflow.errors import EngineDied, PmdflowError, WaitTimeout, WeightsLost
+from pmdflow.learner.checkpoint.stored import StoredVersions
 from pmdflow.metrics.report import ActorReport, Event
 from pmdflow.metrics.spans import SpanBuffer, Wait
 from pmdflow.rollout.engines.make import make_engine
@@ -22,8 +24,9 @@ from pmdflow.rollout.loading import Loader
 from pmdflow.rollout.programs import AgentsPlace, Programs, noted
 from pmdflow.rollout.requests import STORE_TIMEOUT_S, StoreRequests
 from pmdflow.store.client import StoreHandle
+from pmdflow.types import UInt8
 from pmdflow.weights.make import make_transport
-from pmdflow.weights.transport import Bytes, WeightsHandle, in_group
+from pmdflow.weights.transport import WeightsHandle, in_group
 
 SLOTS_PER_SPARE = 8
 """For so many slots one lease more is held: a slot that falls free is not empty while the store is asked."""
@@ -64,7 +67,8 @@ class RolloutActor:
         self._config = config.rollout
         self._worker = worker
         self._requests = StoreRequests(store)
-        self._transport = make_transport(config, Path(run_dir))
+        self._stored = StoredVersions(config, Path(run_dir))
+        self._transport = make_transport(config, Path(run_dir), stored=self._stored)
         self._engine = make_engine(config, seed=(config.run.seed * 1000 + index) % 2**32)
         self._programs: Programs | None = None
         self._agents = config.agents
@@ -80,6 +84,7 @@ class RolloutActor:
         self._span_tokens = 0
         self._last_flush = self._last_look = 0.0
         self._generated = 0
+        self._weights_s = {"fetch": 0.0, "load": 0.0}
         self._problems: deque[str] = deque(maxlen=MAX_PROBLEMS)
         """What environments failed at since the last drain."""
         self._notes: deque[Event] = deque(maxlen=MAX_PROBLEMS)
@@ -140,9 +145,9 @@ class RolloutActor:
             raise
 
     @in_group("weights")
-    def read_weights(self, version: int, offset: int, num_bytes: int) -> Bytes:
-        """Bytes of a version's file, for a node that does not have it; safe beside everything else."""
-        return self._transport.read(version, offset, num_bytes)
+    def read_weights(self, version: int, offset: int, num_bytes: int, delta: bool) -> UInt8:
+        """UInt8 of a version's file, or of its delta, for a node that does not have it; safe beside everything else."""
+        return self._transport.read(version, offset, num_bytes, delta=delta)
 
     def stop(self) -> None:
         """Let `run` send what it has, give its leases back and return."""
@@ -176,19 +181,28 @@ class RolloutActor:
                 "preemptions": self._engine.preemptions,
                 "drafted_tokens": self._engine.drafted_tokens,
                 "accepted_tokens": self._engine.accepted_tokens,
+                **self._transport.received,
+                **{f"{what}_ms": round(1000 * seconds) for what, seconds in self._weights_s.items()},
             },
         )
 
     def _begin_with(self, handle: WeightsHandle) -> None:
-        """Fetch the first weights; where they died with the learner, it comes back and publishes others."""
+        """Fetch the first weights; if they died with the learner, a checkpoint's until it publishes others."""
         try:
             self._offer(handle, timeout_s=STORE_TIMEOUT_S)
         except WeightsLost:
+            older = None if self._one_version else self._stored.newest(before=handle.version)
+            if older is not None:
+                with suppress(WeightsLost):
+                    self._offer(WeightsHandle(version=older, location=None), timeout_s=STORE_TIMEOUT_S)
+                    return
             with self._spans.span("wait_weights"):
                 self._incoming.await_offer(timeout_s=LOST_WEIGHTS_TIMEOUT_S)
 
     def _offer(self, handle: WeightsHandle, *, timeout_s: float) -> None:
+        began = time.monotonic()
         weights = self._transport.fetch(handle, timeout_s=timeout_s)
+        self._weights_s["fetch"] += time.monotonic() - began
         self._incoming.offer(handle.version, (self._engine.stage(weights), handle.probe))
 
     def _swap_weights(self) -> None:
@@ -216,6 +230,7 @@ class RolloutActor:
             attrs["pause_s"] = time.monotonic() - start
             self._loader.load(version, staged, probe)
             attrs["load_s"] = time.monotonic() - start - attrs["pause_s"]
+            self._weights_s["load"] += attrs["load_s"]
             self._await_append()
         self._incoming.mark_applied(version)
 
