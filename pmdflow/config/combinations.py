@@ -13,6 +13,7 @@ from pmdflow.config.imports import IMPORT_PATH
 from pmdflow.config.routing_problems import routing_problems
 from pmdflow.config.sinks import SETTINGS
 from pmdflow.config.source_problems import source_problems
+from pmdflow.config.weights import weights_problems
 
 if TYPE_CHECKING:
     from pmdflow.config.scheduling import SchedulerConfig
@@ -47,6 +48,7 @@ def combination_problems(config: Config, *, recorded: bool) -> Iterator[str]:
     yield from _budget_problems(config.scheduler)
     yield from _group_problems(config)
     yield from _version_problems(config)
+    yield from weights_problems(config)
     yield from _extra_problems(config)
     yield from _refill_problems(config)
     yield from _room_problems(config)

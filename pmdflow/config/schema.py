@@ -317,6 +317,10 @@ class WeightsConfig(Section):
 
     transport: Literal["object_store", "filesystem"] = "object_store"
     """`object_store` (Ray) or `filesystem` (safetensors in the run directory)."""
+    delta: bool = False
+    """With `object_store`: other nodes get what changed since the version before, bit for bit, and the whole file where
+    they lack that one. It pays in bfloat16 at the learning rates of language models, and between nodes; each node holds
+    a second file while it makes one of the other."""
 
 
 class DashboardConfig(Section):

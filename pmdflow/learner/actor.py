@@ -16,15 +16,16 @@ from ray.exceptions import GetTimeoutError
 
 from pmdflow.config.schema import Config
 from pmdflow.errors import WaitTimeout
+from pmdflow.learner.checkpoint.manifest import CheckpointFile
 from pmdflow.learner.result import TrainResult
 from pmdflow.metrics.report import ActorReport
 from pmdflow.metrics.spans import SpanBuffer, Wait
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.client import StoreHandle, call
-from pmdflow.types import Claim, ClaimTokens, Int64, TrainBatch
+from pmdflow.types import Claim, ClaimTokens, Int64, TrainBatch, UInt8
 from pmdflow.weights.device_turn import DeviceTurn
 from pmdflow.weights.make import make_transport
-from pmdflow.weights.transport import Bytes, WeightsHandle, in_group
+from pmdflow.weights.transport import WeightsHandle, in_group
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Variables of torch's allocator, the second by its older name."""
@@ -135,18 +136,18 @@ class LearnerActor:
             return None if handle is None else replace(handle, probe=probe)
 
     @in_group("weights")
-    def read_weights(self, version: int, offset: int, num_bytes: int) -> Bytes:
-        """Bytes of a version's file, for a node that does not have it; safe beside everything else."""
-        return self._transport.read(version, offset, num_bytes)
+    def read_weights(self, version: int, offset: int, num_bytes: int, delta: bool) -> UInt8:
+        """UInt8 of a version's file, or of its delta, for a node that does not have it; safe beside everything else."""
+        return self._transport.read(version, offset, num_bytes, delta=delta)
 
     def save(self, directory: str) -> None:
         """Begin to write a checkpoint's files."""
         with self._busy("wait_controller"):
             self._learner.save(directory)
 
-    def await_saved(self) -> None:
+    def await_saved(self) -> tuple[CheckpointFile, ...]:
         """See `Learner.await_saved`."""
-        self._learner.await_saved()
+        return self._learner.await_saved()
 
     def drain(self) -> ActorReport:
         """The spans since the last call, waits among them; safe beside `train`."""

@@ -21,6 +21,7 @@ from pmdflow.learner.aside import Aside
 from pmdflow.learner.assessment import Assessment, flat
 from pmdflow.learner.batch import ReadTokens, StepPlan
 from pmdflow.learner.checkpoint.files import AsyncSaver, load_training, training_state
+from pmdflow.learner.checkpoint.manifest import CheckpointFile
 from pmdflow.learner.context import Context, make_contexts
 from pmdflow.learner.flops import Speed
 from pmdflow.learner.fsdp import (
@@ -251,9 +252,13 @@ class Learner:
             )
             self._saver.save(state, directory)
 
-    def await_saved(self) -> None:
-        """Wait for the files of the last `save`; safe beside `train`, and raises what went wrong in writing them."""
-        self._saver.wait()
+    def await_saved(self) -> tuple[CheckpointFile, ...]:
+        """Wait for the files of the last `save`; safe beside `train`, and raises what went wrong in writing them.
+
+        Returns:
+            Those that this rank wrote, summed as they were.
+        """
+        return self._saver.wait()
 
     def load(self, directory: str) -> None:
         """Continue from a saved directory, bit for bit if the ranks are equally many."""

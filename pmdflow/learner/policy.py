@@ -68,6 +68,11 @@ class Policy(nn.Module):
         """Of a Mixture of Experts whose experts are replayed."""
         self._plain_head = _has_plain_head(model)
 
+    def logits(self, tokens: Tensor) -> Tensor:
+        """The logits of one sequence [W] by a plain forward pass of the model [W, V], which takes memory for all."""
+        logits: Tensor = self.model(input_ids=tokens[None], use_cache=False).logits
+        return logits[0]
+
     def forward(
         self,
         tokens: Tensor,
@@ -140,13 +145,42 @@ class Policy(nn.Module):
 
 @torch.no_grad()
 def _has_plain_head(model: Any) -> bool:
-    """Whether the logits are the output embedding of the decoder's last hidden state and nothing more."""
-    # Distinct tokens, compared bit for bit: a padding token's hidden state may be 0, and a soft cap is nearly linear
-    # where logits are small. A false alarm costs memory only.
-    tokens = torch.arange(8)[None] % model.config.get_text_config().vocab_size
-    hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
-    head = model.get_output_embeddings()
-    plain = type(head) is nn.Linear and torch.equal(head(hidden), model(input_ids=tokens, use_cache=False).logits)
+    """Whether the logits are the output embedding of the decoder's last hidden state and nothing more.
+
+    Hidden states are given in place of the decoder's and a few random rows in place of the head's, so that no weight of
+    the model is looked at: none need be there yet. Logits are large, or a soft cap would be nearly linear.
+    """
+    head, decoder = model.get_output_embeddings(), model.get_decoder()
+    plain = False
+    if type(head) is nn.Linear and decoder is not None:
+        random = torch.Generator().manual_seed(0)
+        hidden = 30 * torch.randn(1, 4, head.in_features, generator=random)
+        rows = torch.randn(8, head.in_features, generator=random)
+        expected = hidden @ rows.T
+        given = {head: lambda states: states @ rows.T, decoder: lambda *_, **__: _Given(hidden)}
+        try:
+            for module, forward in given.items():
+                module.forward = forward
+            found = model(input_ids=torch.zeros(1, 4, dtype=torch.int64), use_cache=False).logits
+            plain = torch.equal(found, expected)
+        except Exception:  # the code of a family may want anything of its decoder; then its head is its own
+            plain = False
+        finally:
+            for module in given:
+                del module.forward
     if not plain:
         logger.info("%s does more to its logits than a linear map: its log-probs are not chunked", type(model).__name__)
     return plain
+
+
+class _Given:
+    """A decoder's output that has hidden states and nothing else."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]

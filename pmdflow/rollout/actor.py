@@ -9,12 +9,13 @@ from pathlib import Path
 
 from pmdflow.agents.desk import Incoming, Outgoing
 from pmdflow.config.schema import Config
-from pmdflow.errors import EngineDied, WaitTimeout, WeightsLost
+from pmdflow.errors import EngineDied, WaitTimeout
 from pmdflow.metrics.report import ActorReport
 from pmdflow.metrics.spans import SpanBuffer, Wait
 from pmdflow.rollout.engines.make import make_engine
 from pmdflow.rollout.evaluation import Ended, EvaluationTurns
 from pmdflow.rollout.failures import InARow
+from pmdflow.rollout.fetching import Fetcher
 from pmdflow.rollout.held import HeldTrajectory
 from pmdflow.rollout.holder import Holder
 from pmdflow.rollout.incoming import IncomingWeights
@@ -22,18 +23,16 @@ from pmdflow.rollout.launching import AgentsPlace
 from pmdflow.rollout.leasing import LeaseTaker
 from pmdflow.rollout.loading import Loader
 from pmdflow.rollout.programs import Programs, noted
-from pmdflow.rollout.requests import STORE_TIMEOUT_S, Kind, StoreRequests
+from pmdflow.rollout.requests import Kind, StoreRequests
 from pmdflow.rollout.shift import Shift
 from pmdflow.rollout.telling import SPAN_S, Telling
 from pmdflow.store.client import StoreHandle
+from pmdflow.types import UInt8
 from pmdflow.weights.device_turn import DeviceTurn
-from pmdflow.weights.make import make_transport
-from pmdflow.weights.transport import Bytes, WeightsHandle, in_group
+from pmdflow.weights.transport import WeightsHandle, in_group
 
 SLOTS_PER_SPARE = 8
 """For so many slots one lease more is held: a slot that falls free is not empty while the store is asked."""
-LOST_WEIGHTS_TIMEOUT_S = 1800.0
-"""A learner that was killed has loaded its checkpoint and published it within this time."""
 PARKED_LOOK_S = 5.0
 """How often the store is asked who goes on with the trajectories of programs and environments that wait here."""
 
@@ -65,7 +64,6 @@ class RolloutActor:
         self._config = config.rollout
         self._worker = worker
         self._requests = StoreRequests(store)
-        self._transport = make_transport(config, Path(run_dir))
         self._shift = Shift(DeviceTurn.own(run_dir, index)) if config.cluster.colocate else None
         self._engine = make_engine(config, seed=(config.run.seed * 1000 + index) % 2**32)
         self._programs: Programs | None = None
@@ -80,6 +78,7 @@ class RolloutActor:
         self._turns = EvaluationTurns()
         self._starved = False
         self._spans = SpanBuffer(self._worker)
+        self._fetcher = Fetcher(config, Path(run_dir), self._engine, self._incoming, self._spans)
         self._telling = Telling(self._spans, self._engine, room="environment" if agents is None else "agent")
         self._last_flush = self._last_look = 0.0
         self._failures = InARow.of_environment(config.environment)
@@ -97,7 +96,7 @@ class RolloutActor:
             PmdflowError: the environment only fails.
         """
         if handle is not None:
-            self._begin_with(handle)
+            self._fetcher.begin(handle, meanwhile=self._rests)
         try:
             while not self._stopping.is_set():
                 if self._rests():
@@ -135,7 +134,7 @@ class RolloutActor:
             WeightsLost: nobody has it any more.
         """
         deadline = time.monotonic() + timeout_s
-        self._offer(handle, timeout_s=timeout_s)
+        self._fetcher.offer(handle, timeout_s=timeout_s)
         try:
             return self._incoming.await_applied(handle.version, timeout_s=deadline - time.monotonic())
         except WaitTimeout:
@@ -154,9 +153,9 @@ class RolloutActor:
         return self._turns.serve(version, hold_s=hold_s)
 
     @in_group("weights")
-    def read_weights(self, version: int, offset: int, num_bytes: int) -> Bytes:
-        """Bytes of a version's file, for a node that does not have it; safe beside everything else."""
-        return self._transport.read(version, offset, num_bytes)
+    def read_weights(self, version: int, offset: int, num_bytes: int, delta: bool) -> UInt8:
+        """UInt8 of a version's file, or of its delta, for a node that does not have it; safe beside everything else."""
+        return self._fetcher.read(version, offset, num_bytes, delta=delta)
 
     def sleep(self, timeout_s: float) -> None:
         """Let the engine give its device to the learner; returns when it has.
@@ -194,19 +193,7 @@ class RolloutActor:
 
     def drain(self) -> ActorReport:
         """Spans and problems of environments since the last call, and counts of tokens since the start."""
-        return self._telling.drain()
-
-    def _begin_with(self, handle: WeightsHandle) -> None:
-        """Fetch the first weights; where they died with the learner, it comes back and publishes others."""
-        try:
-            self._offer(handle, timeout_s=STORE_TIMEOUT_S)
-        except WeightsLost:
-            with self._spans.span("wait_weights"):
-                self._incoming.await_offer(timeout_s=LOST_WEIGHTS_TIMEOUT_S, meanwhile=self._rests)
-
-    def _offer(self, handle: WeightsHandle, *, timeout_s: float) -> None:
-        weights = self._transport.fetch(handle, timeout_s=timeout_s)
-        self._incoming.offer(handle.version, (self._engine.stage(weights), handle.probe))
+        return self._telling.drain({**self._fetcher.counts(), "load_ms": round(1000 * self._loader.seconds)})
 
     def _attend_evaluation(self) -> None:
         """Turn to evaluation or back to training; what is held is given back, for others to go on with."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 from pmdflow.metrics.report import ActorReport, Event
@@ -77,8 +78,8 @@ class Telling:
     def _event(self, what: str, message: str, attrs: dict[str, Any]) -> Event:
         return Event(kind=f"{self._room}_{what}", message=message, attrs={"actor": self._spans.actor, **attrs})
 
-    def drain(self) -> ActorReport:
-        """Spans and problems of environments since the last call, and counts of tokens since the start."""
+    def drain(self, counts: Mapping[str, int]) -> ActorReport:
+        """Spans and problems of environments since the last call; counts of tokens, and `counts`, since the start."""
         problems = [self._problems.popleft() for _ in range(len(self._problems))]
         told = [self.notes.popleft() for _ in range(len(self.notes))]
         return ActorReport(
@@ -92,5 +93,6 @@ class Telling:
                 "preemptions": self._engine.preemptions,
                 "drafted_tokens": self._engine.drafted_tokens,
                 "accepted_tokens": self._engine.accepted_tokens,
+                **counts,
             },
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +15,14 @@ from ray.actor import ActorHandle
 from pmdflow.config.schema import Config
 from pmdflow.errors import PmdflowError
 from pmdflow.learner.actor import LearnerActor
-from pmdflow.learner.checkpoint.manifest import Manifest, commit_checkpoint, newest_manifest, oldest_manifest, prune
+from pmdflow.learner.checkpoint.manifest import (
+    CheckpointFile,
+    Manifest,
+    commit_checkpoint,
+    newest_manifest,
+    oldest_manifest,
+    prune,
+)
 from pmdflow.metrics.report import ActorReport
 from pmdflow.run.learner_group import LearnerGroup
 from pmdflow.run.supervision import Supervisor
@@ -46,7 +54,7 @@ class Checkpoints:
         self._keep = config.learner.keep_checkpoints
         self._supervisor = supervisor
         self._learners = learners
-        self._saving: tuple[Manifest, list[ObjectRef[None]]] | None = None
+        self._saving: tuple[Manifest, list[ObjectRef[tuple[CheckpointFile, ...]]]] | None = None
         """The checkpoint whose files are being written, and what the ranks answer when they are whole."""
         self._keep_parts = config.archive.keep
         self._run_dir = run_dir
@@ -102,8 +110,9 @@ class Checkpoints:
         if self._saving is None:
             return
         (manifest, refs), self._saving = self._saving, None
-        self._learners.wait(refs, what="writing a checkpoint", timeout_s=WRITE_TIMEOUT_S)
-        self._aside(partial(commit_checkpoint, manifest.root, manifest), "committing a checkpoint")
+        written = self._learners.wait(refs, what="writing a checkpoint", timeout_s=WRITE_TIMEOUT_S)
+        files = chain.from_iterable(written)
+        self._aside(partial(commit_checkpoint, manifest.root, manifest, files), "committing a checkpoint")
         committed = call(self._supervisor.store, StoreActor.commit, manifest.iteration)
         self._supervisor.get(committed, what="committing claims")
         self._aside(partial(prune, manifest.root, self._keep), "removing old checkpoints")

@@ -57,6 +57,9 @@ ALTERNATING = ("cluster.colocate=true", "scheduler.lookahead=0")
         (["scheduler.versions=2", "scheduler.lookahead=0"], "scheduler.versions", "set versions to null"),
         (["scheduler.versions=2", "rollout.on_new_weights=finish"], "scheduler.versions", "leave on_new_weights out"),
         (["scheduler.versions=6", "scheduler.max_staleness=4"], "scheduler.max_staleness", "or lower versions"),
+        (["weights.delta=true", "weights.transport=filesystem"], "weights.delta", "set transport to object_store"),
+        (["weights.delta=true", "learner.lora={}"], "weights.delta", "leave delta out"),
+        (["weights.delta=true", "model.dtype=float32"], "weights.delta", "set dtype to bfloat16"),
         (["scheduler.extra_groups=2", "scheduler.lookahead=1"], "scheduler.extra_groups", "set extra_groups to 0"),
         (
             ["scheduler.extra_groups=2", "scheduler.lookahead=0", "scheduler.max_staleness=0"],

@@ -67,10 +67,10 @@ def test_training_from_stored_rollouts_is_resumed_and_ends_the_same(
     assert train_on_stored(run, once, settings) == 0
     commit = training.commit_checkpoint
 
-    def killed(root, manifest):  # type: ignore[no-untyped-def]
+    def killed(root, manifest, files):  # type: ignore[no-untyped-def]
         if manifest.iteration == 2:
             raise KeyboardInterrupt
-        return commit(root, manifest)
+        return commit(root, manifest, files)
 
     monkeypatch.setattr(training, "commit_checkpoint", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -15,6 +15,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from pmdflow.errors import PmdflowError, WaitTimeout
+from pmdflow.learner.checkpoint.manifest import CheckpointFile
+from pmdflow.learner.checkpoint.summing import SummingWriter
 from pmdflow.learner.policy import Policy
 from pmdflow.learner.view import State
 
@@ -36,34 +38,39 @@ class AsyncSaver:
     def __init__(self) -> None:
         # A group of its own: two threads must not mix their collectives in one.
         self._group = dist.new_group(backend="gloo")
-        self._writing: Future[Any] | None = None
-        self._directory = ""
+        self._writing: tuple[Future[Any], SummingWriter] | None = None
 
     def save(self, state: dict[str, Any], directory: str) -> None:
         """Copy `state` and begin to write it; waits for the save before it, if that is still going on."""
         self.wait()
-        writing = async_save(state, checkpoint_id=directory, process_group=self._group)
+        writer = SummingWriter(directory)
+        writing = async_save(state, checkpoint_id=directory, storage_writer=writer, process_group=self._group)
         assert isinstance(writing, Future), "only a stager of one's own makes it answer otherwise"
-        self._writing, self._directory = writing, directory
+        self._writing = writing, writer
 
-    def wait(self) -> None:
+    def wait(self) -> tuple[CheckpointFile, ...]:
         """Wait until the last save's files are whole.
+
+        Returns:
+            Those that this rank wrote; none if that was said before.
 
         Raises:
             PmdflowError: they could not be written, on whichever rank.
             WaitTimeout: they were not written in time.
         """
-        writing, self._writing = self._writing, None
-        if writing is None:
-            return
+        saving, self._writing = self._writing, None
+        if saving is None:
+            return ()
+        writing, writer = saving
         try:
             writing.result(timeout=WRITE_TIMEOUT_S)
+            return writer.written()
         except TimeoutError as error:
-            raise WaitTimeout(f"checkpoint {self._directory} was not written in {WRITE_TIMEOUT_S:g} s") from error
+            raise WaitTimeout(f"checkpoint {writer.path} was not written in {WRITE_TIMEOUT_S:g} s") from error
         except CheckpointException as error:  # a BaseException
             causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in sorted(error.failures.items()))
             raise PmdflowError(
-                f"checkpoint {self._directory} cannot be written: {causes}",
+                f"checkpoint {writer.path} cannot be written: {causes}",
                 hint="free space on its disk, then start the same `pmdflow up` again: it resumes",
             ) from error
 
