@@ -99,6 +99,7 @@ class World:
             f"rollout.slots={sessions}", "rollout.actors=1", f"data.max_tokens={EPISODE}", "eval.prompts=0",
             "agents.command=[sleep, '100000']", f"agents.concurrency={sessions}", "agents.timeout_s=100000",
             "scheduler.tokens_per_iteration=1000000000", "rollout.lease_ttl_s=300",
+            "learner.tokens_per_microbatch=200000",
         ]  # fmt: skip
         self.config: Config = load(ROOT / "configs" / "quickstart.yaml", options).config
         self.run, self.sessions, self.secret = folder / "bench", sessions, secrets.token_bytes(32)
@@ -132,7 +133,9 @@ class World:
         made: Any = ray.remote(num_cpus=0, max_concurrency=4)(Gateway)
         self.gateway = made.remote(config=self.config.agents, model="bench", secret=self.secret, port=self.port)
         self.gateway.run.remote()
+        deadline = time.monotonic() + 60
         while socket.socket().connect_ex(("127.0.0.1", self.port)):
+            assert time.monotonic() < deadline, "the gateway did not start within 60 s"
             time.sleep(0.05)
         return int(ray.get(self.gateway.__ray_call__.remote(lambda _: os.getpid())))
 

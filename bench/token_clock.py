@@ -39,7 +39,7 @@ from pmdflow.rollout.engine import Output, Request
 from pmdflow.rollout.engines.simulated import SimulatedEngine
 from pmdflow.rollout.holder import Holder
 from pmdflow.rollout.leasing import LeaseTaker
-from pmdflow.run.actors import make_actor, make_loops, start_archive, start_ray, start_store
+from pmdflow.run.actors import LoopMaker, make_actor, start_archive, start_ray, start_store
 from pmdflow.run.controller import Controller
 from pmdflow.run.directory import RunDirectory
 from pmdflow.run.inputs import open_prompts
@@ -184,7 +184,7 @@ def loops(config: Config, path: Path, store: StoreHandle, *, step_s: float) -> l
         )  # fmt: skip
         return actor, call(actor, RolloutActor.run, weights)
 
-    made = make_loops(config, path, store, [{}] * ACTORS)
+    made = LoopMaker(config, path, store, [{}] * ACTORS).all()
     for index, loop in enumerate(loop for loop in made if loop.takes_weights):
         loop.start = partial(rollout, index)
     return made

@@ -136,13 +136,20 @@ class TrajectoryStore:
             StoreFull: untrained groups have reached the quota, or no room for group_size x max_tokens.
         """
     def lease(
-        self, worker: str, version: int, max_leases: int, timeout_s: float, now_s: float | None = None
+        self,
+        worker: str,
+        version: int,
+        max_leases: int,
+        timeout_s: float,
+        now_s: float | None = None,
+        kind: str | None = None,
     ) -> list[dict[str, Any]]:
         """Lease up to `max_leases` trajectories to a worker whose engine holds `version`; waits for the first one.
 
         Order: evaluation first, then partial ones, oldest group first, then new ones, highest priority and then oldest
         group first. Nothing is leased when its grant would be 0. With lookahead 0 nothing (but evaluation) is leased
-        while a claim is untrained or `version` is not the newest. Keys of an answer: the fields of
+        while a claim is untrained or `version` is not the newest. With `kind` only `train` or only `eval`; the latter
+        without what another version has begun, so that an evaluation is of one. Keys of an answer: the fields of
         `pmdflow.types.Lease`.
         """
     def lease_group(self, worker: str, group: int) -> list[dict[str, Any]]:

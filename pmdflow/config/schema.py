@@ -52,6 +52,9 @@ class ClusterConfig(Section):
     gpus: Annotated[str, Field(pattern=GPUS)] | None = None
     """GPUs that the plan reckons with, of all nodes together and by the memory of one, such as `8x80GiB`: to plan a
     run elsewhere, or a cluster. null: those of this machine. The run itself takes what Ray has."""
+    roles: dict[Literal["learner", "rollout"], Annotated[str, Field(pattern=NAME)]] = {}
+    """Nodes that learner ranks, or rollout actors, may be on: those that were started with this resource, such as
+    `{learner: train}` and `ray start --resources='{"train": 1}'`. Without an entry: any."""
     colocate: bool = False
     """Every device has a rollout engine and a learner rank in turn: while one works, the other's memory is on the host.
     For models that do not fit beside themselves; wants `scheduler.lookahead: 0`, and as many actors as ranks."""
@@ -86,6 +89,9 @@ class EvalConfig(Section):
     """Other evaluation sets by name, each with its own reward."""
     every: PositiveInt = 5
     """Iterations between evaluations; the initial and the final policy are always evaluated."""
+    hold_s: PositiveFloat = 600.0
+    """Seconds for which the rollout actors that evaluate a policy version keep it, and do not train. What is unfinished
+    then is generated anew in the next round, and this one has no result."""
     temperature: NonNegativeFloat = 1.0
     """Sampling temperature; 0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from pmdflow.weights.device_turn import DeviceTurn
 from pmdflow.weights.make import make_transport
 from pmdflow.weights.transport import Bytes, WeightsHandle, in_group
 
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Variables of torch's allocator, the second by its older name."""
 TURN_TIMEOUT_S = 300.0
 """An engine that was asked to sleep has given the device back within this time."""
 READ_TIMEOUT_S = 600.0
@@ -39,8 +42,11 @@ class LearnerActor:
 
     def __init__(self, *, config: Config, rank: int, run_dir: str) -> None:
         """Make the learner and open the transport of the run."""
+        if not any(name in os.environ for name in ALLOCATOR):
+            os.environ[ALLOCATOR[0]] = "expandable_segments:True"  # rows of any length cut up the memory of a GPU
         from pmdflow.learner.learner import Learner
 
+        self._engine_share = config.rollout.memory_share or 0.0
         self._turn = DeviceTurn.own(run_dir, rank) if config.cluster.colocate else None
         self._learner = Learner(config=config, rank=rank)
         self._transport = make_transport(config, Path(run_dir))
@@ -57,6 +63,7 @@ class LearnerActor:
         """See `Learner.setup`; in a colocated run the rank has its device from here on until it offloads."""
         if self._turn is not None:
             self._turn.take(timeout_s=TURN_TIMEOUT_S)
+        self._cap_memory()
         self._learner.setup(master)
 
     def offload(self) -> None:
@@ -69,8 +76,10 @@ class LearnerActor:
     def restore(self) -> None:
         """See `Learner.restore`; waits until the engine has given the device back."""
         assert self._turn is not None, "only a colocated run restores"
-        with self._busy("wait_device"):
+        with self._busy("wait_claim"):
+            asked = time.time()
             self._turn.take(timeout_s=TURN_TIMEOUT_S)
+            self._waits.add("wait_device", asked, time.time())
             self._learner.restore()
 
     def device_info(self) -> dict[str, Any]:
@@ -148,6 +157,14 @@ class LearnerActor:
     def close(self) -> None:
         """See `Learner.close`."""
         self._learner.close()
+
+    def _cap_memory(self) -> None:
+        """On a GPU that an engine has a share of, too, fail where the plan ends and not where the engine comes back."""
+        import torch
+
+        own = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)
+        if 0 < own < 1 and self._turn is None and torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(1 - self._engine_share)
 
     @contextmanager
     def _busy(self, wait: Wait) -> Iterator[None]:

@@ -20,7 +20,7 @@ from pmdflow.learner.scorers.claim import ClaimScorers, Kept
 from pmdflow.learner.scorers.teacher import TEACHER, TOP_IDS, TOP_LOGPROBS
 from pmdflow.learner.selection import Weighed, groups_left_out, veto_sequences, weigh
 from pmdflow.learner.steps import Tensors, mismatch_sums, reference_pass, teacher_pass
-from pmdflow.learner.sums import StepSums, Sums, added, all_sum, num_summed, over_ranks, sum_in_place
+from pmdflow.learner.sums import StepSums, Sums, added, all_sum, num_across, over_ranks, sum_in_place
 from pmdflow.learner.token_scores import TokenScores
 from pmdflow.learner.view import FROM_REFERENCE, FROM_TEACHER, TOP, State
 from pmdflow.metrics.spans import SpanBuffer
@@ -190,7 +190,7 @@ def _scored(
     outcome = kept.outcome(claim, rewards=rewards.task, correct=rewards.correct, add=sum_in_place)
     with parts.spans.span("reference", iteration=claim.iteration):
         columns, own = parts.scorers.run(kept.batch(claim), outcome)
-    shared = [value / num_summed() for value in all_sum(list(own.values()), parts.device)]
+    shared = [value / num_across() for value in all_sum(list(own.values()), parts.device)]
     start = 0
     filled: Steps = []
     for micros in steps:

@@ -27,7 +27,7 @@ class Interval:
 
     def capacity(self, *, actors: int) -> float | None:
         """Tokens a second that so many rollout actors would generate without a wait; None without a token."""
-        generated = self.tokens["generated_tokens"]
+        generated = self.tokens["generated_tokens"] - self.tokens["evaluation_tokens"]
         return generated / self.busy_s * actors if generated and self.busy_s else None
 
     def engine_metrics(self, *, speculates: bool) -> dict[str, object]:

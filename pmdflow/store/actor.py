@@ -15,6 +15,7 @@ import ray
 
 from pmdflow._rust_buffer import Conflict, StoreFull, StoreLocked
 from pmdflow.errors import WaitTimeout
+from pmdflow.metrics.order import Claimed
 from pmdflow.metrics.report import ActorReport, Event
 from pmdflow.store.alone import DURABLE_TIMEOUT_S
 from pmdflow.store.annotations import Unannotated
@@ -64,9 +65,11 @@ class StoreActor:
                 time.sleep(0.2)
 
     @_in_group("lease")
-    def lease(self, worker: str, version: int, max_leases: int, timeout_s: float) -> list[Lease]:
-        """Lease trajectories to a rollout actor; waits for the first one."""
-        return self._store.lease(worker, version, max_leases, timeout_s)
+    def lease(
+        self, worker: str, version: int, max_leases: int, timeout_s: float, kind: Literal["train", "eval"] | None = None
+    ) -> list[Lease]:
+        """Lease trajectories to a rollout actor, of one kind or of both; waits for the first one."""
+        return self._store.lease(worker, version, max_leases, timeout_s, kind=kind)
 
     def fence(self, worker: str) -> int:
         """End every lease of a worker that is dead, and lease nothing to it again."""
@@ -158,6 +161,11 @@ class StoreActor:
             plan = deal(claim, self._steps_per_iteration, seed=self._seed)
             self._store.record_plan(iteration, plan)
         return replace(claim, plan=plan)
+
+    @_in_group("read")
+    def look_at(self, claim: Claim) -> Claimed:
+        """The numbers of a claim that was read: whoever wants no more does not fetch it."""
+        return Claimed.of(claim)
 
     @_in_group("read")
     def read_tokens(self, trajectories: Int64) -> ClaimTokens:
@@ -269,6 +277,23 @@ class StoreActor:
     def eval_results(self, prefix: str, timeout_s: float) -> list[EvalResult] | None:
         """Results of one evaluation, or None if some are missing after `timeout_s`."""
         return self._store.eval_results(prefix, timeout_s)
+
+    def unfinished_eval(self, prefix: str) -> list[str]:
+        """Prompts of one evaluation of which an answer is not complete."""
+        groups = [group for group in self._store.groups() if group["kind"] == "eval"]
+        return [
+            str(group["prompt_id"])
+            for group in groups
+            if group["request_id"].startswith(prefix)
+            and any(self._store.trajectory(id)["state"] in ("leased", "idle") for id in group["trajectories"])
+        ]
+
+    def renew_eval(
+        self, prefix: str, prompts: Sequence[tuple[str, int | None, Prompt]], samples: int, max_tokens: int
+    ) -> list[int]:
+        """Admit an evaluation whose request ids start with `prefix`, and forget what there was of it."""
+        self._store.drop_eval(prefix)
+        return self.admit(prompts, "eval", samples, max_tokens)
 
     def drop_eval(self, prefix: str) -> int:
         """Forget the evaluation groups whose request ids start with `prefix`."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from operator import index
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Literal, Self, Unpack
 from uuid import uuid4
 
 import numpy as np
@@ -139,10 +139,21 @@ class TrajectoryStore(Annotations, Episodes, StoreView):
         )
 
     def lease(
-        self, worker: str, version: int, max_leases: int, timeout_s: float, *, now_s: float | None = None
+        self,
+        worker: str,
+        version: int,
+        max_leases: int,
+        timeout_s: float,
+        *,
+        now_s: float | None = None,
+        kind: Literal["train", "eval"] | None = None,
     ) -> list[Lease]:
-        """Lease up to `max_leases` trajectories to a worker whose engine holds `version`; waits for the first one."""
-        return [_lease(row) for row in self._native.lease(worker, version, max_leases, timeout_s, now_s)]
+        """Lease up to `max_leases` trajectories to a worker whose engine holds `version`; waits for the first one.
+
+        With `kind` only such ones. An evaluation that is asked for alone is of one version: what another has begun is
+        not leased.
+        """
+        return [_lease(row) for row in self._native.lease(worker, version, max_leases, timeout_s, now_s, kind)]
 
     def lease_group(self, worker: str, group: int) -> list[Lease]:
         """Lease the members of a group that can still grow, outside every order and budget: they are generated already.

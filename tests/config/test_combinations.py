@@ -47,6 +47,11 @@ ALTERNATING = ("cluster.colocate=true", "scheduler.lookahead=0")
             "cluster.colocate",
             "set tensor_parallel to 1",
         ),
+        (
+            [*ALTERNATING, "learner.scorers={mine: {use: 'own:Scorer', when: claim}}"],
+            "cluster.colocate",
+            "or set colocate to false",
+        ),
         ([*ALTERNATING, "rollout.actors=2", "learner.ranks=1"], "cluster.colocate", "or set one to auto"),
         (["scheduler.window=3"], "scheduler.window", "raise window"),
         (["scheduler.versions=2", "scheduler.lookahead=0"], "scheduler.versions", "set versions to null"),

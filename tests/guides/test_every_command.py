@@ -50,6 +50,7 @@ ELSEWHERE = {
     "up configs/cluster.yaml --dry-run": "tests/run/test_recipes.py, with a Hub on loopback",
     "up configs/gpu8.yaml --dry-run cluster.gpus=8x80GiB": "tests/run/test_recipes.py, with a Hub on loopback",
     "down runs/quickstart": "test_a_run_goes_on_and_is_drained_from_another_terminal",
+    "scale runs/quickstart rollout=2": "run/test_scaling",
     "up configs/cluster.yaml": "needs several machines: its dry run is tried",
 }
 OWN = {"my_algorithm": "learner/ALGORITHMS.md", "my_policy": "run/RUN.md"}

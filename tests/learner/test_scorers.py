@@ -183,10 +183,13 @@ def test_ranks_learn_one_scorer(start, model_path) -> None:
     pool = Ranks(2)
     try:
         two = pool.train(make_config(model_path, ranks=2, **settings), [make_batch()])
+        shared = pool.train(make_config(model_path, ranks=2, context_parallel=2, **settings), [make_batch()])
     finally:
         pool.kill()
     key = "learner/scorer_counter_sequences"
     assert two[0].metrics[0][key] == two[1].metrics[0][key] == one.metrics[key] == 18.0
+    assert shared[0].metrics[0][key] == 18.0, "rows that ranks share count once"
+    assert shared[0].metrics[0]["learner/scorer_counter_claims"] == 1.0
 
 
 def test_what_is_set_wrong_is_refused_with_its_place(model_path, tmp_path: Path) -> None:

@@ -87,12 +87,15 @@ impl TrajectoryStore {
         self.change(py, wait, |store| store.admit(&admit, Prompt { tokens: prompt, metadata, text }))
     }
 
-    #[pyo3(signature = (worker, version, max_leases, timeout_s, now_s = None))]
+    #[pyo3(signature = (worker, version, max_leases, timeout_s, now_s = None, kind = None))]
+    #[allow(clippy::too_many_arguments)]
     fn lease<'py>(
         &self, py: Python<'py>, worker: &str, version: Version, max_leases: usize, timeout_s: f64, now_s: Option<f64>,
+        kind: Option<&str>,
     ) -> PyResult<Vec<Row<'py>>> {
         let (timeout_s, clock) = (seconds("timeout_s", timeout_s)?, self.waiting(py, now_s)?);
-        let leases = py.detach(|| self.shared.lease(worker, version, max_leases, timeout_s, clock))?;
+        let kind = kind.map(parse::kind).transpose()?;
+        let leases = py.detach(|| self.shared.lease_kind(worker, version, max_leases, kind, timeout_s, clock))?;
         leases.iter().map(|lease| rows::lease(py, lease)).collect()
     }
 

@@ -165,6 +165,11 @@ impl Index {
         first(self.eval.range(..reach.below).chain(self.eval.get_key_value(&reach.own)))
     }
 
+    /// The first idle evaluation trajectory that is not begun, or that `version` has begun.
+    pub fn next_eval_of(&self, version: Version) -> Option<u64> {
+        first(self.eval.get_key_value(&-1).into_iter().chain(self.eval.get_key_value(&version)))
+    }
+
     /// The first idle training trajectory that a worker of this reach, whose version allows `tokens_per_segment`, may
     /// extend, if its version's budget lasts.
     pub fn next_train(&self, reach: Reach, tokens_per_segment: Option<u32>) -> Option<u64> {

@@ -9,7 +9,7 @@ use crate::{
     error::{Result, StoreError},
     state::State,
     state::fork::Fork,
-    state::group::Group,
+    state::group::{Group, Kind},
     state::trajectory::{Trajectory, Verdict, Version},
     state::turn::Turn,
     store::arrays::{Extras, StoredPrompt, Tokens, read_all_extras, read_history, read_prompt, read_runs},
@@ -86,8 +86,18 @@ impl Shared {
     pub fn lease(
         &self, worker: &str, version: Version, max_leases: usize, timeout_s: f64, clock: Clock,
     ) -> Result<Vec<LeaseView>> {
+        self.lease_kind(worker, version, max_leases, None, timeout_s, clock)
+    }
+
+    /// The same of one kind alone; None: of both.
+    ///
+    /// # Errors
+    /// Those of `lease`.
+    pub fn lease_kind(
+        &self, worker: &str, version: Version, max_leases: usize, kind: Option<Kind>, timeout_s: f64, clock: Clock,
+    ) -> Result<Vec<LeaseView>> {
         let granted = self.wait(timeout_s, clock, |store, now| {
-            let granted = store.lease(worker, version, max_leases, now).map(some)?;
+            let granted = store.lease_kind(worker, version, max_leases, kind, now).map(some)?;
             Ok(granted.map(|granted| (granted, self.pins.pin())))
         })?;
         let Some((_, (granted, _pin))) = granted else { return Ok(Vec::new()) };
