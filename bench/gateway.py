@@ -38,6 +38,7 @@ from pmdflow.agents.keys import Credential
 from pmdflow.agents.requests import parse_turn
 from pmdflow.config.load import load
 from pmdflow.config.schema import Config
+from pmdflow.config.settle import settle
 from pmdflow.data.prompts import make_prompts
 from pmdflow.rollout.launching import AgentsPlace
 from pmdflow.run.actors import start_rollout, start_store
@@ -101,7 +102,7 @@ class World:
             "scheduler.tokens_per_iteration=1000000000", "rollout.lease_ttl_s=300",
             "learner.tokens_per_microbatch=200000",
         ]  # fmt: skip
-        self.config: Config = load(ROOT / "configs" / "quickstart.yaml", options).config
+        self.config: Config = settle(load(ROOT / "configs" / "quickstart.yaml", options).config, gpus=None)
         self.run, self.sessions, self.secret = folder / "bench", sessions, secrets.token_bytes(32)
         self.run.mkdir()
         self.store: Any = start_store(self.config, self.run)
