@@ -304,6 +304,8 @@ class TrajectoryStore:
         Raises:
             Conflict: one of them is not in the store.
         """
+    def epochs(self, trajectories: list[int]) -> dict[int, int]:
+        """Fencing epochs of those of these trajectories that are in the store; no file is read."""
     def read_tokens(self, trajectories: list[int], *, tokens: Buffer, logprobs: Buffer, check: bool) -> None:
         """Pack prompt and tokens of live trajectories into the given byte arrays, without the GIL.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -48,6 +49,12 @@ class Channels:
             self._by_worker.pop(worker, None)
             raise WorkerGone(worker) from None
 
+    def deliver(self, worker: str, incoming: Incoming) -> None:
+        """Tell it that an answer was read; it is not waited for."""
+        channel = self._by_worker.get(worker)
+        if channel is not None:
+            channel.deliver(incoming)
+
 
 class _Channel:
     def __init__(self, actor: ActorHandle[Any], gateway: str) -> None:
@@ -66,6 +73,10 @@ class _Channel:
             return await answer
         finally:
             self._open.pop(incoming.id, None)
+
+    def deliver(self, incoming: Incoming) -> None:
+        with suppress(RayError):
+            self._actor.submit_requests.remote([incoming])
 
     async def _poll(self) -> None:
         """Take answers as long as somebody waits; those of a gateway before this one are nobody's."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from pmdflow.agents.answers import error
-from pmdflow.agents.requests import Posted, TurnRequest
+from pmdflow.agents.requests import Delivered, Posted, TurnRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,7 @@ class Incoming:
     trajectory: int
     epoch: int
     """Of the program's credential."""
-    content: TurnRequest | Posted
+    content: TurnRequest | Posted | Delivered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,8 @@ class Desk:
         with self._changed:
             self._known.discard((trajectory, epoch))
             for incoming in self._waiting.pop((trajectory, epoch), []):
-                self._answers.append(_gone(incoming))
+                if not isinstance(incoming.content, Delivered):
+                    self._answers.append(_gone(incoming))
             self._changed.notify_all()
 
     def submit(self, requests: Iterable[Incoming]) -> None:
@@ -79,7 +80,7 @@ class Desk:
                 program = (incoming.trajectory, incoming.epoch)
                 if program in self._known:
                     self._waiting[program].append(incoming)
-                else:
+                elif not isinstance(incoming.content, Delivered):
                     self._answers.append(_gone(incoming))
             if not self._arrival.done():
                 self._arrival.set_result(None)

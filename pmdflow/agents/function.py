@@ -25,10 +25,7 @@ def main() -> None:
     if inspect.isawaitable(result):
         result = asyncio.run(_awaited(result))
     if result is not None:
-        path = Path(os.environ["PMDFLOW_REWARD_FILE"])
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps(result))
-        aside.rename(path)
+        Path(os.environ["PMDFLOW_REWARD_FILE"]).write_text(json.dumps(result))
 
 
 async def _awaited(result: Any) -> Any:

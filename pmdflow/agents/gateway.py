@@ -16,15 +16,17 @@ from uuid import uuid4
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from pmdflow.agents.answers import chunks, error
 from pmdflow.agents.channel import Channels, WorkerGone
+from pmdflow.agents.connection import Connection
 from pmdflow.agents.desk import Incoming, Outgoing
 from pmdflow.agents.keys import Credential, read_key
-from pmdflow.agents.requests import RequestRefused, parse_reward, parse_turn
+from pmdflow.agents.requests import Delivered, RequestRefused, parse_reward, parse_turn
 from pmdflow.config.agents import AgentsConfig
 from pmdflow.errors import PmdflowError
 from pmdflow.metrics.report import ActorReport, Event
@@ -93,7 +95,7 @@ class _Front:
         ]
         config = uvicorn.Config(
             Starlette(routes=routes), host=self._config.host, port=self._port, log_config=None, access_log=False,
-            limit_concurrency=MAX_CONNECTIONS, timeout_keep_alive=60, lifespan="off",
+            limit_concurrency=MAX_CONNECTIONS, timeout_keep_alive=60, lifespan="off", http=Connection,
         )  # fmt: skip
         listener = await self._bound(config)
         server = uvicorn.Server(config)
@@ -135,16 +137,23 @@ class _Front:
             turn = parse_turn(
                 body,
                 chat=chat,
-                retried=request.headers.get("x-stainless-retry-count", "0") not in ("", "0"),
+                attempt=_attempt(request.headers.get("x-stainless-retry-count", "")),
                 idempotency_key=request.headers.get("idempotency-key"),
             )
             answer = await self._ask(whose, turn)
         except RequestRefused as refusal:
             return _refused(refusal)
+        # Where its client still listens, the answer is read: a retry of the same that comes later is of another.
+        told = None if await request.is_disconnected() else BackgroundTask(self._deliver, whose, answer.id)
         if answer.status == 200 and body.get("stream"):
             usage = bool((body.get("stream_options") or {}).get("include_usage"))
-            return StreamingResponse(_events(answer.body, usage=usage), media_type="text/event-stream")
-        return JSONResponse(answer.body, status_code=answer.status)
+            events = _events(answer.body, usage=usage)
+            return StreamingResponse(events, media_type="text/event-stream", background=told)
+        return JSONResponse(answer.body, status_code=answer.status, background=told)
+
+    async def _deliver(self, whose: Credential, id: str) -> None:
+        incoming = Incoming(id=id, trajectory=whose.trajectory, epoch=whose.epoch, content=Delivered())
+        self._channels.deliver(whose.worker, incoming)
 
     async def _reward(self, request: Request) -> Response:
         try:
@@ -169,6 +178,9 @@ class _Front:
             RequestRefused: a foreign key, or a body that is too large, too slow or no JSON.
         """
         whose = self._whose(request)
+        told = request.headers.get("content-length", "")
+        if told.isdigit() and int(told[:20]) > MAX_BODY_BYTES:
+            raise RequestRefused(f"the body has more than {MAX_BODY_BYTES} bytes", status=413)
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 data = b""
@@ -207,6 +219,11 @@ class _Front:
         except WorkerGone:
             message = f"episode {whose.trajectory}: {whose.worker} is gone, and another program is started in its place"
             raise RequestRefused(message, status=410, kind="session_over") from None
+
+
+def _attempt(counted: str) -> int | None:
+    """What a client's header says of its attempts; None where it is no count."""
+    return int(counted) if counted.isascii() and counted.isdigit() and len(counted) < 10 else None
 
 
 def _refused(refusal: RequestRefused) -> Response:

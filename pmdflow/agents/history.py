@@ -6,6 +6,7 @@ tokenized: the tokens before are those that were sent and generated, whatever a 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,35 @@ _SHOWN = 40
 
 
 @dataclass(frozen=True, slots=True)
+class _Known:
+    """A conversation that has been answered; what it goes on from is held once, whatever goes on from it."""
+
+    before: _Known | None
+    """The one that it goes on from."""
+    given: tuple[Mapping[str, Any], ...]
+    """Messages since then, the answer last."""
+    added: tuple[int, ...]
+    """Tokens since then, as sent and generated."""
+
+    @property
+    def messages(self) -> tuple[Mapping[str, Any], ...]:
+        """All of them."""
+        return tuple(message for known in self._chain() for message in known.given)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All of them."""
+        return tuple(token for known in self._chain() for token in known.added)
+
+    def _chain(self) -> list[_Known]:
+        chain, known = [self], self.before
+        while known is not None:
+            chain.append(known)
+            known = known.before
+        return chain[::-1]
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """What the model goes on from."""
 
@@ -32,18 +62,13 @@ class Target:
     """The whole history."""
     broken: str = ""
     """Why it does not go on from an earlier turn of the same conversation, if it should."""
+    known: _Known | None = None
+    """The earlier turn that it goes on from."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """A conversation that has been answered."""
-
-    messages: tuple[str, ...]
-    """Each in one spelling, the answer last."""
-    tools: str
-    given: tuple[Mapping[str, Any], ...]
-    tokens: tuple[int, ...]
-    """Of all of it, as sent and generated."""
+    @property
+    def follows(self) -> bool:
+        """It goes on from an earlier turn of the same conversation."""
+        return self.known is not None
 
 
 @dataclass(slots=True)
@@ -54,8 +79,12 @@ class History:
     style: Style
     max_chars: int | None = None
     """A text that is longer has too many tokens: it is not even tokenized, which would keep all others waiting."""
-    _conversations: list[_Known] = field(default_factory=list)
-    _texts: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    _conversations: dict[bytes, _Known] = field(default_factory=dict)
+    """By digests of their tools and messages; of equal ones the latest."""
+    _texts: dict[bytes, _Known] = field(default_factory=dict)
+    """By digests of the whole text."""
+    _lengths: set[int] = field(default_factory=set)
+    """Of the texts, in characters."""
 
     def target(self, request: TurnRequest) -> Target:
         """The tokens that a request wants to be gone on from.
@@ -72,44 +101,44 @@ class History:
 
     def answered(self, request: TurnRequest, target: Target, said: Said, generated: Sequence[int]) -> None:
         """Know a turn from now on."""
-        tokens = (*target.tokens, *generated)
+        before, length = target.known, 0 if target.known is None else len(target.known.tokens)
+        added = (*target.tokens[length:], *generated)
         if request.messages is None:
-            self._texts.append((self._text(target.tokens) + said.text, tokens))
+            text = self._text(target.tokens) + said.text
+            self._lengths.add(len(text))
+            self._texts[_digest(text)] = _Known(before, (), added)
             return
-        given = (*request.messages, said.message)
-        spelt = tuple(_spelt(message) for message in given)
-        self._conversations.append(_Known(spelt, _tools(request), given, tokens))
+        kept = 0 if before is None else len(before.messages)
+        digests = _digests(_tools(request), (*request.messages, said.message))
+        self._conversations[digests[-1]] = _Known(before, (*request.messages[kept:], said.message), added)
 
     def _of_chat(self, request: TurnRequest) -> Target:
         assert request.messages is not None
-        spelt, tools = tuple(_spelt(message) for message in request.messages), _tools(request)
-        before = [
-            known
-            for known in self._conversations
-            if known.tools == tools and spelt[: len(known.messages)] == known.messages
-        ]
+        digests = _digests(_tools(request), request.messages)
+        known = next((self._conversations[one] for one in reversed(digests) if one in self._conversations), None)
         whole = self._render(request.messages, request.tools, answer=True)
-        if not before:
+        if known is None:
             return Target(self._ids(whole))
-        known = max(reversed(before), key=lambda known: len(known.messages))  # of equal ones the latest
-        told = self._render(known.given, request.tools)
-        asked = self._render(known.given[:-1], request.tools, answer=True)
+        given, tokens = known.messages, known.tokens
+        told = self._render(given, request.tools)
+        asked = self._render(given[:-1], request.tools, answer=True)
         for earlier, later in ((asked, told), (told, whole)):
             if not later.startswith(earlier):
                 return Target(self._ids(whole), broken=_difference(earlier, later))
-        end = self._render([*known.given[:-1], {"role": "assistant", "content": _WORDS}], request.tools)
+        end = self._render([*given[:-1], {"role": "assistant", "content": _WORDS}], request.tools)
         added = end.rpartition(_WORDS)[2] + whole[len(told) :]
-        ended = self._text(known.tokens[-1:])
-        return Target((*known.tokens, *self._ids(added.removeprefix(ended))))
+        ended = self._text(tokens[-1:])
+        return Target((*tokens, *self._ids(added.removeprefix(ended))), known=known)
 
     def _of_text(self, request: TurnRequest) -> Target:
-        if not isinstance(request.prompt, str):
-            return Target(request.prompt)
-        before = [(text, tokens) for text, tokens in self._texts if request.prompt.startswith(text)]
-        if not before:
-            return Target(self._ids(request.prompt))
-        text, tokens = max(reversed(before), key=lambda known: len(known[0]))
-        return Target((*tokens, *self._ids(request.prompt[len(text) :])))
+        prompt = request.prompt
+        if not isinstance(prompt, str):
+            return Target(prompt)
+        for length in sorted(self._lengths, reverse=True):
+            known = self._texts.get(_digest(prompt[:length])) if length <= len(prompt) else None
+            if known is not None:
+                return Target((*known.tokens, *self._ids(prompt[length:])), known=known)
+        return Target(self._ids(prompt))
 
     def _render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], *, answer: bool = False
@@ -140,6 +169,18 @@ class History:
 
     def _text(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+
+def _digest(text: str, before: bytes = b"") -> bytes:
+    return hashlib.blake2b(before + text.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def _digests(tools: str, messages: Sequence[Mapping[str, Any]]) -> list[bytes]:
+    """Of the conversation up to each message, that included."""
+    digests = [_digest(tools)]
+    for message in messages:
+        digests.append(_digest(_spelt(message), digests[-1]))
+    return digests[1:]
 
 
 def _spelt(message: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pmdflow.agents.remains import kill_marked, take_reward
+from pmdflow.agents.sandbox import Walls
 
 KEEPER = Path(__file__).with_name("keeper.py").read_text()
 LOG_BYTES = 1 << 20
@@ -60,6 +61,7 @@ class Program:
         work: Path,
         log: Path,
         timeout_s: float,
+        walls: Walls | None = None,
     ) -> Program:
         """Start a program.
 
@@ -70,12 +72,16 @@ class Program:
             work: Its working directory, made for it and removed afterwards.
             log: File that its output is appended to.
             timeout_s: Its deadline.
+            walls: Around it. Then it has no variables of this process, and its working directory is its own `/tmp`.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
-        reward = work.with_name(f"{work.name}.reward")
-        full = {**os.environ, "PYTHONPATH": _python_path(), **env, _REWARD: str(reward)}
+        reward, path = work.with_name(f"{work.name}.reward"), [folder or os.getcwd() for folder in sys.path]
+        full = {**os.environ, "PYTHONPATH": os.pathsep.join(path), **env, _REWARD: str(reward)}
         job = {"argv": list(argv), "env": full, "task": json.dumps(task), "work": str(work), "log": str(log)}
         job |= {"reward": str(reward), "hidden": env.get("OPENAI_API_KEY", "")}
+        if walls is not None:
+            job |= walls.job(argv, env=env, reward=reward, timeout_s=timeout_s, path=path)
+            job["env"] = {"PATH": os.environ.get("PATH", os.defpath), _REWARD: str(reward)}
         keeper = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", KEEPER],
             stdin=subprocess.PIPE,
@@ -172,7 +178,3 @@ def _last_word(said: bytes) -> Mapping[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return word if isinstance(word, dict) and word.keys() & {"status", "error"} else None
-
-
-def _python_path() -> str:
-    return os.pathsep.join(path or os.getcwd() for path in sys.path)

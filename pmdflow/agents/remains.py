@@ -18,7 +18,7 @@ _SWEEPS = 20
 
 
 def take_reward(path: Path) -> dict[str, float]:
-    """The rewards in a file, which is removed; {} if there is none.
+    """The rewards in a file, which is removed; {} if there is none, or nothing in it.
 
     Raises:
         ValueError: it has none, or is no file.
@@ -41,7 +41,7 @@ def take_reward(path: Path) -> dict[str, float]:
     if len(data) > MAX_REWARD_BYTES:
         raise ValueError(f"its reward file has more than {MAX_REWARD_BYTES} bytes")
     try:
-        return dict(parse_reward(json.loads(data)).rewards)
+        return dict(parse_reward(json.loads(data)).rewards) if data else {}
     except RequestRefused as error:
         raise ValueError(f"its reward file: {error}") from error
     except (ValueError, RecursionError) as error:

@@ -113,10 +113,15 @@ class TurnRequest:
     """A digest that stands for all of the above: two requests with the same ask for the same."""
     asked: Mapping[str, Any]
     """The sampling that it asks for, which is not used."""
-    retried: bool = False
-    """The client says that it sends it again."""
+    attempt: int | None = None
+    """What the client counts: 0 is its first, more are sent again; None: it does not say."""
     idempotency_key: str | None = None
     """A request with the key of an earlier one is that one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivered:
+    """The client has read the answer to a request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +132,7 @@ class Posted:
     """By name."""
 
 
-def parse_turn(body: Any, *, chat: bool, retried: bool = False, idempotency_key: str | None = None) -> TurnRequest:
+def parse_turn(body: Any, *, chat: bool, attempt: int | None = None, idempotency_key: str | None = None) -> TurnRequest:
     """Read the JSON body of `/v1/chat/completions`, or of `/v1/completions`.
 
     Raises:
@@ -135,14 +140,14 @@ def parse_turn(body: Any, *, chat: bool, retried: bool = False, idempotency_key:
     """
     try:
         check_text(body)
-        return _parse_turn(body, chat, retried, idempotency_key)
+        return _parse_turn(body, chat, attempt, idempotency_key)
     except ValidationError as error:
         raise RequestRefused(_first(error)) from error
     except RecursionError:
         raise RequestRefused("the body is nested too deeply") from None
 
 
-def _parse_turn(body: Any, chat: bool, retried: bool, idempotency_key: str | None) -> TurnRequest:
+def _parse_turn(body: Any, chat: bool, attempt: int | None, idempotency_key: str | None) -> TurnRequest:
     given: Any = (_ChatBody if chat else _TextBody).model_validate(body)
     _refuse_unsupported(body, given.stop)
     messages: tuple[Mapping[str, Any], ...] | None = None
@@ -170,7 +175,7 @@ def _parse_turn(body: Any, chat: bool, retried: bool, idempotency_key: str | Non
         logprobs=bool(given.logprobs),
         content=hashlib.sha256(json.dumps(asks, sort_keys=True, default=str).encode()).hexdigest(),
         asked={name: body[name] for name in _UNSAMPLED if _changes(name, body.get(name))},
-        retried=retried,
+        attempt=attempt,
         idempotency_key=idempotency_key,
     )
 

@@ -3,76 +3,55 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from pmdflow.agents.answers import Choice, chat_answer, error, text_answer
+from pmdflow.agents.answers import error
+from pmdflow.agents.asked import Asked, Next, joined, same
 from pmdflow.agents.desk import Desk, Incoming, Outgoing
-from pmdflow.agents.history import History, Target
+from pmdflow.agents.diary import Diary
+from pmdflow.agents.history import History
 from pmdflow.agents.program import Program
-from pmdflow.agents.record import Record, Tokens
-from pmdflow.agents.requests import Posted, RequestRefused, TurnRequest
-from pmdflow.agents.tools import ToolFormat, read
+from pmdflow.agents.record import Record, Tokens, Turn
+from pmdflow.agents.requests import Delivered, Posted, RequestRefused, TurnRequest
+from pmdflow.agents.rewards import Rewards
+from pmdflow.agents.wording import Wording, shown
 from pmdflow.config.variables import hide
-from pmdflow.data.stop_text import StopText
 from pmdflow.environments.protocol import Reply
 from pmdflow.store.episodes import MAX_FORKS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from pmdflow.config.agents import AgentsConfig
-
-
-@dataclass(slots=True)
-class _Open:
-    """A request that is not answered yet."""
-
-    request: TurnRequest
-    waiters: list[str]
-    """HTTP requests that get the answer."""
-    target: Target | None = None
-    choices: list[Choice] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)
 class AgentSession:
     """Stands where an environment does: `start` takes a turn that is whole and durable, `poll` says what comes next.
 
-    Requests of one episode are worked off one after another. The first recorded turns answer a program that was started
-    again, as long as it asks for what it asked before.
+    Requests of one episode come to their places in it one after another, and may run `ahead` of them. The first
+    recorded turns answer a program that was started again, as long as it asks for what it asked before.
     """
 
     config: AgentsConfig
-    tokenizer: PreTrainedTokenizerBase
     history: History
-    style: ToolFormat
+    wording: Wording
     desk: Desk
     start_program: Callable[[], Program]
     trajectory: int
     epoch: int
     """Of the lease for which the program is started."""
-    model: str
-    """Its name in answers."""
     prompt_length: int
     max_tokens: int
     """Of the episode, all that comes in it counted."""
     record: Record
-    ends: Collection[int]
-    """Token ids that end a turn."""
-    run_stop: tuple[str, ...]
-    """Texts that end a turn of any request, and stay in the answer."""
-    sampling: Mapping[str, Any]
-    """The run's own, which every answer says."""
+    rewards: Rewards
+    """What programs say of the episode."""
+    diary: Diary = field(default_factory=Diary)
     outlives: bool = field(default=True, init=False)
     may_die: bool = True
     """A program that is killed is started again."""
-    rewards: dict[str, float] = field(default_factory=dict, init=False)
-    """What the program says of its episode."""
-    is_judged: bool = field(default=False, init=False)
-    """The store has what was said of it already."""
     notes: list[tuple[str, str]] = field(default_factory=list, init=False)
     """(kind, message) of what is to be said of it in the run's events."""
     refused: str = field(default="it asked for nothing", init=False)
@@ -84,11 +63,12 @@ class AgentSession:
     turn_start: int = field(default=0, init=False)
     """Tokens of the history before the present turn, prompt included."""
     _program: Program | None = field(default=None, init=False)
-    _queue: deque[_Open] = field(default_factory=deque, init=False)
-    _current: _Open | None = field(default=None, init=False)
-    _answered: list[tuple[TurnRequest, dict[str, Any]]] = field(default_factory=list, init=False)
+    _queue: deque[Asked] = field(default_factory=deque, init=False)
+    _current: Asked | None = field(default=None, init=False)
+    _answered: list[Asked] = field(default_factory=list, init=False)
     _turn: tuple[list[float], list[int]] = field(default_factory=lambda: ([], []), init=False)
     """Log-probs and versions of what is generated of the present turn."""
+    _num_asked: int = field(default=0, init=False)
     _ended: str = field(default="", init=False)
     """Why the episode ends although its program did not."""
 
@@ -120,12 +100,14 @@ class AgentSession:
         """Take a turn of the model, whole and durable; None starts the program."""
         if action is None:
             self.desk.open(self.trajectory, self.epoch)
+            self.diary.tell("start")
             self._program = self.start_program()
             return
         self.generating = False
         self.record.live = self.record.live[: self.turn_start] + action
         logprobs, versions = self._turn
-        self._chose(action, logprobs[: len(action)], versions[: len(action)])
+        turn = Turn(tokens=action, logprobs=tuple(logprobs[: len(action)]), versions=tuple(versions[: len(action)]))
+        self._chose(turn, recorded=False)
 
     def generated(self, logprobs: Sequence[float], version: int) -> None:
         """Take the log-probs of tokens of the present turn; it may be cut afterwards."""
@@ -135,7 +117,7 @@ class AgentSession:
 
     def poll(self) -> Reply | None:
         """What comes next, if anything: tokens to go on from, or the end."""
-        self._take_arrivals()
+        self.take_arrivals()
         if self.generating:
             return self._last() if self.over else None
         while not self.over and (self._current is not None or self._queue):
@@ -158,41 +140,77 @@ class AgentSession:
             self._answer(entry, 410, error(f"the episode is over: {why}", kind="session_over"))
         self._current = None
         self._queue.clear()
+        self.rewards.close(why)
+        self.diary.tell("end", why=why)
         self.desk.close(self.trajectory, self.epoch)
         if self._program is not None:
             self._program.kill()
 
     @property
-    def _waiting(self) -> list[_Open]:
+    def _waiting(self) -> list[Asked]:
         """Requests that are not answered yet, in their order."""
         return [*([] if self._current is None else [self._current]), *self._queue]
 
-    def _take_arrivals(self) -> None:
+    def take_arrivals(self) -> None:
+        """Take what the program has sent since the last call."""
         for incoming in self.desk.take(self.trajectory, self.epoch):
             if isinstance(incoming.content, Posted):
-                self.rewards |= incoming.content.rewards
-                self.desk.answer([Outgoing(id=incoming.id, status=200, body={"rewards": dict(self.rewards)})])
+                self.rewards.post(incoming)
+            elif isinstance(incoming.content, Delivered):
+                for entry in self._answered:
+                    entry.delivered |= incoming.id in entry.waiters
             else:
                 self._arrive(incoming, incoming.content)
 
     def _arrive(self, incoming: Incoming, request: TurnRequest) -> None:
         """Join the same request where it is open or sent again; else wait for one's turn."""
-        for entry in self._waiting:
-            if _same(entry.request, request):
-                entry.waiters.append(incoming.id)
-                return
-        if request.retried or request.idempotency_key is not None:
-            for earlier, body in reversed(self._answered):
-                if _same(earlier, request):
-                    self.desk.answer([Outgoing(id=incoming.id, status=200, body=body)])
-                    return
-        if request.asked and self.config.sampling == "refuse":
-            message = f"{_shown(request.asked)} asked, {_shown(self.sampling)} sampled; leave it out (agents.sampling)"
+        entry = joined(request, self._waiting, self._answered)
+        if entry is None and request.asked and self.config.sampling == "refuse":
+            own = shown(self.wording.sampling)
+            message = f"{shown(request.asked)} asked, {own} sampled; leave it out (agents.sampling)"
             self.desk.answer([Outgoing(id=incoming.id, status=400, body=error(message))])
             return
-        self._queue.append(_Open(request, [incoming.id]))
+        if entry is None:
+            self._num_asked += 1
+            entry = Asked(request, self._num_asked)
+            self._queue.append(entry)
+        entry.add(incoming.id, request.attempt)
+        if entry.body is not None:
+            self.desk.answer([Outgoing(id=incoming.id, status=200, body=entry.body)])
 
-    def _proceed(self, entry: _Open) -> Reply | None:
+    @property
+    def turn_key(self) -> tuple[int, int]:
+        """Of the present turn among those of `ahead`."""
+        return (0, 0) if self._current is None else (self._current.number, len(self._current.choices))
+
+    def ahead(self) -> list[tuple[int, int]]:
+        """Keys of turns that are asked for besides the present one, in their order."""
+        entries = self._waiting
+        if self.over or self.record.remaining or sum(entry.request.samples for entry in entries) <= 1:
+            return []
+        first = {entry.number: len(entry.choices) + (entry is self._current) for entry in entries}
+        return [(one.number, nth) for one in entries for nth in range(first[one.number], one.request.samples)]
+
+    def plan(self, key: tuple[int, int]) -> Next | None:
+        """A turn of `ahead`; None where it has no room, or it cannot be said what it goes on from."""
+        entry = next(entry for entry in self._waiting if entry.number == key[0])
+        if entry.early is None:
+            entry.early = self._early(entry)
+        room = self.max_tokens - self.record.spent - len(entry.early) + _common(self.record.live, entry.early)
+        limit = min(entry.request.max_tokens or room, room)
+        if not entry.early or limit <= 0:
+            return None
+        return Next(key=key, history=entry.early, limit=limit, stop=entry.request.stop)
+
+    def _early(self, entry: Asked) -> Tokens:
+        try:
+            target = (entry.target or self.history.target(entry.request)).tokens
+            self._check(target)
+        except RequestRefused:
+            return ()
+        return target
+
+    def _proceed(self, entry: Asked) -> Reply | None:
         """Answer from the record, or say what the model is to go on from."""
         if entry.target is None:
             entry.target = self.history.target(entry.request)
@@ -205,21 +223,14 @@ class AgentSession:
             self._turn = (list(turn.logprobs), list(turn.versions))
             self.turn_start = len(target)
             if not turn.last or end is not None:
-                self._chose(turn.tokens, turn.logprobs, turn.versions)
+                self._chose(turn, recorded=True)
                 return None
             return Reply(turn=len(turn.tokens))
         return self._go_on(entry, target)
 
-    def _go_on(self, entry: _Open, target: Tokens) -> Reply:
+    def _go_on(self, entry: Asked, target: Tokens) -> Reply:
         live = self.record.live
-        kept = _common(live, target)
-        if kept < self.prompt_length:
-            raise RequestRefused(
-                "a history of this run begins as its chat template makes conversations begin, with token "
-                f"{live[0]} ({self.tokenizer.decode([live[0]])!r}), not {list(target[:1])}"
-            )
-        if max(target[kept:], default=0) >= len(self.tokenizer):
-            raise RequestRefused(f"the model has {len(self.tokenizer)} tokens, not {max(target[kept:])}")
+        kept = self._check(target)
         new = len(target) - kept
         if self.record.spent + new >= self.max_tokens:
             raise RequestRefused(
@@ -241,12 +252,31 @@ class AgentSession:
         self.turn_start = len(target)
         return Reply(tokens=target[kept:], fork=fork, turn=0)
 
-    def _say_broken(self, entry: _Open) -> None:
+    def _check(self, target: Tokens) -> int:
+        """Tokens that a history has in common with the newest branch.
+
+        Raises:
+            RequestRefused: it is none that this model could have.
+        """
+        live = self.record.live
+        kept = _common(live, target)
+        if kept < self.prompt_length:
+            raise RequestRefused(
+                "a history of this run begins as its chat template makes conversations begin, with token "
+                f"{live[0]} ({self.wording.tokenizer.decode([live[0]])!r}), not {list(target[:1])}"
+            )
+        if max(target[kept:], default=0) >= len(self.wording.tokenizer):
+            raise RequestRefused(f"the model has {len(self.wording.tokenizer)} tokens, not {max(target[kept:])}")
+        return kept
+
+    def _say_broken(self, entry: Asked) -> None:
         """A request does not go on from what was last: by the rule it begins a branch, or ends the episode."""
         assert entry.target is not None
-        asked_before = any(_same(earlier, entry.request) for earlier, _ in self._answered) or bool(entry.choices)
+        asked_before = any(same(earlier.request, entry.request) for earlier in self._answered) or bool(entry.choices)
         if asked_before and not self.record.bare:
             return  # another answer to the same: a sample
+        if entry.target.follows and self.config.history == "branch" and not self.record.bare:
+            return  # one of several conversations goes on
         why = entry.target.broken or "the program rewrote its history"
         if self.record.remaining:
             why = f"started again, the program says something else than before; {why}"
@@ -266,53 +296,38 @@ class AgentSession:
         return self._current is not None and self._end(self._current.request, tokens) is not None
 
     def _end(self, request: TurnRequest, tokens: Sequence[int]) -> int | None:
-        """Tokens of the turn that is the answer, where they begin with a whole one."""
-        ends = [at + 1 for at, token in enumerate(tokens) if token in self.ends][:1]
-        if request.max_tokens is not None and len(tokens) >= request.max_tokens:
-            ends.append(request.max_tokens)
-        if stop := (*self.run_stop, *request.stop):
-            found = StopText(self.tokenizer, stop).find(tokens)
-            ends += [] if found is None else [found + 1]
-        if self.record.spent >= self.max_tokens:
-            ends.append(len(tokens))
-        return min(ends, default=None)
+        return self.wording.end(request, tokens, full=self.record.spent >= self.max_tokens)
 
-    def _chose(self, tokens: Sequence[int], logprobs: Sequence[float], versions: Sequence[int]) -> None:
+    def _chose(self, turn: Turn, *, recorded: bool) -> None:
         """A turn is whole: answer its request once it has all of its samples."""
         entry = self._current
         if entry is None or entry.target is None:
             return  # whoever asked is gone
-        ended = bool(tokens) and tokens[-1] in self.ends
-        text = self._text(tokens[:-1] if ended else tokens)
-        cut = min((at for at in (text.find(stop) for stop in entry.request.stop) if at >= 0), default=None)
-        ended = ended or any(stop in text for stop in self.run_stop)
         place = f"{self.trajectory}-{len(entry.target.tokens)}-{self.num_turns}"
-        said = read(text if cut is None else text[:cut], self.style, id=place)
-        entry.choices.append(
-            Choice(
-                said=said,
-                tokens=tokens,
-                texts=[self._text([token]) for token in tokens] if entry.request.logprobs else (),
-                logprobs=logprobs,
-                versions=versions,
-                finish="stop" if ended or cut is not None else "length",
-            )
-        )
+        choice = self.wording.choice(entry.request, turn, id=place)
+        entry.choices.append(choice)
         self.num_turns += 1
-        self.history.answered(entry.request, entry.target, said, tokens)
+        self.diary.tell(
+            "turn",
+            asked=entry.asked_at,
+            tokens=len(turn.tokens),
+            calls=[call["function"]["name"] for call in choice.said.calls],
+            finish=choice.finish,
+            branch=self.record.forks,
+            recorded=recorded,
+        )
+        self.history.answered(entry.request, entry.target, choice.said, turn.tokens)
         if len(entry.choices) < entry.request.samples:
             return
-        make = text_answer if entry.request.messages is None else chat_answer
-        body = make(place, self.model, entry.choices, prompt_tokens=len(entry.target.tokens))
-        if entry.request.asked:
-            if not any(kind == "sampling_overridden" for kind, _ in self.notes):
-                self.notes.append(("sampling_overridden", f"{_shown(entry.request.asked)} asked for"))
-            body["pmdflow"]["sampling"] = dict(self.sampling)
-        self._answered.append((entry.request, body))
-        self._answer(entry, 200, body)
+        if entry.request.asked and not any(kind == "sampling_overridden" for kind, _ in self.notes):
+            self.notes.append(("sampling_overridden", f"{shown(entry.request.asked)} asked for"))
+        entry.body = self.wording.answer(entry, id=place)
+        entry.request = replace(entry.request, messages=None, prompt="")  # its digest is enough from now on
+        self._answered.append(entry)
+        self._answer(entry, 200, entry.body)
         self._current = None
 
-    def _answer(self, entry: _Open, status: int, body: Mapping[str, Any]) -> None:
+    def _answer(self, entry: Asked, status: int, body: Mapping[str, Any]) -> None:
         self.desk.answer([Outgoing(id=id, status=status, body=body) for id in entry.waiters])
 
     def _last(self) -> Reply:
@@ -320,21 +335,13 @@ class AgentSession:
         if self._ended:
             return Reply(done=True, problem=f"trajectory {self.trajectory}: {self._ended}")
         assert self._program is not None
-        self.rewards = {**self._program.rewards, **self.rewards}
         problem = self._program.ended.result()
         again = self._program.died and self.may_die
+        if not again:
+            self.rewards.end(self._program.rewards)
         told = f"trajectory {self.trajectory}: {'its program died: ' if again else ''}{problem}" if problem else ""
         told = hide(told, self.config.args)
         return Reply(done=not again, again=again, problem=told)
-
-    def _text(self, tokens: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
-
-
-def _same(one: TurnRequest, other: TurnRequest) -> bool:
-    if one.idempotency_key is not None or other.idempotency_key is not None:
-        return one.idempotency_key == other.idempotency_key
-    return one.content == other.content
 
 
 def _common(one: Tokens, other: Tokens) -> int:
@@ -343,7 +350,3 @@ def _common(one: Tokens, other: Tokens) -> int:
     if one[:shorter] == other[:shorter]:
         return shorter
     return next(at for at in range(shorter) if one[at] != other[at])
-
-
-def _shown(sampling: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in sampling.items())

@@ -23,8 +23,13 @@ class AgentsConfig(Section):
     """For the program; `${NAME}` is a variable of the environment, which is shown by its name everywhere."""
     timeout_s: PositiveFloat = 600.0
     """Deadline of one program; it is killed then, with all that it started, and the trajectory ends where it is."""
+    sandbox: bool = False
+    """Run it confined, as programs of code rewards are: no network but the gateway, no files but Python's packages and
+    those that `command` names, no variables but the task's; its working directory is in memory."""
     concurrency: PositiveInt = 64
-    """Programs that run at a time, over all rollout actors; engine slots count their requests."""
+    """Programs that run at a time, over all rollout actors; engine slots count their requests. At most as many more
+    wait for a lease where the budget is spent or new weights come; of more, those that wait longest are ended, and
+    started again later."""
     history: Literal["branch", "strict"] = "branch"
     """What a request does whose history is not the one before it and more: begin a branch of the episode, or end it."""
     sampling: Literal["override", "refuse"] = "override"

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from pmdflow.config.device_problems import device_problems
+from pmdflow.config.engine_problems import engine_problems
 from pmdflow.config.imports import IMPORT_PATH
 from pmdflow.config.sinks import SETTINGS
 from pmdflow.config.source_problems import source_problems
@@ -28,28 +30,6 @@ SHAPED = ("ucpo", "a_nsr", "gdpo", "opefo", "gigpo", *TAUGHT)
 """Policy mirror descent on credit that other papers shape."""
 ALGORITHM_NAMES = ("pmd_mean", *PARTITION, "weighted_sft", *CLIPPED, *SHAPED)
 """What `learner.algorithm` may be, besides an import path."""
-_KEPT = "leave it out"
-OWNED_ARGUMENTS = {
-    "model": "set model.path",
-    "dtype": "set model.dtype",
-    "seed": "set run.seed",
-    "max_model_len": "set data.max_tokens and data.max_prompt_tokens",
-    "max_num_seqs": "set rollout.slots",
-    "tensor_parallel_size": "set rollout.tensor_parallel",
-    "gpu_memory_utilization": "set rollout.memory_share",
-    "kv_cache_memory_bytes": "set rollout.memory_share",
-    "speculative_config": "set rollout.speculation",
-    "per_request_spec_decode_metrics": "set rollout.speculation",
-    **dict.fromkeys(
-        (
-            "disable_log_stats", "distributed_executor_backend", "enable_prefix_caching", "generation_config",
-            "logprobs_mode", "scheduling_policy", "skip_tokenizer_init", "tokenizer", "weight_transfer_config",
-            "worker_extension_cls",
-        ),
-        _KEPT,
-    ),
-}  # fmt: skip
-"""Arguments of vLLM that `rollout.engine_args` may not have, and what to do instead."""
 BYTES_PER_TOKEN = 8
 """Bytes of one generated token in the store: an int32 id and a float32 log-prob."""
 
@@ -71,7 +51,8 @@ def combination_problems(config: Config, *, recorded: bool) -> Iterator[str]:
     yield from _room_problems(config)
     yield from _learner_problems(config.learner)
     yield from _sampling_problems(config.rollout, config.reward)
-    yield from _engine_problems(config)
+    yield from engine_problems(config)
+    yield from device_problems(config)
     yield from _evaluation_problems(config.eval, config.data, config.rollout)
     yield from _sink_problems(config.metrics.sinks)
     yield from _agent_problems(config)
@@ -235,11 +216,6 @@ def _room_problems(config: Config) -> Iterator[str]:
             f"learner.tokens_per_microbatch ({config.learner.tokens_per_microbatch}) has no room for a trajectory of "
             f"data.max_tokens ({data.max_tokens}) and its prompt; raise tokens_per_microbatch"
         )
-    if config.learner.ranks != "auto" and config.learner.ranks % config.learner.replicas:
-        yield (
-            f"learner.ranks ({config.learner.ranks}) is not a multiple of learner.replicas "
-            f"({config.learner.replicas}): each replica is sharded over equally many ranks; change one of them"
-        )
     group_bytes = data.group_size * data.max_tokens * BYTES_PER_TOKEN
     if group_bytes > store.limit_bytes:
         yield (
@@ -352,18 +328,6 @@ def _sampling_problems(rollout: RolloutConfig, reward: RewardConfig) -> Iterator
         yield (
             f"reward.repetition_penalty is {reward.repetition_penalty} while rollout.repetition is null: no "
             "trajectory is ended for repetition; set repetition, {} takes the defaults"
-        )
-
-
-def _engine_problems(config: Config) -> Iterator[str]:
-    """What of vLLM's own arguments the loop decides, or must be told of."""
-    given = config.rollout.engine_args
-    for name in sorted(given.keys() & OWNED_ARGUMENTS.keys()):
-        yield f"rollout.engine_args names {name}, which the loop sets itself; {OWNED_ARGUMENTS[name]}"
-    if given.get("quantization") is not None and config.learner.importance_weights == "none":
-        yield (
-            f"rollout.engine_args.quantization is {given['quantization']} while learner.importance_weights is none: "
-            "the engine's tokens are of another distribution than the learner's; set importance_weights to token"
         )
 
 

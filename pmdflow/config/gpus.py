@@ -62,11 +62,14 @@ def local_gpus() -> Gpus | None:
     return Gpus(count=len(sizes), bytes_each=min(sizes), source="of this machine") if sizes else None
 
 
-def gpu_shares(gpus: int, *, actors: int, ranks: int, tensor_parallel: int = 1) -> tuple[float, float]:
+def gpu_shares(
+    gpus: int, *, actors: int, ranks: int, tensor_parallel: int = 1, colocate: bool = False
+) -> tuple[float, float]:
     """GPUs of one rollout actor and of one learner rank, as Ray counts them; 0 on machines without.
 
     Everyone has GPUs of its own where there are enough. Otherwise each GPU has a rank, and at most one engine beside
-    it: two ranks on a GPU are what NCCL refuses, and two engines would each take their share of the whole memory.
+    it: two ranks on a GPU are what NCCL refuses, and two engines would each take their share of the whole memory. With
+    `colocate` each GPU has one of both in any case.
 
     Raises:
         LaunchError: there are GPUs, but too few; the hint is what would fit.
@@ -74,7 +77,13 @@ def gpu_shares(gpus: int, *, actors: int, ranks: int, tensor_parallel: int = 1) 
     engines = actors * tensor_parallel
     if gpus == 0:
         return 0.0, 0.0
-    if gpus >= engines + ranks:
+    if colocate and not gpus == actors == ranks:
+        raise LaunchError(
+            f"cluster.colocate is true: each of {gpus} GPUs has an engine and a learner rank in turn, but "
+            f"rollout.actors is {actors} and learner.ranks is {ranks}",
+            hint=f"set both to auto, or to {gpus}",
+        )
+    if gpus >= engines + ranks and not colocate:
         return float(tensor_parallel), 1.0
     if gpus == ranks and actors <= gpus and tensor_parallel == 1:
         return 0.4, 0.6  # more than half: a second rank finds no room on the same GPU

@@ -43,6 +43,8 @@ class Footprint:
     """Numbers that one token adds to a sequence's cache, over all layers."""
     activation_bytes: float | None
     """Bytes a token that all layers keep for the backward pass at the compute type; None: could not be measured."""
+    teacher: Footprint | None = None
+    """Of the model of `learner.teacher`; None: there is none, or it could not be measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +73,8 @@ class MemoryPlan:
     gpus: Gpus | None
     shared: bool
     """An engine and a rank live on the same GPU."""
+    in_turn: bool
+    """They have it one after the other: while one works, the other's memory is on the host."""
     problems: tuple[str, ...] = field(default=())
     """What cannot fit, each with what would."""
 
@@ -90,12 +94,13 @@ def plan_memory(config: Config, model: Footprint, *, gpus: Gpus | None, host_byt
     learner, rollout = config.learner, config.rollout
     count = gpus.count if gpus else 0
     actors, ranks = rollout.num_actors, learner.num_ranks
-    gpu_shares(count, actors=actors, ranks=ranks, tensor_parallel=rollout.tensor_parallel)
+    in_turn = config.cluster.colocate and count > 0
+    gpu_shares(count, actors=actors, ranks=ranks, tensor_parallel=rollout.tensor_parallel, colocate=in_turn)
     shared = 0 < count < actors * rollout.tensor_parallel + ranks
     rank = rank_need(config, model, on_gpu=gpus is not None)
     engine = engine_need(config, model, gpus=gpus)
     host = _host_need(config, model, rank, engine, on_gpu=gpus is not None)
-    plan = MemoryPlan(rank=rank, engine=engine, host=host, gpus=gpus, shared=shared)
+    plan = MemoryPlan(rank=rank, engine=engine, host=host, gpus=gpus, shared=shared, in_turn=in_turn)
     return replace(plan, problems=tuple(_problems(config, model, plan, host_bytes)))
 
 
@@ -110,20 +115,24 @@ def rank_need(config: Config, model: Footprint, *, on_gpu: bool) -> Need:
     if learner.cpu_offload and on_gpu:
         kept = {}
     moments = _moments(config, model, number)
+    if model.teacher is not None:
+        moments.append(_teacher_pass(config, model.teacher, number))
     if not learner.cpu_offload:
         moments.append({"optimizer temporaries": trained})
     worst = max(moments, key=lambda parts: sum(parts.values()))
     context = {"CUDA context": CONTEXT_BYTES} if on_gpu else {}
     unknown: tuple[str, ...] = () if model.activation_bytes is not None else ("activations",)
-    if learner.teacher is not None:
-        unknown += ("teacher",)  # another model, which is not measured
+    if model.teacher is not None:
+        kept["teacher"] = -(-model.teacher.num_parameters // shards) * MASTER_BYTES
+    elif learner.teacher is not None:
+        unknown += ("teacher",)
     return Need(role="learner rank", count=learner.num_ranks, parts={**kept, **worst, **context}, unknown=unknown)
 
 
 def _moments(config: Config, model: Footprint, number: int) -> list[dict[str, int]]:
     """What comes on top of a rank's shard in forward, backward of a layer, and backward of the rest."""
     learner = config.learner
-    tokens = learner.tokens_per_microbatch
+    tokens = -(-learner.tokens_per_microbatch // learner.context_parallel)
     everything = int((model.activation_bytes or 0) * tokens)
     kept, again = everything, 0
     if learner.activation_checkpointing is True:
@@ -153,6 +162,16 @@ def _moments(config: Config, model: Footprint, number: int) -> list[dict[str, in
     return [forward, layer, root]
 
 
+def _teacher_pass(config: Config, teacher: Footprint, number: int) -> dict[str, int]:
+    """What a frozen model's forward pass, which keeps nothing for later, holds beside its shard."""
+    tokens = -(-config.learner.tokens_per_microbatch // config.learner.context_parallel)
+    return {
+        "activations": int((teacher.activation_bytes or 0) * tokens) // max(teacher.num_layers, 1),
+        "gathered weights": (teacher.root_parameters + 2 * teacher.layer_parameters) * number,
+        "head": min(3 * LOGITS_BYTES, 3 * 4 * tokens * teacher.vocab_size) + 2 * tokens * teacher.hidden_size * number,
+    }
+
+
 def engine_need(config: Config, model: Footprint, *, gpus: Gpus | None) -> Need:
     """What one process of a rollout engine holds: its share of the weights, and its cache of keys and values."""
     rollout, data = config.rollout, config.data
@@ -180,7 +199,11 @@ def _host_need(config: Config, model: Footprint, rank: Need, engine: Need, *, on
     learner = config.learner
     whole = model.num_parameters * DTYPE_BYTES[config.model.compute]
     published = 0 if config.rollout.engine == "simulated" or learner.lora else whole
-    parts = {"published weights": LIVE_VERSIONS * published, "staged weights": config.rollout.num_actors * published}
+    parts = {"published weights, on each node": LIVE_VERSIONS * published}  # engines of a node map the same file
+    if learner.lora and config.rollout.engine == "vllm":
+        parts["merged adapters"] = 2 * whole * config.rollout.num_actors  # the base weights, and what vLLM maps
+    if config.cluster.colocate:
+        parts |= _asleep(config, rank, engine)
     if on_gpu and learner.cpu_offload:
         shard = -(-model.num_parameters // (learner.num_ranks // learner.replicas)) * MASTER_BYTES
         parts["master weights, moments, gradients"] = 4 * shard * learner.num_ranks
@@ -189,21 +212,33 @@ def _host_need(config: Config, model: Footprint, rank: Need, engine: Need, *, on
     return Need(role="host", count=1, parts=parts)
 
 
+def _asleep(config: Config, rank: Need, engine: Need) -> dict[str, int]:
+    """Host memory into which engines and ranks put what they hold while the others work; kept for the next time."""
+    states = sum(rank.parts.get(name, 0) for name in ("master weights", "moments"))
+    return {
+        "sleeping learner": states * rank.count,
+        "sleeping engines": engine.parts.get("weights", 0) * engine.count,
+    }
+
+
 def _problems(config: Config, model: Footprint, plan: MemoryPlan, host_bytes: int | None) -> list[str]:
+    problems = []
+    if host_bytes is not None and plan.host.total > host_bytes:
+        need, has = show_bytes(plan.host.total), show_bytes(host_bytes)
+        remedy = "choose a smaller model, or plan for another machine: cluster.gpus=8x80GiB"
+        problems.append(f"the run needs {need} of this machine's {has} beside its GPUs; {remedy}")
     if plan.gpus is None:
-        if host_bytes is not None and plan.host.total > host_bytes:
-            need, has = show_bytes(plan.host.total), show_bytes(host_bytes)
-            remedy = "choose a smaller model, or plan for another machine: cluster.gpus=8x80GiB"
-            return [f"the run needs {need} of this machine's {has}; {remedy}"]
-        return []
-    problems, room = [], plan.gpus.room
-    alone = room - (plan.engine.total if plan.shared else 0)
-    if plan.engine.total > room * (config.rollout.share if config.rollout.engine == "vllm" else 1):
+        return [problem.replace(" beside its GPUs", "") for problem in problems]
+    room = plan.gpus.room
+    beside = CONTEXT_BYTES if plan.in_turn else plan.engine.total if plan.shared else 0
+    alone = room - beside
+    share = config.rollout.share if config.rollout.engine == "vllm" else 1
+    if plan.engine.total > min(room * share, room - (CONTEXT_BYTES if plan.in_turn else 0)):
         problems.append(_engine_problem(config, plan))
     elif plan.rank.total > alone:
-        beside = f" beside the engine's {show_bytes(plan.engine.total)}" if plan.shared else ""
+        other = f" beside the engine's {show_bytes(beside)}" if plan.shared else ""
         problems.append(
-            f"a learner rank needs {show_bytes(plan.rank.total)}{beside}, a GPU has {show_bytes(room)}; "
+            f"a learner rank needs {show_bytes(plan.rank.total)}{other}, a GPU has {show_bytes(room)}; "
             f"{_proposal(config, model, alone)}"
         )
     return problems

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pmdflow.config.engine_problems import lossy_arguments
+
 if TYPE_CHECKING:
     from pmdflow.config.gpus import Gpus
     from pmdflow.config.schema import Config
@@ -51,12 +53,24 @@ NEVER_RUN = (
         proof="one H100: both load and train ten iterations; the engine is killed and comes back",
         concerns=lambda config, gpus: (
             gpus.count < config.rollout.num_actors * config.rollout.tensor_parallel + config.learner.num_ranks
+            and not config.cluster.colocate
         ),
+    ),
+    NeverRun(
+        what="an engine and a learner rank that have one GPU in turn: vLLM's sleep, the learner's memory on the host",
+        proof="one H100: configs/gpu.yaml with cluster.colocate=true scheduler.lookahead=0 for ten iterations; what "
+        "each leaves on the GPU while it sleeps, within 2 GiB; an engine killed while the learner trains comes back",
+        concerns=lambda config, gpus: config.cluster.colocate,
     ),
     NeverRun(
         what="ranks over NCCL: sharding, hybrid sharding, the abort of a collective whose peer is gone",
         proof="two GPUs: tests/learner/test_ranks.py with CUDA; a rank killed within an iteration, the run resumed",
         concerns=lambda config, gpus: config.learner.num_ranks > 1,
+    ),
+    NeverRun(
+        what="ranks that share rows (learner.context_parallel) over NCCL, with flash attention",
+        proof="two GPUs: tests/learner/test_context.py with CUDA; a sequence of 128k tokens on two ranks",
+        concerns=lambda config, gpus: config.learner.context_parallel > 1,
     ),
     NeverRun(
         what="tensor-parallel engines on GPUs",
@@ -71,7 +85,7 @@ NEVER_RUN = (
     NeverRun(
         what="an engine with quantized weights",
         proof="one H100: rollout.engine_args={quantization: fp8} for ten iterations, importance_ess_share above 0.9",
-        concerns=lambda config, gpus: "quantization" in config.rollout.engine_args,
+        concerns=lambda config, gpus: bool(lossy_arguments(config.rollout)),
     ),
 )
 

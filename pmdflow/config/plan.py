@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pmdflow.config.combinations import BYTES_PER_TOKEN, PARTITION
+from pmdflow.config.engine_problems import correction, lossy_arguments
 from pmdflow.config.errors import dotted
 from pmdflow.config.gpus import Gpus, gpu_shares
 from pmdflow.config.load import Loaded, leaves
@@ -161,7 +162,13 @@ def _actors(config: Config, gpus: Gpus | None) -> Iterator[ActorPlan]:
     engine, rank = f"up to {split}", "up to 1"  # of a cluster that nobody has described
     if gpus is not None or config.cluster.address == "local":
         count = gpus.count if gpus else 0
-        shares = gpu_shares(count, actors=rollout.num_actors, ranks=learner.num_ranks, tensor_parallel=split)
+        shares = gpu_shares(
+            count,
+            actors=rollout.num_actors,
+            ranks=learner.num_ranks,
+            tensor_parallel=split,
+            colocate=config.cluster.colocate,
+        )
         engine, rank = ("0" if share == 0 else "shared" if share < 1 else f"{share:.0f}" for share in shares)
     yield ActorPlan(role="store", count=1, cpus=0, gpus="0")
     yield ActorPlan(role=f"reward, {reward.workers} subprocesses", count=reward.actors, cpus=0, gpus="0")
@@ -177,7 +184,9 @@ def _actors(config: Config, gpus: Gpus | None) -> Iterator[ActorPlan]:
 def _memory(plan: MemoryPlan) -> list[str]:
     """One line for each purpose of each role, and the sum of each beside what there is."""
     room = "of this machine's memory" if plan.gpus is None else f"of a GPU's {show_bytes(plan.gpus.room)}"
-    if plan.shared:
+    if plan.in_turn:
+        room += ", in turn with the other role"
+    elif plan.shared:
         room += f", {show_bytes(plan.rank.total + plan.engine.total)} with the other role on it"
     rows: list[tuple[str, ...]] = []
     needs = [(plan.rank, f"each, {room}"), (plan.engine, f"each, {room}"), (plan.host, "of all hosts together")]
@@ -215,6 +224,11 @@ def _notes(config: Config, store_bytes: int) -> Iterator[str]:
         )
     if rollout.tokens_per_segment is not None and rollout.tokens_per_segment >= config.data.max_tokens:
         yield "rollout.tokens_per_segment has no effect: it is not below data.max_tokens"
+    for name in lossy_arguments(rollout):
+        yield (
+            f"rollout.engine_args.{name} is {rollout.engine_args[name]}: the engine samples from another distribution "
+            f"than the learner's; on against it: {correction(learner)}"
+        )
     if rollout.engine == "simulated":
         yield "rollout.engine is simulated: tokens are random, the model learns nothing"
     if store_bytes > config.store.limit_bytes:

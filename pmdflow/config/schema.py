@@ -51,6 +51,9 @@ class ClusterConfig(Section):
     gpus: Annotated[str, Field(pattern=GPUS)] | None = None
     """GPUs that the plan reckons with, of all nodes together and by the memory of one, such as `8x80GiB`: to plan a
     run elsewhere, or a cluster. null: those of this machine. The run itself takes what Ray has."""
+    colocate: bool = False
+    """Every device has a rollout engine and a learner rank in turn: while one works, the other's memory is on the host.
+    For models that do not fit beside themselves; wants `scheduler.lookahead: 0`, and as many actors as ranks."""
     env: dict[str, str] = {}
     """Environment variables of every worker process, such as `{NCCL_SOCKET_IFNAME: eth0, GLOO_SOCKET_IFNAME: eth0}`. On
     a cluster all get those of this process that begin with NCCL_, GLOO_, PYTORCH_, HF_, VLLM_, UCX_ or OMPI_, too."""
@@ -224,6 +227,10 @@ class LearnerConfig(Section):
     """Steps of linear learning-rate warm-up after each reset: the first step of an empty Adam has the full size."""
     tokens_per_microbatch: PositiveInt = 8192
     """Most tokens, padding included, that one forward pass may hold."""
+    context_parallel: PositiveInt = 1
+    """Ranks that share each row of a micro-batch (Ulysses): every one computes a part of its tokens, and in attention a
+    part of the heads, which it must divide. For sequences that are too long for one rank; rows may then be as many
+    times longer."""
     packing: bool = True
     """Sequences of a micro-batch lie in one row, without padding; false pads each to a row of its own."""
     activation_checkpointing: bool | Literal["auto"] = "auto"

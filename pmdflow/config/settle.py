@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -25,8 +26,9 @@ def settle(config: Config, *, gpus: Gpus | None, model: Footprint | None = None,
 
     `engine: auto` is vLLM where it is installed; `dtype: auto` is bfloat16 on GPUs. `actors: auto` and `ranks: auto`
     use every GPU: a quarter of them are ranks, or as many as the model's states need, and the rest engines; where
-    there is one GPU, or the ranks need them all, each has a rank and an engine. Without a GPU both are one. Layers are
-    computed again in the backward pass (`activation_checkpointing: auto`) only where a rank does not fit otherwise.
+    there is one GPU, or the ranks need them all, or with `cluster.colocate`, each has a rank and an engine. Without a
+    GPU both are one. Layers are computed again in the backward pass (`activation_checkpointing: auto`) only where a
+    rank does not fit otherwise.
 
     Args:
         config: As it is written.
@@ -75,8 +77,14 @@ def _choices(config: Config, gpus: Gpus | None, model: Footprint | None) -> Iter
 
 def _splits(config: Config, gpus: int) -> Iterator[tuple[int, int]]:
     """Rollout actors and learner ranks; what the file states stands, and every GPU is used where it does not."""
-    split, replicas = config.rollout.tensor_parallel, config.learner.replicas
+    split = config.rollout.tensor_parallel
+    replicas = math.lcm(config.learner.replicas, config.learner.context_parallel)
     given_actors, given_ranks = config.rollout.actors, config.learner.ranks
+    if config.cluster.colocate:
+        stated = [number for number in (given_actors, given_ranks) if number != "auto"]
+        pairs = stated[0] if stated else max(gpus, 1)
+        yield pairs, pairs
+        return
     if given_ranks != "auto":
         choices = [given_ranks]
     elif given_actors != "auto" and gpus:
@@ -99,7 +107,7 @@ def _share(config: Config, gpus: Gpus | None, model: Footprint | None) -> float:
     engines = config.rollout.num_actors * config.rollout.tensor_parallel
     if gpus is None:
         return HALF
-    if gpus.count >= engines + config.learner.num_ranks:
+    if gpus.count >= engines + config.learner.num_ranks or config.cluster.colocate:
         return OWN_SHARE
     if model is None:
         return HALF
@@ -113,4 +121,4 @@ def _fits(config: Config, model: Footprint, gpus: Gpus) -> bool:
         plan = plan_memory(config, model, gpus=gpus)
     except LaunchError:
         return False
-    return not plan.problems and (plan.shared or plan.rank.total <= (1 - SPARE) * gpus.room)
+    return not plan.problems and ((plan.shared and not plan.in_turn) or plan.rank.total <= (1 - SPARE) * gpus.room)

@@ -63,7 +63,15 @@ def live_detail(run_dir: Path, trajectory: int, tokenizer: Tokenizer | None) -> 
         tokens=[make_token(*column, live=True) for column in columns],
         versions=[(version, tokens, tokens) for version, tokens, _ in version_counts(versions, mask)],
         siblings=siblings,
+        branches=_branches(trajectory, found["forks"]),
     )
+
+
+def _branches(first: int, forks: list[tuple[int, int, int]]) -> list[tuple[int, int | None, int]]:
+    """Each is forked from the one before it."""
+    ids = [first, *(branch for branch, _, _ in forks)]
+    parents, kept = [None, *ids[:-1]], [0, *(offset for _, _, offset in forks)]
+    return list(zip(ids, parents, kept, strict=True))
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from pmdflow.dashboard import trajectories
 from pmdflow.dashboard.access import LocalNames, RequireToken, is_local, shown_link, token_of, url_of
 from pmdflow.dashboard.advice import AdviceView
 from pmdflow.dashboard.comparison import CHARTS, HELD_OUT, Comparison
+from pmdflow.dashboard.episode import episode_of
 from pmdflow.dashboard.live import live_detail, live_rows
 from pmdflow.dashboard.panels import figures
 from pmdflow.dashboard.queries import RunView
@@ -152,7 +153,10 @@ class Pages:
         found = trajectories.detail(self.view.run_dir, iteration, trajectory, tokenizer)
         if found is None:
             raise HTTPException(404, f"the archive holds no trajectory {trajectory} in iteration {iteration}")
-        return self._page(request, "trajectory.html", detail=found, decoded=tokenizer is not None)
+        return self._page(
+            request, "trajectory.html", detail=found, decoded=tokenizer is not None,
+            episode=episode_of(self.view.run_dir, found.branches[0][0]),
+        )  # fmt: skip
 
     def live(self, request: Request) -> Response:
         """One trajectory of the store, token by token; once it is archived, its place there."""
@@ -167,6 +171,7 @@ class Pages:
             growing = found.row.state == "generating" and self.view.diagnosis().state == "running"
             return self._page(
                 request, "trajectory.html", detail=found, decoded=tokenizer is not None, growing=growing,
+                episode=episode_of(self.view.run_dir, trajectory),
             )  # fmt: skip
         archived = trajectories.find(self.view.run_dir, trajectory)
         if archived is None:

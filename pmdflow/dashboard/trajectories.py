@@ -95,6 +95,8 @@ class Detail:
     """(policy version, tokens, tokens with a gradient), ascending."""
     siblings: list[Row]
     """The group's trajectories, this one included."""
+    branches: list[tuple[int, int | None, int]]
+    """(branch, the one that it was forked from, tokens after the prompt that it keeps of that) of its episode."""
 
 
 def search(run_dir: Path, wanted: Filter) -> list[Row]:
@@ -154,6 +156,7 @@ def detail(run_dir: Path, iteration: int, trajectory: int, tokenizer: Tokenizer 
         tokens=[make_token(*column) for column in columns],
         versions=version_counts(versions, mask),
         siblings=[row for row in rows if row.group == rows[index].group],
+        branches=_branches(root["trajectory"], index),
     )
 
 
@@ -164,6 +167,17 @@ def load_tokenizer(run_dir: Path, model: str | None) -> Tokenizer | None:
         if file.is_file():
             return Tokenizer.from_file(str(file))
     return None
+
+
+def _branches(table: Any, index: int) -> list[tuple[int, int | None, int]]:
+    """Those of the episode of the trajectory in this row."""
+    ids = table["id"][...].tolist()
+    if "episode" not in table:
+        return [(ids[index], None, 0)]
+    columns = [table[name][...].tolist() for name in ("episode", "parent", "fork_offset")]
+    rows = zip(ids, *columns, strict=True)
+    own = columns[0][index]
+    return [(id, parent if parent >= 0 else None, kept) for id, episode, parent, kept in rows if episode == own]
 
 
 @lru_cache(maxsize=4 * NEWEST_PARTS)

@@ -15,6 +15,7 @@ from pmdflow.data.messages import Style
 from pmdflow.data.mixture import EvaluationSet, MixedPrompts, shares
 from pmdflow.data.sampling import KEY, check_overrides
 from pmdflow.data.stamp import Stamp
+from pmdflow.data.stop_text import backend_of
 from pmdflow.data.table import TablePrompts, open_rows
 from pmdflow.data.tokenizer import load_tokenizer, make_tokenize
 from pmdflow.types import Prompt
@@ -78,9 +79,12 @@ def make_prompts(config: Config, *, on_skip: Callable[[str], None] = lambda mess
 
     Raises:
         ValueError: unknown data set, bad arguments, a malformed row (`file:line: cause`), too few prompts to hold out
-            `eval.prompts`, no tokenizer, or a chat template that fails.
+            `eval.prompts`, no tokenizer, one that stop texts are not found with, or a chat template that fails.
     """
-    make = partial(_make_source, config, load_tokenizer(config.model.path), on_skip)
+    tokenizer = load_tokenizer(config.model.path)
+    if config.agents is not None or config.rollout.stop:
+        backend_of(tokenizer)
+    make = partial(_make_source, config, tokenizer, on_skip)
     sets = {name: _make_set(make, name, given) for name, given in config.eval.sets.items()}
     given = config.data.sources
     held_out = shares([source.weight for source in given], config.eval.prompts)

@@ -12,6 +12,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def backend_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """What decodes token by token.
+
+    Raises:
+        ValueError: the tokenizer has no Rust backend.
+    """
+    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            "stop texts, of rollout.stop or of an agent's requests, need a tokenizer with a Rust backend "
+            f"(tokenizer.json), not {type(tokenizer).__name__}; convert it, or use rollout.stop_token_ids"
+        )
+    return backend
+
+
 class StopText:
     """Watches the text of one sequence for the first of some strings.
 
@@ -38,13 +53,7 @@ class StopText:
         Raises:
             ValueError: the tokenizer has no Rust backend.
         """
-        backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise ValueError(
-                f"stop strings need a tokenizer with a Rust backend (tokenizer.json), not {type(tokenizer).__name__}; "
-                "use stop_token_ids"
-            )
-        self._tokenizer = backend
+        self._tokenizer = backend_of(tokenizer)
         self._stop = tuple(stop)
         self._kept = max(len(text) for text in stop) - 1
         self.restart(ignored=ignored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -67,3 +68,20 @@ class Speech:
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def checked(observation: Observation) -> Observation:
+    """The same.
+
+    Raises:
+        ValueError: a number or the key is none.
+    """
+    if "reward" in observation.metrics:
+        raise ValueError("an observation has a metric `reward`: give it as its reward")
+    said = dict(observation.metrics) | ({} if observation.reward is None else {"reward": observation.reward})
+    for name, value in said.items():
+        if not isinstance(name, str) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"an observation has {name!r}: {value!r:.80}; rewards and metrics are finite numbers")
+    if observation.key is not None and not isinstance(observation.key, str):
+        raise ValueError(f"an observation has the key {observation.key!r:.80}; a key is a text")
+    return observation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import sys
 import time
@@ -22,6 +23,7 @@ from pmdflow.config.load import load, load_run
 from pmdflow.config.schema import Config
 from pmdflow.config.settle import settle
 from pmdflow.config.sources import FILE_SUFFIXES, GYM_PREFIX
+from pmdflow.data.model_folder import num_positions
 from pmdflow.data.prompts import make_prompts, read_prompts
 from pmdflow.data.tokenizer import load_tokenizer
 from pmdflow.errors import LaunchError
@@ -33,7 +35,7 @@ from pmdflow.rollout.leasing import LeaseTaker
 from pmdflow.types import Prompt
 
 DEFAULT_MAX_TOKENS = 1024
-"""Where neither the command line nor a configuration says how long an answer may be."""
+"""Most of an answer where nothing says it; half of the positions of a model that has fewer than twice as many."""
 GYM_REWARD = "pmdflow.reward.reasoning_gym:score"
 
 
@@ -146,7 +148,7 @@ def _values_for(checkpoint: Checkpoint, task: str, options: EvalOptions) -> dict
     if not (options.reward or same or task.startswith(GYM_PREFIX)):
         raise LaunchError(f"{task} does not say how an answer is judged", hint="name a function: --reward MODULE:NAME")
     values: dict[str, Any] = {} if run is None else run.model_dump()
-    max_tokens = DEFAULT_MAX_TOKENS if run is None else run.data.max_tokens
+    max_tokens = _default_max_tokens(checkpoint.model) if run is None else run.data.max_tokens
     reward = {"functions": [{"function": GYM_REWARD}]}
     defaults = {
         "run": {"name": "eval", "iterations": 1},
@@ -157,6 +159,11 @@ def _values_for(checkpoint: Checkpoint, task: str, options: EvalOptions) -> dict
     }
     data = values["data"] if same else {"task": task, "max_tokens": max_tokens}
     return {**defaults, **values, "data": data, "reward": values["reward"] if same else reward}
+
+
+def _default_max_tokens(model: str) -> int:
+    positions = num_positions(json.loads((Path(model) / "config.json").read_text()))
+    return DEFAULT_MAX_TOKENS if positions is None else min(DEFAULT_MAX_TOKENS, max(positions // 2, 1))
 
 
 def _is_same_task(of_run: object, task: str) -> bool:

@@ -21,9 +21,12 @@ from pmdflow.metrics.spans import SpanBuffer, Wait
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.client import StoreHandle, call
 from pmdflow.types import Claim, ClaimTokens, Int64, TrainBatch
+from pmdflow.weights.device_turn import DeviceTurn
 from pmdflow.weights.make import make_transport
 from pmdflow.weights.transport import Bytes, WeightsHandle, in_group
 
+TURN_TIMEOUT_S = 300.0
+"""An engine that was asked to sleep has given the device back within this time."""
 READ_TIMEOUT_S = 600.0
 """Tokens that are not there after this long never will be; it outlasts a restart of the store actor."""
 
@@ -38,6 +41,7 @@ class LearnerActor:
         """Make the learner and open the transport of the run."""
         from pmdflow.learner.learner import Learner
 
+        self._turn = DeviceTurn.own(run_dir, rank) if config.cluster.colocate else None
         self._learner = Learner(config=config, rank=rank)
         self._transport = make_transport(config, Path(run_dir))
         self._waits = SpanBuffer(f"learner-{rank}")
@@ -50,8 +54,24 @@ class LearnerActor:
         return free_address(ray.util.get_node_ip_address())
 
     def setup(self, master: str) -> None:
-        """See `Learner.setup`."""
+        """See `Learner.setup`; in a colocated run the rank has its device from here on until it offloads."""
+        if self._turn is not None:
+            self._turn.take(timeout_s=TURN_TIMEOUT_S)
         self._learner.setup(master)
+
+    def offload(self) -> None:
+        """See `Learner.offload`; then an engine may have the device."""
+        assert self._turn is not None, "only a colocated run offloads"
+        with self._busy("wait_controller"):
+            self._learner.offload()
+            self._turn.give()
+
+    def restore(self) -> None:
+        """See `Learner.restore`; waits until the engine has given the device back."""
+        assert self._turn is not None, "only a colocated run restores"
+        with self._busy("wait_device"):
+            self._turn.take(timeout_s=TURN_TIMEOUT_S)
+            self._learner.restore()
 
     def device_info(self) -> dict[str, Any]:
         """See `Learner.device_info`."""

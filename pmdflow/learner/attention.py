@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from pmdflow.learner.context import Context
 from pmdflow.learner.layers import attend, family_problems, window_of
 
 ATTENTION = "pmdflow_packed"
@@ -26,13 +27,23 @@ class Packed:
     """Start of each sequence and the end, int32 on the device [B + 1]."""
     position_ids: Tensor
     """Position of each token in its sequence [1, T]."""
+    context: Context | None = None
+    """The ranks that have a part of the row's tokens each; None: this one has them all."""
 
     @classmethod
-    def of(cls, lengths: tuple[int, ...], device: torch.device) -> Packed:
+    def of(cls, lengths: tuple[int, ...], device: torch.device, context: Context | None = None) -> Packed:
         """Describe a row of sequences of `lengths` tokens."""
         ends = torch.tensor([0, *lengths]).cumsum(0)
         positions = torch.cat([torch.arange(length) for length in lengths])[None]
-        return cls(lengths=lengths, cu_seqlens=ends.to(device, torch.int32), position_ids=positions.to(device))
+        starts = ends.to(device, torch.int32)
+        return cls(lengths=lengths, cu_seqlens=starts, position_ids=positions.to(device), context=context)
+
+    def shared(self, context: Context) -> Packed:
+        """The same row for several ranks, padded by a sequence of its own to as many tokens for each."""
+        tokens = sum(self.lengths)
+        padding = context.size * context.width(tokens) - tokens
+        lengths = (*self.lengths, padding) if padding else self.lengths
+        return Packed.of(lengths, self.position_ids.device, context)
 
 
 def require_packable(model: Any, path: str) -> None:
@@ -66,7 +77,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention of each sequence to itself: flash attention on a GPU, else SDPA sequence by sequence.
 
-    Soft-capped scores and sinks are computed without either, in memory that grows with the square of a sequence.
+    Soft-capped scores and sinks are computed without either, in memory that grows with the square of a sequence. Ranks
+    that share the row exchange their tokens' heads for all tokens of some heads, and back.
 
     Args:
         module: The attention layer.
@@ -74,7 +86,8 @@ def packed_attention(
         key: [1, H, T, D].
         value: [1, H, T, D].
         attention_mask: None; transformers makes no mask for an attention function of ours.
-        packed: The sequences; None means that every row is one sequence, without padding.
+        packed: The sequences; None means that every row is one sequence, without padding. Where ranks share the row, T
+            is this one's part of its tokens.
         scaling: Factor of the scores; None is D ** -0.5.
         sliding_window: Tokens that a token sees, itself included; None is all before it.
         softcap: Scores stay between this and its negative.
@@ -85,16 +98,36 @@ def packed_attention(
         Output [1, T, G * H, D], and None.
     """
     window = window_of(module, sliding_window)
-    plain = softcap is None and s_aux is None
+    context = None if packed is None else packed.context
+    if context is not None:
+        query, key, value = (context.heads_of(tensor) for tensor in (query, key, value))
+        s_aux = None if s_aux is None else context.part(s_aux)
+    output = _attended(query, key, value, packed, scaling=scaling, window=window, softcap=softcap, sinks=s_aux)
+    return (output if context is None else context.tokens_of(output)), None
+
+
+def _attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: Packed | None,
+    *,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Of each sequence to itself; output [1, T, G * H, D]."""
+    plain = softcap is None and sinks is None
     if packed is not None and plain and query.is_cuda and query.dtype != torch.float32:
-        return _flash(query, key, value, packed, scaling=scaling, window=window), None
+        return _flash(query, key, value, packed, scaling=scaling, window=window)
     lengths = (query.shape[2],) if packed is None else packed.lengths
     queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     parts = [
-        attend(q, k, v, mask=_window_mask(q, window), scaling=scaling, softcap=softcap, sinks=s_aux)
+        attend(q, k, v, mask=_window_mask(q, window), scaling=scaling, softcap=softcap, sinks=sinks)
         for q, k, v in zip(queries, keys, values, strict=True)
     ]
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None  # some families view it
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()  # some families view it
 
 
 def _window_mask(query: Tensor, window: int | None) -> Tensor | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pmdflow.config.imports import locate
 from pmdflow.config.schema import LearnerConfig
 from pmdflow.learner.algorithm import Algorithm, Terms
 from pmdflow.learner.algorithms import find_algorithm
@@ -26,17 +28,19 @@ def check_algorithm(name: str, *, components: Sequence[str] = (), settings: Mapp
     """Try an algorithm; says what it kept.
 
     Args:
-        name: A name of the table, or an import path `package.module:name`.
+        name: A name of the table, or an import path `package.module:name`, looked for in this directory first.
         components: Reward components that it reads.
         settings: Its settings, where they are not to be the defaults.
 
     Raises:
-        ValueError: it breaks a rule; names each, with what was seen.
+        ValueError: there is no such algorithm, or it breaks a rule; names each, with what was seen.
     """
+    path = locate(name, [Path()]) if ":" in name else name
+    find_algorithm(path)
     problems = []
     for title, case in CASES.items():
         try:
-            case(Trial(name, components=components, settings=settings or {}))
+            case(Trial(path, components=components, settings=settings or {}))
         except Exception as error:
             problems.append(f"{title}: {error if isinstance(error, AssertionError) else repr(error)}")
     if problems:

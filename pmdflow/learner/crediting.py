@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 
 from pmdflow.config.schema import LearnerConfig
 from pmdflow.learner.algorithm import Algorithm
 from pmdflow.learner.batch import StepPlan, is_whole
 from pmdflow.learner.steps import Tensors
-from pmdflow.learner.sums import all_sum
+from pmdflow.learner.sums import all_sum, from_ranks
 from pmdflow.learner.token_scores import TokenScores
 from pmdflow.learner.view import COLUMN, TOP, Bool, ClaimView, Credit, State
 from pmdflow.reward.total import TotalRewards
@@ -67,8 +66,7 @@ class _Rows:
 
     def gathered(self) -> _Rows:
         """Those of all ranks."""
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (self.trajectories, self.lengths, dict(self.arrays)))
+        parts = from_ranks((self.trajectories, self.lengths, dict(self.arrays)))
         full = [part for part in parts if len(part[0])] or parts[:1]
         return _Rows(
             trajectories=np.concatenate([part[0] for part in full]),
@@ -285,8 +283,7 @@ def _none(name: str) -> npt.NDArray[Any]:
 
 
 def _summed(own: Mapping[str, float]) -> dict[str, float]:
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, dict(own))
+    parts = from_ranks(dict(own))
     names = sorted({name for part in parts for name in part})
     return {name: float(sum(part.get(name, 0.0) for part in parts)) for name in names}
 
@@ -296,8 +293,7 @@ def _metrics(credit: Credit, view: ClaimView, *, local: bool) -> dict[str, float
     if not local:
         return named
     episodes = float(view.num_episodes)
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, (episodes, named if episodes else {}))
+    parts = from_ranks((episodes, named if episodes else {}))
     total = sum(count for count, _ in parts)
     names = sorted({name for _, values in parts for name in values})
     return {name: sum(count * values.get(name, 0.0) for count, values in parts) / total for name in names}

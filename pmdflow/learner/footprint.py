@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,14 +37,14 @@ def measure_footprint(folder: Path | str, *, dtype: str, packing: bool) -> Footp
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     text = config.get_text_config()
     attention = ATTENTION if packing else None
-    with FakeTensorMode(), torch.device("cuda"):  # the kernels of a GPU, of which none is needed
+    with FakeTensorMode(), torch.device("cuda"), _capable():  # the kernels of a GPU, of which none is needed
         model: Any = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation=attention)
         layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in apart(model)]
         whole = sum(parameter.numel() for parameter in model.parameters())
         try:
             longer, shorter = (_kept_bytes(model, tokens, packing=packing) for tokens in (LONG, SHORT))
             activations = (longer - shorter) / (LONG - SHORT)
-        except Exception:  # a family may do what needs values, such as choosing experts
+        except Exception:  # a family may do what needs values
             activations = None
     kv_heads = getattr(text, "num_key_value_heads", None)
     return Footprint(
@@ -72,6 +74,17 @@ def measure_apart(folder: Path | str, *, dtype: str, packing: bool) -> Footprint
     if done.returncode:
         raise ValueError(f"{folder} could not be measured: {done.stderr.strip().splitlines()[-1]}")
     return Footprint(**json.loads(done.stdout.splitlines()[-1]))
+
+
+@contextmanager
+def _capable() -> Iterator[None]:
+    """Experts ask the GPU whether it has grouped matrix products, which every GPU that trains them has."""
+    ask = torch.cuda.get_device_capability
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    try:
+        yield
+    finally:
+        torch.cuda.get_device_capability = ask
 
 
 def _kept_bytes(model: Any, tokens: int, *, packing: bool) -> int:

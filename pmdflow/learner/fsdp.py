@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -22,6 +22,7 @@ from transformers import AutoConfig
 from pmdflow.config.schema import LearnerConfig, LoraConfig
 from pmdflow.errors import WaitTimeout
 from pmdflow.learner.agreement import check_policy, failures_named, remedy
+from pmdflow.learner.context import Context, require_divisible
 from pmdflow.learner.loading import load_model
 from pmdflow.learner.lora import add_adapters, published_name, published_scale
 from pmdflow.learner.policy import Policy
@@ -87,7 +88,9 @@ def join_ranks(master: str, *, rank: int, ranks: int, device: torch.device, repl
     return init_device_mesh(device.type, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
 
 
-def build_policy(path: str, *, dtype: str, learner: LearnerConfig, mesh: DeviceMesh) -> Policy:
+def build_policy(
+    path: str, *, dtype: str, learner: LearnerConfig, mesh: DeviceMesh, context: Context | None = None
+) -> Policy:
     """Read a Hugging Face folder and shard it: each decoder layer by itself, and the rest at the root.
 
     Master weights and gradient reduction are float32. Gradients are summed over ranks, not averaged: losses are
@@ -98,6 +101,7 @@ def build_policy(path: str, *, dtype: str, learner: LearnerConfig, mesh: DeviceM
         dtype: Compute type, `float32` or `bfloat16`.
         learner: Packing, adapters and what saves memory or time.
         mesh: The ranks, from `join_ranks`.
+        context: Those that share each row; None: every rank has rows of its own.
 
     Raises:
         ValueError: the folder holds no causal language model, or not one that the settings fit, or one that they score
@@ -109,6 +113,9 @@ def build_policy(path: str, *, dtype: str, learner: LearnerConfig, mesh: DeviceM
     with failures_named(model, what="the learner", remedy=remedy(packing=learner.packing)):
         policy = Policy(model.eval())
     _check_on_first_rank(policy, packing=learner.packing)
+    if context is not None:
+        require_divisible(model.config, context.size)
+        policy.context = context
     layers = apart(model)
     for layer in layers:
         if learner.activation_checkpointing is True:
@@ -119,8 +126,8 @@ def build_policy(path: str, *, dtype: str, learner: LearnerConfig, mesh: DeviceM
     return policy
 
 
-def build_teacher(student: str, *, dtype: str, learner: LearnerConfig, mesh: DeviceMesh) -> Policy:
-    """The model of `learner.teacher`, frozen and sharded as the policy is.
+def build_teacher(student: str, *, build: Callable[..., Policy], learner: LearnerConfig) -> Policy:
+    """The model of `learner.teacher`, frozen and sharded as the policy is, which `build` does of a folder.
 
     Raises:
         ValueError: as `build_policy`, or it has other tokens than the `student` in that folder.
@@ -133,8 +140,7 @@ def build_teacher(student: str, *, dtype: str, learner: LearnerConfig, mesh: Dev
             "teacher scores the student's tokens, so give one with the same tokenizer"
         )
     plain = learner.model_copy(update={"lora": None, "compile": False})
-    teacher = build_policy(learner.teacher, dtype=dtype, learner=plain, mesh=mesh)
-    return teacher.requires_grad_(requires_grad=False)
+    return build(learner.teacher, learner=plain).requires_grad_(requires_grad=False)
 
 
 def _num_tokens(path: str) -> int:
@@ -189,6 +195,13 @@ def shard(policy: Policy, layers: list[Any], *, dtype: torch.dtype, cpu_offload:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+
+
+def reshard(policy: Policy) -> None:
+    """Let go of weights that a forward pass has gathered and that nothing has put away since: those of the root."""
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gathered(policy: Policy, *, dtype: str, rank: int, lora: LoraConfig | None = None) -> NamedTensors:

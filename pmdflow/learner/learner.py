@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,9 +17,11 @@ from torch.distributed.tensor import DTensor
 
 from pmdflow.config.schema import Config
 from pmdflow.learner.algorithms import find_algorithm
+from pmdflow.learner.aside import Aside
 from pmdflow.learner.assessment import Assessment, flat
 from pmdflow.learner.batch import ReadTokens, StepPlan
 from pmdflow.learner.checkpoint.files import AsyncSaver, load_training, training_state
+from pmdflow.learner.context import Context, make_contexts
 from pmdflow.learner.flops import Speed
 from pmdflow.learner.fsdp import (
     build_policy,
@@ -28,6 +31,7 @@ from pmdflow.learner.fsdp import (
     gathered,
     join_ranks,
     learner_device,
+    reshard,
 )
 from pmdflow.learner.policy import Policy
 from pmdflow.learner.preparation import Parts, Ready, load_steps, plan_claim, prepare
@@ -36,7 +40,7 @@ from pmdflow.learner.result import TrainResult
 from pmdflow.learner.schedule import learning_rate
 from pmdflow.learner.selection import importance_metrics
 from pmdflow.learner.steps import Supervised, Tensors, accumulate, update
-from pmdflow.learner.sums import Sums
+from pmdflow.learner.sums import Sums, add_across
 from pmdflow.learner.supervised import SupervisedData
 from pmdflow.learner.view import FROM_TEACHER, State
 from pmdflow.metrics.report import ActorReport
@@ -81,7 +85,9 @@ class Learner:
         """Earlier claims by prompt, for group rewards that remember."""
         self._device = learner_device(rank)
         self._spans = SpanBuffer(f"learner-{rank}")
+        self._aside = Aside()
         self._mesh: DeviceMesh | None = None
+        self._context: Context | None = None
         self._saver: AsyncSaver
         self._policy: Policy
         self._speed: Speed
@@ -107,13 +113,17 @@ class Learner:
         ranks, replicas = self._config.learner.num_ranks, self._config.learner.replicas
         self._mesh = join_ranks(master, rank=self._rank, ranks=ranks, device=self._device, replicas=replicas)
         self._saver = AsyncSaver()
+        if self._config.learner.context_parallel > 1:
+            self._context, across = make_contexts(self._config.learner.context_parallel)
+            add_across(across)
         self._build()
 
     def close(self) -> None:
         """Leave the process group, so that this process can join another."""
         if self._mesh is not None:
             self._saver.wait()
-            self._mesh = None
+            self._mesh = self._context = None
+            add_across(None)
             dist.destroy_process_group()
 
     def load_initial(self) -> None:
@@ -250,6 +260,25 @@ class Learner:
                 self._state = self._state if kept["algorithm"] is None else kept["algorithm"]
             self._pristine = False
 
+    def offload(self) -> None:
+        """Put weights, moments and teacher on the host and give the device's memory back; `restore` undoes it.
+
+        Until then nothing else may be called but `await_saved`, `drain` and `close`.
+        """
+        with self._spans.span("offload"):
+            policies = [policy for policy in (self._policy, self._teacher) if policy is not None]
+            kept: list[Tensor] = []
+            for policy in policies:
+                reshard(policy)
+                kept += [*policy.parameters(), *policy.buffers()]
+            kept += [value for state in self._optimizer.state.values() for value in state.values()]
+            self._aside.put(tensor for tensor in kept if tensor.device.type == self._device.type)
+
+    def restore(self) -> None:
+        """Have everything on the device again, as it was."""
+        with self._spans.span("offload"):
+            self._aside.take_back()
+
     def drain(self) -> ActorReport:
         """The spans since the last call; safe beside `train`."""
         return ActorReport(spans=self._spans.drain(), events=self._spans.losses())
@@ -272,9 +301,10 @@ class Learner:
         torch.manual_seed(self._config.run.seed)
         self._ptx = SupervisedData.of(self._config)
         model = self._config.model
-        self._policy = build_policy(model.path, dtype=model.dtype, learner=learner, mesh=self._mesh)
+        build = partial(build_policy, dtype=model.dtype, learner=learner, mesh=self._mesh, context=self._context)
+        self._policy = build(model.path)
         if learner.teacher is not None and self._teacher is None:
-            self._teacher = build_teacher(model.path, dtype=model.dtype, learner=learner, mesh=self._mesh)
+            self._teacher = build_teacher(model.path, build=build, learner=learner)
         trained = [parameter for parameter in self._policy.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(
             trained, lr=learner.lr, betas=(0.9, 0.95), weight_decay=learner.weight_decay

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pmdflow.learner.attention import Packed
+from pmdflow.learner.context import Context
 from pmdflow.learner.token_scores import TokenScores, entropy_flow, others, scores_of_logits, token_scores
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ class Policy(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.context: Context | None = None
+        """The ranks that compute a part of each row; they make the same calls."""
         self._plain_head = _has_plain_head(model)
 
     def forward(
@@ -75,10 +78,62 @@ class Policy(nn.Module):
             top: How many of the likeliest tokens are.
             at: Ids of other tokens that are, instead [P, K].
         """
+        if self.context is not None:
+            return self._in_parts(
+                self.context, tokens, layout, positions, targets, temperatures, flow=flow, top=top, at=at
+            )
+        return self._scored(tokens, layout.arguments(), positions, targets, temperatures, flow=flow, top=top, at=at)
+
+    def _in_parts(
+        self,
+        context: Context,
+        tokens: Tensor,
+        layout: Layout,
+        positions: Tensor,
+        targets: Tensor,
+        temperatures: Tensor,
+        *,
+        flow: bool,
+        top: int,
+        at: Tensor | None,
+    ) -> TokenScores:
+        """The same from this rank's part of the row, and the parts of the others."""
+        assert layout.packed is not None, "only a packed row is shared"
+        width, packed = context.width(tokens.shape[1]), layout.packed.shared(context)
+        start = context.rank * width
+        own = slice(start, start + width)
+        mine = (positions >= start) & (positions < start + width)
+        row = nn.functional.pad(tokens, (0, context.size * width - tokens.shape[1]))
+        arguments = {"position_ids": packed.position_ids[:, own], "packed": packed, "use_cache": False}
+        found = self._scored(
+            row[:, own],
+            arguments,
+            positions[mine] - start,
+            targets[mine],
+            temperatures[mine],
+            flow=flow,
+            top=top,
+            at=None if at is None else at[mine],
+        )
+        whole: list[Any] = [None if part is None else context.gathered(part, mine) for part in found]
+        return TokenScores(*whole)
+
+    def _scored(
+        self,
+        tokens: Tensor,
+        arguments: dict[str, Any],
+        positions: Tensor,
+        targets: Tensor,
+        temperatures: Tensor,
+        *,
+        flow: bool,
+        top: int,
+        at: Tensor | None,
+    ) -> TokenScores:
         if not self._plain_head:
-            logits = self.model(input_ids=tokens, **layout.arguments()).logits.flatten(0, 1)[positions]
+            logits = self.model(input_ids=tokens, **arguments).logits.flatten(0, 1)[positions]
             return scores_of_logits(logits, targets, temperatures, flow=flow, top=top, at=at)
-        hidden = self.model.get_decoder()(input_ids=tokens, **layout.arguments()).last_hidden_state.flatten(0, 1)
+        hidden = self.model.get_decoder()(input_ids=tokens, **arguments).last_hidden_state.flatten(0, 1)
         head, chosen = self.model.get_output_embeddings(), hidden[positions]
         scores = token_scores(chosen, head.weight, head.bias, targets, temperatures)
         if flow:

@@ -107,7 +107,7 @@ def plan_claim(
         claim,
         counts=counts,
         steps=steps,
-        ranks=learner.num_ranks,
+        ranks=learner.num_ranks // learner.context_parallel,
         tokens_per_microbatch=learner.tokens_per_microbatch,
         packing=learner.packing,
         scored=scored,
@@ -126,7 +126,7 @@ def load_steps(
     device: torch.device,
 ) -> Steps:
     """The micro-batches of a rank on its device, without credit."""
-    steps = pack_rank(claim, read, plans, rank=rank, packing=learner.packing)
+    steps = pack_rank(claim, read, plans, rank=rank // learner.context_parallel, packing=learner.packing)
     return [
         [Tensors.of(micro, weights=weights, version=claim.version, device=device) for micro in micros]
         for micros in steps

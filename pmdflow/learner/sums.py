@@ -105,6 +105,7 @@ class Sums:
         }
 
 
+Given = TypeVar("Given")
 Fields = TypeVar("Fields")
 """A dataclass of numbers that can be made from its fields by name."""
 
@@ -129,5 +130,27 @@ def over_ranks(local: Fields, device: torch.device) -> Fields:
 def all_sum(values: Iterable[float], device: torch.device) -> list[float]:
     """Add vectors over the ranks, in float64; every rank gets the same numbers."""
     total = torch.tensor(list(values), dtype=torch.float64, device=device)
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=_across.group)
     return [float(value) for value in total.tolist()]
+
+
+def from_ranks(own: Given) -> list[Given]:
+    """What every rank gives, by rank."""
+    parts: list[Any] = [None] * dist.get_world_size(_across.group)
+    dist.all_gather_object(parts, own, group=_across.group)
+    return parts
+
+
+@dataclass(slots=True)
+class _Across:
+    """The ranks of this process whose rows are others; those that share its own add the same."""
+
+    group: Any = None
+
+
+_across = _Across()
+
+
+def add_across(group: Any) -> None:
+    """Let sums run over the ranks of `group` from here on; None is all of them."""
+    _across.group = group

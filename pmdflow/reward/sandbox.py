@@ -17,6 +17,8 @@ from pmdflow.reward.attendance import Ended, attend
 from pmdflow.reward.confinement import PYTHON, UNCONFINED, Confinement, confinements
 
 _ENTRY = Path(__file__).with_name("sandbox_entry.py")
+ENTRY = _ENTRY.read_text()
+"""First code inside, as text."""
 _PROBE = """
 import ctypes, os, socket, sys, time
 assert os.getpid() < 100, "it sees the processes of the machine"
@@ -70,7 +72,7 @@ class Sandbox:
     """
 
     confinement: Confinement
-    _entry: str = field(default_factory=_ENTRY.read_text, repr=False)
+    _entry: str = field(default=ENTRY, repr=False)
 
     def run(
         self, argv: Sequence[str], *, files: Mapping[str, str], stdin: bytes = b"", limits: Limits | None = None

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from pmdflow.agents.desk import Incoming, Outgoing
 from pmdflow.config.schema import Config
-from pmdflow.errors import EngineDied, PmdflowError, WaitTimeout, WeightsLost
-from pmdflow.metrics.report import ActorReport, Event
+from pmdflow.errors import EngineDied, WaitTimeout, WeightsLost
+from pmdflow.metrics.report import ActorReport
 from pmdflow.metrics.spans import SpanBuffer, Wait
 from pmdflow.rollout.engines.make import make_engine
 from pmdflow.rollout.held import HeldTrajectory
 from pmdflow.rollout.holder import Holder
 from pmdflow.rollout.incoming import IncomingWeights
+from pmdflow.rollout.launching import AgentsPlace
 from pmdflow.rollout.leasing import LeaseTaker
 from pmdflow.rollout.loading import Loader
-from pmdflow.rollout.programs import AgentsPlace, Programs, noted
+from pmdflow.rollout.programs import Programs, noted
 from pmdflow.rollout.requests import STORE_TIMEOUT_S, StoreRequests
+from pmdflow.rollout.shift import Shift
+from pmdflow.rollout.told import Told
 from pmdflow.store.client import StoreHandle
+from pmdflow.weights.device_turn import DeviceTurn
 from pmdflow.weights.make import make_transport
 from pmdflow.weights.transport import Bytes, WeightsHandle, in_group
 
 SLOTS_PER_SPARE = 8
 """For so many slots one lease more is held: a slot that falls free is not empty while the store is asked."""
-MAX_PROBLEMS = 20
-"""Problems of environments kept between two drains."""
 LOST_WEIGHTS_TIMEOUT_S = 1800.0
 """A learner that was killed has loaded its checkpoint and published it within this time."""
 PARKED_LOOK_S = 5.0
@@ -66,6 +66,7 @@ class RolloutActor:
         self._worker = worker
         self._requests = StoreRequests(store)
         self._transport = make_transport(config, Path(run_dir))
+        self._shift = Shift(DeviceTurn.own(run_dir, index)) if config.cluster.colocate else None
         self._engine = make_engine(config, seed=(config.run.seed * 1000 + index) % 2**32)
         self._programs: Programs | None = None
         self._agents = config.agents
@@ -82,13 +83,7 @@ class RolloutActor:
         self._span_tokens = 0
         self._last_flush = self._last_look = 0.0
         self._generated = 0
-        self._problems: deque[Event] = deque(maxlen=MAX_PROBLEMS)
-        """What environments failed at since the last drain."""
-        self._notes: deque[Event] = deque(maxlen=MAX_PROBLEMS)
-        """What environments and agent programs did that is to be known, since the last drain."""
-        self._environment = config.environment
-        self._failures: list[str] = []
-        """What environments have failed at since one of them answered."""
+        self._told = Told(config, worker)
         self._stopping = threading.Event()
 
     def run(self, handle: WeightsHandle | None) -> None:
@@ -106,11 +101,13 @@ class RolloutActor:
             self._begin_with(handle)
         try:
             while not self._stopping.is_set():
+                if self._rests():
+                    continue
                 self._swap_weights()
                 self._collect()
                 self._take_answers()
                 self._request_leases()
-                self._holder.fill_slots()
+                self._generated += self._holder.fill_slots()
                 if self._engine.active():
                     self._step()
                 else:
@@ -122,8 +119,7 @@ class RolloutActor:
         else:
             self._release_all()
         finally:
-            left = self._holder.close_environments()
-            self._problems += [self._event("failed", f"{name}: it did not end when it was closed") for name in left]
+            self._told.left(self._holder.close_environments())
 
     def update_weights(self, handle: WeightsHandle, timeout_s: float) -> bool:
         """Fetch a version beside generation, and wait until it is in use.
@@ -150,6 +146,24 @@ class RolloutActor:
         """Bytes of a version's file, for a node that does not have it; safe beside everything else."""
         return self._transport.read(version, offset, num_bytes)
 
+    def sleep(self, timeout_s: float) -> None:
+        """Let the engine give its device to the learner; returns when it has.
+
+        Raises:
+            WaitTimeout: it did not within `timeout_s`.
+        """
+        assert self._shift is not None, "only in a colocated run"
+        self._shift.ask(True, timeout_s=timeout_s)
+
+    def wake(self, timeout_s: float) -> None:
+        """Let the engine have its device again, and go on.
+
+        Raises:
+            WaitTimeout: it did not within `timeout_s`.
+        """
+        assert self._shift is not None, "only in a colocated run"
+        self._shift.ask(False, timeout_s=timeout_s)
+
     def stop(self) -> None:
         """Let `run` send what it has, give its leases back and return."""
         self._stopping.set()
@@ -167,11 +181,9 @@ class RolloutActor:
 
     def drain(self) -> ActorReport:
         """Spans and problems of environments since the last call, and counts of tokens since the start."""
-        problems = [self._problems.popleft() for _ in range(len(self._problems))]
-        told = [self._notes.popleft() for _ in range(len(self._notes))]
         return ActorReport(
             spans=self._spans.drain(),
-            events=[*problems, *told, *self._spans.losses()],
+            events=[*self._told.drain(), *self._spans.losses()],
             tokens={
                 "generated_tokens": self._generated,
                 "prefill_tokens": self._engine.prefill_tokens,
@@ -194,6 +206,27 @@ class RolloutActor:
         weights = self._transport.fetch(handle, timeout_s=timeout_s)
         self._incoming.offer(handle.version, (self._engine.stage(weights), handle.probe))
 
+    def _rests(self) -> bool:
+        """Change over if that is due; whether the engine sleeps: what is held stays leased, nothing is generated."""
+        shift = self._shift
+        if shift is None:
+            return False
+        if shift.is_due and not shift.asleep:
+            self._await_append()
+            self._end_span()
+            self._generated += self._holder.take(self._engine.pause())
+            self._send(next_version=self._engine.version)
+            shift.sleep(self._engine, self._spans)
+        elif shift.is_due:
+            shift.wake(self._engine, self._spans)
+        if shift.asleep:
+            with self._spans.span("wait_device"):
+                shift.await_due(timeout_s=SPAN_S)
+            self._collect()
+            self._take_answers()
+            self._flush_when_due()
+        return shift.asleep
+
     def _swap_weights(self) -> None:
         """Take other weights; every token sent before carries the old version, every one after the new.
 
@@ -213,6 +246,7 @@ class RolloutActor:
             attrs["running"] = len(self._holder)
             start = time.monotonic()
             self._generated += self._holder.take(self._engine.pause())
+            self._holder.forget_ahead()
             if self._one_version:
                 self._holder.abort()
             self._send(next_version=version)
@@ -238,32 +272,14 @@ class RolloutActor:
 
     def _take_answers(self) -> None:
         answers = self._holder.take_answers()
+        if self._programs is not None:
+            self._programs.note_rewards(self._holder, self._requests.turns)
         if self._holder.forks():
             self._fork()
         for id, reply in answers.items():
             if self._programs is not None and reply.done and id in self._holder:  # a fork awaits grants: it may be gone
-                held = self._holder[id]
-                self._programs.note(held, reply.problem)
-                if rewards := self._programs.rewards(held):
-                    self._requests.turn(id, held.epoch, 0, rewards)
-            if reply.notice:
-                self._notes.append(self._event("ended", reply.notice, trajectory=id))
-            if not reply.problem:
-                self._failures.clear()
-                continue
-            self._problems.append(self._event("failed", reply.problem, trajectory=id))
-            self._failures.append(reply.problem)
-            environment = self._environment
-            if environment is not None and len(self._failures) >= environment.max_failures_in_a_row:
-                raise PmdflowError(
-                    f"{len(self._failures)} calls of environment.factory {environment.factory} failed in a row "
-                    f"(environment.max_failures_in_a_row); the first: {self._failures[0]}",
-                    hint="mend the environment; what is stored stays, and `pmdflow up` goes on",
-                )
-
-    def _event(self, what: str, message: str, **attrs: Any) -> Event:
-        room = "environment" if self._programs is None else "agent"
-        return Event(kind=f"{room}_{what}", message=message, attrs={"actor": self._worker, **attrs})
+                self._programs.note(self._holder[id], reply.problem)
+            self._told.take(id, reply)
 
     def _fork(self) -> None:
         """Begin branches in the store: what is in flight renews leases under the epochs that these end."""
@@ -281,7 +297,7 @@ class RolloutActor:
         for held in gone:
             if self._programs is not None and self._agents is not None:
                 notes = self._programs.let_go(held, stays=not self._stopping.is_set())
-                self._notes += noted(self._worker, notes, held, self._agents)
+                self._told.note(noted(self._worker, notes, held, self._agents))
             else:
                 self._taker.let_go(held, stays=not self._stopping.is_set())
 

@@ -106,5 +106,15 @@ class RolloutEngine(Protocol):
     def resume(self) -> None:
         """Generate again, under the newest weights and limits."""
 
+    def sleep(self) -> None:
+        """Give the device's memory back while paused: weights go to the host, caches are forgotten.
+
+        Held sequences stay, and are prefilled again by those steps that go on with them. Until `wake` it may be asked
+        to add, extend and abort, and for nothing else.
+        """
+
+    def wake(self) -> None:
+        """Take the memory again and generate on, under the same weights."""
+
     def close(self) -> None:
         """End its processes, if it has any; nothing is called afterwards."""

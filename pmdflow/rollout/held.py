@@ -52,7 +52,7 @@ class HeldTrajectory:
     stop_text: StopText | None = None
     """Watches the turn for stop strings; None if there are none."""
     repetition: RepetitionDetector | None = None
-    """Watches for loops; None if they are let go on."""
+    """Watches for loops, of an agent within a turn; None if they are let go on."""
     session: Partner | None = None
     """Its environment or agent program; None if it is a single answer."""
     watch: Callable[[Sequence[str], Sequence[int]], StopText] | None = None
@@ -135,15 +135,15 @@ class HeldTrajectory:
         self._call(self.context[self.turn_start :] if whole else None)
 
     def attach(self, session: Partner, *, turn: Sequence[int] | None, whole: bool) -> None:
-        """Go on with a program that lives: it waits for `turn`, and more if that is not `whole`; None: for nothing."""
+        """Go on with what lives: it waits for `turn`, and more if that is not `whole`; None: for nothing."""
         self.session = session
         self.turn_start = len(self.context) - len(turn or ())
         if turn is None:
             self.phase = "calling"
         elif whole:
             self._call(turn)
-        else:
-            self._watch_turn()
+        elif session.outlives:
+            self._begin_turn()
 
     def begin(self) -> Request:
         """What the engine is asked to generate, from now on."""
@@ -198,6 +198,8 @@ class HeldTrajectory:
         self.num_observed += len(self.observed)
         if self.observed or reply.turn is not None:
             self.turn_start = len(self.context) - (reply.turn or 0)
+        if reply.turn is not None:
+            self._begin_turn()
         if reply.again:
             self._end("abort")
         elif reply.done:
@@ -206,7 +208,8 @@ class HeldTrajectory:
             self._end("length")
         else:
             self.phase = "answered" if self.observed else "waiting"
-            self._watch_turn()
+            if reply.turn is None:
+                self._watch_turn()
         return reply
 
     def forked(self, epoch: int) -> None:
@@ -269,6 +272,12 @@ class HeldTrajectory:
         if self.phase == "over":
             self.phase = "closed"
         return segment
+
+    def _begin_turn(self) -> None:
+        """Watch a turn of an agent, whose others and whose other samples say nothing of it."""
+        if self.repetition is not None:
+            self.repetition = self.repetition.anew(self.context[self.turn_start :])
+        self._watch_turn()
 
     def _watch_turn(self) -> None:
         if self.watch is not None and self.session is not None:

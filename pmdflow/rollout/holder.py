@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import suppress
 
 from pmdflow.environments.protocol import Reply
+from pmdflow.rollout.ahead import Ahead
 from pmdflow.rollout.engine import Output, RolloutEngine
 from pmdflow.rollout.held import HeldTrajectory, LeaseLost
 from pmdflow.rollout.leasing import LeaseTaker
@@ -39,9 +40,13 @@ class Holder:
         self._engine = engine
         self._taker = taker
         self._held: dict[int, HeldTrajectory] = {}
+        self._ahead = Ahead(engine)
 
     def __len__(self) -> int:
         return len(self._held)
+
+    def __iter__(self) -> Iterator[HeldTrajectory]:
+        return iter(self._held.values())
 
     def __contains__(self, id: object) -> bool:
         return id in self._held
@@ -71,11 +76,24 @@ class Holder:
         with suppress(LeaseLost):
             self._held[lease.trajectory] = self._taker.take(lease, limit=grant, version=self._engine.version)
 
-    def fill_slots(self) -> None:
-        """Give the engine what waits for it, oldest lease first."""
+    def fill_slots(self) -> int:
+        """Give the engine what waits for it, oldest lease first; then what its programs ask for besides.
+
+        Returns:
+            Tokens that were generated ahead, and are kept now.
+        """
+        kept = sum(self._ahead.feed(held, version=self._engine.version) for held in self._waiting())
         free = self._engine.num_slots - sum(held.phase == "generating" for held in self._held.values())
-        for held in [held for held in self._held.values() if held.phase == "waiting" and held.limit > 0][:free]:
+        waiting = self._waiting()[:free]
+        self._ahead.stop(len(waiting) + self._ahead.num_running - free)
+        for held in waiting:
             self._engine.add(held.begin())
+        self._ahead.fill(self._held.values(), free - len(waiting) - self._ahead.num_running)
+        return kept
+
+    def forget_ahead(self) -> None:
+        """Throw away what was generated before its turn, under weights that go."""
+        self._ahead.forget()
 
     def step(self) -> int:
         """One step of the engine; how many tokens are kept."""
@@ -85,6 +103,8 @@ class Holder:
         """Take what the engine gave out; how many tokens are kept."""
         kept = 0
         for output in outputs:
+            if self._ahead.take(output):
+                continue
             held = self._held[output.id]
             kept += held.take(output, version=self._engine.version)
             if held.phase != "generating":
@@ -160,4 +180,8 @@ class Holder:
     def drop(self, id: int) -> HeldTrajectory:
         """Forget a trajectory."""
         self._engine.abort(id)
+        self._ahead.forget(id)
         return self._held.pop(id)
+
+    def _waiting(self) -> list[HeldTrajectory]:
+        return [held for held in self._held.values() if held.phase == "waiting" and held.limit > 0]

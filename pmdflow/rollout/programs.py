@@ -3,51 +3,44 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from pmdflow.agents.desk import Desk
+from pmdflow.agents.diary import SUFFIX, Diary
 from pmdflow.agents.history import History
-from pmdflow.agents.keys import Credential
-from pmdflow.agents.program import Program
 from pmdflow.agents.record import Episode, Record
+from pmdflow.agents.rewards import Rewards
 from pmdflow.agents.session import AgentSession
 from pmdflow.agents.tools import format_of
+from pmdflow.agents.wording import Wording
 from pmdflow.config.agents import AgentsConfig
 from pmdflow.config.schema import Config
-from pmdflow.config.variables import hide, resolve
+from pmdflow.config.variables import hide
 from pmdflow.data.messages import Style
+from pmdflow.data.sampling import SamplingControl
 from pmdflow.data.stop_text import StopText
 from pmdflow.data.tokenizer import end_ids, load_tokenizer
 from pmdflow.errors import PmdflowError
 from pmdflow.metrics.report import Event
 from pmdflow.rollout.held import HeldTrajectory, LeaseLost
+from pmdflow.rollout.launching import AgentsPlace, Launcher
+from pmdflow.store.episodes import Turn, rewards_said
 from pmdflow.types import Lease
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+Note: TypeAlias = "tuple[int, int, int, Mapping[str, float]]"
+"""Trajectory, epoch, number of the note, and rewards by name."""
 MAX_DEATHS = 3
 """A trajectory whose programs are killed so often here ends where it is."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AgentsPlace:
-    """Where the programs of a run find its gateway."""
-
-    address: str
-    """`http://HOST:PORT`."""
-    secret: bytes
-    """Signs their keys."""
 
 
 class Programs:
@@ -64,12 +57,12 @@ class Programs:
         """Start nothing yet; `read` gives a trajectory as the store has it (`TrajectoryStore.trajectory`)."""
         assert config.agents is not None
         self.desk = Desk()
-        self._config, self._agents, self._place, self._read = config, config.agents, place, read
-        self._run_dir, self._worker = run_dir, worker
+        self._config, self._agents, self._read = config, config.agents, read
         self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.model.path)
         self._ends = end_ids(config.model.path)
         self._longest = max(map(len, self._tokenizer.get_vocab()))
         """Characters of the longest token."""
+        self._launcher = Launcher(config, place, run_dir, worker, self._tokenizer)
         self._parked: dict[int, tuple[AgentSession, int]] = {}
         """By trajectory, with the epoch of the lease that was given back."""
         self._deaths: Counter[int] = Counter()
@@ -79,7 +72,7 @@ class Programs:
 
     @property
     def most(self) -> int:
-        """Programs that this actor may run at a time."""
+        """Programs that this actor may run at a time; at most as many more wait for a lease."""
         return math.ceil(self._agents.concurrency / self._config.rollout.num_actors)
 
     def open(self, held: HeldTrajectory) -> None:
@@ -105,17 +98,19 @@ class Programs:
                 held.attach(session, turn=turn, whole=turn is not None and session.is_whole(turn))
                 return
             session.close("it has ended" if session.over else "another program goes on with its trajectory")
-        session = self._session(lease, episode, held)
-        session.is_judged = row is not None and len(row["turns"]) > 0
+        session = self._session(lease, episode, held, [] if row is None else row["turns"])
         held.open(session, unanswered=0, whole=False)
 
     def let_go(self, held: HeldTrajectory, *, stays: bool) -> list[tuple[str, str]]:
         """A lease has ended; where the trajectory `stays` partial its program waits. Returns what is to be noted."""
         session = held.session
         assert isinstance(session, AgentSession)
-        notes, session.notes = session.notes, []
+        notes = [*session.notes, *(("reward_kept", why) for why in session.rewards.problems)]
+        session.notes, session.rewards.problems = [], []
         if stays and held.stop in ("budget", "abort") and not session.over:
             self._parked[held.id] = (session, held.epoch)
+            for longest in list(self._parked)[: -self.most]:
+                self._drop(longest, "too many programs wait; another one goes on with its trajectory")
         else:
             session.close("its trajectory is complete" if held.stop is not None else "another actor has its lease")
             self._deaths[held.id] += held.stop == "abort" and stays
@@ -123,11 +118,22 @@ class Programs:
                 self._deaths.pop(held.id, None)
         return notes
 
-    def rewards(self, held: HeldTrajectory) -> Mapping[str, float]:
-        """What is to be noted of an episode that ends: what was said of it first stands."""
-        session = held.session
-        assert isinstance(session, AgentSession)
-        return {} if session.is_judged else session.rewards
+    def note_rewards(self, held: Iterable[HeldTrajectory], turns: Callable[[Sequence[Note]], Sequence[bool]]) -> None:
+        """Make durable what programs have said of their episodes, and answer them; `turns` says which are fenced."""
+        saying = []
+        for one in held:
+            assert isinstance(one.session, AgentSession)
+            one.session.take_arrivals()
+            if one.phase != "closed" and one.session.rewards.pending:
+                saying.append((one, one.session.rewards))
+        new = [(one, rewards) for one, rewards in saying if rewards.unsaid]
+        fenced = turns([(one.id, one.epoch, said.num_notes, dict(said.unsaid)) for one, said in new]) if new else []
+        stale = {one.id for (one, _), is_fenced in zip(new, fenced, strict=True) if is_fenced}
+        for one, rewards in saying:
+            said = dict(rewards.unsaid)
+            rewards.noted(stale=one.id in stale)
+            if said and one.id not in stale and isinstance(one.session, AgentSession):
+                one.session.diary.tell("reward", rewards=said)
 
     def note(self, held: HeldTrajectory, problem: str) -> None:
         """Count what a program failed at.
@@ -154,62 +160,46 @@ class Programs:
 
     def drop(self, trajectory: int) -> None:
         """Another actor goes on with a trajectory: end the program that waits here."""
-        session, _ = self._parked.pop(trajectory)
-        session.close("another actor goes on with its trajectory")
+        self._drop(trajectory, "another actor goes on with its trajectory")
 
     def close(self) -> None:
         """End every program that waits."""
         for trajectory in list(self._parked):
             self.drop(trajectory)
 
-    def _session(self, lease: Lease, episode: Episode, held: HeldTrajectory) -> AgentSession:
+    def _drop(self, trajectory: int, why: str) -> None:
+        session, _ = self._parked.pop(trajectory)
+        session.close(why)
+
+    def _session(self, lease: Lease, episode: Episode, held: HeldTrajectory, notes: Sequence[Turn]) -> AgentSession:
         control, style = held.control, Style(template_args=self._config.data.sources[0].template_args or {})
         max_chars = (len(lease.prompt) + control.max_tokens) * self._longest
         return AgentSession(
             config=self._agents,
-            tokenizer=self._tokenizer,
             history=History(self._tokenizer, style, max_chars),
-            style=format_of(self._tokenizer.chat_template) if self._agents.tools == "auto" else self._agents.tools,
+            wording=self._wording(control),
             desk=self.desk,
-            start_program=partial(self._start, lease),
+            start_program=partial(self._launcher.start, lease),
             trajectory=lease.trajectory,
             epoch=lease.epoch,
-            model=self._config.run.name,
             prompt_length=len(lease.prompt),
             max_tokens=control.max_tokens,
             record=Record.of(lease.prompt.tolist(), episode),
-            ends=self._ends.union(control.stop_token_ids),
-            run_stop=control.stop,
+            diary=Diary(self._launcher.log(lease, SUFFIX)),
+            rewards=Rewards(self.desk, rewards_said(notes), num_notes=len(notes)),
             may_die=self._deaths[lease.trajectory] < MAX_DEATHS,
-            sampling={"temperature": control.temperature, "top_p": control.top_p},
         )
 
-    def _start(self, lease: Lease) -> Program:
-        agents, named = self._agents, f"{lease.trajectory}-{lease.epoch}"
-        key = Credential(self._worker, lease.trajectory, lease.epoch).key(self._place.secret)
-        text = lease.text if lease.text is not None else self._tokenizer.decode(lease.prompt.tolist())
-        task = {
-            "prompt": text,
-            "metadata": dict(lease.metadata),
-            "messages": lease.metadata.get("messages"),
-            "model": self._config.run.name,
-            "args": resolve(agents.args),
-        }
-        address = f"{self._place.address}/episodes/{lease.trajectory}/v1"
-        host = self._place.address.rpartition("//")[2].rpartition(":")[0]
-        start = partial(
-            Program.start,
-            agents.command or [sys.executable, "-m", "pmdflow.agents.function", str(agents.program)],
-            env={"OPENAI_BASE_URL": address, "OPENAI_API_KEY": key, **_without_proxy(host)},
-            task=task,
-            work=self._run_dir / "agents" / named,
-            log=self._run_dir / "logs" / "agents" / f"{named}.log",
-            timeout_s=agents.timeout_s,
+    def _wording(self, control: SamplingControl) -> Wording:
+        given = self._agents.tools
+        return Wording(
+            tokenizer=self._tokenizer,
+            style=format_of(self._tokenizer.chat_template) if given == "auto" else given,
+            model=self._config.run.name,
+            ends=self._ends.union(control.stop_token_ids),
+            run_stop=control.stop,
+            sampling={"temperature": control.temperature, "top_p": control.top_p},
         )
-        try:
-            return start()
-        except (OSError, RuntimeError) as error:  # this machine has no process or no room left: it may have later
-            return Program.failed(f"it could not be started: {error}")
 
 
 def noted(worker: str, notes: list[tuple[str, str]], held: HeldTrajectory, agents: AgentsConfig) -> list[Event]:
@@ -238,8 +228,3 @@ def _episode(row: Mapping[str, Any]) -> Episode:
 
 def _watch(tokenizer: PreTrainedTokenizerBase, stop: Any, history: Any) -> StopText:
     return StopText(tokenizer, stop, history=history)
-
-
-def _without_proxy(host: str) -> dict[str, str]:
-    """The gateway is asked directly, besides whatever else is."""
-    return {name: ",".join(filter(None, [os.environ.get(name), host])) for name in ("NO_PROXY", "no_proxy")}

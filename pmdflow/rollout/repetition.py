@@ -53,6 +53,10 @@ class RepetitionDetector:
         """Last tokens that equal those a period before."""
         self.find(history[-(config.copies + 1) * (config.window + config.ngram) - config.min_tokens :])
 
+    def anew(self, history: Sequence[int]) -> RepetitionDetector:
+        """One that begins after the tokens of `history`, and has seen nothing else."""
+        return RepetitionDetector(self._config, history=history)
+
     def find(self, tokens: Sequence[int]) -> int | None:
         """Index in `tokens` of the first one with which the sequence is repetitive, or None; reads all of them."""
         found = None

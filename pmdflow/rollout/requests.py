@@ -106,9 +106,16 @@ class StoreRequests:
         """The fencing epochs of those trajectories that are in the store; likewise."""
         return _get(call(self._store, StoreActor.epochs, trajectories), "the question for epochs")
 
-    def turn(self, id: int, epoch: int, number: int, rewards: Mapping[str, float], key: str | None = None) -> None:
-        """Note what is said of an episode; likewise."""
-        _get(call(self._store, StoreActor.turn, id, epoch, number, dict(rewards), key), "a note on an episode")
+    def turns(self, notes: Sequence[tuple[int, int, int, Mapping[str, float]]]) -> list[bool]:
+        """Note what is said of episodes, (trajectory, epoch, number, rewards); whether each lease was fenced; likewise.
+
+        All go out at once, and share what makes them durable.
+        """
+        refs = [
+            call(self._store, StoreActor.turn, id, epoch, number, dict(rewards), None)
+            for id, epoch, number, rewards in notes
+        ]
+        return [_get(ref, "a note on an episode") for ref in refs]
 
     def fork(self, id: int, epoch: int, offset: int) -> Forked:
         """Begin a branch; likewise."""

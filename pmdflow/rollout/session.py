@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pmdflow.config.variables import hide
 from pmdflow.environments.host import FAILURES, Host, Hosts
-from pmdflow.environments.observed import Speech
+from pmdflow.environments.observed import Speech, checked
 from pmdflow.environments.protocol import Environment, Note, Observation, PastTurn, Reply
 from pmdflow.errors import PmdflowError
 from pmdflow.rollout.turns import Turn
@@ -120,7 +119,7 @@ class Session:
         first, reply = Observation(), Reply()
         try:
             if not self._has_begun:
-                first = _checked(await self._begin(host))
+                first = checked(await self._begin(host))
                 if self.said is not None:
                     first = Observation(done=first.done)  # what it says besides is in the record
                 reply = Reply(tokens=self.speech.tokens(first), done=first.done)
@@ -160,7 +159,7 @@ class Session:
         assert environment is not None
         try:
             said = await host.call(environment.step, **self._given(environment, number, action))
-            observation, tokens = _checked(said), self.speech.tokens(said, after=action)
+            observation, tokens = checked(said), self.speech.tokens(said, after=action)
             if not tokens and not observation.done:
                 raise ValueError("step says nothing and does not end the trajectory")
         except FAILURES as error:
@@ -235,20 +234,3 @@ class Session:
     def _said(self, problem: str) -> str:
         """What is noted of a problem; an error may quote an argument."""
         return f"{self.key}: {hide(problem, self.config.args)}"
-
-
-def _checked(observation: Observation) -> Observation:
-    """The same.
-
-    Raises:
-        ValueError: a number or the key is none.
-    """
-    if "reward" in observation.metrics:
-        raise ValueError("an observation has a metric `reward`: give it as its reward")
-    said = dict(observation.metrics) | ({} if observation.reward is None else {"reward": observation.reward})
-    for name, value in said.items():
-        if not isinstance(name, str) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"an observation has {name!r}: {value!r:.80}; rewards and metrics are finite numbers")
-    if observation.key is not None and not isinstance(observation.key, str):
-        raise ValueError(f"an observation has the key {observation.key!r:.80}; a key is a text")
-    return observation

@@ -25,7 +25,7 @@ from pmdflow.errors import LaunchError
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.reward.actor import RewardActor
 from pmdflow.rollout.actor import RolloutActor
-from pmdflow.rollout.programs import AgentsPlace
+from pmdflow.rollout.launching import AgentsPlace
 from pmdflow.run.cluster import ask_cluster
 from pmdflow.run.directory import log_path
 from pmdflow.run.loops import Loop, LoopHandle

@@ -20,6 +20,7 @@ from pmdflow.metrics.claim import claim_metrics
 from pmdflow.metrics.history import iterations
 from pmdflow.metrics.order import AdmissionOrder
 from pmdflow.run.checkpoints import Checkpoints
+from pmdflow.run.devices import Devices
 from pmdflow.run.discards import take_up
 from pmdflow.run.held_out import HeldOut
 from pmdflow.run.learner_group import LearnerGroup
@@ -73,6 +74,7 @@ class Controller:
             learners=self._learners,
             start_archive=start_archive,
         )
+        self._devices = Devices(config, supervisor=supervisor, learners=self._learners)
         self._order = AdmissionOrder()
         self._held_out = HeldOut(config=config, supervisor=supervisor, prompts=prompts)
         self.iteration = 0
@@ -102,7 +104,9 @@ class Controller:
                 self._telemetry.event("actor_died", f"{error}; the learner restarts from the newest checkpoint")
                 self.recover()
         if self._checkpoints.saved_iteration < self.iteration:
+            self._devices.to_learner()
             self._checkpoints.save(iteration=self.iteration, version=self.version)
+            self._devices.to_engines()
         self._checkpoints.commit()
         if not self._supervisor.draining:
             self._held_out.finish(self.iteration)
@@ -113,6 +117,7 @@ class Controller:
     def recover(self) -> None:
         """Put learner and store at the newest checkpoint: later claims are undone, to be made and trained again."""
         manifest = self._checkpoints.recover()
+        self._devices.rest_engines()
         self._learners.restart()
         if manifest is None:
             self._learners.wait(self._learners.call(LearnerActor.load_initial), what="loading the initial weights")
@@ -135,6 +140,7 @@ class Controller:
         self._rates = [rate for rate in rates if rate is not None]
         self._take_discards()
         self._reopen_version()
+        self._devices.to_engines()
         self._checkpoints.archive()
 
     def _take_discards(self) -> None:
@@ -168,6 +174,7 @@ class Controller:
         if not self._claim(iteration):
             return
         claimed = time.time()
+        self._devices.to_learner()
         claim_ref = call(self._store, StoreActor.read_rows, iteration)
         # Ray resolves a reference in the place of an argument.
         refs: list[ObjectRef[TrainResult]] = [
@@ -184,6 +191,7 @@ class Controller:
         published = time.time()
         if iteration % self._config.learner.checkpoint_every == 0:
             self._checkpoints.save(iteration=iteration, version=self.version)
+        self._devices.to_engines()
         self._held_out.turn(iteration)
         claim = self._supervisor.get(claim_ref, what="reading the claim", timeout_s=APPLY_TIMEOUT_S)
         times = {

@@ -43,6 +43,10 @@ def open_inputs(config: Config, *, pins: Mapping[str, str] | None = None, weight
 
         engine = settle(config, gpus=None).rollout.engine
         check_family(inputs.base, packing=config.learner.packing, slots=engine == "transformers")
+        if config.learner.context_parallel > 1:
+            from pmdflow.learner.context import require_folder_divisible
+
+            require_folder_divisible(inputs.base, config.learner.context_parallel)
         if inputs.has_weights:
             check_loading(inputs.base)
         if ":" not in config.learner.algorithm:  # what a user's module does is known where it is imported

@@ -80,6 +80,7 @@ def _gpu_shares(config: Config) -> tuple[float, float]:
         actors=config.rollout.num_actors,
         ranks=config.learner.num_ranks,
         tensor_parallel=config.rollout.tensor_parallel,
+        colocate=config.cluster.colocate,
     )
 
 

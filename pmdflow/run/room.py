@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from pmdflow.config.gpus import Gpus, local_gpus, planned_gpus
 from pmdflow.config.memory import Footprint
@@ -80,7 +81,15 @@ def _measure(inputs: Inputs, config: Config) -> Footprint | None:
     from pmdflow.learner.footprint import measure_apart, measure_footprint  # torch takes seconds
 
     measure = measure_footprint if local_gpus() is None else measure_apart
-    try:
-        return measure(inputs.base, dtype=config.model.compute, packing=config.learner.packing)
-    except Exception:  # a family's code can fail in any way; that it can be trained was judged before
-        return None
+    learner = config.learner
+
+    def measured(folder: Path | str) -> Footprint | None:
+        try:
+            return measure(folder, dtype=config.model.compute, packing=learner.packing)
+        except Exception:  # a family's code can fail in any way; that it can be trained was judged before
+            return None
+
+    model = measured(inputs.base)
+    if model is None or learner.teacher is None:
+        return model
+    return replace(model, teacher=measured(learner.teacher))

@@ -59,6 +59,8 @@ class Supervisor:
         self.learners: list[ActorHandle[LearnerActor]] = []
         self.loops: list[Loop] = []
         self.draining = False
+        self.resting = False
+        """The learner has the rollout actors' devices: one that starts waits for its own."""
         self.handle: WeightsHandle | None = None
         """Newest published weights; None until the first publication: those of the model folder."""
         self._learner_drains: dict[int, ObjectRef[ActorReport]] = {}
@@ -170,7 +172,7 @@ class Supervisor:
         process, silent_s = loop.process, time.monotonic() - loop.process.asked_at
         is_heard = self._collect(loop)
         is_judged = process.placed or self._find_place(loop, silent_s)
-        if is_heard or not is_judged:
+        if is_heard or not is_judged or (self.resting and loop.takes_weights and not process.answered):
             return
         if silent_s > (loop.hang_timeout_s if process.answered else STARTUP_TIMEOUT_S):
             self._replace(loop, f"it did not answer for {silent_s:.0f} s")

@@ -101,11 +101,7 @@ class StoreActor:
     @_in_group("append")
     def epochs(self, trajectories: Sequence[int]) -> dict[int, int]:
         """Fencing epochs of those trajectories that are in the store."""
-        found = {}
-        for trajectory in trajectories:
-            with contextlib.suppress(Conflict):
-                found[trajectory] = int(self._store.trajectory(trajectory)["epoch"])
-        return found
+        return self._store.epochs(trajectories)
 
     @_in_group("score")
     def unscored(self, max_items: int, ttl_s: float, timeout_s: float) -> list[Unscored]:

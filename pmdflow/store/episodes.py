@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from pmdflow import _rust_buffer
 from pmdflow.store.answers import Forked
@@ -76,6 +76,10 @@ class Episodes:
                 return False  # a repeat, after what came behind it
             raise
         return stale
+
+    def epochs(self, trajectories: Sequence[int]) -> dict[int, int]:
+        """Fencing epochs of those of these trajectories that are in the store; no file is read."""
+        return self._native.epochs(list(trajectories))
 
 
 def rewards_said(turns: Iterable[Turn]) -> dict[str, float]:

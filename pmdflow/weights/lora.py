@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -24,6 +24,11 @@ class AdapterMerger:
 
     def __init__(self) -> None:
         self._base: dict[str, Tensor] = {}
+
+    @property
+    def kept(self) -> Iterable[Tensor]:
+        """Weights without adapters, on the device of those that they were merged into."""
+        return self._base.values()
 
     def merge(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The whole weights by the names of `state`; `weights` unchanged if they hold no adapter.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pmdflow.rollout.engines.transformers.engine import TransformersEngine
-from tests.support.agent_world import World
+from tests.support.agent_world import World, clear
 from tests.support.chat_model import FORGETFUL, chat_model
 from tests.support.engine import make_engine
 
@@ -30,6 +30,5 @@ def engine(folders: dict[str, Path]) -> TransformersEngine:
 def world(tmp_path: Path, engine: TransformersEngine, folders: dict[str, Path]) -> Iterator[World]:
     world = World(tmp_path, engine, folders[""])
     yield world
-    for id in range(9):
-        engine.abort(id)
+    clear(engine)
     world.store.close()

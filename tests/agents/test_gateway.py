@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from pmdflow.agents import gateway
+from pmdflow.agents import connection, gateway
 from pmdflow.agents.answers import Choice, chat_answer
 from pmdflow.agents.desk import Desk, Incoming, Outgoing
 from pmdflow.agents.gateway import _Front
@@ -35,6 +35,10 @@ class Echo:
 
     def __init__(self) -> None:
         self.asked: list[Incoming] = []
+        self.delivered: list[Incoming] = []
+
+    def deliver(self, worker: str, incoming: Incoming) -> None:
+        self.delivered.append(incoming)
 
     async def ask(self, worker: str, incoming: Incoming) -> Outgoing:
         self.asked.append(incoming)
@@ -134,6 +138,43 @@ def test_a_large_or_slow_body_is_refused(served: tuple[str, Echo, list[str]], mo
     assert ask(served[0], content=drip()).status_code == 408
 
 
+@pytest.mark.parametrize("sent", [b"", b"POST /episodes/7/v1/completions HTTP/1.1\r\nhost: x\r\n"])
+def test_a_connection_without_a_request_is_closed(
+    served: tuple[str, Echo, list[str]], sent: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.2)
+    url = httpx.URL(served[0])
+    assert url.port is not None
+    with socket.create_connection((url.host, url.port), timeout=20) as client:
+        client.sendall(sent)
+        answer = b""
+        while data := client.recv(4096):
+            answer += data
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"did not arrive within 0.2 s" in answer
+
+
+def test_a_connection_that_waits_between_requests_is_kept(
+    served: tuple[str, Echo, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.2)
+    with httpx.Client(headers={"authorization": f"Bearer {KEY}"}) as client:
+        for _ in range(3):
+            assert client.get(f"{served[0]}/models").status_code == 200
+            (kept,) = client._transport._pool.connections  # type: ignore[attr-defined]
+            time.sleep(0.4)
+        assert client._transport._pool.connections == [kept]  # type: ignore[attr-defined]
+
+
+def test_an_answer_that_was_read_is_told(served: tuple[str, Echo, list[str]]) -> None:
+    url, echo, _ = served
+    ask(url, json={"messages": [{"role": "user", "content": "?"}]})
+    deadline = time.monotonic() + 10
+    while not echo.delivered or echo.delivered[-1].id != echo.asked[-1].id:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_retries_are_known_by_the_clients_own_header(served: tuple[str, Echo, list[str]]) -> None:
     url, echo, _ = served
     body = {"messages": [{"role": "user", "content": "?"}]}
@@ -142,7 +183,7 @@ def test_retries_are_known_by_the_clients_own_header(served: tuple[str, Echo, li
     first, second = (incoming.content for incoming in echo.asked[-2:])
     assert not isinstance(first, Posted)
     assert not isinstance(second, Posted)
-    assert (first.retried, first.idempotency_key, second.retried) == (True, "k", False)
+    assert (first.attempt, first.idempotency_key, second.attempt) == (1, "k", 0)
     assert first.content == second.content
 
 

@@ -87,7 +87,7 @@ def test_a_text_that_is_much_too_long_is_refused_before_it_is_tokenized(
     text = "1 + 2 " * 100_000
     session: Any = life.holder[life.id].session
     read: list[int] = []
-    tokenizer = type(session.tokenizer)
+    tokenizer = type(session.wording.tokenizer)
     call = tokenizer.__call__
     monkeypatch.setattr(
         tokenizer, "__call__", lambda self, text, **how: (read.append(len(text)), call(self, text, **how))[1]

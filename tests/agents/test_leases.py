@@ -62,7 +62,7 @@ def test_a_program_does_not_go_on_where_another_actor_has_gone_on_meanwhile(worl
     assert life.programs.parked()
     world.quota(1 << 20)
     world.number += 1
-    other = Life(world.store, world.engine, world.config, "w2")
+    other = Life(world.store, world.engine, world.config, "w2", world.folder.parent / "run")
     said = other.ask(ASK)
     world.store.fence("w2")
     life.lease(new=True)
@@ -237,7 +237,7 @@ def test_a_program_that_cannot_be_started_is_tried_again_and_then_given_up(
     monkeypatch.setattr(Program, "start", start)
     world.store.fence("w1")
     life.name = "w2"
-    del life.programs._start
+    del life.programs._launcher.start
     for _ in range(4):
         life.lease(new=True)
         for _ in range(20):

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pmdflow.agents.requests import Posted
 from pmdflow.rollout.engines.transformers.engine import TransformersEngine
 from tests.support.agent_world import ASK, MAX_TOKENS, Quiet, World, answer_of, generated_of
 
@@ -35,7 +34,7 @@ def test_two_turns_and_the_end_of_the_program(world: World) -> None:
 def test_a_retry_gets_the_same_answer_and_any_other_repeat_another_sample(world: World) -> None:
     life = world.life()
     first = life.ask(ASK)
-    again = life.wait(life.send({"messages": [ASK], "max_tokens": 8}, retried=True)).body
+    again = life.wait(life.send({"messages": [ASK], "max_tokens": 8}, attempt=1)).body
     assert again == first
     samples = [life.ask(ASK) for _ in range(4)]
     assert len({sample["id"] for sample in [first, *samples]}) == 5
@@ -190,17 +189,6 @@ def test_a_budget_that_is_spent_keeps_the_request_waiting(world: World) -> None:
     assert life.wait(id).body["usage"]["completion_tokens"] <= 8
     assert not life.program.killed
     life.end()
-
-
-def test_rewards_are_the_programs_own_words(world: World) -> None:
-    life = world.life()
-    life.ask(ASK)
-    assert life.wait(life.send(Posted(rewards={"reward": 0.5}))).body == {"rewards": {"reward": 0.5}}
-    assert life.wait(life.send(Posted(rewards={"bonus": 1.0}))).body == {"rewards": {"reward": 0.5, "bonus": 1.0}}
-    life.program.rewards = {"reward": 0.25, "late": 2.0}
-    life.end()
-    (unscored,) = world.store.unscored(1, 9.0, 0.0)
-    assert unscored.rewards == {"reward": 0.5, "bonus": 1.0, "late": 2.0}  # what was said first stands
 
 
 def test_a_program_that_is_killed_is_started_again_and_goes_on(world: World) -> None:

@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 from pmdflow.config.load import load
+from pmdflow.config.plan import make_plan
+from pmdflow.config.settle import settle
 from tests.support.config import edit, refuse
+
+ALTERNATING = ("cluster.colocate=true", "scheduler.lookahead=0")
 
 
 @pytest.mark.parametrize(
@@ -35,6 +39,15 @@ from tests.support.config import edit, refuse
             "scheduler.refill",
             "leave both out",
         ),
+        (["learner.ranks=3", "learner.context_parallel=2"], "learner.ranks", "change one of them"),
+        (["learner.context_parallel=2", "learner.packing=false"], "learner.context_parallel", "set packing to true"),
+        (["cluster.colocate=true", "scheduler.lookahead=1"], "cluster.colocate", "set lookahead to 0"),
+        (
+            [*ALTERNATING, "rollout.engine=vllm", "rollout.tensor_parallel=2"],
+            "cluster.colocate",
+            "set tensor_parallel to 1",
+        ),
+        ([*ALTERNATING, "rollout.actors=2", "learner.ranks=1"], "cluster.colocate", "or set one to auto"),
         (["scheduler.window=3"], "scheduler.window", "raise window"),
         (["scheduler.versions=2", "scheduler.lookahead=0"], "scheduler.versions", "set versions to null"),
         (["scheduler.versions=2", "rollout.on_new_weights=finish"], "scheduler.versions", "leave on_new_weights out"),
@@ -108,5 +121,17 @@ def test_arguments_of_vllm_that_the_loop_owns_are_refused_with_the_setting_that_
     assert len(said) == 3
     assert "names max_num_seqs, which the loop sets itself" in said[0] and "names scheduling_policy" in said[1]
     assert "quantization is fp8 while learner.importance_weights is none" in said[2]
-    weighed = ["rollout.engine_args={quantization: fp8}", "learner.importance_weights=token"]
-    assert load(cluster_yaml, weighed).config.rollout.engine_args == {"quantization": "fp8"}
+
+
+@pytest.mark.parametrize("lossy", ["quantization: fp8", "kv_cache_dtype: fp8_e4m3"])
+def test_an_engine_of_another_distribution_is_taken_only_with_what_corrects_it(cluster_yaml: Path, lossy: str) -> None:
+    given, (name, _, value) = f"rollout.engine_args={{{lossy}}}", lossy.partition(": ")
+    (issue,) = refuse(cluster_yaml, given)
+    assert f"{name} is {value} while learner.importance_weights is none" in issue.message
+    weighed = [given, "learner.importance_weights=token", "learner.veto=true"]
+    config = load(cluster_yaml, weighed).config
+    assert config.rollout.engine_args == {name: value}
+    (note,) = [note for note in make_plan(settle(config, gpus=None), model=None).notes if name in note]
+    assert note.endswith("on against it: importance weights (token, at most 2), and a veto")
+    assert load(cluster_yaml, [given, "learner.algorithm=ctpo"]).config.learner.importance_weights == "none"
+    assert load(cluster_yaml, ["rollout.engine_args={kv_cache_dtype: auto}"])

@@ -95,7 +95,7 @@ def test_the_dry_run_shows_memory_by_role_beside_the_gpu_that_is_stated() -> Non
         "activations",
         "head",
         "key-value cache",
-        "staged weights",
+        "published weights, on each node",
     ):
         assert purpose in memory
     assert memory.count("of a GPU's 80 GiB") == 2 and "of all hosts together" in memory

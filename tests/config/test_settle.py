@@ -117,3 +117,36 @@ def test_more_engines_or_ranks_than_gpus_are_refused(name: str, words: str) -> N
     with pytest.raises(LaunchError, match=words) as caught:
         plan_memory(settled, model, gpus=gpus(8))
     assert "auto" in str(caught.value)
+
+
+COLOCATED = ("cluster.colocate=true", "scheduler.lookahead=0")
+
+
+def test_what_does_not_fit_beside_an_engine_fits_in_turn_with_it() -> None:
+    (problem,) = plan("gpu8", gpus(1, each=96), "rollout.memory_share=0.3")[1].problems
+    assert "beside the engine's" in problem
+    settled, memory = plan("gpu8", gpus(1, each=96), *COLOCATED)
+    assert (settled.rollout.num_actors, settled.learner.num_ranks, settled.rollout.memory_share) == (1, 1, 0.9)
+    assert memory.problems == () and memory.in_turn
+    weights = memory.engine.parts["weights"]
+    states = memory.rank.parts["master weights"] + memory.rank.parts["moments"]
+    assert memory.host.parts["sleeping engines"] == weights > 8e9
+    assert memory.host.parts["sleeping learner"] == states > 40e9
+    assert "sleeping engines" not in plan("gpu8", gpus(2))[1].host.parts
+
+
+@pytest.mark.parametrize(
+    ("count", "more", "split"), [(4, (), 4), (1, ("learner.ranks=1",), 1), (0, ("rollout.actors=2",), 2)]
+)
+def test_taking_turns_each_device_has_an_engine_and_a_rank(count: int, more: tuple[str, ...], split: int) -> None:
+    config, model = written("gpu", *COLOCATED, *more)
+    settled = settle(config, gpus=gpus(count) if count else None, model=model)
+    assert (settled.rollout.actors, settled.learner.ranks) == (split, split)
+
+
+def test_taking_turns_with_more_gpus_than_pairs_is_refused() -> None:
+    config, model = written("gpu", *COLOCATED, "learner.ranks=1")
+    settled = settle(config, gpus=gpus(2), model=model)
+    with pytest.raises(LaunchError, match="each of 2 GPUs has an engine and a learner rank in turn") as caught:
+        plan_memory(settled, model, gpus=gpus(2))
+    assert "set both to auto, or to 2" in str(caught.value)

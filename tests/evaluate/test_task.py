@@ -114,6 +114,12 @@ def test_a_folder_on_a_configuration_and_the_files_it_writes(tmp_path: Path) -> 
     assert all("answer:" in s["completion"] for row in rows for s in row["samples"] if s["reward"])
 
 
+def test_an_answer_of_a_bare_model_has_half_of_its_positions() -> None:
+    config = eval_config(find_checkpoint(MODEL), "reasoning_gym/chain_sum", EvalOptions())
+    assert config.data.max_tokens == 512  # of 1,024
+    assert eval_config(find_checkpoint(MODEL), TASK, EvalOptions()).data.max_tokens == 448
+
+
 def length(*, completion: str, prompt: str, metadata: Any) -> float:
     return float(len(completion))
 

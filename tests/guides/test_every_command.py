@@ -33,6 +33,9 @@ SHORTER = {
     "up quickstart.yaml": ["run.iterations=2"],
     "up configs/calculator.yaml": ["run.iterations=2"],
     "up configs/key_and_door.yaml": ["run.iterations=2"],
+    "up configs/quickstart.yaml run.name=mine learner.algorithm=my_algorithm:mine learner.settings.cut=0.3": [
+        "run.iterations=2"
+    ],
     "up configs/quickstart-vllm.yaml": ["run.iterations=2", "eval.prompts=4"],
 }
 """What is trained elsewhere as long as the guide says, or on another engine."""
@@ -44,9 +47,13 @@ ELSEWHERE = {
     "export runs/lora lora-merged": "test_guides",
     "export runs/lora lora-adapter --adapter": "test_guides",
     "export runs/quickstart pushed --push me/quickstart": "test_guides",
+    "up configs/cluster.yaml --dry-run": "tests/run/test_recipes.py, with a Hub on loopback",
+    "up configs/gpu8.yaml --dry-run cluster.gpus=8x80GiB": "tests/run/test_recipes.py, with a Hub on loopback",
     "down runs/quickstart": "test_a_run_goes_on_and_is_drained_from_another_terminal",
     "up configs/cluster.yaml": "needs several machines: its dry run is tried",
 }
+OWN = {"my_algorithm": "learner/ALGORITHMS.md", "my_policy": "run/RUN.md"}
+"""Plug-ins that commands name, and the guide whose first snippet each is."""
 LONG_S = 3600.0
 TASK = [{"prompt": f"{number} + 2 =", "answer": str(number + 2)} for number in range(3)]
 
@@ -69,6 +76,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "my_rewards.py").write_text(
         "def score(*, completion, metadata):\n    return float(metadata['answer'] in completion)\n"
     )
+    for name, guide in OWN.items():
+        text = next(step.text for step in steps(ROOT / "pmdflow" / guide) if step.language == "python")
+        (directory / f"{name}.py").write_text(text)
     run(FIRST.split(), directory)
     for name in "ab":
         (directory / "runs" / name).symlink_to("quickstart")
@@ -108,9 +118,12 @@ def assert_serves(arguments: Sequence[str], desk: Path) -> None:
     with subprocess.Popen([program(), *arguments], cwd=desk, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
-            link = re.search(r"http://\S+", server.stdout.readline())
+            link = re.search(r"(http://\S+)(?: \(token: (.+)\))?", server.stdout.readline())
             assert link is not None
-            page = urllib.request.urlopen(link[0].replace("0.0.0.0", "127.0.0.1"), timeout=60).read()
+            request = urllib.request.Request(link[1])
+            if link[2]:
+                request.add_header("Authorization", f"Bearer {(desk / link[2]).read_text().strip()}")
+            page = urllib.request.urlopen(request, timeout=60).read()
             assert b"<html" in page.lower()
         finally:
             server.send_signal(signal.SIGINT)

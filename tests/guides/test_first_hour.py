@@ -28,7 +28,7 @@ def test_from_an_own_task_to_an_exported_model(tmp_path: Path) -> None:
         (text,) = [step.text for step in README if step.language == language]
         (tmp_path / name).write_text(text)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    own = [step for step in README if step.language == "command" and re.search(r"\bown\b", step.text)]
+    own = [step for step in README if step.language == "command" and re.search(r"\bown\b", " ".join(step.arguments))]
     commands = [["init"], *(step.arguments for step in own), ["status", "runs/own"]]
     for arguments in commands:
         done = subprocess.run(
@@ -36,5 +36,7 @@ def test_from_an_own_task_to_an_exported_model(tmp_path: Path) -> None:
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
         assert done.returncode == 0, f"{arguments}\n{done.stdout}{done.stderr}"
-    assert "10 of 10" in done.stdout or "iterations        10" in done.stdout, done.stdout
+    assert "20 of 20" in done.stdout or "iterations        20" in done.stdout, done.stdout
+    first, last = re.search(r"train reward +([\d.]+) -> ([\d.]+)", done.stdout).groups()
+    assert float(last) > float(first), done.stdout
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "own-hf").config.model_type == "qwen3"

@@ -21,9 +21,10 @@ def test_an_own_algorithm_of_twenty_lines(tmp_path: Path, monkeypatch: pytest.Mo
     (snippet,) = (step.text for step in steps(GUIDE) if step.language == "python")
     assert len([line for line in snippet.splitlines() if line.strip()]) <= 20
     (tmp_path / "my_algorithm.py").write_text(snippet)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
     checked = CliRunner().invoke(app, ["check-algorithm", "my_algorithm:mine"], catch_exceptions=False)
     assert "my_algorithm:mine keeps all" in checked.output
+    monkeypatch.syspath_prepend(tmp_path)
     config = make_config(
         write_model(tmp_path / "model"), algorithm="my_algorithm:mine", settings={"cut": 0.3}, steps_per_iteration=1
     )

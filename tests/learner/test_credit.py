@@ -57,6 +57,12 @@ def test_what_an_algorithm_breaks_is_said(name: str, says: str) -> None:
         check_algorithm(f"tests.support.algorithm:{name}")
 
 
+def test_an_algorithm_that_is_not_there_is_said_once() -> None:
+    with pytest.raises(ValueError, match="cannot be imported") as caught:
+        check_algorithm("tests.support.nowhere:name")
+    assert "breaks" not in str(caught.value)
+
+
 def gradient(loss, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     logprobs = batch["logprobs"].clone().requires_grad_()
     (found,) = torch.autograd.grad(loss(logprobs), logprobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
-from pmdflow.config.memory import CONTEXT_BYTES, rank_need
+from pmdflow.config.memory import CONTEXT_BYTES, Footprint, rank_need
+from pmdflow.learner import footprint as footprint_module
 from pmdflow.learner import policy as policy_module
 from pmdflow.learner.attention import ATTENTION, Packed
 from pmdflow.learner.footprint import measure_apart, measure_footprint
@@ -30,6 +32,10 @@ TOKENS = 16384
 SMALL = Qwen3Config(
     vocab_size=32768, hidden_size=1024, intermediate_size=3072, num_hidden_layers=4, num_attention_heads=16,
     num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
+)  # fmt: skip
+EXPERTS = Qwen3MoeConfig(
+    vocab_size=32768, hidden_size=1024, moe_intermediate_size=512, num_hidden_layers=4, num_attention_heads=16,
+    num_key_value_heads=4, head_dim=128, num_experts=16, num_experts_per_tok=4, tie_word_embeddings=False,
 )  # fmt: skip
 nightly = [pytest.mark.nightly, pytest.mark.timeout(1800)]
 
@@ -73,6 +79,7 @@ def tracked_peak(model_config: Any, *, ranks: int, checkpointing: bool, monkeypa
     ("model", "ranks"),
     [
         pytest.param(SMALL, 4, id="small"),
+        pytest.param(EXPERTS, 4, id="experts"),
         pytest.param(SHAPES["Qwen/Qwen3-8B"], 8, id="8B", marks=nightly),
         pytest.param(SHAPES["Qwen/Qwen3-32B"], 16, id="32B", marks=nightly),
     ],
@@ -101,11 +108,41 @@ def test_a_process_of_its_own_measures_the_same(tmp_path: Path) -> None:
         measure_apart(tmp_path / "nothing", **arguments)
 
 
-def test_what_cannot_be_measured_is_said_to_be_unknown(tmp_path: Path) -> None:
-    Qwen3MoeConfig(num_hidden_layers=2).save_pretrained(tmp_path)  # it chooses experts by values
+def test_what_cannot_be_measured_is_said_to_be_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    SMALL.save_pretrained(tmp_path)
+
+    def fails(*given: Any, **more: Any) -> int:
+        raise RuntimeError("it needs values")
+
+    monkeypatch.setattr(footprint_module, "_kept_bytes", fails)
     footprint = measure_footprint(tmp_path, dtype="bfloat16", packing=True)
     assert footprint.activation_bytes is None
     assert rank_need(make_config(str(tmp_path)), footprint, on_gpu=True).unknown == ("activations",)
+
+
+def test_experts_are_measured_by_those_that_a_token_has(tmp_path: Path) -> None:
+    def measured(**sizes: int) -> Footprint:
+        small = {"hidden_size": 256, "num_attention_heads": 4, "vocab_size": 1024, "moe_intermediate_size": 512}
+        Qwen3MoeConfig(num_hidden_layers=2, **small, **sizes).save_pretrained(tmp_path)
+        return measure_footprint(tmp_path, dtype="bfloat16", packing=True)
+
+    few, many = (measured(num_experts=number, num_experts_per_tok=2) for number in (8, 32))
+    assert few.activation_bytes is not None and many.num_parameters > 2 * few.num_parameters
+    assert many.activation_bytes == pytest.approx(few.activation_bytes, rel=0.1)
+    more = measured(num_experts=8, num_experts_per_tok=4)
+    assert more.activation_bytes > 1.3 * few.activation_bytes
+
+
+def test_a_frozen_teacher_is_in_the_plan_of_a_rank(tmp_path: Path) -> None:
+    SMALL.save_pretrained(tmp_path)
+    model = measure_footprint(tmp_path, dtype="bfloat16", packing=True)
+    config = make_config(str(tmp_path), algorithm="opd", teacher=str(tmp_path), ranks=4)
+    assert rank_need(config, model, on_gpu=True).unknown == ("teacher",)
+    taught = rank_need(config, replace(model, teacher=model), on_gpu=True)
+    assert taught.unknown == ()
+    assert taught.parts["teacher"] == taught.parts["master weights"] == model.num_parameters
+    giant = replace(model, num_parameters=10**10, root_parameters=10**9, layer_parameters=10**9)
+    assert rank_need(config, replace(model, teacher=giant), on_gpu=True).parts["gathered weights"] > 5e9
 
 
 @pytest.mark.parametrize(

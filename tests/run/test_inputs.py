@@ -161,3 +161,10 @@ def test_a_recurrent_family_is_refused_by_name_before_anything_starts(config: di
     with pytest.raises(LaunchError, match="a mamba has a recurrent state: sequences cannot share a row") as refused:
         open_inputs(Config.model_validate(config), weights=weights)
     assert "the transformers engine cannot cache it; set rollout.engine to vllm" in str(refused.value)
+
+
+def test_heads_that_ranks_cannot_share_are_refused_before_anything_starts(config: dict[str, Any]) -> None:
+    config["learner"] |= {"ranks": 16, "context_parallel": 16}
+    with pytest.raises(LaunchError, match=r"learner\.context_parallel is 16, but a qwen3 with \d+ heads") as refused:
+        open_inputs(Config.model_validate(config), weights=False)
+    assert "a divisor of" in str(refused.value)

@@ -14,8 +14,9 @@ from pmdflow.data.prompts import make_prompts
 from pmdflow.rollout.engines.transformers.engine import TransformersEngine
 from pmdflow.rollout.held import HeldTrajectory
 from pmdflow.rollout.holder import Holder
+from pmdflow.rollout.launching import AgentsPlace
 from pmdflow.rollout.leasing import LeaseTaker
-from pmdflow.rollout.programs import AgentsPlace, Programs
+from pmdflow.rollout.programs import Programs
 from pmdflow.store import TrajectoryStore
 from pmdflow.types import Quota
 from tests.support.paths import ROOT
@@ -39,10 +40,12 @@ class Quiet:
 class Life:
     """One rollout actor without Ray, from its lease to its death, and one program."""
 
-    def __init__(self, store: TrajectoryStore, engine: TransformersEngine, config: Config, name: str) -> None:
+    def __init__(
+        self, store: TrajectoryStore, engine: TransformersEngine, config: Config, name: str, run_dir: Path
+    ) -> None:
         self.store, self.engine, self.program = store, engine, Quiet()
-        self.programs = Programs(config, AgentsPlace(address="", secret=b""), Path(), name, store.trajectory)
-        self.programs._start = lambda lease: self.program  # type: ignore[method-assign, assignment, return-value]
+        self.programs = Programs(config, AgentsPlace(address="", secret=b""), run_dir, name, store.trajectory)
+        self.programs._launcher.start = lambda lease: self.program  # type: ignore[method-assign, assignment, return-value]
         self.holder = Holder(engine, LeaseTaker(config, self.programs))
         self.name, self.answers, self.notes, self._number = name, dict[str, Outgoing](), list[tuple[str, str]](), 0
         self.gone: list[HeldTrajectory] = []
@@ -55,12 +58,15 @@ class Life:
         self.holder.join(lease, grant=lease.grant)
         self.id = lease.trajectory
 
-    def send(self, body: Any, *, chat: bool = True, **how: Any) -> str:
+    def send(self, body: Any, *, chat: bool = True, trajectory: int | None = None, **how: Any) -> str:
         self._number += 1
         id = f"{self.name}.{self._number}"
-        content = body if isinstance(body, Posted) else parse_turn(body, chat=chat, **how)
-        self.programs.desk.submit([Incoming(id=id, trajectory=self.id, epoch=self.epoch, content=content)])
+        self.hear(id, body if isinstance(body, Posted) else parse_turn(body, chat=chat, **how), trajectory)
         return id
+
+    def hear(self, id: str, content: Any, trajectory: int | None = None) -> None:
+        of = self.id if trajectory is None else trajectory
+        self.programs.desk.submit([Incoming(id=id, trajectory=of, epoch=self.epoch, content=content)])
 
     def step(self) -> None:
         self.holder.fill_slots()
@@ -68,10 +74,8 @@ class Life:
             self.holder.step()
         for id, reply in self.holder.take_answers().items():
             if reply.done:
-                held = self.holder[id]
-                self.programs.note(held, reply.problem)
-                if rewards := self.programs.rewards(held):
-                    self.store.turn(id, held.epoch, 0, rewards)
+                self.programs.note(self.holder[id], reply.problem)
+        self.programs.note_rewards(self.holder, lambda notes: [self.store.turn(*note) for note in notes])
         for held in self.holder.forks():
             assert held.fork is not None
             held.forked(self.store.fork(held.id, held.epoch, held.fork).epoch)
@@ -100,17 +104,24 @@ class Life:
 
 
 class World:
-    def __init__(self, tmp_path: Path, engine: TransformersEngine, model: Path, *options: str) -> None:
-        settings = [f"model.path={model}", f"data.max_tokens={MAX_TOKENS}", "eval.prompts=2"]
+    def __init__(
+        self, tmp_path: Path, engine: TransformersEngine, model: Path, *options: str, group_size: int = 1
+    ) -> None:
+        settings = [f"model.path={model}", f"data.max_tokens={MAX_TOKENS}", "eval.prompts=2", "rollout.actors=1"]
         agents = ["agents.command=[agent]", *options]
         self.config = load(ROOT / "configs" / "quickstart.yaml", [*settings, *agents]).config
-        self.engine, self.number = engine, 0
-        self.store = TrajectoryStore(tmp_path / "store", groups_per_iteration=1, lookahead=9, max_staleness=None)
+        self.engine, self.number, self.folder = engine, 0, tmp_path / "store"
+        self.open()
         self.store.publish(0)
         self.quota(1 << 20)
         prompt = make_prompts(self.config).prompt(0)
         assert len(prompt.tokens) == 1
-        self.store.admit("r", prompt, group_size=1, max_tokens=MAX_TOKENS, cursor=0)
+        self.store.admit("r", prompt, group_size=group_size, max_tokens=MAX_TOKENS, cursor=0)
+
+    def open(self) -> None:
+        self.store = TrajectoryStore(
+            self.folder, groups_per_iteration=1, lookahead=9, max_staleness=None, min_group_size=1
+        )
 
     def quota(self, tokens: int) -> None:
         self.store.set_quota(Quota(version=0, groups=9, tokens=tokens, tokens_per_segment=None))
@@ -119,10 +130,15 @@ class World:
         """Another actor takes the lease; the one before it is dead, with whatever it had not sent."""
         if self.number:
             self.store.fence(f"w{self.number}")
-            for id in range(9):
-                self.engine.abort(id)
+            clear(self.engine)
         self.number += 1
-        return Life(self.store, self.engine, self.config, f"w{self.number}")
+        return Life(self.store, self.engine, self.config, f"w{self.number}", self.folder.parent / "run")
+
+
+def clear(engine: TransformersEngine) -> None:
+    """Forget what an actor that is dead has left in it."""
+    for id in list(engine._sequences):
+        engine.abort(id)
 
 
 def generated_of(store: TrajectoryStore, id: int) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from pmdflow.learner.learner import Learner
 from pmdflow.types import TrainBatch
 
 TIMEOUT_S = 90.0
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +51,12 @@ class Ranks:
         save_after: int = 0,
     ) -> list[Trained]:
         """Every rank loads, trains on the claims and saves after so many of them; what each saw."""
-        arguments = config, free_address("127.0.0.1"), claims, load, save, save_after
-        ranks = [self._processes[rank].submit(_train, rank, *arguments) for rank in range(config.learner.ranks)]
+        return self.call(_train, config, claims, load, save, save_after)
+
+    def call(self, work: Callable[..., Answer], config: Config, *arguments: Any) -> list[Answer]:
+        """What `work` answers on each rank, given its number, the configuration, where to meet and `arguments`."""
+        given = config, free_address("127.0.0.1"), *arguments
+        ranks = [self._processes[rank].submit(work, rank, *given) for rank in range(config.learner.num_ranks)]
         done, pending = wait(ranks, timeout=TIMEOUT_S, return_when=FIRST_EXCEPTION)
         if pending:  # one has failed, and the others wait for it in a collective
             self.kill()

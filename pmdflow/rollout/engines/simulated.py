@@ -137,6 +137,13 @@ class SimulatedEngine:
         """There is no model to ask."""
         return []
 
+    def sleep(self) -> None:
+        """There is no memory to give back; held sequences are prefilled again."""
+        self.prefill_tokens += sum(sequence.length + sequence.done for sequence in self._sequences.values())
+
+    def wake(self) -> None:
+        """Nothing was given back."""
+
     def close(self) -> None:
         """There are no processes."""
 

@@ -258,6 +258,10 @@ impl TrajectoryStore {
         Ok(py.detach(|| self.shared.token_counts(trajectories))?)
     }
 
+    fn epochs(&self, py: Python<'_>, trajectories: Vec<u64>) -> PyResult<BTreeMap<u64, u64>> {
+        Ok(py.detach(|| self.shared.epochs(&trajectories))?)
+    }
+
     #[pyo3(signature = (trajectories, *, tokens, logprobs, check))]
     fn read_tokens(
         &self, py: Python<'_>, trajectories: Vec<u64>, tokens: PyBuffer<u8>, logprobs: PyBuffer<u8>, check: bool,

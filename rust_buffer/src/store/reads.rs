@@ -217,6 +217,17 @@ impl Shared {
         self.query(|store| Ok(TokenView::new(store.state(), ids)))?.lengths()
     }
 
+    /// Fencing epochs of those of `ids` that are live.
+    ///
+    /// # Errors
+    /// `Closed`.
+    pub fn epochs(&self, ids: &[u64]) -> Result<BTreeMap<u64, u64>> {
+        self.query(|store| {
+            let live = |id: &u64| store.state().trajectories.get(id).map(|trajectory| (*id, trajectory.epoch));
+            Ok(ids.iter().filter_map(live).collect())
+        })
+    }
+
     /// Packs the ids and log-probs of the live trajectories `ids`; checksums are tested if `check`.
     ///
     /// # Errors

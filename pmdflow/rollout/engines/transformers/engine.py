@@ -151,6 +151,17 @@ class TransformersEngine:
     def resume(self) -> None:
         """Nothing was stopped."""
 
+    def sleep(self) -> None:
+        """Weights to the host, the cache forgotten; held sequences are prefilled again after `wake`."""
+        self._model.sleep()
+        self._batch = None
+        for sequence in self._sequences.values():
+            sequence.cached = 0
+
+    def wake(self) -> None:
+        """Weights into the device's memory again; the cache grows as it is needed."""
+        self._model.wake()
+
     def close(self) -> None:
         """There are no processes."""
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pmdflow.learner.agreement import plain_scores
+from pmdflow.learner.aside import Aside
 from pmdflow.learner.layers import family_problems, windows
 from pmdflow.rollout.engines.transformers.batch import DecodeBatch
 from pmdflow.rollout.engines.transformers.cache import ATTENTION, SlotCache
@@ -45,7 +46,9 @@ class CachedModel:
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self._windows = windows(model.config)
         self._cache = SlotCache(num_slots)
+        self._num_slots = num_slots
         self._adapters = AdapterMerger()
+        self._aside = Aside()
         self._range = torch.arange(0, device=device)
         check_cached(self, self._model, num_slots=num_slots)
         self._cache = SlotCache(num_slots)
@@ -113,6 +116,15 @@ class CachedModel:
             )
         for name, tensor in weights.items():
             state[name].copy_(tensor)
+
+    def sleep(self) -> None:
+        """Put the weights aside and forget the cache."""
+        self._cache = SlotCache(self._num_slots)
+        self._aside.put([*self._model.parameters(), *self._model.buffers(), *self._adapters.kept])
+
+    def wake(self) -> None:
+        """Take the weights back; nothing is cached."""
+        self._aside.take_back()
 
     def score(self, tokens: Sequence[int]) -> list[float]:
         """Log-probs of the tokens after the first, computed without the cache; of as many as there are positions."""

@@ -185,6 +185,14 @@ class VllmEngine:
         self._process.send(*self._unsent())
         self._process.resume()
 
+    def sleep(self) -> None:
+        """vLLM's sleep of level 1 while paused: weights to the host, cache discarded, running requests preempted."""
+        self._process.sleep()
+
+    def wake(self) -> None:
+        """Weights and an empty cache into the GPU again; preempted requests are prefilled anew."""
+        self._process.wake()
+
     def close(self) -> None:
         """End vLLM's processes."""
         self._process.close()

@@ -109,6 +109,14 @@ class VllmProcess:
         """Generate on."""
         self._await(self._core.resume_scheduler_async(), "a resumption")
 
+    def sleep(self) -> None:
+        """Give the GPU's memory back while paused; weights are kept on the host."""
+        self._await(self._sleep(), "falling asleep")
+
+    def wake(self) -> None:
+        """Take the memory again and generate on."""
+        self._await(self._llm.wake_up(), "waking up")
+
     def close(self) -> None:
         """End vLLM's processes."""
         self._kill()
@@ -143,6 +151,11 @@ class VllmProcess:
         await llm.finish_weight_update(weight_version=str(version))
         if clear:
             await llm.reset_prefix_cache(reset_running_requests=True)
+
+    async def _sleep(self) -> None:
+        # What runs has its keys and values in the cache that is discarded: it must begin anew.
+        await self._llm.reset_prefix_cache(reset_running_requests=True)
+        await self._core.sleep_async(1, "keep")
 
     def _await(self, work: Coroutine[Any, Any, T], what: str) -> T:
         limit_s = self._silent_limit_s

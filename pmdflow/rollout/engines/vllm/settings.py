@@ -49,6 +49,8 @@ class VllmSettings:
     speculation: Literal["ngram", "suffix"] | None = None
     mean_length: int | None = None
     """Tokens of a sequence, prompt included, by which `slots: None` reckons; None is `max_length`."""
+    sleeps: bool = False
+    """Whether its memory is given to others in between: then vLLM allocates it so that it can."""
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's engine."""
     timeout_s: float = 60.0
@@ -68,6 +70,7 @@ class VllmSettings:
             tensor_parallel=rollout.tensor_parallel,
             speculation=rollout.speculation,
             mean_length=_mean_answer(config) + data.max_prompt_tokens // 2,
+            sleeps=config.cluster.colocate,
             engine_args=rollout.engine_args,
             timeout_s=rollout.engine_timeout_s,
         )
@@ -82,7 +85,7 @@ def make_engine_args(settings: VllmSettings, *, seed: int) -> AsyncEngineArgs:
     if current_platform.is_cpu():
         device = _cpu_arguments(settings)
     else:
-        device = {"gpu_memory_utilization": settings.memory_share}
+        device = {"gpu_memory_utilization": settings.memory_share, "enable_sleep_mode": settings.sleeps}
     if settings.speculation is not None:
         device |= {
             "speculative_config": dict(_SPECULATION[settings.speculation]),
@@ -138,8 +141,10 @@ def _cpu_arguments(settings: VllmSettings) -> dict[str, Any]:
     """Eager: a compiled graph would keep the packed weights of the first version, and takes a minute to make.
 
     Raises:
-        ValueError: the model's heads have a size that vLLM's attention on a CPU does not have.
+        ValueError: the heads have a size that vLLM's attention on a CPU does not have, or it should sleep there.
     """
+    if settings.sleeps:
+        raise ValueError("cluster.colocate: vLLM can give back a GPU's memory alone; use rollout.engine=transformers")
     config = AutoConfig.from_pretrained(settings.model_path)
     known = CPUAttentionBackend.get_supported_head_sizes()
     foreign = sorted({size for number, size in heads(config) if number and size not in known})

@@ -57,3 +57,5 @@ def test_further_arguments_pass_through_and_unknown_ones_are_refused(settings: V
     assert make_engine_args(given, seed=0).enable_chunked_prefill is False
     with pytest.raises(ValueError, match=r"engine_args names quantisation, .* did you mean quantization"):
         make_engine_args(replace(settings, engine_args={"quantisation": "fp8"}), seed=0)
+    with pytest.raises(ValueError, match="vLLM can give back a GPU's memory alone"):
+        make_engine_args(replace(settings, sleeps=True), seed=0)

@@ -1,0 +1,29 @@
+"""What one program did and when, line by line beside its output, for whoever looks at its episode."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SUFFIX = ".turns.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Diary:
+    """Of one program. Lines are `{"kind", "time", ...}`: start, turn, reward, end; a lost one harms nobody."""
+
+    path: Path | None = None
+    """Where; None keeps none."""
+
+    def tell(self, kind: str, **what: Any) -> None:
+        """Note something that has happened now."""
+        if self.path is None:
+            return
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps({"kind": kind, "time": time.time(), **what}) + "\n")
