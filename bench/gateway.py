@@ -38,6 +38,7 @@ from pmdflow.agents.keys import Credential
 from pmdflow.agents.requests import parse_turn
 from pmdflow.config.load import load
 from pmdflow.config.schema import Config
+from pmdflow.config.settle import settle
 from pmdflow.data.prompts import make_prompts
 from pmdflow.rollout.launching import AgentsPlace
 from pmdflow.run.actors import start_rollout, start_store
@@ -99,8 +100,9 @@ class World:
             f"rollout.slots={sessions}", "rollout.actors=1", f"data.max_tokens={EPISODE}", "eval.prompts=0",
             "agents.command=[sleep, '100000']", f"agents.concurrency={sessions}", "agents.timeout_s=100000",
             "scheduler.tokens_per_iteration=1000000000", "rollout.lease_ttl_s=300",
+            "learner.tokens_per_microbatch=200000",
         ]  # fmt: skip
-        self.config: Config = load(ROOT / "configs" / "quickstart.yaml", options).config
+        self.config: Config = settle(load(ROOT / "configs" / "quickstart.yaml", options).config, gpus=None)
         self.run, self.sessions, self.secret = folder / "bench", sessions, secrets.token_bytes(32)
         self.run.mkdir()
         self.store: Any = start_store(self.config, self.run)
@@ -132,7 +134,9 @@ class World:
         made: Any = ray.remote(num_cpus=0, max_concurrency=4)(Gateway)
         self.gateway = made.remote(config=self.config.agents, model="bench", secret=self.secret, port=self.port)
         self.gateway.run.remote()
+        deadline = time.monotonic() + 60
         while socket.socket().connect_ex(("127.0.0.1", self.port)):
+            assert time.monotonic() < deadline, "the gateway did not start within 60 s"
             time.sleep(0.05)
         return int(ray.get(self.gateway.__ray_call__.remote(lambda _: os.getpid())))
 

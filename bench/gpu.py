@@ -312,7 +312,9 @@ def scores(place: Place, note: Notes) -> None:
     weights = torch.randn(sum(lengths) - len(lengths), device=place.device)
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
     policy = Policy(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=ATTENTION))
-    plain, policy = plain.to(place.device).eval(), policy.to(place.device, torch.bfloat16).eval()
+    for parameter in policy.parameters():  # as FSDP does: buffers such as rotary frequencies stay float32
+        parameter.data = parameter.data.bfloat16()
+    plain, policy = plain.to(place.device).eval(), policy.to(place.device).eval()
     for temperature in (1.0, 0.7):
         logits = [plain(row[None].to(place.device)).logits[0, :-1] / temperature for row in rows]
         logs = torch.cat([one.log_softmax(-1) for one in logits])
@@ -506,7 +508,7 @@ def _profile(learner: Learner, batch: TrainBatch) -> list[str]:
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
         learner.train(batch)
-    return profiled.key_averages().table(sort_by="cuda_time_total", row_limit=20).splitlines()
+    return profiled.key_averages().table(sort_by="device_time_total", row_limit=20).splitlines()
 
 
 def _optimizers(place: Place, note: Notes, learner: Learner) -> None:
@@ -580,7 +582,8 @@ class Ticker:
 
 
 def checkpoint(place: Place, note: Notes) -> None:
-    """Saved beside training, loaded into a fresh process group bit for bit; one step with states on the host."""
+    """Saved beside training, loaded into a fresh process group bit for bit; a device given away and taken back; one
+    step with states on the host."""
     path, vocab = place.model("0.6b"), place.shape("0.6b").vocab_size
     batch, folder = claim_of(place.pick([1024] * 8, [16] * 4), vocab=vocab), place.folder / "checkpoint"
     config = place.settings(path, batch, activation_checkpointing=True)
@@ -598,6 +601,13 @@ def checkpoint(place: Place, note: Notes) -> None:
         loaded = learner.weights()
         assert saved is not None and loaded is not None
         note.true("bit_for_bit", all(torch.equal(saved[name], loaded[name]) for name in saved))
+        note(offload_s=timed(learner.offload)[0])
+        if not place.cpu:
+            note(left_after_offload_bytes=torch.cuda.memory_reserved())
+        note(restore_s=timed(learner.restore)[0])
+        restored = learner.weights()
+        assert restored is not None
+        note.true("restored_bit_for_bit", all(torch.equal(saved[name], restored[name]) for name in saved))
         losses.append(learner.train(batch).metrics["learner/loss"])
     note.at_most("loss_trained_on_off", abs(losses[1] / losses[0] - 1), 0.05)
     for name, offload in (("on_the_gpu", False), ("cpu_offload", True)):
@@ -634,6 +644,11 @@ def engine(place: Place, note: Notes) -> None:
     made.load_weights(1, published, on_new_weights="keep_kv")
     note(swap_under_load_s=time.perf_counter() - started)
     note.true("generates_after_the_swap", len(made.step()) > 0 and made.version == 1)
+    note(sleep_s=timed(made.sleep)[0])
+    if not place.cpu:
+        note(left_asleep_bytes=torch.cuda.memory_reserved())
+    note(wake_s=timed(made.wake)[0])
+    note.true("generates_after_waking", len(made.step()) > 0)
     if place.cpu:
         note(memory="skipped: a CPU has no memory to run out of")
         return
@@ -734,11 +749,11 @@ class Item:
 ITEMS = {
     "attention": Item(work=attention, limit_s=90, needs=("window_size", "enable_gqa")),
     "scores": Item(work=scores, limit_s=120, needs=("window_size", "enable_gqa")),
-    "steps": Item(work=steps, limit_s=180, needs=("window_size", "enable_gqa")),
+    "steps": Item(work=steps, limit_s=240, needs=("window_size", "enable_gqa")),
     "noise": Item(work=noise, limit_s=120, needs=("window_size", "enable_gqa")),
     "memory": Item(work=memory, limit_s=180, needs=("window_size", "enable_gqa")),
     "speed": Item(work=speed, limit_s=120, needs=("window_size", "enable_gqa")),
-    "publication": Item(work=publication, limit_s=150),
+    "publication": Item(work=publication, limit_s=200),
     "checkpoint": Item(work=checkpoint, limit_s=120, needs=("window_size", "enable_gqa")),
     "engine": Item(work=engine, limit_s=120, needs=("window_size", "enable_gqa")),
     "two_processes": Item(work=two_processes, limit_s=60),

@@ -17,6 +17,7 @@ import math
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,6 +28,7 @@ import numpy as np
 import ray
 
 from pmdflow.config.schema import Config
+from pmdflow.learner.checkpoint.manifest import CheckpointFile
 from pmdflow.learner.result import TrainResult
 from pmdflow.metrics.history import History
 from pmdflow.metrics.ledger import ledger_of
@@ -39,7 +41,7 @@ from pmdflow.rollout.engine import Output, Request
 from pmdflow.rollout.engines.simulated import SimulatedEngine
 from pmdflow.rollout.holder import Holder
 from pmdflow.rollout.leasing import LeaseTaker
-from pmdflow.run.actors import make_actor, make_loops, start_archive, start_ray, start_store
+from pmdflow.run.actors import LoopMaker, make_actor, start_archive, start_ray, start_store
 from pmdflow.run.controller import Controller
 from pmdflow.run.directory import RunDirectory
 from pmdflow.run.inputs import open_prompts
@@ -56,6 +58,7 @@ from pmdflow.weights.transport import WeightsHandle
 
 ROOT = Path(__file__).resolve().parents[1]
 UNIT = 64
+NO_STATE = b"a sleeping learner has no state\n"
 GROUPS, SIZE = 16, 8
 MOST = 32_768 // UNIT
 LENGTHS = LognormalLengths(median=3000 / UNIT, p99=32_000 / UNIT)
@@ -124,10 +127,10 @@ class SleepingLearner:
 
     def save(self, directory: str) -> None:
         Path(directory).mkdir(parents=True)
-        (Path(directory) / "nothing").write_text("a sleeping learner has no state\n")
+        (Path(directory) / "nothing").write_bytes(NO_STATE)
 
-    def await_saved(self) -> None:
-        pass
+    def await_saved(self) -> tuple[CheckpointFile, ...]:
+        return (CheckpointFile(path="nothing", size=len(NO_STATE), crc32=zlib.crc32(NO_STATE)),)
 
     def drain(self) -> ActorReport:
         return ActorReport(spans=self._spans.drain())
@@ -184,7 +187,7 @@ def loops(config: Config, path: Path, store: StoreHandle, *, step_s: float) -> l
         )  # fmt: skip
         return actor, call(actor, RolloutActor.run, weights)
 
-    made = make_loops(config, path, store, [{}] * ACTORS)
+    made = LoopMaker(config, path, store, [{}] * ACTORS).all()
     for index, loop in enumerate(loop for loop in made if loop.takes_weights):
         loop.start = partial(rollout, index)
     return made

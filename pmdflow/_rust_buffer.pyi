@@ -83,6 +83,7 @@ class TrajectoryStore:
         file_bytes: int = 67108864,
         sync_interval_s: float = 0.005,
         read_only: bool = False,
+        scorers: list[str] = ...,
     ) -> TrajectoryStore:
         """Open or create the store in directory `path`; None keeps the log in memory (simulation, tests).
 
@@ -98,6 +99,8 @@ class TrajectoryStore:
         members is ready once that time has passed since, without its late members: those not complete or without an
         outcome. They are evicted with the reason `late`: fenced, not in claims, their scores ignored. This biases
         training towards short answers. The time is not stored: opening starts it again.
+
+        A trajectory for training is handed out for its reward only once each of `scorers` has annotated it.
 
         Raises:
             StoreLocked: another writer has it open.
@@ -133,13 +136,20 @@ class TrajectoryStore:
             StoreFull: untrained groups have reached the quota, or no room for group_size x max_tokens.
         """
     def lease(
-        self, worker: str, version: int, max_leases: int, timeout_s: float, now_s: float | None = None
+        self,
+        worker: str,
+        version: int,
+        max_leases: int,
+        timeout_s: float,
+        now_s: float | None = None,
+        kind: str | None = None,
     ) -> list[dict[str, Any]]:
         """Lease up to `max_leases` trajectories to a worker whose engine holds `version`; waits for the first one.
 
         Order: evaluation first, then partial ones, oldest group first, then new ones, highest priority and then oldest
         group first. Nothing is leased when its grant would be 0. With lookahead 0 nothing (but evaluation) is leased
-        while a claim is untrained or `version` is not the newest. Keys of an answer: the fields of
+        while a claim is untrained or `version` is not the newest. With `kind` only `train` or only `eval`; the latter
+        without what another version has begun, so that an evaluation is of one. Keys of an answer: the fields of
         `pmdflow.types.Lease`.
         """
     def lease_group(self, worker: str, group: int) -> list[dict[str, Any]]:
@@ -204,6 +214,31 @@ class TrajectoryStore:
         self, max_items: int, ttl_s: float, timeout_s: float, now_s: float | None = None
     ) -> list[dict[str, Any]]:
         """Complete trajectories without a reward; each is handed out again only after `ttl_s` or a restart."""
+    def unannotated(
+        self, scorer: str, max_items: int, ttl_s: float, timeout_s: float, now_s: float | None
+    ) -> list[dict[str, Any]]:
+        """Complete trajectories for training that a scorer has not seen; each comes again after `ttl_s` or a restart.
+
+        What `trajectory` says of each, with `metadata` and `text` of its prompt.
+
+        Raises:
+            Conflict: the scorer is not among the `scorers` of the store.
+        """
+    def annotate(
+        self,
+        trajectory: int,
+        scorer: str,
+        columns: list[tuple[str, str, bytes]],
+        wait: bool,
+        now_s: float | None,
+    ) -> None:
+        """Add the columns (name, dtype, bytes) of a scorer to a complete trajectory, as extra columns of its tokens.
+
+        What a scorer has added stands: a repeat changes nothing, nor does a call for what is gone or came too late.
+
+        Raises:
+            Conflict: not complete, in a claim, a column that is not what its dtype says, or one that there is already.
+        """
     def score(
         self,
         trajectory: int,

@@ -267,6 +267,17 @@ def store(
 
 
 @app.command()
+def scale(
+    run: Run,
+    wanted: Annotated[str, typer.Argument(metavar="rollout=N", help="How many rollout actors there shall be.")],
+) -> None:
+    """Give a live run more or fewer rollout actors; a resume remembers how many."""
+    from pmdflow.run.scaling import ask
+
+    typer.echo(ask(run, wanted))
+
+
+@app.command()
 def sink(
     run: Run,
     name: Annotated[

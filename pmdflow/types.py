@@ -110,6 +110,7 @@ class Segment:
     """None keeps the lease; anything else ends it."""
     observed: bool = False
     """The environment made the tokens: they count in offsets and `max_tokens` only, and `logprobs` is ignored."""
+    columns: Mapping[str, npt.ArrayLike] | None = None  # extra ones of the engine, a value of any shape a token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,8 +176,7 @@ class Counts:
     groups_claimed: int
     claims_undone: int  # trained again before any new one is made
     trajectories_leased: int
-    trajectories_idle: int
-    """Neither leased nor complete: never started, or partial."""
+    trajectories_idle: int  # neither leased nor complete: never started, or partial
     trajectories_partial: int
     """Idle ones that hold at least one token."""
     trajectories_unscored: int

@@ -104,7 +104,8 @@ class History:
         before, length = target.known, 0 if target.known is None else len(target.known.tokens)
         added = (*target.tokens[length:], *generated)
         if request.messages is None:
-            text = self._text(target.tokens) + said.text
+            given = request.prompt if isinstance(request.prompt, str) else self._text(target.tokens)
+            text = given + said.text  # as its client knows it: without what ended earlier turns
             self._lengths.add(len(text))
             self._texts[_digest(text)] = _Known(before, (), added)
             return

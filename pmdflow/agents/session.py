@@ -121,7 +121,7 @@ class AgentSession:
         if self.generating:
             return self._last() if self.over else None
         while not self.over and (self._current is not None or self._queue):
-            self._current = self._current or self._queue.popleft()
+            self._current = self._current or self._next()
             try:
                 reply = self._proceed(self._current)
             except RequestRefused as refusal:
@@ -133,6 +133,16 @@ class AgentSession:
                 self.generating, self._turn = True, self._turn if reply.turn else ([], [])
                 return reply
         return self._last() if self.over else None
+
+    def _next(self) -> Asked:
+        """The oldest request; before it, one for which a branch was begun that has no token yet."""
+        live = self.record.live
+        for entry in list(self._queue) if self.record.bare else ():
+            entry.early = self._early(entry) if entry.early is None else entry.early
+            if entry.early[: len(live)] == live:
+                self._queue.remove(entry)
+                return entry
+        return self._queue.popleft()
 
     def close(self, why: str) -> None:
         """End the program and all that it started; whoever waits is told why."""

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 from pmdflow.config.device_problems import device_problems
 from pmdflow.config.engine_problems import engine_problems
 from pmdflow.config.imports import IMPORT_PATH
+from pmdflow.config.routing_problems import routing_problems
 from pmdflow.config.sinks import SETTINGS
 from pmdflow.config.source_problems import source_problems
+from pmdflow.config.weights import weights_problems
 
 if TYPE_CHECKING:
     from pmdflow.config.scheduling import SchedulerConfig
@@ -46,10 +48,12 @@ def combination_problems(config: Config, *, recorded: bool) -> Iterator[str]:
     yield from _budget_problems(config.scheduler)
     yield from _group_problems(config)
     yield from _version_problems(config)
+    yield from weights_problems(config)
     yield from _extra_problems(config)
     yield from _refill_problems(config)
     yield from _room_problems(config)
     yield from _learner_problems(config.learner)
+    yield from routing_problems(config)
     yield from _sampling_problems(config.rollout, config.reward)
     yield from engine_problems(config)
     yield from device_problems(config)
@@ -277,10 +281,16 @@ def _algorithm_problems(learner: LearnerConfig) -> Iterator[str]:
             "import path package.module:name"
         )
         return
-    if (name in TAUGHT) != (learner.teacher is not None):
+    taught = learner.teacher is not None or "teacher" in learner.scorers
+    if name in TAUGHT and not taught:
         yield (
             f"learner.teacher is {learner.teacher} while learner.algorithm is {name}: {' and '.join(TAUGHT)} learn "
-            "from a teacher, the others do not; set both, or neither"
+            "from a teacher; set it, or learner.scorers.teacher"
+        )
+    if name not in TAUGHT and learner.teacher is not None:
+        yield (
+            f"learner.teacher is {learner.teacher} while learner.algorithm is {name}: {' and '.join(TAUGHT)} learn "
+            "from a teacher, the others do not; leave it out"
         )
     if name not in CLIPPED and (learner.clip_low is not None or learner.clip_high is not None):
         yield (

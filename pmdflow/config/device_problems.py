@@ -42,6 +42,11 @@ def _colocated_problems(config: Config) -> Iterator[str]:
             f"cluster.colocate is true while scheduler.lookahead is {config.scheduler.lookahead}: engines sleep while "
             "the learner trains, so nothing can run ahead; set lookahead to 0"
         )
+    if names := sorted(config.learner.scorers_when("claim")):
+        yield (
+            f"cluster.colocate is true while learner.scorers has {names[0]} with `when: claim`: what it holds would "
+            "stay on the device while the engine works; let it score with `when: complete`, or set colocate to false"
+        )
     if config.rollout.tensor_parallel > 1:
         yield (
             f"cluster.colocate is true while rollout.tensor_parallel is {config.rollout.tensor_parallel}: a device has "

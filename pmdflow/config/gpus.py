@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING
 
 from pmdflow.errors import LaunchError
@@ -60,6 +61,21 @@ def local_gpus() -> Gpus | None:
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
     return Gpus(count=len(sizes), bytes_each=min(sizes), source="of this machine") if sizes else None
+
+
+def left_by_scorers(config: Config, gpus: int) -> int:
+    """GPUs that are left for rollout and learner; those of scorers are whole ones.
+
+    Raises:
+        LaunchError: the scorers take them all.
+    """
+    taken = ceil(sum(scorer.actors * scorer.gpus for scorer in config.learner.scorers_when("complete").values()))
+    if gpus and taken >= gpus:
+        raise LaunchError(
+            f"the actors of learner.scorers take {taken} of {gpus} GPUs: none is left for rollout and learner",
+            hint="lower their actors or gpus; 0 scores on processors",
+        )
+    return max(gpus - taken, 0)
 
 
 def gpu_shares(

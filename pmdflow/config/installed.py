@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pmdflow.config.sinks import SinkName
     from pmdflow.config.sources import RewardFunctionConfig
 
-_PLACES = ("dir", "path", "address", "task", "ptx_data", "teacher")
+_PLACES = ("dir", "path", "address", "task", "ptx_data", "teacher", "model")
 """Settings that people expect variables in; elsewhere `${x}` is text, such as LaTeX."""
 IMPORT_TIMEOUT_S = 60.0
 """All modules that a configuration names are imported within this time."""
@@ -160,6 +160,8 @@ def _import_paths(config: Config) -> Iterator[tuple[KeyPath, str, bool]]:
         yield ("agents", "program"), config.agents.program, True
     if ":" in config.learner.algorithm:
         yield ("learner", "algorithm"), config.learner.algorithm, False
+    for name, scorer in config.learner.scorers.items():
+        yield ("learner", "scorers", name, "use"), scorer.use, True
     if config.scheduler.policy is not None:
         yield ("scheduler", "policy"), config.scheduler.policy, True
 

@@ -36,9 +36,9 @@ class Loaded:
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Loaded:
     """Read and check a configuration file.
 
-    A relative `model.path`, `learner.teacher`, `learner.ptx_data` or file in `data.task` and `eval.sets` is looked for
-    in the current directory first, then beside the configuration file; if it is in neither, it is left as written. The
-    same holds for the module of an import path, to which the folder that holds it is added.
+    A relative `model.path`, `learner.teacher`, model of a scorer, `learner.ptx_data` or file in `data.task` and
+    `eval.sets` is looked for in the current directory first, then beside the configuration file; if it is in neither,
+    it is left as written. The same holds for the module of an import path, to which the folder that holds it is added.
 
     Args:
         path: The YAML file.
@@ -127,7 +127,7 @@ def _read(path: Path) -> str:
 def _find_paths(data: Any, *, beside: Path) -> None:
     for settings, key in _path_settings(data):
         written = settings.get(key)
-        if isinstance(written, str) and (key in ("path", "teacher") or written.endswith(FILE_SUFFIXES)):
+        if isinstance(written, str) and (key in ("path", "teacher", "model") or written.endswith(FILE_SUFFIXES)):
             found = Path(written).expanduser()
             if not found.exists() and (beside / found).exists():
                 found = beside / found
@@ -148,6 +148,7 @@ def _path_settings(data: Any) -> Iterator[tuple[dict[str, Any], str]]:
     learner = sections.get("learner")
     named = [(sections.get("model"), "path"), (learner, "ptx_data"), (learner, "teacher")]
     named += [(source, "task") for source in _sources(sections)]
+    named += [(scorer, "model") for scorer in _scorers(learner)]
     yield from ((settings, key) for settings, key in named if isinstance(settings, dict))
 
 
@@ -165,7 +166,13 @@ def _import_settings(data: Any) -> Iterator[tuple[dict[str, Any], str]]:
         (sections.get("learner"), "algorithm"),
     ]
     named.append((sections.get("scheduler"), "policy"))
+    named += [(scorer, "use") for scorer in _scorers(sections.get("learner"))]
     yield from ((settings, key) for settings, key in named if isinstance(settings, dict))
+
+
+def _scorers(learner: Any) -> list[Any]:
+    scorers = learner.get("scorers") if isinstance(learner, dict) else None
+    return list(scorers.values()) if isinstance(scorers, dict) else []
 
 
 def _sources(sections: dict[str, Any]) -> list[dict[str, Any]]:

@@ -7,10 +7,14 @@ plan beside `FSDPMemTracker` of torch.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from pmdflow.config.gpus import Gpus, gpu_shares
+from pmdflow.config.gpus import Gpus, gpu_shares, left_by_scorers
+from pmdflow.config.model_size import measure_model
 from pmdflow.config.schema import DEFAULT_SLOTS, Config
+from pmdflow.errors import LaunchError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 MASTER_BYTES = 4
@@ -75,6 +79,8 @@ class MemoryPlan:
     """An engine and a rank live on the same GPU."""
     in_turn: bool
     """They have it one after the other: while one works, the other's memory is on the host."""
+    scorers: tuple[Need, ...] = ()
+    """Those in actors of their own."""
     problems: tuple[str, ...] = field(default=())
     """What cannot fit, each with what would."""
 
@@ -89,18 +95,29 @@ def plan_memory(config: Config, model: Footprint, *, gpus: Gpus | None, host_byt
         host_bytes: Memory of the one machine that runs it; None where that is another machine.
 
     Raises:
-        LaunchError: the GPUs are too few for the engines and ranks.
+        LaunchError: the GPUs are too few for the engines and ranks, or the ranks cannot be divided as they should.
     """
     learner, rollout = config.learner, config.rollout
-    count = gpus.count if gpus else 0
+    count = left_by_scorers(config, gpus.count if gpus else 0)
     actors, ranks = rollout.num_actors, learner.num_ranks
     in_turn = config.cluster.colocate and count > 0
     gpu_shares(count, actors=actors, ranks=ranks, tensor_parallel=rollout.tensor_parallel, colocate=in_turn)
+    unit = math.lcm(learner.replicas, learner.context_parallel)
+    if ranks % unit:
+        raise LaunchError(
+            f"learner.ranks is {ranks}, which learner.replicas ({learner.replicas}) and learner.context_parallel "
+            f"({learner.context_parallel}) must divide",
+            hint=f"change these, or set learner.ranks to a multiple of {unit}",
+        )
     shared = 0 < count < actors * rollout.tensor_parallel + ranks
     rank = rank_need(config, model, on_gpu=gpus is not None)
     engine = engine_need(config, model, gpus=gpus)
+    scorers = tuple(_scorer_needs(config))
     host = _host_need(config, model, rank, engine, on_gpu=gpus is not None)
-    plan = MemoryPlan(rank=rank, engine=engine, host=host, gpus=gpus, shared=shared, in_turn=in_turn)
+    plan = MemoryPlan(
+        rank=rank, engine=engine, host=_with(host, scorers, config), scorers=scorers, gpus=gpus, shared=shared,
+        in_turn=in_turn,
+    )  # fmt: skip
     return replace(plan, problems=tuple(_problems(config, model, plan, host_bytes)))
 
 
@@ -126,7 +143,28 @@ def rank_need(config: Config, model: Footprint, *, on_gpu: bool) -> Need:
         kept["teacher"] = -(-model.teacher.num_parameters // shards) * MASTER_BYTES
     elif learner.teacher is not None:
         unknown += ("teacher",)
+    unknown += tuple(f"scorer {name}" for name in learner.scorers_when("claim"))  # they may train what they hold
     return Need(role="learner rank", count=learner.num_ranks, parts={**kept, **worst, **context}, unknown=unknown)
+
+
+def _scorer_needs(config: Config) -> Iterator[Need]:
+    """What each actor of a scorer holds: its model in float32, and the logits of a forward pass."""
+    for name, scorer in config.learner.scorers_when("complete").items():
+        role, size = f"scorer {name}", measure_model(scorer.model or config.model.path)
+        context = {"CUDA context": CONTEXT_BYTES} if scorer.gpus else {}
+        if size is None:
+            yield Need(role=role, count=scorer.actors, parts=context, unknown=("weights",))
+            continue
+        weights = size.num_parameters * MASTER_BYTES
+        logits = min(3 * LOGITS_BYTES, 3 * 4 * config.learner.tokens_per_microbatch * size.vocab_size)
+        yield Need(role=role, count=scorer.actors, parts={"weights": weights, "head": logits, **context})
+
+
+def _with(host: Need, scorers: Sequence[Need], config: Config) -> Need:
+    """The host with the scorers that are on processors."""
+    given = config.learner.scorers
+    own = {need.role: need.total * need.count for need in scorers if not given[need.role.removeprefix("scorer ")].gpus}
+    return replace(host, parts={**host.parts, **own})
 
 
 def _moments(config: Config, model: Footprint, number: int) -> list[dict[str, int]]:
@@ -263,22 +301,22 @@ def _proposal(config: Config, model: Footprint, room: int) -> str:
     """The first of a few changes, each on top of those before, with which a rank fits."""
     learner = config.learner
     longest = config.data.max_tokens + config.data.max_prompt_tokens
-    steps: list[tuple[str, dict[str, object]]] = []
+    steps: list[tuple[str, bool | int]] = []
     if learner.activation_checkpointing is not True:
-        steps.append(("learner.activation_checkpointing=true", {"activation_checkpointing": True}))
+        steps.append(("activation_checkpointing", True))
     if learner.tokens_per_microbatch > longest:
-        steps.append((f"learner.tokens_per_microbatch={longest}", {"tokens_per_microbatch": longest}))
-    ranks = 2 * learner.num_ranks
-    steps += [(f"learner.ranks={times * ranks}", {"ranks": times * ranks}) for times in (1, 2, 4, 8)]
-    taken: dict[str, str] = {}
-    changed: dict[str, object] = {}
-    for text, update in steps:
-        taken[next(iter(update))] = text
-        changed |= update
-        tried = config.model_copy(update={"learner": learner.model_copy(update=changed)})
-        if rank_need(tried, model, on_gpu=True).total <= room:
-            return f"it would fit with {' '.join(taken.values())}"
-    return "none of more ranks, smaller micro-batches and activation checkpointing makes it fit: use larger GPUs"
+        steps.append(("tokens_per_microbatch", longest))
+    steps += [("ranks", times * learner.num_ranks) for times in (2, 4, 8, 16)]
+    for size in (learner.context_parallel, *((2, 4, 8) if learner.packing else ())):
+        changed: dict[str, bool | int] = {}
+        for name, value in [("context_parallel", size), *steps]:
+            changed[name] = value
+            tried = learner.model_copy(update=changed)
+            need = rank_need(config.model_copy(update={"learner": tried}), model, on_gpu=True)
+            if tried.num_ranks % size == 0 and need.total <= room:
+                new = {key: given for key, given in changed.items() if given != getattr(learner, key)}
+                return "it would fit with " + " ".join(f"learner.{key}={given}".lower() for key, given in new.items())
+    return "none of more ranks, smaller or shared rows and activation checkpointing makes it fit: use larger GPUs"
 
 
 def show_bytes(num_bytes: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from pmdflow.config.combinations import BYTES_PER_TOKEN, PARTITION
 from pmdflow.config.engine_problems import correction, lossy_arguments
 from pmdflow.config.errors import dotted
-from pmdflow.config.gpus import Gpus, gpu_shares
+from pmdflow.config.gpus import Gpus, gpu_shares, left_by_scorers
 from pmdflow.config.load import Loaded, leaves
 from pmdflow.config.memory import Footprint, MemoryPlan, Need, plan_memory, show_bytes
 from pmdflow.config.schema import Config
@@ -161,7 +161,7 @@ def _actors(config: Config, gpus: Gpus | None) -> Iterator[ActorPlan]:
     split = rollout.tensor_parallel
     engine, rank = f"up to {split}", "up to 1"  # of a cluster that nobody has described
     if gpus is not None or config.cluster.address == "local":
-        count = gpus.count if gpus else 0
+        count = left_by_scorers(config, gpus.count if gpus else 0)
         shares = gpu_shares(
             count,
             actors=rollout.num_actors,
@@ -178,6 +178,8 @@ def _actors(config: Config, gpus: Gpus | None) -> Iterator[ActorPlan]:
         cpus=rollout.threads * split,
         gpus=engine,
     )
+    for name, scorer in learner.scorers_when("complete").items():
+        yield ActorPlan(role=f"scorer {name}", count=scorer.actors, cpus=scorer.threads, gpus=f"{scorer.gpus:g}")
     yield ActorPlan(role="learner", count=learner.num_ranks, cpus=learner.threads, gpus=rank)
 
 
@@ -189,7 +191,12 @@ def _memory(plan: MemoryPlan) -> list[str]:
     elif plan.shared:
         room += f", {show_bytes(plan.rank.total + plan.engine.total)} with the other role on it"
     rows: list[tuple[str, ...]] = []
-    needs = [(plan.rank, f"each, {room}"), (plan.engine, f"each, {room}"), (plan.host, "of all hosts together")]
+    needs = [
+        (plan.rank, f"each, {room}"),
+        (plan.engine, f"each, {room}"),
+        *((need, "each") for need in plan.scorers),
+        (plan.host, "of all hosts together"),
+    ]
     for need, of in needs:
         rows += [(need.role if index == 0 else "", *part) for index, part in enumerate(_parts(need))]
         rows.append(("" if need.parts else need.role, "all", f"{show_bytes(need.total)} {of}"))

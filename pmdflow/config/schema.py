@@ -15,6 +15,7 @@ from pmdflow.config.combinations import combination_problems
 from pmdflow.config.gpus import GPUS
 from pmdflow.config.imports import IMPORT_PATH
 from pmdflow.config.scheduling import SchedulerConfig
+from pmdflow.config.scorers import ScorerConfig
 from pmdflow.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from pmdflow.config.sequences import RolloutConfig
 from pmdflow.config.sinks import MetricsConfig
@@ -51,6 +52,9 @@ class ClusterConfig(Section):
     gpus: Annotated[str, Field(pattern=GPUS)] | None = None
     """GPUs that the plan reckons with, of all nodes together and by the memory of one, such as `8x80GiB`: to plan a
     run elsewhere, or a cluster. null: those of this machine. The run itself takes what Ray has."""
+    roles: dict[Literal["learner", "rollout"], Annotated[str, Field(pattern=NAME)]] = {}
+    """Nodes that learner ranks, or rollout actors, may be on: those that were started with this resource, such as
+    `{learner: train}` and `ray start --resources='{"train": 1}'`. Without an entry: any."""
     colocate: bool = False
     """Every device has a rollout engine and a learner rank in turn: while one works, the other's memory is on the host.
     For models that do not fit beside themselves; wants `scheduler.lookahead: 0`, and as many actors as ranks."""
@@ -85,6 +89,9 @@ class EvalConfig(Section):
     """Other evaluation sets by name, each with its own reward."""
     every: PositiveInt = 5
     """Iterations between evaluations; the initial and the final policy are always evaluated."""
+    hold_s: PositiveFloat = 600.0
+    """Seconds for which the rollout actors that evaluate a policy version keep it, and do not train. What is unfinished
+    then is generated anew in the next round, and this one has no result."""
     temperature: NonNegativeFloat = 1.0
     """Sampling temperature; 0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -170,6 +177,9 @@ class LearnerConfig(Section):
     teacher: str | None = None
     """Folder of the model that `opd` and `vopd` learn from (found like `model.path`), with the same tokenizer; frozen,
     sharded over the learner's ranks."""
+    scorers: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], ScorerConfig] = {}
+    """Token scorers by name: what they say of tokens are columns that an algorithm reads. With one called `teacher`,
+    `opd` and `vopd` learn from it, and `learner.teacher` is left out."""
     tau: PositiveFloat = 0.05
     """KL regularization of policy mirror descent: an iteration moves the log-ratio of a whole sequence towards its
     advantage / tau, so long answers want a smaller one. With one step an iteration it has no effect in `pmd_mean`."""
@@ -204,6 +214,9 @@ class LearnerConfig(Section):
     """Supervised sequences of each optimizer step."""
     ranks: PositiveInt | Literal["auto"] = "auto"
     """Learner processes (FSDP2). `auto`: a quarter of the GPUs, or as many as the model's states need; one without."""
+    router_replay: bool = False
+    """Of a Mixture of Experts: the engine records which experts computed each token's logits, and the learner takes the
+    same ones, with weights of its own logits. Needs `rollout.engine: transformers`."""
     replicas: PositiveInt = 1
     """Copies of the model among the ranks: each is sharded over ranks / replicas of them (hybrid sharding)."""
     steps_per_iteration: PositiveInt = 4
@@ -259,6 +272,10 @@ class LearnerConfig(Section):
     threads: PositiveInt = 1
     """CPU threads of one rank."""
 
+    def scorers_when(self, when: Literal["complete", "claim"]) -> dict[str, ScorerConfig]:
+        """Those of `scorers` that run then."""
+        return {name: scorer for name, scorer in self.scorers.items() if scorer.when == when}
+
     @property
     def num_ranks(self) -> int:
         """`ranks`, once `auto` is settled."""
@@ -300,6 +317,10 @@ class WeightsConfig(Section):
 
     transport: Literal["object_store", "filesystem"] = "object_store"
     """`object_store` (Ray) or `filesystem` (safetensors in the run directory)."""
+    delta: bool = False
+    """With `object_store`: other nodes get what changed since the version before, bit for bit, and the whole file where
+    they lack that one. It pays in bfloat16 at the learning rates of language models, and between nodes; each node holds
+    a second file while it makes one of the other."""
 
 
 class DashboardConfig(Section):

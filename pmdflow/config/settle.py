@@ -55,7 +55,8 @@ def settle(config: Config, *, gpus: Gpus | None, model: Footprint | None = None,
     if alone:
         share = config.rollout.memory_share or (OWN_SHARE if gpus else HALF)
         rollout = settled.rollout.model_copy(update={"actors": 1, "memory_share": share})
-        return settled.model_copy(update={"rollout": rollout})
+        cluster = config.cluster.model_copy(update={"colocate": False})
+        return settled.model_copy(update={"rollout": rollout, "cluster": cluster})
     tried = list(_choices(settled, gpus, model))
     fits = (choice for choice in tried if model is None or gpus is None or _fits(choice, model, gpus))
     return next(fits, tried[-1])  # of what fits nowhere, the plan says why

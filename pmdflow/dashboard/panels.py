@@ -24,7 +24,7 @@ SPAN_COLOURS: Mapping[str, str] = {
     "generate": GREEN, "apply_weights": PURPLE, "step": BLUE, "reference": SKY, "publish": PURPLE,
     "checkpoint": YELLOW, "score": GREEN, "start": GREY, "archive": GREY, "wait_lease": ORANGE, "wait_grant": YELLOW,
     "wait_environment": VERMILION, "wait_claim": VERMILION, "wait_controller": ORANGE, "wait_unscored": ORANGE,
-    "wait_groups": ORANGE, "wait_weights": VERMILION, "offload": GREY, "wait_device": ORANGE,
+    "wait_groups": ORANGE, "wait_weights": VERMILION, "offload": GREY, "wait_device": ORANGE, "wait_evaluation": SKY,
 }  # fmt: skip
 """Colour of every span, in the order of the legend."""
 _OTHER_COLOURS = (SKY, GREEN, PURPLE, BLUE, ORANGE, GREY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,16 +16,19 @@ from ray.exceptions import GetTimeoutError
 
 from pmdflow.config.schema import Config
 from pmdflow.errors import WaitTimeout
+from pmdflow.learner.checkpoint.manifest import CheckpointFile
 from pmdflow.learner.result import TrainResult
 from pmdflow.metrics.report import ActorReport
 from pmdflow.metrics.spans import SpanBuffer, Wait
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.client import StoreHandle, call
-from pmdflow.types import Claim, ClaimTokens, Int64, TrainBatch
+from pmdflow.types import Claim, ClaimTokens, Int64, TrainBatch, UInt8
 from pmdflow.weights.device_turn import DeviceTurn
 from pmdflow.weights.make import make_transport
-from pmdflow.weights.transport import Bytes, WeightsHandle, in_group
+from pmdflow.weights.transport import WeightsHandle, in_group
 
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Variables of torch's allocator, the second by its older name."""
 TURN_TIMEOUT_S = 300.0
 """An engine that was asked to sleep has given the device back within this time."""
 READ_TIMEOUT_S = 600.0
@@ -39,8 +43,11 @@ class LearnerActor:
 
     def __init__(self, *, config: Config, rank: int, run_dir: str) -> None:
         """Make the learner and open the transport of the run."""
+        if not any(name in os.environ for name in ALLOCATOR):
+            os.environ[ALLOCATOR[0]] = "expandable_segments:True"  # rows of any length cut up the memory of a GPU
         from pmdflow.learner.learner import Learner
 
+        self._engine_share = config.rollout.memory_share or 0.0
         self._turn = DeviceTurn.own(run_dir, rank) if config.cluster.colocate else None
         self._learner = Learner(config=config, rank=rank)
         self._transport = make_transport(config, Path(run_dir))
@@ -57,6 +64,7 @@ class LearnerActor:
         """See `Learner.setup`; in a colocated run the rank has its device from here on until it offloads."""
         if self._turn is not None:
             self._turn.take(timeout_s=TURN_TIMEOUT_S)
+        self._cap_memory()
         self._learner.setup(master)
 
     def offload(self) -> None:
@@ -69,8 +77,10 @@ class LearnerActor:
     def restore(self) -> None:
         """See `Learner.restore`; waits until the engine has given the device back."""
         assert self._turn is not None, "only a colocated run restores"
-        with self._busy("wait_device"):
+        with self._busy("wait_claim"):
+            asked = time.time()
             self._turn.take(timeout_s=TURN_TIMEOUT_S)
+            self._waits.add("wait_device", asked, time.time())
             self._learner.restore()
 
     def device_info(self) -> dict[str, Any]:
@@ -126,18 +136,18 @@ class LearnerActor:
             return None if handle is None else replace(handle, probe=probe)
 
     @in_group("weights")
-    def read_weights(self, version: int, offset: int, num_bytes: int) -> Bytes:
-        """Bytes of a version's file, for a node that does not have it; safe beside everything else."""
-        return self._transport.read(version, offset, num_bytes)
+    def read_weights(self, version: int, offset: int, num_bytes: int, delta: bool) -> UInt8:
+        """UInt8 of a version's file, or of its delta, for a node that does not have it; safe beside everything else."""
+        return self._transport.read(version, offset, num_bytes, delta=delta)
 
     def save(self, directory: str) -> None:
         """Begin to write a checkpoint's files."""
         with self._busy("wait_controller"):
             self._learner.save(directory)
 
-    def await_saved(self) -> None:
+    def await_saved(self) -> tuple[CheckpointFile, ...]:
         """See `Learner.await_saved`."""
-        self._learner.await_saved()
+        return self._learner.await_saved()
 
     def drain(self) -> ActorReport:
         """The spans since the last call, waits among them; safe beside `train`."""
@@ -148,6 +158,14 @@ class LearnerActor:
     def close(self) -> None:
         """See `Learner.close`."""
         self._learner.close()
+
+    def _cap_memory(self) -> None:
+        """On a GPU that an engine has a share of, too, fail where the plan ends and not where the engine comes back."""
+        import torch
+
+        own = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)
+        if 0 < own < 1 and self._turn is None and torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(1 - self._engine_share)
 
     @contextmanager
     def _busy(self, wait: Wait) -> Iterator[None]:

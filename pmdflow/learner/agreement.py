@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,17 +32,18 @@ def tokens_of(model: Any) -> list[int]:
 
 
 @torch.no_grad()
-def plain_scores(model: Any, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+def plain_scores(
+    model: Any, sequences: Sequence[Sequence[int]], logits: Callable[[Tensor], Tensor] | None = None
+) -> list[Tensor]:
     """Log-probs of each sequence's tokens after its first, by a forward pass of it alone with its family's attention.
 
-    The model's weights are used in place; its attention function is put back.
+    The model's weights are used in place; its attention function is put back. `logits` is how to call a model that may
+    not be called by itself, as it is a part of a sharded one.
     """
     device = model.get_input_embeddings().weight.device
     with _own_attention(model):
-        return [
-            scores_of(model(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits[0, :-1], tokens)
-            for tokens in sequences
-        ]
+        call = logits or (lambda row: model(input_ids=row[None], use_cache=False).logits[0])
+        return [scores_of(call(torch.tensor(tokens, device=device))[:-1], tokens) for tokens in sequences]
 
 
 def scores_of(logits: Tensor, tokens: Sequence[int]) -> Tensor:
@@ -52,39 +53,57 @@ def scores_of(logits: Tensor, tokens: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def check_policy(policy: Policy, *, packing: bool) -> None:
-    """Refuse a model whose log-probs change with what comes later or shares its micro-batch; before it is sharded.
+def check_policy(policy: Policy, *, packing: bool, dtype: torch.dtype = torch.float32) -> None:
+    """Refuse a model whose log-probs change with what comes later or shares its micro-batch.
+
+    Every rank that shards the policy must call: all is computed before anything is judged.
+
+    Args:
+        policy: Sharded, or whole.
+        packing: Whether sequences share a row.
+        dtype: What it computes in.
 
     Raises:
         ValueError: names the family and the difference.
     """
-    sequences = probe_tokens(policy.model)
-    plain = plain_scores(policy.model, sequences)
-    if not packing:  # in packed rows nothing sees later tokens
-        (short,) = plain_scores(policy.model, [sequences[0][: LENGTHS[1]]])
+    model, sequences = policy.model, probe_tokens(policy.model)
+    plain = plain_scores(model, sequences, policy.logits)
+    cut = [] if packing else plain_scores(model, [sequences[0][: LENGTHS[1]]], policy.logits)
+    companies = {"alone": [0], "in company": [0, 1]}
+    found = {
+        name: _learner_scores(policy, [sequences[i] for i in them], packing=packing) for name, them in companies.items()
+    }
+    for short in cut:  # in packed rows nothing sees later tokens
         require_agreement(
             short,
             plain[0][: len(short)],
             what="a sequence that is cut short",
-            model=policy.model,
+            model=model,
+            dtype=dtype,
             remedy="it does not predict the next token: choose a causal language model",
         )
-    for name, chosen in (("alone", [0]), ("in company", [0, 1])):
-        rows = [torch.tensor(sequences[index]) for index in chosen]
-        lengths = tuple(map(len, rows))
-        tokens = torch.cat(rows)[None] if packing else torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        starts = [sum(lengths[:row]) if packing else row * max(lengths) for row in range(len(rows))]
-        positions = torch.cat([start + torch.arange(n - 1) for start, n in zip(starts, lengths, strict=True)])
-        targets = torch.cat([row[1:] for row in rows])
-        layout = Layout.of(lengths, packed=packing, device=torch.device("cpu"))
-        scores = policy(tokens, layout, positions, targets, torch.ones(len(targets)))
+    for name, them in companies.items():
         require_agreement(
-            scores.logprobs,
-            torch.cat([plain[index] for index in chosen]),
+            found[name],
+            torch.cat([plain[index] for index in them]),
             what=f"the learner ({'packed' if packing else 'padded'} rows, {name})",
-            model=policy.model,
+            model=model,
+            dtype=dtype,
             remedy=remedy(packing=packing),
         )
+
+
+def _learner_scores(policy: Policy, sequences: Sequence[Sequence[int]], *, packing: bool) -> Tensor:
+    device = policy.model.get_input_embeddings().weight.device
+    rows = [torch.tensor(tokens, device=device) for tokens in sequences]
+    lengths = tuple(map(len, rows))
+    tokens = torch.cat(rows)[None] if packing else torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    starts = [sum(lengths[:row]) if packing else row * max(lengths) for row in range(len(rows))]
+    positions = torch.cat([start + torch.arange(n - 1) for start, n in zip(starts, lengths, strict=True)]).to(device)
+    targets = torch.cat([row[1:] for row in rows])
+    layout = Layout.of(lengths, packed=packing, device=device)
+    scores: Tensor = policy(tokens, layout, positions, targets, torch.ones(len(targets), device=device)).logprobs
+    return scores
 
 
 def remedy(*, packing: bool) -> str:
@@ -92,16 +111,18 @@ def remedy(*, packing: bool) -> str:
     return "set learner.packing to false, or choose another model" if packing else "choose another model"
 
 
-def require_agreement(got: Tensor, expected: Tensor, *, what: str, model: Any, remedy: str) -> None:
-    """Refuse log-probs that differ from the plain model's by more than rounding.
+def require_agreement(
+    got: Tensor, expected: Tensor, *, what: str, model: Any, remedy: str, dtype: torch.dtype | None = None
+) -> None:
+    """Refuse log-probs that differ from the plain model's by more than rounding in `dtype`, by default the model's.
 
     In half precision an expert may be chosen by a rounding, which changes a few tokens much: there the median counts.
 
     Raises:
         ValueError: names who differs, by how much, the family and the remedy.
     """
-    differences = (got - expected).abs()
-    half, limit = model.dtype != torch.float32, rounding(expected, model, model.dtype)
+    differences, dtype = (got - expected).abs(), dtype or model.dtype
+    half, limit = dtype != torch.float32, rounding(expected, model, dtype)
     judged = differences.median() if half else differences.max()
     if not judged <= limit:  # NaN is refused too
         raise ValueError(

@@ -45,6 +45,10 @@ class Terms:
     """Most generated tokens of a trajectory."""
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     """Extra columns that the algorithm names, each [P, ...]."""
+    alternatives: Tensor | None = None
+    """log pi_theta of the tokens whose ids `Algorithm.alternatives` names [P, K], with gradient."""
+    iteration: int = 1
+    """Of the claim."""
 
     @property
     def advantages(self) -> Tensor:
@@ -88,7 +92,10 @@ class Algorithm:
     """Per-token arrays that `credit` reads. With any, whole groups are put on one rank where that unbalances ranks by
     5 % at most; else the arrays of all ranks are gathered."""
     columns: frozenset[str] = frozenset()
-    """Extra columns of tokens that `credit` reads as `view.columns` and the loss as `terms.columns`."""
+    """Extra columns of tokens that `credit` reads as `view.columns` and the loss as `terms.columns`: those that engines
+    and `learner.scorers` give."""
+    alternatives: str | None = None
+    """The column with ids of other tokens [P, K] whose log-probs the loss reads as `terms.alternatives`."""
     totals: Callable[[ClaimView, LearnerConfig], Mapping[str, float]] | None = None
     """Sums over a view's groups, added over ranks before `credit`, which reads `view.totals`: statistics of the whole
     claim without gathering it."""

@@ -136,6 +136,9 @@ class Trial:
             scope=torch.ones(len(tokens), dtype=torch.bool) if scope else trained,
             cu_seqlens=cu,
             max_tokens=16,
+            columns={name: torch.from_numpy(np.array(values)) for name, values in own.columns.items()},
+            alternatives=None if self.algorithm.alternatives is None else logprobs[tokens].detach()[:, None] - 0.5,
+            iteration=view.iteration,
         )
         loss = self.algorithm.loss(terms, self.learner)
         (found,) = torch.autograd.grad(loss, chosen, allow_unused=True)

@@ -136,24 +136,12 @@ def _seen(
     """The trajectories in the view [N], the view, and whether it is this rank's own."""
     if not algorithm.needs and not algorithm.columns:
         return kept, _view(claim, rewards, kept, None), False
-    _require_columns(algorithm, steps)
     rows = _Rows.of(steps, scores, frozenset(algorithm.needs) | {f"{COLUMN}{name}" for name in algorithm.columns})
     wide = algorithm.claim_wide or algorithm.state is not None or not is_whole(plans, claim.groups)
     rows = (rows.gathered() if wide else rows).in_claim_order()
     if not wide:
         kept = kept & np.isin(claim.groups, claim.groups[rows.trajectories])
     return kept, _view(claim, rewards, kept, rows), not wide
-
-
-def _require_columns(algorithm: Algorithm, steps: Steps) -> None:
-    for micro in (micro for micros in steps for micro in micros if len(micro.trajectories)):
-        missing = sorted(algorithm.columns - micro.columns.keys())
-        if missing:
-            known = ", ".join(sorted(micro.columns)) or "none"
-            raise ValueError(
-                f"the algorithm reads the extra column {missing[0]!r}, which no token of the claim has (there is "
-                f"{known}): whoever generates has to give it, as `extra` of an append"
-            )
 
 
 def _next_state(algorithm: Algorithm, state: State | None, credit: Credit) -> State | None:

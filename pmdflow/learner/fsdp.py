@@ -14,7 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
@@ -26,6 +33,8 @@ from pmdflow.learner.context import Context, require_divisible
 from pmdflow.learner.loading import load_model
 from pmdflow.learner.lora import add_adapters, published_name, published_scale
 from pmdflow.learner.policy import Policy
+from pmdflow.learner.routing import Routing
+from pmdflow.learner.slices import Part
 from pmdflow.weights.file import NamedTensors, aligned
 
 JOIN_TIMEOUT_S = 120.0
@@ -107,22 +116,25 @@ def build_policy(
         ValueError: the folder holds no causal language model, or not one that the settings fit, or one that they score
             otherwise than transformers does.
     """
-    model = load_model(path, packing=learner.packing)
+    part = Part(rank=mesh.get_local_rank("shard"), ranks=mesh["shard"].size())
+    model = load_model(path, packing=learner.packing, part=part)
     if learner.lora is not None:
         add_adapters(model, learner.lora)
     with failures_named(model, what="the learner", remedy=remedy(packing=learner.packing)):
         policy = Policy(model.eval())
-    _check_on_first_rank(policy, packing=learner.packing)
-    if context is not None:
-        require_divisible(model.config, context.size)
-        policy.context = context
     layers = apart(model)
     for layer in layers:
         if learner.activation_checkpointing is True:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        if learner.compile:
-            layer.compile(dynamic=True)
     shard(policy, layers, dtype=DTYPES[dtype], cpu_offload=learner.cpu_offload, mesh=mesh)
+    _check_on_first_rank(policy, packing=learner.packing, dtype=DTYPES[dtype])
+    if context is not None:
+        require_divisible(model.config, context.size)
+        policy.context = context
+    if learner.router_replay:
+        policy.routing = Routing(model)
+    for layer in layers if learner.compile else ():
+        layer.compile(dynamic=True)
     return policy
 
 
@@ -139,7 +151,7 @@ def build_teacher(student: str, *, build: Callable[..., Policy], learner: Learne
             f"learner.teacher {learner.teacher} has {sizes[learner.teacher]} tokens, the policy {sizes[student]}: a "
             "teacher scores the student's tokens, so give one with the same tokenizer"
         )
-    plain = learner.model_copy(update={"lora": None, "compile": False})
+    plain = learner.model_copy(update={"lora": None, "compile": False, "router_replay": False})
     return build(learner.teacher, learner=plain).requires_grad_(requires_grad=False)
 
 
@@ -147,19 +159,20 @@ def _num_tokens(path: str) -> int:
     return int(AutoConfig.from_pretrained(path).get_text_config().vocab_size)
 
 
-def _check_on_first_rank(policy: Policy, *, packing: bool) -> None:
-    """The self-check, which is the same for all ranks; what rank 0 finds, every rank refuses.
+def _check_on_first_rank(policy: Policy, *, packing: bool, dtype: torch.dtype) -> None:
+    """The self-check, which all ranks compute; what rank 0 finds, every rank refuses.
 
     Raises:
         ValueError: as `check_policy`, on every rank.
     """
     refusal: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            with failures_named(policy.model, what="the learner", remedy=remedy(packing=packing)):
-                check_policy(policy, packing=packing)
-        except ValueError as error:
-            refusal[0] = str(error)
+    try:
+        with failures_named(policy.model, what="the learner", remedy=remedy(packing=packing)):
+            check_policy(policy, packing=packing, dtype=dtype)
+    except ValueError as error:
+        refusal[0] = str(error)
+    assert isinstance(policy, FSDPModule)
+    policy.reshard()  # the root stays whole after a forward pass, and an optimizer would get its whole parameters
     dist.broadcast_object_list(refusal, src=0, device=torch.device("cpu"))
     if refusal[0] is not None:
         raise ValueError(refusal[0])
@@ -191,6 +204,7 @@ def shard(policy: Policy, layers: list[Any], *, dtype: torch.dtype, cpu_offload:
         fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=offload)
     # The root's inputs are temperatures: they must stay float32.
     fully_shard(policy, mesh=mesh, mp_policy=replace(precision, cast_forward_inputs=False), offload_policy=offload)
+    register_fsdp_forward_method(policy, "logits")
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

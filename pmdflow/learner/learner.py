@@ -21,6 +21,7 @@ from pmdflow.learner.aside import Aside
 from pmdflow.learner.assessment import Assessment, flat
 from pmdflow.learner.batch import ReadTokens, StepPlan
 from pmdflow.learner.checkpoint.files import AsyncSaver, load_training, training_state
+from pmdflow.learner.checkpoint.manifest import CheckpointFile
 from pmdflow.learner.context import Context, make_contexts
 from pmdflow.learner.flops import Speed
 from pmdflow.learner.fsdp import (
@@ -34,15 +35,17 @@ from pmdflow.learner.fsdp import (
     reshard,
 )
 from pmdflow.learner.policy import Policy
-from pmdflow.learner.preparation import Parts, Ready, load_steps, plan_claim, prepare
+from pmdflow.learner.preparation import Parts, Ready, load_steps, needed_columns, plan_claim, prepare
 from pmdflow.learner.probing import Prober
 from pmdflow.learner.result import TrainResult
 from pmdflow.learner.schedule import learning_rate
+from pmdflow.learner.scorers.claim import ClaimScorers
+from pmdflow.learner.scorers.teacher import require_teacher
 from pmdflow.learner.selection import importance_metrics
 from pmdflow.learner.steps import Supervised, Tensors, accumulate, update
 from pmdflow.learner.sums import Sums, add_across
 from pmdflow.learner.supervised import SupervisedData
-from pmdflow.learner.view import FROM_TEACHER, State
+from pmdflow.learner.view import State
 from pmdflow.metrics.report import ActorReport
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.reward.total import Memory
@@ -74,11 +77,8 @@ class Learner:
         self._config = config.model_copy(update={"learner": self._algorithm.configured(config.learner)})
         self._rank = rank
         self._teacher: Policy | None = None
-        if (self._algorithm.needs & FROM_TEACHER != frozenset()) != (config.learner.teacher is not None):
-            raise ValueError(
-                f"learner.teacher is {config.learner.teacher} while {config.learner.algorithm} needs "
-                f"{', '.join(sorted(self._algorithm.needs)) or 'nothing'}: set a teacher if it needs `teacher` or `top`"
-            )
+        self._scorers: ClaimScorers | None = None
+        require_teacher(self._algorithm.needs, config.learner)
         self._state: State | None = None
         """Of an algorithm that keeps some."""
         self._memory: Memory = {}
@@ -154,7 +154,7 @@ class Learner:
         shares = {f"learner/{reason}_share": int(counts[out].sum()) / total for reason, out in ready.left_out.items()}
         own |= importance_metrics(ready.weighed)
         return TrainResult(
-            metrics={**own, **ready.rewards.metrics(), **shares, **ready.given.metrics},
+            metrics={**own, **ready.rewards.metrics(), **shares, **ready.given.metrics, **ready.scored},
             speed=self._speed.metrics(claim, ready.plans, seconds=time.perf_counter() - started),
             left_out={reason: claim.trajectories[out].tolist() for reason, out in ready.left_out.items()},
             advantages=ready.given.advantages,
@@ -169,7 +169,10 @@ class Learner:
         if self._config.learner.num_ranks > 1:
             raise ValueError("a claim is assessed on one rank: set learner.ranks to 1")
         claim = replace(Claim.of(batch), plan=None)
+        learned = self._scorers.state() if self._scorers else {}
         ready = self._prepare(claim, self._read(batch), Sums(max_grad_norm=1.0), steps=1)
+        if self._scorers:
+            self._scorers.load(learned)
         ((plan, micros, anchors),) = zip(ready.plans, ready.steps, ready.anchors, strict=True)
         loss = accumulate(
             self._policy, micros, anchors, supervised=None, algorithm=self._algorithm, config=self._config, plan=plan
@@ -191,7 +194,7 @@ class Learner:
         """Train the same weights by another algorithm and other settings of learner and reward from here on.
 
         Args:
-            config: Of the same model, ranks and adapters.
+            config: Of the same model, ranks, adapters and scorers.
             state: Of its algorithm; None is the first.
 
         Raises:
@@ -203,8 +206,9 @@ class Learner:
 
     @property
     def columns(self) -> frozenset[str]:
-        """Extra columns of tokens that a claim has to be read with."""
-        return self._algorithm.columns
+        """Extra columns of tokens that a claim has to be read with; scorers that run here give theirs later."""
+        named = needed_columns(self._algorithm, self._config.learner)
+        return named - (self._scorers.columns if self._scorers else frozenset())
 
     @property
     def state(self) -> State | None:
@@ -242,19 +246,28 @@ class Learner:
         """
         with self._spans.span("checkpoint", directory=directory):
             kept = {"algorithm": self._state, "prompts": dict(self._memory)}
-            state = training_state(self._policy, self._optimizer, self._num_steps, kept if any(kept.values()) else None)
+            scorers = self._scorers.state() if self._scorers else {}
+            state = training_state(
+                self._policy, self._optimizer, self._num_steps, kept if any(kept.values()) else None, scorers
+            )
             self._saver.save(state, directory)
 
-    def await_saved(self) -> None:
-        """Wait for the files of the last `save`; safe beside `train`, and raises what went wrong in writing them."""
-        self._saver.wait()
+    def await_saved(self) -> tuple[CheckpointFile, ...]:
+        """Wait for the files of the last `save`; safe beside `train`, and raises what went wrong in writing them.
+
+        Returns:
+            Those that this rank wrote, summed as they were.
+        """
+        return self._saver.wait()
 
     def load(self, directory: str) -> None:
         """Continue from a saved directory, bit for bit if the ranks are equally many."""
         with self._spans.span("checkpoint", directory=directory):
             self._saver.wait()
             self._build_state()
-            self._num_steps, kept = load_training(self._policy, self._optimizer, directory)
+            self._num_steps, kept, scorers = load_training(self._policy, self._optimizer, directory)
+            if self._scorers:
+                self._scorers.load(scorers)
             if kept is not None:
                 self._memory = kept["prompts"]
                 self._state = self._state if kept["algorithm"] is None else kept["algorithm"]
@@ -305,6 +318,7 @@ class Learner:
         self._policy = build(model.path)
         if learner.teacher is not None and self._teacher is None:
             self._teacher = build_teacher(model.path, build=build, learner=learner)
+        self._scorers = ClaimScorers(self._config, self._device)
         trained = [parameter for parameter in self._policy.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(
             trained, lr=learner.lr, betas=(0.9, 0.95), weight_decay=learner.weight_decay
@@ -325,11 +339,13 @@ class Learner:
 
     def _prepare(self, claim: Claim, read: ReadTokens, sums: Sums, *, steps: int) -> Ready:
         torch.set_num_threads(self._config.learner.threads)  # Also for this thread: it need not be the one of setup.
+        assert self._scorers is not None, "setup comes first"
         parts = Parts(
             config=self._config,
             algorithm=self._algorithm,
             policy=self._policy,
             teacher=self._teacher,
+            scorers=self._scorers,
             rank=self._rank,
             device=self._device,
             spans=self._spans,

@@ -18,24 +18,28 @@ from transformers.utils import logging
 
 from pmdflow.learner.attention import ATTENTION, require_packable
 from pmdflow.learner.layers import family_problems, has_soft_cap
+from pmdflow.learner.slices import Part, load_part
 
 NAMES_SHOWN = 4
 
 
-def load_model(path: str, *, packing: bool) -> Any:
+def load_model(path: str, *, packing: bool, part: Part | None = None) -> Any:
     """The causal language model of a folder, in float32, with the attention that its sequences need.
 
     Args:
         path: The folder.
         packing: Whether sequences share a row.
+        part: Whose rows of the weights are wanted; the others of a model that is to be sharded need not be there.
 
     Raises:
         ValueError: the folder holds no causal language model, or sequences of it cannot share a row.
     """
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=ATTENTION if packing else None
-        )
+        attention: Any = {"attn_implementation": ATTENTION if packing else None}
+        if part is None or part.ranks == 1:
+            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **attention)
+        else:
+            model = load_part(Path(path), part, **attention)
     except OSError as error:
         raise ValueError(f"model.path {path} is no Hugging Face model folder with weights: {error}") from error
     if packing:

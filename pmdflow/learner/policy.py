@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pmdflow.learner.attention import Packed
 from pmdflow.learner.context import Context
+from pmdflow.learner.routing import Routing
 from pmdflow.learner.token_scores import TokenScores, entropy_flow, others, scores_of_logits, token_scores
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,17 @@ class Layout:
         return {"position_ids": self.packed.position_ids, "packed": self.packed, "use_cache": False}
 
 
+class _Wanted(NamedTuple):
+    """What is asked of the tokens of a micro-batch: arguments of `Policy`, one entry a position."""
+
+    positions: Tensor
+    targets: Tensor
+    temperatures: Tensor
+    at: Tensor | None
+    alternatives: Tensor | None
+    experts: Tensor | None
+
+
 class Policy(nn.Module):
     """Log-probs and entropies of given tokens under a causal language model.
 
@@ -52,7 +64,14 @@ class Policy(nn.Module):
         self.model = model
         self.context: Context | None = None
         """The ranks that compute a part of each row; they make the same calls."""
+        self.routing: Routing | None = None
+        """Of a Mixture of Experts whose experts are replayed."""
         self._plain_head = _has_plain_head(model)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """The logits of one sequence [W] by a plain forward pass of the model [W, V], which takes memory for all."""
+        logits: Tensor = self.model(input_ids=tokens[None], use_cache=False).logits
+        return logits[0]
 
     def forward(
         self,
@@ -65,6 +84,8 @@ class Policy(nn.Module):
         flow: bool = False,
         top: int = 0,
         at: Tensor | None = None,
+        alternatives: Tensor | None = None,
+        experts: Tensor | None = None,
     ) -> TokenScores:
         """Score `targets` [P] under softmax(logits / temperature).
 
@@ -77,65 +98,43 @@ class Policy(nn.Module):
             flow: Whether the entropy flow is wanted, too.
             top: How many of the likeliest tokens are.
             at: Ids of other tokens that are, instead [P, K].
+            alternatives: Ids of other tokens whose log-probs are wanted with gradient [P, K].
+            experts: Those that its routers take at `positions`, as `routing` has them [P, L, k].
         """
+        wanted = _Wanted(positions, targets, temperatures, at, alternatives, experts)
         if self.context is not None:
-            return self._in_parts(
-                self.context, tokens, layout, positions, targets, temperatures, flow=flow, top=top, at=at
-            )
-        return self._scored(tokens, layout.arguments(), positions, targets, temperatures, flow=flow, top=top, at=at)
+            return self._in_parts(self.context, tokens, layout, wanted, flow=flow, top=top)
+        return self._scored(tokens, layout.arguments(), wanted, flow=flow, top=top)
 
     def _in_parts(
-        self,
-        context: Context,
-        tokens: Tensor,
-        layout: Layout,
-        positions: Tensor,
-        targets: Tensor,
-        temperatures: Tensor,
-        *,
-        flow: bool,
-        top: int,
-        at: Tensor | None,
+        self, context: Context, tokens: Tensor, layout: Layout, wanted: _Wanted, *, flow: bool, top: int
     ) -> TokenScores:
         """The same from this rank's part of the row, and the parts of the others."""
         assert layout.packed is not None, "only a packed row is shared"
         width, packed = context.width(tokens.shape[1]), layout.packed.shared(context)
         start = context.rank * width
         own = slice(start, start + width)
-        mine = (positions >= start) & (positions < start + width)
+        mine = (wanted.positions >= start) & (wanted.positions < start + width)
         row = nn.functional.pad(tokens, (0, context.size * width - tokens.shape[1]))
         arguments = {"position_ids": packed.position_ids[:, own], "packed": packed, "use_cache": False}
-        found = self._scored(
-            row[:, own],
-            arguments,
-            positions[mine] - start,
-            targets[mine],
-            temperatures[mine],
-            flow=flow,
-            top=top,
-            at=None if at is None else at[mine],
-        )
-        whole: list[Any] = [None if part is None else context.gathered(part, mine) for part in found]
+        parts: list[Any] = [None if of is None else of[mine] for of in wanted]
+        part = _Wanted(*parts)._replace(positions=parts[0] - start)
+        found = self._scored(row[:, own], arguments, part, flow=flow, top=top)
+        whole: list[Any] = [None if of is None else context.gathered(of, mine) for of in found]
         return TokenScores(*whole)
 
     def _scored(
-        self,
-        tokens: Tensor,
-        arguments: dict[str, Any],
-        positions: Tensor,
-        targets: Tensor,
-        temperatures: Tensor,
-        *,
-        flow: bool,
-        top: int,
-        at: Tensor | None,
+        self, tokens: Tensor, arguments: dict[str, Any], wanted: _Wanted, *, flow: bool, top: int
     ) -> TokenScores:
+        positions, targets, temperatures, at, alternatives, experts = wanted
+        if self.routing is not None:
+            self.routing.give(None if experts is None else positions, experts, total=tokens.numel())
         if not self._plain_head:
             logits = self.model(input_ids=tokens, **arguments).logits.flatten(0, 1)[positions]
-            return scores_of_logits(logits, targets, temperatures, flow=flow, top=top, at=at)
+            return scores_of_logits(logits, targets, temperatures, flow=flow, top=top, at=at, alternatives=alternatives)
         hidden = self.model.get_decoder()(input_ids=tokens, **arguments).last_hidden_state.flatten(0, 1)
         head, chosen = self.model.get_output_embeddings(), hidden[positions]
-        scores = token_scores(chosen, head.weight, head.bias, targets, temperatures)
+        scores = token_scores(chosen, head.weight, head.bias, targets, temperatures, alternatives)
         if flow:
             scores = scores._replace(flow=entropy_flow(chosen, head.weight, head.bias, targets, temperatures))
         if top or at is not None:
@@ -146,13 +145,42 @@ class Policy(nn.Module):
 
 @torch.no_grad()
 def _has_plain_head(model: Any) -> bool:
-    """Whether the logits are the output embedding of the decoder's last hidden state and nothing more."""
-    # Distinct tokens, compared bit for bit: a padding token's hidden state may be 0, and a soft cap is nearly linear
-    # where logits are small. A false alarm costs memory only.
-    tokens = torch.arange(8)[None] % model.config.get_text_config().vocab_size
-    hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
-    head = model.get_output_embeddings()
-    plain = type(head) is nn.Linear and torch.equal(head(hidden), model(input_ids=tokens, use_cache=False).logits)
+    """Whether the logits are the output embedding of the decoder's last hidden state and nothing more.
+
+    Hidden states are given in place of the decoder's and a few random rows in place of the head's, so that no weight of
+    the model is looked at: none need be there yet. Logits are large, or a soft cap would be nearly linear.
+    """
+    head, decoder = model.get_output_embeddings(), model.get_decoder()
+    plain = False
+    if type(head) is nn.Linear and decoder is not None:
+        random = torch.Generator().manual_seed(0)
+        hidden = 30 * torch.randn(1, 4, head.in_features, generator=random)
+        rows = torch.randn(8, head.in_features, generator=random)
+        expected = hidden @ rows.T
+        given = {head: lambda states: states @ rows.T, decoder: lambda *_, **__: _Given(hidden)}
+        try:
+            for module, forward in given.items():
+                module.forward = forward
+            found = model(input_ids=torch.zeros(1, 4, dtype=torch.int64), use_cache=False).logits
+            plain = torch.equal(found, expected)
+        except Exception:  # the code of a family may want anything of its decoder; then its head is its own
+            plain = False
+        finally:
+            for module in given:
+                del module.forward
     if not plain:
         logger.info("%s does more to its logits than a linear map: its log-probs are not chunked", type(model).__name__)
     return plain
+
+
+class _Given:
+    """A decoder's output that has hidden states and nothing else."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]

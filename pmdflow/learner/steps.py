@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from pmdflow.learner.fsdp import clip_gradients
 from pmdflow.learner.layout import masked
 from pmdflow.learner.objective import sequence_log_ratio, weighted_sft_loss
 from pmdflow.learner.policy import Policy
+from pmdflow.learner.routing import EXPERTS
 from pmdflow.learner.sums import StepSums, added, over_ranks
 from pmdflow.learner.tensors import Tensors as Tensors
 from pmdflow.learner.tensors import tokens_of_rows
@@ -39,14 +40,30 @@ def evaluate(policy: Policy, micro: Tensors, **more: Any) -> TokenScores:
 
     `more` asks for more, as `Policy.forward` does.
     """
+    if policy.routing is not None and EXPERTS in micro.columns:
+        more["experts"] = torch.from_numpy(micro.columns[EXPERTS].astype(np.int64)).to(micro.tokens.device)
     scores: TokenScores = policy(micro.tokens, micro.layout, micro.positions, micro.targets, micro.temperatures, **more)
     return scores
 
 
 @torch.no_grad()
-def reference_pass(policy: Policy, micros: Sequence[Tensors], *, flow: bool = False, top: int = 0) -> list[TokenScores]:
-    """What pi_i says of every generated token, in the very micro-batches of the steps, so that u is 0 at the first."""
-    return [evaluate(policy, micro, flow=flow, top=top) for micro in micros]
+def reference_pass(
+    policy: Policy, micros: Sequence[Tensors], *, flow: bool = False, top: int = 0, at: str | None = None
+) -> list[TokenScores]:
+    """What pi_i says of every generated token, in the very micro-batches of the steps, so that u is 0 at the first.
+
+    `at` is the column with the ids of the other tokens that are asked for, instead of the likeliest.
+    """
+
+    def others(micro: Tensors) -> dict[str, Any]:
+        return {"top": top} if at is None or not len(micro.trajectories) else {"at": _ids(micro, at)}
+
+    return [evaluate(policy, micro, flow=flow, **others(micro)) for micro in micros]
+
+
+def _ids(micro: Tensors, name: str) -> Tensor:
+    """A column of token ids [P, K]."""
+    return torch.from_numpy(micro.columns[name].astype(np.int64)).to(micro.targets.device)
 
 
 @torch.no_grad()
@@ -125,21 +142,25 @@ def _backward(
 ) -> StepSums:
     """Add one micro-batch's gradient; its part of the sums."""
     learner = config.learner
-    scores = evaluate(policy, micro)
+    real = len(micro.trajectories) > 0
+    named = algorithm.alternatives if real else None
+    scores = evaluate(policy, micro, alternatives=None if named is None else _ids(micro, named))
     logprobs, entropies = scores.logprobs, scores.entropies
     bonus: Tensor | float = 0.0
     if learner.entropy_weight > 0:
         bonus = learner.entropy_weight * masked(micro.trained, entropies).sum() / plan.num_tokens
     terms = _terms(micro, _weighed(logprobs, micro.token_weights), entropies, anchor, config)
+    terms = replace(terms, alternatives=scores.alternatives, iteration=micro.iteration)
     denominator = plan.num_sequences if algorithm.mean_over == "sequences" else plan.weighted_tokens
-    loss = algorithm.loss(terms, learner) * (_count(terms, algorithm) / denominator) - bonus
+    # What only keeps pace has no columns that a loss might read.
+    own_loss = algorithm.loss(terms, learner) if real else 0.0 * logprobs.sum()
+    loss = own_loss * (_count(terms, algorithm) / denominator) - bonus
     loss.backward()
-    real = len(micro.trajectories) > 0
     own = StepSums(
         loss=float(loss.detach()),
         entropy=float(entropies.detach().double().sum()) if real else 0.0,
         entropy_tokens=float(len(entropies)) if real else 0.0,
-        clipped=0.0 if algorithm.clipped is None else float(algorithm.clipped(terms, learner)),
+        clipped=0.0 if algorithm.clipped is None or not real else float(algorithm.clipped(terms, learner)),
     )
     return added(StepSums, [own, _u_sums(terms), mismatch_sums(micro, logprobs)])
 

@@ -134,9 +134,20 @@ def all_sum(values: Iterable[float], device: torch.device) -> list[float]:
     return [float(value) for value in total.tolist()]
 
 
+def sum_in_place(tensors: Iterable[torch.Tensor]) -> None:
+    """Add tensors over the ranks, each into itself."""
+    for tensor in tensors:
+        dist.all_reduce(tensor, group=_across.group)
+
+
+def num_across() -> int:
+    """Ranks whose rows differ."""
+    return dist.get_world_size(_across.group)
+
+
 def from_ranks(own: Given) -> list[Given]:
     """What every rank gives, by rank."""
-    parts: list[Any] = [None] * dist.get_world_size(_across.group)
+    parts: list[Any] = [None] * num_across()
     dist.all_gather_object(parts, own, group=_across.group)
     return parts
 

@@ -47,11 +47,13 @@ class Tensors:
     """float64 [P]"""
     token_weights: Tensor | None = None
     """Of the gradient of each token's log-prob, float64 [P]."""
+    iteration: int = 1
+    """Of the claim."""
     trajectories: Int64
     """Index of each row's trajectory, NumPy [B]; empty for a micro-batch that only keeps pace with the other ranks."""
 
     @classmethod
-    def of(cls, micro: MicroBatch, *, weights: Float64, version: int, device: torch.device) -> Tensors:
+    def of(cls, micro: MicroBatch, *, weights: Float64, version: int, iteration: int, device: torch.device) -> Tensors:
         """Copy a micro-batch to `device`, without credit; `weights` are those of the whole claim [N]."""
         real = len(micro.trajectories) > 0
         names = ("tokens", "positions", "targets", "temperatures", "behavior", "trained", "cu_seqlens")
@@ -67,6 +69,7 @@ class Tensors:
             turn_keys=micro.turn_keys,
             turn_rewards=micro.turn_rewards,
             columns=micro.columns,
+            iteration=iteration,
             trajectories=micro.trajectories,
         )
 

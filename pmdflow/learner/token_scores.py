@@ -28,10 +28,17 @@ class TokenScores(NamedTuple):
     """Ids of other tokens [P, K]: the likeliest, or those that were asked for."""
     top_logprobs: Tensor | None = None
     """Theirs [P, K], no gradient."""
+    alternatives: Tensor | None = None
+    """Log-probs of other tokens [P, K], with gradient."""
 
 
 def token_scores(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperatures: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperatures: Tensor,
+    alternatives: Tensor | None = None,
 ) -> TokenScores:
     """Score `targets` under softmax((hidden @ weight.T + bias) / temperature), both outputs with gradient.
 
@@ -44,9 +51,13 @@ def token_scores(
         bias: [V], or None.
         targets: Token ids [P].
         temperatures: float32 [P].
+        alternatives: Ids of other tokens that are scored with them [P, K].
     """
     apply: Any = _TokenScores.apply
-    return TokenScores(*apply(hidden, weight, bias, targets, temperatures))
+    ids = targets[:, None] if alternatives is None else torch.cat([targets[:, None], alternatives], dim=1)
+    logprobs, entropies = apply(hidden, weight, bias, ids, temperatures)
+    own = TokenScores(logprobs[:, 0].clone(), entropies)  # FSDP wants no views from a module
+    return own if alternatives is None else own._replace(alternatives=logprobs[:, 1:].clone())
 
 
 @torch.no_grad()
@@ -99,7 +110,14 @@ def _flow(logprobs: Tensor, targets: Tensor) -> Tensor:
 
 
 def scores_of_logits(
-    logits: Tensor, targets: Tensor, temperatures: Tensor, *, flow: bool = False, top: int = 0, at: Tensor | None = None
+    logits: Tensor,
+    targets: Tensor,
+    temperatures: Tensor,
+    *,
+    flow: bool = False,
+    top: int = 0,
+    at: Tensor | None = None,
+    alternatives: Tensor | None = None,
 ) -> TokenScores:
     """The same from logits [P, V] that are there already, and what else is asked."""
     logprobs = (logits.float() / temperatures[:, None]).log_softmax(1)
@@ -111,6 +129,7 @@ def scores_of_logits(
         flow=_flow(logprobs.detach(), targets) if flow else None,
         top=ids,
         top_logprobs=own,
+        alternatives=None if alternatives is None else logprobs.gather(1, alternatives),
     )
 
 
@@ -120,14 +139,14 @@ class _TokenScores(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperatures: Tensor
     ) -> tuple[Tensor, Tensor]:
         size = _chunk_size(weight)
-        shape = (len(targets),)
-        logprobs, entropies, normalizers = (hidden.new_empty(shape, dtype=torch.float32) for _ in range(3))
+        entropies, normalizers = (hidden.new_empty((len(targets),), dtype=torch.float32) for _ in range(2))
+        logprobs = hidden.new_empty(targets.shape, dtype=torch.float32)
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             scaled = _scaled_logits(hidden[part], weight, bias, temperatures[part])
             normalizers[part] = scaled.logsumexp(1)
             scaled.sub_(normalizers[part, None])
-            logprobs[part] = scaled.gather(1, targets[part, None]).squeeze(1)
+            logprobs[part] = scaled.gather(1, targets[part])
             entropies[part] = scaled.exp().mul_(scaled).sum(1).neg_()
         ctx.save_for_backward(hidden, weight, bias, targets, temperatures, normalizers, entropies)
         ctx.set_materialize_grads(False)
@@ -142,15 +161,15 @@ class _TokenScores(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         bias_grad = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         if by_logprob is None:
-            by_logprob = torch.zeros_like(normalizers)
+            by_logprob = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
         size = _chunk_size(weight)
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             logprobs = _scaled_logits(hidden[part], weight, bias, temperatures[part]).sub_(normalizers[part, None])
             gradient = _logit_gradient(
                 logprobs,
-                targets[part, None],
-                by_logprob[part, None],
+                targets[part],
+                by_logprob[part],
                 None if by_entropy is None else by_entropy[part, None],
                 entropies[part, None],
             )
@@ -185,13 +204,16 @@ def _logit_gradient(
 
     d log p_y / dz = onehot(y) - p, and dH / dz = -p (log p + H).
     """
+    total = by_logprob.sum(1, keepdim=True)
     if by_entropy is None:
-        gradient = logprobs.exp_().mul_(-by_logprob)
+        gradient = logprobs.exp_().mul_(-total)
     else:
         probabilities = logprobs.exp()
-        gradient = logprobs.add_(entropies).mul_(by_entropy).add_(by_logprob).mul_(probabilities).neg_()
-    # Each row has one target, so this reads and writes without a collision: deterministic, unlike scatter_add.
-    return gradient.scatter_(1, targets, gradient.gather(1, targets) + by_logprob)
+        gradient = logprobs.add_(entropies).mul_(by_entropy).add_(total).mul_(probabilities).neg_()
+    # A column of targets at a time reads and writes without a collision: deterministic, unlike scatter_add.
+    for ids, own in zip(targets.split(1, dim=1), by_logprob.split(1, dim=1), strict=True):
+        gradient.scatter_(1, ids, gradient.gather(1, ids) + own)
+    return gradient
 
 
 def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 from bisect import bisect, bisect_left, insort
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 
-from pmdflow.metrics.claim import by_decile, episode_lengths
-from pmdflow.types import Claim, Float64
+from pmdflow.metrics.claim import by_decile, claim_metrics, episode_lengths
+from pmdflow.types import Claim, Float64, Int64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claimed:
+    """What this needs of a claim, and its other numbers: made where the claim is, which nobody else has to fetch."""
+
+    iteration: int
+    groups: Int64
+    """Group of each episode [E]."""
+    lengths: Int64
+    """Generated tokens of each episode [E]."""
+    metrics: Mapping[str, Any]
+    """Those of `claim_metrics`."""
+
+    @classmethod
+    def of(cls, claim: Claim) -> Self:
+        """Look at a claim."""
+        groups, metrics = claim.groups[claim.first_branches()], claim_metrics(claim)
+        return cls(iteration=claim.iteration, groups=groups, lengths=episode_lengths(claim), metrics=metrics)
 
 
 class AdmissionOrder:
@@ -38,14 +58,14 @@ class AdmissionOrder:
         """Groups are admitted while `iteration` is under way."""
         self._admitted.update(dict.fromkeys(groups, iteration))
 
-    def claimed(self, claim: Claim, *, oldest_untrained: int | None) -> dict[str, Any]:
+    def claimed(self, claim: Claimed, *, oldest_untrained: int | None) -> dict[str, Any]:
         """Take a claim that was trained; its keys of an iteration's metrics.
 
         Args:
-            claim: The claim.
+            claim: What is asked of the claim.
             oldest_untrained: Group that is still to be trained; None if none is.
         """
-        groups, lengths = claim.groups[claim.first_branches()], episode_lengths(claim)
+        groups, lengths = claim.groups, claim.lengths
         ids, inverse = np.unique(groups, return_inverse=True)
         known = [int(group) for group in ids if int(group) in self._admitted]
         delays = {group: claim.iteration - self._admitted.pop(group) for group in known}

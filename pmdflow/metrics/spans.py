@@ -16,15 +16,17 @@ Work = Literal[
 ]  # fmt: skip
 """What an actor does in a span: a rollout actor generates and applies weights; a learner recomputes reference
 log-probs, takes steps, publishes and writes checkpoints; either moves its memory to the host and back where they take
-turns with a device; the reward actor starts its subprocesses and scores; the archive actor archives."""
+turns with a device; the reward actor starts its subprocesses and scores; the archive actor archives; a scorer actor
+starts and scores likewise, and tells the tokens that it read."""
 Wait = Literal[
     "wait_lease", "wait_grant", "wait_environment", "wait_claim", "wait_controller", "wait_unscored", "wait_groups",
-    "wait_weights", "wait_device",
+    "wait_weights", "wait_device", "wait_evaluation",
 ]  # fmt: skip
 """What an actor waits for in a bubble: a rollout actor for a lease, for more tokens under those it has, for an
-environment, or for weights where those that it should begin with are lost; a learner for its claim, or for the
-controller while it holds one; either of them for its turn with the device; the reward actor for unscored trajectories;
-the controller for ready groups. Each begins with `wait_`, and no work does."""
+environment, for weights where those that it should begin with are lost, or for its part in an evaluation to be over,
+whose answers it generates meanwhile; a learner for its claim, or for the controller while it holds one; either of them
+for its turn with the device; the reward actor for unscored trajectories; the controller for ready groups. Each begins
+with `wait_`, and no work does."""
 SpanName = Work | Wait
 """Every name that an actor gives a span. Runs made before `wait_groups` call the controller's wait `wait_claim` too."""
 

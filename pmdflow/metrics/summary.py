@@ -95,7 +95,8 @@ def _held_out_lines(title: str, key: str, evals: Mapping[int, Record]) -> list[s
         return []
     early, late = evals[min(evals)], evals[max(evals)]
     first, last = (
-        f"{number(record.get(f'{key}reward_mean'), 3)} (v{record.get(f'{key}first_version')})"
+        f"{number(record.get(f'{key}reward_mean'), 3)} "
+        f"(v{record.get(f'{key}version', record.get(f'{key}first_version'))})"  # the latter in older runs
         for record in (early, late)
     )
     failed = sum(record.get(f"{key}failed") or 0 for record in evals.values())

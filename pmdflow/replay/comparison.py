@@ -85,6 +85,10 @@ def pairs_of(run: Path, first: Sequence[str], second: Sequence[str], *, start: i
                 f"the two settings differ in {section}: only learner and reward can be compared on the same rollouts",
                 hint="train both runs, and compare them with `pmdflow dashboard A B`",
             )
+    if configs[0].learner.scorers != configs[1].learner.scorers:
+        raise PmdflowError(
+            "the two settings differ in learner.scorers, of which the learner has one set", hint="give them to both"
+        )
     claims = claims_after(run, start)
     batches = [claim_to_train(path, anew=None) for _, path in claims]
     judged = [_judged(config, recorded, batches) for config in configs]

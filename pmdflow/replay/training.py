@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,8 @@ def _train(
     if iteration % config.learner.checkpoint_every and iteration != config.run.iterations:
         return
     manifest = Manifest.new(out / "checkpoints", iteration=iteration, version=iteration, lsn=0)
-    for method in (LearnerActor.save, LearnerActor.await_saved):
-        arguments = (str(manifest.writing),) if method is LearnerActor.save else ()
-        ray.get([call(learner, method, *arguments) for learner in learners], timeout=STEP_TIMEOUT_S)
-    commit_checkpoint(manifest.root, manifest)
+    saves = [call(learner, LearnerActor.save, str(manifest.writing)) for learner in learners]
+    ray.get(saves, timeout=STEP_TIMEOUT_S)
+    written = ray.get([call(learner, LearnerActor.await_saved) for learner in learners], timeout=STEP_TIMEOUT_S)
+    commit_checkpoint(manifest.root, manifest, chain.from_iterable(written))
     prune(manifest.root, config.learner.keep_checkpoints)

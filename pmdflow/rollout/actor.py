@@ -9,10 +9,13 @@ from pathlib import Path
 
 from pmdflow.agents.desk import Incoming, Outgoing
 from pmdflow.config.schema import Config
-from pmdflow.errors import EngineDied, WaitTimeout, WeightsLost
+from pmdflow.errors import EngineDied, WaitTimeout
 from pmdflow.metrics.report import ActorReport
 from pmdflow.metrics.spans import SpanBuffer, Wait
 from pmdflow.rollout.engines.make import make_engine
+from pmdflow.rollout.evaluation import Ended, EvaluationTurns
+from pmdflow.rollout.failures import InARow
+from pmdflow.rollout.fetching import Fetcher
 from pmdflow.rollout.held import HeldTrajectory
 from pmdflow.rollout.holder import Holder
 from pmdflow.rollout.incoming import IncomingWeights
@@ -20,22 +23,18 @@ from pmdflow.rollout.launching import AgentsPlace
 from pmdflow.rollout.leasing import LeaseTaker
 from pmdflow.rollout.loading import Loader
 from pmdflow.rollout.programs import Programs, noted
-from pmdflow.rollout.requests import STORE_TIMEOUT_S, StoreRequests
+from pmdflow.rollout.requests import Kind, StoreRequests
 from pmdflow.rollout.shift import Shift
-from pmdflow.rollout.told import Told
+from pmdflow.rollout.telling import SPAN_S, Telling
 from pmdflow.store.client import StoreHandle
+from pmdflow.types import UInt8
 from pmdflow.weights.device_turn import DeviceTurn
-from pmdflow.weights.make import make_transport
-from pmdflow.weights.transport import Bytes, WeightsHandle, in_group
+from pmdflow.weights.transport import WeightsHandle, in_group
 
 SLOTS_PER_SPARE = 8
 """For so many slots one lease more is held: a slot that falls free is not empty while the store is asked."""
-LOST_WEIGHTS_TIMEOUT_S = 1800.0
-"""A learner that was killed has loaded its checkpoint and published it within this time."""
 PARKED_LOOK_S = 5.0
 """How often the store is asked who goes on with the trajectories of programs and environments that wait here."""
-SPAN_S = 1.0
-"""Longest `generate` span, so that a live timeline grows."""
 
 
 class RolloutActor:
@@ -65,7 +64,6 @@ class RolloutActor:
         self._config = config.rollout
         self._worker = worker
         self._requests = StoreRequests(store)
-        self._transport = make_transport(config, Path(run_dir))
         self._shift = Shift(DeviceTurn.own(run_dir, index)) if config.cluster.colocate else None
         self._engine = make_engine(config, seed=(config.run.seed * 1000 + index) % 2**32)
         self._programs: Programs | None = None
@@ -77,13 +75,13 @@ class RolloutActor:
         self._loader = Loader(self._engine, mode=config.rollout.on_new_weights)
         self._one_version = config.scheduler.versions is not None
         self._incoming = IncomingWeights(any_order=self._one_version)
+        self._turns = EvaluationTurns()
+        self._starved = False
         self._spans = SpanBuffer(self._worker)
-        self._span_start: float | None = None
-        self._span_steps = 0
-        self._span_tokens = 0
+        self._fetcher = Fetcher(config, Path(run_dir), self._engine, self._incoming, self._spans)
+        self._telling = Telling(self._spans, self._engine, room="environment" if agents is None else "agent")
         self._last_flush = self._last_look = 0.0
-        self._generated = 0
-        self._told = Told(config, worker)
+        self._failures = InARow.of_environment(config.environment)
         self._stopping = threading.Event()
 
     def run(self, handle: WeightsHandle | None) -> None:
@@ -98,16 +96,17 @@ class RolloutActor:
             PmdflowError: the environment only fails.
         """
         if handle is not None:
-            self._begin_with(handle)
+            self._fetcher.begin(handle, meanwhile=self._rests)
         try:
             while not self._stopping.is_set():
                 if self._rests():
                     continue
+                self._attend_evaluation()
                 self._swap_weights()
                 self._collect()
                 self._take_answers()
                 self._request_leases()
-                self._generated += self._holder.fill_slots()
+                self._telling.keep(self._holder.fill_slots())
                 if self._engine.active():
                     self._step()
                 else:
@@ -119,32 +118,44 @@ class RolloutActor:
         else:
             self._release_all()
         finally:
-            self._told.left(self._holder.close_environments())
+            left = self._holder.close_environments()
+            for name in left:
+                self._telling.failed(f"{name}: it did not end when it was closed")
 
     def update_weights(self, handle: WeightsHandle, timeout_s: float) -> bool:
         """Fetch a version beside generation, and wait until it is in use.
 
         Returns:
             False if the actor stopped, or a newer version came, before this one was used; or if it still finishes what
-            it holds after `timeout_s`.
+            it holds, or evaluates, after `timeout_s`.
 
         Raises:
             WaitTimeout: it was not in use within `timeout_s`, or did not arrive.
             WeightsLost: nobody has it any more.
         """
         deadline = time.monotonic() + timeout_s
-        self._offer(handle, timeout_s=timeout_s)
+        self._fetcher.offer(handle, timeout_s=timeout_s)
         try:
             return self._incoming.await_applied(handle.version, timeout_s=deadline - time.monotonic())
         except WaitTimeout:
-            if self._config.on_new_weights == "finish":
+            if self._config.on_new_weights == "finish" or self._turns.active:
                 return False
             raise
 
+    def evaluate(self, version: int, hold_s: float) -> Ended:
+        """Take part in the evaluation of a version once it is in use, until nothing of that is left to lease.
+
+        Nothing else is generated, and no other weights are taken, for at most `hold_s`.
+
+        Returns:
+            How that ended; `passed` at once where the engine has a newer version, or if the actor stops.
+        """
+        return self._turns.serve(version, hold_s=hold_s)
+
     @in_group("weights")
-    def read_weights(self, version: int, offset: int, num_bytes: int) -> Bytes:
-        """Bytes of a version's file, for a node that does not have it; safe beside everything else."""
-        return self._transport.read(version, offset, num_bytes)
+    def read_weights(self, version: int, offset: int, num_bytes: int, delta: bool) -> UInt8:
+        """UInt8 of a version's file, or of its delta, for a node that does not have it; safe beside everything else."""
+        return self._fetcher.read(version, offset, num_bytes, delta=delta)
 
     def sleep(self, timeout_s: float) -> None:
         """Let the engine give its device to the learner; returns when it has.
@@ -168,6 +179,7 @@ class RolloutActor:
         """Let `run` send what it has, give its leases back and return."""
         self._stopping.set()
         self._incoming.close()
+        self._turns.close()
 
     def submit_requests(self, requests: list[Incoming]) -> None:
         """Leave HTTP requests of agent programs for the generating thread; returns at once."""
@@ -181,30 +193,19 @@ class RolloutActor:
 
     def drain(self) -> ActorReport:
         """Spans and problems of environments since the last call, and counts of tokens since the start."""
-        return ActorReport(
-            spans=self._spans.drain(),
-            events=[*self._told.drain(), *self._spans.losses()],
-            tokens={
-                "generated_tokens": self._generated,
-                "prefill_tokens": self._engine.prefill_tokens,
-                "overrun_tokens": self._engine.overrun_tokens,
-                "preemptions": self._engine.preemptions,
-                "drafted_tokens": self._engine.drafted_tokens,
-                "accepted_tokens": self._engine.accepted_tokens,
-            },
-        )
+        return self._telling.drain({**self._fetcher.counts(), "load_ms": round(1000 * self._loader.seconds)})
 
-    def _begin_with(self, handle: WeightsHandle) -> None:
-        """Fetch the first weights; where they died with the learner, it comes back and publishes others."""
-        try:
-            self._offer(handle, timeout_s=STORE_TIMEOUT_S)
-        except WeightsLost:
-            with self._spans.span("wait_weights"):
-                self._incoming.await_offer(timeout_s=LOST_WEIGHTS_TIMEOUT_S)
-
-    def _offer(self, handle: WeightsHandle, *, timeout_s: float) -> None:
-        weights = self._transport.fetch(handle, timeout_s=timeout_s)
-        self._incoming.offer(handle.version, (self._engine.stage(weights), handle.probe))
+    def _attend_evaluation(self) -> None:
+        """Turn to evaluation or back to training; what is held is given back, for others to go on with."""
+        self._turns.ends(is_idle=self._starved and not len(self._holder))
+        self._turns.begins(self._engine.version)
+        if self._turns.active == self._telling.evaluates:
+            return
+        self._telling.end_span()
+        if self._requests.asking:
+            self._join_leases()
+        self._give_back()
+        self._telling.evaluates, self._starved = not self._telling.evaluates, False
 
     def _rests(self) -> bool:
         """Change over if that is due; whether the engine sleeps: what is held stays leased, nothing is generated."""
@@ -213,8 +214,8 @@ class RolloutActor:
             return False
         if shift.is_due and not shift.asleep:
             self._await_append()
-            self._end_span()
-            self._generated += self._holder.take(self._engine.pause())
+            self._telling.end_span()
+            self._telling.keep(self._holder.take(self._engine.pause()))
             self._send(next_version=self._engine.version)
             shift.sleep(self._engine, self._spans)
         elif shift.is_due:
@@ -233,7 +234,7 @@ class RolloutActor:
         With one version a trajectory, what the old version began is given back: whoever serves it goes on.
         The weights are loaded while the store answers with the grants for them.
         """
-        if self._config.on_new_weights == "finish" and len(self._holder):
+        if self._telling.evaluates or (self._config.on_new_weights == "finish" and len(self._holder)):
             return
         taken = self._incoming.take()
         if taken is None:
@@ -241,11 +242,11 @@ class RolloutActor:
         version, (staged, probe) = taken
         self._loader.expect(probe)
         self._await_append()
-        self._end_span()
+        self._telling.end_span()
         with self._spans.span("apply_weights", version=version) as attrs:
             attrs["running"] = len(self._holder)
             start = time.monotonic()
-            self._generated += self._holder.take(self._engine.pause())
+            self._telling.keep(self._holder.take(self._engine.pause()))
             self._holder.forget_ahead()
             if self._one_version:
                 self._holder.abort()
@@ -261,9 +262,12 @@ class RolloutActor:
         leased, appended = self._requests.answered()
         if appended:
             self._await_append()
-        if not leased:
-            return
+        if leased:
+            self._join_leases()
+
+    def _join_leases(self) -> None:
         version, leases = self._requests.take_leases()
+        self._starved = not leases
         if any(lease.trajectory in self._holder for lease in leases):
             self._await_append()  # it gave the leases back, and is answered later: once that is durable
         for lease in leases:
@@ -279,7 +283,11 @@ class RolloutActor:
         for id, reply in answers.items():
             if self._programs is not None and reply.done and id in self._holder:  # a fork awaits grants: it may be gone
                 self._programs.note(self._holder[id], reply.problem)
-            self._told.take(id, reply)
+            if reply.notice:
+                self._telling.ended(reply.notice, trajectory=id)
+            if reply.problem:
+                self._telling.failed(reply.problem, trajectory=id)
+            self._failures.note(reply.problem)
 
     def _fork(self) -> None:
         """Begin branches in the store: what is in flight renews leases under the epochs that these end."""
@@ -297,7 +305,7 @@ class RolloutActor:
         for held in gone:
             if self._programs is not None and self._agents is not None:
                 notes = self._programs.let_go(held, stays=not self._stopping.is_set())
-                self._told.note(noted(self._worker, notes, held, self._agents))
+                self._telling.notes += noted(self._worker, notes, held, self._agents)
             else:
                 self._taker.let_go(held, stays=not self._stopping.is_set())
 
@@ -316,34 +324,23 @@ class RolloutActor:
         slots, finish = self._engine.num_slots, self._config.on_new_weights == "finish"
         most = slots if finish else slots + slots // SLOTS_PER_SPARE
         wanted = (self._programs.most if self._programs is not None else most) - self._holder.num_open
-        awaits_weights = finish and self._incoming.waiting
+        awaits_weights = finish and self._incoming.waiting and not self._telling.evaluates
         if wanted > 0 and not self._requests.asking and not awaits_weights:
-            self._requests.ask_leases(self._worker, version=self._engine.version, most=wanted)
+            kind: Kind = "eval" if self._telling.evaluates else "train"
+            self._requests.ask_leases(self._worker, version=self._engine.version, most=wanted, kind=kind)
 
     def _step(self) -> None:
-        if self._span_start is None:
-            self._span_start, self._span_steps, self._span_tokens = time.time(), 0, 0
-        generated = self._holder.step()
-        self._generated += generated
-        self._span_steps += 1
-        self._span_tokens += generated
-        if time.time() - self._span_start > SPAN_S:
-            self._end_span()
-
-    def _end_span(self) -> None:
-        if self._span_start is not None:
-            did = {"steps": self._span_steps, "tokens": self._span_tokens}
-            self._spans.add("generate", self._span_start, time.time(), version=self._engine.version, **did)
-            self._span_start = None
+        self._telling.begin_step()
+        self._telling.end_step(self._holder.step())
 
     def _idle(self) -> None:
         """Nothing to decode: wait for an environment, for a lease or for the grants of the append in flight."""
-        self._end_span()
+        self._telling.end_span()
         calling = self._holder.num_calling
         if not self._requests.sending and len(self._holder) > calling:
             self._send(next_version=self._engine.version)
         name: Wait = "wait_environment" if calling else "wait_grant" if len(self._holder) else "wait_lease"
-        with self._spans.span(name):
+        with self._spans.span("wait_evaluation" if self._telling.evaluates else name):
             if calling:
                 self._holder.wait_answer()
             elif not self._requests.wait_answer():  # new weights are awaited by `finish` with an empty engine
@@ -370,12 +367,16 @@ class RolloutActor:
         """Wait for the append in flight, if there is one, and go on with its grants."""
         self._let_go(self._holder.resume(self._requests.take_grants()))
 
+    def _give_back(self) -> None:
+        self._await_append()
+        self._holder.abort()
+        self._send(next_version=self._engine.version)
+        self._await_append()
+
     def _release_all(self) -> None:
         """Send what is unsent and make every held trajectory leasable again."""
         self._await_append()
         self._collect()
-        self._holder.abort()
-        self._send(next_version=self._engine.version)
-        self._await_append()
+        self._give_back()
         if self._programs is not None:
             self._programs.close()

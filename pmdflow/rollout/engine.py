@@ -45,6 +45,8 @@ class Output:
     stop: Literal["stop", "length"] | None
     """`stop`: an end of sequence or a stop id was sampled (it is the last of `tokens`). The sequence has left the
     engine."""
+    columns: Mapping[str, Sequence[Any]] | None = None
+    """More of each token by name, a value or array for each of `tokens`; None: the engine has none."""
 
 
 class RolloutEngine(Protocol):

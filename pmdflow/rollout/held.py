@@ -69,6 +69,8 @@ class HeldTrajectory:
     """Generated and not yet sent."""
     logprobs: list[float] = field(default_factory=list, init=False)
     """Of `tokens`."""
+    columns: dict[str, list[Any]] = field(default_factory=dict, init=False)
+    """Of `tokens` by name, as the engine gives them."""
     observed: list[int] = field(default_factory=list, init=False)
     """The environment's answer, not yet sent."""
     num_observed: int = field(default=0, init=False)
@@ -168,6 +170,8 @@ class HeldTrajectory:
         count = len(output.tokens) if end is None else end + 1
         self.tokens.extend(output.tokens[:count])
         self.logprobs.extend(output.logprobs[:count])
+        for name, values in (output.columns or {}).items():
+            self.columns.setdefault(name, []).extend(values[:count])
         self.context.extend(output.tokens[:count])
         self.limit -= count
         stop = output.stop if end is None else "stop"
@@ -243,6 +247,8 @@ class HeldTrajectory:
             return False
         del self.context[len(self.context) - len(self.tokens) + end + 1 :]
         del self.tokens[end + 1 :], self.logprobs[end + 1 :]
+        for column in self.columns.values():
+            del column[end + 1 :]
         self._end("repetition")
         return True
 
@@ -266,9 +272,10 @@ class HeldTrajectory:
             next_version=next_version,
             stop=self.stop,
             observed=observed,
+            columns=None if observed or not tokens else {name: np.stack(own) for name, own in self.columns.items()},
         )
         self.offset += len(tokens)
-        self.tokens, self.logprobs, self.observed = [], [], []
+        self.tokens, self.logprobs, self.observed, self.columns = [], [], [], {}
         if self.phase == "over":
             self.phase = "closed"
         return segment

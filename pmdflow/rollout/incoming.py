@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 from pmdflow.errors import WaitTimeout
+
+LOOK_S = 0.5
 
 
 class IncomingWeights:
@@ -62,15 +66,21 @@ class IncomingWeights:
             self._closed = True
             self._changed.notify_all()
 
-    def await_offer(self, *, timeout_s: float) -> None:
-        """Wait until a version is offered, or this object closed.
+    def await_offer(self, *, timeout_s: float, meanwhile: Callable[[], object]) -> None:
+        """Wait until a version is offered, or this object closed; call `meanwhile` every `LOOK_S` until then.
 
         Raises:
             WaitTimeout: none of that came about within `timeout_s`.
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._closed or self._staged is not None, timeout=timeout_s):
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left_s = min(LOOK_S, max(deadline - time.monotonic(), 0.0))
+            with self._changed:
+                if self._changed.wait_for(lambda: self._closed or self._staged is not None, timeout=left_s):
+                    return
+            if time.monotonic() > deadline:
                 raise WaitTimeout(f"no policy version was published within {timeout_s:g} s")
+            meanwhile()
 
     def await_applied(self, version: int, *, timeout_s: float) -> bool:
         """Wait until an offered version is in use.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from pmdflow.errors import EngineDied
@@ -17,6 +18,8 @@ class Loader:
         self._engine = engine
         self._mode = mode
         self._check: LoadCheck | None = None
+        self.seconds = 0.0
+        """That loads took since the start."""
 
     def expect(self, probe: Probe | None) -> None:
         """Score the first probe by the weights of the folder; before the engine is paused to load others."""
@@ -29,8 +32,10 @@ class Loader:
         Raises:
             EngineDied: the engine serves something else. What it has generated since is of no version.
         """
+        began = time.monotonic()
         self._engine.load_weights(version, staged, on_new_weights=self._mode)
         self._engine.resume()
+        self.seconds += time.monotonic() - began
         if probe is None or self._check is None:
             return
         problem = self._check.problem(probe, self._engine.score(probe.tokens))

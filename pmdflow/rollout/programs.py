@@ -26,8 +26,8 @@ from pmdflow.data.messages import Style
 from pmdflow.data.sampling import SamplingControl
 from pmdflow.data.stop_text import StopText
 from pmdflow.data.tokenizer import end_ids, load_tokenizer
-from pmdflow.errors import PmdflowError
 from pmdflow.metrics.report import Event
+from pmdflow.rollout.failures import InARow
 from pmdflow.rollout.held import HeldTrajectory, LeaseLost
 from pmdflow.rollout.launching import AgentsPlace, Launcher
 from pmdflow.store.episodes import Turn, rewards_said
@@ -67,8 +67,7 @@ class Programs:
         """By trajectory, with the epoch of the lease that was given back."""
         self._deaths: Counter[int] = Counter()
         """Programs that were killed, of each trajectory that is not complete."""
-        self._failures: list[str] = []
-        """What programs failed at since one of them asked for a turn."""
+        self._failures = InARow.of_programs(self._agents)
 
     @property
     def most(self) -> int:
@@ -142,17 +141,8 @@ class Programs:
             PmdflowError: they only fail.
         """
         assert isinstance(held.session, AgentSession)
-        if held.session.num_turns:
-            self._failures.clear()
-            return
-        self._failures.append(problem or f"trajectory {held.id}: it ended without a turn; {held.session.refused}")
-        if len(self._failures) >= self._agents.max_failures_in_a_row:
-            named = self._agents.program or " ".join(self._agents.command or ())
-            raise PmdflowError(
-                f"{len(self._failures)} agent programs ({named}) ended in a row without a request "
-                f"(agents.max_failures_in_a_row); the first: {self._failures[0]}",
-                hint="mend the program; what is stored stays, and `pmdflow up` goes on",
-            )
+        silent = problem or f"trajectory {held.id}: it ended without a turn; {held.session.refused}"
+        self._failures.note("" if held.session.num_turns else silent)
 
     def parked(self) -> dict[int, int]:
         """Trajectories whose programs wait for a lease, each with the epoch of the last one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import ray
@@ -23,6 +23,7 @@ LEASE_WAIT_S = 0.25
 STORE_TIMEOUT_S = 120.0
 """A request unanswered for this long ends the actor: it outlasts a restart of the store actor."""
 
+Kind: TypeAlias = Literal["train", "eval"]
 Answer = TypeVar("Answer")
 
 
@@ -46,11 +47,11 @@ class StoreRequests:
         """An append is in flight."""
         return self._grants is not None
 
-    def ask_leases(self, worker: str, *, version: int, most: int) -> None:
-        """Ask for up to `most` leases of `worker`, with grants for `version`; only while none is asked for."""
+    def ask_leases(self, worker: str, *, version: int, most: int, kind: Kind) -> None:
+        """Ask for up to `most` leases of one kind, with grants for `version`; only while none is asked for."""
         assert self._leases is None
         self._lease_version = version
-        self._leases = call(self._store, StoreActor.lease, worker, version, most, LEASE_WAIT_S)
+        self._leases = call(self._store, StoreActor.lease, worker, version, most, LEASE_WAIT_S, kind)
 
     def send(self, segments: Sequence[Segment], notes: Sequence[TurnNote] = ()) -> None:
         """Append in one call, what is noted first; only while no append is in flight."""

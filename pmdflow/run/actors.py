@@ -21,8 +21,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pmdflow.agents.gateway import Gateway
 from pmdflow.config.schema import Config
-from pmdflow.errors import LaunchError
+from pmdflow.errors import LaunchError, WaitTimeout
 from pmdflow.learner.actor import LearnerActor
+from pmdflow.learner.scorers.actor import ScorerActor
 from pmdflow.reward.actor import RewardActor
 from pmdflow.rollout.actor import RolloutActor
 from pmdflow.rollout.launching import AgentsPlace
@@ -30,7 +31,7 @@ from pmdflow.run.cluster import ask_cluster
 from pmdflow.run.directory import log_path
 from pmdflow.run.loops import Loop, LoopHandle
 from pmdflow.run.nodes import worker_environment
-from pmdflow.run.placement import ActorOptions, needs, place_rewards
+from pmdflow.run.placement import ActorOptions, another_place, needs, place_rewards, place_scorer
 from pmdflow.run.scheduler import grant_tokens
 from pmdflow.run.store_place import StorePlace
 from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Supervisor
@@ -44,6 +45,8 @@ from pmdflow.weights.transport import THREADS, WeightsHandle
 LEARNER_SETUP_TIMEOUT_S = 300.0
 START_TRIES = 2
 """A busy machine does not start Ray's processes within its own fixed 30 s, and the next time finds them in memory."""
+SCALE_ROOM = 2
+"""A run may be scaled to about so many times its rollout actors before they wait for each other at the store."""
 MOST_READERS = 4
 """Learner ranks that the store actor serves tokens at once: each has a part of a claim in its memory."""
 
@@ -58,6 +61,7 @@ def start_ray(config: Config) -> None:
     """
     rollout, learner = config.rollout, config.learner
     cpus = rollout.num_actors * rollout.threads * rollout.tensor_parallel + learner.num_ranks * learner.threads
+    cpus += sum(scorer.actors * scorer.threads for scorer in learner.scorers_when("complete").values())
     local = config.cluster.address == "local"
     given = worker_environment({} if local else os.environ, config.cluster.env)
     if not local:
@@ -164,6 +168,7 @@ def store_settings(config: Config) -> StoreSettings:
         "min_group_size": config.scheduler.min_group_size,
         "one_version": config.scheduler.versions is not None,
         "straggler": None if straggler is None else (straggler.members, straggler.wait_s),
+        "scorers": list(config.learner.scorers_when("complete")),
         "max_attempts": config.reward.max_attempts,
         "lease_ttl_s": config.rollout.lease_ttl_s,
         "grant_tokens": grant_tokens(config),
@@ -191,50 +196,114 @@ def start_learners(
         )
         for rank, place in enumerate(places)
     ]
-    wait = answers if supervisor is None else supervisor.wait
-    if supervisor is not None:
-        supervisor.await_places(learners, what="learner ranks", needs=needs(places[0]))
-    asked = [call(learners[0], LearnerActor.address)]
-    (master,) = wait(asked, what="the start of learner rank 0", timeout_s=STARTUP_TIMEOUT_S)
-    setups = [call(learner, LearnerActor.setup, master) for learner in learners]
-    wait(setups, what="the setup of the learner ranks", timeout_s=LEARNER_SETUP_TIMEOUT_S)
+    try:
+        _join(learners, supervisor, needs(places[0]))
+    except BaseException:
+        for learner in learners:  # or those that have begun keep the places of the next ones
+            ray.kill(learner)
+        raise
     return learners
 
 
-def make_loops(config: Config, run_dir: Path, store: StoreHandle, places: Sequence[ActorOptions]) -> list[Loop]:
-    """The replaceable actors: a rollout actor in each place, and reward actors over the nodes."""
-    reward_places = place_rewards(config)
-    gateways, agents = make_gateway(config, run_dir)
+def _join(learners: Sequence[ActorHandle[LearnerActor]], supervisor: Supervisor | None, each_needs: str) -> None:
+    """Wait until all ranks are one process group."""
+    wait = answers if supervisor is None else supervisor.wait
+    if supervisor is not None:
+        supervisor.await_places(learners, what="learner ranks", needs=each_needs)
+    asked = [call(learners[0], LearnerActor.address)]
+    (master,) = wait(asked, what="the start of learner rank 0", timeout_s=STARTUP_TIMEOUT_S)
+    setups = [call(learner, LearnerActor.setup, master) for learner in learners]
+    try:
+        wait(setups, what="the setup of the learner ranks", timeout_s=LEARNER_SETUP_TIMEOUT_S)
+    except WaitTimeout as error:
+        raise WaitTimeout(
+            str(error),
+            hint="where they do not reach each other, name the network's interface in cluster.env, as "
+            "{GLOO_SOCKET_IFNAME: eth0, NCCL_SOCKET_IFNAME: eth0}; logs/learner-0.log says how far they are",
+        ) from error
 
-    def rollout(index: int, weights: WeightsHandle | None, worker: str) -> tuple[LoopHandle, ObjectRef[object]]:
-        actor = start_rollout(config, run_dir, store, places[index], index=index, worker=worker, agents=agents)
+
+class LoopMaker:
+    """Makes the replaceable actors of a run, none of them started: gateway, rollout and reward actors."""
+
+    def __init__(self, config: Config, run_dir: Path, store: StoreHandle, places: Sequence[ActorOptions]) -> None:
+        """`places` are those of the rollout actors that the run begins with."""
+        self._config = config
+        self._run_dir = run_dir
+        self._store = store
+        self._places = dict(enumerate(places))
+        self._rollouts: dict[int, Loop] = {}
+        self._gateways, self._agents = make_gateway(config, run_dir)
+
+    def all(self) -> list[Loop]:
+        """Those that the run begins with; reward actors are spread over the nodes."""
+        rewards = [self._reward(index, place) for index, place in enumerate(place_rewards(self._config))]
+        scorers = make_scorers(self._config, self._run_dir, self._store)
+        return [*self._gateways, *map(self.rollout, range(self._config.rollout.num_actors)), *scorers, *rewards]
+
+    def rollout(self, index: int) -> Loop:
+        """Rollout actor number `index`, the same each time: its processes are counted, so that no two share a name."""
+        if index not in self._rollouts:
+            if index not in self._places:
+                self._places[index] = another_place(self._config, self._places[0])
+            self._rollouts[index] = Loop(
+                name=f"rollout-{index}",
+                start=partial(self._start_rollout, index),
+                takes_weights=True,
+                hang_timeout_s=self._config.rollout.lease_ttl_s,
+                needs=needs(self._places[index]),
+            )
+        return self._rollouts[index]
+
+    def _start_rollout(
+        self, index: int, weights: WeightsHandle | None, worker: str
+    ) -> tuple[LoopHandle, ObjectRef[object]]:
+        config, place = self._config, self._places[index]
+        actor = start_rollout(
+            config, self._run_dir, self._store, place, index=index, worker=worker, agents=self._agents
+        )
         return actor, call(actor, RolloutActor.run, weights)
 
-    def reward(index: int, weights: WeightsHandle | None, worker: str) -> tuple[LoopHandle, ObjectRef[object]]:
-        actor = make_actor(
-            RewardActor,
-            log=log_path(run_dir, f"reward-{index}"),
-            options={"max_concurrency": 4, **reward_places[index]},
-            arguments={"config": config, "index": index, "store": store},
-        )
-        return actor, call(actor, RewardActor.run)
+    def _reward(self, index: int, place: ActorOptions) -> Loop:
+        def start(_: WeightsHandle | None, worker: str) -> tuple[LoopHandle, ObjectRef[object]]:
+            actor = make_actor(
+                RewardActor,
+                log=log_path(self._run_dir, f"reward-{index}"),
+                options={"max_concurrency": 4, **place},
+                arguments={"config": self._config, "index": index, "store": self._store},
+            )
+            return actor, call(actor, RewardActor.run)
 
-    hang_s = config.rollout.lease_ttl_s
-    rollouts = [
-        Loop(
-            name=f"rollout-{index}",
-            start=partial(rollout, index),
-            takes_weights=True,
-            hang_timeout_s=hang_s,
-            needs=needs(places[index]),
+        return Loop(
+            name=f"reward-{index}", start=start, takes_weights=False, hang_timeout_s=self._config.rollout.lease_ttl_s
         )
-        for index in range(config.rollout.num_actors)
+
+
+def make_scorers(config: Config, run_dir: Path, store: StoreHandle) -> list[Loop]:
+    """The actors that score complete trajectories, by `learner.scorers`."""
+
+    def scorer(
+        name: str, index: int, weights: WeightsHandle | None, worker: str
+    ) -> tuple[LoopHandle, ObjectRef[object]]:
+        actor = make_actor(
+            ScorerActor,
+            log=log_path(run_dir, f"scorer-{name}-{index}"),
+            options={"max_concurrency": 4, **place_scorer(config.learner.scorers[name])},
+            arguments={"config": config, "name": name, "index": index, "store": store},
+        )
+        return actor, call(actor, ScorerActor.run)
+
+    return [
+        Loop(
+            name=f"scorer-{name}-{index}",
+            start=partial(scorer, name, index),
+            takes_weights=False,
+            hang_timeout_s=config.rollout.lease_ttl_s,
+            needs=needs(place_scorer(given)),
+        )
+        for name, given in config.learner.scorers_when("complete").items()
+        for index in range(given.actors)
     ]
-    rewards = [
-        Loop(name=f"reward-{index}", start=partial(reward, index), takes_weights=False, hang_timeout_s=hang_s)
-        for index in range(config.reward.actors)
-    ]
-    return [*gateways, *rollouts, *rewards]
 
 
 def sweep_programs(run_dir: Path) -> None:
@@ -272,10 +341,11 @@ def make_gateway(config: Config, run_dir: Path) -> tuple[list[Loop], AgentsPlace
 def _store_threads(config: Config) -> ActorOptions:
     """A waiting call holds a thread of its group: rollout actors wait for leases, everybody else must not."""
     actors = config.rollout.num_actors
+    scorers = sum(scorer.actors for scorer in config.learner.scorers_when("complete").values())
     groups = {
-        "lease": actors + 1,
-        "append": actors + 1,
-        "score": config.reward.actors + 1,
+        "lease": SCALE_ROOM * actors + 8,
+        "append": SCALE_ROOM * actors + 8,
+        "score": config.reward.actors + scorers + 1,
         "claim": 2,
         "read": min(config.learner.num_ranks, MOST_READERS),
         "evict": 1,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 from ray import ObjectRef
 from ray.actor import ActorHandle
@@ -12,7 +15,14 @@ from ray.actor import ActorHandle
 from pmdflow.config.schema import Config
 from pmdflow.errors import PmdflowError
 from pmdflow.learner.actor import LearnerActor
-from pmdflow.learner.checkpoint.manifest import Manifest, commit_checkpoint, newest_manifest, oldest_manifest, prune
+from pmdflow.learner.checkpoint.manifest import (
+    CheckpointFile,
+    Manifest,
+    commit_checkpoint,
+    newest_manifest,
+    oldest_manifest,
+    prune,
+)
 from pmdflow.metrics.report import ActorReport
 from pmdflow.run.learner_group import LearnerGroup
 from pmdflow.run.supervision import Supervisor
@@ -20,6 +30,8 @@ from pmdflow.store.actor import StoreActor
 from pmdflow.store.archive.actor import ArchiveActor
 from pmdflow.store.archive.pruning import prune_parts
 from pmdflow.store.client import call
+
+Answer = TypeVar("Answer")
 
 WRITE_TIMEOUT_S = 7200.0
 """Files or archive parts that are not written after this long never will be."""
@@ -42,7 +54,7 @@ class Checkpoints:
         self._keep = config.learner.keep_checkpoints
         self._supervisor = supervisor
         self._learners = learners
-        self._saving: tuple[Manifest, list[ObjectRef[None]]] | None = None
+        self._saving: tuple[Manifest, list[ObjectRef[tuple[CheckpointFile, ...]]]] | None = None
         """The checkpoint whose files are being written, and what the ranks answer when they are whole."""
         self._keep_parts = config.archive.keep
         self._run_dir = run_dir
@@ -61,7 +73,7 @@ class Checkpoints:
             PmdflowError: the store is older than that checkpoint.
         """
         self._saving = None
-        manifest = newest_manifest(self._root)
+        manifest = self._aside(partial(newest_manifest, self._root), "looking for the newest checkpoint")
         if manifest is not None:
             counts = self._supervisor.get(call(self._supervisor.store, StoreActor.counts), what="the store's counts")
             require_store_of(manifest, store=self._root.parent / "store", lsn=counts.lsn)
@@ -83,7 +95,8 @@ class Checkpoints:
         self.commit()
         lsn = self._supervisor.get(call(self._supervisor.store, StoreActor.sync), what="syncing the store")
         manifest = Manifest.new(self._root, iteration=iteration, version=version, lsn=lsn)
-        shutil.rmtree(manifest.writing, ignore_errors=True)  # left by a crash while saving
+        if manifest.writing.exists():  # left by a crash while saving
+            self._aside(partial(shutil.rmtree, manifest.writing, ignore_errors=True), "removing a checkpoint's rest")
         self._learners.wait(self._learners.call(LearnerActor.save, str(manifest.writing)), what="saving a checkpoint")
         self._saving = manifest, self._learners.call(LearnerActor.await_saved)
         self.saved_iteration = iteration
@@ -97,17 +110,18 @@ class Checkpoints:
         if self._saving is None:
             return
         (manifest, refs), self._saving = self._saving, None
-        self._learners.wait(refs, what="writing a checkpoint", timeout_s=WRITE_TIMEOUT_S)
-        commit_checkpoint(manifest.root, manifest)
+        written = self._learners.wait(refs, what="writing a checkpoint", timeout_s=WRITE_TIMEOUT_S)
+        files = chain.from_iterable(written)
+        self._aside(partial(commit_checkpoint, manifest.root, manifest, files), "committing a checkpoint")
         committed = call(self._supervisor.store, StoreActor.commit, manifest.iteration)
         self._supervisor.get(committed, what="committing claims")
-        prune(manifest.root, self._keep)
+        self._aside(partial(prune, manifest.root, self._keep), "removing old checkpoints")
         self.archive()
 
     def archive(self) -> None:
         """Archive what is committed, beside training; evict what the oldest kept checkpoint covers."""
         self.await_archive()
-        oldest = oldest_manifest(self._root)
+        oldest = self._aside(partial(oldest_manifest, self._root), "looking for the oldest checkpoint")
         claims = self._supervisor.get(call(self._supervisor.store, StoreActor.claims), what="the store's claims")
         committed = sorted(iteration for iteration, state in claims.items() if state == "committed")
         if oldest is not None and committed:
@@ -124,7 +138,11 @@ class Checkpoints:
             self._supervisor.telemetry.take(report, source="archive")
             self._archiving = None
             if self._keep_parts is not None:
-                prune_parts(self._run_dir, keep=self._keep_parts, through=evicted_through)
+                pruned = partial(prune_parts, self._run_dir, keep=self._keep_parts, through=evicted_through)
+                self._aside(pruned, "removing old archive parts")
+
+    def _aside(self, work: Callable[[], Answer], what: str) -> Answer:
+        return self._supervisor.aside(work, what=what)
 
 
 def require_store_of(manifest: Manifest, *, store: Path, lsn: int) -> None:

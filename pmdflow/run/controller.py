@@ -7,23 +7,24 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from pmdflow.config.schema import Config
 from pmdflow.data.mixture import MixedPrompts
-from pmdflow.errors import LearnerDied, PmdflowError, WaitTimeout
+from pmdflow.errors import LearnerDied, PmdflowError
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.learner.result import TrainResult
-from pmdflow.metrics.claim import claim_metrics
 from pmdflow.metrics.history import iterations
-from pmdflow.metrics.order import AdmissionOrder
+from pmdflow.metrics.order import AdmissionOrder, Claimed
 from pmdflow.run.checkpoints import Checkpoints
 from pmdflow.run.devices import Devices
 from pmdflow.run.discards import take_up
 from pmdflow.run.held_out import HeldOut
 from pmdflow.run.learner_group import LearnerGroup
+from pmdflow.run.progress import Progress
 from pmdflow.run.scheduler import SchedulerSettings, decide, must_regrant, next_quota, oldest_beside
 from pmdflow.run.supervision import Supervisor
 from pmdflow.run.telemetry import store_values
@@ -31,14 +32,14 @@ from pmdflow.store.actor import StoreActor
 from pmdflow.store.answers import ClaimAnswer
 from pmdflow.store.archive.actor import ArchiveActor
 from pmdflow.store.client import call
-from pmdflow.types import Claim, Counts
+from pmdflow.types import Counts
 from pmdflow.weights.transport import WeightsHandle
 
 CAPACITY = "rollout/capacity_tokens_per_s"
 CLAIM_WAIT_S = 1.0
-STALL_TIMEOUT_S = 900.0
-"""A claim is given up when nothing was written to the store for this long."""
 STEP_TIMEOUT_S = 7200.0
+RECOVERIES = 3
+"""Tries to bring the learner back, before whatever kills it is what ends the run."""
 APPLY_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 30.0
 
@@ -76,7 +77,7 @@ class Controller:
         )
         self._devices = Devices(config, supervisor=supervisor, learners=self._learners)
         self._order = AdmissionOrder()
-        self._held_out = HeldOut(config=config, supervisor=supervisor, prompts=prompts)
+        self._held_out = HeldOut(config=config, supervisor=supervisor, prompts=prompts, run_dir=run_dir)
         self.iteration = 0
         """Iterations trained in the surviving history."""
         self.version = 0
@@ -92,7 +93,6 @@ class Controller:
             LearnerDied: twice in the same iteration, so that a third time would be the same.
         """
         self.recover()
-        self._held_out.start(self.iteration)
         died_after = -1
         while self.iteration < self._config.run.iterations and not self._supervisor.draining:
             try:
@@ -101,21 +101,33 @@ class Controller:
                 if died_after == self.iteration:
                     raise
                 died_after = self.iteration
-                self._telemetry.event("actor_died", f"{error}; the learner restarts from the newest checkpoint")
-                self.recover()
+                self._recover_from(error)
         if self._checkpoints.saved_iteration < self.iteration:
             self._devices.to_learner()
             self._checkpoints.save(iteration=self.iteration, version=self.version)
             self._devices.to_engines()
         self._checkpoints.commit()
         if not self._supervisor.draining:
-            self._held_out.finish(self.iteration)
+            self._held_out.finish()
         self._supervisor.stop_loops(timeout_s=STOP_TIMEOUT_S)
         self._checkpoints.await_archive()
         self._telemetry.sample(*self._sample())
 
+    def _recover_from(self, error: LearnerDied) -> None:
+        """Recover, again if a rank dies meanwhile: a machine that is lost may take some with it that had just begun."""
+        for left in reversed(range(RECOVERIES)):
+            self._telemetry.event("actor_died", f"{error}; the learner restarts from the newest checkpoint")
+            try:
+                self.recover()
+                return
+            except LearnerDied as again:
+                if not left:
+                    raise
+                error = again
+
     def recover(self) -> None:
         """Put learner and store at the newest checkpoint: later claims are undone, to be made and trained again."""
+        self._supervisor.stop_learners()  # whoever is dead is not to be told of again while others are waited for
         manifest = self._checkpoints.recover()
         self._devices.rest_engines()
         self._learners.restart()
@@ -141,6 +153,7 @@ class Controller:
         self._take_discards()
         self._reopen_version()
         self._devices.to_engines()
+        self._held_out.start(self.iteration, self.version)
         self._checkpoints.archive()
 
     def _take_discards(self) -> None:
@@ -173,6 +186,7 @@ class Controller:
         self._admit()
         if not self._claim(iteration):
             return
+        self._held_out.claimed()
         claimed = time.time()
         self._devices.to_learner()
         claim_ref = call(self._store, StoreActor.read_rows, iteration)
@@ -180,6 +194,7 @@ class Controller:
         refs: list[ObjectRef[TrainResult]] = [
             learner.train.remote(claim_ref, self._store) for learner in self._supervisor.learners
         ]
+        looked = call(self._store, StoreActor.look_at, cast("Any", claim_ref))
         results = self._learners.wait(refs, what=f"training iteration {iteration}", timeout_s=STEP_TIMEOUT_S)
         trained = time.time()
         self._checkpoints.commit()
@@ -187,13 +202,13 @@ class Controller:
         spent = self._counts()
         self._publish(iteration, results[0].left_out)
         self.iteration = iteration
+        self._held_out.published(iteration, self.version)
         self._admit_ahead()
         published = time.time()
         if iteration % self._config.learner.checkpoint_every == 0:
             self._checkpoints.save(iteration=iteration, version=self.version)
         self._devices.to_engines()
-        self._held_out.turn(iteration)
-        claim = self._supervisor.get(claim_ref, what="reading the claim", timeout_s=APPLY_TIMEOUT_S)
+        claim = self._supervisor.get(looked, what="looking at the claim", timeout_s=APPLY_TIMEOUT_S)
         times = {
             "time/claim_wait_s": claimed - started,
             "time/train_s": trained - claimed,
@@ -341,10 +356,10 @@ class Controller:
     def _sample(self) -> tuple[Counts, dict[str, int]]:
         return self._supervisor.get(call(self._store, StoreActor.sample), what="the store's counts")
 
-    def _record(self, claim: Claim, metrics: Mapping[str, object], spent: Counts, times: Mapping[str, float]) -> None:
+    def _record(self, claim: Claimed, metrics: Mapping[str, object], spent: Counts, times: Mapping[str, float]) -> None:
         counts, ledger = self._sample()
         interval = self._telemetry.take_interval()
-        capacity = interval.capacity(actors=self._config.rollout.num_actors)
+        capacity = interval.capacity(actors=len(self._supervisor.rollouts))
         if capacity is not None:
             self._rates.append(capacity)
         self._telemetry.iteration(
@@ -352,7 +367,7 @@ class Controller:
                 **store_values(counts, ledger),
                 "iteration": self.iteration,
                 "version": self.version,
-                **claim_metrics(claim),
+                **claim.metrics,
                 **self._order.claimed(claim, oldest_untrained=counts.oldest_untrained),
                 **metrics,
                 "scheduler/tokens_budget": spent.tokens_budget,
@@ -366,25 +381,3 @@ class Controller:
                 **times,
             }
         )
-
-
-class Progress:
-    """What is waited for as long as the store is written to."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._lsn, self._since = -1, time.monotonic()
-
-    def require(self, counts: Counts) -> None:
-        """Go on waiting.
-
-        Raises:
-            WaitTimeout: nothing was written for `STALL_TIMEOUT_S`.
-        """
-        if counts.lsn != self._lsn:
-            self._lsn, self._since = counts.lsn, time.monotonic()
-        elif time.monotonic() - self._since > STALL_TIMEOUT_S:
-            raise WaitTimeout(
-                f"{self._what}, without any progress for {STALL_TIMEOUT_S:g} s: {counts.trajectories_leased} "
-                f"trajectories leased, {counts.trajectories_idle} idle, {counts.trajectories_unscored} unscored"
-            )

@@ -23,7 +23,7 @@ from pmdflow.metrics.live import LiveView
 from pmdflow.metrics.recorder import Recorder
 from pmdflow.metrics.sinks.process import SinkProcesses
 from pmdflow.metrics.summary import render_summary
-from pmdflow.run.actors import make_loops, start_archive, start_learners, start_ray, start_store, sweep_programs
+from pmdflow.run.actors import LoopMaker, start_archive, start_learners, start_ray, start_store, sweep_programs
 from pmdflow.run.controller import Controller
 from pmdflow.run.directory import RunDirectory
 from pmdflow.run.inputs import merge, open_inputs, open_prompts
@@ -31,6 +31,7 @@ from pmdflow.run.live_versions import LiveVersions
 from pmdflow.run.nodes import require_nodes
 from pmdflow.run.placement import place_learners, place_rollouts
 from pmdflow.run.room import Room
+from pmdflow.run.scaling import Scaling, remembered
 from pmdflow.run.signals import StopSignals, hangup_ignored
 from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Supervisor
 from pmdflow.run.telemetry import Telemetry
@@ -62,7 +63,8 @@ def up(loaded: Loaded) -> int:
             recorder = Recorder(run.path)
             recorder.event("start", f"pmdflow up, process {os.getpid()}")
             try:
-                finished = _train(inputs, run, Telemetry(recorder=recorder, live=live), signals)
+                configured, telemetry = loaded.config.rollout.actors, Telemetry(recorder=recorder, live=live)
+                finished = _train(inputs, run, telemetry, signals, configured=configured)
             except (KeyboardInterrupt, SystemExit):  # the latter is Ray's answer to SIGTERM while it starts
                 recorder.event("stop", signals.reason)
                 errors.write(f"{signals.reason}; `{run.resume_command(loaded)}` continues from what is stored\n")
@@ -89,8 +91,9 @@ def up(loaded: Loaded) -> int:
 
 def _open(loaded: Loaded) -> Inputs:
     """Model and data, judged; what is `auto` decided for the GPUs that there are, on which it all fits."""
-    pins = RunDirectory.recorded_inputs(RunDirectory.path_of(loaded.config)).get("pins")
-    inputs = open_inputs(loaded.config, pins=pins)
+    path = RunDirectory.path_of(loaded.config)
+    pins = RunDirectory.recorded_inputs(path).get("pins")
+    inputs = open_inputs(remembered(path, loaded.config), pins=pins)
     room = Room.of(inputs, dry=False)
     settled = room.settled(inputs)
     room.plan(settled.config)
@@ -103,8 +106,10 @@ def _weights_bytes(config: Config) -> int | None:
     return None if size is None else size.num_parameters * DTYPE_BYTES[config.model.compute]
 
 
-def _train(inputs: Inputs, run: RunDirectory, telemetry: Telemetry, signals: StopSignals) -> bool:
-    """Run the controller; True if every iteration was done."""
+def _train(
+    inputs: Inputs, run: RunDirectory, telemetry: Telemetry, signals: StopSignals, *, configured: int | str
+) -> bool:
+    """Run the controller; True if every iteration was done. `configured` is `rollout.actors` as written."""
     config = inputs.config
     merge(inputs)
     prompts = open_prompts(config, on_skip=partial(telemetry.event, "prompts_skipped"))
@@ -121,15 +126,18 @@ def _train(inputs: Inputs, run: RunDirectory, telemetry: Telemetry, signals: Sto
         learners = start_learners(config, run.path, places, supervisor=supervisor)
         asked = [call(learners[0], LearnerActor.device_info)]
         (device,) = supervisor.wait(asked, what="the device of learner rank 0", timeout_s=STARTUP_TIMEOUT_S)
-        run.write_meta(config, device)
+        supervisor.aside(partial(run.write_meta, config, device), what="writing meta.json")
         return learners
 
     store = start_store(config, run.path)
     supervisor = Supervisor(store=store, telemetry=telemetry, live=LiveVersions.of(config, store))
     signals.drain(supervisor)
     try:
-        for loop in make_loops(config, run.path, store, rollout_places):
+        maker = LoopMaker(config, run.path, store, rollout_places)
+        for loop in maker.all():
             supervisor.start_loop(loop)
+        fixed = config.cluster.colocate
+        Scaling(run=run.path, supervisor=supervisor, configured=configured, make=maker.rollout, fixed=fixed)
         controller = Controller(
             config=config,
             run_dir=run.path,

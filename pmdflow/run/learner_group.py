@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Concatenate, ParamSpec, TypeVar
 
+import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
-from pmdflow.errors import ActorDied, LearnerDied
+from pmdflow.errors import ActorDied, LearnerDied, PmdflowError, WaitTimeout
 from pmdflow.learner.actor import LearnerActor
-from pmdflow.run.supervision import Supervisor
+from pmdflow.run.supervision import TICK_S, Supervisor
 from pmdflow.store.client import call
 
 CALL_TIMEOUT_S = 600.0
+ALIVE_TIMEOUT_S = 20.0
+"""A rank answers within this time, whatever it does."""
 
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
@@ -33,9 +39,16 @@ class LearnerGroup:
         self._start = start
 
     def restart(self) -> None:
-        """Kill what there is of the ranks and start new ones."""
+        """Kill what there is of the ranks and start new ones.
+
+        Raises:
+            LearnerDied: one of the new ones died.
+        """
         self._supervisor.stop_learners()
-        self._supervisor.learners = self._start()
+        try:
+            self._supervisor.learners = self._start()
+        except ActorDied as error:
+            raise LearnerDied(str(error)) from error
 
     def call(
         self,
@@ -57,3 +70,23 @@ class LearnerGroup:
             return self._supervisor.wait(refs, what=what, timeout_s=timeout_s)
         except ActorDied as error:
             raise LearnerDied(str(error)) from error
+        except WaitTimeout:
+            raise
+        except PmdflowError as error:  # a peer that is gone fails the others' collectives before Ray knows of its death
+            if self._are_all_alive():
+                raise
+            raise LearnerDied(f"a learner rank does not answer, and another says: {error}") from error
+
+    def _are_all_alive(self) -> bool:
+        """Ask every rank for a sign of life, while the others are looked after."""
+        asked, deadline = self.call(LearnerActor.device_info), time.monotonic() + ALIVE_TIMEOUT_S
+        pending = list(asked)
+        while pending and time.monotonic() < deadline:
+            _, pending = ray.wait(pending, num_returns=len(pending), timeout=TICK_S)
+            with suppress(PmdflowError):  # such as the failure that is being judged
+                self._supervisor.tick()
+        try:
+            ray.get(asked, timeout=0)
+        except RayError:
+            return False
+        return True

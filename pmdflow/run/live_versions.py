@@ -74,8 +74,12 @@ class LiveVersions:
                 process.offer = None
                 process.serves = process.serves if is_served else UNKNOWN
         known = {version: number for version, number in in_flight.items() if version in self._handles}
-        serving = {worker: process.serves for worker, process in processes.items()}
-        for worker, version in serve(known, serving, newest=max(self._handles), slots=self._slots).items():
+        serving = {worker: process.serves for worker, process in processes.items() if process.evaluates is None}
+        wanted = {
+            worker: process.evaluates for worker, process in processes.items() if process.evaluates in self._handles
+        }
+        wanted |= serve(known, serving, newest=max(self._handles), slots=self._slots)
+        for worker, version in wanted.items():
             process = processes[worker]
             if version not in (process.serves, UNKNOWN) and process.offer is None:
                 process.serves = version

@@ -46,6 +46,8 @@ class Running:
     answered: bool = False
     serves: int = 0
     """Version whose weights it was given or offered last."""
+    evaluates: int | None = None
+    """Version that it keeps, and answers held-out prompts by."""
     offer: ObjectRef[bool] | None = None
     """Whether it uses these, not yet looked at."""
     uses: int = -1
@@ -80,6 +82,8 @@ class Loop:
     has_answered: bool = False
     """Whether any process of it has: what it needs can be had."""
     running: Running | None = None
+    retired_at: float | None = None
+    """Monotonic second at which it was told to end for good."""
 
     @property
     def process(self) -> Running:

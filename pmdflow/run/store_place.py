@@ -56,11 +56,12 @@ class StorePlace:
 
     directory: Path
     node: str | None
-    """Ray's id of the node that it is pinned to; None: Ray chooses."""
+    """Ray's id of the node that it is pinned to; None: this one, and another if that is lost."""
 
     def options(self) -> ActorOptions:
         """Those of an actor that opens it."""
-        return {} if self.node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(self.node, False)}
+        here, is_soft = ray.get_runtime_context().get_node_id(), self.node is None
+        return {"scheduling_strategy": NodeAffinitySchedulingStrategy(self.node or here, is_soft)}
 
     @classmethod
     def find(cls, config: Config, run: Path, *, timeout_s: float = NODE_TIMEOUT_S) -> Self:

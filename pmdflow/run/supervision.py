@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent import futures
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -26,6 +28,7 @@ from pmdflow.types import Counts
 from pmdflow.weights.transport import WeightsHandle
 
 TICK_S = 1.0
+ASIDE_TICK_S = 0.2
 CALL_TIMEOUT_S = 120.0
 """The store answers within this time, its restart included."""
 STARTUP_TIMEOUT_S = 300.0
@@ -34,6 +37,8 @@ PLACE_S = 15.0
 """An actor that has no place after this long is told of."""
 PLACE_TIMEOUT_S = 24 * 3600.0
 """A node that is lost comes back within this time, or its learner ranks find room elsewhere."""
+RETIRE_TIMEOUT_S = 60.0
+"""An actor that is to end for good, and has not by then, is killed."""
 MAX_QUICK_DEATHS = 5
 """A loop that dies this often without having answered once is given up."""
 MAX_REFUSED = 3
@@ -63,6 +68,8 @@ class Supervisor:
         """The learner has the rollout actors' devices: one that starts waits for its own."""
         self.handle: WeightsHandle | None = None
         """Newest published weights; None until the first publication: those of the model folder."""
+        self.watchers: list[Callable[[], None]] = []
+        """Called at each tick; none may wait."""
         self._learner_drains: dict[int, ObjectRef[ActorReport]] = {}
         self._store_drain: ObjectRef[ActorReport] | None = None
         self._sample: ObjectRef[tuple[Counts, dict[str, int]]] | None = None
@@ -85,6 +92,16 @@ class Supervisor:
         loop.running = Running(actor=actor, worker=worker, run_ref=run_ref, asked_at=time.monotonic(), serves=serves)
         if loop not in self.loops:
             self.loops.append(loop)
+
+    @property
+    def rollouts(self) -> list[Loop]:
+        """Those that generate, without whoever is about to end."""
+        return [loop for loop in self.loops if loop.takes_weights and loop.retired_at is None]
+
+    def retire(self, loop: Loop) -> None:
+        """Let a loop send what it has, give its leases back and end for good; returns at once."""
+        loop.retired_at = time.monotonic()
+        call(loop.process.actor, LoopActor.stop)
 
     def wait(self, refs: Sequence[ObjectRef[Answer]], *, what: str, timeout_s: float) -> list[Answer]:
         """Results of all `refs`, in order, while the actors are watched.
@@ -109,15 +126,42 @@ class Supervisor:
         """The result of one call, waited for like those of `wait`."""
         return self.wait([ref], what=what, timeout_s=timeout_s)[0]
 
+    def aside(self, work: Callable[[], Answer], *, what: str) -> Answer:
+        """Read, write or remove files in a thread, however long it takes, while the actors are watched.
+
+        Raises:
+            PmdflowError: an actor died for good; the thread has ended before.
+        """
+        future: futures.Future[Answer] = futures.Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, name=what, daemon=True).start()
+        try:
+            while not futures.wait([future], timeout=ASIDE_TICK_S).done:
+                self.tick()
+        except PmdflowError:
+            futures.wait([future])  # or whoever recovers from this would find files half written
+            raise
+        return future.result()
+
     def tick(self) -> None:
         """Replace actors that ended; once in `TICK_S`, look after every actor and collect reports. Never waits."""
-        for loop in self.loops:
-            if loop.process.ended:
+        for loop in list(self.loops):
+            if loop.retired_at is not None:
+                self._end_retired(loop, loop.retired_at)
+            elif loop.process.ended:
                 self._replace_ended(loop)
+        for watcher in self.watchers:
+            watcher()
         if time.monotonic() - self._last_tick < TICK_S:
             return
         self._last_tick = time.monotonic()
-        for loop in self.loops:
+        for loop in [loop for loop in self.loops if loop.retired_at is None]:
             self._watch(loop)
             if self._live_versions is None:
                 self._watch_offer(loop)
@@ -138,16 +182,14 @@ class Supervisor:
             if loop.takes_weights and loop.process.placed:
                 self._offer(loop, handle)
 
-    def await_applied(self, *, timeout_s: float) -> None:
-        """Wait until every living rollout actor uses the newest version, at most `timeout_s`."""
-        deadline = time.monotonic() + timeout_s
-        while self._live_versions is None and time.monotonic() < deadline:
-            offers = [loop.process.offer for loop in self.loops]
-            pending = [offer for offer in offers if offer is not None and not is_ready(offer)]
-            if not pending:
-                return
-            ray.wait(pending, num_returns=len(pending), timeout=TICK_S)
-            self.tick()
+    def idle(self, seconds: float) -> None:
+        """Let time pass while the actors are watched."""
+        runs = [loop.process.run_ref for loop in self.loops]
+        if runs:
+            ray.wait(runs, timeout=seconds)
+        else:
+            time.sleep(seconds)
+        self.tick()
 
     def stop_loops(self, *, timeout_s: float) -> None:
         """Let every loop finish what it holds; one that does not is killed, which loses only unsent tokens."""
@@ -214,10 +256,7 @@ class Supervisor:
             if self.draining or seconds > PLACE_TIMEOUT_S:
                 kind = PmdflowError if self.draining else WaitTimeout
                 raise kind(f"{missing}{free_resources()}", hint="`pmdflow up` goes on from what is stored")
-            ray.wait([loop.process.run_ref for loop in self.loops], timeout=TICK_S) if self.loops else time.sleep(
-                TICK_S
-            )
-            self.tick()
+            self.idle(TICK_S)
         if is_told:
             self.telemetry.event("actor_placed", f"all {what} have found a place")
 
@@ -272,13 +311,24 @@ class Supervisor:
         elif behind_s > LATE_OFFERS * self._offer_timeout_s:
             self._replace(loop, f"it has taken no weights for {behind_s:.0f} s")
 
+    def _end_retired(self, loop: Loop, since: float) -> None:
+        process = loop.process
+        if not process.ended and process.placed and time.monotonic() - since < RETIRE_TIMEOUT_S:
+            return
+        self._collect(loop)
+        ray.kill(process.actor)
+        call(self.store, StoreActor.fence, process.worker)  # what it could not give back goes on elsewhere
+        self.loops.remove(loop)
+        loop.running = loop.retired_at = None
+        self.telemetry.event("actor_ended", f"{loop.name} has ended, as was asked", actor=loop.name)
+
     def _replace_ended(self, loop: Loop) -> None:
         try:
             ray.get([loop.process.run_ref], timeout=TICK_S)
         except RayActorError as error:
             failure = failure_of(error)
             if failure is not None and not loop.has_answered:  # nor would the next one be made
-                raise ActorDied(f"{loop.name} cannot start: {failure}") from error
+                raise PmdflowError(f"{loop.name} cannot start: {failure}") from error
             self._replace(loop, failure or "its process died")
         except RayTaskError as error:
             if not isinstance(error.cause, EngineDied):
@@ -292,7 +342,7 @@ class Supervisor:
         if not process.answered:
             loop.quick_deaths.append(why)
         if len(loop.quick_deaths) >= MAX_QUICK_DEATHS:
-            raise ActorDied(
+            raise PmdflowError(
                 f"{loop.name} died {len(loop.quick_deaths)} times before it was ready; at first: "
                 f"{loop.quick_deaths[0]}",
                 hint=f"see logs/{loop.name}.log in the run directory",

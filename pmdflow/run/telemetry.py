@@ -27,7 +27,7 @@ class Interval:
 
     def capacity(self, *, actors: int) -> float | None:
         """Tokens a second that so many rollout actors would generate without a wait; None without a token."""
-        generated = self.tokens["generated_tokens"]
+        generated = self.tokens["generated_tokens"] - self.tokens["evaluation_tokens"]
         return generated / self.busy_s * actors if generated and self.busy_s else None
 
     def engine_metrics(self, *, speculates: bool) -> dict[str, object]:
@@ -38,6 +38,10 @@ class Interval:
             "rollout/lost_overrun_tokens": count["overrun_tokens"],
             "rollout/lost_overrun_share": count["overrun_tokens"] / generated if generated else None,
             "rollout/prefilled_per_generated": count["prefill_tokens"] / generated if generated else None,
+            "weights/fetched_bytes": count["fetched_bytes"],
+            "weights/fetched_deltas": count["fetched_deltas"],
+            "weights/fetch_s": count["fetch_ms"] / 1000,
+            "weights/load_s": count["load_ms"] / 1000,
         }
         if speculates:
             drafted = count["drafted_tokens"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
@@ -15,8 +15,10 @@ import ray
 
 from pmdflow._rust_buffer import Conflict, StoreFull, StoreLocked
 from pmdflow.errors import WaitTimeout
+from pmdflow.metrics.order import Claimed
 from pmdflow.metrics.report import ActorReport, Event
 from pmdflow.store.alone import DURABLE_TIMEOUT_S
+from pmdflow.store.annotations import Unannotated
 from pmdflow.store.answers import ClaimAnswer, EvalResult, Forked, LateMembers, Successes
 from pmdflow.store.episodes import TurnNote
 from pmdflow.store.facade import TrajectoryStore
@@ -63,9 +65,11 @@ class StoreActor:
                 time.sleep(0.2)
 
     @_in_group("lease")
-    def lease(self, worker: str, version: int, max_leases: int, timeout_s: float) -> list[Lease]:
-        """Lease trajectories to a rollout actor; waits for the first one."""
-        return self._store.lease(worker, version, max_leases, timeout_s)
+    def lease(
+        self, worker: str, version: int, max_leases: int, timeout_s: float, kind: Literal["train", "eval"] | None = None
+    ) -> list[Lease]:
+        """Lease trajectories to a rollout actor, of one kind or of both; waits for the first one."""
+        return self._store.lease(worker, version, max_leases, timeout_s, kind=kind)
 
     def fence(self, worker: str) -> int:
         """End every lease of a worker that is dead, and lease nothing to it again."""
@@ -119,6 +123,22 @@ class StoreActor:
             self._store.score(trajectory, attempt, outcome, reward, components, wait=False)
         self._await_durable()
 
+    @_in_group("score")
+    def unannotated(self, scorer: str, max_items: int, ttl_s: float, timeout_s: float) -> list[Unannotated]:
+        """Complete trajectories that a scorer has not seen; waits for the first one."""
+        return self._store.unannotated(scorer, max_items, ttl_s, timeout_s)
+
+    @_in_group("score")
+    def annotate(
+        self, scorer: str, columns: Mapping[int, Mapping[str, npt.NDArray[Any]]], failed: Mapping[int, int]
+    ) -> None:
+        """Add a scorer's columns by trajectory; of those that it failed on, by the attempt, the failure."""
+        for trajectory, own in columns.items():
+            self._store.annotate(trajectory, scorer, own, wait=False)
+        for trajectory, attempt in failed.items():
+            self._store.score(trajectory, attempt, "infra_failure", wait=False)
+        self._await_durable()
+
     @_in_group("claim")
     def claim(self, iteration: int, version: int, timeout_s: float) -> ClaimAnswer:
         """Claim an iteration's groups; waits until it can."""
@@ -141,6 +161,11 @@ class StoreActor:
             plan = deal(claim, self._steps_per_iteration, seed=self._seed)
             self._store.record_plan(iteration, plan)
         return replace(claim, plan=plan)
+
+    @_in_group("read")
+    def look_at(self, claim: Claim) -> Claimed:
+        """The numbers of a claim that was read: whoever wants no more does not fetch it."""
+        return Claimed.of(claim)
 
     @_in_group("read")
     def read_tokens(self, trajectories: Int64) -> ClaimTokens:
@@ -252,6 +277,23 @@ class StoreActor:
     def eval_results(self, prefix: str, timeout_s: float) -> list[EvalResult] | None:
         """Results of one evaluation, or None if some are missing after `timeout_s`."""
         return self._store.eval_results(prefix, timeout_s)
+
+    def unfinished_eval(self, prefix: str) -> list[str]:
+        """Prompts of one evaluation of which an answer is not complete."""
+        groups = [group for group in self._store.groups() if group["kind"] == "eval"]
+        return [
+            str(group["prompt_id"])
+            for group in groups
+            if group["request_id"].startswith(prefix)
+            and any(self._store.trajectory(id)["state"] in ("leased", "idle") for id in group["trajectories"])
+        ]
+
+    def renew_eval(
+        self, prefix: str, prompts: Sequence[tuple[str, int | None, Prompt]], samples: int, max_tokens: int
+    ) -> list[int]:
+        """Admit an evaluation whose request ids start with `prefix`, and forget what there was of it."""
+        self._store.drop_eval(prefix)
+        return self.admit(prompts, "eval", samples, max_tokens)
 
     def drop_eval(self, prefix: str) -> int:
         """Forget the evaluation groups whose request ids start with `prefix`."""

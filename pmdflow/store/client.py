@@ -8,7 +8,7 @@ from typing import Concatenate, ParamSpec, TypeAlias, TypeVar
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from pmdflow.errors import ActorDied, PmdflowError, WaitTimeout
 from pmdflow.store.actor import StoreActor
@@ -48,6 +48,8 @@ def answers(refs: Sequence[ObjectRef[Answer]], *, what: str, timeout_s: float) -
         return ray.get(list(refs), timeout=timeout_s)
     except GetTimeoutError as error:
         raise WaitTimeout(f"{what} was not done within {timeout_s:g} s") from error
+    except ObjectLostError as error:
+        raise ActorDied(f"the node of an actor was lost while {what} was awaited: {error}") from error
     except RayActorError as error:
         raise ActorDied(f"an actor died while {what} was awaited: {failure_of(error) or error}") from error
     except RayTaskError as error:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from operator import index
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Literal, Self, Unpack
 from uuid import uuid4
 
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 
 from pmdflow import _rust_buffer
 from pmdflow.store.alone import attempts_of, put_attempts, sampled_at
+from pmdflow.store.annotations import Annotations
 from pmdflow.store.answers import ClaimAnswer, LateMembers
 from pmdflow.store.columns import Columns
 from pmdflow.store.episodes import Episodes, rewards_said
@@ -31,7 +32,7 @@ from pmdflow.store.view import StoreView, int32
 from pmdflow.types import ClaimPlan, Grant, Lease, LeaseKind, Outcome, Prompt, Quota, Segment, Stop, UInt8, Unscored
 
 
-class TrajectoryStore(Episodes, StoreView):
+class TrajectoryStore(Annotations, Episodes, StoreView):
     """The trajectory store with NumPy arrays and dataclasses; see `pmdflow/_rust_buffer.pyi` for the exact rules.
 
     Example:
@@ -55,7 +56,8 @@ class TrajectoryStore(Episodes, StoreView):
             StoreLocked: another writer has it open.
             CorruptLog: damage before the tail of the log, or a newer format.
         """
-        self._native = _rust_buffer.TrajectoryStore(None if path is None else str(path), **settings)
+        given: dict[str, Any] = {**settings, "scorers": list(settings.get("scorers", ()))}
+        self._native = _rust_buffer.TrajectoryStore(None if path is None else str(path), **given)
 
     @classmethod
     def read(cls, path: Path | str) -> TrajectoryStore:
@@ -137,10 +139,21 @@ class TrajectoryStore(Episodes, StoreView):
         )
 
     def lease(
-        self, worker: str, version: int, max_leases: int, timeout_s: float, *, now_s: float | None = None
+        self,
+        worker: str,
+        version: int,
+        max_leases: int,
+        timeout_s: float,
+        *,
+        now_s: float | None = None,
+        kind: Literal["train", "eval"] | None = None,
     ) -> list[Lease]:
-        """Lease up to `max_leases` trajectories to a worker whose engine holds `version`; waits for the first one."""
-        return [_lease(row) for row in self._native.lease(worker, version, max_leases, timeout_s, now_s)]
+        """Lease up to `max_leases` trajectories to a worker whose engine holds `version`; waits for the first one.
+
+        With `kind` only such ones. An evaluation that is asked for alone is of one version: what another has begun is
+        not leased.
+        """
+        return [_lease(row) for row in self._native.lease(worker, version, max_leases, timeout_s, now_s, kind)]
 
     def lease_group(self, worker: str, group: int) -> list[Lease]:
         """Lease the members of a group that can still grow, outside every order and budget: they are generated already.

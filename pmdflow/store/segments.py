@@ -47,6 +47,7 @@ def encode_segments(
     arrays: list[Any] = []
     for segment, named, whole in zip(segments, columns, values, strict=True):
         of = f"trajectory {segment.trajectory}"
+        named = named if segment.columns is None else {**segment.columns, **named}
         tokens = token_ids(segment.tokens, of=of)
         if twice := named.keys() & whole.keys():
             raise ValueError(f"{of}: {sorted(twice)} in both extra and trajectory_extra; give each name once")

@@ -1,5 +1,6 @@
 """The settings of the trajectory store, declared once: what opens one takes them as keyword arguments."""
 
+from collections.abc import Sequence
 from typing import Literal, NotRequired, TypedDict
 
 
@@ -40,6 +41,8 @@ class StoreSettings(TypedDict):
     """Time that an append renews a lease for; default 30."""
     grant_tokens: NotRequired[int]
     """Most tokens of one grant; default 64."""
+    scorers: NotRequired[Sequence[str]]
+    """Those that add columns to every trajectory for training once it is complete, before its reward; default none."""
     durability: NotRequired[Literal["os", "group", "always"]]
     """When a call is acknowledged: in the page cache, after a group's fdatasync (default), or after its own."""
     max_bytes: NotRequired[int | None]

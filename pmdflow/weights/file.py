@@ -5,23 +5,25 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-BLOCK_BYTES = 4 << 20
-"""What is copied, summed and written at a time, without the interpreter's lock."""
+from pmdflow.types import UInt8
+from pmdflow.weights.blocks import BlockWriter
+from pmdflow.weights.delta import DeltaWriter
+
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 """Their names in a safetensors header."""
-PRIME = 0x100000001B3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,102 +45,24 @@ class NamedTensors:
 
 
 def aligned(dtypes: Mapping[str, torch.dtype]) -> list[str]:
-    """The names in an order in which each tensor begins at a multiple of its element's size."""
-    return sorted(dtypes, key=lambda name: -dtypes[name].itemsize)
+    """The names in the order of a version's file, where each tensor begins at a multiple of its element's size."""
+    return sorted(dtypes, key=lambda name: (-dtypes[name].itemsize, name))
 
 
-class Digest:
-    """A number that bytes have, whoever read them: it changes with any of them and with their order.
-
-    Example:
-        >>> digest = Digest()
-        >>> digest.add(torch.zeros(BLOCK_BYTES, dtype=torch.uint8))
-        >>> digest.hex()
-        '0000000000000000'
-    """
-
-    def __init__(self) -> None:
-        """Of no bytes yet."""
-        self._odd = torch.arange(1, BLOCK_BYTES // 4, 2, dtype=torch.int64)
-        self._sum = 0
-
-    def add(self, block: Tensor) -> None:
-        """Take the next `BLOCK_BYTES` bytes on the CPU; the last ones of all are filled up with zeros."""
-        words = int(torch.dot(block.view(torch.int64), self._odd))
-        self._sum = (self._sum * PRIME + words) % (1 << 64)
-
-    def hex(self) -> str:
-        """The number."""
-        return f"{self._sum:016x}"
-
-
-class BlockWriter:
-    """Writes bytes of tensors to a file by way of one block (pinned for those of an accelerator), and sums them."""
-
-    def __init__(self, file: int) -> None:
-        """Write to the descriptor `file`."""
-        self._file = file
-        self._block = torch.zeros(BLOCK_BYTES, dtype=torch.uint8)
-        self._filled = 0
-        self._digest = Digest()
-
-    def write(self, tensor: Tensor) -> None:
-        """Append the bytes of a tensor."""
-        if tensor.is_cuda and not self._block.is_pinned():
-            self._block = self._block.pin_memory()
-        left = tensor.contiguous().reshape(-1).view(torch.uint8)
-        while len(left):
-            count = min(len(left), BLOCK_BYTES - self._filled)
-            self._block[self._filled : self._filled + count].copy_(left[:count])
-            self._filled += count
-            left = left[count:]
-            if self._filled == BLOCK_BYTES:
-                self._flush()
-
-    def finish(self) -> str:
-        """Write what is left; the digest of all."""
-        if self._filled:
-            self._block[self._filled :] = 0
-            self._flush()
-        return self._digest.hex()
-
-    def _flush(self) -> None:
-        bytes_: Any = self._block.numpy()
-        left = memoryview(bytes_)[: self._filled]
-        while left:
-            left = left[os.write(self._file, left) :]
-        self._digest.add(self._block)
-        self._filled = 0
-
-
-def write_file(file: int, tensors: NamedTensors) -> str:
-    """Write tensors as safetensors to the descriptor `file`; the digest of its bytes.
+def write_file(file: int, tensors: NamedTensors, *, then: Callable[[Tensor], None] | None = None) -> str:
+    """Write tensors as safetensors to the descriptor `file`, and show its blocks to `then`; the digest of its bytes.
 
     Raises:
         ValueError: a type that the format does not have, or a tensor that is not of its type and shape.
         OSError: there is no room for it.
     """
-    writer = BlockWriter(file)
+    writer = BlockWriter(file, then=then)
     writer.write(torch.frombuffer(bytearray(_header(tensors.specs)), dtype=torch.uint8))
     for (name, spec), tensor in zip(tensors.specs.items(), tensors.values, strict=True):
         if (tensor.dtype, tuple(tensor.shape)) != spec:
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {spec[0]} {spec[1]}")
         writer.write(tensor)
     return writer.finish()
-
-
-def digest_of(file: int) -> str:
-    """The digest of the bytes of an open file."""
-    digest, block, at = Digest(), torch.zeros(BLOCK_BYTES, dtype=torch.uint8), 0
-    bytes_: Any = block.numpy()
-    view = memoryview(bytes_)
-    while count := os.preadv(file, [view], at):
-        while count < BLOCK_BYTES and (more := os.preadv(file, [view[count:]], at + count)):
-            count += more
-        block[count:] = 0
-        digest.add(block)
-        at += count
-    return digest.hex()
 
 
 def _header(specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
@@ -152,6 +76,28 @@ def _header(specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+class Delta:
+    """The open file of records that make a version's file of another one."""
+
+    def __init__(self, *, descriptor: int, base: str) -> None:
+        """Own the descriptor; `base` is the digest of that other file."""
+        self.descriptor = descriptor
+        self.base = base
+        self.close = weakref.finalize(self, os.close, descriptor)
+        """Lets the file go; so does dropping this object."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Its length."""
+        return os.fstat(self.descriptor).st_size
+
+    def records(self) -> UInt8:
+        """Its bytes, mapped."""
+        if not self.num_bytes:  # of equal weights
+            return np.zeros(0, np.uint8)
+        return np.memmap(f"/proc/self/fd/{self.descriptor}", np.uint8, "r")
 
 
 class WeightsFile(Mapping[str, Tensor]):
@@ -171,15 +117,29 @@ class WeightsFile(Mapping[str, Tensor]):
         self.digest = digest
         self.close = weakref.finalize(self, os.close, descriptor)
         """Lets the file go; so does dropping this object."""
+        self.delta: Delta | None = None
+        """What makes it of the version before it."""
         self._mapped: Any = None
         self._names: dict[str, None] = {}
 
     @classmethod
-    def write(cls, tensors: NamedTensors) -> WeightsFile:
-        """Write tensors into memory of the node, which has no name."""
+    def write(cls, tensors: NamedTensors, base: WeightsFile | None = None) -> WeightsFile:
+        """Write tensors into memory of the node, which has no name; with its delta from `base`, if that is shorter."""
+        if base is None:
+            return cls.make(lambda descriptor: write_file(descriptor, tensors))
+        changes = DeltaWriter(base.descriptor)
+        delta = Delta(descriptor=changes.descriptor, base=base.digest)
+        file = cls.make(lambda descriptor: write_file(descriptor, tensors, then=changes.add))
+        is_alike = os.fstat(file.descriptor).st_size == os.fstat(base.descriptor).st_size
+        file.delta = delta if changes.is_short and is_alike else None
+        return file
+
+    @classmethod
+    def make(cls, write: Callable[[int], str]) -> WeightsFile:
+        """A file in memory of the node that `write` fills, which answers with its digest."""
         descriptor = os.memfd_create("pmdflow-weights")
         try:
-            return cls(descriptor, write_file(descriptor, tensors))
+            return cls(descriptor, write(descriptor))
         except BaseException:
             os.close(descriptor)
             raise

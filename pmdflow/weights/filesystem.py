@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
-from pmdflow.errors import PmdflowError, WeightsLost
-from pmdflow.weights.file import NamedTensors, WeightsFile, digest_of, write_file
-from pmdflow.weights.held import HeldFiles
-from pmdflow.weights.transport import Bytes, WeightsHandle
+from pmdflow.errors import PmdflowError
+from pmdflow.types import UInt8
+from pmdflow.weights.blocks import digest_of
+from pmdflow.weights.file import NamedTensors, WeightsFile, write_file
+from pmdflow.weights.held import HeldFiles, from_stored
+from pmdflow.weights.transport import Stored, WeightsHandle
 
 KEPT_VERSIONS = 2
 """A rollout actor may still read the version before the newest."""
@@ -17,11 +20,13 @@ KEPT_VERSIONS = 2
 class FilesystemTransport:
     """Writes each version aside and renames it; older versions are removed."""
 
-    def __init__(self, directory: Path, *, kept: int = KEPT_VERSIONS) -> None:
-        """Use `directory`, which every node must see; the newest `kept` versions stay in it."""
+    def __init__(self, directory: Path, *, kept: int = KEPT_VERSIONS, stored: Stored | None = None) -> None:
+        """Use `directory`, which every node must see; the newest `kept` versions stay in it, others may be `stored`."""
         self._directory = directory
+        self._stored = stored
         self._kept = kept
         self._held = HeldFiles(1)
+        self.received: Counter[str] = Counter()
 
     def publish(self, version: int, weights: NamedTensors) -> WeightsHandle:
         """Write `version-NNNNNN.safetensors`; the rename makes it visible."""
@@ -36,21 +41,23 @@ class FilesystemTransport:
         return WeightsHandle(version=version, location=str(path), digest=digest)
 
     def fetch(self, handle: WeightsHandle, *, timeout_s: float) -> WeightsFile:
-        """Map the file of a handle."""
+        """Map the file of a handle; one that is gone from the directory comes out of a checkpoint, into memory."""
+        location = handle.location or self._directory / f"version-{handle.version:06d}.safetensors"
         try:
-            file = WeightsFile.open(handle.location, handle.digest)
-        except FileNotFoundError as error:
-            raise WeightsLost(f"weights of version {handle.version} are gone from {handle.location}") from error
+            file = WeightsFile.open(location, handle.digest)
+        except FileNotFoundError:
+            file = from_stored(self._stored, handle, f"they are gone from {location}")
         found = digest_of(file.descriptor)
-        if found != handle.digest:
+        if handle.digest not in ("", found):
             raise PmdflowError(
-                f"{handle.location} has the digest {found}, published was {handle.digest}: this node reads another "
+                f"{location} has the digest {found}, published was {handle.digest}: this node reads another "
                 "file than the learner wrote"
             )
+        self.received["fetched_bytes"] += os.fstat(file.descriptor).st_size
         self._held.make_room()
         self._held.keep(handle.version, file)
         return file
 
-    def read(self, version: int, offset: int, num_bytes: int) -> Bytes:
-        """Bytes of the version that was fetched last."""
-        return self._held.read(version, offset, num_bytes)
+    def read(self, version: int, offset: int, num_bytes: int, *, delta: bool = False) -> UInt8:
+        """UInt8 of the version that was fetched last."""
+        return self._held.read(version, offset, num_bytes, delta=delta)

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from pmdflow.errors import WaitTimeout, WeightsLost
+from pmdflow.types import UInt8
 from pmdflow.weights.file import WeightsFile
-from pmdflow.weights.transport import Bytes, WeightsHandle
+from pmdflow.weights.transport import Stored, WeightsHandle
 
 POLL_S = 0.02
 KEPT_NOTES = 8
@@ -48,16 +49,41 @@ class HeldFiles:
         with self._lock:
             return self._files.get(version)
 
-    def read(self, version: int, offset: int, num_bytes: int) -> Bytes:
-        """Bytes of the file of a version; fewer at its end.
+    def newest(self) -> tuple[int, WeightsFile] | None:
+        """The newest version and its file."""
+        with self._lock:
+            return max(self._files.items(), key=lambda item: item[0], default=None)
+
+    def read(self, version: int, offset: int, num_bytes: int, *, delta: bool = False) -> UInt8:
+        """UInt8 of the file of a version, or of its delta; fewer at its end.
 
         Raises:
             WeightsLost: it is not held.
         """
         file = self.get(version)
-        if file is None:
-            raise WeightsLost(f"this process does not have the weights of version {version} any more")
-        return np.frombuffer(os.pread(file.descriptor, num_bytes, offset), np.uint8)
+        wanted = file.delta if delta and file is not None else file
+        if wanted is None:
+            what = "delta" if delta else "weights"
+            raise WeightsLost(f"this process does not have the {what} of version {version} any more")
+        return np.frombuffer(os.pread(wanted.descriptor, num_bytes, offset), np.uint8)
+
+
+def from_stored(stored: Stored | None, handle: WeightsHandle, why: str) -> WeightsFile:
+    """The file of a version that nobody has any more, made again in memory of this node.
+
+    Raises:
+        WeightsLost: it is not stored either, or as other bytes than were published; says `why` it is looked for there.
+    """
+    tensors = None if stored is None else stored.tensors(handle.version)
+    if tensors is None:
+        raise WeightsLost(f"weights of version {handle.version} are lost: {why}, and no checkpoint is of them")
+    file = WeightsFile.write(tensors)
+    if handle.digest not in ("", file.digest):
+        raise WeightsLost(
+            f"weights of version {handle.version} are lost: {why}, and the checkpoint's have the digest {file.digest}, "
+            f"published was {handle.digest}"
+        )
+    return file
 
 
 class NodeNotes:
@@ -79,7 +105,7 @@ class NodeNotes:
         except FileNotFoundError:
             return None
         for digest, number, path in (line.split(" ", 2) for line in reversed(lines)):
-            if digest != handle.digest:
+            if handle.digest not in ("", digest):
                 continue
             try:
                 file = WeightsFile.open(path, digest)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import ray
+
+from pmdflow.types import UInt8
 
 if TYPE_CHECKING:
     from pmdflow.weights.file import NamedTensors, WeightsFile
     from pmdflow.weights.probe import Probe
 
-Bytes: TypeAlias = npt.NDArray[np.uint8]
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """What a version's delta has to be added to."""
+
+    version: int
+    digest: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,11 +33,20 @@ class WeightsHandle:
     location: Any
     """What the transport that made it needs."""
     digest: str = ""
-    """That of the file's bytes, which whoever fetches it must find."""
+    """That of the file's bytes, which whoever fetches it must find; empty for a version out of a checkpoint."""
     probe: Probe | None = None
     """What an engine that serves the version gives; None: nobody asks."""
+    base: Base | None = None
+    """The version before it, if what changed since is given out too; None: only the whole file is."""
     peers: tuple[Any, ...] = ()
     """Actors that have fetched it since, which have a `read_weights` like the one that published it."""
+
+
+class Stored(Protocol):
+    """Where versions are that were published, beside those who have them in memory."""
+
+    def tensors(self, version: int) -> NamedTensors | None:
+        """What was published as `version`; None if it is not there. Going through it raises WeightsLost if it goes."""
 
 
 class Transport(Protocol):
@@ -40,7 +56,7 @@ class Transport(Protocol):
         """Make `version` fetchable. Called by learner rank 0, to which each tensor comes when its turn does."""
 
     def fetch(self, handle: WeightsHandle, *, timeout_s: float) -> WeightsFile:
-        """Get the weights of a handle: the node's file of them, or bytes from whoever has them.
+        """Get the weights of a handle: the node's file of them, bytes from whoever has them, or a checkpoint's.
 
         Raises:
             WaitTimeout: they did not arrive in time.
@@ -48,8 +64,12 @@ class Transport(Protocol):
             PmdflowError: what arrived is not what was published.
         """
 
-    def read(self, version: int, offset: int, num_bytes: int) -> Bytes:
-        """Bytes of the file of a version that this process has published or fetched.
+    @property
+    def received(self) -> Mapping[str, int]:
+        """Since it was made: `fetched_bytes` that came from elsewhere, `fetched_deltas`: versions made of deltas."""
+
+    def read(self, version: int, offset: int, num_bytes: int, *, delta: bool = False) -> UInt8:
+        """UInt8 of the file of a version that this process has published or fetched, or of its delta.
 
         Raises:
             WeightsLost: it does not have it any more.

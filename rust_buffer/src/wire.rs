@@ -61,6 +61,24 @@ fn row_bytes(dtype: &str) -> Option<u64> {
     sides.try_fold(size, |bytes: u64, side| bytes.checked_mul(side?))
 }
 
+/// Refuses a column of `tokens` tokens that has not as many `bytes` as its dtype says, or no name.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check_column(name: &str, dtype: &str, bytes: u64, tokens: u32) -> std::result::Result<(), String> {
+    if name.is_empty() {
+        return Err("a column has no name".to_owned());
+    }
+    let (count, value) = dtype.strip_prefix(WHOLE).map_or((tokens, dtype), |value| (1, value));
+    let Some(row) = row_bytes(value) else {
+        return Err(format!("column {name:?} has dtype {dtype:?}; numbers of 1 to 8 bytes, or rows of them, are kept"));
+    };
+    if row.checked_mul(u64::from(count)) == Some(bytes) && u32::try_from(bytes).is_ok() {
+        return Ok(());
+    }
+    Err(format!("column {name:?} has {bytes} bytes for {count} values of {row} each"))
+}
+
 /// The head of an item as it is sent.
 #[derive(Deserialize)]
 struct Head<'a> {
@@ -203,19 +221,10 @@ impl Item<'_> {
     /// Refuses a column that has not what its dtype says for each token, or whose name does not tell it from the others.
     fn check_column(&self, nth: usize, bytes: u64) -> Result<()> {
         let (name, dtype) = self.extra[nth];
-        if name.is_empty() || self.extra[..nth].iter().any(|(other, _)| *other == name) {
-            return Err(self.conflict(&format!("column {name:?} comes twice, or has no name")));
+        if self.extra[..nth].iter().any(|(other, _)| *other == name) {
+            return Err(self.conflict(&format!("column {name:?} comes twice")));
         }
-        let (count, value) = dtype.strip_prefix(WHOLE).map_or((self.count, dtype), |value| (1, value));
-        let Some(row) = row_bytes(value) else {
-            return Err(self.conflict(&format!(
-                "column {name:?} has dtype {dtype:?}; numbers of 1 to 8 bytes, or rows of them, are kept"
-            )));
-        };
-        if row.checked_mul(u64::from(count)) != Some(bytes) {
-            return Err(self.conflict(&format!("column {name:?} has {bytes} bytes for {count} values of {row} each")));
-        }
-        Ok(())
+        check_column(name, dtype, bytes, self.count).map_err(|detail| self.conflict(&detail))
     }
 
     /// Why the lease ends, None to keep it.

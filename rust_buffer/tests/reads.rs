@@ -199,7 +199,7 @@ fn a_text_that_is_no_text_is_located() {
 
 #[test]
 fn a_record_of_a_newer_program_is_refused_as_that() {
-    for (kind, named) in [(13, "13 (annotate)"), (200, "200 (unknown here)")] {
+    for (kind, named) in [(16, "16 (unknown here)"), (200, "200 (unknown here)")] {
         let dir = tempfile::tempdir().unwrap();
         admitted(dir.path()).close().unwrap();
         let log = Log::open(Arc::new(Disk::new(dir.path()).unwrap()), LogOptions::default(), &mut Ignore).unwrap();

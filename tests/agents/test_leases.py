@@ -99,6 +99,17 @@ def test_completions_that_go_on_from_each_other_are_replayed_one_by_one(world: W
     assert world.store.trajectory(life.id)["forks"] == []
 
 
+def test_a_text_that_goes_on_from_earlier_ones_is_no_branch_whatever_ended_them(world: World) -> None:
+    life = world.life()
+    text, finished = "<pad>1 + 2", set[str]()
+    for _ in range(6):
+        (choice,) = life.wait(life.send({"prompt": text, "max_tokens": 30}, chat=False)).body["choices"]
+        text += choice["text"] + " + 1"
+        finished.add(choice["finish_reason"])
+    assert "stop" in finished  # an end of sequence, which is in the history and in no text
+    assert world.store.trajectory(life.id)["forks"] == []
+
+
 def fork_and_die(world: World, *first: Any) -> None:
     """An actor dies when it has begun a branch and sent nothing of it."""
     life = world.life()
@@ -117,6 +128,16 @@ def test_a_branch_without_a_token_is_gone_on_with(world: World) -> None:
     first = life.ask(ASK)
     life.ask(ASK, answer_of(first), {"role": "user", "content": "?"})
     assert len(world.store.trajectory(life.id)["forks"]) == 1
+
+
+def test_of_several_requests_the_one_that_an_empty_branch_is_for_comes_first(world: World) -> None:
+    fork_and_die(world, ASK)
+    life = world.life()
+    first = life.ask(ASK)
+    other = life.send({"messages": [{"role": "user", "content": "other"}], "max_tokens": 8})
+    wanted = life.send({"messages": [ASK, answer_of(first), {"role": "user", "content": "?"}], "max_tokens": 8})
+    assert [life.wait(wanted).status, life.wait(other).status] == [200, 200]
+    assert len(world.store.trajectory(life.id)["forks"]) == 2
 
 
 def test_who_says_something_else_than_what_an_empty_branch_keeps_ends_its_episode_by_name(world: World) -> None:
@@ -243,3 +264,59 @@ def test_a_program_that_cannot_be_started_is_tried_again_and_then_given_up(
         for _ in range(20):
             life.step()
     assert world.store.trajectory(life.id)["state"] == "unscored"
+
+
+def test_no_more_programs_wait_than_may_run(
+    tmp_path: Path, engine: TransformersEngine, folders: dict[str, Path]
+) -> None:
+    world = World(tmp_path, engine, folders[""], "agents.concurrency=1", group_size=2)
+    life = world.life()
+    (other,) = world.store.lease(life.name, 0, 1, 5.0)
+    life.holder.join(other, grant=other.grant)
+    world.quota(2)
+    first = life.send({"messages": [ASK], "max_tokens": 60})
+    life.send({"messages": [ASK], "max_tokens": 60}, trajectory=other.trajectory)
+    for _ in range(60):
+        life.step()
+    assert len(life.holder) == 0
+    assert len(life.programs.parked()) == life.programs.most == 1
+    assert other.trajectory in life.programs.parked()
+    assert "too many programs wait" in life.answers[first].body["error"]["message"]
+    life.programs.close()
+    world.store.close()
+
+
+class Watch:
+    """Stands for what looks for loops."""
+
+    def __init__(self, begun: list[list[int]]) -> None:
+        self.begun = begun
+
+    def anew(self, history: Any) -> Watch:
+        self.begun.append(list(history))
+        return self
+
+    def find(self, tokens: Any) -> None:
+        """There is none."""
+
+
+def test_loops_are_looked_for_within_a_turn(world: World) -> None:
+    life = world.life()
+    held: Any = life.holder[life.id]
+    held.repetition = Watch([])
+    life.ask(ASK)
+    life.ask(ASK)
+    assert held.repetition.begun == [[], []]
+    before = generated_of(world.store, life.id)
+    life.send({"messages": [ASK], "max_tokens": 60})
+    while generated_of(world.store, life.id) == before:
+        life.step()
+    said = world.store.trajectory(life.id)["tokens"].tolist()
+    life = world.life()
+    held = life.holder[life.id]
+    held.repetition = Watch([])
+    for tokens in (8, 8, 60):
+        life.ask(ASK, max_tokens=tokens)
+    (whole,) = held.repetition.begun
+    assert said[-len(whole) :] == whole
+    assert whole

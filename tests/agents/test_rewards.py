@@ -58,9 +58,7 @@ def test_a_reward_survives_the_death_of_everything_and_counts_once(world: World,
     life.programs.note_rewards(life.holder, lambda notes: [world.store.turn(*note) for note in notes])
     if answered:
         life.wait(id)
-    world.store.close()  # nothing but the log stays: what the store is opened from after a kill
-    world.open()
-    world.quota(1 << 20)
+    world.die()
     life = world.life()
     assert life.ask(ASK) == first
     assert say(life, reward=0.1, bonus=0.3).body == {"rewards": {"reward": 0.1, "bonus": 0.2}}  # another judge

@@ -82,6 +82,8 @@ def test_what_a_file_states_stands() -> None:
     assert (settled.rollout.memory_share, settled.model.dtype) == (0.7, "float32")
     assert plan("gpu8", gpus(8), "learner.ranks=5")[0].rollout.actors == 3
     assert plan("gpu8", gpus(8), "learner.replicas=3")[0].learner.num_ranks % 3 == 0
+    shared = plan("gpu8", gpus(16), "learner.replicas=3", "learner.context_parallel=2")[0]
+    assert shared.learner.num_ranks % 6 == 0 and shared.rollout.num_actors == 16 - shared.learner.num_ranks
 
 
 def test_a_machine_without_a_gpu_has_one_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +104,9 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
     assert "it would fit with learner.activation_checkpointing=true" in problem and "GPU has 80 GiB" in problem
     _, memory = plan("gpu", gpus(1, each=4))
     assert memory.problems
+    long = ("data.max_tokens=131000", "learner.tokens_per_microbatch=133000", "rollout.actors=4", "learner.ranks=4")
+    _, memory = plan("gpu8", gpus(8, each=48), *long, "rollout.memory_share=0.9")
+    assert "it would fit with learner.context_parallel=2" in memory.problems[0]
     _, memory = plan("cluster", gpus(32, each=16))
     assert "raise rollout.tensor_parallel" in memory.problems[0]
     _, memory = plan("gpu8", gpus(2), "rollout.engine=transformers", "rollout.slots=128")
@@ -150,3 +155,6 @@ def test_taking_turns_with_more_gpus_than_pairs_is_refused() -> None:
     with pytest.raises(LaunchError, match="each of 2 GPUs has an engine and a learner rank in turn") as caught:
         plan_memory(settled, model, gpus=gpus(2))
     assert "set both to auto, or to 2" in str(caught.value)
+    config, model = written("gpu", *COLOCATED, "learner.context_parallel=2")
+    with pytest.raises(LaunchError, match=r"learner\.ranks is 3, which learner\.replicas"):
+        plan_memory(settle(config, gpus=gpus(3), model=model), model, gpus=gpus(3))

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pmdflow.config.load import load
 from pmdflow.config.schema import Config
 from pmdflow.data.messages import prompt_key
 from pmdflow.data.mixture import BLOCK, Schedule, shares
 from pmdflow.data.prompts import make_prompts
 from tests.support.data import CHAT_TEMPLATE, make_config, same, save_tokenizer, write_jsonl, write_parquet
+from tests.support.paths import ROOT
 
 weights = st.lists(st.floats(0.001, 1000.0), min_size=1, max_size=6)
 SUMS = {"min_terms": 2, "max_terms": 2, "max_digits": 1}
@@ -158,3 +160,13 @@ def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any]
     task = changes.pop("task", [{"task": "x.jsonl"}])
     with pytest.raises(ValueError, match=message):
         make_config("model", task, **changes)
+
+
+@pytest.mark.parametrize("setting", ["agents.command=[agent]", "rollout.stop=[x]"])
+def test_a_tokenizer_that_finds_no_stop_texts_is_refused_at_the_start(
+    setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pmdflow.data.prompts.load_tokenizer", lambda path: object())
+    config = load(ROOT / "configs" / "quickstart.yaml", [setting]).config
+    with pytest.raises(ValueError, match=r"Rust backend \(tokenizer.json\), not object"):
+        make_prompts(config)

@@ -20,6 +20,7 @@ from pmdflow.export.held import HeldCheckpoint
 from pmdflow.export.options import ExportOptions
 from pmdflow.export.write import export
 from pmdflow.learner.checkpoint.manifest import Manifest, commit_checkpoint, prune
+from tests.support.checkpoint_files import written
 from tests.support.paths import ROOT
 from tests.support.trained_run import MIB, TrainedRun, synthetic_run
 
@@ -134,7 +135,7 @@ def test_the_newest_checkpoint_is_found_whole_however_fast_they_are_pruned(small
             number += 1
             manifest = Manifest.new(root, iteration=number, version=number, lsn=0)
             shutil.copytree(first, manifest.writing)
-            commit_checkpoint(root, manifest)
+            commit_checkpoint(root, manifest, written(manifest.writing))
             prune(root, 1)
 
     writer = threading.Thread(target=write)

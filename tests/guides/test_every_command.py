@@ -32,10 +32,10 @@ FIRST = "up configs/quickstart.yaml"
 SHORTER = {
     "up quickstart.yaml": ["run.iterations=2"],
     "up configs/calculator.yaml": ["run.iterations=2"],
-    "up configs/key_and_door.yaml": ["run.iterations=2"],
     "up configs/quickstart.yaml run.name=mine learner.algorithm=my_algorithm:mine learner.settings.cut=0.3": [
         "run.iterations=2"
     ],
+    "up configs/key_and_door.yaml": ["run.iterations=2"],
     "up configs/quickstart-vllm.yaml": ["run.iterations=2", "eval.prompts=4"],
 }
 """What is trained elsewhere as long as the guide says, or on another engine."""
@@ -50,6 +50,7 @@ ELSEWHERE = {
     "up configs/cluster.yaml --dry-run": "tests/run/test_recipes.py, with a Hub on loopback",
     "up configs/gpu8.yaml --dry-run cluster.gpus=8x80GiB": "tests/run/test_recipes.py, with a Hub on loopback",
     "down runs/quickstart": "test_a_run_goes_on_and_is_drained_from_another_terminal",
+    "scale runs/quickstart rollout=2": "run/test_scaling",
     "up configs/cluster.yaml": "needs several machines: its dry run is tried",
 }
 OWN = {"my_algorithm": "learner/ALGORITHMS.md", "my_policy": "run/RUN.md"}

@@ -1,4 +1,4 @@
-"""The algorithm of the guide, as a reader makes it: it keeps the rules, is short, and trains."""
+"""The algorithm and the scorer of the guide, as a reader makes them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 from pmdflow.cli import app
 from pmdflow.learner.learner import Learner
+from pmdflow.learner.scorers.make import make_scorer
+from pmdflow.learner.scorers.protocol import TokenBatch
 from tests.support.guides import steps
 from tests.support.learner import make_batch, make_config, write_model
 from tests.support.paths import ROOT
@@ -18,7 +20,7 @@ GUIDE = ROOT / "pmdflow" / "learner" / "ALGORITHMS.md"
 
 
 def test_an_own_algorithm_of_twenty_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (snippet,) = (step.text for step in steps(GUIDE) if step.language == "python")
+    snippet = next(step.text for step in steps(GUIDE) if step.language == "python")
     assert len([line for line in snippet.splitlines() if line.strip()]) <= 20
     (tmp_path / "my_algorithm.py").write_text(snippet)
     monkeypatch.chdir(tmp_path)
@@ -36,3 +38,14 @@ def test_an_own_algorithm_of_twenty_lines(tmp_path: Path, monkeypatch: pytest.Mo
         learner.close()
         sys.modules.pop("my_algorithm")
     assert 0.7 <= metrics["learner/credit_share"] <= 1 and metrics["learner/grad_norm"] > 0
+
+
+def test_an_own_scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snippet = [step.text for step in steps(GUIDE) if step.language == "python"][1]
+    (tmp_path / "my_scorer.py").write_text(snippet)
+    monkeypatch.syspath_prepend(tmp_path)
+    scorers = {"first": {"use": "my_scorer:First", "settings": {"value": 2.0}}}
+    scorer = make_scorer(make_config("nowhere", scorers=scorers), "first", device="cpu")
+    sys.modules.pop("my_scorer")
+    batch = TokenBatch.of([[1], [2], [3]], [[4, 5], [], [6]])
+    assert scorer.score(batch)["first"].tolist() == [2.0, 0.0, 2.0]

@@ -14,22 +14,28 @@ import pytest
 from pmdflow.store.archive import parts, read_part
 from pmdflow.types import Mask
 from tests.integration.test_agents import agent_config
+from tests.support.reward import needs_sandbox
 from tests.support.runs import Up, assert_exact
 
 PATIENCE_S = 900.0
 VICTIMS = ("RolloutActor", "Gateway", "StoreActor", "agents.function", "-I -S -c")
 KILLS = 50
+REWARDS = {0.0, 0.125}
+"""What `long_talk` posts on its way, once or, where it was killed too often, not at all."""
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(3600)]
 
 
-def test_fifty_kills(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sandbox", [False, pytest.param(True, marks=needs_sandbox)])
+def test_fifty_kills(tmp_path: Path, sandbox: bool) -> None:
     draw = random.Random(5)
     config = agent_config(
         tmp_path, "agent_programs:long_talk", rollout__flush_interval_s=0.2, scheduler__tokens_per_iteration=100_000
     )
     config["run"]["iterations"] = 1000
     config["eval"] = {"prompts": 0}
+    config["agents"]["sandbox"] = sandbox
+    config["reward"]["functions"][0]["args"] = {"name": "said_2"}
     up, killed = Up(tmp_path, config), dict.fromkeys(VICTIMS, 0)
     up.wait_for(lambda: (up.run / "logs" / "agents").exists(), "the first program", PATIENCE_S)
     while sum(killed.values()) < KILLS and up.process.poll() is None:
@@ -52,6 +58,7 @@ def test_fifty_kills(tmp_path: Path) -> None:
             generated = (claim.mask[start:end] & Mask.GENERATED) != 0
             turns = int((generated[1:] & ~generated[:-1]).sum())
             assert 1 <= turns <= 4
+        assert set(claim.rewards.tolist()) <= REWARDS  # each was said once, however often it was sent
     assert not (up.run / "agents").exists()
     left = [process for process in psutil.process_iter() if str(tmp_path) in " ".join(_command(process))]
     assert left == []

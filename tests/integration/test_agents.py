@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pmdflow.store.archive import parts, read_part
 from pmdflow.types import Mask
 from tests.support.chat_model import chat_model
+from tests.support.reward import needs_sandbox
 from tests.support.runs import Up, assert_exact, small_config
 
 PATIENCE_S = 150.0
@@ -28,8 +29,11 @@ def agent_config(tmp_path: Path, program: str, **overrides: Any) -> dict[str, An
     return config
 
 
-def test_an_unmodified_client_drives_a_run(tmp_path: Path) -> None:
-    up = Up(tmp_path, agent_config(tmp_path, "agent_programs:two_turns"))
+@pytest.mark.parametrize("sandbox", [False, pytest.param(True, marks=needs_sandbox)])
+def test_an_unmodified_client_drives_a_run(tmp_path: Path, sandbox: bool) -> None:
+    config = agent_config(tmp_path, "agent_programs:two_turns")
+    config["agents"]["sandbox"] = sandbox
+    up = Up(tmp_path, config)
     assert up.wait(PATIENCE_S) == 0, up.output
     assert_exact(up)
     for path in parts(up.run):

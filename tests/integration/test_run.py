@@ -12,7 +12,7 @@ import zarr
 from pmdflow.store.archive import parts, read_part
 from pmdflow.types import Mask
 from tests.support.numeric import assert_close
-from tests.support.runs import Up, assert_prompts_once, ledger_of, pmdflow, small_config
+from tests.support.runs import Up, assert_prompts_once, ledger_of, pmdflow, read_lines, small_config
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -29,6 +29,14 @@ def test_every_iteration_is_trained_once_and_published(finished: Up) -> None:
     records = finished.iterations()
     assert [record["iteration"] for record in records] == [1, 2, 3, 4]
     assert [record["version"] for record in records] == [1, 2, 3, 4]
+
+
+def test_every_round_of_evaluation_is_of_one_version_and_a_pause_of_the_only_rollout_actor(finished: Up) -> None:
+    rounds = [record for record in read_lines(finished.run / "metrics.jsonl") if record["kind"] == "eval"]
+    assert [record["eval/version"] for record in rounds] == [record["eval/round"] for record in rounds]
+    assert (rounds[0]["eval/round"], rounds[-1]["eval/round"]) == (0, 4)
+    pauses = [span for span in read_lines(finished.run / "spans.jsonl") if span["name"] == "wait_evaluation"]
+    assert {span["attrs"].get("version", 0) for span in pauses} == {record["eval/version"] for record in rounds}
 
 
 def test_the_ledger_is_exact_in_every_iteration(finished: Up) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,31 @@ def test_losses_and_gradients_are_those_of_one_rank(pool: Ranks, paths: dict[str
             np.testing.assert_allclose(rank[name], expected, atol=1e-5 * scale, rtol=0, err_msg=name)
 
 
-def test_contexts_beside_each_other_train_the_same_curve(start: Any, pool: Ranks, paths: dict[str, str]) -> None:
+def test_experts_are_replayed_where_their_tokens_are(pool: Ranks, paths: dict[str, str]) -> None:
+    batch, random = make_batch(), np.random.default_rng(3)
+    chosen = random.permuted(np.tile(np.arange(1, 5, dtype=np.uint8), (len(batch.tokens), 2, 1)), axis=2)[..., :2]
+    chosen[::7] = 0  # nothing is recorded of some
+    batch = replace(batch, extra={"experts": chosen})
+    (own,) = pool.call(gradients, make_config(paths["qwen3_moe"]), batch)
+    (one,) = pool.call(gradients, make_config(paths["qwen3_moe"], router_replay=True), batch)
+    shared = make_config(paths["qwen3_moe"], router_replay=True, ranks=4, context_parallel=4)
+    found = pool.call(gradients, shared, batch)[3]
+    (router,) = [name for name in one if name.endswith("layers.0.mlp.gate.weight")]
+    assert np.abs(one[router] - own[router]).max() > 1e-2 * np.abs(own[router]).max()
+    np.testing.assert_allclose(found[router], one[router], atol=1e-5 * np.abs(one[router]).max(), rtol=0)
+    assert found["loss"] == pytest.approx(one["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_contexts_beside_each_other_train_the_same_curve(
+    start: Any, pool: Ranks, paths: dict[str, str], replicas: int
+) -> None:
     claims, settings = two_claims(), {"steps_per_iteration": 2, "veto": True, "importance_weights": "token"}
     config = make_config(paths["qwen3"], **settings)
     one = start(config)
     expected: list[TrainResult] = [one.train(claim) for claim in claims]
-    shared = make_config(paths["qwen3"], ranks=4, context_parallel=2, activation_checkpointing=True, **settings)
+    settings |= {"activation_checkpointing": True, "replicas": replicas}
+    shared = make_config(paths["qwen3"], ranks=4, context_parallel=2, **settings)
     found = pool.train(shared, claims)
     for rank in found:
         assert rank.metrics == found[0].metrics and rank.left_out == found[0].left_out

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from pmdflow.learner.batch import plan_iteration
 from pmdflow.types import Mask
+from tests.support.checkpoint_files import written
 from tests.support.learner import (
     assert_losses_alike,
     assert_metrics_alike,
@@ -77,6 +78,7 @@ def test_one_rank_resumed_by_two_and_again_by_one(start, pool, model_path, tmp_p
     learner.await_saved()
     ranks = pool.train(make_config(model_path, ranks=2), claims, load=first, save=second, save_after=2)
     found += step_losses(ranks[0].metrics)
+    assert sorted((*ranks[0].files, *ranks[1].files), key=lambda file: file.path) == written(second)
     learner.load(str(second))
     found += losses(learner.train(claim) for claim in claims)
     assert_losses_alike(found, expected)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pmdflow.metrics.claim import episode_lengths
-from pmdflow.metrics.order import AdmissionOrder
+from pmdflow.metrics.order import AdmissionOrder, Claimed
 from pmdflow.types import Claim
 from tests.support.fixture_run import make_batch
 
@@ -38,7 +38,7 @@ def test_they_are_those_of_a_plain_loop(data: st.DataObject) -> None:
             untrained.append(len(admitted))
             order.admitted(untrained, iteration=iteration)
             admitted[len(admitted)] = iteration
-        values = order.claimed(_claim(iteration, groups), oldest_untrained=untrained[0])
+        values = order.claimed(Claimed.of(_claim(iteration, groups)), oldest_untrained=untrained[0])
         delays = [iteration - admitted[group] for group in groups]
         passed = [sum(other > group for other in trained) for group in groups]
         trained += groups
@@ -52,9 +52,9 @@ def test_lengths_in_order_wait_for_the_oldest_untrained_group() -> None:
     order = AdmissionOrder()
     order.admitted(range(3), iteration=1)
     young, old = _claim(1, [1]), _claim(2, [0])
-    assert order.claimed(young, oldest_untrained=0)["trajectory/length_in_order_mean"] is None
+    assert order.claimed(Claimed.of(young), oldest_untrained=0)["trajectory/length_in_order_mean"] is None
     lengths = np.concatenate([episode_lengths(young), episode_lengths(old)])
-    found = order.claimed(old, oldest_untrained=2)["trajectory/length_in_order_mean"]
+    found = order.claimed(Claimed.of(old), oldest_untrained=2)["trajectory/length_in_order_mean"]
     assert found == pytest.approx(lengths.mean())
 
 
@@ -63,13 +63,13 @@ def test_deciles_follow_length() -> None:
     lengths = episode_lengths(claim).reshape(10, SIZE).sum(1)
     for group, length in enumerate(lengths):
         order.admitted([group], iteration=1 if length > np.median(lengths) else 4)
-    found = order.claimed(claim, oldest_untrained=None)["trajectory/delay_by_decile"]
+    found = order.claimed(Claimed.of(claim), oldest_untrained=None)["trajectory/delay_by_decile"]
     assert found[-1] == 3.0 and found[0] < 3.0
 
 
 def test_what_was_admitted_before_it_began_is_left_out() -> None:
     order = AdmissionOrder()
     order.admitted([5], iteration=2)
-    values = order.claimed(_claim(3, [4, 5]), oldest_untrained=None)
+    values = order.claimed(Claimed.of(_claim(3, [4, 5])), oldest_untrained=None)
     assert values["trajectory/delay_mean"] == 1 and values["trajectory/bypasses_max"] == 0
-    assert order.claimed(_claim(4, [3]), oldest_untrained=None)["trajectory/delay_mean"] is None
+    assert order.claimed(Claimed.of(_claim(4, [3])), oldest_untrained=None)["trajectory/delay_mean"] is None

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from pmdflow.cli import app
@@ -25,6 +26,8 @@ from pmdflow.replay.training import train_on_stored
 from pmdflow.store.archive import parts, read_part
 from pmdflow.types import TrainBatch
 from tests.support.fixture_run import make_batch
+from tests.support.paths import TINY
+from tests.support.runs import Up
 from tests.support.trained_run import TrainedRun
 
 torch.set_num_threads(1)
@@ -64,10 +67,10 @@ def test_training_from_stored_rollouts_is_resumed_and_ends_the_same(
     assert train_on_stored(run, once, settings) == 0
     commit = training.commit_checkpoint
 
-    def killed(root, manifest):  # type: ignore[no-untyped-def]
+    def killed(root, manifest, files):  # type: ignore[no-untyped-def]
         if manifest.iteration == 2:
             raise KeyboardInterrupt
-        return commit(root, manifest)
+        return commit(root, manifest, files)
 
     monkeypatch.setattr(training, "commit_checkpoint", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -80,6 +83,49 @@ def test_training_from_stored_rollouts_is_resumed_and_ends_the_same(
     assert [read_part(path).groups[0] for path in parts(once)] == [1000, 2000, 1000], "again from the first"
     with pytest.raises(LaunchError, match="was begun with other settings"):
         train_on_stored(run, once, [*settings, "learner.tau=0.3"])
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The run's model with other weights in its last layer."""
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_pretrained(TINY)
+    with torch.no_grad():
+        for parameter in model.model.layers[-1].parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    path = tmp_path_factory.mktemp("teacher")
+    model.save_pretrained(path)
+    return str(path)
+
+
+def test_a_teacher_teaches_from_stored_rollouts_as_it_does_online(tmp_path: Path, teacher: str) -> None:
+    with TrainedRun(tmp_path / "online", learner__algorithm="opd", learner__teacher=teacher) as online:
+        online.train(1)
+    taught = ["learner.algorithm=opd", f"learner.teacher={teacher}", "learner.importance_weights=none"]
+    out = tmp_path / "offline"
+    assert train_on_stored(online.path, out, ["run.iterations=1", *taught]) == 0
+    ((_, first),), ((_, other),) = iterations(online.path).items(), iterations(out).items()
+    keys = ("learner/step_losses", "learner/grad_norm", "learner/credit_teacher_kl", "learner/teacher_tokens")
+    assert [first[key] for key in keys] == [other[key] for key in keys], "bit for bit"
+    assert first["learner/teacher_tokens"] == len(read_part(parts(online.path)[0]).tokens)
+    assert any(first["learner/step_losses"])
+
+
+@pytest.mark.nightly
+def test_a_real_kill_of_training_from_stored_rollouts_ends_the_same(run: Path, tmp_path: Path) -> None:
+    settings = ["--set", "learner.algorithm=grpo", "--set", "run.iterations=60", "--set", "learner.checkpoint_every=1"]
+
+    def begin(out: Path) -> Up:
+        return Up.of(["replay", str(run), "--train", str(out), *settings], tmp_path, run=out)
+
+    once, again = begin(tmp_path / "once"), begin(tmp_path / "again")
+    assert once.wait() == 0, once.output
+    again.wait_for(lambda: again.reached(2), "iteration 2")
+    again.kill_everything()
+    assert not again.reached(60)
+    resumed = begin(tmp_path / "again")
+    assert resumed.wait() == 0, resumed.output
+    assert losses(resumed.run) == losses(once.run) and len(losses(once.run)) == 60
 
 
 def test_what_generated_its_rollouts_is_not_trained_over(run: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pmdflow.config.schema import Config
 from pmdflow.data.tokenizer import load_tokenizer
 from pmdflow.errors import PmdflowError
 from pmdflow.metrics.report import ActorReport
-from pmdflow.run.actors import make_loops, start_store
+from pmdflow.run.actors import LoopMaker, start_store
 from pmdflow.run.placement import place_rewards
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.answers import EvalResult
@@ -102,7 +102,7 @@ def test_actors_on_two_nodes_score_what_the_store_hands_them(cluster: Cluster, t
     store = start_store(config, tmp_path)
     metadata = {"told": str(told), "messages": [{"role": "user", "content": "What is it?"}]}
     generate(store, config, [*map(str, range(40)), "invalid", "raise", "sleep", "<think>40</think>"], metadata)
-    loops = make_loops(config, tmp_path, store, [{}])[1:]
+    loops = LoopMaker(config, tmp_path, store, [{}]).all()[1:]
     assert [loop.name for loop in loops] == ["reward-0", "reward-1"]
     actors, runs = zip(*(loop.start(None, "") for loop in loops), strict=True)
     assert results(store) == [*(100.0 + number for number in range(40)), 0.0, None, None, 140.0]
@@ -154,12 +154,12 @@ def test_of_two_answers_to_one_attempt_the_first_stands(cluster: Cluster, tmp_pa
 
 def test_an_actor_says_why_it_cannot_score(cluster: Cluster, tmp_path: Path) -> None:
     store = start_store(make_config(tmp_path), tmp_path)
-    _, loop = make_loops(make_config(tmp_path, "graders:obay"), tmp_path, store, [{}])
+    _, loop = LoopMaker(make_config(tmp_path, "graders:obay"), tmp_path, store, [{}]).all()
     with pytest.raises(ValueError, match="did you mean 'obey'"):
         ray.get(loop.start(None, "")[1], timeout=120)
     config = make_config(tmp_path, max_failures_in_a_row=3)
     generate(store, config, ["raise", "none", "raise"], {})
-    _, loop = make_loops(config, tmp_path, store, [{}])
+    _, loop = LoopMaker(config, tmp_path, store, [{}]).all()
     with pytest.raises(
         PmdflowError, match=r"3 scorings in a row failed (?s:.*)the first: graders.obey: (?s:.*)mend what reward"
     ):

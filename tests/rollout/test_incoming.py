@@ -46,3 +46,18 @@ def test_a_version_that_nobody_takes_is_named_after_the_deadline() -> None:
     incoming.offer(4, "a")
     with pytest.raises(WaitTimeout, match=r"policy version 4 was not in use after 0\.01 s; the engine has 0"):
         incoming.await_applied(4, timeout_s=0.01)
+
+
+def test_whoever_waits_for_an_offer_can_do_something_else_meanwhile() -> None:
+    """The learner that will publish may want the device of the engine that waits for it."""
+    incoming, looked = IncomingWeights(), []
+
+    def look() -> None:
+        looked.append(True)
+        if len(looked) == 2:
+            incoming.offer(1, "a")
+
+    incoming.await_offer(timeout_s=WAIT_S, meanwhile=look)
+    assert len(looked) == 2 and incoming.waiting
+    with pytest.raises(WaitTimeout, match=r"no policy version was published within 0\.01 s"):
+        IncomingWeights().await_offer(timeout_s=0.01, meanwhile=look)

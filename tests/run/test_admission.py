@@ -25,10 +25,11 @@ def iterated(monkeypatch: pytest.MonkeyPatch, *, iterations: int) -> list[str]:
         run=SimpleNamespace(iterations=iterations), learner=SimpleNamespace(checkpoint_every=1)
     )
     given._store = None
-    given._supervisor = SimpleNamespace(learners=[], draining=False, get=says("read the claim"))
+    given._supervisor = SimpleNamespace(learners=[], draining=False, get=says("its numbers"))
     given._learners = SimpleNamespace(wait=says("train", [result]))
     given._checkpoints = SimpleNamespace(commit=says("commit"), save=says("save"))
-    given._held_out = SimpleNamespace(turn=says("evaluate"))
+    given._devices = SimpleNamespace(to_learner=lambda: None, to_engines=lambda: None)
+    given._held_out = SimpleNamespace(claimed=says("idle"), published=says("evaluate"))
     monkeypatch.setattr(module, "call", lambda *asked: None)
     for name in ("_take_discards", "_counts", "_record"):
         monkeypatch.setattr(given, name, says(name.strip("_")), raising=False)
@@ -44,7 +45,7 @@ def iterated(monkeypatch: pytest.MonkeyPatch, *, iterations: int) -> list[str]:
 def test_admission_follows_a_publication_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     done = iterated(monkeypatch, iterations=2)
     after = done[done.index("publish") :]
-    assert after == ["publish", "admit", "save", "evaluate", "read the claim", "record"]
+    assert after == ["publish", "evaluate", "admit", "save", "its numbers", "record"]
 
 
 def test_nothing_is_admitted_after_the_last_iteration(monkeypatch: pytest.MonkeyPatch) -> None:

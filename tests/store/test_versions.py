@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from pmdflow.store import TrajectoryStore
 from pmdflow.types import Lease
 from tests.support.filled_store import PROMPT, admit, quota, ready_store, segment
@@ -114,3 +116,22 @@ def test_evaluation_is_begun_by_the_newest_and_is_of_one_version() -> None:
     publish(store, 2)
     assert leased(store, 2) == []
     assert leased(store, 1) == [lease.trajectory]
+
+
+@pytest.mark.parametrize("one_version", [False, True])
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_an_evaluation_that_is_asked_for_alone_is_of_one_version(one_version: bool, lookahead: int) -> None:
+    store = ready_store(one_version=one_version, lookahead=lookahead)
+    admit(store)
+    for number in range(3):
+        store.admit(f"eval-{number}", PROMPT, kind="eval", group_size=1, max_tokens=9)
+    assert [lease.kind for lease in store.lease("trains", 0, 1, 0.0, kind="train")] == ["train"]
+    begun, _ = store.lease("dies", 0, 2, 0.0, kind="eval")
+    store.append([segment(begun, 3)])
+    publish(store, 1)
+    store.fence("dies")
+    assert [lease.trajectory for lease in store.lease("newer", 1, 1, 0.0, kind="eval")] == [begun.trajectory + 1]
+    left = store.lease("older", 0, 9, 0.0, kind="eval")  # begun by its version, or by none
+    assert [(lease.trajectory, lease.grant) for lease in left] == [(begun.trajectory, 6), (begun.trajectory + 2, 9)]
+    assert store.append([segment(left[1], 2)])[1][0].tokens == 7, "an old version may begin what is evaluated"
+    assert store.lease("older", 0, 9, 0.0, kind="eval") == store.lease("newer", 1, 9, 0.0, kind="eval") == []

@@ -31,6 +31,6 @@ def long_talk(prompt: str, model: str) -> float:
         answer = client.chat.completions.create(model=model, messages=messages, max_tokens=40)
         messages.append({"role": "assistant", "content": answer.choices[0].message.content})
         if question is not None:
-            client.post("/reward", body={f"said_{len(messages)}": 1.0}, cast_to=object)
+            client.post("/reward", body={f"said_{len(messages)}": 0.125}, cast_to=object)
             messages.append({"role": "user", "content": question})
     return 0.5 + len(str(messages)) % 2

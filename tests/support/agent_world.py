@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,15 @@ class World:
         self.store = TrajectoryStore(
             self.folder, groups_per_iteration=1, lookahead=9, max_staleness=None, min_group_size=1
         )
+
+    def die(self) -> None:
+        """Everything is killed: what is on the disk at this moment is all that the next store knows."""
+        left = self.folder.with_name(f"{self.folder.name}-{self.number}")
+        shutil.copytree(self.folder, left)
+        self.store.close()
+        self.folder = left
+        self.open()
+        self.quota(1 << 20)
 
     def quota(self, tokens: int) -> None:
         self.store.set_quota(Quota(version=0, groups=9, tokens=tokens, tokens_per_segment=None))

@@ -103,7 +103,7 @@ class FixtureRun:
     def evaluate(self) -> None:
         """Record one held-out evaluation."""
         values = {"eval/round": self.done, "eval/reward_mean": self._skill(), "eval/prompts": 128}
-        versions = {"eval/first_version": self.done, "eval/last_version": self.done, "eval/length_mean": 40.0}
+        versions = {"eval/version": self.done, "eval/length_mean": 40.0}
         self.recorder.metric("eval", {**values, **versions})
 
     def iterate(self, count: int = 1, *, archive: bool = True) -> None:

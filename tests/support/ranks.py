@@ -11,11 +11,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
+import torch.distributed as dist
 
 from pmdflow.config.schema import Config
-from pmdflow.learner.fsdp import free_address
+from pmdflow.learner.checkpoint.manifest import CheckpointFile
+from pmdflow.learner.fsdp import build_policy, free_address, join_ranks
 from pmdflow.learner.learner import Learner
 from pmdflow.types import TrainBatch
+from tests.support.resident import most_resident
 
 TIMEOUT_S = 90.0
 Answer = TypeVar("Answer")
@@ -30,6 +34,8 @@ class Trained:
     left_out: list[dict[str, list[int]]]
     weights: dict[str, npt.NDArray[np.float32]] | None
     """At rank 0."""
+    files: tuple[CheckpointFile, ...]
+    """What it says it wrote."""
 
 
 class Ranks:
@@ -71,6 +77,12 @@ class Ranks:
         ranks = [self._processes[rank].submit(_refusal, rank, config, master) for rank in range(config.learner.ranks)]
         return [rank.result(TIMEOUT_S) for rank in ranks]
 
+    def loading(self, config: Config) -> list[int]:
+        """The bytes by which each rank's memory grows at most while it loads its part of the model."""
+        master = free_address("127.0.0.1")
+        ranks = [self._processes[rank].submit(_loading, rank, config, master) for rank in range(config.learner.ranks)]
+        return [rank.result(TIMEOUT_S) for rank in ranks]
+
     def kill(self) -> None:
         """End all processes."""
         for pool in self._processes:
@@ -102,10 +114,23 @@ def _train(
         return Trained(
             metrics=[result.metrics for result in results],
             left_out=[result.left_out for result in results],
+            files=learner.await_saved(),
             weights=None if weights is None else {name: tensor.numpy() for name, tensor in weights.items()},
         )
     finally:
         learner.close()
+
+
+def _loading(rank: int, config: Config, master: str) -> int:
+    learner = config.learner
+    torch.set_num_threads(1)
+    mesh = join_ranks(master, rank=rank, ranks=learner.num_ranks, device=torch.device("cpu"))
+    try:
+        with most_resident() as most:
+            build_policy(config.model.path, dtype=config.model.dtype, learner=learner, mesh=mesh)
+        return most()
+    finally:
+        dist.destroy_process_group()
 
 
 def _refusal(rank: int, config: Config, master: str) -> str:

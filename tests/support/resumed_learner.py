@@ -44,9 +44,9 @@ def main(model: str, directory: Path, hold: int) -> None:
             print("holding", flush=True)
             sys.stdin.read()
         if pending is not None:
-            learner.await_saved()
+            files = learner.await_saved()
             torch.save(losses, directory / "losses.pt")
-            commit_checkpoint(root, pending)
+            commit_checkpoint(root, pending, files)
         pending = Manifest.new(root, iteration=number, version=number, lsn=0)
         learner.save(str(pending.writing))
     torch.save({"losses": losses, "weights": learner.weights()}, directory / "final.pt")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,22 +60,48 @@ def small_config(directory: Path, **overrides: Any) -> dict[str, Any]:
 class Up:
     """A `pmdflow up` process, with the run directory that it writes."""
 
-    def __init__(self, directory: Path, config: dict[str, Any], *, terminal: int | None = None) -> None:
-        """Start it; its output goes to a file, or to a terminal that becomes its controlling one."""
+    def __init__(
+        self,
+        directory: Path,
+        config: dict[str, Any],
+        *,
+        terminal: int | None = None,
+        prefix: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start it, after a command `prefix`; output goes to a file, or a terminal that becomes its controlling one."""
         self.run = Path(config["run"]["dir"]) / config["run"]["name"]
         self.file = directory / "small.yaml"
         self.file.write_text(yaml.safe_dump(config))
-        self._output = directory / f"up-{time.time_ns()}.log"
+        self._start(["up", str(self.file)], directory, terminal, prefix, env or {})
+
+    @classmethod
+    def of(cls, arguments: list[str], directory: Path, *, run: Path) -> Up:
+        """Another command that writes the run directory `run`."""
+        command = cls.__new__(cls)
+        command.run = run
+        command._start(arguments, directory)
+        return command
+
+    def _start(
+        self,
+        arguments: list[str],
+        directory: Path,
+        terminal: int | None = None,
+        prefix: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self._output = directory / f"{arguments[0]}-{time.time_ns()}.log"
         with open(self._output, "wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pmdflow.cli", "up", str(self.file)],
+                [*prefix, sys.executable, "-m", "pmdflow.cli", *arguments],
                 stdin=subprocess.DEVNULL if terminal is None else terminal,
                 stdout=output if terminal is None else terminal,
                 stderr=subprocess.STDOUT,
                 preexec_fn=None if terminal is None else lambda: fcntl.ioctl(1, termios.TIOCSCTTY, 0),
                 cwd=ROOT,
                 start_new_session=True,
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **(env or {})},
             )
 
     @property
@@ -103,6 +129,10 @@ class Up:
     def iterations(self) -> list[dict[str, Any]]:
         """Iteration records so far."""
         return [record for record in read_lines(self.run / "metrics.jsonl") if record["kind"] == "iteration"]
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Numbers of the store, one a second while the actors are watched."""
+        return [record for record in read_lines(self.run / "metrics.jsonl") if record["kind"] == "sample"]
 
     def reached(self, iteration: int) -> bool:
         """Whether this iteration is done."""

@@ -18,6 +18,7 @@ from pmdflow.metrics.recorder import Recorder
 from pmdflow.run.directory import RunDirectory
 from pmdflow.store.archive import write_part
 from pmdflow.types import Claim
+from tests.support.checkpoint_files import written
 from tests.support.fixture_run import make_batch
 from tests.support.paths import TINY
 from tests.support.runs import small_config
@@ -56,8 +57,7 @@ class TrainedRun:
             result = self.learner.train(batch)
             manifest = Manifest.new(self.path / "checkpoints", iteration=self.done, version=self.done, lsn=0)
             self.learner.save(str(manifest.writing))
-            self.learner.await_saved()
-            commit_checkpoint(manifest.root, manifest)
+            commit_checkpoint(manifest.root, manifest, self.learner.await_saved())
             prune(manifest.root, keep)
             write_part(self.path, batch, attrs=self._owner.archive_attrs(self.config))
             identity = {"iteration": self.done, "version": self.done, "learner/lr": np.float64(1e-2)}
@@ -110,7 +110,7 @@ def synthetic_run(directory: Path, *, num_layers: int, hidden_size: int) -> Path
     manifest.writing.mkdir(parents=True)
     state = {"model": {f"model.{name}": torch.randn(shape) for name, shape in shapes.items()}}
     save(state, checkpoint_id=manifest.writing, no_dist=True)
-    commit_checkpoint(manifest.root, manifest)
+    commit_checkpoint(manifest.root, manifest, written(manifest.writing))
     settings = Config.model_validate(small_config(directory, run__name="synthetic", model__path=str(folder)))
     (run / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     (run / "meta.json").write_text(json.dumps({"pmdflow": "0.1.0"}))

@@ -14,7 +14,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pmdflow.weights.file import BLOCK_BYTES, NamedTensors, WeightsFile, digest_of, write_file
+from pmdflow.weights.blocks import BLOCK_BYTES, digest_of
+from pmdflow.weights.file import NamedTensors, WeightsFile, write_file
 
 MIXED = {
     "odd": torch.arange(7, dtype=torch.uint8),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import ray
 import torch
 
 from pmdflow.errors import PmdflowError, WeightsLost
+from pmdflow.weights import object_store
 from pmdflow.weights.file import NamedTensors
 from pmdflow.weights.filesystem import FilesystemTransport
 from pmdflow.weights.held import NodeNotes
@@ -83,14 +85,21 @@ class Holder:
     def publish(self, version: int) -> WeightsHandle:
         return self._transport.publish(version, NamedTensors.of(WEIGHTS | {"c": torch.arange(3 << 20)}))
 
+    def pid(self) -> int:
+        return os.getpid()
+
+    def wait_at_most(self, seconds: float) -> None:
+        """For a piece of another process."""
+        object_store.PIECE_TIMEOUT_S = seconds
+
     def fetch(self, handle: WeightsHandle, *, timeout_s: float = 60.0) -> tuple[int, int, float]:
         """Inode of the file, process id, and what the weights are."""
         file = self._transport.fetch(handle, timeout_s=timeout_s)
         inode = os.fstat(file.descriptor).st_ino
         return inode, os.getpid(), int(file["c"].sum()) + float(file["b"].sum())
 
-    def read_weights(self, version: int, offset: int, num_bytes: int) -> Any:
-        return self._transport.read(version, offset, num_bytes)
+    def read_weights(self, version: int, offset: int, num_bytes: int, delta: bool) -> Any:
+        return self._transport.read(version, offset, num_bytes, delta=delta)
 
 
 EXPECTED = int(torch.arange(3 << 20).sum()) - 0.75
@@ -128,13 +137,26 @@ def test_another_node_copies_it_once_from_the_learner_or_a_peer(holders: Callabl
     assert ask(third.fetch.remote(with_peers))[2] == EXPECTED
 
 
+def test_a_peer_that_is_stopped_holds_nobody(holders: Callable[..., Any]) -> None:
+    learner, stopped, third = holders(), holders("b"), holders("c")
+    handle = ask(learner.publish.remote(7))
+    ask(stopped.fetch.remote(handle))
+    ask(third.wait_at_most.remote(1.0))
+    process = ask(stopped.pid.remote())
+    os.kill(process, signal.SIGSTOP)
+    try:
+        assert ask(third.fetch.remote(dataclasses.replace(handle, peers=(stopped,))))[2] == EXPECTED
+    finally:
+        os.kill(process, signal.SIGKILL)
+
+
 def test_weights_that_nobody_has_any_more_are_lost_by_name(holders: Callable[..., Any]) -> None:
     learner, far = holders(), holders("b")
     handle = ask(learner.publish.remote(7))
     ask(learner.publish.remote(8))
-    with pytest.raises(WeightsLost, match=r"version 7 died with those that had them: .*version 7 any more"):
+    with pytest.raises(WeightsLost, match=r"version 7 are lost: those that had them died .*version 7 any more"):
         ask(far.fetch.remote(handle))
     newest = ask(learner.publish.remote(9))
     ray.kill(learner)
-    with pytest.raises(WeightsLost, match="version 9 died with those that had them"):
+    with pytest.raises(WeightsLost, match="version 9 are lost: those that had them died"):
         ask(far.fetch.remote(newest))

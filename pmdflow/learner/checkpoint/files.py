@@ -15,10 +15,13 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from pmdflow.errors import PmdflowError, WaitTimeout
+from pmdflow.learner.checkpoint.manifest import CheckpointFile
+from pmdflow.learner.checkpoint.summing import SummingWriter
 from pmdflow.learner.policy import Policy
 from pmdflow.learner.view import State
 
 _KEPT = "kept"
+_SCORERS = "scorers"
 WRITE_TIMEOUT_S = 3600.0
 """A checkpoint that is not written after this long never will be."""
 
@@ -35,44 +38,54 @@ class AsyncSaver:
     def __init__(self) -> None:
         # A group of its own: two threads must not mix their collectives in one.
         self._group = dist.new_group(backend="gloo")
-        self._writing: Future[Any] | None = None
-        self._directory = ""
+        self._writing: tuple[Future[Any], SummingWriter] | None = None
 
     def save(self, state: dict[str, Any], directory: str) -> None:
         """Copy `state` and begin to write it; waits for the save before it, if that is still going on."""
         self.wait()
-        writing = async_save(state, checkpoint_id=directory, process_group=self._group)
+        writer = SummingWriter(directory)
+        writing = async_save(state, checkpoint_id=directory, storage_writer=writer, process_group=self._group)
         assert isinstance(writing, Future), "only a stager of one's own makes it answer otherwise"
-        self._writing, self._directory = writing, directory
+        self._writing = writing, writer
 
-    def wait(self) -> None:
+    def wait(self) -> tuple[CheckpointFile, ...]:
         """Wait until the last save's files are whole.
+
+        Returns:
+            Those that this rank wrote; none if that was said before.
 
         Raises:
             PmdflowError: they could not be written, on whichever rank.
             WaitTimeout: they were not written in time.
         """
-        writing, self._writing = self._writing, None
-        if writing is None:
-            return
+        saving, self._writing = self._writing, None
+        if saving is None:
+            return ()
+        writing, writer = saving
         try:
             writing.result(timeout=WRITE_TIMEOUT_S)
+            return writer.written()
         except TimeoutError as error:
-            raise WaitTimeout(f"checkpoint {self._directory} was not written in {WRITE_TIMEOUT_S:g} s") from error
+            raise WaitTimeout(f"checkpoint {writer.path} was not written in {WRITE_TIMEOUT_S:g} s") from error
         except CheckpointException as error:  # a BaseException
             causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in sorted(error.failures.items()))
             raise PmdflowError(
-                f"checkpoint {self._directory} cannot be written: {causes}",
+                f"checkpoint {writer.path} cannot be written: {causes}",
                 hint="free space on its disk, then start the same `pmdflow up` again: it resumes",
             ) from error
 
 
 def training_state(
-    policy: Policy, optimizer: torch.optim.Optimizer, num_steps: int, kept: State | None = None
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    num_steps: int,
+    kept: State | None = None,
+    scorers: dict[str, bytes] | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint holds; the tensors are the live shards, and loading fills them in place.
 
-    `kept` is what algorithm and group rewards keep from claim to claim; None if nothing.
+    `kept` is what algorithm and group rewards keep from claim to claim; None if nothing. `scorers` is what the scorers
+    that learn do, by name.
     """
     has_moments = bool(optimizer.state)
     model, moments = get_state_dict(policy, optimizer, options=_options(policy))
@@ -84,6 +97,7 @@ def training_state(
     }
     return {
         **({} if kept is None else {_KEPT: json.dumps(kept)}),
+        **({_SCORERS: scorers} if scorers else {}),
         # A tied name of a frozen tensor is still there.
         "model": {name: tensor for name, tensor in model.items() if name not in frozen},
         "optimizer": moments,
@@ -93,14 +107,19 @@ def training_state(
     }
 
 
-def load_training(policy: Policy, optimizer: torch.optim.Optimizer, directory: str) -> tuple[int, State | None]:
+def load_training(
+    policy: Policy, optimizer: torch.optim.Optimizer, directory: str
+) -> tuple[int, State | None, dict[str, bytes]]:
     """Put policy, optimizer and random state where `directory` has them.
 
     Returns:
-        The optimizer steps taken, and what algorithm and group rewards kept; None if the checkpoint has none of that.
+        The optimizer steps taken, what algorithm and group rewards kept (None if the checkpoint has none of that), and
+        what scorers did, by name.
     """
-    has_kept = _KEPT in FileSystemReader(directory).read_metadata().state_dict_metadata
-    state = training_state(policy, optimizer, 0, {} if has_kept else None)
+    named = FileSystemReader(directory).read_metadata().state_dict_metadata
+    has_kept = _KEPT in named
+    scorers = {name.removeprefix(f"{_SCORERS}."): b"" for name in named if name.startswith(f"{_SCORERS}.")}
+    state = training_state(policy, optimizer, 0, {} if has_kept else None, scorers)
     load_state(state, checkpoint_id=directory)
     set_state_dict(
         policy,
@@ -112,7 +131,8 @@ def load_training(policy: Policy, optimizer: torch.optim.Optimizer, directory: s
     if not state["has_moments"]:
         optimizer.state.clear()
     torch.set_rng_state(state["random"])
-    return int(state["num_steps"]), json.loads(state[_KEPT]) if has_kept else None
+    kept = json.loads(state[_KEPT]) if has_kept else None
+    return int(state["num_steps"]), kept, state.get(_SCORERS, {})
 
 
 def _options(policy: Policy) -> StateDictOptions:

@@ -90,27 +90,35 @@ class Manifest:
         return self.root / f"iteration-{self.iteration:06d}.json"
 
 
-def commit_checkpoint(root: Path, manifest: Manifest) -> Manifest:
+def commit_checkpoint(root: Path, manifest: Manifest, files: Iterable[CheckpointFile]) -> Manifest:
     """Make the files in `manifest.writing` the checkpoint of its iteration; a crash leaves all of it or nothing.
 
-    An earlier checkpoint of the same iteration is replaced.
+    An earlier checkpoint of the same iteration is replaced. Only sizes are looked at: whoever wrote the files has
+    synced and summed them.
+
+    Args:
+        root: Directory of the checkpoints.
+        manifest: What the checkpoint covers.
+        files: All that were written, by whichever rank.
 
     Returns:
         The manifest with its list of files.
 
     Raises:
-        ValueError: the manifest belongs to another root, or `writing` holds no file.
+        ValueError: the manifest belongs to another root, or no file was written.
+        PmdflowError: what is in `writing` is not what was written.
     """
     if manifest.root != root:
         raise ValueError(f"the manifest is of {manifest.root}, not of {root}: make it with Manifest.new({root}, ...)")
-    files = tuple(_describe(manifest.writing, path) for path in _files(manifest.writing))
-    if not files:
+    written = tuple(sorted(files, key=lambda file: file.path))
+    if not written:
         raise ValueError(f"{manifest.writing} holds no file: save the learner there before the commit")
+    _require_written(manifest.writing, written)
     _discard(manifest)
     for directory in [manifest.writing, *(path for path in manifest.writing.rglob("*") if path.is_dir())]:
         durable.sync(directory)
     durable.rename(manifest.writing, manifest.directory)
-    committed = replace(manifest, files=files)
+    committed = replace(manifest, files=written)
     durable.write(manifest.path, json.dumps(_to_json(committed), indent=1) + "\n")
     return committed
 
@@ -120,12 +128,12 @@ def newest_manifest(root: Path, *, checksums: bool = True) -> Manifest | None:
 
     With `checksums` every byte of it is read; beside a run that prunes it, it may be gone before that is done.
     """
-    return next((found for found in reversed(_manifests(root)) if _intact(found, checksums=checksums)), None)
+    return next((found for found in reversed(manifests(root)) if _intact(found, checksums=checksums)), None)
 
 
 def oldest_manifest(root: Path) -> Manifest | None:
     """The oldest checkpoint whose files all have the recorded size, or None."""
-    return next((found for found in _manifests(root) if _intact(found, checksums=False)), None)
+    return next((found for found in manifests(root) if _intact(found, checksums=False)), None)
 
 
 def manifest_at(root: Path, iteration: int) -> Manifest:
@@ -134,7 +142,7 @@ def manifest_at(root: Path, iteration: int) -> Manifest:
     Raises:
         PmdflowError: there is none; the message lists those that exist.
     """
-    found = [manifest for manifest in _manifests(root) if _intact(manifest, checksums=False)]
+    found = [manifest for manifest in manifests(root) if _intact(manifest, checksums=False)]
     for manifest in found:
         if manifest.iteration == iteration:
             return manifest
@@ -152,7 +160,7 @@ def prune(root: Path, keep: int) -> None:
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}; without a checkpoint a run cannot resume: keep at least 1")
-    kept = [manifest for manifest in _manifests(root) if _intact(manifest, checksums=False)][-keep:]
+    kept = [manifest for manifest in manifests(root) if _intact(manifest, checksums=False)][-keep:]
     names = {path.name for manifest in kept for path in (manifest.path, manifest.directory)}
     doomed = [path for path in root.iterdir() if _OURS.fullmatch(path.name) and path.name not in names]
     for path in doomed:
@@ -164,8 +172,8 @@ def prune(root: Path, keep: int) -> None:
             shutil.rmtree(path)
 
 
-def _manifests(root: Path) -> list[Manifest]:
-    """Every manifest that can be read, oldest first; a damaged one is as good as none."""
+def manifests(root: Path) -> list[Manifest]:
+    """Every checkpoint whose manifest can be read, oldest first; a damaged one is as good as none."""
     if not root.is_dir():
         return []
     found = []
@@ -215,13 +223,21 @@ def _discard(manifest: Manifest) -> None:
         shutil.rmtree(manifest.directory)
 
 
-def _files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file())
-
-
-def _describe(directory: Path, path: Path) -> CheckpointFile:
-    durable.sync(path)
-    return CheckpointFile(path=path.relative_to(directory).as_posix(), size=path.stat().st_size, crc32=_checksum(path))
+def _require_written(directory: Path, files: Iterable[CheckpointFile]) -> None:
+    """Refuse a directory whose files are not those that the ranks say they wrote: it may not be the same for all."""
+    there = {
+        path.relative_to(directory).as_posix(): path.stat().st_size
+        for path in directory.rglob("*") if path.is_file()
+    }  # fmt: skip
+    said = {file.path: file.size for file in files}
+    for name in sorted(said.keys() | there.keys()):
+        if name not in said:
+            problem = f"{name}, which no learner rank says it wrote"
+        elif there.get(name) != said[name]:
+            problem = f"{name} with {there.get(name, 'no')} bytes, its writer says {said[name]}"
+        else:
+            continue
+        raise PmdflowError(f"{directory} holds {problem}", hint="all machines of the run must see one run.dir")
 
 
 def _checksum(path: Path) -> int:

@@ -31,16 +31,37 @@ def checkpoint_weights(directory: Path, *, lora: LoraConfig | None, tied: bool) 
         lora: The settings if the run trains adapters: then only these are read, for `AdapterMerger`.
         tied: Whether the output head is the embedding, so that one name suffices.
     """
-    reader = FileSystemReader(directory)
-    entries = policy_entries(reader)
-    published = {name: name if lora is None else published_name(name) for name in entries}
-    wanted = [name for name in entries if published[name] and not (tied and name == "lm_head.weight")]
-    weights = {}
-    for name, tensor in read_policy(reader, entries, wanted).items():
-        public = published[name]
-        assert public is not None, "the others are not wanted"
-        weights[public] = tensor * (1.0 if lora is None else published_scale(public, lora))
-    return weights
+    published = Published(directory, lora=lora, tied=tied)
+    return {name: published.read(name) for name in published.specs}
+
+
+class Published:
+    """What a learner publishes, out of a committed checkpoint, in the type that it trains in.
+
+    Example:
+        >>> published = Published(Path("runs/a/checkpoints/iteration-000010"), lora=None, tied=True)   # doctest: +SKIP
+        >>> published.read("model.norm.weight").dtype                                                  # doctest: +SKIP
+        torch.float32
+    """
+
+    def __init__(self, directory: Path, *, lora: LoraConfig | None, tied: bool) -> None:
+        """As `checkpoint_weights`."""
+        self._reader, self._lora = FileSystemReader(directory), lora
+        self._entries = policy_entries(self._reader)
+        self._own: dict[str, str] = {}
+        for own in self._entries:
+            public = own if lora is None else published_name(own)
+            if public is not None and not (tied and own == "lm_head.weight"):
+                self._own[public] = own
+        entries = {name: self._entries[own] for name, own in self._own.items()}
+        self.specs = {name: (entry.properties.dtype, tuple(entry.size)) for name, entry in entries.items()}
+        """Type and shape by the name that is published."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU."""
+        own = self._own[name]
+        tensor = read_policy(self._reader, self._entries, [own])[own]
+        return tensor if self._lora is None else tensor * published_scale(name, self._lora)
 
 
 def policy_entries(reader: FileSystemReader) -> Entries:

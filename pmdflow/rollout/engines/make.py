@@ -27,4 +27,5 @@ def make_engine(config: Config, *, seed: int) -> RolloutEngine:
         num_slots=rollout.slots or DEFAULT_SLOTS,
         threads=config.rollout.threads,
         seed=seed,
+        record_experts=config.learner.router_replay,
     )

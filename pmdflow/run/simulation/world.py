@@ -10,8 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from pmdflow.metrics.claim import claim_metrics
-from pmdflow.metrics.order import AdmissionOrder
+from pmdflow.metrics.order import AdmissionOrder, Claimed
 from pmdflow.run.scheduler import decide, must_regrant, next_quota, oldest_beside, serve
 from pmdflow.run.simulation.answers import Answers
 from pmdflow.run.simulation.report import SimulatedIteration, SimulationReport, group_means
@@ -334,9 +333,10 @@ class Simulation:
         assert self._free_since is not None
         wait_s, self._free_since = now - self._free_since, None
         claim = self._store.read_rows(iteration)
-        values = claim_metrics(claim)
+        seen = Claimed.of(claim)
+        values = dict(seen.metrics)
         self._report.mixed_version += values["trajectory/mixed_version"]
-        order = self._order.claimed(claim, oldest_untrained=self._store.counts().oldest_untrained)
+        order = self._order.claimed(seen, oldest_untrained=self._store.counts().oldest_untrained)
         lengths = group_means(claim)
         self._report.short_claims += len(lengths) < self._settings.scheduler.groups_per_iteration
         train_s, publish_s = self._settings.learner.train_s(int(claim.cu_seqlens[-1])), self._settings.learner.publish_s

@@ -19,9 +19,7 @@ from pmdflow.store.archive.parts import append_to_catalog, part_path
 from pmdflow.store.archive.reading import FORMAT, Table, read_attrs
 from pmdflow.types import Int64, TrainBatch
 
-CHUNK_ROWS = 1 << 16
-SHARD_ROWS = 1 << 22
-
+CHUNK_ROWS, SHARD_ROWS = 1 << 16, 1 << 22
 _ZSTD_LEVEL = 3
 
 

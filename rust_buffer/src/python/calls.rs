@@ -1,4 +1,4 @@
-//! How every call takes the store: without the GIL.
+//! How every call takes the store, without the GIL, and how it is let go.
 
 use pyo3::prelude::*;
 
@@ -19,5 +19,12 @@ impl TrajectoryStore {
     /// The clock of a call that waits.
     pub(super) fn waiting(&self, py: Python<'_>, now_s: Option<f64>) -> PyResult<Clock> {
         Ok(self.shared.clock(now_s).interruptible(errors::interrupted(py)?))
+    }
+}
+
+impl Drop for TrajectoryStore {
+    fn drop(&mut self) {
+        // Whoever wants to know calls `close` first.
+        let _ = self.shared.close();
     }
 }

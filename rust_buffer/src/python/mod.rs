@@ -12,10 +12,9 @@ mod settings;
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
-use pyo3::{buffer::PyBuffer, exceptions::PyValueError, prelude::*};
+use pyo3::{buffer::PyBuffer, exceptions::PyValueError, prelude::*, pybacked::PyBackedBytes};
 
 use crate::{
-    log::{Disk, Memory, Storage},
     state::group::Kind,
     state::record::{Admit, Quota},
     state::successes::Drawn,
@@ -41,47 +40,27 @@ struct TrajectoryStore {
     shared: Arc<Shared>,
 }
 
-impl Drop for TrajectoryStore {
-    fn drop(&mut self) {
-        // Whoever wants to know calls `close` first.
-        let _ = self.shared.close();
-    }
-}
-
 #[pymethods]
 impl TrajectoryStore {
     #[new]
     #[pyo3(signature = (path, *, groups_per_iteration, lookahead, max_staleness, segment_loss = "all",
         window = None, signal = None, successes = None, min_group_size = 2, one_version = false, straggler = None, max_attempts = 3,
-        lease_ttl_s = 30.0, grant_tokens = 64,
-        durability = "group", max_bytes = None, file_bytes = 67_108_864, sync_interval_s = 0.005,
-        read_only = false))]
+        lease_ttl_s = 30.0, grant_tokens = 64, durability = "group", max_bytes = None, file_bytes = 67_108_864,
+        sync_interval_s = 0.005, read_only = false, scorers = Vec::new()))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>, path: Option<PathBuf>, groups_per_iteration: usize, lookahead: u32, max_staleness: Option<u32>,
         segment_loss: &str, window: Option<u64>, signal: Option<(Option<f64>, Option<f64>)>,
         successes: Option<(f64, f64)>, min_group_size: u32, one_version: bool, straggler: Option<(u32, f64)>,
         max_attempts: u32, lease_ttl_s: f64, grant_tokens: u32, durability: &str, max_bytes: Option<u64>,
-        file_bytes: u64, sync_interval_s: f64, read_only: bool,
+        file_bytes: u64, sync_interval_s: f64, read_only: bool, scorers: Vec<String>,
     ) -> PyResult<Self> {
         #[rustfmt::skip] // One name a line says no more.
         let settings = Settings::try_from(Given {
             groups_per_iteration, lookahead, max_staleness, segment_loss, window, signal, successes, min_group_size, one_version,
             straggler, max_attempts, lease_ttl_s, grant_tokens, durability, max_bytes, file_bytes, sync_interval_s,
         })?;
-        let on_disk = path.is_some();
-        let open = || {
-            let storage: Arc<dyn Storage> = match path {
-                Some(path) if read_only => Arc::new(Disk::existing(&path)),
-                Some(path) => Arc::new(Disk::new(&path)?),
-                None => Arc::new(Memory::default()),
-            };
-            if read_only { Store::read(&storage, settings) } else { Store::open(storage, settings) }
-        };
-        let shared = Arc::new(Shared::new(py.detach(open)?));
-        if on_disk && !read_only {
-            shared.keep_compact();
-        }
+        let shared = py.detach(|| settings::open(path, settings, read_only, scorers))?;
         Ok(Self { shared })
     }
 
@@ -108,12 +87,15 @@ impl TrajectoryStore {
         self.change(py, wait, |store| store.admit(&admit, Prompt { tokens: prompt, metadata, text }))
     }
 
-    #[pyo3(signature = (worker, version, max_leases, timeout_s, now_s = None))]
+    #[pyo3(signature = (worker, version, max_leases, timeout_s, now_s = None, kind = None))]
+    #[allow(clippy::too_many_arguments)]
     fn lease<'py>(
         &self, py: Python<'py>, worker: &str, version: Version, max_leases: usize, timeout_s: f64, now_s: Option<f64>,
+        kind: Option<&str>,
     ) -> PyResult<Vec<Row<'py>>> {
         let (timeout_s, clock) = (seconds("timeout_s", timeout_s)?, self.waiting(py, now_s)?);
-        let leases = py.detach(|| self.shared.lease(worker, version, max_leases, timeout_s, clock))?;
+        let kind = kind.map(parse::kind).transpose()?;
+        let leases = py.detach(|| self.shared.lease_kind(worker, version, max_leases, kind, timeout_s, clock))?;
         leases.iter().map(|lease| rows::lease(py, lease)).collect()
     }
 
@@ -179,10 +161,28 @@ impl TrajectoryStore {
     fn unscored<'py>(
         &self, py: Python<'py>, max_items: usize, ttl_s: f64, timeout_s: f64, now_s: Option<f64>,
     ) -> PyResult<Vec<Row<'py>>> {
-        let (ttl, timeout_s) = (ticks("ttl_s", ttl_s)?, seconds("timeout_s", timeout_s)?);
-        let clock = self.waiting(py, now_s)?;
+        let (ttl, timeout_s, clock) =
+            (ticks("ttl_s", ttl_s)?, seconds("timeout_s", timeout_s)?, self.waiting(py, now_s)?);
         let items = py.detach(|| self.shared.unscored(max_items, ttl, timeout_s, clock))?;
         items.iter().map(|item| rows::unscored(py, item)).collect()
+    }
+
+    fn unannotated<'py>(
+        &self, py: Python<'py>, scorer: &str, max_items: usize, ttl_s: f64, timeout_s: f64, now_s: Option<f64>,
+    ) -> PyResult<Vec<Row<'py>>> {
+        let (ttl, timeout_s, clock) =
+            (ticks("ttl_s", ttl_s)?, seconds("timeout_s", timeout_s)?, self.waiting(py, now_s)?);
+        let items = py.detach(|| self.shared.unannotated(scorer, max_items, ttl, timeout_s, clock))?;
+        items.iter().map(|item| rows::unannotated(py, item)).collect()
+    }
+
+    fn annotate(
+        &self, py: Python<'_>, trajectory: u64, scorer: &str, columns: Vec<(String, String, PyBackedBytes)>,
+        wait: bool, now_s: Option<f64>,
+    ) -> PyResult<()> {
+        let now = self.shared.clock(now_s).base();
+        let columns: Vec<_> = columns.iter().map(|(name, dtype, bytes)| (&name[..], &dtype[..], &bytes[..])).collect();
+        self.change(py, wait, |store| store.annotate(trajectory, scorer, &columns, now))
     }
 
     #[pyo3(signature = (trajectory, attempt, outcome, reward, components, wait = true, now_s = None))]

@@ -86,6 +86,13 @@ pub fn unscored<'py>(py: Python<'py>, item: &UnscoredView) -> PyResult<Row<'py>>
     Ok(row)
 }
 
+/// A trajectory as a scorer is told of it.
+pub fn unannotated<'py>(py: Python<'py>, view: &TrajectoryView) -> PyResult<Row<'py>> {
+    let row = trajectory(py, view)?;
+    set_prompt(&row, &view.prompt)?;
+    Ok(row)
+}
+
 /// Offset, rewards, key of each note on an episode.
 fn turns(turns: &[Turn]) -> Vec<(u32, &BTreeMap<String, f64>, Option<&str>)> {
     turns.iter().map(|turn| (turn.offset, &turn.rewards, turn.key.as_deref())).collect()

@@ -1,16 +1,18 @@
 //! The settings of a store as Python gives them.
 
-use std::time::Duration;
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use pyo3::{exceptions::PyValueError, prelude::*};
 
 use super::parse::{choose, seconds, ticks};
 use crate::{
-    log::Durability,
+    error::Result,
+    log::{Disk, Durability, Memory, Storage},
     state::group::{Signal, Straggler},
     state::record::SegmentLoss,
     state::successes::Averaging,
-    store::Settings,
+    store::shared::Shared,
+    store::{Settings, Store},
 };
 
 /// Longest interval between two syncs.
@@ -100,4 +102,21 @@ fn averaging((decay, success_reward): (f64, f64)) -> PyResult<Averaging> {
         )));
     }
     Ok(Averaging { decay, success_reward })
+}
+
+/// Opens a store: on disk, or in memory without a path.
+pub fn open(path: Option<PathBuf>, settings: Settings, read_only: bool, scorers: Vec<String>) -> Result<Arc<Shared>> {
+    let on_disk = path.is_some();
+    let storage: Arc<dyn Storage> = match path {
+        Some(path) if read_only => Arc::new(Disk::existing(&path)),
+        Some(path) => Arc::new(Disk::new(&path)?),
+        None => Arc::new(Memory::default()),
+    };
+    let mut store = if read_only { Store::read(&storage, settings)? } else { Store::open(storage, settings)? };
+    store.expect(scorers)?;
+    let shared = Arc::new(Shared::new(store));
+    if on_disk && !read_only {
+        shared.keep_compact();
+    }
+    Ok(shared)
 }

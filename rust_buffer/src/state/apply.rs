@@ -40,6 +40,7 @@ impl State {
             Record::Uncommit(iteration) => self.apply_uncommit(*iteration)?,
             Record::Drop(iteration) => self.apply_drop(*iteration)?,
             Record::Late(groups) => groups.iter().try_for_each(|id| self.apply_late(*id))?,
+            Record::Annotate(annotate) => self.apply_annotate(annotate, place.location)?,
             Record::Fork(id, offset) => self.apply_fork(*id, *offset)?,
             Record::Turn(id, turn) => self.apply_turn(*id, turn)?,
             Record::Plan(iteration, plan) => self.apply_plan(*iteration, plan)?,

@@ -17,9 +17,6 @@ use crate::{
 };
 use columns::Columns;
 
-/// Kinds that newer programs will write.
-const RESERVED: [(u8, &str); 1] = [(13, "annotate")];
-
 #[derive(Serialize, Deserialize)]
 struct QuotaFields {
     version: Version,
@@ -127,6 +124,7 @@ pub fn encode(record: &Record) -> Result<Vec<u8>> {
             named(&Iteration { iteration: *iteration })
         }
         Record::Late(groups) => named(&Groups { groups: groups.clone() }),
+        Record::Annotate(annotate) => named(annotate),
         Record::Fork(trajectory, offset) => named(&ForkFields { trajectory: *trajectory, offset: *offset }),
         Record::Turn(trajectory, Turn { offset, rewards, key }) => {
             let (trajectory, offset, rewards, key) = (*trajectory, *offset, rewards.clone(), key.clone());
@@ -167,6 +165,7 @@ pub fn decode(kind: u8, header: &[u8]) -> std::result::Result<Record, String> {
         10 => Record::Uncommit(fields::<Iteration>(header)?.iteration),
         11 => Record::Drop(fields::<Iteration>(header)?.iteration),
         12 => Record::Late(fields::<Groups>(header)?.groups),
+        13 => Record::Annotate(fields(header)?),
         14 => {
             let ForkFields { trajectory, offset } = fields(header)?;
             Record::Fork(trajectory, offset)
@@ -191,12 +190,11 @@ pub fn decode(kind: u8, header: &[u8]) -> std::result::Result<Record, String> {
 
 /// What a record of this kind is, if this program does not know it: a newer one wrote it.
 pub fn unknown(kind: u8) -> Option<String> {
-    if matches!(kind, 1..=12 | 14 | 15 | 17..=PACKED) {
+    if matches!(kind, 1..=15 | 17..=PACKED) {
         return None;
     }
-    let name = RESERVED.iter().find(|(reserved, _)| *reserved == kind).map_or("unknown here", |(_, name)| name);
     Some(format!(
-        "a record of kind {kind} ({name}), which this version of pmdflow, {}, cannot read",
+        "a record of kind {kind} (unknown here), which this version of pmdflow, {}, cannot read",
         env!("CARGO_PKG_VERSION")
     ))
 }

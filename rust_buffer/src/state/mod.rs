@@ -2,6 +2,7 @@
 //! and the records after that are what recovery reads.
 
 pub mod age;
+pub mod annotation;
 pub mod apply;
 pub mod codec;
 mod compact;

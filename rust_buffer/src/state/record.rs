@@ -145,6 +145,17 @@ pub struct Score {
     pub phase: Option<Phase>,
 }
 
+/// What a scorer adds to a complete trajectory; arrays: its columns.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "fields that say themselves")]
+pub struct Annotate {
+    pub trajectory: u64,
+    /// Its name; each adds once.
+    pub scorer: String,
+    /// Names and dtypes of the columns.
+    pub columns: Vec<(String, String)>,
+}
+
 /// How the groups of a claim are dealt to optimizer steps.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "fields that say themselves")]
@@ -210,6 +221,8 @@ pub enum Record {
     Drop(i64),
     /// Makes groups ready without the members that have no verdict; evicts those.
     Late(Vec<u64>),
+    /// Adds the columns of a scorer to a complete trajectory, or gives them another place.
+    Annotate(Annotate),
     /// Begins a branch of a trajectory's episode, which keeps so many tokens of the history; its epoch goes up by one.
     Fork(u64, u32),
     /// Notes what is said of a trajectory's episode.
@@ -240,6 +253,7 @@ impl Record {
             | Self::Lease(_)
             | Self::Append(_)
             | Self::Score(_)
+            | Self::Annotate(_)
             | Self::Fork(..)
             | Self::Turn(..)
             | Self::Compact(_)
@@ -263,6 +277,7 @@ impl Record {
             Self::Uncommit(_) => 10,
             Self::Drop(_) => 11,
             Self::Late(_) => 12,
+            Self::Annotate(_) => 13,
             Self::Fork(..) => 14,
             Self::Turn(..) => 15,
             Self::Restore(..) => 17,

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::state::annotation::Annotation;
+
 /// Number of a policy publication; -1 before the first one.
 pub type Version = i64;
 
@@ -153,9 +155,12 @@ pub struct Trajectory {
     pub verdict: Verdict,
     /// Stored runs of tokens in order; versions never decrease.
     pub runs: Vec<Run>,
-    /// Whether one of them has extra columns.
+    /// Whether one of them, or an annotation, has extra columns.
     #[serde(default)]
     pub columns: bool,
+    /// What scorers have added, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub annotations: Vec<Annotation>,
 }
 
 impl Trajectory {
@@ -172,6 +177,7 @@ impl Trajectory {
             verdict: Verdict::Pending,
             runs: Vec::new(),
             columns: false,
+            annotations: Vec::new(),
         }
     }
 
@@ -183,6 +189,11 @@ impl Trajectory {
     /// Whether it is complete and waits for its reward.
     pub fn is_unscored(&self) -> bool {
         !self.is_partial() && self.verdict == Verdict::Pending
+    }
+
+    /// Whether a scorer has added its columns.
+    pub fn is_annotated(&self, scorer: &str) -> bool {
+        self.annotations.iter().any(|known| known.scorer == scorer)
     }
 
     /// Its reward, if it has one.

@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use crate::{
     error::Result,
     log::{Bytes, Location, Log, Part},
+    state::annotation::Annotation,
     state::codec,
     state::fork::Stretch,
     state::record::{PACKED, Record},
-    state::trajectory::Run,
+    state::trajectory::{Run, Trajectory},
 };
 
 /// What an admission kept of its prompt.
@@ -162,6 +163,27 @@ pub fn read_history(log: &Log, runs: &[Run], history: &[Stretch]) -> Result<Toke
         tokens.observed.extend_from_slice(&all.observed[from..to]);
     }
     Ok(tokens)
+}
+
+/// The extra columns of a trajectory: those of its runs, and those that scorers have added.
+///
+/// # Errors
+/// Those of the log; `Corrupt` also for an annotation that is none.
+pub fn read_all_extras(log: &Log, trajectory: &Trajectory) -> Result<Extras> {
+    let mut extras = read_extras(log, &trajectory.runs)?;
+    for Annotation { location, .. } in &trajectory.annotations {
+        let frame = log.frame(*location)?;
+        let damaged = |detail: String| log.corrupt(location.file, location.offset, detail);
+        let record = codec::decode(frame.kind(), frame.header()).map_err(damaged)?;
+        let Record::Annotate(annotate) = record else {
+            return Err(damaged("the record is no annotation".to_owned()));
+        };
+        for ((name, dtype), part) in annotate.columns.into_iter().zip(frame.parts()) {
+            let extra = Extra { offset: 0, len: trajectory.len, dtype, bytes: part.bytes.to_vec() };
+            extras.entry(name).or_default().push(extra);
+        }
+    }
+    Ok(extras)
 }
 
 /// The extra columns of consecutive runs.

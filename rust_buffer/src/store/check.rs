@@ -128,7 +128,7 @@ fn check_index(store: &Store) -> Result<()> {
     let mut index = store.index.clone();
     // What is handed out for scoring is soft state of its own.
     index.take_back(&store.state, i64::MAX);
-    let mut fresh = Index::of(&store.state)?;
+    let mut fresh = Index::expecting(&store.state, index.scorers().cloned().collect::<Vec<_>>())?;
     for (id, _) in store.leases.iter() {
         fresh.remove(&store.state, *id, false)?;
         fresh.add(&store.state, *id, true)?;

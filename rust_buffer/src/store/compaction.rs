@@ -9,8 +9,9 @@ use imbl::OrdMap;
 use crate::{
     error::{Result, StoreError},
     log::{Arrays, Location, Log},
+    state::codec,
     state::group::Group,
-    state::record::{Appended, Record},
+    state::record::{Annotate, Appended, Record},
     state::trajectory::{Run, Trajectory},
     store::Store,
     store::arrays::{Column, read_columns, read_run},
@@ -41,6 +42,8 @@ enum Source {
     Tokens(u64, Vec<Run>),
     /// The prompt of a group.
     Prompt(u64, Location),
+    /// What a scorer has added to a trajectory.
+    Annotation(Location),
 }
 
 /// What is written again in one record, or in one for each prompt.
@@ -51,6 +54,7 @@ pub(crate) struct Plan(Vec<Source>);
 pub(crate) struct Copies {
     tokens: Vec<Copied>,
     prompts: Vec<(u64, Location, Vec<Vec<u8>>)>,
+    annotations: Vec<(Annotate, Location, Vec<Vec<u8>>)>,
 }
 
 struct Copied {
@@ -77,7 +81,11 @@ impl Work {
                 };
                 let prompts = groups.iter().filter(|(_, group)| group.location.file == file);
                 let prompts = prompts.map(|(id, group)| Source::Prompt(*id, group.location));
-                split(trajectories.iter().filter_map(within).chain(prompts))
+                let annotations = trajectories.values().flat_map(|trajectory| {
+                    let there = trajectory.annotations.iter().map(|known| known.location);
+                    there.filter(|location| location.file == file).map(Source::Annotation)
+                });
+                split(trajectories.iter().filter_map(within).chain(prompts).chain(annotations))
             }
         }
     }
@@ -88,7 +96,7 @@ fn split(sources: impl Iterator<Item = Source>) -> Vec<Plan> {
     for source in sources {
         size += match &source {
             Source::Tokens(_, runs) => runs.iter().map(Run::bytes).sum(),
-            Source::Prompt(_, location) => location.len as usize,
+            Source::Prompt(_, location) | Source::Annotation(location) => location.len as usize,
         };
         plan.push(source);
         if size >= MOST_BYTES || plan.len() == MOST_SOURCES {
@@ -110,6 +118,12 @@ impl Plan {
                 Source::Prompt(id, location) => log.frame(location).map(|frame| {
                     let arrays = frame.arrays().into_iter().map(<[u8]>::to_vec).collect();
                     copies.prompts.push((id, location, arrays));
+                }),
+                Source::Annotation(location) => log.frame(location).map(|frame| {
+                    let arrays = frame.arrays().into_iter().map(<[u8]>::to_vec).collect();
+                    if let Ok(Record::Annotate(annotate)) = codec::decode(frame.kind(), frame.header()) {
+                        copies.annotations.push((annotate, location, arrays));
+                    }
                 }),
             };
         }
@@ -156,6 +170,13 @@ impl Store {
             if self.state.groups.get(group).is_some_and(|group| group.location == *location) {
                 let arrays: Vec<&[u8]> = arrays.iter().map(Vec::as_slice).collect();
                 self.record(&Record::Move(*group), &Arrays::of(&arrays))?;
+            }
+        }
+        for (annotate, location, arrays) in &copies.annotations {
+            let trajectory = self.state.trajectories.get(&annotate.trajectory);
+            if trajectory.is_some_and(|t| t.annotations.iter().any(|known| known.location == *location)) {
+                let arrays: Vec<&[u8]> = arrays.iter().map(Vec::as_slice).collect();
+                self.record(&Record::Annotate(annotate.clone()), &Arrays::of(&arrays))?;
             }
         }
         Ok(())

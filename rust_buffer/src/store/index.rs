@@ -5,6 +5,7 @@
 //! ones the oldest, however many older ones are still being generated, as far as `Settings::window` reaches (the quota of
 //! untrained groups bounds it too).
 
+mod queue;
 mod tails;
 mod upkeep;
 
@@ -19,7 +20,8 @@ use crate::{
     error::Result,
     state::State,
     state::group::{Kind, Phase},
-    state::trajectory::{Verdict, Version},
+    state::trajectory::{Trajectory, Verdict, Version},
+    store::index::queue::Queue,
     store::index::tails::Tails,
     store::versions::Reach,
 };
@@ -44,11 +46,10 @@ pub struct Index {
     partial: ByVersion,
     /// Idle training trajectories without tokens, highest priority first.
     fresh: BTreeSet<(Reverse<i32>, u64)>,
-    /// Complete trajectories without a verdict that nobody is scoring: evaluation first.
-    unscored: BTreeSet<(Kind, u64)>,
-    /// Those handed out, until the time given.
-    handed: BTreeMap<u64, Micros>,
-    deadlines: BTreeSet<(Micros, u64)>,
+    /// Complete trajectories without a verdict that every scorer has seen.
+    unscored: Queue,
+    /// By scorer, those for training that it has not.
+    unannotated: BTreeMap<String, Queue>,
     /// Complete training trajectories without a verdict.
     pub unscored_train: u64,
     /// Evaluation trajectories without a verdict.
@@ -67,7 +68,16 @@ impl Index {
     /// # Errors
     /// `Conflict` when the state contradicts itself.
     pub fn of(state: &State) -> Result<Self> {
-        let mut index = Self::default();
+        Self::expecting(state, [])
+    }
+
+    /// The same, where these scorers are expected to add their columns before rewards are given.
+    ///
+    /// # Errors
+    /// As `of`.
+    pub fn expecting(state: &State, scorers: impl IntoIterator<Item = String>) -> Result<Self> {
+        let unannotated = scorers.into_iter().map(|scorer| (scorer, Queue::default())).collect();
+        let mut index = Self { unannotated, ..Self::default() };
         for (id, group) in &state.groups {
             index.requests.insert(group.request_id.clone(), *id);
             index.add_group(state, *id);
@@ -103,7 +113,7 @@ impl Index {
         self.eval_pending += u64::from(group.kind == Kind::Eval && trajectory.verdict == Verdict::Pending);
         if trajectory.is_unscored() {
             self.unscored_train += u64::from(group.kind == Kind::Train);
-            self.unscored.insert((group.kind, id));
+            self.add_unscored(trajectory, group.kind, id);
         } else if trajectory.is_partial() {
             self.outstanding_tokens += u64::from(group.max_tokens.saturating_sub(trajectory.len));
             if leased {
@@ -131,10 +141,8 @@ impl Index {
         self.eval_pending -= u64::from(group.kind == Kind::Eval && trajectory.verdict == Verdict::Pending);
         if trajectory.is_unscored() {
             self.unscored_train -= u64::from(group.kind == Kind::Train);
-            self.unscored.remove(&(group.kind, id));
-            if let Some(deadline) = self.handed.remove(&id) {
-                self.deadlines.remove(&(deadline, id));
-            }
+            self.unscored.remove(group.kind, id);
+            self.unannotated.values_mut().for_each(|queue| queue.remove(group.kind, id));
         } else if trajectory.is_partial() {
             self.outstanding_tokens -= u64::from(group.max_tokens.saturating_sub(trajectory.len));
             if leased {
@@ -155,6 +163,11 @@ impl Index {
     /// The first idle evaluation trajectory that a worker of this reach may extend.
     pub fn next_eval(&self, reach: Reach) -> Option<u64> {
         first(self.eval.range(..reach.below).chain(self.eval.get_key_value(&reach.own)))
+    }
+
+    /// The first idle evaluation trajectory that is not begun, or that `version` has begun.
+    pub fn next_eval_of(&self, version: Version) -> Option<u64> {
+        first(self.eval.get_key_value(&-1).into_iter().chain(self.eval.get_key_value(&version)))
     }
 
     /// The first idle training trajectory that a worker of this reach, whose version allows `tokens_per_segment`, may
@@ -189,37 +202,66 @@ impl Index {
         self.idle().0 + count(&self.eval)
     }
 
-    /// Complete trajectories without a verdict that can be handed out.
-    pub fn num_unscored(&self) -> usize {
-        self.unscored.len()
-    }
-
-    /// Hands out up to `max_items` unscored trajectories until `deadline`.
-    pub fn hand_out(&mut self, max_items: usize, deadline: Micros) -> Vec<u64> {
-        let mut ids = Vec::new();
-        while ids.len() < max_items {
-            let Some((_, id)) = self.unscored.pop_first() else { break };
-            self.handed.insert(id, deadline);
-            self.deadlines.insert((deadline, id));
-            ids.push(id);
+    /// Puts a complete trajectory before the scorers that have not seen it, or before whoever gives rewards.
+    fn add_unscored(&mut self, trajectory: &Trajectory, kind: Kind, id: u64) {
+        let mut waits = false;
+        for (scorer, queue) in self.unannotated.iter_mut().filter(|_| kind == Kind::Train) {
+            if !trajectory.is_annotated(scorer) {
+                queue.add(kind, id);
+                waits = true;
+            }
         }
-        ids
+        if !waits {
+            self.unscored.add(kind, id);
+        }
     }
 
-    /// Takes back what was handed out until `now`.
-    pub fn take_back(&mut self, state: &State, now: Micros) {
-        while let Some((_, id)) = self.deadlines.first().copied().filter(|(deadline, _)| *deadline <= now) {
-            self.deadlines.pop_first();
-            self.handed.remove(&id);
-            if let Some(group) = state.trajectories.get(&id).and_then(|t| state.groups.get(&t.group)) {
-                self.unscored.insert((group.kind, id));
+    /// Follows an annotation by `scorer`; what other scorers hold of the trajectory stays theirs.
+    pub fn annotated(&mut self, state: &State, id: u64, scorer: &str) {
+        let Some(trajectory) = state.trajectories.get(&id).filter(|trajectory| trajectory.is_unscored()) else {
+            return;
+        };
+        if let Some(queue) = self.unannotated.get_mut(scorer) {
+            queue.remove(Kind::Train, id);
+            if self.unannotated.keys().all(|scorer| trajectory.is_annotated(scorer)) {
+                self.unscored.add(Kind::Train, id);
             }
         }
     }
 
+    /// The scorers that are expected.
+    pub fn scorers(&self) -> impl Iterator<Item = &String> {
+        self.unannotated.keys()
+    }
+
+    /// Those that wait for a reward.
+    pub fn unscored(&mut self) -> &mut Queue {
+        &mut self.unscored
+    }
+
+    /// Those that wait for a scorer; None if it is not expected.
+    pub fn unannotated(&mut self, scorer: &str) -> Option<&mut Queue> {
+        self.unannotated.get_mut(scorer)
+    }
+
+    /// Complete trajectories that can be handed out, to scorers or for their rewards.
+    pub fn num_unscored(&self) -> usize {
+        self.queues().map(Queue::len).sum()
+    }
+
+    /// Takes back what was handed out until `now`.
+    pub fn take_back(&mut self, state: &State, now: Micros) {
+        self.unscored.take_back(state, now);
+        self.unannotated.values_mut().for_each(|queue| queue.take_back(state, now));
+    }
+
     /// When the next handed-out trajectory comes back.
     pub fn next_deadline(&self) -> Option<Micros> {
-        self.deadlines.first().map(|(deadline, _)| *deadline)
+        self.queues().filter_map(Queue::next_deadline).min()
+    }
+
+    fn queues(&self) -> impl Iterator<Item = &Queue> {
+        std::iter::once(&self.unscored).chain(self.unannotated.values())
     }
 }
 

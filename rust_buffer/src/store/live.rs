@@ -6,7 +6,7 @@ use crate::{
     state::group::{Group, Kind},
     state::placed::Placed,
     state::record::{Appended, Record},
-    state::trajectory::{Run, Verdict},
+    state::trajectory::{Run, Trajectory, Verdict},
     state::{ClaimStatus, State},
 };
 
@@ -74,6 +74,7 @@ impl Live {
         match record {
             Record::Admit(admit) => size(1, u64::from(admit.size), 1),
             Record::Append(items) => size(0, 0, items.len() as u64),
+            Record::Annotate(annotate) => size(0, 0, 1) + annotate.scorer.len() as u64,
             _ => 0,
         }
     }
@@ -152,8 +153,8 @@ impl Live {
         for id in &groups {
             places(state, *id).for_each(|(file, bytes)| self.subtract(file, bytes));
         }
-        for run in trajectories.iter().filter_map(|id| state.trajectories.get(id)).flat_map(|t| &t.runs) {
-            self.subtract(run.file, run.bytes() as u64);
+        for (file, bytes) in trajectories.iter().filter_map(|id| state.trajectories.get(id)).flat_map(places_of) {
+            self.subtract(file, bytes);
         }
         Leaving { groups, trajectories }
     }
@@ -161,8 +162,9 @@ impl Live {
     /// Puts back what of it is still there, and adds what `record` has brought.
     pub(crate) fn put_back(&mut self, state: &State, record: &Record, placed: &Placed, leaving: &Leaving) {
         leaving.groups.iter().for_each(|id| self.add_group(state, *id));
-        for run in leaving.trajectories.iter().filter_map(|id| state.trajectories.get(id)).flat_map(|t| &t.runs) {
-            self.add(run.file, run.bytes() as u64);
+        let moved = leaving.trajectories.iter().filter_map(|id| state.trajectories.get(id));
+        for (file, bytes) in moved.flat_map(places_of) {
+            self.add(file, bytes);
         }
         match record {
             Record::Admit(_) => self.add(placed.location.file, u64::from(placed.location.len)),
@@ -199,6 +201,7 @@ fn moved_by(state: &State, record: &Record) -> (Vec<u64>, Vec<u64>) {
             groups.extend(committed.flat_map(|claim| &claim.groups));
         }
         Record::Move(group) => groups.push(*group),
+        Record::Annotate(annotate) => return (groups, vec![annotate.trajectory]),
         Record::Compact(items) => {
             let mut trajectories: Vec<u64> = items.iter().map(|item| item.trajectory).collect();
             trajectories.dedup();
@@ -214,6 +217,12 @@ fn places(state: &State, id: u64) -> impl Iterator<Item = (u32, u64)> {
     let group = state.groups.get(&id);
     let prompt = group.map(|group: &Group| (group.location.file, u64::from(group.location.len)));
     let members = group.into_iter().flat_map(|group| state.members(group));
-    let runs = members.flat_map(|(_, trajectory)| &trajectory.runs);
-    prompt.into_iter().chain(runs.map(|run: &Run| (run.file, run.bytes() as u64)))
+    prompt.into_iter().chain(members.flat_map(|(_, trajectory)| places_of(trajectory)))
+}
+
+/// Where tokens and annotations of a trajectory lie.
+fn places_of(trajectory: &Trajectory) -> impl Iterator<Item = (u32, u64)> + '_ {
+    let runs = trajectory.runs.iter().map(|run: &Run| (run.file, run.bytes() as u64));
+    let annotations = trajectory.annotations.iter().map(|known| known.location);
+    runs.chain(annotations.map(|location| (location.file, u64::from(location.len))))
 }

@@ -5,6 +5,7 @@
 //! `compaction` the upkeep of the log. Nothing here blocks: waits are in `shared`, and `compactor` works beside.
 
 pub mod admission;
+mod annotation;
 pub mod append;
 pub mod arrays;
 pub mod check;
@@ -230,6 +231,15 @@ impl Store {
         })
     }
 
+    /// Has rewards wait until these scorers have added their columns: a trajectory for training is theirs first.
+    ///
+    /// # Errors
+    /// An error of ours.
+    pub fn expect(&mut self, scorers: impl IntoIterator<Item = String>) -> Result<()> {
+        self.index = Index::expecting(&self.state, scorers)?;
+        Ok(())
+    }
+
     /// The durable state.
     pub fn state(&self) -> &State {
         &self.state
@@ -305,6 +315,9 @@ impl Store {
         self.state.apply(record, placed)?;
         self.live.put_back(&self.state, record, placed, &leaving);
         self.leases.end_complete(record);
+        if let Record::Annotate(annotate) = record {
+            self.index.annotated(&self.state, annotate.trajectory, &annotate.scorer);
+        }
         self.index.put_back(&self.state, &self.leases, taken)
     }
 

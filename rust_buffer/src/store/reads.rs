@@ -9,10 +9,10 @@ use crate::{
     error::{Result, StoreError},
     state::State,
     state::fork::Fork,
-    state::group::Group,
+    state::group::{Group, Kind},
     state::trajectory::{Trajectory, Verdict, Version},
     state::turn::Turn,
-    store::arrays::{Extras, StoredPrompt, Tokens, read_extras, read_history, read_prompt, read_runs},
+    store::arrays::{Extras, StoredPrompt, Tokens, read_all_extras, read_history, read_prompt, read_runs},
     store::claim_view::{ClaimView, Columns, Rows, Segments},
     store::rollout::Granted,
     store::shared::{Clock, Shared},
@@ -86,8 +86,18 @@ impl Shared {
     pub fn lease(
         &self, worker: &str, version: Version, max_leases: usize, timeout_s: f64, clock: Clock,
     ) -> Result<Vec<LeaseView>> {
+        self.lease_kind(worker, version, max_leases, None, timeout_s, clock)
+    }
+
+    /// The same of one kind alone; None: of both.
+    ///
+    /// # Errors
+    /// Those of `lease`.
+    pub fn lease_kind(
+        &self, worker: &str, version: Version, max_leases: usize, kind: Option<Kind>, timeout_s: f64, clock: Clock,
+    ) -> Result<Vec<LeaseView>> {
         let granted = self.wait(timeout_s, clock, |store, now| {
-            let granted = store.lease(worker, version, max_leases, now).map(some)?;
+            let granted = store.lease_kind(worker, version, max_leases, kind, now).map(some)?;
             Ok(granted.map(|granted| (granted, self.pins.pin())))
         })?;
         let Some((_, (granted, _pin))) = granted else { return Ok(Vec::new()) };
@@ -144,6 +154,30 @@ impl Shared {
         Ok(items)
     }
 
+    /// Hands out up to `max_items` complete trajectories that `scorer` has not seen for `ttl`; waits for the first one,
+    /// and gives none after `timeout_s`.
+    ///
+    /// # Errors
+    /// `Conflict` when the scorer is not expected, those of the log, or `Closed`.
+    pub fn unannotated(
+        &self, scorer: &str, max_items: usize, ttl: Micros, timeout_s: f64, clock: Clock,
+    ) -> Result<Vec<TrajectoryView>> {
+        let waiting = self.wait(timeout_s, clock, |store, now| {
+            let ids = store.unannotated(scorer, max_items, ttl, now).map(some)?;
+            Ok(ids.map(|ids| (ids, self.pins.pin())))
+        })?;
+        let Some((_, (ids, _pin))) = waiting else { return Ok(Vec::new()) };
+        let mut views = Vec::new();
+        for id in ids {
+            match self.trajectory(id) {
+                Ok(view) => views.push(view),
+                Err(_) if self.query(|store| Ok(!store.state().trajectories.contains_key(&id)))? => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(views)
+    }
+
     /// A page of `Store::groups` with the prompts.
     ///
     /// # Errors
@@ -175,7 +209,7 @@ impl Shared {
         })?;
         let read = || {
             let prompt = read_prompt(self.log(), group.location)?;
-            Ok((prompt, read_runs(self.log(), &trajectory.runs)?, read_extras(self.log(), &trajectory.runs)?))
+            Ok((prompt, read_runs(self.log(), &trajectory.runs)?, read_all_extras(self.log(), &trajectory)?))
         };
         let gone = || StoreError::Conflict(format!("trajectory {id} was evicted while it was read"));
         let (prompt, tokens, extras) = self.unless_gone(id, read())?.ok_or_else(gone)?;

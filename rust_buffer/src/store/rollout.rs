@@ -86,7 +86,7 @@ impl Store {
     fn grant(&self, id: u64, held: Option<Version>, version: Version) -> Result<u32> {
         let trajectory = self.state.trajectory(id)?;
         let group = self.state.group(trajectory.group)?;
-        if !trajectory.is_partial() || !self.may_extend(trajectory, held, version) {
+        if !trajectory.is_partial() || !self.may_extend(group.kind, trajectory, held, version) {
             return Ok(0);
         }
         let remaining = group.max_tokens.saturating_sub(trajectory.len);
@@ -102,9 +102,14 @@ impl Store {
         Ok(self.settings.grant_tokens.min(remaining).min(segment).min(budget))
     }
 
-    /// The trajectory that a worker at `version` would be leased next.
-    fn next_leasable(&self, version: Version) -> Option<u64> {
-        self.index.next_eval(self.reach(version)).or_else(|| self.next_trainable(version))
+    /// The trajectory that a worker at `version` would be leased next; an evaluation that is asked for alone is of one
+    /// version, so what another has begun is not for it.
+    fn next_leasable(&self, kind: Option<Kind>, version: Version) -> Option<u64> {
+        match kind {
+            None => self.index.next_eval(self.reach(version)).or_else(|| self.next_trainable(version)),
+            Some(Kind::Train) => self.next_trainable(version),
+            Some(Kind::Eval) => self.index.next_eval_of(version),
+        }
     }
 
     /// The training trajectory that a worker at `version` would be leased next.
@@ -128,6 +133,16 @@ impl Store {
     /// # Errors
     /// Those of the log.
     pub fn lease(&mut self, worker: &str, version: Version, max_leases: usize, now: Micros) -> Result<Vec<Granted>> {
+        self.lease_kind(worker, version, max_leases, None, now)
+    }
+
+    /// The same of one kind alone; None: of both.
+    ///
+    /// # Errors
+    /// Those of the log.
+    pub fn lease_kind(
+        &mut self, worker: &str, version: Version, max_leases: usize, kind: Option<Kind>, now: Micros,
+    ) -> Result<Vec<Granted>> {
         self.expire(now)?;
         if self.leases.is_fenced(worker) {
             return Ok(Vec::new());
@@ -135,7 +150,7 @@ impl Store {
         let deadline = now.saturating_add(self.settings.lease_ttl);
         let mut held = Vec::new();
         while held.len() < max_leases {
-            let Some(id) = self.next_leasable(version) else { break };
+            let Some(id) = self.next_leasable(kind, version) else { break };
             held.push((id, self.hold(id, worker, version, deadline)?));
         }
         self.record_leases(held)

@@ -13,10 +13,10 @@ use crate::{
 };
 
 impl Store {
-    /// Up to `max_items` complete trajectories without a verdict; each comes again after `ttl`.
+    /// Up to `max_items` complete trajectories without a verdict, which every scorer has seen; each comes again after `ttl`.
     pub fn unscored(&mut self, max_items: usize, ttl: Micros, now: Micros) -> Vec<u64> {
         self.index.take_back(&self.state, now);
-        self.index.hand_out(max_items, now.saturating_add(ttl))
+        self.index.unscored().hand_out(max_items, now.saturating_add(ttl))
     }
 
     /// Records the outcome of scoring attempt `attempt`. Of a member that came too late it is ignored, and so is a second

@@ -11,7 +11,7 @@ use crate::{
     state::fork::{self, Branch, Fork, Part},
     state::group::Group,
     state::trajectory::Trajectory,
-    store::arrays::{Extra, Extras, check_run, read_extras, read_prompt_tokens, run_bytes},
+    store::arrays::{Extra, Extras, check_run, read_all_extras, read_prompt_tokens, run_bytes},
     wire::WHOLE,
 };
 
@@ -172,8 +172,8 @@ impl TokenView {
     /// `Conflict` when one of them is not in the store; those of the log.
     pub fn extras(&self, log: &Log) -> Result<Vec<Extras>> {
         let columns = |source: Source<'_>| {
-            let Trajectory { columns, runs, .. } = source.trajectory;
-            let extras = if *columns { read_extras(log, runs)? } else { Extras::new() };
+            let trajectory = source.trajectory;
+            let extras = if trajectory.columns { read_all_extras(log, trajectory)? } else { Extras::new() };
             let ((from, to), len) = (source.branch.own(), source.branch.len());
             let own = |mut extra: Extra| {
                 if extra.dtype.starts_with(WHOLE) {

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 
 use crate::{
     error::Result,
+    state::group::Kind,
     state::trajectory::{Trajectory, Version},
     store::Store,
 };
@@ -39,10 +40,16 @@ impl Store {
         trajectory.last_version().filter(|version| *version >= self.oldest).or(held)
     }
 
-    /// Whether a worker at `version` may go on with `trajectory`, which is leased for `held` or not at all.
-    pub(crate) fn may_extend(&self, trajectory: &Trajectory, held: Option<Version>, version: Version) -> bool {
+    /// Whether a worker at `version` may go on with `trajectory`, which is leased for `held` or not at all. What nobody
+    /// has begun of an evaluation is begun by any version that it is asked for by.
+    pub(crate) fn may_extend(
+        &self, kind: Kind, trajectory: &Trajectory, held: Option<Version>, version: Version,
+    ) -> bool {
         if !self.settings.one_version {
             return trajectory.accepts(version);
+        }
+        if kind == Kind::Eval && trajectory.last_version().or(held).is_none_or(|own| own == version) {
+            return true;
         }
         let is_free = trajectory.last_version().is_none_or(|last| last < self.oldest);
         self.own_version(trajectory, held) == Some(version) || (is_free && version == self.state.version)

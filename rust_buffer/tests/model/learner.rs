@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use _rust_buffer::{
     error::StoreError,
+    log::Location,
     state::State,
     state::group::Group,
     state::record::LeftOut,
@@ -14,7 +15,7 @@ use _rust_buffer::{
 };
 
 use crate::{
-    GROUPS, Model,
+    GROUPS, Model, annotations,
     bytes::{Packed, ids},
 };
 
@@ -33,6 +34,10 @@ impl Model {
     pub fn score(&mut self, pick: usize, outcome: Outcome) {
         let now = self.now;
         let mut unscored = self.store().unscored(8, 0, now);
+        for id in unscored.iter().filter(|id| !self.eval.contains(id)) {
+            let seen = self.annotated.get(id).map_or(0, BTreeSet::len);
+            assert_eq!(seen, self.scorers.len(), "a reward before every scorer has seen it");
+        }
         if unscored.is_empty() {
             return;
         }
@@ -316,13 +321,13 @@ impl Model {
             assert_eq!(trajectory.merged(), before.trajectories[id].merged());
             let whole = trajectory.is_partial() || trajectory.verdict == Verdict::Late || self.eval.contains(id);
             assert!(whole || !trajectory.is_scattered(), "a complete trajectory lies in pieces");
+            annotations::check(self.store.as_ref().unwrap().log(), *id, trajectory);
             let read = arrays::read_runs(self.store.as_ref().unwrap().log(), &trajectory.runs).unwrap();
             assert_eq!(read.ids, ids(&self.tokens[id]));
         }
         let places = |state: &State| {
             let mut state = state.clone();
-            state.trajectories =
-                state.trajectories.into_iter().map(|(id, t)| (id, Trajectory { runs: Vec::new(), ..t })).collect();
+            state.trajectories = state.trajectories.into_iter().map(|(id, t)| (id, without_places(t))).collect();
             state.groups = state
                 .groups
                 .into_iter()
@@ -338,4 +343,13 @@ impl Model {
         let store = self.store.as_ref().unwrap();
         store.log().remove_files(|file| store.is_dead(file)).unwrap();
     }
+}
+
+/// The same wherever its tokens and annotations lie.
+fn without_places(mut trajectory: Trajectory) -> Trajectory {
+    trajectory.runs.clear();
+    for known in &mut trajectory.annotations {
+        known.location = Location { file: 0, offset: 0, len: 0 };
+    }
+    trajectory
 }

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod annotations;
 mod branches;
 mod bytes;
 mod late;
@@ -65,13 +66,19 @@ struct Held {
     deadline: i64,
 }
 
-fn open(dir: &Path, settings: Settings) -> Store {
-    Store::open(Arc::new(Disk::new(dir).unwrap()), settings).unwrap()
+fn open(dir: &Path, settings: Settings, scorers: &[String]) -> Store {
+    let mut store = Store::open(Arc::new(Disk::new(dir).unwrap()), settings).unwrap();
+    store.expect(scorers.iter().cloned()).unwrap();
+    store
 }
 
 struct Model {
     dir: tempfile::TempDir,
     settings: Settings,
+    /// Those that add columns before rewards are given.
+    scorers: Vec<String>,
+    /// Those that have, by trajectory.
+    annotated: BTreeMap<u64, BTreeSet<String>>,
     store: Option<Store>,
     now: i64,
     admitted: u64,
@@ -111,13 +118,16 @@ struct Model {
 }
 
 impl Model {
-    fn new(settings: Settings) -> Self {
+    fn new(settings: Settings, scorers: usize) -> Self {
+        let scorers: Vec<String> = (0..scorers).map(|number| format!("scorer-{number}")).collect();
         let dir = tempfile::tempdir().unwrap();
-        let mut store = open(dir.path(), settings);
+        let mut store = open(dir.path(), settings, &scorers);
         store.publish(0, None, LeftOut::default()).unwrap();
         Self {
             dir,
             settings,
+            scorers,
+            annotated: BTreeMap::new(),
             store: Some(store),
             now: 0,
             admitted: 0,
@@ -180,6 +190,7 @@ impl Model {
                 self.now += time;
                 self.tick();
             }
+            Op::Annotate { pick } => self.annotate(*pick),
             Op::Score { pick, outcome } => self.score(*pick, *outcome),
             Op::Claim => self.claim(),
             Op::Work { stop } => (0..self.held.len()).rev().for_each(|pick| self.append(pick, 4, *stop, (true, false))),
@@ -212,7 +223,7 @@ impl Model {
         let before = self.store().state().clone();
         self.store().log().close().unwrap();
         self.store = None;
-        self.store = Some(open(self.dir.path(), self.settings));
+        self.store = Some(open(self.dir.path(), self.settings, &self.scorers));
         assert_eq!(self.store().state(), &before);
         self.held.clear();
         self.stragglers.reopen();
@@ -247,6 +258,8 @@ impl Model {
         for (id, trajectory) in &store.state().trajectories {
             assert_eq!(trajectory.len as usize, tokens[id].len());
             assert_eq!(store.state_of(*id, trajectory) == "leased", held.contains(id));
+            let annotated: BTreeSet<String> = trajectory.annotations.iter().map(|known| known.scorer.clone()).collect();
+            assert_eq!(&annotated, self.annotated.get(id).unwrap_or(&BTreeSet::new()));
             assert_eq!(store.state_of(*id, trajectory) == "late", self.stragglers.late.contains(id));
         }
     }
@@ -263,10 +276,10 @@ proptest! {
     #[test]
     fn random_histories_keep_every_invariant(
         ops in prop::collection::vec(op(), 1..400), lookahead in 0..2_u32, current_only in any::<bool>(),
-        straggler in prop::option::of((2..4_u32, 1..1500_i64))
+        straggler in prop::option::of((2..4_u32, 1..1500_i64)), scorers in 0..3_usize
     ) {
         let straggler = straggler.map(|(members, wait)| Straggler { members, wait });
-        let mut model = Model::new(settings(lookahead, current_only, straggler));
+        let mut model = Model::new(settings(lookahead, current_only, straggler), scorers);
         model.run(&Op::Quota { tokens: 30, segment: None });
         for op in &ops {
             model.run(op);

@@ -19,6 +19,7 @@ pub enum Op {
     Work { stop: Option<&'static str> },
     StaleAppend { pick: usize },
     Wait { time: i64 },
+    Annotate { pick: usize },
     Score { pick: usize, outcome: Outcome },
     Claim,
     Publish { left_out: u64, idle: bool, tokens: u64, segment: Option<u32> },
@@ -89,6 +90,7 @@ pub fn op() -> impl Strategy<Value = Op> {
         1 => (0..8_usize).prop_map(|pick| Op::StaleAppend { pick }),
         2 => (1..1000_i64).prop_map(|time| Op::Wait { time }),
         10 => (0..8_usize, outcome).prop_map(|(pick, outcome)| Op::Score { pick, outcome }),
+        8 => (0..8_usize).prop_map(|pick| Op::Annotate { pick }),
         4 => Just(Op::Claim),
         4 => (prop_oneof![Just(0), any::<u64>()], prop::bool::weighted(0.1), 10..60_u64, prop::option::of(1..6_u32))
             .prop_map(|(left_out, idle, tokens, segment)| Op::Publish { left_out, idle, tokens, segment }),

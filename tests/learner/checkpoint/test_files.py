@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pmdflow.errors import PmdflowError
+from tests.support.checkpoint_files import written
 from tests.support.learner import losses, make_batch, make_config, same_weights
 from tests.support.paths import ROOT, SUPPORT
 from tests.support.resumed_learner import ITERATIONS, main, write_claims
@@ -63,7 +64,7 @@ def test_a_save_that_fails_says_so(start, model_path, tmp_path):
     with pytest.raises(PmdflowError, match=r"rank 0: .*Not a directory"):
         learner.await_saved()
     learner.save(str(tmp_path / "saved"))
-    learner.await_saved()
+    assert list(learner.await_saved()) == written(tmp_path / "saved"), "summed while they were written"
 
 
 def child(model: str, directory: Path, *, hold: int) -> subprocess.Popen:

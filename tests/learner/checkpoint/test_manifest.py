@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from pmdflow.errors import PmdflowError
+from pmdflow.learner.checkpoint import manifest as checkpoint
 from pmdflow.learner.checkpoint.manifest import (
+    CheckpointFile,
     Manifest,
     commit_checkpoint,
     manifest_at,
@@ -16,6 +19,7 @@ from pmdflow.learner.checkpoint.manifest import (
     oldest_manifest,
     prune,
 )
+from tests.support.checkpoint_files import written
 
 torch.set_num_threads(1)
 
@@ -25,7 +29,7 @@ def write_checkpoint(root: Path, iteration: int) -> Manifest:
     (manifest.writing / "learner").mkdir(parents=True)
     (manifest.writing / "learner" / "shard").write_bytes(bytes([iteration]) * 50)
     (manifest.writing / "meta").write_text("x")
-    return commit_checkpoint(root, manifest)
+    return commit_checkpoint(root, manifest, written(manifest.writing))
 
 
 def test_manifest_round_trip(tmp_path):
@@ -92,6 +96,24 @@ def test_prune_keeps_the_newest_and_removes_orphans(tmp_path):
 
 def test_commit_refuses_nothing_and_another_root(tmp_path):
     with pytest.raises(ValueError, match="holds no file"):
-        commit_checkpoint(tmp_path, Manifest.new(tmp_path, iteration=1, version=1, lsn=1))
+        commit_checkpoint(tmp_path, Manifest.new(tmp_path, iteration=1, version=1, lsn=1), [])
     with pytest.raises(ValueError, match="not of"):
-        commit_checkpoint(tmp_path, Manifest.new(tmp_path / "other", iteration=1, version=1, lsn=1))
+        commit_checkpoint(tmp_path, Manifest.new(tmp_path / "other", iteration=1, version=1, lsn=1), [])
+
+
+def test_commit_reads_no_file_and_refuses_what_was_not_written(tmp_path, monkeypatch):
+    manifest = Manifest.new(tmp_path, iteration=1, version=1, lsn=1)
+    manifest.writing.mkdir()
+    (manifest.writing / "shard").write_bytes(b"0123")
+    files = written(manifest.writing)
+    with pytest.raises(PmdflowError, match="holds shard with 4 bytes, its writer says 5"):
+        commit_checkpoint(tmp_path, manifest, [replace(files[0], size=5)])
+    with pytest.raises(PmdflowError, match="holds lost with no bytes, its writer says 7"):
+        commit_checkpoint(tmp_path, manifest, [*files, CheckpointFile(path="lost", size=7, crc32=0)])
+    (manifest.writing / "more").write_bytes(b"")
+    with pytest.raises(PmdflowError, match="holds more, which no learner rank says it wrote"):
+        commit_checkpoint(tmp_path, manifest, files)
+    (manifest.writing / "more").unlink()
+    monkeypatch.setattr(checkpoint, "_checksum", None)
+    commit_checkpoint(tmp_path, manifest, files)
+    assert newest_manifest(tmp_path, checksums=False).files == tuple(files)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pmdflow.data.tokenizer import end_ids
+from pmdflow.learner.routing import EXPERTS
 from pmdflow.rollout.checks import check_extends, check_joins, check_logprobs, check_request
 from pmdflow.rollout.engine import OnNewWeights, Output, Request
 from pmdflow.rollout.engines.transformers.batch import DecodeBatch
@@ -41,6 +44,7 @@ class TransformersEngine:
         threads: int,
         seed: int,
         device: str | None = None,
+        record_experts: bool = False,
     ) -> None:
         """Load the model.
 
@@ -51,6 +55,7 @@ class TransformersEngine:
             threads: CPU threads of this process.
             seed: Of the sampling.
             device: Torch device; None takes `cuda` if there is one.
+            record_experts: Whether outputs have the column `experts` of a Mixture of Experts.
 
         Raises:
             ValueError: A layer that keeps more than keys and values, or no end-of-sequence token.
@@ -58,7 +63,9 @@ class TransformersEngine:
         torch.set_num_threads(threads)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         ends = end_ids(model_path)
-        self._model = CachedModel(path=model_path, dtype=dtype, num_slots=num_slots, device=place)
+        self._model = CachedModel(
+            path=model_path, dtype=dtype, num_slots=num_slots, device=place, record_experts=record_experts
+        )
         self._ends = frozenset(id for id in ends if id < self._model.vocab_size)
         self._generator = torch.Generator(place).manual_seed(seed)
         self._sequences: dict[int, HeldSequence] = {}
@@ -134,7 +141,9 @@ class TransformersEngine:
             return []
         tokens, logprobs = self._decode(batch)
         check_logprobs(logprobs, self.version)
-        return self._advance(batch.sequences, tokens, logprobs)
+        routing = self._model.routing
+        experts = None if routing is None else routing.taken().cpu().numpy().astype(routing.dtype)
+        return self._advance(batch.sequences, tokens, logprobs, experts)
 
     def stage(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Nothing to prepare."""
@@ -239,9 +248,15 @@ class TransformersEngine:
         batch.advance(tokens)
         return tokens.tolist(), logprobs.tolist()
 
-    def _advance(self, sequences: list[HeldSequence], tokens: list[int], logprobs: list[float]) -> list[Output]:
+    def _advance(
+        self,
+        sequences: list[HeldSequence],
+        tokens: list[int],
+        logprobs: list[float],
+        experts: npt.NDArray[np.unsignedinteger[Any]] | None,
+    ) -> list[Output]:
         outputs = []
-        for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
+        for row, (sequence, token, logprob) in enumerate(zip(sequences, tokens, logprobs, strict=True)):
             sequence.tokens.append(token)
             sequence.cached += 1
             sequence.limit -= 1
@@ -256,5 +271,6 @@ class TransformersEngine:
                 self.abort(sequence.id)
             elif sequence.limit == 0 or sequence.min_tokens == 0:
                 self._batch = None
-            outputs.append(Output(id=sequence.id, tokens=(token,), logprobs=(logprob,), stop=stop))
+            columns = None if experts is None else {EXPERTS: [experts[row]]}
+            outputs.append(Output(id=sequence.id, tokens=(token,), logprobs=(logprob,), stop=stop, columns=columns))
         return outputs

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from pmdflow.learner.agreement import plain_scores
 from pmdflow.learner.aside import Aside
 from pmdflow.learner.layers import family_problems, windows
+from pmdflow.learner.routing import Routing
 from pmdflow.rollout.engines.transformers.batch import DecodeBatch
 from pmdflow.rollout.engines.transformers.cache import ATTENTION, SlotCache
 from pmdflow.rollout.engines.transformers.self_check import check_cached
@@ -28,7 +29,13 @@ class CachedModel:
     """
 
     def __init__(
-        self, *, path: str, dtype: Literal["float32", "bfloat16"], num_slots: int, device: torch.device
+        self,
+        *,
+        path: str,
+        dtype: Literal["float32", "bfloat16"],
+        num_slots: int,
+        device: torch.device,
+        record_experts: bool = False,
     ) -> None:
         """Load the model of a Hugging Face folder.
 
@@ -52,6 +59,8 @@ class CachedModel:
         self._range = torch.arange(0, device=device)
         check_cached(self, self._model, num_slots=num_slots)
         self._cache = SlotCache(num_slots)
+        self.routing = Routing(self._model) if record_experts else None
+        """Records the experts of each forward pass; None if nobody asks."""
 
     def prefill(self, chunks: Sequence[Sequence[int]], *, slots: Sequence[int], starts: Sequence[int]) -> None:
         """Cache a chunk of tokens in each slot, from position `starts` on."""

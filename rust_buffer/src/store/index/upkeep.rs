@@ -77,6 +77,8 @@ fn touched(state: &State, record: &Record) -> (BTreeSet<u64>, BTreeSet<u64>) {
         | Record::Commit(_)
         | Record::Lease(_)
         | Record::Restore(..)
+        // An annotation is followed by `Index::annotated`.
+        | Record::Annotate(_)
         | Record::Fork(..)
         | Record::Turn(..)
         | Record::Plan(..)

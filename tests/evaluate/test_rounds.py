@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pmdflow.config.sources import EvalSetConfig
-from pmdflow.run.held_out import EvaluationSet, failures, summarize_round
+from pmdflow.evaluate.rounds import EvaluationSet, failures, summarize_round
 from pmdflow.store.answers import EvalResult
 from pmdflow.types import Prompt, Stop
 
@@ -30,27 +30,26 @@ def result(
 
 def test_an_empty_trajectory_has_no_version_and_a_failed_one_no_reward() -> None:
     empty = result(reward=0.0, length=0, versions=(None, None))
-    failed = result(reward=None, length=4, versions=(1, 2))
+    failed = result(reward=None, length=4, versions=(3, 3))
     whole = result(reward=1.0, length=8, versions=(3, 3))
-    assert summarize_round([empty, failed, whole], HELD_OUT) == {
+    assert summarize_round([empty, failed, whole], HELD_OUT, version=3) == {
         "eval/reward_mean": 0.5,
         "eval/prompts": 3,
         "eval/failed": 1,
         "eval/length_mean": 4.0,
-        "eval/first_version": 1,
-        "eval/last_version": 3,
+        "eval/version": 3,
     }
 
 
 def test_a_round_in_which_nothing_was_said_or_scored_has_none_instead_of_an_error() -> None:
-    values = summarize_round([result(reward=None, length=0, versions=(None, None))], HELD_OUT)
-    assert values["eval/reward_mean"] is values["eval/first_version"] is values["eval/last_version"] is None
-    assert values["eval/failed"] == 1
+    values = summarize_round([result(reward=None, length=0, versions=(None, None))], HELD_OUT, version=4)
+    assert values["eval/reward_mean"] is None
+    assert (values["eval/failed"], values["eval/version"]) == (1, 4)
 
 
 def test_attempts_that_were_not_scored_are_said_and_neither_a_zero_nor_forgotten() -> None:
     answers = [result(reward=reward, length=2, versions=(5, 5)) for reward in (1.0, None, None, None)]
-    values = summarize_round(answers, HELD_OUT)
+    values = summarize_round(answers, HELD_OUT, version=5)
     assert (values["eval/reward_mean"], values["eval/failed"]) == (1.0, 3)
     said = failures(answers, HELD_OUT, 5)
     assert said.startswith("held-out evaluation of iteration 5: 3 of 4 attempts were not scored") and "others" in said
@@ -66,7 +65,7 @@ def test_a_named_set_has_the_mean_over_prompts_and_pass_at_k_under_its_own_keys(
     results = [
         result(reward=reward, length=2, versions=(5, 5), request=f"{prefix}{number}") for number, reward in answers
     ]
-    values = summarize_round(results, hard)
+    values = summarize_round(results, hard, version=5)
     assert values["eval/set"] == "hard"
     assert values["eval/hard/reward_mean"] == 0.25
     assert values["eval/hard/pass_at_1"] == 0.25
