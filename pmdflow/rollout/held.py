@@ -137,14 +137,14 @@ class HeldTrajectory:
         self._call(self.context[self.turn_start :] if whole else None)
 
     def attach(self, session: Partner, *, turn: Sequence[int] | None, whole: bool) -> None:
-        """Go on with a program that lives: it waits for `turn`, and more if that is not `whole`; None: for nothing."""
+        """Go on with what lives: it waits for `turn`, and more if that is not `whole`; None: for nothing."""
         self.session = session
         self.turn_start = len(self.context) - len(turn or ())
         if turn is None:
             self.phase = "calling"
         elif whole:
             self._call(turn)
-        else:
+        elif session.outlives:
             self._begin_turn()
 
     def begin(self) -> Request:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+CLOSE_S = 20.0
+"""What the environments of an actor that ends are given to end, at most: a run that drains has `run.drain_s`."""
 Read = Callable[[int], Mapping[str, Any] | None]
 
 
@@ -149,9 +151,9 @@ class LeaseTaker:
         session.close("another actor goes on with its trajectory")
 
     def close_environments(self) -> list[str]:
-        """Close all that were begun and wait, at most `environment.timeout_s`; the keys of those that go on."""
+        """Close all that were begun and wait, at most `environment.timeout_s` or `CLOSE_S`; which go on."""
         environment = self._config.environment
-        return [] if environment is None else self._hosts.close(timeout_s=environment.timeout_s)
+        return [] if environment is None else self._hosts.close(timeout_s=min(environment.timeout_s, CLOSE_S))
 
     def _notes(self, lease: Lease) -> Sequence[Turn]:
         """What earlier holders of a lease have noted."""

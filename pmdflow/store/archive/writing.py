@@ -61,6 +61,7 @@ def write_part(
 
 
 def _write_tables(path: Path, batch: TrainBatch, attrs: Mapping[str, Any]) -> None:
+    restored = {str(version): trained for version, trained in batch.restored.items()}
     root = zarr.create_group(
         store=str(path),
         zarr_format=3,
@@ -71,12 +72,8 @@ def _write_tables(path: Path, batch: TrainBatch, attrs: Mapping[str, Any]) -> No
             "version": batch.version,
             "components": list(batch.components),
             **_plan_attrs(batch),
-            **(
-                {"restored": {str(version): trained for version, trained in batch.restored.items()}}
-                if batch.restored
-                else {}
-            ),
-            **({"turn_rewards": names_said(batch)} if batch.turns else {}),
+            **({"restored": restored} if restored else {}),
+            **({"turn_rewards": _names_said(batch)} if batch.turns else {}),
             **attrs,
         },
     )
@@ -165,18 +162,18 @@ def _group_columns(batch: TrainBatch) -> Table:
     }
 
 
-def names_said(batch: TrainBatch) -> list[str]:
-    """Names of the rewards that were said of turns."""
+def _names_said(batch: TrainBatch) -> list[str]:
     return sorted({name for _, _, rewards, _ in batch.turns for name in rewards})
 
 
 def _turn_columns(batch: TrainBatch) -> Table:
-    rewards = [[said.get(name, np.nan) for name in names_said(batch)] for _, _, said, _ in batch.turns]
+    rows, offsets, rewards, keys = zip(*batch.turns, strict=True)
+    said = [[own.get(name, np.nan) for name in _names_said(batch)] for own in rewards]
     return {
-        "trajectory": np.array([row for row, *_ in batch.turns], np.int64),
-        "offset": np.array([offset for _, offset, *_ in batch.turns], np.int32),
-        "rewards": np.array(rewards, np.float64).reshape(len(batch.turns), -1),
-        "key": np.array([key or "" for *_, key in batch.turns], dtype=object),
+        "trajectory": np.array(rows, np.int64),
+        "offset": np.array(offsets, np.int32),
+        "rewards": np.array(said, np.float64).reshape(len(rows), -1),
+        "key": np.array([key or "" for key in keys], dtype=object),
     }
 
 
