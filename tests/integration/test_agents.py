@@ -57,7 +57,7 @@ def test_what_is_recorded_is_what_was_sent_and_what_the_model_says_of_it(tmp_pat
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     compared = 0
     for claim in map(read_part, parts(up.run)):
-        bounds = zip(claim.trajectories, claim.cu_seqlens, claim.cu_seqlens[1:], strict=True)
+        bounds = zip(claim.trajectories, claim.cu_seqlens[:-1], claim.cu_seqlens[1:], strict=True)
         for trajectory, start, end in bounds:
             tokens, generated = claim.tokens[start:end], (claim.mask[start:end] & Mask.GENERATED) != 0
             if (claim.versions[start:end][generated] == 0).all():
