@@ -22,6 +22,7 @@ def test_it_trains(library: str, tmp_path: Path) -> None:
     if find_spec(library) is None:
         pytest.skip(f"needs uv sync --extra {library}")
     shorter = [f"run.dir={tmp_path}", "run.iterations=2", "eval.prompts=8", "scheduler.groups_per_iteration=2"]
+    shorter.append("learner.steps_per_iteration=2")
     values = load(CONFIGS / "examples" / f"{library}.yaml", shorter).config.model_dump()
     up = Up(tmp_path, values)
     assert up.wait(DEADLINE_S) == 0, up.output
