@@ -92,5 +92,7 @@ def make_engine_of(checkpoint: Checkpoint, config: Config, *, seed: int) -> Roll
 
 
 def _is_tied(model: str) -> bool:
-    values: Mapping[str, Any] = json.loads((Path(model) / "config.json").read_text())
-    return bool(values.get("tie_word_embeddings", True))
+    """By the family's own default where the folder does not say it."""
+    from transformers import AutoConfig
+
+    return bool(AutoConfig.from_pretrained(model).get_text_config().tie_word_embeddings)

@@ -120,6 +120,12 @@ def test_an_answer_of_a_bare_model_has_half_of_its_positions() -> None:
     assert eval_config(find_checkpoint(MODEL), TASK, EvalOptions()).data.max_tokens == 448
 
 
+def test_whether_a_head_is_tied_is_the_familys_default_where_a_folder_does_not_say_it(tmp_path: Path) -> None:
+    for model, tied in (("llama", False), ("gemma3_text", True)):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model}))
+        assert _is_tied(str(tmp_path)) is tied
+
+
 def length(*, completion: str, prompt: str, metadata: Any) -> float:
     return float(len(completion))
 
