@@ -23,7 +23,7 @@ from pmdflow.cli import app
 from pmdflow.config.recorded import RENAMED
 from pmdflow.data.prompts import make_prompts, read_prompts
 from pmdflow.errors import LaunchError
-from pmdflow.evaluate.checkpoint import Checkpoint, find_checkpoint
+from pmdflow.evaluate.checkpoint import Checkpoint, _is_tied, find_checkpoint
 from pmdflow.evaluate.command import EvalOptions, eval_config, evaluate_checkpoint
 from pmdflow.evaluate.results import pass_at_k, print_table, summarize
 from pmdflow.evaluate.task import Sample
