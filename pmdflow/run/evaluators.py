@@ -45,6 +45,12 @@ class Evaluators:
 
     def tick(self) -> None:
         """Take the answers of those whose part is over; while nothing says that all is leased, find others."""
+        self.settle()
+        if not (self._enough or self.is_late):
+            self.assign()
+
+    def settle(self) -> bool:
+        """Take these answers alone; whether nobody evaluates any more."""
         for worker, (process, turn) in list(self._turns.items()):
             if not is_ready(turn):
                 continue
@@ -58,8 +64,7 @@ class Evaluators:
             self.is_late |= ended == "late"
             if ended == "passed":
                 self._past.add(worker)
-        if not (self._enough or self.is_late):
-            self.assign()
+        return not self._turns
 
     def assign(self) -> bool:
         """Have as many evaluate as should; whether anybody does."""

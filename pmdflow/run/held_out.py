@@ -69,36 +69,38 @@ class HeldOut:
         self._alternates = config.scheduler.lookahead == 0 and not config.cluster.colocate
         """Whether engines have nothing to do, and their devices, while an iteration is trained."""
         self._round: _Round | None = None
+        self._ending: Evaluators | None = None
+        """Who evaluated for the round before and has not turned to training: it would lease of the next one, too."""
         self._newest = (0, 0)
         """Iterations that the newest weights have trained, and their version."""
         self._is_due = False
         """Whether a round is to begin: at once, or when the one before is over."""
+        self._begins_again = False
+        """Whether that is one whose version is gone, which waits for no claim."""
         supervisor.watchers.append(self.tick)
 
     def start(self, iteration: int, version: int) -> None:
         """Continue after `iteration`: a round that is due, and of which not all is recorded, is made now."""
-        self._round, self._is_due = None, False
+        if self._round is not None:
+            self._drop(self._round)
         self._supervisor.get(call(self._store, StoreActor.drop_eval, "eval-"), what="dropping an evaluation")
         round_due = iteration - iteration % self._config.eval.every
         self._newest, self._is_due = (iteration, version), not self._recorded(round_due)
-        if not self._alternates:
-            self._begin_due()
+        self._begin_due(at_once=not self._alternates)
 
     def published(self, iteration: int, version: int) -> None:
         """The weights of an iteration are offered to rollout actors: begin a round if one is due."""
         self._newest = iteration, version
         self._is_due |= iteration % self._config.eval.every == 0 and iteration < self._config.run.iterations
-        if not self._alternates:
-            self._begin_due()
+        self._begin_due(at_once=not self._alternates)
 
     def claimed(self) -> None:
         """An iteration is claimed: where rollout alternates with training it is idle now."""
-        if self._alternates:
-            self._begin_due()
+        self._begin_due(at_once=True)
 
     def finish(self) -> None:
         """Wait for a round that is under way, then for one of the final policy."""
-        self._is_due = False
+        self._is_due = self._begins_again
         self._await_round()
         if not self._recorded(self._newest[0]) and not self._supervisor.draining:
             self._begin(is_last=True)
@@ -106,7 +108,7 @@ class HeldOut:
 
     def _await_round(self) -> None:
         progress = Progress("the evaluation")
-        while self._round is not None and not self._supervisor.draining:
+        while (self._round or self._ending or self._is_due) and not self._supervisor.draining:
             counts = call(self._store, StoreActor.counts)
             progress.require(self._supervisor.get(counts, what="the store's counts"))
             self._supervisor.idle(LOOK_S)
@@ -116,6 +118,7 @@ class HeldOut:
         """See how far the round is. Never waits."""
         round = self._round
         if round is None:
+            self._begin_due(at_once=not self._alternates)
             return
         if round.admitted is not None:
             if not all(map(is_ready, round.admitted)):
@@ -125,18 +128,18 @@ class HeldOut:
         round.evaluators.tick()
         self._collect(round)
         if not round.open:
-            self._round = None
+            self._drop(round)
         elif not round.evaluators.busy:
             self._find_left(round)
-        if self._round is None and not self._alternates:
-            self._begin_due()
 
-    def _begin_due(self) -> None:
-        if self._is_due and self._round is None:
+    def _begin_due(self, *, at_once: bool) -> None:
+        if self._ending is not None and self._ending.settle():
+            self._ending = None
+        if self._is_due and (at_once or self._begins_again) and self._round is None and self._ending is None:
             self._begin()
 
     def _begin(self, *, is_last: bool = False) -> None:
-        self._is_due = False
+        self._is_due = self._begins_again = False
         if not self._sets:
             return
         iteration, version = self._newest
@@ -215,10 +218,10 @@ class HeldOut:
             f"evaluation of iteration {round.iteration}: no actor has version {round.version} any more; it begins "
             f"again, as that of iteration {self._newest[0]} by version {self._newest[1]}",
         )
-        self._begin()
+        self._is_due = self._begins_again = True
 
     def _drop(self, round: _Round) -> None:
-        self._round = None
+        self._round, self._ending = None, round.evaluators
         for given in round.open:
             call(self._store, StoreActor.drop_eval, self._prefix(round, given))
 

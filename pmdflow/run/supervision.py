@@ -198,8 +198,13 @@ class Supervisor:
         runs = [loop.process.run_ref for loop in self.loops]
         ray.wait(runs, num_returns=len(runs), timeout=timeout_s)
         self._last_tick = 0.0
+        for _ in range(2):  # the report that was asked for before, then the one of what came since
+            reports = [loop.process.drain_ref for loop in self.loops if loop.process.drain_ref is not None]
+            if reports:
+                ray.wait(reports, num_returns=len(reports), timeout=timeout_s)
+            for loop in self.loops:
+                self._collect(loop)
         for loop in self.loops:
-            self._collect(loop)
             ray.kill(loop.process.actor)
         self.loops.clear()
 

@@ -141,4 +141,6 @@ def test_with_one_actor_a_round_is_a_pause_of_rollout(world: WithoutLearner) -> 
     begin, end = min(span["start"] for span in pause), max(span["end"] for span in pause)
     between = [span for span in lane if span["start"] < end - 1e-3 and span["end"] > begin + 1e-3]
     assert {span["name"] for span in between} == {"wait_evaluation"}
-    assert any(span["name"] == "generate" and span["start"] > end for span in lane)
+    world.until(
+        lambda: any(span["name"] == "generate" and span["start"] > end for span in world.spans(since)), "training"
+    )

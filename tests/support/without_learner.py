@@ -76,6 +76,7 @@ class WithoutLearner:
 
     def held_out(self, *overrides: str) -> HeldOut:
         """Evaluation under other settings, as a process that begins now has it."""
+        self.until(lambda: not self.evaluating(), "the end of what is evaluated")
         watchers = self.supervisor.watchers
         watchers[:] = [watcher for watcher in watchers if not isinstance(getattr(watcher, "__self__", None), HeldOut)]
         config = configured(Path(self.config.run.dir), *overrides)
