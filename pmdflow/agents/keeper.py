@@ -86,7 +86,7 @@ def _sandboxed(job: dict[str, Any], log: _Log) -> int | None:
     threading.Thread(target=_serve, args=(ours, tuple(walls["gateway"])), daemon=True).start()
     begin = walls["job"].encode()
     status = _attend(process, b"%010d" % len(begin) + begin + job["task"].encode(), log)
-    return 128 - status if status is not None and status > 128 else status  # as a shell tells a signal
+    return 128 - status if status is not None and 128 < status <= 192 else status  # as a shell tells a signal
 
 
 def _serve(inside: socket.socket, gateway: tuple[str, int]) -> None:

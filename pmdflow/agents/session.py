@@ -230,6 +230,8 @@ class AgentSession:
             end = self._end(entry.request, turn.tokens)
             if end is not None and end < len(turn.tokens):
                 turn = self.record.cut(target, turn, end)
+            if turn.last and end is None and self.record.live != target + turn.tokens:
+                return self._go_on(entry, target)  # another conversation has gone on since: this turn has no next token
             self._turn = (list(turn.logprobs), list(turn.versions))
             self.turn_start = len(target)
             if not turn.last or end is not None:

@@ -133,6 +133,15 @@ def _find_paths(data: Any, *, beside: Path) -> None:
                 found = beside / found
             if found.exists():
                 settings[key] = str(found)
+    agents = data.get("agents") if isinstance(data, dict) else None
+    if isinstance(agents, dict) and isinstance(agents.get("command"), list):
+        agents["command"] = [_file(word, beside) for word in agents["command"]]  # it has a directory of its own
+
+
+def _file(word: Any, beside: Path) -> Any:
+    """A word of a command: whole, where it names a file here or beside the configuration, else as it is."""
+    places = (Path(), beside) if isinstance(word, str) and word else ()
+    return next((str((place / word).absolute()) for place in places if (place / word).is_file()), word)
 
 
 def _find_modules(data: Any, *, beside: Path) -> None:

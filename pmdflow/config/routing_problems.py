@@ -23,3 +23,8 @@ def routing_problems(config: Config) -> Iterator[str]:
             "learner.router_replay is set while learner.compile is true: the routers of a compiled layer cannot be "
             "told what to choose; set one of them to false"
         )
+    if config.agents is not None:
+        yield (
+            "learner.router_replay is set while `agents` is: what requests of an episode generate side by side comes "
+            "without its experts; set router_replay to false"
+        )

@@ -70,7 +70,11 @@ class Host:
         self._is_closing = True
         if self._work is not None:
             self._work.cancel()
-        asyncio.run_coroutine_threadsafe(self._close(), self._loop)
+        closing = self._close()
+        try:
+            asyncio.run_coroutine_threadsafe(closing, self._loop)
+        except RuntimeError:  # its loop has ended: what it started raised an exit
+            closing.close()
 
     async def _close(self) -> None:
         close = getattr(self.environment, "close", None)

@@ -82,6 +82,13 @@ def checked(observation: Observation) -> Observation:
     for name, value in said.items():
         if not isinstance(name, str) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"an observation has {name!r}: {value!r:.80}; rewards and metrics are finite numbers")
+        if not is_text(name):
+            raise ValueError(f"an observation has {name!r:.80}, which has half a character: a name is a text")
     if observation.key is not None and not isinstance(observation.key, str):
         raise ValueError(f"an observation has the key {observation.key!r:.80}; a key is a text")
     return observation
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written: half of a surrogate pair, which JSON may hold, cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 _KEPT = "_pmdflow_rows"
 """Marks a parameter of which only the rank's rows are left."""
@@ -60,7 +62,7 @@ def load_part(folder: Path, part: Part, **settings: Any) -> Any:
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         names, state = _Names(empty), {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in _weight_files(folder):
             file = files.enter_context(safe_open(path, framework="pt", device="cpu"))  # maps it: rows alone are read
             for key in file.keys():  # noqa: SIM118
                 entry = file.get_slice(key)
@@ -70,9 +72,16 @@ def load_part(folder: Path, part: Part, **settings: Any) -> Any:
 
 
 def _is_sliceable(folder: Path) -> bool:
-    """Whether the folder has its weights in safetensors files of the usual names, and no others beside them."""
-    names = {path.name for path in folder.glob("*.safetensors")}
-    return bool(names) and ("model.safetensors" in names or (folder / "model.safetensors.index.json").is_file())
+    """Whether the folder has its weights in safetensors files of the usual names."""
+    return any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Those that transformers reads: others beside them, such as averaged weights, are nobody's."""
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
+    index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text())
+    return [folder / name for name in sorted(set(index["weight_map"].values()))]
 
 
 class _Names:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pmdflow.config.schema import Config
-from pmdflow.errors import WeightsLost
+from pmdflow.errors import WaitTimeout, WeightsLost
 from pmdflow.learner.checkpoint.stored import StoredVersions
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.rollout.engine import RolloutEngine
@@ -37,17 +37,17 @@ class Fetcher:
         self._seconds = 0.0
 
     def begin(self, handle: WeightsHandle, *, meanwhile: Callable[[], object]) -> None:
-        """Fetch the first weights; if they died with the learner, a checkpoint's until it publishes others.
+        """Fetch the first weights; if they are lost or slow, a checkpoint's until the learner offers others.
 
         Raises:
             WaitTimeout: nobody has any in time; until then `meanwhile` is called again and again.
         """
         try:
             self.offer(handle, timeout_s=FETCH_TIMEOUT_S)
-        except WeightsLost:
+        except (WeightsLost, WaitTimeout):
             older = None if self._any_order else self._stored.newest(before=handle.version)
             if older is not None:
-                with suppress(WeightsLost):
+                with suppress(WeightsLost, WaitTimeout):
                     self.offer(WeightsHandle(version=older, location=None), timeout_s=FETCH_TIMEOUT_S)
                     return
             with self._spans.span("wait_weights"):

@@ -22,9 +22,9 @@ class Loader:
         """That loads took since the start."""
 
     def expect(self, probe: Probe | None) -> None:
-        """Score the first probe by the weights of the folder; before the engine is paused to load others."""
+        """Score the first probe by the weights that there are; before the engine is paused to load others."""
         if self._check is None and probe is not None:
-            self._check = LoadCheck(self._engine.score(probe.tokens))
+            self._check = LoadCheck(self._engine.score(probe.tokens), is_known=self._engine.version == 0)
 
     def load(self, version: int, staged: Any, probe: Probe | None) -> None:
         """Load a version and resume; nothing that is generated from then on is given out before the proof.

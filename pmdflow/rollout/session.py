@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pmdflow.config.variables import hide
 from pmdflow.environments.host import FAILURES, Host, Hosts
-from pmdflow.environments.observed import Speech, checked
+from pmdflow.environments.observed import Speech, checked, is_text
 from pmdflow.environments.protocol import Environment, Note, Observation, PastTurn, Reply
 from pmdflow.errors import PmdflowError
 from pmdflow.rollout.turns import Turn
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 MAX_KEY = 200
-"""Characters of a state's identity; of a longer one a hash is kept."""
+"""Characters of a state's identity; of a longer one, or one with half a character, a hash is kept."""
 
 
 class EnvironmentChanged(PmdflowError):
@@ -198,7 +198,7 @@ class Session:
             return None
         self.num_notes += 1
         key = observation.key or None
-        if key is not None and len(key) > MAX_KEY:
+        if key is not None and (len(key) > MAX_KEY or not is_text(key)):
             key = blake2b(key.encode(errors="surrogatepass"), digest_size=16).hexdigest()
         return Note(number=self.num_notes - 1, rewards=rewards, key=key)
 

@@ -127,6 +127,7 @@ class Controller:
 
     def recover(self) -> None:
         """Put learner and store at the newest checkpoint: later claims are undone, to be made and trained again."""
+        self._held_out.pause()
         self._supervisor.stop_learners()  # whoever is dead is not to be told of again while others are waited for
         manifest = self._checkpoints.recover()
         self._devices.rest_engines()

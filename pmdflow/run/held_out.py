@@ -81,12 +81,18 @@ class HeldOut:
 
     def start(self, iteration: int, version: int) -> None:
         """Continue after `iteration`: a round that is due, and of which not all is recorded, is made now."""
-        if self._round is not None:
-            self._drop(self._round)
+        self.pause()
+        self._newest = iteration, version
         self._supervisor.get(call(self._store, StoreActor.drop_eval, "eval-"), what="dropping an evaluation")
         round_due = iteration - iteration % self._config.eval.every
-        self._newest, self._is_due = (iteration, version), not self._recorded(round_due)
+        self._is_due = not self._recorded(round_due)
         self._begin_due(at_once=not self._alternates)
+
+    def pause(self) -> None:
+        """The learner goes back: what is under way is given up, and nothing begins before `start`."""
+        self._is_due = self._begins_again = False
+        if self._round is not None:
+            self._drop(self._round)
 
     def published(self, iteration: int, version: int) -> None:
         """The weights of an iteration are offered to rollout actors: begin a round if one is due."""

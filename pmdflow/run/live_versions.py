@@ -74,7 +74,9 @@ class LiveVersions:
                 process.offer = None
                 process.serves = process.serves if is_served else UNKNOWN
         known = {version: number for version, number in in_flight.items() if version in self._handles}
-        serving = {worker: process.serves for worker, process in processes.items() if process.evaluates is None}
+        serving = {
+            worker: process.serves for worker, process in processes.items() if process.evaluates not in self._handles
+        }  # also who is to evaluate a version that nobody has any more: another one ends that
         wanted = {
             worker: process.evaluates for worker, process in processes.items() if process.evaluates in self._handles
         }

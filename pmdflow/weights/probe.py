@@ -41,9 +41,14 @@ class LoadCheck:
         >>> check.problem(probe, [-1.5, -2.5])
     """
 
-    def __init__(self, initial: Sequence[float] | Float64) -> None:
-        """Know what the engine gives for the weights that it was made with."""
-        self._given = np.asarray(initial, np.float64)
+    def __init__(self, initial: Sequence[float] | Float64, *, is_known: bool = True) -> None:
+        """Know what the engine gives before the first loading.
+
+        Args:
+            initial: For the weights that it has.
+            is_known: These are those that it was made with; else the first loading may change nothing.
+        """
+        self._given, self._is_known = np.asarray(initial, np.float64), is_known
         self._expected: Float64 | None = None
 
     def problem(self, probe: Probe, scores: Sequence[float]) -> str | None:
@@ -59,9 +64,10 @@ class LoadCheck:
         differences = np.abs(given - expected)
         off = float(np.median(differences) if probe.by_median else differences.max(initial=0.0))
         is_close = off <= probe.limit  # NaN is not
-        must_change, changed = not np.array_equal(expected, before), not np.array_equal(given, self._given[:count])
+        changed = not np.array_equal(given, self._given[:count])
+        must_change = self._is_known and not np.array_equal(expected, before)
         if is_close and (changed or not must_change):
-            self._given, self._expected = given, probe.scores
+            self._given, self._expected, self._is_known = given, probe.scores, True
             return None
         distance = f"its log-probs of {count} fixed tokens are off by {off:.2g} nats, rounding is {probe.limit:.2g}"
         return distance + (", and none changed with the weights" if must_change and not changed else "")

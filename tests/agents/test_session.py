@@ -129,6 +129,21 @@ def test_a_turn_goes_on_wherever_its_actor_died(world: World, steps: int) -> Non
     assert after["forks"] == []
 
 
+def test_a_turn_that_another_conversation_overtook_after_a_restart_is_generated_anew(world: World) -> None:
+    life = world.life()
+    life.send({"messages": [ASK], "max_tokens": 8})
+    while generated_of(world.store, life.id) == 0:
+        life.step()
+    assert generated_of(world.store, life.id) < 3, "a part of the turn"
+    life = world.life()
+    life.ask({"role": "user", "content": "something else"})
+    body = life.ask(ASK)
+    record = world.store.trajectory(life.id)
+    assert len(record["forks"]) == 2
+    _, begun, _ = record["forks"][-1]
+    assert (record["observed"][begun:] == 0).sum() == body["usage"]["completion_tokens"]
+
+
 def test_who_says_something_else_after_a_restart_goes_on_in_a_branch(world: World) -> None:
     life = world.life()
     life.ask(ASK)

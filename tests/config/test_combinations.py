@@ -39,6 +39,11 @@ ALTERNATING = ("cluster.colocate=true", "scheduler.lookahead=0")
             "scheduler.refill",
             "leave both out",
         ),
+        (
+            ["learner.router_replay=true", "rollout.engine=transformers", "agents={program: 'own:solve'}"],
+            "learner.router_replay",
+            "set router_replay to false",
+        ),
         (["learner.ranks=3", "learner.context_parallel=2"], "learner.ranks", "change one of them"),
         (["learner.context_parallel=2", "learner.packing=false"], "learner.context_parallel", "set packing to true"),
         (["cluster.colocate=true", "scheduler.lookahead=1"], "cluster.colocate", "set lookahead to 0"),

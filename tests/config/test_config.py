@@ -213,6 +213,16 @@ def test_paths_are_found_here_first_then_beside_the_file(
     assert found() == "thing.jsonl"
 
 
+def test_files_that_an_agents_command_names_are_found_from_its_own_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "agent.py").touch()
+    (tmp_path / "cluster.yaml").write_text(MINIMAL)
+    agents = load(tmp_path / "cluster.yaml", ["agents={command: [python, agent.py, --fast]}"]).config.agents
+    assert agents is not None and agents.command == ["python", str(tmp_path / "agent.py"), "--fast"]
+
+
 @given(
     st.dictionaries(
         st.sampled_from(["run", "model", "scheduler", "1", "zz", ""]),

@@ -176,6 +176,24 @@ class Leaves(Remembers):
         raise SystemExit(3)
 
 
+class Exits(Remembers):
+    """What it starts ends its loop."""
+
+    async def step(self, *, key: str, action: str) -> Observation:  # type: ignore[override]
+        async def leave() -> None:
+            raise SystemExit(3)
+
+        task = asyncio.create_task(leave())
+        await asyncio.wait([task])
+        return Observation(text=action)
+
+
+def test_one_whose_loop_has_ended_is_late_and_closed_as_any_other() -> None:
+    session = make_session(Exits(), timeout_s=0.3)
+    turn(session, None)
+    assert "no answer within" in turn(session, "3").problem
+
+
 def test_one_that_fails_to_begin_is_closed_too() -> None:
     environment, hosts = Leaves(), Hosts()
     session = make_session(environment, hosts=hosts)
@@ -213,6 +231,7 @@ class Says(Remembers):
         (Observation(text="a", reward=float("nan")), "'reward': nan"),
         (Observation(text="a", metrics={"m": "x"}), "'m': 'x'"),  # type: ignore[dict-item]
         (Observation(text="a", metrics={"reward": 1.0}), "give it as its reward"),
+        (Observation(text="a", metrics={"\ud800": 1.0}), "half a character"),
         (Observation(text="a", key=5), "a key is a text"),  # type: ignore[arg-type]
         (Observation(), "says nothing"),
     ],

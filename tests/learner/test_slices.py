@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pmdflow.learner.slices import Part, load_part
@@ -37,6 +38,17 @@ def test_the_rows_of_each_part_are_those_of_the_whole_model(family: str, tmp_pat
         for name, expected in whole.named_parameters():
             assert torch.equal(found[name][part.rows(len(expected))], expected[part.rows(len(expected))]), name
         assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+
+
+def test_other_weights_beside_those_of_the_model_are_nobodys(model_path: str, tmp_path: Path) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    whole.save_pretrained(tmp_path)
+    averaged = {name: tensor + 1 for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    save_file(averaged, tmp_path / "model_ema.safetensors")
+    part = Part(rank=1, ranks=2)
+    for name, parameter in load_part(tmp_path, part).named_parameters():
+        rows = part.rows(len(parameter))
+        assert torch.equal(parameter[rows], whole.get_parameter(name)[rows])
 
 
 def test_pickled_weights_are_read_by_parts_too(model_path: str, tmp_path: Path) -> None:

@@ -16,9 +16,20 @@ from pmdflow.learner.learner import Learner
 from pmdflow.rollout.engines.transformers.engine import TransformersEngine
 from pmdflow.rollout.loading import Loader
 from pmdflow.weights.file import WeightsFile
+from pmdflow.weights.probe import LoadCheck, Probe
 from tests.support.learner import make_batch, make_config, write_model
 
 Start = Callable[..., Any]
+
+
+def test_the_first_probe_of_an_engine_that_had_other_weights_than_its_folders_asks_for_no_change() -> None:
+    scores = np.array([-1.5, -2.5])
+    probe = Probe(tokens=(1, 2, 3), scores=scores, initial=scores + 1, limit=0.01, by_median=False)
+    check = LoadCheck(scores, is_known=False)  # a checkpoint's, which the learner publishes again
+    assert check.problem(probe, list(scores)) is None
+    later = replace(probe, scores=scores - 1)
+    assert "none changed with the weights" in str(check.problem(later, list(scores)))
+    assert check.problem(later, list(scores - 1)) is None
 
 
 class Published:

@@ -130,3 +130,20 @@ def test_branches_are_scored_in_their_own_histories() -> None:
     # 0 1 2 | fork after 1: 0, then 3 4 | fork after 2 of that history: 0 3, then 5
     found = [(history.tolist(), own.tolist()) for history, own in item.branches()]
     assert found == [([0, 1, 2], [0, 1]), ([0, 3, 4], [3]), ([0, 3, 5], [5])]
+
+
+def test_what_is_out_for_its_reward_is_not_handed_out_again_when_its_file_is_emptied(tmp_path: Path) -> None:
+    with opened(tmp_path, scorers=("t",), file_bytes=4096, min_group_size=1, groups_per_iteration=32) as store:
+        store.set_quota(quota(groups=200, tokens=100_000))
+        for number in range(24):
+            admit(store, number, size=1)
+        for lease in lease_all(store):
+            store.append([segment(lease, 8, stop="stop")])
+        for item in store.unannotated("t", 100, 60.0, 0.0):
+            store.annotate(item.trajectory, "t", {"v": np.ones((len(item.tokens), 16), np.float32)})
+        assert len(store.unscored(100, 3600.0, 0.0)) == 24
+        for index, group in enumerate(list(store.groups())):
+            if index % 6:
+                store.discard(group["group"], reason="its file is to be emptied")
+        again = [item.trajectory for _ in range(10) for item in store.unscored(100, 3600.0, 0.1)]
+        assert again == []

@@ -60,7 +60,10 @@ def _published(manifest: Manifest, config: Config) -> NamedTensors:
                 raise WeightsLost(f"checkpoint {manifest.directory} cannot be read any more: {error}") from error
 
     tied = bool(AutoConfig.from_pretrained(config.model.path).get_text_config().tie_word_embeddings)
-    published = Published(manifest.directory, lora=config.learner.lora, tied=tied)
+    try:
+        published = Published(manifest.directory, lora=config.learner.lora, tied=tied)
+    except (OSError, CheckpointException) as error:
+        raise WeightsLost(f"checkpoint {manifest.directory} cannot be read any more: {error}") from error
     half = DTYPES[config.model.compute]
     wanted = {name: half if dtype.is_floating_point else dtype for name, (dtype, _) in published.specs.items()}
     names = aligned(wanted)

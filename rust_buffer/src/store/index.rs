@@ -216,14 +216,14 @@ impl Index {
         }
     }
 
-    /// Follows an annotation by `scorer`; what other scorers hold of the trajectory stays theirs.
+    /// Follows an annotation by `scorer`; what other scorers hold of the trajectory stays theirs. One that is logged again
+    /// by compaction changes nothing: whoever gives rewards may have the trajectory already.
     pub fn annotated(&mut self, state: &State, id: u64, scorer: &str) {
         let Some(trajectory) = state.trajectories.get(&id).filter(|trajectory| trajectory.is_unscored()) else {
             return;
         };
         if let Some(queue) = self.unannotated.get_mut(scorer) {
-            queue.remove(Kind::Train, id);
-            if self.unannotated.keys().all(|scorer| trajectory.is_annotated(scorer)) {
+            if queue.remove(Kind::Train, id) && self.unannotated.keys().all(|scorer| trajectory.is_annotated(scorer)) {
                 self.unscored.add(Kind::Train, id);
             }
         }

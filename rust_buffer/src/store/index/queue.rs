@@ -20,12 +20,11 @@ impl Queue {
         self.waiting.insert((kind, id));
     }
 
-    /// Removes one, handed out or not; nothing when it is not there.
-    pub fn remove(&mut self, kind: Kind, id: u64) {
-        self.waiting.remove(&(kind, id));
-        if let Some(deadline) = self.handed.remove(&id) {
-            self.deadlines.remove(&(deadline, id));
-        }
+    /// Removes one, handed out or not; whether it was there.
+    pub fn remove(&mut self, kind: Kind, id: u64) -> bool {
+        let waited = self.waiting.remove(&(kind, id));
+        let Some(deadline) = self.handed.remove(&id) else { return waited };
+        self.deadlines.remove(&(deadline, id))
     }
 
     /// Those that can be handed out.
