@@ -49,6 +49,9 @@ ELSEWHERE = {
     "export runs/quickstart pushed --push me/quickstart": "test_guides",
     "up configs/cluster.yaml --dry-run": "tests/run/test_recipes.py, with a Hub on loopback",
     "up configs/gpu8.yaml --dry-run cluster.gpus=8x80GiB": "tests/run/test_recipes.py, with a Hub on loopback",
+    "up configs/quickstart.yaml run.name=taught learner.algorithm=opd "
+    "learner.scorers.teacher.use=pmdflow.learner.scorers.teacher:Teacher "
+    "learner.scorers.teacher.model=teacher": "needs a teacher: tests/integration/test_scorers.py",
     "down runs/quickstart": "test_a_run_goes_on_and_is_drained_from_another_terminal",
     "scale runs/quickstart rollout=2": "run/test_scaling",
     "up configs/cluster.yaml": "needs several machines: its dry run is tried",

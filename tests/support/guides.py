@@ -27,7 +27,7 @@ class Step:
 
 def steps(guide: Path) -> list[Step]:
     """Fenced blocks and indented `pmdflow` commands, in order; what stands before `pmdflow` is left out."""
-    text = guide.read_text(encoding="utf-8")
+    text = guide.read_text(encoding="utf-8").replace("\\\n", "")  # a command may go on in the next line
     found = [(match.start(), Step(match[1], match[2])) for match in _FENCE.finditer(text)]
     found += [(match.start(), Step("command", match[1])) for match in _COMMAND.finditer(text)]
     return [step for _, step in sorted(found, key=lambda pair: pair[0])]

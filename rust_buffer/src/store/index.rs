@@ -142,7 +142,9 @@ impl Index {
         if trajectory.is_unscored() {
             self.unscored_train -= u64::from(group.kind == Kind::Train);
             self.unscored.remove(group.kind, id);
-            self.unannotated.values_mut().for_each(|queue| queue.remove(group.kind, id));
+            for queue in self.unannotated.values_mut() {
+                queue.remove(group.kind, id);
+            }
         } else if trajectory.is_partial() {
             self.outstanding_tokens -= u64::from(group.max_tokens.saturating_sub(trajectory.len));
             if leased {
