@@ -47,6 +47,7 @@ def sinks_of(process: psutil.Process) -> dict[str, psutil.Process]:
     return found
 
 
+@pytest.mark.nightly
 def test_a_run_of_a_script_goes_on_whatever_becomes_of_its_sinks(tmp_path: Path) -> None:
     port = require_port("test", "127.0.0.1", 0, hint="")
     config = small_config(tmp_path, run__iterations=5)

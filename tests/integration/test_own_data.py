@@ -124,6 +124,7 @@ def assert_each_cursor_once(run: Path) -> None:
     assert max(found.values()) > 1  # the sources have been gone through
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_rates_of_success_are_those_of_what_was_trained_although_the_run_was_killed(tmp_path: Path) -> None:
     (tmp_path / "own_reward.py").write_text(
