@@ -6,14 +6,10 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import ray
-from ray import ObjectRef
+from typing import TYPE_CHECKING, Any
 
 from pmdflow.config.schema import Config
 from pmdflow.data.tokenizer import load_tokenizer
-from pmdflow.errors import WaitTimeout
 from pmdflow.metrics.report import ActorReport, Event
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.reward.item import ScoreItem, decode_text
@@ -21,7 +17,7 @@ from pmdflow.reward.process import BATCH
 from pmdflow.reward.rubric import Scored
 from pmdflow.reward.runner import RewardRunner
 from pmdflow.store.actor import StoreActor
-from pmdflow.store.client import StoreHandle, call
+from pmdflow.store.client import StoreHandle, answer_unless, call
 from pmdflow.types import Unscored
 
 if TYPE_CHECKING:
@@ -33,14 +29,11 @@ FETCH_WAIT_S = 1.0
 """How long a request for trajectories stays parked in the store while nothing is in flight."""
 RESULT_WAIT_S = 0.25
 """Scores are written at least this often while others are still being made."""
-STORE_TIMEOUT_S = 120.0
-"""A call unanswered for this long ends the actor: it outlasts a restart of the store actor."""
 TTL_MARGIN_S = 5.0
 """Beyond the time-outs of those held, when the store hands a trajectory out again; known ones are then ignored."""
 NUM_MESSAGES = 3
 """Messages kept of the failures of one span."""
 
-Answer = TypeVar("Answer")
 _Key = tuple[int, int]
 """Trajectory and attempt."""
 
@@ -105,7 +98,8 @@ class RewardActor:
         start = time.time()
         ttl_s = HELD_IN_TURN * self._config.reward.timeout_s + TTL_MARGIN_S
         wait_s = 0.0 if self._in_flight else FETCH_WAIT_S
-        items = self._answer(call(self._store, StoreActor.unscored, room, ttl_s, wait_s)) or []
+        asked = call(self._store, StoreActor.unscored, room, ttl_s, wait_s)
+        items = answer_unless(self._stopping, asked, whose="reward") or []
         if not self._in_flight:
             self._spans.add("wait_unscored", start, time.time())
         for item in items:
@@ -120,7 +114,7 @@ class RewardActor:
         done = {key: future.result() for key, future in self._in_flight.items() if future.done()}
         if done:
             scores = [(*key, scored.outcome, scored.reward, dict(scored.components)) for key, scored in done.items()]
-            self._answer(call(self._store, StoreActor.score, scores))
+            answer_unless(self._stopping, call(self._store, StoreActor.score, scores), whose="reward")
         for key in done:
             del self._in_flight[key]
         failures = [scored.message for scored in done.values() if scored.outcome == "infra_failure"]
@@ -129,16 +123,6 @@ class RewardActor:
         if failures:
             attrs["messages"] = failures[-NUM_MESSAGES:]
         self._spans.add("score", start, time.time(), **attrs)
-
-    def _answer(self, ref: ObjectRef[Answer]) -> Answer | None:
-        """The answer of the store actor; None if `stop` came first."""
-        deadline = time.monotonic() + STORE_TIMEOUT_S
-        while not ray.wait([ref], timeout=FETCH_WAIT_S)[0]:
-            if self._stopping.is_set():
-                return None
-            if time.monotonic() > deadline:
-                raise WaitTimeout(f"the store actor did not answer the reward actor within {STORE_TIMEOUT_S:g} s")
-        return ray.get(ref, timeout=STORE_TIMEOUT_S)
 
 
 def _score_item(item: Unscored, tokenizer: PreTrainedTokenizerBase, runner: RewardRunner) -> ScoreItem:

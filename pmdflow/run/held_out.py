@@ -86,7 +86,7 @@ class HeldOut:
         self._supervisor.get(call(self._store, StoreActor.drop_eval, "eval-"), what="dropping an evaluation")
         round_due = iteration - iteration % self._config.eval.every
         self._is_due = not self._recorded(round_due)
-        self._begin_due(at_once=not self._alternates)
+        self._begin_due()
 
     def pause(self) -> None:
         """The learner goes back: what is under way is given up, and nothing begins before `start`."""
@@ -98,11 +98,11 @@ class HeldOut:
         """The weights of an iteration are offered to rollout actors: begin a round if one is due."""
         self._newest = iteration, version
         self._is_due |= iteration % self._config.eval.every == 0 and iteration < self._config.run.iterations
-        self._begin_due(at_once=not self._alternates)
+        self._begin_due()
 
     def claimed(self) -> None:
         """An iteration is claimed: where rollout alternates with training it is idle now."""
-        self._begin_due(at_once=True)
+        self._begin_due(is_claimed=True)
 
     def finish(self) -> None:
         """Wait for a round that is under way, then for one of the final policy."""
@@ -124,7 +124,7 @@ class HeldOut:
         """See how far the round is. Never waits."""
         round = self._round
         if round is None:
-            self._begin_due(at_once=not self._alternates)
+            self._begin_due()
             return
         if round.admitted is not None:
             if not all(map(is_ready, round.admitted)):
@@ -138,10 +138,11 @@ class HeldOut:
         elif not round.evaluators.busy:
             self._find_left(round)
 
-    def _begin_due(self, *, at_once: bool) -> None:
+    def _begin_due(self, *, is_claimed: bool = False) -> None:
         if self._ending is not None and self._ending.settle():
             self._ending = None
-        if self._is_due and (at_once or self._begins_again) and self._round is None and self._ending is None:
+        may_begin = is_claimed or self._begins_again or not self._alternates
+        if self._is_due and may_begin and self._round is None and self._ending is None:
             self._begin()
 
     def _begin(self, *, is_last: bool = False) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from threading import Event
 from typing import Concatenate, ParamSpec, TypeAlias, TypeVar
 
 import ray
@@ -13,6 +15,11 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayT
 from pmdflow.errors import ActorDied, PmdflowError, WaitTimeout
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.creation import failure_of
+
+SILENCE_TIMEOUT_S = 120.0
+"""A call unanswered for this long ends the actor that made it: it outlasts a restart of the store actor."""
+STOP_LOOK_S = 1.0
+"""How often whoever waits for an answer looks whether it shall stop."""
 
 Actor = TypeVar("Actor")
 Arguments = ParamSpec("Arguments")
@@ -54,3 +61,18 @@ def answers(refs: Sequence[ObjectRef[Answer]], *, what: str, timeout_s: float) -
         raise ActorDied(f"an actor died while {what} was awaited: {failure_of(error) or error}") from error
     except RayTaskError as error:
         raise PmdflowError(f"{what} failed: {error.cause}") from error
+
+
+def answer_unless(stopping: Event, ref: ObjectRef[Answer], *, whose: str) -> Answer | None:
+    """The answer of the store actor to the loop of `whose` actor; None if `stopping` came first.
+
+    Raises:
+        WaitTimeout: the store actor is silent for longer than a restart takes it.
+    """
+    deadline = time.monotonic() + SILENCE_TIMEOUT_S
+    while not ray.wait([ref], timeout=STOP_LOOK_S)[0]:
+        if stopping.is_set():
+            return None
+        if time.monotonic() > deadline:
+            raise WaitTimeout(f"the store actor did not answer the {whose} actor within {SILENCE_TIMEOUT_S:g} s")
+    return ray.get(ref, timeout=SILENCE_TIMEOUT_S)

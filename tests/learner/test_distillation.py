@@ -15,7 +15,7 @@ from pmdflow.learner.learner import Learner
 from pmdflow.learner.view import TOP
 from pmdflow.types import Mask, TrainBatch
 from tests.support import algorithm as own
-from tests.support.learner import LOGPROB_SIZE, ROUNDINGS, losses, make_batch, make_config
+from tests.support.learner import LOGPROB_SIZE, ROUNDINGS, losses, make_batch, make_config, write_teacher
 from tests.support.numeric import assert_close
 from tests.support.paths import ROOT
 from tests.support.ranks import Ranks
@@ -27,14 +27,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="module")
 def teacher(model_path, tmp_path_factory) -> str:
     """The student with other weights in its last layer."""
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_pretrained(model_path)
-    with torch.no_grad():
-        for parameter in model.model.layers[-1].parameters():
-            parameter.add_(0.5 * torch.randn_like(parameter))
-    path = tmp_path_factory.mktemp("teacher")
-    model.save_pretrained(path)
-    return str(path)
+    return write_teacher(tmp_path_factory.mktemp("teacher"), model_path, by=0.5)
 
 
 def seen(start, model_path, teacher: str, batch: TrainBatch):

@@ -18,7 +18,7 @@ from pmdflow.learner.scorers.teacher import Teacher
 from pmdflow.learner.token_scores import token_scores
 from pmdflow.store.annotations import Unannotated
 from pmdflow.types import Mask, TrainBatch
-from tests.support.learner import make_batch, make_config
+from tests.support.learner import make_batch, make_config, write_teacher
 from tests.support.paths import ROOT
 from tests.support.ranks import Ranks
 
@@ -31,16 +31,7 @@ READS = "tests.support.scorer:READS"
 @pytest.fixture(scope="module")
 def teacher(model_path, tmp_path_factory) -> str:
     """The student with other weights in its last layer."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_pretrained(model_path)
-    with torch.no_grad():
-        for parameter in model.model.layers[-1].parameters():
-            parameter.add_(0.5 * torch.randn_like(parameter))
-    path = tmp_path_factory.mktemp("teacher")
-    model.save_pretrained(path)
-    return str(path)
+    return write_teacher(tmp_path_factory.mktemp("teacher"), model_path, by=0.5)
 
 
 def setup(model_path: str, model: str | None = None, **settings) -> Setup:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from pmdflow.cli import app
@@ -26,6 +25,7 @@ from pmdflow.replay.training import train_on_stored
 from pmdflow.store.archive import parts, read_part
 from pmdflow.types import TrainBatch
 from tests.support.fixture_run import make_batch
+from tests.support.learner import write_teacher
 from tests.support.paths import TINY
 from tests.support.runs import Up
 from tests.support.trained_run import TrainedRun
@@ -88,14 +88,7 @@ def test_training_from_stored_rollouts_is_resumed_and_ends_the_same(
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The run's model with other weights in its last layer."""
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_pretrained(TINY)
-    with torch.no_grad():
-        for parameter in model.model.layers[-1].parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    path = tmp_path_factory.mktemp("teacher")
-    model.save_pretrained(path)
-    return str(path)
+    return write_teacher(tmp_path_factory.mktemp("teacher"), TINY, by=0.1)
 
 
 def test_a_teacher_teaches_from_stored_rollouts_as_it_does_online(tmp_path: Path, teacher: str) -> None:

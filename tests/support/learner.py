@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from pmdflow.config.schema import Config
 from pmdflow.learner.result import TrainResult
@@ -167,3 +167,14 @@ def two_claims() -> list[TrainBatch]:
     lonely = make_batch(seed=1, groups=2)
     lonely.mask[lonely.cu_seqlens[1] : lonely.cu_seqlens[3]] &= ~np.uint8(Mask.TRAINED)
     return [first, lonely]
+
+
+def write_teacher(folder: Path, student: str | Path, *, by: float) -> str:
+    """The student with other weights in its last layer."""
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_pretrained(student)
+    with torch.no_grad():
+        for parameter in model.model.layers[-1].parameters():
+            parameter.add_(by * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return str(folder)

@@ -5,29 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from typing import TypeVar
-
-import ray
-from ray import ObjectRef
 
 from pmdflow.config.schema import Config
-from pmdflow.errors import WaitTimeout
 from pmdflow.learner.scorers.make import make_scorer, score_trajectories
 from pmdflow.learner.scorers.protocol import Column, TokenScorer
 from pmdflow.metrics.report import ActorReport, Event
 from pmdflow.metrics.spans import SpanBuffer
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.annotations import Unannotated
-from pmdflow.store.client import StoreHandle, call
+from pmdflow.store.client import StoreHandle, answer_unless, call
 
 MOST_HELD = 16
 """Trajectories that are scored at a time."""
 FETCH_WAIT_S = 1.0
 """How long a request for trajectories stays parked in the store."""
-STORE_TIMEOUT_S = 120.0
-"""A call unanswered for this long ends the actor: it outlasts a restart of the store actor."""
-
-Answer = TypeVar("Answer")
 
 
 class ScorerActor:
@@ -63,7 +54,7 @@ class ScorerActor:
         while not self._stopping.is_set():
             start = time.time()
             asked = call(self._store, StoreActor.unannotated, self._name, MOST_HELD, given.timeout_s, FETCH_WAIT_S)
-            items = self._answer(asked) or []
+            items = answer_unless(self._stopping, asked, whose="scorer") or []
             self._spans.add("wait_unscored", start, time.time())
             if items:
                 self._score(scorer, items)
@@ -83,7 +74,8 @@ class ScorerActor:
         read = sum(len(item.prompt) + len(history) for item in items for history, _ in item.branches())
         with self._spans.span("score", scorer=self._name, scored=len(items), tokens=read):
             columns, failed = self._try(scorer, items)
-            self._answer(call(self._store, StoreActor.annotate, self._name, columns, failed))
+            told = call(self._store, StoreActor.annotate, self._name, columns, failed)
+            answer_unless(self._stopping, told, whose="scorer")
 
     def _try(
         self, scorer: TokenScorer, items: Sequence[Unannotated]
@@ -103,13 +95,3 @@ class ScorerActor:
             columns |= own
             failed |= attempts
         return columns, failed
-
-    def _answer(self, ref: ObjectRef[Answer]) -> Answer | None:
-        """The answer of the store actor; None if `stop` came first."""
-        deadline = time.monotonic() + STORE_TIMEOUT_S
-        while not ray.wait([ref], timeout=FETCH_WAIT_S)[0]:
-            if self._stopping.is_set():
-                return None
-            if time.monotonic() > deadline:
-                raise WaitTimeout(f"the store actor did not answer the scorer actor within {STORE_TIMEOUT_S:g} s")
-        return ray.get(ref, timeout=STORE_TIMEOUT_S)
