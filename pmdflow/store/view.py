@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,11 @@ PAGE_ROWS = 1024
 """Trajectories that a query reads in one call."""
 
 PAGE_GROUPS = 64
-"""Groups likewise, with their prompts: others of the process want the interpreter for an append meanwhile."""
+"""Groups likewise, with their prompts."""
+
+PAUSE_S = 5e-5
+"""Between pages: a thread that waits for the interpreter, with an append perhaps, would otherwise rarely get it, since
+whoever lets go of it for a moment is the first to take it again."""
 
 _ROW_DTYPES = {
     "cu_seqlens": "<i8",
@@ -170,13 +176,8 @@ class StoreView:
         prompt_length, tokens (those of late members excepted), metadata, text (None: recorded before texts were kept);
         and scored, failed, late: how many members.
         """
-        after: int | None = None
-        while True:
-            page, after = self._native.groups(state, after, PAGE_GROUPS)
-            for row in page:
-                yield row | {"metadata": unpack_metadata(row["metadata"])}
-            if after is None:
-                return
+        for row in _pages(lambda after: self._native.groups(state, after, PAGE_GROUPS)):
+            yield row | {"metadata": unpack_metadata(row["metadata"])}
 
     def query(
         self,
@@ -207,25 +208,21 @@ class StoreView:
         Raises:
             ValueError: an unknown `kind` or `state`.
         """
-        after: int | None = None
-        while True:
-            page, after = self._native.select(
-                after,
-                PAGE_ROWS,
-                iteration=iteration,
-                version=version,
-                reward=reward,
-                length=length,
-                stop=stop,
-                prompt_id=prompt_id,
-                group=group,
-                kind=kind,
-                state=state,
-            )
-            for row in page:
-                yield StoredTrajectory(**row | {"stop": Stop(row["stop"])})
-            if after is None:
-                return
+        select = partial(
+            self._native.select,
+            limit=PAGE_ROWS,
+            iteration=iteration,
+            version=version,
+            reward=reward,
+            length=length,
+            stop=stop,
+            prompt_id=prompt_id,
+            group=group,
+            kind=kind,
+            state=state,
+        )
+        for row in _pages(select):
+            yield StoredTrajectory(**row | {"stop": Stop(row["stop"])})
 
     def claims(self) -> dict[int, str]:
         """State of every claim that is not evicted: `claimed`, `trained` or `committed`."""
@@ -296,6 +293,16 @@ class StoreView:
     def close(self) -> None:
         """Sync, wake every waiter with `StoreError` and release the lock. Safe to repeat."""
         self._native.close()
+
+
+def _pages(read: Callable[[int | None], tuple[list[dict[str, Any]], int | None]]) -> Iterator[dict[str, Any]]:
+    """The rows of all pages; `read` gives those after an id, and the id after which the next ones come."""
+    page, after = read(None)
+    while after is not None:
+        yield from page
+        time.sleep(PAUSE_S)
+        page, after = read(after)
+    yield from page
 
 
 def _named(row: Mapping[str, Any]) -> dict[str, Any]:
