@@ -192,8 +192,9 @@ class TrajectoryStore(Annotations, Episodes, StoreView):
 
         Raises:
             Conflict: a gap, other content at the same offset, more than `max_tokens`, a version that decreases or was
-                never published, a log-prob that is not finite, or a temperature that is not above 0 (evaluation: 0).
-            ValueError: a token id is outside int32.
+                never published, a negative id, a log-prob that is not finite, or a temperature that is not above 0
+                (evaluation: 0).
+            ValueError: a token id is no int32.
         """
         encoded: Any = batch if isinstance(batch, bytes | memoryview | np.ndarray) else encode_segments(batch)
         lsn, replies = self._native.append(encoded, wait, now_s)

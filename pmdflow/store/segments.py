@@ -11,9 +11,9 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from pmdflow.store.columns import Columns, encoded
-from pmdflow.store.tokens import token_ids
-from pmdflow.types import Segment
+from pmdflow.store.columns import Column, Columns, encoded
+from pmdflow.store.tokens import TOKEN, token_ids
+from pmdflow.types import Int32, Segment
 
 _WIRE = struct.Struct("<4sHHII")
 """Magic, version, 0, length of the header, 0; `rust_buffer/src/wire.rs` describes the whole."""
@@ -38,7 +38,7 @@ def encode_segments(
 
     Raises:
         ValueError: `extra` or `trajectory_extra` has another length than `segments`, log-probs another shape than
-            tokens, a column a value too few or too many, or a token id is outside int32.
+            tokens, a column a value too few or too many, or a token id is no int32.
     """
     count = len(segments)
     columns: Iterable[Columns] = extra if extra is not None else repeat({}, count)
@@ -46,32 +46,43 @@ def encode_segments(
     rows: list[tuple[Any, ...]] = []
     arrays: list[Any] = []
     for segment, named, whole in zip(segments, columns, values, strict=True):
-        of = f"trajectory {segment.trajectory}"
-        named = named if segment.columns is None else {**segment.columns, **named}
-        tokens = token_ids(segment.tokens, of=of)
-        if twice := named.keys() & whole.keys():
-            raise ValueError(f"{of}: {sorted(twice)} in both extra and trajectory_extra; give each name once")
-        others = [(name, *encoded(name, column, tokens=len(tokens), of=of)) for name, column in named.items()]
-        others += [(name, *encoded(name, value, tokens=None, of=of)) for name, value in whole.items()]
+        tokens = _ids(segment)
+        length = len(tokens)
+        others = _others(segment, named, whole, length) if named or whole or segment.columns else ()
         described = [(name, dtype, array.nbytes) for name, dtype, array in others]
-        temperature = float(segment.temperature)
-        rows.append((*_place(segment), len(tokens), segment.version, temperature, *_end(segment), described))
-        if len(tokens) == 0:
+        rows.append((*_place(segment), length, segment.version, float(segment.temperature), *_end(segment), described))
+        if length == 0:
             continue
         arrays.append(tokens)
         if segment.observed:
             arrays.append(_padding(tokens.nbytes))
         else:
-            if len(segment.logprobs) != len(tokens):
-                raise ValueError(
-                    f"trajectory {segment.trajectory}: {len(segment.logprobs)} log-probs for {len(tokens)} tokens; "
-                    "give one for each"
-                )
             arrays.append(np.ascontiguousarray(segment.logprobs, _LOGPROB))
+            if len(arrays[-1]) != length:
+                given = f"{len(arrays[-1])} log-probs for {length} tokens"
+                raise ValueError(f"trajectory {segment.trajectory}: {given}; give one for each")
         for _, _, array in others:
             arrays += array, _padding(array.nbytes)
     header: bytes = msgpack.packb(rows)
     return b"".join([_WIRE.pack(b"PMDB", 1, 0, len(header), 0), header, _padding(len(header)), *arrays])
+
+
+def _ids(segment: Segment) -> Int32:
+    """Its token ids as they are sent. Whether one of int32 is negative the store sees by itself."""
+    given = segment.tokens
+    if isinstance(given, np.ndarray) and given.dtype == TOKEN:
+        return np.ascontiguousarray(given)
+    return token_ids(given, of=f"trajectory {segment.trajectory}")
+
+
+def _others(segment: Segment, named: Columns, whole: Columns, length: int) -> list[tuple[str, str, Column]]:
+    """Name, dtype text and values of its columns."""
+    of = f"trajectory {segment.trajectory}"
+    named = {**(segment.columns or {}), **named}
+    if twice := named.keys() & whole.keys():
+        raise ValueError(f"{of}: {sorted(twice)} in both extra and trajectory_extra; give each name once")
+    others = [(name, *encoded(name, column, tokens=length, of=of)) for name, column in named.items()]
+    return others + [(name, *encoded(name, value, tokens=None, of=of)) for name, value in whole.items()]
 
 
 def _padding(length: int) -> bytes:

@@ -22,6 +22,8 @@ use crate::{
 const MAGIC: &[u8] = b"PMDB";
 const VERSION: u16 = 1;
 const HEAD: usize = 16;
+/// Of a float's bits; without it they are in the order of its size, and what is not finite is above all others.
+const SIGN: u32 = 1 << 31;
 
 /// Encodes a snapshot, fields named.
 ///
@@ -206,12 +208,12 @@ impl Item<'_> {
     /// Refuses what no policy can have made: a negative id, or a log-prob that is not finite.
     fn check_numbers(&self, main: &[u8]) -> Result<()> {
         let (ids, logprobs) = main.split_at(4 * self.count as usize);
-        // All at once first: nearly always there is nothing to find.
+        // All at once first, without an end in between: nearly always there is nothing to find.
         if words(ids).fold(0, |all, id| all | id) > i32::MAX as u32 {
             let id = words(ids).map(|id| id as i32).find(|id| *id < 0).unwrap_or_default();
             return Err(self.conflict(&format!("token id {id} is outside 0 to {}", i32::MAX)));
         }
-        if words(logprobs).any(|bits| !f32::from_bits(bits).is_finite()) {
+        if words(logprobs).map(|bits| bits & !SIGN).fold(0, u32::max) >= f32::INFINITY.to_bits() {
             let value = words(logprobs).map(f32::from_bits).find(|value| !value.is_finite()).unwrap_or_default();
             return Err(self.conflict(&format!("log-prob {value} is not finite; leave that trajectory out")));
         }

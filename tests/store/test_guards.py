@@ -43,7 +43,8 @@ def segment(epoch: int, tokens: Any, logprobs: Any = (-1.0, -1.0)) -> Segment:
 )
 def test_ids_that_are_no_int32_are_refused_and_never_wrapped(tokens: Any, named: str) -> None:
     store, epoch = leased()
-    with pytest.raises(ValueError, match=f"trajectory 0: .*{named}"):
+    # What is int32 already is looked through by the store alone, as log-probs are.
+    with pytest.raises((ValueError, Conflict), match=f"trajectory 0.*: .*{named}"):
         store.append([segment(epoch, tokens)])
     with pytest.raises(ValueError, match=f"prompt 'q': .*{named}"):
         store.admit("train-1", Prompt(id="q", text="", tokens=tokens), group_size=1, max_tokens=8)
