@@ -6,6 +6,6 @@ Its parameters say what it gets: `completion`, `prompt`, `metadata` (every other
 
 
 def score(*, completion, metadata):
-    """1 if the text ends with the answer, and a little for having said "therefore"."""
-    right = completion.rstrip(" .\n").endswith(str(metadata["answer"]))
+    """1 if the last word is the answer, and a little for having said "therefore"."""
+    right = completion.rstrip(" .\n").split()[-1:] == [str(metadata["answer"])]
     return float(right) + 0.1 * ("therefore" in completion.lower())

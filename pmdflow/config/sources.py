@@ -20,7 +20,9 @@ ONE_SOURCE, MIXTURE = "<one source>", "<mixture>"
 """Which form of `data.task` an error is about; part of pydantic's path, but no key."""
 SOURCE_KEY, EVAL_PREFIX = "prompt_source", "eval/"
 """Metadata key that tells prompts of a mixture and of evaluation sets apart, and what is before the name of a set."""
-INHERITED = ("system", "suffix", "template_args", "reward")
+WORDING = ("system", "suffix", "template_args")
+"""Settings of `data` that hold for every source of a mixture and every evaluation set that does not have its own."""
+INHERITED = (*WORDING, "reward")
 """Settings of `data` that hold for every source of a mixture."""
 
 
@@ -30,8 +32,8 @@ class RewardFunctionConfig(Section):
     function: str = Field(pattern=IMPORT_PATH)
     """Import path `package.module:name`, of a module in the current directory, beside this file or installed; a run
     records the folder that it was found in. Its parameters name what it gets: `completion`, `raw_completion`,
-    `token_ids`, `stop`, `prompt`, `messages`, `metadata`, `timeout_s`. Shipped are `pmdflow.reward.math:score`,
-    `.code:score`, `.tool_call:score`, `.judge:score` and `.reasoning_gym:score`."""
+    `token_ids`, `stop`, `prompt`, `messages`, `metadata`, `rewards`, `timeout_s`. Shipped are
+    `pmdflow.reward.math:score`, `.code:score`, `.tool_call:score`, `.judge:score` and `.reasoning_gym:score`."""
     args: dict[str, Any] = {}
     """Its other arguments, such as the model of a judge; `${NAME}` is a variable of the environment, such as a key,
     which is shown by its name everywhere."""
@@ -151,7 +153,10 @@ class DataConfig(SourceSettings):
 
 
 class EvalSetConfig(SourceSettings):
-    """A named evaluation set; its prompts are never trained on."""
+    """A named evaluation set; its prompts are never trained on.
+
+    They are worded as `data` says (`system`, `suffix`, `template_args`) where it does not say otherwise.
+    """
 
     task: str = Field(pattern=TASK)
     """What `data.task` takes, but a mixture."""

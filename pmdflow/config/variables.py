@@ -5,10 +5,12 @@ A configuration keeps the name. Its value is never in a `Config`, so it is in no
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)\}")
 
@@ -46,10 +48,17 @@ def resolve(value: Any) -> Any:
 
 
 def hide(text: str, value: Any) -> str:
-    """`text` with the names of the variables in `value` where their values stand: errors may quote an argument."""
+    """`text` with the names of the variables in `value` where their values stand: errors may quote an argument.
+
+    Values are found as they are, and as Python, JSON and addresses write them.
+    """
     for name in variables(value):
         if found := os.environ.get(name):
-            text = text.replace(found, f"${{{name}}}")
+            urls = (quote(found, safe, errors="surrogateescape") for safe in ("/", ""))
+            plus = quote_plus(found, errors="surrogateescape")
+            forms = {found, repr(found)[1:-1], json.dumps(found)[1:-1], *urls, plus}
+            for form in sorted(forms, key=len, reverse=True):
+                text = text.replace(form, f"${{{name}}}")
     return text
 
 

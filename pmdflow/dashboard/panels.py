@@ -17,6 +17,8 @@ BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 SKY, VERMILION, YELLOW, GREY = "#56B4E9", "#D55E00", "#F0E442", "#8A8F98"
 
 TIMELINE_WINDOW_S = 120.0
+HEIGHT = 270
+"""Pixels of a chart; as `.chart` in style.css."""
 _MOST_POINTS = 700
 _FEW_ITERATIONS = 12
 _GRID = "rgba(128,128,128,0.18)"
@@ -175,7 +177,7 @@ def timeline(spans: Sequence[Mapping[str, Any]], origin: float, window_s: float 
             "seconds since the start", tickformat=",", range=[start - origin, max(end - origin, start - origin + 1)]
         ),
         "yaxis": _axis("", categoryorder="array", categoryarray=actors[::-1], type="category", automargin=True),
-        "height": 130 + 34 * max(len(actors), 2),
+        "height": max(130 + 34 * len(actors), HEIGHT),
     }  # fmt: skip
     return {"data": data, "layout": layout}
 
@@ -258,7 +260,7 @@ def iteration_axis(iterations: Sequence[Mapping[str, Any]]) -> Figure:
 def make_layout(x: Figure, y: str) -> Figure:
     """The layout that charts share: the axis `x`, and one with the title `y`."""
     return {
-        "xaxis": x, "yaxis": _axis(y), "height": 270, "margin": {"l": 8, "r": 8, "t": 6, "b": 8},
+        "xaxis": x, "yaxis": _axis(y), "height": HEIGHT, "margin": {"l": 8, "r": 8, "t": 6, "b": 8},
         "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "hovermode": "x unified",
         "legend": {
             "orientation": "h", "traceorder": "normal", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": 11},

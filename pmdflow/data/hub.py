@@ -120,6 +120,7 @@ def _explained(text: str, *, kind: Kind, key: str) -> Iterator[None]:
 
     endpoint, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
     what = "model" if kind == "model" else "data set"
+    also = "there is no such folder, and " if kind == "model" else ""
     try:
         yield
     except errors.GatedRepoError as error:
@@ -127,7 +128,6 @@ def _explained(text: str, *, kind: Kind, key: str) -> Iterator[None]:
             f"{key} is {text!r}, a gated {what}: ask for access on its page at {endpoint}, then set HF_TOKEN"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        also = "there is no such folder, and " if kind == "model" else ""
         raise ValueError(
             f"{key} is {text!r}: {also}the Hub at {endpoint} knows no such {what}; mend the name, or, if it is private,"
             " set HF_TOKEN"
@@ -137,10 +137,11 @@ def _explained(text: str, *, kind: Kind, key: str) -> Iterator[None]:
             f"{key} is {text!r}: the {what} has no such revision; name a branch, a tag or a commit behind the @"
         ) from error
     except (errors.RevisionResolutionError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _first_cause(error)
+        offline = constants.HF_HUB_OFFLINE
+        cause, remedy = ("HF_HUB_OFFLINE is set", "unset it") if offline else (_first_cause(error), "mend the network")
         raise ValueError(
-            f"{key} is {text!r}: the {what} is not whole in {cache}, and the Hub at {endpoint} cannot be asked "
-            f"({cause}); mend the network, or give {'a folder' if kind == 'model' else 'files'} of this machine"
+            f"{key} is {text!r}: {also}the {what} is not whole in {cache}, and the Hub at {endpoint} cannot be asked "
+            f"({cause}); {remedy}, or give {'a folder' if kind == 'model' else 'files'} of this machine"
         ) from error
     except Exception as error:  # of the client, of its HTTP library, or of the disk
         raise ValueError(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from array import array
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from pmdflow.errors import PmdflowError
 
 
 class JsonlRows:
@@ -27,10 +31,14 @@ class JsonlRows:
         """
         self.paths = tuple(paths)
         self._offsets, self._numbers, self._ends = array("Q"), array("I"), []
+        self._looks: list[tuple[int, int]] = []
+        self._digests: list[bytes] = []
         for path in self.paths:
             try:
                 with open(path, "rb") as file:
-                    offset = 0
+                    self._looks.append(_look(file))
+                    self._digests.append(hashlib.file_digest(file, "sha256").digest())
+                    offset = file.seek(0)
                     for number, line in enumerate(file, 1):
                         if not line.isspace():
                             self._offsets.append(offset)
@@ -48,8 +56,11 @@ class JsonlRows:
 
         Raises:
             ValueError: the line is no JSON object.
+            PmdflowError: the file has other content by now.
         """
-        with open(self.paths[self._file(index)], "rb") as file:
+        number = self._file(index)
+        with open(self.paths[number], "rb") as file:
+            self._require_same(number, file)
             file.seek(self._offsets[index])
             return self._parse(index, file.readline())
 
@@ -72,6 +83,18 @@ class JsonlRows:
     def _file(self, index: int) -> int:
         return next(number for number, end in enumerate(self._ends) if index < end)
 
+    def _require_same(self, number: int, file: IO[bytes]) -> None:
+        """Offsets are of what the file held: another line must not pass for a row."""
+        look = _look(file)
+        if look == self._looks[number]:
+            return
+        if hashlib.file_digest(file, "sha256").digest() != self._digests[number]:
+            raise PmdflowError(
+                f"{self.paths[number]} has changed while the run reads it: what a cursor means would change",
+                hint="put it back as it was and run the same command again, or begin a new run with it",
+            )
+        self._looks[number] = look
+
     def _parse(self, index: int, line: bytes) -> dict[str, Any]:
         try:
             row = json.loads(line.decode("utf-8-sig"))
@@ -82,3 +105,9 @@ class JsonlRows:
         if not isinstance(row, dict):
             raise ValueError(f"{self.where(index)}: a {type(row).__name__}, not an object with a key prompt")
         return row
+
+
+def _look(file: IO[bytes]) -> tuple[int, int]:
+    """What changes when somebody writes a file: its size and time of change."""
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns

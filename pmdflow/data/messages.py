@@ -84,6 +84,22 @@ def prompt_key(prompt: str | Chat) -> int:
     return int.from_bytes(blake2b(words.encode(), digest_size=8).digest(), "little")
 
 
+def form(chat: Chat) -> Any:
+    """What a chat template may stumble over, hashable: roles, keys and kinds of values, but not the words.
+
+    Example:
+        >>> form(Style().chat("1 + 1?")) == form(Style().chat("2 + 2?"))
+        True
+    """
+    return _form(chat.messages), _form(chat.tools)
+
+
+def _form(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return tuple((key, inner if key in ("role", "type") else _form(inner)) for key, inner in value.items())
+    return tuple(map(_form, value)) if isinstance(value, list | tuple) else (type(value).__name__, bool(value))
+
+
 def _listed(what: str, value: Any) -> Sequence[Any]:
     if isinstance(value, str):
         try:

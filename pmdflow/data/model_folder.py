@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json")
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 """Names that model families have for the longest sequence."""
+NUM_SAMPLES, SAMPLE_BYTES, SAMPLES = 256, 4096, " (samples)"
+"""Of a file of weights: pieces that tell it from another of the same shape, and what their key ends with."""
 _GENERATION_TAGS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """Tags that transformers adds to Jinja."""
 
@@ -63,7 +65,11 @@ def num_positions(config: dict[str, Any]) -> int | None:
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of the folder that is no weights, and of the header and size of those that are."""
+    """SHA-256 of every file of the folder that is no weights; of those that are, of size, header and samples.
+
+    Samples are `NUM_SAMPLES` pieces from all over a file, under a key of their own: weights that were trained on
+    differ everywhere, and to read all of a large model takes minutes.
+    """
     found = {}
     for path in sorted(file for file in folder.iterdir() if file.is_file()):
         if path.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken"):
@@ -71,7 +77,17 @@ def fingerprint(folder: Path) -> dict[str, str]:
         elif path.suffix == ".safetensors":
             header = json.dumps(read_header(path), sort_keys=True)
             found[path.name] = hashlib.sha256(f"{path.stat().st_size} {header}".encode()).hexdigest()
+            found[f"{path.name}{SAMPLES}"] = _sample(path)
     return found
+
+
+def _sample(path: Path) -> str:
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb", buffering=0) as file:
+        for number in range(NUM_SAMPLES):
+            file.seek(max(size - SAMPLE_BYTES, 0) * number // (NUM_SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

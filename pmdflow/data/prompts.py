@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pmdflow.config.schema import Config
-from pmdflow.config.sources import EVAL_PREFIX, GYM_PREFIX, HUB_PREFIX, EvalSetConfig, SourceConfig, SourceSettings
+from pmdflow.config.sources import (
+    EVAL_PREFIX,
+    GYM_PREFIX,
+    HUB_PREFIX,
+    WORDING,
+    EvalSetConfig,
+    SourceConfig,
+    SourceSettings,
+)
 from pmdflow.data.gym import GymPrompts
 from pmdflow.data.hub import fetch_dataset
 from pmdflow.data.messages import Style
@@ -85,7 +93,7 @@ def make_prompts(config: Config, *, on_skip: Callable[[str], None] = lambda mess
     if config.agents is not None or config.rollout.stop:
         backend_of(tokenizer)
     make = partial(_make_source, config, tokenizer, on_skip)
-    sets = {name: _make_set(make, name, given) for name, given in config.eval.sets.items()}
+    sets = {name: _make_set(config, make, name, given) for name, given in config.eval.sets.items()}
     given = config.data.sources
     held_out = shares([source.weight for source in given], config.eval.prompts)
     prompts = MixedPrompts(
@@ -120,9 +128,10 @@ def read_prompts(config: Config, *, on_skip: Callable[[str], None] = lambda mess
     return source.held_out(source.num_held_out)
 
 
-def _make_set(make: Callable[..., Source], name: str, given: EvalSetConfig) -> EvaluationSet:
+def _make_set(config: Config, make: Callable[..., Source], name: str, given: EvalSetConfig) -> EvaluationSet:
     label = f"{EVAL_PREFIX}{name}"
     settings = {key: getattr(given, key) for key in SourceSettings.model_fields}
+    settings |= {key: getattr(config.data, key) for key in WORDING if settings[key] is None}
     try:
         check_overrides({KEY: given.sampling}, training=False)
         source = make(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import TemplateError
 
-from pmdflow.data.messages import Chat, Style
+from pmdflow.data.messages import Chat, Style, form
 from pmdflow.errors import PromptTooLong
 from pmdflow.types import Int32
 
@@ -81,6 +81,8 @@ class PromptTokenizer:
     ) -> None:
         """See `make_tokenize`."""
         self._keep = keep
+        self._forms: set[Any] = set()
+        """Of the conversations that the template has rendered."""
         self._path, self._tokenizer, self._max_tokens, self._style = model_path, tokenizer, max_tokens, style
         if not self._tokenizer.chat_template and (style.system is not None or style.template_args):
             raise ValueError(
@@ -111,7 +113,14 @@ class PromptTokenizer:
         return np.asarray(ids, dtype=np.int32)
 
     def excess(self, prompt: str | Chat) -> int:
-        """Number of tokens if it is too long, else 0; short ones are told by their bytes, a token's least size."""
+        """Number of tokens if it is too long, else 0; short ones are told by their bytes, a token's least size.
+
+        Raises:
+            ValueError: the template fails on messages of this form.
+        """
+        if isinstance(prompt, Chat) and (found := form(prompt)) not in self._forms:
+            self._render(prompt)
+            self._forms.add(found)
         if self._max_tokens is None or (self._overhead is not None and self._bound(prompt) <= self._max_tokens):
             return 0
         length = len(self._ids(prompt))

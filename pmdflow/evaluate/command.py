@@ -22,7 +22,7 @@ from pmdflow.config.installed import require_engine
 from pmdflow.config.load import load, load_run
 from pmdflow.config.schema import Config
 from pmdflow.config.settle import settle
-from pmdflow.config.sources import FILE_SUFFIXES, GYM_PREFIX
+from pmdflow.config.sources import FILE_SUFFIXES, GYM_PREFIX, WORDING, SourceSettings
 from pmdflow.data.model_folder import num_positions
 from pmdflow.data.prompts import make_prompts, read_prompts
 from pmdflow.data.tokenizer import load_tokenizer
@@ -144,21 +144,34 @@ def eval_config(checkpoint: Checkpoint, task: str, options: EvalOptions) -> Conf
 def _values_for(checkpoint: Checkpoint, task: str, options: EvalOptions) -> dict[str, Any]:
     """Settings for a task without a configuration file of its own."""
     run = checkpoint.run
-    same = run is not None and _is_same_task(run.data.task, task)
-    if not (options.reward or same or task.startswith(GYM_PREFIX)):
+    source = None if run is None else _source_of(run, task)
+    if not (options.reward or source or task.startswith(GYM_PREFIX)):
         raise LaunchError(f"{task} does not say how an answer is judged", hint="name a function: --reward MODULE:NAME")
     values: dict[str, Any] = {} if run is None else run.model_dump()
     max_tokens = _default_max_tokens(checkpoint.model) if run is None else run.data.max_tokens
-    reward = {"functions": [{"function": GYM_REWARD}]}
     defaults = {
         "run": {"name": "eval", "iterations": 1},
         "model": {"path": checkpoint.model, "dtype": stored_dtype(checkpoint.model)},
         "eval": {},
+        "reward": {},
         "rollout": {},
         "scheduler": {"groups_per_iteration": 4, "tokens_per_iteration": 1},
     }
-    data = values["data"] if same else {"task": task, "max_tokens": max_tokens}
-    return {**defaults, **values, "data": data, "reward": values["reward"] if same else reward}
+    found = {**defaults, **values}
+    if source is None:
+        wording = {name: getattr(run.data, name) for name in WORDING} if run is not None else {}
+        data = {"task": task, "max_tokens": max_tokens, **wording}
+        return {**found, "data": data, "reward": {**found["reward"], "functions": [{"function": GYM_REWARD}]}}
+    own = {name: getattr(source, name) for name in SourceSettings.model_fields}
+    own = {name: value for name, value in own.items() if value is not None or name not in WORDING}  # else `data` says
+    no_hub = {"config": None, "split": "train"}
+    return {**found, "data": {**found["data"], "curriculum": None, **own, **no_hub, "task": task}}
+
+
+def _source_of(run: Config, task: str) -> SourceSettings | None:
+    """The source that a run trains on, or evaluates, whose task this is."""
+    sources = (*run.data.sources, *run.eval.sets.values())
+    return next((source for source in sources if _is_same_task(source.task, task)), None)
 
 
 def _default_max_tokens(model: str) -> int:
@@ -166,9 +179,9 @@ def _default_max_tokens(model: str) -> int:
     return DEFAULT_MAX_TOKENS if positions is None else min(DEFAULT_MAX_TOKENS, max(positions // 2, 1))
 
 
-def _is_same_task(of_run: object, task: str) -> bool:
-    """Whether a task is the one that a run trains on, of which the run records where it is."""
-    if not isinstance(of_run, str) or not task.endswith(FILE_SUFFIXES):
+def _is_same_task(of_run: str, task: str) -> bool:
+    """Whether a task is one that a run has, of which the run records where it is."""
+    if not task.endswith(FILE_SUFFIXES):
         return of_run == task
     return Path(of_run).expanduser().resolve() == Path(task).expanduser().resolve()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from pmdflow.config.imports import shown
 from pmdflow.config.recorded import recorded_meta, recorded_settings
 from pmdflow.metrics.history import History
 
@@ -67,11 +68,21 @@ def _settings(config: Mapping[str, Any]) -> Iterator[str]:
         value = (config.get(section) or {}).get(key)
         if (section, key) == ("data", "task"):
             value = _tasks(value)
+        if (section, key) == ("learner", "algorithm") and value is not None:
+            value = shown(str(value))
         if value is not None:
             yield f"| `{section}.{key}` | {_cell(value)} |"
-    functions = (config.get("reward") or {}).get("functions") or []
-    names = ", ".join(f"{_cell(item.get('function'))} x {item.get('weight', 1.0):g}" for item in functions)
-    yield f"| `reward.functions` | {names} |"
+    names = ", ".join(dict.fromkeys(_rewards(config)))
+    yield f"| rewards | {names} |"
+
+
+def _rewards(config: Mapping[str, Any]) -> Iterator[str]:
+    """Every function that judged a prompt of training, without the folder of its module."""
+    data = config.get("data") or {}
+    sources = data["task"] if isinstance(data.get("task"), list) else []
+    for functions in ((config.get("reward") or {}).get("functions"), *(of.get("reward") for of in (data, *sources))):
+        for item in functions or []:
+            yield f"{_cell(shown(str(item.get('function'))))} x {item.get('weight', 1.0):g}"
 
 
 def _tasks(task: Any) -> str:

@@ -68,7 +68,13 @@ class Run:
         Args:
             kind: Of the records; samples are thinned out where there are many.
             eval_set: One of `eval.sets`; None is the held-out prompts of `data`.
+
+        Raises:
+            PmdflowError: the run has no such evaluation set.
         """
+        if eval_set is not None and eval_set not in self.config.eval.sets:
+            names = ", ".join(self.config.eval.sets) or "none"
+            raise PmdflowError(f"{self.path} has no evaluation set {eval_set!r}", hint=f"there is {names}")
         history = History(self.path, max_spans=0)
         history.update()
         if kind == "sample":

@@ -34,7 +34,10 @@ MAX_RETRIES = 100
 CACHED = 4096
 """Scores that each subprocess remembers, in memory alone: the store keeps every score of a run durably."""
 
-_SCORE = re.compile(r"score\W{0,5}?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+_SCORE = re.compile(
+    r"^\W*(?:\w+\s+){0,3}score\W*?[:=\uff1a]\W{0,5}?(-?(?:\d*\.)?\d+)(?![\w,]*\d)", re.IGNORECASE | re.MULTILINE
+)
+"""A line that says it: "score (0-10): 8" says no score that could be told from its scale, and is refused."""
 _FIELD = re.compile(r"\{(\w+)\}")
 
 

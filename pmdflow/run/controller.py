@@ -247,7 +247,10 @@ class Controller:
         self._learn_successes()
         decision = decide(self._budgeted, counts)
         cursors = range(counts.next_cursor, counts.next_cursor + min(decision.room(counts), most))
-        batch = [(f"train-{cursor}", cursor, self._prompts.prompt(cursor)) for cursor in cursors]
+        try:
+            batch = [(f"train-{cursor}", cursor, self._prompts.prompt(cursor)) for cursor in cursors]
+        except ValueError as error:  # of a generated prompt, or a template: no start could see every one
+            raise PmdflowError(str(error)) from error
         size, longest = self._config.data.group_size, self._config.data.max_tokens
         answer = call(self._store, StoreActor.admit, batch, "train", size, longest, decision.priority)
         groups = self._supervisor.get(answer, what="admitting prompts")

@@ -105,10 +105,12 @@ class RunDirectory:
         """
         from pmdflow.config.errors import dotted
         from pmdflow.config.load import leaves
+        from pmdflow.data.model_folder import SAMPLES  # runs of earlier releases noted none
 
         before = self.recorded_inputs(self.path)
         if before and self._has_store():
             old, new = (dict(leaves({**values, "pins": {}})) for values in (before, inputs))
+            new = {key: value for key, value in new.items() if key in old or not str(key[-1]).endswith(SAMPLES)}
             changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
             if changed:
                 said = [f"{dotted(key)} was {old.get(key)!r:.80} and is {new.get(key)!r:.80}" for key in changed]

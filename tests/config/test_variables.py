@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from urllib.parse import quote, quote_plus
 
 import pytest
 
@@ -47,6 +49,14 @@ def test_they_are_found_however_deep_and_hidden_again(monkeypatch: pytest.Monkey
     assert hide(f"401 for {SECRET}", written) == "401 for ${SHOP_KEY}"
     with pytest.raises(ValueError, match="variable SHOP_KYE is not set here"):
         resolve("${SHOP_KYE}")
+
+
+def test_a_value_is_hidden_in_every_form_that_messages_give_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = 'a/b+c"d\\e\nf g'
+    monkeypatch.setenv("SHOP_KEY", secret)
+    forms = [secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], quote(secret), quote(secret, ""), quote_plus(secret)]
+    for form in forms:
+        assert hide(f"401: key={form}&x", "${SHOP_KEY}") == "401: key=${SHOP_KEY}&x", form
 
 
 @pytest.mark.usefixtures("shop")

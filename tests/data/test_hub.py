@@ -187,6 +187,6 @@ def test_no_network_is_one_clear_line_and_a_token_is_sent(hub: Hub) -> None:
     hub.stop()
     done = resolve(hub, "org/other")
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("refused: ")]
-    assert "model.path is 'org/other': the model is not whole in " in line
+    assert "model.path is 'org/other': there is no such folder, and the model is not whole in " in line
     assert "cannot be asked (" in line
     assert "mend the network" in line

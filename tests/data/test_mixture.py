@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from pmdflow.config.load import load
 from pmdflow.config.schema import Config
-from pmdflow.data.messages import prompt_key
+from pmdflow.data.messages import Style, prompt_key
 from pmdflow.data.mixture import BLOCK, Schedule, shares
 from pmdflow.data.prompts import make_prompts
+from pmdflow.data.tokenizer import make_tokenize
 from tests.support.data import CHAT_TEMPLATE, make_config, same, save_tokenizer, write_jsonl, write_parquet
 from tests.support.paths import ROOT
 
@@ -128,6 +129,19 @@ def test_evaluation_sets_have_their_own_sampling_and_are_never_trained_on(model:
     few["sampling"] = {"temprature": 1.0}
     with pytest.raises(ValueError, match=r"eval\.sets\.few: sampling\.temprature"):
         make_prompts(mixture(model, tmp_path, sets={"few": few}))
+
+
+def test_evaluation_sets_are_worded_as_the_data_unless_they_say_otherwise(model: str, tmp_path: Path) -> None:
+    task = write_jsonl(tmp_path / "few.jsonl", [{"prompt": "what?"}] * 2)
+    sets = {"same": {"task": task}, "bare": {"task": task, "suffix": "", "system": "t"}}
+    config = make_config(model, "reasoning_gym/gcd", sets=sets, system="s", suffix=" Think.")
+    prompts = make_prompts(config)
+    said = {name: bytes(prompts.evaluation_set(name)[0].tokens) for name in sets}
+    tokenize = make_tokenize(model, style=Style(system="s", suffix=" Think."))
+    assert said == {
+        "same": bytes(tokenize("what?")),
+        "bare": bytes(make_tokenize(model, style=Style(system="t"))("what?")),
+    }
 
 
 def test_a_long_generated_prompt_is_skipped_counted_and_named(model: str) -> None:

@@ -19,6 +19,7 @@ from pmdflow.data.prompts import make_prompts, read_prompts
 from pmdflow.data.rows import Rows
 from pmdflow.data.table import TablePrompts
 from pmdflow.data.tokenizer import make_tokenize
+from pmdflow.errors import PmdflowError
 from tests.support.data import CHAT_TEMPLATE, make_config, same, save_tokenizer, write_jsonl, write_parquet
 
 
@@ -180,3 +181,32 @@ def test_what_a_table_is_changes_with_its_content_and_not_with_its_place(model: 
 
 def test_keys_do_not_collide_in_a_large_set() -> None:
     assert len({prompt_key(f"what is {i} + {j}?") for i in range(300) for j in range(300)}) == 90_000
+
+
+def test_a_file_that_is_rewritten_while_a_run_reads_it_gives_no_other_row(model: str, tmp_path: Path) -> None:
+    path = tmp_path / "edited.jsonl"
+    task = write_jsonl(path, [{"prompt": f"q {i}"} for i in range(20)])
+    prompts = make_prompts(make_config(model, task, held_out=2))
+    before = [prompts.prompt(cursor) for cursor in range(18)]
+    path.touch()
+    assert all(map(same, before, map(prompts.prompt, range(18))))
+    for rows in ([{"prompt": f"Q {i}"} for i in range(20)], [{"prompt": f"longer {i}"} for i in range(30)]):
+        write_jsonl(path, rows)
+        with pytest.raises(PmdflowError, match=r"edited\.jsonl has changed while the run reads it"):
+            prompts.prompt(3)
+    write_jsonl(path, [{"prompt": f"q {i}"} for i in range(20)])
+    assert all(map(same, before, map(prompts.prompt, range(18))))
+
+
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ m.content }}{% endfor %}"
+)
+
+
+def test_messages_that_the_template_refuses_are_found_before_the_start(tmp_path: Path) -> None:
+    model = save_tokenizer(tmp_path / "alternating", chat_template=ALTERNATING)
+    rows = [{"messages": [{"role": "user", "content": f"q {i}"}]} for i in range(30)]
+    rows[12]["messages"].append({"role": "user", "content": "and another"})
+    with pytest.raises(ValueError, match=r"chats\.jsonl:13: .*its chat template fails.*roles must alternate"):
+        make_prompts(make_config(model, write_jsonl(tmp_path / "chats.jsonl", rows), held_out=2))

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from pmdflow.cli import app
 from pmdflow.config.recorded import RENAMED
 from pmdflow.data.prompts import make_prompts, read_prompts
+from pmdflow.data.tokenizer import load_tokenizer
 from pmdflow.errors import LaunchError
 from pmdflow.evaluate.checkpoint import Checkpoint, _is_tied, find_checkpoint
 from pmdflow.evaluate.command import EvalOptions, eval_config, evaluate_checkpoint
@@ -241,6 +242,32 @@ def test_the_file_of_a_run_is_read_as_the_run_trains_on_it(
     trained = [make_prompts(run).prompt(cursor) for cursor in range(3)]
     assert len(evaluated) == 4
     assert all(same(evaluated[prompt.id], prompt) for prompt in trained)
+
+
+def test_sources_and_evaluation_sets_of_a_run_are_read_as_it_reads_them(tmp_path: Path) -> None:
+    one, held, other = (
+        write_jsonl(tmp_path / f"{name}.jsonl", [{column: f"{number} + 1 =", "answer": "x"} for number in range(4)])
+        for name, column in (("one", "question"), ("held", "asked"), ("other", "prompt"))
+    )
+    judge = [{"function": "math:sqrt"}]
+    run = make_config(
+        str(MODEL),
+        [{"task": one, "columns": {"prompt": "question"}, "reward": judge}, {"task": "reasoning_gym/gcd"}],
+        held_out=2,
+        sets={"held": {"task": held, "columns": {"prompt": "asked"}}},
+        suffix=" Think.",
+    )
+    run = run.model_copy(update={"reward": run.reward.model_copy(update={"timeout_s": 77.0})})
+    checkpoint = Checkpoint(model=str(MODEL), directory=None, version=0, name="own", run=run)
+    configs = {task: eval_config(checkpoint, task, EvalOptions()) for task in (one, held)}
+    configs[other] = eval_config(checkpoint, other, EvalOptions(reward=["math:exp"]))
+    words = {
+        task: load_tokenizer(str(MODEL)).decode(read_prompts(config)[0].tokens) for task, config in configs.items()
+    }
+    assert set(words.values()) == {"0 + 1 = Think.\n"}
+    used = [(config.own_rewards.get("") or config.reward.functions)[0].function for config in configs.values()]
+    assert used == ["math:sqrt", "pmdflow.reward.reasoning_gym:score", "math:exp"]
+    assert {config.reward.timeout_s for config in configs.values()} == {77.0}
 
 
 @pytest.mark.parametrize("mixed", [False, True])

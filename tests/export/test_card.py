@@ -55,9 +55,14 @@ def test_what_an_environment_variable_holds_and_where_files_lie_is_nowhere(
     settings = yaml.safe_load((run / "config.yaml").read_text())
     settings["data"] |= {"task": "${DATA}/private/sums.jsonl", "args": {"key": "${JUDGE_KEY}", "token": "in-the-clear"}}
     settings["model"]["path"] = "/home/somebody/models/Qwen"
+    # What a run records of a module: the folder that it was found in, and what was written.
+    settings["reward"] = {"functions": [{"function": "/home/somebody/private:own:score", "weight": 2.0}]}
+    settings["data"]["reward"] = [{"function": "/home/somebody/private:own:of_source"}]
+    settings["learner"] = {**settings.get("learner", {}), "algorithm": "/home/somebody/private:mine:Mine"}
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     text = card(run)
-    assert "`sums.jsonl`" in text and "`Qwen`" in text
+    assert "`sums.jsonl`" in text and "`Qwen`" in text and "`mine:Mine`" in text
+    assert "`own:score` x 2, `own:of_source` x 1" in text
     assert not any(secret in text for secret in ("hush-hush", "somebody", "in-the-clear", "private", os.getcwd()))
 
 

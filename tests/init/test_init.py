@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import get_args
 
@@ -12,6 +13,7 @@ from pmdflow.cli import app
 from pmdflow.config.load import load
 from pmdflow.errors import LaunchError
 from pmdflow.init.command import BY_NAME, TemplateName, init
+from pmdflow.reward.function import load_function
 from pmdflow.run.inputs import dry_run
 from tests.support.paths import CONFIGS
 
@@ -68,3 +70,10 @@ def test_the_version_is_that_of_the_package() -> None:
 
     done = CliRunner().invoke(app, ["--version"], catch_exceptions=False)
     assert (done.exit_code, done.stdout) == (0, f"pmdflow {version('pmdflow')}\n")
+
+
+def test_the_sample_reward_takes_no_longer_number_for_the_answer() -> None:
+    score = load_function(f"{CONFIGS}:own_reward:score")
+    for row in map(json.loads, (CONFIGS / "problems.jsonl").read_text().splitlines()):
+        said = {f"so it is {row['answer']}.": 1.0, f"so it is 1{row['answer']}": 0.0, "": 0.0}
+        assert {text: score(completion=text, metadata=row) for text in said} == said

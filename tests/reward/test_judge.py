@@ -56,6 +56,19 @@ def test_the_score_is_a_share_of_the_best(server: JudgeServer) -> None:
     assert server.keys == {f"Bearer {KEY}"}
 
 
+def test_only_a_line_that_says_the_score_counts(server: JudgeServer) -> None:
+    said = {
+        "Good.\nscore: 8/10": 0.8,
+        "A score: 2 is too low.\n**Final score:** 7.": 0.7,
+        "score: .5": 0.05,
+        "Score (0-10): 8": None,
+        "I'd score 3 for style.\nGrade: 9": None,
+        "score: 8,5": None,
+    }
+    answers = ask(server, *said, model="repeat", template="{completion}")
+    assert [answer if isinstance(answer, float) else None for answer in answers] == list(said.values())
+
+
 def test_templates_take_metadata_and_keep_other_braces(server: JudgeServer) -> None:
     assert ask(server, "{answer}", template='{"a": {unknown}} {completion} of {answer}') == [0.4]
     assert server.bodies[-1]["messages"][0]["content"] == '{"a": {unknown}} {answer} of 4'

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import MambaConfig
 
 from pmdflow.config.schema import Config
@@ -53,6 +54,11 @@ def begin(config: dict[str, Any]) -> RunDirectory:
         run.write_meta(inputs.config, {})
         (run.path / "store").mkdir(exist_ok=True)
     return run
+
+
+def train_on(file: Path) -> None:
+    """The same tensors with other values."""
+    save_file({name: tensor * 1.001 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
 
 
 def move(config: dict[str, Any], folder: Path) -> None:
@@ -103,6 +109,7 @@ def test_what_does_not_change_a_cursors_prompt_may_change(
         (lambda c, f: c["eval"].update(sets={"x": {"task": "reasoning_gym/gcd", "prompts": 1}}), r"eval\.sets"),
         (lambda c, f: c["run"].update(seed=9), r"run\.seed is 9, but .* begun with 1"),
         (lambda c, f: (f / "model/generation_config.json").write_text("{}"), r"model\.files\.generation_config\.json"),
+        (lambda c, f: train_on(f / "model/model.safetensors"), r"inputs: model\.files\.model\.safetensors \(samples\)"),
     ],
 )
 def test_what_changes_a_cursors_prompt_is_refused_with_what_changed(
@@ -168,3 +175,11 @@ def test_heads_that_ranks_cannot_share_are_refused_before_anything_starts(config
     with pytest.raises(LaunchError, match=r"learner\.context_parallel is 16, but a qwen3 with \d+ heads") as refused:
         open_inputs(Config.model_validate(config), weights=False)
     assert "a divisor of" in str(refused.value)
+
+
+def test_a_run_that_noted_no_samples_of_its_weights_goes_on(config: dict[str, Any]) -> None:
+    meta = begin(config).path / "meta.json"
+    noted = json.loads(meta.read_text())
+    del noted["inputs"]["model"]["files"]["model.safetensors (samples)"]
+    meta.write_text(json.dumps(noted))
+    assert begin(config).path == meta.parent

@@ -18,7 +18,7 @@ from tests.support.data import CHAT_TEMPLATE, save_tokenizer
 from tests.support.hub import Hub
 from tests.support.paths import CONFIGS, ROOT, TINY
 
-RECIPES = ("math", "code", "tool", "long2short", "lora", "gpu", "gpu8", "cluster", "agent")
+RECIPES = ("math", "code", "tool", "long2short", "lora", "gpu", "gpu8", "cluster", "agent", "python_tool")
 MOST_LINES = 40
 DRY_RUN = """
 import json, sys

@@ -17,8 +17,8 @@ class JudgeServer:
     """What the server saw. The model name is its order: `KIND` or `KIND:TIMES`, the kind of the first TIMES answers.
 
     Kinds: a status code; `drop` (the connection ends), `garbage` (no score), `slow` (never answers), `meet` (answers
-    when 20 requests are waiting), `echo` (401 that repeats the key). Otherwise the score is the number that the task
-    asks for.
+    when 20 requests are waiting), `echo` (401 that repeats the key), `repeat` (what was asked). Otherwise the score is
+    the number that the task asks for.
     """
 
     url: str = ""
@@ -56,7 +56,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif kind == "echo":
             self._send(401, {"error": {"message": f"bad key: {self.headers['Authorization']}"}})
         else:
-            said = "what a task" if kind == "garbage" else f"As asked.\n**Score: {content.split()[-1]}**"
+            fixed = {"garbage": "what a task", "repeat": content}
+            said = fixed.get(kind) or f"As asked.\n**Score: {content.split()[-1]}**"
             choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
             completion = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
             self._send(200, completion)
