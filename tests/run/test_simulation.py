@@ -166,6 +166,22 @@ def test_advice_names_its_models_and_what_it_would_gain(run: Path) -> None:
     assert short_advice(config, run=run, seconds=100)[0].startswith("by models fitted to iterations 3 to 10")
 
 
+@pytest.mark.parametrize(
+    ("given", "advised"),
+    [
+        (
+            ["scheduler.max_staleness=8", "scheduler.lookahead=0"],
+            "scheduler.lookahead=2: 4",
+        ),  # 58 % of what is possible
+        (["scheduler.groups_per_iteration=8"], "scheduler.lookahead=3, scheduler.max_staleness=8: 1."),
+    ],
+)
+def test_what_is_better_is_advised_though_it_is_not_the_best_that_could_be(given: list[str], advised: str) -> None:
+    few = ("scheduler.groups_per_iteration=4", "scheduler.tokens_per_iteration=40000")  # an answer takes several claims
+    config = recipe("quickstart", *few, *given)
+    assert any(line.startswith(advised) for line in advise(config, assumed(config), iterations=12).lines)
+
+
 def test_advice_ends_in_time_and_says_what_it_left_out() -> None:
     config = recipe("cluster")
     (line,) = advise(config, assumed(config), seconds=0.0).lines

@@ -125,22 +125,26 @@ def _lines(results: Sequence[Result], divided: Sequence[Result], config: Config)
     best = by_name[UNBOUNDED].steady.tokens_per_s
     share = now.tokens_per_s / best if best else 1.0
     yield f"as configured: {percent(share)} of the throughput without a bound on age, {_masked(now)}"
-    fits = [
-        result
-        for result in results
-        if result.name.startswith("lookahead")
-        and result.steady.tokens_per_s >= ENOUGH * best
-        and result.steady.masked_share <= RARELY
-    ]
-    better = [result for result in fits if now.tokens_per_s < ENOUGH * result.steady.tokens_per_s]
-    if better:
-        yield f"{_changes(better[0], config)}: {_gain(better[0], now)}, {_masked(better[0].steady)}"
-    split = max(divided, key=lambda result: result.steady.tokens_per_s, default=None)
-    if split is not None and split.steady.tokens_per_s > now.tokens_per_s / ENOUGH:
-        ranks = ranks_beside(split.settings.actors, config)
-        yield f"rollout.actors={split.settings.actors} and learner.ranks={ranks}: {_gain(split, now)}"
-    elif not better:
-        yield "no other lookahead, budget or division of the processors is simulated to be better"
+    ahead = _best([result for result in results if result.name.startswith("lookahead")], now, enough=ENOUGH * best)
+    if ahead is not None:
+        yield f"{_changes(ahead, config)}: {_gain(ahead, now)}, {_masked(ahead.steady)}"
+    split = _best(divided, now, enough=float("inf"))
+    if split is not None:
+        actors, ranks = split.settings.actors, ranks_beside(split.settings.actors, config)
+        yield f"rollout.actors={actors} and learner.ranks={ranks}: {_gain(split, now)}, {_masked(split.steady)}"
+    if ahead is None and split is None:
+        yield f"no other lookahead, budget or division of processors that masks at most {percent(RARELY)} is faster"
+
+
+def _best(results: Sequence[Result], now: Steady, *, enough: float) -> Result | None:
+    """The first that is fast enough, else the fastest; None unless it is better, and masks next to nothing."""
+    whole = [result for result in results if result.steady.masked_share <= RARELY]
+    fastest = max(whole, key=lambda result: result.steady.tokens_per_s, default=None)
+    best = next((result for result in whole if result.steady.tokens_per_s >= enough), fastest)
+    if best is None:
+        return None
+    gain = best.steady.tokens_per_s / now.tokens_per_s
+    return best if gain > 1 / ENOUGH or (now.masked_share > RARELY and gain >= ENOUGH) else None
 
 
 def _gain(result: Result, now: Steady) -> str:

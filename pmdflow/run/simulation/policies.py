@@ -116,6 +116,10 @@ def variants(given: SimulationSettings, *, in_turn: bool = False) -> Iterator[tu
             f"lookahead {lookahead}",
             replace(given, scheduler=replace(plenty, lookahead=lookahead), max_staleness=bound),
         )
+    for lookahead, bound in ((2, 6), (3, 8)):  # for answers that take several iterations
+        if given.max_staleness is not None and given.max_staleness < bound:
+            wide = replace(given, scheduler=replace(plenty, lookahead=lookahead), max_staleness=bound)
+            yield f"lookahead {lookahead}, age {bound}", wide
     yield UNBOUNDED, replace(given, scheduler=replace(plenty, lookahead=FAR_AHEAD), max_staleness=None, window=None)
 
 
