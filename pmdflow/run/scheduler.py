@@ -122,7 +122,7 @@ def decide(settings: SchedulerSettings, counts: Counts) -> Decision:
         value = getattr(decision, name)
         if value is None and name in ("tokens_per_segment", "versions"):
             continue
-        if not isinstance(value, Integral) or not least <= value <= greatest:
+        if not isinstance(value, Integral) or not least <= int(value) <= greatest:
             must = f"it must be a whole number of {least} to {greatest}"
             raise PmdflowError(f"the scheduling policy {where} says {name} = {value!r}: {must}", hint=hint)
     return decision if most is None else replace(decision, versions=min(decision.versions or most, most))

@@ -161,7 +161,8 @@ def _no_signal(records: Sequence[Mapping[str, Any]], *, groups: float) -> float:
     again = sum(max(after - before, 0) for before, after in pairwise(evicted))
     shares = [record["reward/signal_share"] for record in records if record.get("reward/signal_share") is not None]
     dull = groups * sum(1 - share for share in shares)
-    return (again + dull) / (again + groups * len(records))
+    share: float = (again + dull) / (again + groups * len(records))
+    return share
 
 
 def _lengths(archived: Sequence[Path]) -> tuple[RecordedLengths, int]:
