@@ -62,13 +62,13 @@ class DropAndRefill(Simulation):
             self._begun.setdefault(trajectory // SIZE, self._version)
         return leased
 
-    def _admit(self, most: int = 1 << 60) -> int:
+    def _admit(self) -> int:
         for group, version in list(self._begun.items()):
             if version < self._version - BOUND:
                 del self._begun[group]
                 with suppress(Conflict):  # a claim has it
                     self._store.discard(group, "too old")
-        return super()._admit(most)
+        return super()._admit()
 
 
 def setting(*, iterations: int) -> SimulationSettings:

@@ -61,9 +61,9 @@ class Ordered(Simulation):
         self._others = np.random.default_rng([settings.seed, 1])
         self._batch = 0
 
-    def _admit(self, most: int = 1 << 60) -> int:
+    def _admit(self) -> int:
         settings, counts = self._settings, self._store.counts()
-        room = min(decide(settings.scheduler, counts).room(counts), most)
+        room = decide(settings.scheduler, counts).room(counts)
         drawn = [settings.lengths.group(self._rng, settings.group_size) for _ in range(room)]
         cut = [[min(length, settings.max_tokens) for length in group] for group in drawn]
         expected = [self._expected(group) for group in cut]

@@ -106,14 +106,14 @@ class Pool:
         if not self._total:
             return number * len(self._rates) >> 64
         target = number * self._total >> 64
-        block = int(self._ends.searchsorted(target, "right"))
-        target -= int(self._ends[block] - self._sums[block])
+        block = bisect(self._ends, target)
+        target -= self._ends[block - 1] if block else 0
         first = block * BLOCK
         return first + int(self._weights[first : first + BLOCK].cumsum().searchsorted(target, "right"))
 
     def _add_up(self) -> None:
-        self._ends = self._sums.cumsum()
-        self._total = int(self._ends[-1])
+        self._ends: list[int] = self._sums.cumsum().tolist()  # a list is searched several times faster
+        self._total = self._ends[-1]
 
     def _weights_of(self, rates: Float64) -> Int64:
         eligible = np.ones(len(rates), bool) if self._hard_below is None else rates < self._hard_below

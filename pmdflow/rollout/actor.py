@@ -79,7 +79,8 @@ class RolloutActor:
         self._starved = False
         self._spans = SpanBuffer(self._worker)
         self._fetcher = Fetcher(config, Path(run_dir), self._engine, self._incoming, self._spans)
-        self._telling = Telling(self._spans, self._engine, room="environment" if agents is None else "agent")
+        room = "environment" if agents is None else "agent"
+        self._telling = Telling(self._spans, self._engine, room=room, context=lambda: self._holder.context_tokens)
         self._last_flush = self._last_look = 0.0
         self._failures = InARow.of_environment(config.environment)
         self._stopping = threading.Event()

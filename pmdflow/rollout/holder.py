@@ -65,6 +65,12 @@ class Holder:
         return sum(held.phase == "calling" for held in self._held.values())
 
     @property
+    def context_tokens(self) -> int:
+        """Tokens in the contexts of those that generate, prompts included."""
+        generating = (held for held in self._held.values() if held.phase == "generating")
+        return sum(len(held.lease.prompt) + len(held.context) for held in generating)
+
+    @property
     def urgent(self) -> bool:
         """Something unsent is to be sent at once."""
         return any(held.urgent for held in self._held.values())

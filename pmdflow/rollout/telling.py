@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pmdflow.metrics.report import ActorReport, Event
@@ -21,17 +21,25 @@ class Telling:
     """Counts what is generated, by the generating thread; another one drains it.
 
     Example:
-        >>> telling = Telling(SpanBuffer("rollout-0"), engine, room="environment")
+        >>> telling = Telling(SpanBuffer("rollout-0"), engine, room="environment", context=lambda: 0)
         >>> telling.begin_step()
         >>> telling.end_step(holder.step())
         >>> telling.end_span()
     """
 
-    def __init__(self, spans: SpanBuffer, engine: RolloutEngine, *, room: str) -> None:
-        """Nothing is generated yet; `room` is what trajectories talk to, the first word of its events' kinds."""
+    def __init__(self, spans: SpanBuffer, engine: RolloutEngine, *, room: str, context: Callable[[], int]) -> None:
+        """Nothing is generated yet.
+
+        Args:
+            spans: Where spans go.
+            engine: What generates.
+            room: What trajectories talk to, the first word of its events' kinds.
+            context: Counts the tokens in the contexts of what is generated now.
+        """
         self._spans = spans
         self._engine = engine
         self._room = room
+        self._count_context = context
         self._problems: deque[Event] = deque(maxlen=MAX_PROBLEMS)
         self.notes: deque[Event] = deque(maxlen=MAX_PROBLEMS)
         """What environments and agent programs did that is to be known, since the last drain."""
@@ -39,7 +47,7 @@ class Telling:
         """Whether what is generated are answers of an evaluation, which is a bubble of training."""
         self._generated = self._evaluated = 0
         self._start: float | None = None
-        self._steps = self._tokens = 0
+        self._steps = self._tokens = self._prefilled = self._context = 0
 
     def keep(self, tokens: int) -> None:
         """So many tokens were generated."""
@@ -50,6 +58,7 @@ class Telling:
         """The engine is about to step."""
         if self._start is None:
             self._start, self._steps, self._tokens = time.time(), 0, 0
+            self._prefilled, self._context = self._engine.prefill_tokens, self._count_context()
 
     def end_step(self, tokens: int) -> None:
         """It has, and generated so many tokens."""
@@ -62,7 +71,12 @@ class Telling:
     def end_span(self) -> None:
         """Something else than generation follows."""
         if self._start is not None:
-            did = {"steps": self._steps, "tokens": self._tokens}
+            did = {
+                "steps": self._steps,
+                "tokens": self._tokens,
+                "context": (self._context + self._count_context()) // 2,
+                "prefilled": self._engine.prefill_tokens - self._prefilled,
+            }
             name: SpanName = "wait_evaluation" if self.evaluates else "generate"
             self._spans.add(name, self._start, time.time(), version=self._engine.version, **did)
             self._start = None

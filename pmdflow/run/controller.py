@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -25,6 +24,7 @@ from pmdflow.run.discards import take_up
 from pmdflow.run.held_out import HeldOut
 from pmdflow.run.learner_group import LearnerGroup
 from pmdflow.run.progress import Progress
+from pmdflow.run.refills import Refills
 from pmdflow.run.scheduler import SchedulerSettings, decide, must_regrant, next_quota, oldest_beside
 from pmdflow.run.supervision import Supervisor
 from pmdflow.run.telemetry import store_values
@@ -76,6 +76,9 @@ class Controller:
             start_archive=start_archive,
         )
         self._devices = Devices(config, supervisor=supervisor, learners=self._learners)
+        scheduler = config.scheduler
+        most = scheduler.refill_limit * scheduler.groups_per_iteration
+        self._refills = Refills(most=most if scheduler.refill else None)
         self._order = AdmissionOrder()
         self._held_out = HeldOut(config=config, supervisor=supervisor, prompts=prompts, run_dir=run_dir)
         self.iteration = 0
@@ -204,6 +207,7 @@ class Controller:
         self._publish(iteration, results[0].left_out)
         self.iteration = iteration
         self._held_out.published(iteration, self.version)
+        self._refills.renew()
         self._admit_ahead()
         published = time.time()
         if iteration % self._config.learner.checkpoint_every == 0:
@@ -227,14 +231,14 @@ class Controller:
         if self.iteration < self._config.run.iterations and not self._supervisor.draining:
             self._admit_room(self._counts())
 
-    def _admit(self, most: int = sys.maxsize) -> int:
+    def _admit(self) -> int:
         """Admit prompts up to the quota; only admission is ever refused, so a full store admits fewer."""
         counts = self._counts()
-        admitted = self._admit_room(counts, most)
+        admitted = self._admit_room(counts)
         if admitted == 0 and counts.groups_untrained == 0 and self._checkpoints.is_saving:
             self._checkpoints.commit()
             self._checkpoints.await_archive()
-            return self._admit(most)
+            return self._admit()
         if admitted == 0 and counts.groups_untrained == 0:
             raise PmdflowError(
                 "the store admits no group although none is waiting: store.max_bytes "
@@ -243,10 +247,11 @@ class Controller:
             )
         return admitted
 
-    def _admit_room(self, counts: Counts, most: int = sys.maxsize) -> int:
+    def _admit_room(self, counts: Counts) -> int:
         self._learn_successes()
         decision = decide(self._budgeted, counts)
-        cursors = range(counts.next_cursor, counts.next_cursor + min(decision.room(counts), most))
+        room = decision.room(counts)
+        cursors = range(counts.next_cursor, counts.next_cursor + self._refills.allowed(room, counts))
         try:
             batch = [(f"train-{cursor}", cursor, self._prompts.prompt(cursor)) for cursor in cursors]
         except ValueError as error:  # of a generated prompt, or a template: no start could see every one
@@ -254,6 +259,7 @@ class Controller:
         size, longest = self._config.data.group_size, self._config.data.max_tokens
         answer = call(self._store, StoreActor.admit, batch, "train", size, longest, decision.priority)
         groups = self._supervisor.get(answer, what="admitting prompts")
+        self._refills.took(len(groups), room)
         self._order.admitted(groups, iteration=self.iteration + 1)
         return len(groups)
 
@@ -268,8 +274,6 @@ class Controller:
         """Wait for the iteration's groups; False if a drain came first."""
         progress = Progress(f"iteration {iteration} waited for a ready group")
         start = time.time()
-        scheduler = self._config.scheduler
-        refills = scheduler.refill_limit * scheduler.groups_per_iteration if scheduler.refill else sys.maxsize
         while not self._supervisor.draining:
             asked = call(self._store, StoreActor.claim, iteration, self.version, CLAIM_WAIT_S)
             answer = self._supervisor.get(asked, what="claiming the iteration's groups")
@@ -277,20 +281,17 @@ class Controller:
                 self._telemetry.waited("wait_groups", start)
                 return True
             counts = self._counts()
-            refills -= self._unblock(answer, counts, refills)
+            self._unblock(answer, counts)
             self._take_discards()
             progress.require(counts)
         return False
 
-    def _unblock(self, answer: ClaimAnswer, counts: Counts, most: int) -> int:
-        """Let rollout go on where a claim starves: by at most so many new groups, or by the same budget once more.
-
-        Returns:
-            Groups admitted.
-        """
+    def _unblock(self, answer: ClaimAnswer, counts: Counts) -> None:
+        """Let rollout go on where a claim starves: by new groups, or by the same budget once more."""
         if answer.status != "starved":
-            return 0
-        if most == 0 and counts.groups_untrained == 0:
+            return
+        room = decide(self._budgeted, counts).room(counts)
+        if self._refills.allowed(room, counts) == 0 and counts.groups_untrained == 0:
             raise PmdflowError(
                 f"no group is left to train: {counts.groups_no_signal} were evicted since the start because their "
                 f"rewards lie outside of learner.keep_groups_above ({self._config.learner.keep_groups_above}) and "
@@ -298,7 +299,7 @@ class Controller:
                 f"({self._config.scheduler.refill_limit}) is reached",
                 hint="look at the rewards: the task is solved, too hard, or its reward function is wrong",
             )
-        admitted = self._admit(most) if most else 0
+        admitted = self._admit()
         if answer.reason == "over_age":
             self._telemetry.event(
                 "over_age",
@@ -311,7 +312,6 @@ class Controller:
                 "budget_regranted",
                 f"version {self.version}: {counts.tokens_spent} tokens spent without a ready group",
             )
-        return admitted
 
     def _publish(self, iteration: int, left_out: dict[str, list[int]]) -> None:
         """The next version: its weights whole, its number in the store, its budget granted, then the actors told."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, overload
 
@@ -20,6 +23,15 @@ if TYPE_CHECKING:
     from pmdflow.config.schema import Config
 
 RATES = 5  # newest iterations by whose rates an automatic budget goes
+MOST = 2**31 - 1
+SAID = {
+    "groups": (1, MOST),
+    "tokens": (1, 2**40),
+    "tokens_per_segment": (1, MOST),
+    "versions": (2, MOST),
+    "priority": (-MOST, MOST),
+}
+"""What a policy may say: least and most of each number, so that the store can hold it, granted many times."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,11 +95,20 @@ def decide(settings: SchedulerSettings, counts: Counts) -> Decision:
     """What the policy says now.
 
     Raises:
-        PmdflowError: it says something that cannot be; names the policy and the number.
+        PmdflowError: it fails, or says something that cannot be; names the policy and what is wrong.
     """
-    policy = policy_of(settings)
-    decision, most = policy(settings, counts), settings.versions
+    policy, most = policy_of(settings), settings.versions
     where = f"{policy.__module__}:{getattr(policy, '__qualname__', policy)}"
+    hint = f"`pmdflow check-policy {where}` tries it without a run"
+    try:
+        decision = policy(settings, counts)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise PmdflowError(
+            f"the scheduling policy {where} raised {type(error).__name__}: {error} "
+            f"({Path(place.filename).name}:{place.lineno})",
+            hint=hint,
+        ) from error
     if not isinstance(decision, Decision):
         raise PmdflowError(f"the scheduling policy {where} returns {decision!r}, which is no Decision")
     if (decision.versions if most is None else decision.tokens_per_segment) is not None:
@@ -97,14 +118,13 @@ def decide(settings: SchedulerSettings, counts: Counts) -> Decision:
             "no segments, and without there is no number of versions",
             hint="set scheduler.versions in the configuration, or leave versions out of the decision",
         )
-    least = {"groups": 1, "tokens": 1, "tokens_per_segment": 1, "versions": 2}
-    for name, least_value in least.items():
-        value = getattr(decision, name, None)
-        if (value is None and name in ("groups", "tokens")) or (value is not None and value < least_value):
-            raise PmdflowError(
-                f"the scheduling policy {where} says {name} = {value}: it must be {least_value} or more",
-                hint=f"`pmdflow check-policy {where}` tries it without a run",
-            )
+    for name, (least, greatest) in SAID.items():
+        value = getattr(decision, name)
+        if value is None and name in ("tokens_per_segment", "versions"):
+            continue
+        if not isinstance(value, Integral) or not least <= int(value) <= greatest:
+            must = f"it must be a whole number of {least} to {greatest}"
+            raise PmdflowError(f"the scheduling policy {where} says {name} = {value!r}: {must}", hint=hint)
     return decision if most is None else replace(decision, versions=min(decision.versions or most, most))
 
 
@@ -139,7 +159,7 @@ def next_quota(settings: SchedulerSettings, counts: Counts) -> Quota:
         version=counts.version,
         groups=decision.groups,
         tokens=decision.tokens * grants,
-        tokens_per_segment=None if segment is None else segment * max(grants, 1),
+        tokens_per_segment=None if segment is None else min(segment * max(grants, 1), MOST),
     )
 
 

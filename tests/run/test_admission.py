@@ -9,6 +9,7 @@ import pytest
 
 from pmdflow.run import controller as module
 from pmdflow.run.controller import Controller
+from pmdflow.run.refills import Refills
 
 
 def iterated(monkeypatch: pytest.MonkeyPatch, *, iterations: int) -> list[str]:
@@ -25,6 +26,7 @@ def iterated(monkeypatch: pytest.MonkeyPatch, *, iterations: int) -> list[str]:
         run=SimpleNamespace(iterations=iterations), learner=SimpleNamespace(checkpoint_every=1)
     )
     given._store = None
+    given._refills = Refills(most=None)
     given._supervisor = SimpleNamespace(learners=[], draining=False, get=says("its numbers"))
     given._learners = SimpleNamespace(wait=says("train", [result]))
     given._checkpoints = SimpleNamespace(commit=says("commit"), save=says("save"))

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from pmdflow.cli import app
 from pmdflow.errors import PmdflowError
 from pmdflow.run.policies import POLICIES, Decision, Policy, asynchronous, policy_of, synchronous
-from pmdflow.run.scheduler import SchedulerSettings, assign_versions, decide, serve
+from pmdflow.run.scheduler import SchedulerSettings, assign_versions, decide, next_quota, serve
 from pmdflow.run.simulation.check import check_command, check_policy
+from pmdflow.store.facade import TrajectoryStore
 from pmdflow.types import Counts
 
 SETTINGS = SchedulerSettings(groups_per_iteration=4, tokens_per_iteration=100, tokens_per_segment=None, lookahead=0)
@@ -45,11 +46,11 @@ def test_every_policy_keeps_its_bounds_and_ends_in_the_long_form(policy: Policy)
 
 
 def test_a_policy_that_breaks_a_rule_is_named_with_a_short_history() -> None:
-    with pytest.raises(PmdflowError, match=r"never_a_group says groups = 0: it must be 1 or more"):
+    with pytest.raises(PmdflowError, match=r"never_a_group says groups = 0: it must be a whole number of 1 to "):
         check_command("tests.run.test_policies:never_a_group", examples=5, seed=0)
     answer = CliRunner().invoke(app, ["check-policy", "tests.run.test_policies:raises", "--examples", "50"])
     said = str(answer.exception)
-    assert "it raised KeyError: 'third version' (test_policies.py:" in said
+    assert "test_policies:raises raised KeyError: 'third version' (test_policies.py:" in said
     assert "version 1, " in said and "group_size" not in said, "the history is not short"
     with pytest.raises(PmdflowError, match="cannot be imported"):
         check_command("tests.run.test_policies:nothing", examples=1, seed=0)
@@ -83,6 +84,45 @@ def test_versions_go_with_the_setting_that_the_store_has() -> None:
         decide(replace(SETTINGS, policy=own), EMPTY)
     assert decide(replace(SETTINGS, policy=own, lookahead=1, versions=2), EMPTY).versions == 2
     assert decide(replace(SETTINGS, policy=own, lookahead=1, versions=9), EMPTY).versions == 3
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"groups": 2.5},
+        {"groups": "3"},
+        {"tokens": float("nan")},
+        {"tokens": None},
+        {"tokens": 2**70},
+        {"tokens_per_segment": 2**31},
+        {"priority": 1.5},
+        {"priority": 2**31},
+    ],
+)
+def test_numbers_that_the_store_cannot_hold_are_told_by_the_name_of_the_policy(numbers: dict[str, object]) -> None:
+    def own(settings: SchedulerSettings, counts: Counts) -> Decision:
+        return replace(synchronous(settings, counts), **numbers)  # type: ignore[arg-type]
+
+    with pytest.raises(
+        PmdflowError, match=rf"<locals>\.own says {next(iter(numbers))} = .*: it must be a whole number"
+    ):
+        decide(replace(SETTINGS, policy=own), EMPTY)
+
+
+def test_what_a_policy_raises_is_told_by_its_name() -> None:
+    with pytest.raises(
+        PmdflowError, match=r"test_policies:raises raised KeyError: 'third version' \(test_policies\.py:"
+    ):
+        decide(replace(SETTINGS, policy=raises), replace(EMPTY, version=2))
+
+
+def test_a_segment_budget_that_is_granted_very_often_stays_one_that_the_store_can_hold() -> None:
+    settings = replace(SETTINGS, tokens_per_segment=1_000_000)
+    counts = replace(EMPTY, tokens_budget=SETTINGS.tokens_per_iteration * 10_000)
+    quota = next_quota(settings, counts)
+    store = TrajectoryStore(None, groups_per_iteration=4, lookahead=0, max_staleness=None)
+    store.publish(0, None, {})
+    store.set_quota(quota)
 
 
 REQUESTS = st.dictionaries(st.integers(0, 30), st.integers(0, 500), max_size=6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import replace
 
@@ -11,7 +12,14 @@ from hypothesis import strategies as st
 
 from pmdflow.errors import PmdflowError
 from pmdflow.run.scheduler import SchedulerSettings, next_quota
-from pmdflow.run.simulation import EngineModel, LearnerModel, LognormalLengths, Simulation, SimulationSettings
+from pmdflow.run.simulation import (
+    EngineModel,
+    LearnerModel,
+    LognormalLengths,
+    SimulatedIteration,
+    Simulation,
+    SimulationSettings,
+)
 from pmdflow.types import Counts
 
 SCHEDULER = SchedulerSettings(groups_per_iteration=2, tokens_per_iteration=300, tokens_per_segment=None, lookahead=1)
@@ -63,6 +71,29 @@ def test_claims_are_full_of_groups_with_a_signal_if_others_are_refilled() -> Non
     assert plain.short_claims == refilled.short_claims == 0
     assert plain.ledger["evicted_no_signal"] == 0 < refilled.ledger["evicted_no_signal"]
     assert refilled.ledger["trained"] > 0 and refilled.ledger["masked_filter"] == 0
+
+
+class Drawing(Simulation):
+    """Counts the groups that are drawn in each iteration."""
+
+    drawn: tuple[int, ...] = (0,)
+
+    def _publish(self, done: SimulatedIteration, now: float) -> None:
+        before = self._store.counts().next_cursor - sum(self.drawn)
+        super()._publish(done, now)
+        self.drawn = (*self.drawn, before)
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_no_more_groups_are_drawn_in_place_of_others_than_an_iteration_may(limit: int) -> None:
+    far = replace(SCHEDULER, lookahead=3, tokens_per_iteration=10**6)
+    dull = replace(WORKLOAD, scheduler=far, max_staleness=None, group_size=8, no_signal_share=0.8, iterations=12)
+    simulation = Drawing(replace(dull, refill_limit=limit))
+    with contextlib.suppress(PmdflowError):
+        simulation.run()
+    first, *others = simulation.drawn[1:]
+    assert first <= 8 + 2 * limit and len(others) > 1
+    assert max(others) == 2 + 2 * limit, "those in the place of the trained, and of as many others as may be"
 
 
 def test_a_task_without_any_signal_ends_the_run_and_says_so() -> None:

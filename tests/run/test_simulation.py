@@ -22,7 +22,7 @@ from pmdflow.run.simulation.models import LognormalLengths, RecordedLengths
 from pmdflow.run.simulation.policies import assumed, configured, shrunk, splits, unit_of, variants
 from pmdflow.run.simulation.world import Simulation
 from pmdflow.store.archive import parts, read_part
-from tests.support.fitted_run import FACTOR, SEQUENCE_S, STEP_S, fitted_run
+from tests.support.fitted_run import CONTEXT_S, FACTOR, PREFILL_S, SEQUENCE_S, STEP_S, fitted_run
 from tests.support.fixture_run import FixtureRun
 from tests.support.paths import CONFIGS
 
@@ -43,6 +43,8 @@ def test_the_models_are_those_that_made_the_times(run: Path) -> None:
     models = calibrate(run)
     assert models.engine.step_s == pytest.approx(STEP_S, rel=1e-3)
     assert models.engine.sequence_s == pytest.approx(SEQUENCE_S, rel=1e-3)
+    assert models.engine.context_s == pytest.approx(CONTEXT_S, rel=1e-3)
+    assert models.engine.prefill_s == pytest.approx(PREFILL_S, rel=1e-3)
     assert models.engine.training_factor == pytest.approx(FACTOR, rel=1e-3)
     assert models.learner.train_s(1) == pytest.approx(2.0, abs=0.2)
     assert models.learner.publish_s == pytest.approx(4.0 - 1.6 - 2.0)
@@ -74,6 +76,15 @@ def test_the_report_compares_modes_and_the_plot_is_whole(run: Path, tmp_path: Pa
         assert name in report
     page = out.read_text()
     assert page.startswith("<!doctype html>") and "Plotly.newPlot" in page and page.endswith("</html>\n")
+    assert re.search(r"varies +lag-1", report)
+
+
+def test_the_report_says_whose_tokens_are_masked() -> None:
+    config = recipe("quickstart", "scheduler.max_staleness=2")
+    lines = simulate(config, run=None, iterations=12, out=None).splitlines()
+    begin = lines.index("  masked tokens by decile of length, shortest first")
+    shares = lines[begin + 1].removeprefix("  as configured").split()
+    assert len(shares) == 10 and all(share.endswith("%") for share in shares) and shares[-1] != "0.0%"
 
 
 def test_the_command_runs_without_a_run_and_says_what_it_assumes() -> None:
@@ -96,11 +107,46 @@ def test_long_answers_are_simulated_in_units_of_several_tokens() -> None:
 def test_the_processors_are_divided_otherwise_and_all_used() -> None:
     given = configured(recipe("gpu8"), assumed(recipe("gpu8")), iterations=1)
     ranks = 8 - given.actors
-    for name, settings in splits(given, ranks=ranks):
+    for name, settings in splits(given, recipe("gpu8")):
         actors, others = map(int, name.split(" + "))
         assert actors + others == 8 and settings.actors == actors
         assert settings.learner.token_s * others == pytest.approx(given.learner.token_s * ranks)
     assert dict(variants(given))["synchronous"].scheduler.lookahead == 0
+
+
+def test_a_division_counts_the_gpus_of_an_engine_and_leaves_whole_replicas() -> None:
+    wide = recipe("gpu8", "rollout.tensor_parallel=2", "rollout.actors=2", "learner.ranks=4", "learner.replicas=2")
+    found = [name for name, _ in splits(configured(wide, assumed(wide), iterations=1), wide)]
+    assert found == ["1 + 6", "3 + 2"]
+
+
+def test_devices_that_engines_and_learner_share_are_not_divided() -> None:
+    shared = recipe("gpu8", "cluster.gpus=4x80GiB", "rollout.actors=4", "learner.ranks=4")
+    assert not list(splits(configured(shared, assumed(shared), iterations=1), shared))
+    pairs = ("cluster.gpus=4x80GiB", "rollout.actors=4", "learner.ranks=4")
+    in_turn = recipe("synchronous", "cluster.colocate=true", *pairs)
+    advice = advise(in_turn, assumed(in_turn), iterations=2)
+    assert not advice.divided and "nothing runs ahead" in advice.lines[0]
+    assert [result.name for result in advice.results] == ["as configured", "synchronous", "Kimi k1.5", "APRIL"]
+
+
+@pytest.mark.parametrize(
+    ("given", "changes"),
+    [
+        (["scheduler.lookahead=0", "scheduler.extra_groups=8"], ["scheduler.extra_groups=0"]),
+        (["scheduler.lookahead=1", "scheduler.versions=2"], ["scheduler.versions=null"]),
+        (
+            ["scheduler.lookahead=0", "scheduler.policy=pmdflow.run.policies:synchronous"],
+            ["scheduler.policy=null"],
+        ),
+    ],
+)
+def test_what_is_advised_can_be_set(given: list[str], changes: list[str]) -> None:
+    config = recipe("quickstart", *given)
+    (line,) = (line for line in short_advice(config, seconds=100) if line.startswith("scheduler."))
+    advised = line.partition(": ")[0].replace(" or more", "").split(", ")
+    assert set(changes) <= set(advised)
+    recipe("quickstart", *given, *advised)  # no contradiction
 
 
 @pytest.mark.parametrize(("median", "p99"), [(100.0, 1000.0), (20.0, 30.0)])
@@ -120,6 +166,22 @@ def test_advice_names_its_models_and_what_it_would_gain(run: Path) -> None:
     assert short_advice(config, run=run, seconds=100)[0].startswith("by models fitted to iterations 3 to 10")
 
 
+@pytest.mark.parametrize(
+    ("given", "advised"),
+    [
+        (
+            ["scheduler.max_staleness=8", "scheduler.lookahead=0"],
+            "scheduler.lookahead=2: 4",
+        ),  # 58 % of what is possible
+        (["scheduler.groups_per_iteration=8"], "scheduler.lookahead=3, scheduler.max_staleness=8: 1."),
+    ],
+)
+def test_what_is_better_is_advised_though_it_is_not_the_best_that_could_be(given: list[str], advised: str) -> None:
+    few = ("scheduler.groups_per_iteration=4", "scheduler.tokens_per_iteration=40000")  # an answer takes several claims
+    config = recipe("quickstart", *few, *given)
+    assert any(line.startswith(advised) for line in advise(config, assumed(config), iterations=12).lines)
+
+
 def test_advice_ends_in_time_and_says_what_it_left_out() -> None:
     config = recipe("cluster")
     (line,) = advise(config, assumed(config), seconds=0.0).lines
@@ -134,3 +196,9 @@ def test_a_part_of_a_large_job_takes_as_long_as_the_whole() -> None:
     small_s, whole_s = (Simulation(each).run().steady(skip=4).iteration_s for each in (smaller, whole))
     assert small_s == pytest.approx(whole_s, rel=0.25)
     assert shrunk(whole, trajectories=10**6) == (whole, 1)
+
+
+def test_a_part_of_a_large_job_has_its_part_of_the_extra_groups() -> None:
+    config = recipe("gpu8", "scheduler.lookahead=0", "scheduler.extra_groups=64")
+    smaller, part = shrunk(configured(config, assumed(config), iterations=1), trajectories=64)
+    assert part > 1 and smaller.scheduler.extra_groups == -(-64 // part)

@@ -83,6 +83,32 @@ class TestSignal:
         assert again.ledger() == ledger
         again.close()
 
+    def test_what_a_crash_left_unjudged_is_judged_before_the_next_claim(self, tmp_path: Path) -> None:
+        store = ready_store(tmp_path, groups_per_iteration=2)  # judges nothing: as a crash right after the last score
+        groups = [admit(store, number) for number in range(3)]
+        finish(store, {groups[0]}, reward=1.0)
+        finish(store, {groups[1]})
+        store.close()
+        again = open_store(tmp_path, groups_per_iteration=2, signal=(0.0, 1.0))
+        answer = again.claim(1, 0, 0.0)
+        assert (answer.status, answer.reason) == ("starved", "no_signal")
+        assert again.counts().groups_untrained == 2 and assert_exact(again)["evicted_no_signal"] == 6
+        finish(again, {groups[2]})
+        assert again.claim(1, 0, 0.0).groups == tuple(groups[1:])
+        again.close()
+
+    def test_a_claim_that_was_undone_is_made_again_whatever_its_rewards(self, tmp_path: Path) -> None:
+        store = ready_store(tmp_path, groups_per_iteration=1)
+        group = admit(store, 0)
+        finish(store, {group}, reward=1.0)
+        assert store.claim(1, 0, 0.0).groups == (group,)
+        store.publish(1, 1, {})
+        store.uncommit(0)
+        store.close()
+        again = open_store(tmp_path, groups_per_iteration=1, signal=(0.0, 1.0))
+        assert again.claim(1, 1, 0.0).groups == (group,)
+        again.close()
+
     def test_a_waiting_claim_is_woken(self) -> None:
         store = ready_store(groups_per_iteration=2, signal=(0.0, 1.0))
         groups = [admit(store, number) for number in range(2)]

@@ -175,6 +175,15 @@ class TestLeases:
         assert (refunded.trajectory, refunded.grant) == (leases[0].trajectory, 5)
         assert store.versions_spent() == {0: 3}
 
+    def test_what_one_has_used_is_not_missing_in_the_grant_of_another(self) -> None:
+        store = ready_store(grant_tokens=8)
+        store.set_quota(quota(tokens=16))
+        admit(store)
+        leases = lease_all(store)
+        assert [grant.tokens for grant in store.append([segment(lease, 4) for lease in leases])[1]] == [4, 4]
+        store.append([segment(lease, 4, offset=4) for lease in leases])  # made while the store answered
+        assert store.versions_spent() == {0: 16} and assert_exact(store)["overdraft"] == 0
+
     def test_a_swap_moves_the_reservation_to_the_next_version(self) -> None:
         store = ready_store(grant_tokens=8)
         store.set_quota(quota(tokens=10))

@@ -10,6 +10,7 @@ from pmdflow.metrics.spans import SpanBuffer
 from tests.support.fixture_run import FixtureRun
 
 STEP_S, SEQUENCE_S, FACTOR = 0.004, 0.0005, 1.5
+CONTEXT_S, PREFILL_S = 2e-7, 1e-4
 
 
 def fitted_run(run_dir: Path) -> Path:
@@ -25,8 +26,11 @@ def fitted_run(run_dir: Path) -> Path:
         for offset, factor in ((0.1, 1.0), (0.7, 1.0), (1.8, FACTOR)):
             steps = int(rng.integers(10, 40))
             tokens = steps * int(rng.integers(1, 17))
-            seconds = (STEP_S * steps + SEQUENCE_S * tokens) * factor
-            spans.add("generate", begin + offset, begin + offset + seconds, version=0, steps=steps, tokens=tokens)
+            did = {"steps": steps, "tokens": tokens, "context": int(rng.integers(100, 4000))}
+            did["prefilled"] = int(rng.integers(0, 300))
+            seconds = STEP_S * steps + SEQUENCE_S * tokens + CONTEXT_S * steps * did["context"]
+            seconds = (seconds + PREFILL_S * did["prefilled"]) * factor
+            spans.add("generate", begin + offset, begin + offset + seconds, version=0, **did)
         fixture.recorder.spans(spans.drain())
     fixture.finish()
     return fixture.run_dir

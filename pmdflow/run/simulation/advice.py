@@ -11,7 +11,16 @@ from itertools import chain
 from pmdflow.config.schema import Config
 from pmdflow.metrics.text import percent
 from pmdflow.run.simulation.calibration import Calibration
-from pmdflow.run.simulation.policies import AS_CONFIGURED, UNBOUNDED, configured, shrunk, splits, unit_of, variants
+from pmdflow.run.simulation.policies import (
+    AS_CONFIGURED,
+    UNBOUNDED,
+    configured,
+    ranks_beside,
+    shrunk,
+    splits,
+    unit_of,
+    variants,
+)  # fmt: skip
 from pmdflow.run.simulation.report import SimulationReport, Steady
 from pmdflow.run.simulation.settings import SimulationSettings
 from pmdflow.run.simulation.world import Simulation
@@ -75,7 +84,7 @@ def advise(config: Config, models: Calibration, *, iterations: int = SHORT, seco
     """
     given = configured(config, models, iterations=iterations + SKIPPED)
     most = sys.maxsize if seconds is None else FEW
-    modes, shares = list(variants(given)), list(splits(given, ranks=config.learner.num_ranks))
+    modes, shares = list(variants(given, in_turn=config.cluster.colocate)), list(splits(given, config))
     order = {name: place for place, (name, _) in enumerate(modes)}
     modes.sort(key=lambda mode: mode[0] not in (AS_CONFIGURED, UNBOUNDED))
     end = None if seconds is None else time.monotonic() + seconds
@@ -109,25 +118,33 @@ def _within(
 
 def _lines(results: Sequence[Result], divided: Sequence[Result], config: Config) -> Iterator[str]:
     by_name = {result.name: result for result in results}
-    now, best = by_name[AS_CONFIGURED].steady, by_name[UNBOUNDED].steady.tokens_per_s
+    now = by_name[AS_CONFIGURED].steady
+    if UNBOUNDED not in by_name:
+        yield f"as configured: {_masked(now)}; engines and learner have the devices in turn, so that nothing runs ahead"
+        return
+    best = by_name[UNBOUNDED].steady.tokens_per_s
     share = now.tokens_per_s / best if best else 1.0
     yield f"as configured: {percent(share)} of the throughput without a bound on age, {_masked(now)}"
-    fits = [
-        result
-        for result in results
-        if result.name.startswith("lookahead")
-        and result.steady.tokens_per_s >= ENOUGH * best
-        and result.steady.masked_share <= RARELY
-    ]
-    better = [result for result in fits if now.tokens_per_s < ENOUGH * result.steady.tokens_per_s]
-    if better:
-        yield f"{_changes(better[0], config)}: {_gain(better[0], now)}, {_masked(better[0].steady)}"
-    split = max(divided, key=lambda result: result.steady.tokens_per_s, default=None)
-    if split is not None and split.steady.tokens_per_s > now.tokens_per_s / ENOUGH:
-        ranks = config.rollout.num_actors + config.learner.num_ranks - split.settings.actors
-        yield f"rollout.actors={split.settings.actors} and learner.ranks={ranks}: {_gain(split, now)}"
-    elif not better:
-        yield "no other lookahead, budget or division of the processors is simulated to be better"
+    ahead = _best([result for result in results if result.name.startswith("lookahead")], now, enough=ENOUGH * best)
+    if ahead is not None:
+        yield f"{_changes(ahead, config)}: {_gain(ahead, now)}, {_masked(ahead.steady)}"
+    split = _best(divided, now, enough=float("inf"))
+    if split is not None:
+        actors, ranks = split.settings.actors, ranks_beside(split.settings.actors, config)
+        yield f"rollout.actors={actors} and learner.ranks={ranks}: {_gain(split, now)}, {_masked(split.steady)}"
+    if ahead is None and split is None:
+        yield f"no other lookahead, budget or division of processors that masks at most {percent(RARELY)} is faster"
+
+
+def _best(results: Sequence[Result], now: Steady, *, enough: float) -> Result | None:
+    """The first that is fast enough, else the fastest; None unless it is better, and masks next to nothing."""
+    whole = [result for result in results if result.steady.masked_share <= RARELY]
+    fastest = max(whole, key=lambda result: result.steady.tokens_per_s, default=None)
+    best = next((result for result in whole if result.steady.tokens_per_s >= enough), fastest)
+    if best is None:
+        return None
+    gain = best.steady.tokens_per_s / now.tokens_per_s
+    return best if gain > 1 / ENOUGH or (now.masked_share > RARELY and gain >= ENOUGH) else None
 
 
 def _gain(result: Result, now: Steady) -> str:
@@ -146,6 +163,8 @@ def _changes(result: Result, config: Config) -> str:
         changes.append(f"scheduler.lookahead={lookahead}")
     if bound != scheduler.max_staleness:
         changes.append(f"scheduler.max_staleness={bound}")
+    changes += ["scheduler.extra_groups=0"] if scheduler.extra_groups else []
+    changes += [f"scheduler.{name}=null" for name in ("versions", "policy") if getattr(scheduler, name) is not None]
     if config.rollout.tokens_per_segment is not None:
         changes.append("rollout.tokens_per_segment=null")
     spent = 2 * result.part * unit_of(config) * max(iteration.tokens for iteration in result.report.iterations)

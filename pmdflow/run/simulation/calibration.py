@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -38,6 +39,8 @@ class Calibration:
     prompt_tokens: int
     score_s: float
     origin: str
+    no_signal_share: float = 0.0
+    """Groups whose members were all worth the same, of those that were generated."""
 
 
 def calibrate(run: Path) -> Calibration:
@@ -67,19 +70,24 @@ def calibrate(run: Path) -> Calibration:
         lengths=lengths,
         prompt_tokens=prompts,
         score_s=fmean(scored) if scored else 0.0,
+        no_signal_share=_no_signal(records, groups=len(lengths.groups) / len(archived)),
         origin=f"fitted to iterations {numbers[0]} to {numbers[-1]} of {run}",
     )
 
 
 def _engine(spans: Sequence[Mapping[str, Any]], *, slots: int, run: Path) -> EngineModel:
-    """Seconds of a step and of a sequence in it, by least squares over the spans of all rollout actors."""
+    """Seconds of a step, of a sequence and of a token of its context in it, and of a token that is prefilled.
+
+    By least squares over the spans of all rollout actors.
+    """
     training = union((span["start"], span["end"]) for span in spans if span["name"] in ("step", "reference"))
     rows, alone, together = [], [], []
     for span in spans:
         did, seconds = span.get("attrs", {}), span["end"] - span["start"]
         if span["name"] != "generate" or not did.get("steps") or seconds <= 0:
             continue
-        row = (float(did["steps"]), float(did["tokens"]), seconds)
+        context = did["steps"] * did.get("context", 0)  # runs of older releases do not say the last two
+        row = (did["steps"], did["tokens"], context, did.get("prefilled", 0), seconds)
         share = overlap_s(_reaching_into(training, span), [(span["start"], span["end"])]) / seconds
         rows.append(row)
         if share <= ALONE:
@@ -91,16 +99,21 @@ def _engine(spans: Sequence[Mapping[str, Any]], *, slots: int, run: Path) -> Eng
             f"the spans of {run} do not say how many tokens they generated: it is older than `pmdflow simulate`",
             hint="take a run of this release",
         )
-    step_s, sequence_s = _fit(alone or rows)
+    step_s, sequence_s, context_s, prefill_s = _fit(alone or rows)
     factor = 1.0
     if alone and together:
-        expected = sum(step_s * steps + sequence_s * tokens for steps, tokens, _ in together)
+        expected = sum(
+            step_s * steps + sequence_s * tokens + context_s * context + prefill_s * prefilled
+            for steps, tokens, context, prefilled, _ in together
+        )
         factor = max(sum(seconds for *_, seconds in together) / expected, 1.0)
     applied = [span["end"] - span["start"] for span in spans if span["name"] == "apply_weights"]
     return EngineModel(
         slots=slots,
         step_s=step_s,
         sequence_s=sequence_s,
+        context_s=context_s,
+        prefill_s=prefill_s,
         apply_s=fmean(applied) if applied else 0.0,
         training_factor=factor,
     )
@@ -113,15 +126,20 @@ def _reaching_into(intervals: Sequence[tuple[float, float]], span: Mapping[str, 
     return list(intervals[first:last])
 
 
-def _fit(rows: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """Seconds a step and a token, neither below 0, that give the rows' seconds best."""
-    steps, tokens, seconds = np.array(rows).T
-    (step_s, token_s), *_ = np.linalg.lstsq(np.stack([steps, tokens], axis=1), seconds, rcond=None)
-    if token_s < 0:
-        step_s, token_s = seconds.sum() / steps.sum(), 0.0
-    elif step_s < 0:
-        step_s, token_s = 0.0, seconds.sum() / tokens.sum()
-    return float(step_s), float(token_s)
+def _fit(rows: Sequence[tuple[float, ...]]) -> list[float]:
+    """Seconds of each of a row's numbers, none below 0, that give the rows' last ones, their seconds, best."""
+    table = np.array(rows, float)
+    numbers, seconds = table[:, :-1], table[:, -1]
+    best, least = np.zeros(numbers.shape[1]), np.inf
+    told = [column for column in range(numbers.shape[1]) if numbers[:, column].any()]
+    for size in range(1, len(told) + 1):
+        for chosen in map(list, combinations(told, size)):
+            found, *_ = np.linalg.lstsq(numbers[:, chosen], seconds, rcond=None)
+            error = float(((numbers[:, chosen] @ found - seconds) ** 2).sum())
+            if (found >= 0).all() and error < least:
+                best, least = np.zeros(numbers.shape[1]), error
+                best[chosen] = found
+    return [float(value) for value in best]
 
 
 def _learner(records: Sequence[Mapping[str, Any]], tokens: Mapping[int, int]) -> LearnerModel:
@@ -130,6 +148,21 @@ def _learner(records: Sequence[Mapping[str, Any]], tokens: Mapping[int, int]) ->
     iteration_s, token_s = _fit(rows)
     rest = [record["time/iteration_s"] - record["time/claim_wait_s"] - record["time/train_s"] for record in records]
     return LearnerModel(iteration_s=iteration_s, token_s=token_s, publish_s=max(fmean(rest), 0.0))
+
+
+def _no_signal(records: Sequence[Mapping[str, Any]], *, groups: float) -> float:
+    """Share of groups without a signal: those of the claims, and those that were evicted instead of being claimed.
+
+    Args:
+        records: Of the iterations.
+        groups: Of a claim, on average.
+    """
+    evicted = [record.get("store/groups_no_signal", 0) for record in records]
+    again = sum(max(after - before, 0) for before, after in pairwise(evicted))
+    shares = [record["reward/signal_share"] for record in records if record.get("reward/signal_share") is not None]
+    dull = groups * sum(1 - share for share in shares)
+    share: float = (again + dull) / (again + groups * len(records))
+    return share
 
 
 def _lengths(archived: Sequence[Path]) -> tuple[RecordedLengths, int]:

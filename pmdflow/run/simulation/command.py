@@ -45,6 +45,7 @@ def simulate(config: Config, *, run: Path | None, iterations: int, out: Path | N
         "",
         *_table(results, unit),
         "",
+        *_masked_table(results),
         *(["  rollout actors + learner ranks, as configured otherwise", *_table(divided, unit), ""] if divided else []),
         *(f"  {line}" for line in advice.lines),
         *([f"  plot: {out}"] if out is not None else []),
@@ -65,20 +66,29 @@ def short_advice(config: Config, *, run: Path | None = None, seconds: float) -> 
 def _table(results: Sequence[Result], unit: int) -> list[str]:
     head = (
         f"  {'policy':<14} {'s/iter':>8} {'tokens/s':>9} {'rollout':>8} {'learner':>8} {'age':>5} {'most':>4} "
-        f"{'masked':>7} {'longest':>8} {'passed':>6} {'varies':>6}  rollout waits for"
+        f"{'masked':>7} {'passed':>6} {'varies':>6} {'lag-1':>6}  rollout waits for"
     )
     rows = []
     for result in results:
         steady = result.steady
-        longest = percent(steady.masked_by_decile[-1], 1)
-        waits = ", ".join(f"{cause} {percent(share)}" for cause, share in result.waits[:2] if share >= 0.005)
+        waits = ", ".join(f"{cause} {percent(share)}" for cause, share in result.waits if share >= 0.005)
         rows.append(
             f"  {result.name:<14} {steady.iteration_s:>8.3g} {steady.tokens_per_s * unit:>9,.0f} "
             f"{percent(result.rollout_busy):>8} {percent(steady.learner_busy):>8} {steady.staleness_mean:>5.2f} "
-            f"{steady.staleness_max:>4} {percent(steady.masked_share, 1):>7} {longest:>8} "
-            f"{steady.passed:>6} {number(steady.variation, 2):>6}  {waits}"
+            f"{steady.staleness_max:>4} {percent(steady.masked_share, 1):>7} "
+            f"{steady.passed:>6} {number(steady.variation, 2):>6} {number(steady.lag_1, 2):>6}  {waits}"
         )
     return [head, *rows]
+
+
+def _masked_table(results: Sequence[Result]) -> list[str]:
+    """Whose tokens are masked, where any are."""
+    rows = [
+        f"  {result.name:<14} " + " ".join(f"{percent(share, 1):>6}" for share in result.steady.masked_by_decile)
+        for result in results
+        if result.steady.masked_share > 0
+    ]
+    return ["  masked tokens by decile of length, shortest first", *rows, ""] if rows else []
 
 
 def _page(config: Config, results: Sequence[Result], unit: int) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+from pmdflow.config.gpus import planned_gpus
 from pmdflow.config.schema import DEFAULT_SLOTS, Config
 from pmdflow.run.scheduler import SchedulerSettings, grant_tokens
 from pmdflow.run.simulation.calibration import Calibration
@@ -83,12 +85,16 @@ def configured(config: Config, models: Calibration, *, iterations: int) -> Simul
         score_s=models.score_s,
         grant_tokens=max(1, grant_tokens(config) // unit),
         refill_limit=config.scheduler.refill_limit if config.scheduler.refill else None,
+        no_signal_share=models.no_signal_share if config.scheduler.refill else 0.0,
         seed=config.run.seed,
     )
 
 
-def variants(given: SimulationSettings) -> Iterator[tuple[str, SimulationSettings]]:
-    """The configuration, then the modes of the field on the same job and machine, then no bound at all."""
+def variants(given: SimulationSettings, *, in_turn: bool = False) -> Iterator[tuple[str, SimulationSettings]]:
+    """The configuration, then the modes of the field on the same job and machine, then no bound at all.
+
+    Where engines and learner have the devices `in_turn`, nothing can run ahead.
+    """
     scheduler = replace(given.scheduler, extra_groups=0, versions=None, policy=None)
     whole = scheduler.groups_per_iteration * given.group_size * given.max_tokens
     plenty = replace(scheduler, tokens_per_segment=None, tokens_per_iteration=whole * (FAR_AHEAD + 1), iteration_s=None)
@@ -99,6 +105,8 @@ def variants(given: SimulationSettings) -> Iterator[tuple[str, SimulationSetting
     yield "Kimi k1.5", replace(given, scheduler=k15, max_staleness=None, window=None)
     april = replace(plenty, lookahead=0, extra_groups=max(1, scheduler.groups_per_iteration // 2))
     yield "APRIL", replace(given, scheduler=april, max_staleness=None, window=None)
+    if in_turn:
+        return
     ahead, versions = max(scheduler.lookahead, 1), given.scheduler.versions or DORA_VERSIONS
     dora = replace(plenty, lookahead=ahead, versions=versions)
     yield "DORA", replace(given, scheduler=dora, max_staleness=_at_least(given.max_staleness, ahead, versions - 1))
@@ -108,18 +116,37 @@ def variants(given: SimulationSettings) -> Iterator[tuple[str, SimulationSetting
             f"lookahead {lookahead}",
             replace(given, scheduler=replace(plenty, lookahead=lookahead), max_staleness=bound),
         )
+    for lookahead, bound in ((2, 6), (3, 8)):  # for answers that take several iterations
+        if given.max_staleness is not None and given.max_staleness < bound:
+            wide = replace(given, scheduler=replace(plenty, lookahead=lookahead), max_staleness=bound)
+            yield f"lookahead {lookahead}, age {bound}", wide
     yield UNBOUNDED, replace(given, scheduler=replace(plenty, lookahead=FAR_AHEAD), max_staleness=None, window=None)
 
 
-def splits(given: SimulationSettings, *, ranks: int) -> Iterator[tuple[str, SimulationSettings]]:
-    """The same processors divided otherwise; training takes time in inverse proportion to its ranks."""
-    total = given.actors + ranks
-    for actors in sorted({max(1, total * part // 8) for part in range(1, 8)} - {given.actors}):
-        scale = ranks / (total - actors)
-        learner = replace(
-            given.learner, iteration_s=given.learner.iteration_s * scale, token_s=given.learner.token_s * scale
-        )
-        yield f"{actors} + {total - actors}", replace(given, actors=actors, learner=learner)
+def splits(given: SimulationSettings, config: Config) -> Iterator[tuple[str, SimulationSettings]]:
+    """The same processors divided otherwise; training takes time in inverse proportion to its ranks.
+
+    None where engines and ranks share devices: there is nothing to divide.
+    """
+    width, now = config.rollout.tensor_parallel, config.learner.num_ranks
+    total, gpus = given.actors * width + now, planned_gpus(config)
+    if config.cluster.colocate or (gpus is not None and gpus.count < total):
+        return
+    for actors in sorted({max(1, total * part // (8 * width)) for part in range(1, 8)} - {given.actors}):
+        ranks = ranks_beside(actors, config)
+        if ranks > 0:
+            scale = now / ranks
+            learner = replace(
+                given.learner, iteration_s=given.learner.iteration_s * scale, token_s=given.learner.token_s * scale
+            )
+            yield f"{actors} + {ranks}", replace(given, actors=actors, learner=learner)
+
+
+def ranks_beside(actors: int, config: Config) -> int:
+    """Learner ranks on the processors that so many rollout actors leave; none may be too many for a whole replica."""
+    width, learner = config.rollout.tensor_parallel, config.learner
+    left = learner.num_ranks + (config.rollout.num_actors - actors) * width
+    return max(left - left % math.lcm(learner.replicas, learner.context_parallel), 0)
 
 
 def shrunk(given: SimulationSettings, *, trajectories: int) -> tuple[SimulationSettings, int]:
@@ -139,6 +166,7 @@ def shrunk(given: SimulationSettings, *, trajectories: int) -> tuple[SimulationS
             groups_per_iteration=groups // part,
             tokens_per_iteration=max(1, scheduler.tokens_per_iteration // part),
             least_tokens=max(1, scheduler.least_tokens // part),
+            extra_groups=-(-scheduler.extra_groups // part),
         ),
         window=None if given.window is None else max(groups // part, given.window // part),
         engine=replace(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,6 +10,7 @@ from functools import partial
 import numpy as np
 
 from pmdflow.metrics.order import AdmissionOrder, Claimed
+from pmdflow.run.refills import Refills
 from pmdflow.run.scheduler import decide, must_regrant, next_quota, oldest_beside, serve
 from pmdflow.run.simulation.answers import Answers
 from pmdflow.run.simulation.report import SimulatedIteration, SimulationReport, group_means
@@ -72,8 +72,8 @@ class Simulation:
         self._rated = (0, 0.0)
         """Tokens and busy seconds of all workers up to the newest rate."""
         self._budgets: dict[int, int] = {}
-        self._refills = self._most_refills
-        """Groups that may still be admitted before the next claim in the place of others."""
+        limit = settings.refill_limit
+        self._refills = Refills(most=None if limit is None else limit * settings.scheduler.groups_per_iteration)
         self._order = AdmissionOrder()
         self._free_since: float | None = 0.0
         """Since when the learner has waited for a claim; None while it trains."""
@@ -141,15 +141,11 @@ class Simulation:
         over = [tokens - self._budgets[version] for version, tokens in spent.items()]
         self._report.overspent_tokens = max([self._report.overspent_tokens, *over])
 
-    @property
-    def _most_refills(self) -> int:
-        limit = self._settings.refill_limit
-        return sys.maxsize if limit is None else limit * self._settings.scheduler.groups_per_iteration
-
-    def _admit(self, most: int = sys.maxsize) -> int:
+    def _admit(self) -> int:
         counts = self._store.counts()
         decision = decide(self._budgeted, counts)
-        number = 0 if self._is_closing else min(decision.room(counts), most)
+        room = decision.room(counts)
+        number = 0 if self._is_closing else self._refills.allowed(room, counts)
         tokens = np.zeros(self._settings.prompt_tokens, np.int32)
         groups: list[int] = []
         for cursor in range(counts.next_cursor, counts.next_cursor + number):
@@ -165,6 +161,8 @@ class Simulation:
             except StoreFull:  # the quota was granted by another decision
                 break
             groups.append(group)
+        if number:
+            self._refills.took(len(groups), room)
         self._order.admitted(groups, iteration=len(self._report.iterations) + 1)
         report = self._report
         report.max_groups_untrained = max(report.max_groups_untrained, counts.groups_untrained + len(groups))
@@ -317,12 +315,11 @@ class Simulation:
             return
         if answer.status != "starved":
             return
-        if self._refills == 0 and self._store.counts().groups_untrained == 0:
-            raise NoSignalLeft(
-                f"no group is left to train after {self._store.counts().groups_no_signal} without a signal"
-            )
-        admitted = self._admit(self._refills) if self._refills else 0
-        self._refills -= admitted
+        counts = self._store.counts()
+        room = decide(self._budgeted, counts).room(counts)
+        if counts.groups_untrained == 0 and not self._is_closing and not self._refills.allowed(room, counts):
+            raise NoSignalLeft(f"no group is left to train after {counts.groups_no_signal} without a signal")
+        admitted = self._admit()
         if must_regrant(answer, admitted=admitted):
             self._report.regrants += 1
             self._grant()
@@ -379,7 +376,8 @@ class Simulation:
         self._store.commit(iteration)
         self._store.evict(iteration)
         self._report.iterations.append(done)
-        self._free_since, self._refills = now, self._most_refills
+        self._free_since = now
+        self._refills.renew()
         self._admit()
         self._report.max_versions = max(self._report.max_versions, len({self._version, *self._store.in_flight()}))
         self._offer(self._version, now)

@@ -70,6 +70,12 @@ impl Store {
         let decide = |item| self.decide(item, batch.payload, &mut ahead);
         let decisions = batch.items.iter().map(decide).collect::<Result<Vec<_>>>()?;
         self.write(batch, &decisions)?;
+        // All of them first: what one has used is not to be missing in the grant of another.
+        for (item, decision) in batch.items.iter().zip(&decisions) {
+            if let (Decision::Extend { new, over, .. }, false) = (*decision, item.observed) {
+                self.leases.spend(item.trajectory, new - over);
+            }
+        }
         let deadline = now.saturating_add(self.settings.lease_ttl);
         for (item, decision) in batch.items.iter().zip(&decisions) {
             match *decision {

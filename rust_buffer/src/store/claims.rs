@@ -111,6 +111,7 @@ impl Store {
             let again = Claimed { iteration, version, max_staleness, segment_loss, groups, asked, plan, successes };
             return self.make_claim(again).map(Some);
         }
+        self.judge_ready()?;
         if self.no_signal > std::mem::replace(&mut self.no_signal_told, self.no_signal) {
             return Ok(Some(ClaimAnswer::Starved(Starvation::NoSignal)));
         }

@@ -67,6 +67,14 @@ impl Leases {
         Some(lease)
     }
 
+    /// Takes tokens that are appended out of the grant of `trajectory`, if it is leased still.
+    pub fn spend(&mut self, trajectory: u64, tokens: u32) {
+        if let Some(mut lease) = self.remove(trajectory) {
+            lease.grant = lease.grant.saturating_sub(tokens);
+            self.insert(trajectory, lease);
+        }
+    }
+
     /// Ends the leases of the trajectories that `record` completes.
     pub fn end_complete(&mut self, record: &Record) {
         if let Record::Append(items) = record {

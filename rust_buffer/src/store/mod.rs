@@ -143,6 +143,8 @@ pub struct Store {
     pub(crate) scores_ignored: u64,
     /// Groups evicted without a signal since the store was opened.
     pub(crate) no_signal: u64,
+    /// Whether what was ready at opening has been judged.
+    pub(crate) is_judged: bool,
     /// Whether the disk had no room for the last record with arrays: then each file that can go counts.
     pub(crate) is_full: bool,
     /// Those of which a claim was told.
@@ -226,6 +228,7 @@ impl Store {
             oldest: 0,
             scores_ignored: 0,
             no_signal: 0,
+            is_judged: false,
             is_full: false,
             no_signal_told: 0,
         })

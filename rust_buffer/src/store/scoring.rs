@@ -75,6 +75,16 @@ impl Store {
         self.judge(id_of_group)
     }
 
+    /// Judges, once, what was ready when the store was opened: a crash may have come between the last score of a group and
+    /// its eviction, and another filter may have been set since.
+    pub(crate) fn judge_ready(&mut self) -> Result<()> {
+        if std::mem::replace(&mut self.is_judged, true) {
+            return Ok(());
+        }
+        let ready: Vec<u64> = self.index.ready.iter().copied().collect();
+        ready.into_iter().try_for_each(|id| self.judge(id))
+    }
+
     /// Evicts a group that has become ready if its rewards say nothing to the learner.
     pub(crate) fn judge(&mut self, id: u64) -> Result<()> {
         let (Some(signal), Some(group)) = (self.settings.signal, self.state.groups.get(&id)) else { return Ok(()) };
