@@ -188,10 +188,11 @@ class TrajectoryStore:
         """Begin a new branch of a leased episode. Returns (stale, branch, epoch).
 
         It keeps `offset` tokens of the history of the newest branch; the next append has that offset, and the epoch
-        that is answered. A repeat is answered as the first time. Renews the lease.
+        that is answered. A branch without a token is begun anew. A repeat is answered as the first time. Renews the
+        lease.
 
         Raises:
-            Conflict: an epoch never given out, an offset beyond the history, a branch without a token, a repeat with
+            Conflict: an epoch never given out, an offset beyond the history, an episode without a token, a repeat with
                 another offset, or more than 1,024 branches.
         """
     def turn(

@@ -14,7 +14,7 @@ SUFFIX = ".turns.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Diary:
-    """Of one program. Lines are `{"kind", "time", ...}`: start, turn, reward, end; a lost one harms nobody."""
+    """Of one program. Lines are `{"kind", "time", ...}`: start, turn, reward, died, end; a lost one harms nobody."""
 
     path: Path | None = None
     """Where; None keeps none."""
@@ -27,3 +27,10 @@ class Diary:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
                 file.write(json.dumps({"kind": kind, "time": time.time(), **what}) + "\n")
+
+
+def has_died(path: Path) -> bool:
+    """Whether the program of a diary was killed, by nobody of us."""
+    with contextlib.suppress(OSError):
+        return any(line.startswith(b'{"kind": "died"') for line in path.read_bytes().splitlines())
+    return False

@@ -121,7 +121,7 @@ class AgentSession:
         if self.generating:
             return self._last() if self.over else None
         while not self.over and (self._current is not None or self._queue):
-            self._current = self._current or self._next()
+            self._current = self._current or self._queue.popleft()
             try:
                 reply = self._proceed(self._current)
             except RequestRefused as refusal:
@@ -133,16 +133,6 @@ class AgentSession:
                 self.generating, self._turn = True, self._turn if reply.turn else ([], [])
                 return reply
         return self._last() if self.over else None
-
-    def _next(self) -> Asked:
-        """The oldest request; before it, one for which a branch was begun that has no token yet."""
-        live = self.record.live
-        for entry in list(self._queue) if self.record.bare else ():
-            entry.early = self._early(entry) if entry.early is None else entry.early
-            if entry.early[: len(live)] == live:
-                self._queue.remove(entry)
-                return entry
-        return self._queue.popleft()
 
     def close(self, why: str) -> None:
         """End the program and all that it started; whoever waits is told why."""
@@ -252,13 +242,13 @@ class AgentSession:
             )
         fork = None
         if kept < len(live):
-            if self.record.forks >= MAX_FORKS:
+            if self.record.forks >= MAX_FORKS and not self.record.bare:
                 raise RequestRefused(f"an episode begins at most {MAX_FORKS} branches, and this request would another")
             self._say_broken(entry)
             if self._ended:
                 raise RequestRefused(self._ended, status=410, kind="session_over")
             fork = kept - self.prompt_length
-            self.record.forks += 1
+            self.record.forks += not self.record.bare  # one without a token is begun anew
         self.record.live, self.record.bare = target, False
         self.record.spent += new
         self.turn_start = len(target)
@@ -285,17 +275,15 @@ class AgentSession:
         """A request does not go on from what was last: by the rule it begins a branch, or ends the episode."""
         assert entry.target is not None
         asked_before = any(same(earlier.request, entry.request) for earlier in self._answered) or bool(entry.choices)
-        if asked_before and not self.record.bare:
+        if asked_before:
             return  # another answer to the same: a sample
-        if entry.target.follows and self.config.history == "branch" and not self.record.bare:
+        if entry.target.follows and self.config.history == "branch":
             return  # one of several conversations goes on
         why = entry.target.broken or "the program rewrote its history"
         if self.record.remaining:
             why = f"started again, the program says something else than before; {why}"
         if self.config.history == "strict":
             self._ended = f"{why} (agents.history is strict)"
-        elif self.record.bare:
-            self._ended = f"{why}, and the branch before this one has no token yet"
         self.notes.append(("history_ended" if self._ended else "history_branched", why))
 
     def is_at(self, history: Tokens) -> bool:
@@ -349,7 +337,9 @@ class AgentSession:
         assert self._program is not None
         problem = self._program.ended.result()
         again = self._program.died and self.may_die
-        if not again:
+        if again:
+            self.diary.tell("died", why=problem)
+        else:
             self.rewards.end(self._program.rewards)
         told = f"trajectory {self.trajectory}: {'its program died: ' if again else ''}{problem}" if problem else ""
         told = hide(told, self.config.args)

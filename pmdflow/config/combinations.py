@@ -11,6 +11,7 @@ from pmdflow.config.device_problems import device_problems
 from pmdflow.config.engine_problems import engine_problems
 from pmdflow.config.imports import IMPORT_PATH
 from pmdflow.config.routing_problems import routing_problems
+from pmdflow.config.scorers import scorer_problems
 from pmdflow.config.sinks import SETTINGS
 from pmdflow.config.source_problems import source_problems
 from pmdflow.config.weights import weights_problems
@@ -54,6 +55,7 @@ def combination_problems(config: Config, *, recorded: bool) -> Iterator[str]:
     yield from _room_problems(config)
     yield from _learner_problems(config.learner)
     yield from routing_problems(config)
+    yield from scorer_problems(config)
     yield from _sampling_problems(config.rollout, config.reward)
     yield from engine_problems(config)
     yield from device_problems(config)

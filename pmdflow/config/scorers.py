@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from pmdflow.config.imports import IMPORT_PATH
 from pmdflow.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section
+
+if TYPE_CHECKING:
+    from pmdflow.config.schema import Config
+
+TEACHER = "pmdflow.learner.scorers.teacher:Teacher"
 
 
 class ScorerConfig(Section):
@@ -31,3 +37,19 @@ class ScorerConfig(Section):
     """CPU threads of each."""
     timeout_s: PositiveFloat = 120.0
     """What an actor has not scored after this long is given to another."""
+
+
+def scorer_problems(config: Config) -> Iterator[str]:
+    """As `combination_problems`, of `learner.scorers`."""
+    teachers = {name: given for name, given in config.learner.scorers.items() if given.use == TEACHER}
+    if len(teachers) > 1:
+        yield (
+            f"learner.scorers has {' and '.join(teachers)} that are both {TEACHER}: they would give the same columns; "
+            "leave one of them out"
+        )
+    for name, given in teachers.items():
+        if given.when == "claim" and "context" in given.settings:
+            yield (
+                f"learner.scorers.{name}.settings.context is set while learner.scorers.{name}.when is claim: a context "
+                "is made of its prompt's metadata, which a claim does not carry; set when to complete"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ class History:
     """The surviving history of one run: what a resume has superseded is left out.
 
     Iterations count up in a surviving history, so a record of iteration i supersedes every earlier record of
-    iteration i and above, and evaluations that started there.
+    iteration i and above, and evaluations of theirs but those of weights as new as its own: such a round may be over
+    before its iteration is recorded.
     """
 
     def __init__(self, run_dir: Path, *, max_spans: int | None = None) -> None:
@@ -95,7 +97,8 @@ class History:
                 for later in [i for i in self.iterations if i >= number]:
                     del self.iterations[later]
                     for evals in (self.evals, *self.eval_sets.values()):
-                        evals.pop(later, None)
+                        if _evaluated(evals.get(later, {})) < record.get("version", math.inf):
+                            evals.pop(later, None)
                 self.iterations[number] = record
             case "eval" if isinstance(record.get("eval/round"), int):
                 evals = self.evals if "eval/set" not in record else self.eval_sets[record["eval/set"]]
@@ -112,6 +115,12 @@ class History:
         self.first_time = time if self.first_time is None else min(time, self.first_time)
         if newest:
             self.last_time = time if self.last_time is None else max(time, self.last_time)
+
+
+def _evaluated(record: Record) -> float:
+    """The policy version of a round; they count up whatever is undone."""
+    name = f"{record['eval/set']}/" if "eval/set" in record else ""
+    return float(record.get(f"eval/{name}version", -math.inf))
 
 
 def iterations(run_dir: Path) -> dict[int, Record]:

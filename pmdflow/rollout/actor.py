@@ -70,7 +70,8 @@ class RolloutActor:
         self._agents = config.agents
         if agents is not None:
             self._programs = Programs(config, agents, Path(run_dir), worker, self._requests.trajectory)
-        self._taker = LeaseTaker(config, self._programs, self._requests.trajectory)
+        self._most_held = self._engine.num_slots + self._engine.num_slots // SLOTS_PER_SPARE
+        self._taker = LeaseTaker(config, self._programs, self._requests.trajectory, most_parked=self._most_held)
         self._holder = Holder(self._engine, self._taker)
         self._loader = Loader(self._engine, mode=config.rollout.on_new_weights)
         self._one_version = config.scheduler.versions is not None
@@ -181,6 +182,11 @@ class RolloutActor:
         self._stopping.set()
         self._incoming.close()
         self._turns.close()
+
+    def share_programs(self, num_actors: int) -> None:
+        """Agent programs are shared out among so many rollout actors from now on."""
+        if self._programs is not None:
+            self._programs.num_actors = num_actors
 
     def submit_requests(self, requests: list[Incoming]) -> None:
         """Leave HTTP requests of agent programs for the generating thread; returns at once."""
@@ -322,8 +328,8 @@ class RolloutActor:
                 keeper.drop(trajectory)
 
     def _request_leases(self) -> None:
-        slots, finish = self._engine.num_slots, self._config.on_new_weights == "finish"
-        most = slots if finish else slots + slots // SLOTS_PER_SPARE
+        finish = self._config.on_new_weights == "finish"
+        most = self._engine.num_slots if finish else self._most_held
         wanted = (self._programs.most if self._programs is not None else most) - self._holder.num_open
         awaits_weights = finish and self._incoming.waiting and not self._telling.evaluates
         if wanted > 0 and not self._requests.asking and not awaits_weights:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pmdflow.agents.diary import SUFFIX, has_died
 from pmdflow.agents.keys import Credential
 from pmdflow.agents.program import Program
 from pmdflow.agents.sandbox import ADDRESS, Walls
@@ -48,7 +49,14 @@ class Launcher:
 
     def log(self, lease: Lease, suffix: str) -> Path:
         """A file of what the program of a lease says."""
-        return self._run_dir / "logs" / "agents" / f"{lease.trajectory}-{lease.epoch}{suffix}"
+        return self._log(lease.trajectory, lease.epoch, suffix)
+
+    def deaths(self, lease: Lease) -> int:
+        """How many programs of its trajectory were killed before, here or elsewhere, by nobody of us."""
+        return sum(has_died(self._log(lease.trajectory, epoch, SUFFIX)) for epoch in range(1, lease.epoch))
+
+    def _log(self, trajectory: int, epoch: int, suffix: str) -> Path:
+        return self._run_dir / "logs" / "agents" / f"{trajectory}-{epoch}{suffix}"
 
     def start(self, lease: Lease) -> Program:
         """Start it, with a key for its own episode."""

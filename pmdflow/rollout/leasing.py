@@ -33,16 +33,19 @@ Read = Callable[[int], Mapping[str, Any] | None]
 class LeaseTaker:
     """Takes leases by the settings of a run; loads tokenizer and environment when the first one needs them."""
 
-    def __init__(self, config: Config, programs: Programs | None = None, read: Read | None = None) -> None:
+    def __init__(
+        self, config: Config, programs: Programs | None = None, read: Read | None = None, *, most_parked: int = 64
+    ) -> None:
         """Load nothing yet.
 
         Args:
             config: The run's.
             programs: Those of `agents`.
             read: Gives a trajectory as the store has it (`TrajectoryStore.trajectory`); None: there is no store.
+            most_parked: Environments that wait for a lease; of more, those that have waited longest are closed.
         """
         self._config = config
-        self._programs, self._read = programs, read
+        self._programs, self._read, self._most_parked = programs, read, most_parked
         self._hosts = Hosts()
         self._parked: dict[int, tuple[Session, int]] = {}
         """Environments whose trajectories were given back, with the epochs of those leases."""
@@ -138,6 +141,8 @@ class LeaseTaker:
             return
         if stays and held.stop in ("budget", "abort") and session.call is None:
             self._parked[held.id] = (session, held.epoch)
+            for longest in list(self._parked)[: -self._most_parked]:
+                self._drop(longest, "too many environments wait; another one goes on with its trajectory")
         else:
             session.close("its trajectory is complete" if held.stop is not None else "another actor has its lease")
 
@@ -147,8 +152,11 @@ class LeaseTaker:
 
     def drop(self, trajectory: int) -> None:
         """Another actor goes on with a trajectory, or it is gone: close the environment that waits here."""
+        self._drop(trajectory, "another actor goes on with its trajectory")
+
+    def _drop(self, trajectory: int, why: str) -> None:
         session, _ = self._parked.pop(trajectory)
-        session.close("another actor goes on with its trajectory")
+        session.close(why)
 
     def close_environments(self) -> list[str]:
         """Close all that were begun and wait, at most `environment.timeout_s` or `CLOSE_S`; which go on."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 Note: TypeAlias = "tuple[int, int, int, Mapping[str, float]]"
 """Trajectory, epoch, number of the note, and rewards by name."""
 MAX_DEATHS = 3
-"""A trajectory whose programs are killed so often here ends where it is."""
+"""A trajectory whose programs are killed so often ends with the next such death, where it is."""
 
 
 class Programs:
@@ -65,14 +64,14 @@ class Programs:
         self._launcher = Launcher(config, place, run_dir, worker, self._tokenizer)
         self._parked: dict[int, tuple[AgentSession, int]] = {}
         """By trajectory, with the epoch of the lease that was given back."""
-        self._deaths: Counter[int] = Counter()
-        """Programs that were killed, of each trajectory that is not complete."""
         self._failures = InARow.of_programs(self._agents)
+        self.num_actors = config.rollout.num_actors
+        """Among which the programs of the run are shared out."""
 
     @property
     def most(self) -> int:
         """Programs that this actor may run at a time; at most as many more wait for a lease."""
-        return math.ceil(self._agents.concurrency / self._config.rollout.num_actors)
+        return math.ceil(self._agents.concurrency / self.num_actors)
 
     def open(self, held: HeldTrajectory) -> None:
         """Begin the program of a leased trajectory, or go on with the one that waits for it.
@@ -112,9 +111,6 @@ class Programs:
                 self._drop(longest, "too many programs wait; another one goes on with its trajectory")
         else:
             session.close("its trajectory is complete" if held.stop is not None else "another actor has its lease")
-            self._deaths[held.id] += held.stop == "abort" and stays
-            if held.stop not in ("budget", "abort"):
-                self._deaths.pop(held.id, None)
         return notes
 
     def note_rewards(self, held: Iterable[HeldTrajectory], turns: Callable[[Sequence[Note]], Sequence[bool]]) -> None:
@@ -177,7 +173,7 @@ class Programs:
             record=Record.of(lease.prompt.tolist(), episode),
             diary=Diary(self._launcher.log(lease, SUFFIX)),
             rewards=Rewards(self.desk, rewards_said(notes), num_notes=len(notes)),
-            may_die=self._deaths[lease.trajectory] < MAX_DEATHS,
+            may_die=self._launcher.deaths(lease) < MAX_DEATHS,
         )
 
     def _wording(self, control: SamplingControl) -> Wording:

@@ -32,6 +32,7 @@ from pmdflow.run.directory import log_path
 from pmdflow.run.loops import Loop, LoopHandle
 from pmdflow.run.nodes import worker_environment
 from pmdflow.run.placement import ActorOptions, another_place, needs, place_rewards, place_scorer
+from pmdflow.run.scaling import with_actors
 from pmdflow.run.scheduler import grant_tokens
 from pmdflow.run.store_place import StorePlace
 from pmdflow.run.supervision import STARTUP_TIMEOUT_S, Supervisor
@@ -255,6 +256,13 @@ class LoopMaker:
             )
         return self._rollouts[index]
 
+    def scaled(self, number: int) -> None:
+        """There are so many rollout actors from now on: tell them, and those that are started."""
+        self._config = with_actors(self._config, number)
+        for loop in self._rollouts.values():
+            if loop.running is not None:
+                call(loop.process.actor, RolloutActor.share_programs, number)
+
     def _start_rollout(
         self, index: int, weights: WeightsHandle | None, worker: str
     ) -> tuple[LoopHandle, ObjectRef[object]]:
@@ -289,7 +297,7 @@ def make_scorers(config: Config, run_dir: Path, store: StoreHandle) -> list[Loop
             ScorerActor,
             log=log_path(run_dir, f"scorer-{name}-{index}"),
             options={"max_concurrency": 4, **place_scorer(config.learner.scorers[name])},
-            arguments={"config": config, "name": name, "index": index, "store": store},
+            arguments={"config": config, "name": name, "index": index, "store": store, "run_dir": str(run_dir)},
         )
         return actor, call(actor, ScorerActor.run)
 

@@ -54,10 +54,10 @@ class Controller:
         run_dir: Path,
         supervisor: Supervisor,
         prompts: MixedPrompts,
-        start_learners: Callable[[], list[ActorHandle[LearnerActor]]],
+        learners: LearnerGroup,
         start_archive: Callable[[], ActorHandle[ArchiveActor]],
     ) -> None:
-        """Wire the parts; `start_learners` creates one actor a rank, `start_archive` the one that writes parts."""
+        """Wire the parts; `start_archive` creates the actor that writes parts."""
         self._config = config
         self._run_dir = run_dir
         self._supervisor = supervisor
@@ -67,7 +67,7 @@ class Controller:
         self._settings = self._budgeted = SchedulerSettings.of(config)
         self._rates: list[float] = []
         """Tokens a second that rollout could generate, by iteration: what an automatic budget follows from."""
-        self._learners = LearnerGroup(supervisor=supervisor, start=start_learners)
+        self._learners = learners
         self._checkpoints = Checkpoints(
             config=config,
             run_dir=run_dir,

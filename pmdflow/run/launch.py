@@ -7,7 +7,6 @@ import sys
 from functools import partial
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from pmdflow.config.load import Loaded
@@ -17,7 +16,6 @@ from pmdflow.config.schema import Config
 from pmdflow.dashboard.process import DashboardProcess
 from pmdflow.data.inputs import Inputs
 from pmdflow.errors import ActorDied, PmdflowError
-from pmdflow.learner.actor import LearnerActor
 from pmdflow.metrics.lasting import lasting
 from pmdflow.metrics.live import LiveView
 from pmdflow.metrics.recorder import Recorder
@@ -27,6 +25,7 @@ from pmdflow.run.actors import LoopMaker, start_archive, start_learners, start_r
 from pmdflow.run.controller import Controller
 from pmdflow.run.directory import RunDirectory
 from pmdflow.run.inputs import merge, open_inputs, open_prompts
+from pmdflow.run.learner_group import LearnerGroup
 from pmdflow.run.live_versions import LiveVersions
 from pmdflow.run.nodes import require_nodes
 from pmdflow.run.placement import place_learners, place_rollouts
@@ -122,13 +121,6 @@ def _train(
     places = place_learners(config)  # before the rollout actors: these share what is left
     rollout_places = place_rollouts(config)
 
-    def start() -> list[ActorHandle[LearnerActor]]:
-        learners = start_learners(config, run.path, places, supervisor=supervisor)
-        asked = [call(learners[0], LearnerActor.device_info)]
-        (device,) = supervisor.wait(asked, what="the device of learner rank 0", timeout_s=STARTUP_TIMEOUT_S)
-        supervisor.aside(partial(run.write_meta, config, device), what="writing meta.json")
-        return learners
-
     store = start_store(config, run.path)
     supervisor = Supervisor(store=store, telemetry=telemetry, live=LiveVersions.of(config, store))
     signals.drain(supervisor)
@@ -137,13 +129,18 @@ def _train(
         for loop in maker.all():
             supervisor.start_loop(loop)
         fixed = config.cluster.colocate
-        Scaling(run=run.path, supervisor=supervisor, configured=configured, make=maker.rollout, fixed=fixed)
+        Scaling(run=run.path, supervisor=supervisor, configured=configured, maker=maker, fixed=fixed)
+        learners = LearnerGroup(
+            supervisor=supervisor,
+            start=partial(start_learners, config, run.path, places, supervisor=supervisor),
+            on_device=partial(run.write_meta, config),
+        )
         controller = Controller(
             config=config,
             run_dir=run.path,
             supervisor=supervisor,
             prompts=prompts,
-            start_learners=start,
+            learners=learners,
             start_archive=partial(start_archive, config, run.path, store, attrs=run.archive_attrs(config)),
         )
         controller.run()

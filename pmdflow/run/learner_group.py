@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Concatenate, ParamSpec, TypeVar
+from functools import partial
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 from ray import ObjectRef
@@ -33,10 +34,17 @@ class LearnerGroup:
         >>> learners.wait(loads, what="loading the initial weights")    # doctest: +SKIP
     """
 
-    def __init__(self, *, supervisor: Supervisor, start: Callable[[], list[ActorHandle[LearnerActor]]]) -> None:
-        """Begin without ranks; `start` creates one actor a rank."""
+    def __init__(
+        self,
+        *,
+        supervisor: Supervisor,
+        start: Callable[[], list[ActorHandle[LearnerActor]]],
+        on_device: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """Begin without ranks; `start` creates one actor a rank, and `on_device` is told of the device of rank 0."""
         self._supervisor = supervisor
         self._start = start
+        self._on_device = on_device
 
     def restart(self) -> None:
         """Kill what there is of the ranks and start new ones.
@@ -49,6 +57,8 @@ class LearnerGroup:
             self._supervisor.learners = self._start()
         except ActorDied as error:
             raise LearnerDied(str(error)) from error
+        device = self.wait(self.call(LearnerActor.device_info)[:1], what="the device of learner rank 0")[0]
+        self._supervisor.aside(partial(self._on_device, device), what="noting the learner's device")
 
     def call(
         self,

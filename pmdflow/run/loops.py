@@ -39,6 +39,8 @@ class Running:
     drain_ref: ObjectRef[ActorReport] | None = None
     asked_at: float = 0.0
     """Monotonic second of the question that `drain_ref` answers."""
+    last_reports: int = 2
+    """To be taken once it has ended: the one that was asked for before, then the one of what came since."""
     placed: bool = False
     """Whether Ray has found a node for it; until then it is neither slow nor dead."""
     missed: bool = False

@@ -95,6 +95,12 @@ def needs(place: ActorOptions) -> str:
     return f"{place.get('num_cpus', 0):g} CPUs and {place.get('num_gpus', 0):g} GPUs{on}"
 
 
+def free_resources() -> str:
+    """CPUs and GPUs that nobody has reserved, for messages."""
+    free = ray.available_resources()
+    return ", ".join(f"{free.get(name, 0.0):g} {name}s" for name in ("CPU", "GPU"))
+
+
 def _gpu_shares(config: Config) -> tuple[float, float]:
     return gpu_shares(
         left_by_scorers(config, int(ray.cluster_resources().get("GPU", 0))),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from pmdflow.errors import PmdflowError
 
 if TYPE_CHECKING:
     from pmdflow.config.schema import Config
-    from pmdflow.run.loops import Loop
+    from pmdflow.run.actors import LoopMaker
     from pmdflow.run.supervision import Supervisor
 
 REQUEST = Path("requests") / "scale.json"
@@ -54,6 +53,11 @@ def remembered(run: Path, config: Config) -> Config:
         return config
     if configured != config.rollout.actors or not 1 <= number <= MOST:
         return config
+    return with_actors(config, number)
+
+
+def with_actors(config: Config, number: int) -> Config:
+    """The same with so many rollout actors."""
     return config.model_copy(update={"rollout": config.rollout.model_copy(update={"actors": number})})
 
 
@@ -69,17 +73,17 @@ class Scaling:
         run: Path,
         supervisor: Supervisor,
         configured: int | str,
-        make: Callable[[int], Loop],
+        maker: LoopMaker,
         fixed: bool = False,
     ) -> None:
-        """Look for requests in `run`; `make` gives the loop of rollout actor number i, without starting it.
+        """Look for requests in `run`; `maker` gives the loops of rollout actors, without starting them.
 
         `configured` is `rollout.actors` as written; with `fixed` every request is refused.
         """
         self._run = run
         self._supervisor = supervisor
         self._configured = configured
-        self._make = make
+        self._maker = maker
         self._fixed = fixed
         supervisor.watchers.append(self.tick)
 
@@ -105,8 +109,9 @@ class Scaling:
         before = self._supervisor.rollouts
         for loop in before[number:]:
             self._supervisor.retire(loop)
+        self._maker.scaled(number)
         taken = {loop.name for loop in self._supervisor.loops}
-        missing = (loop for loop in map(self._make, range(MOST)) if loop.name not in taken)
+        missing = (loop for loop in map(self._maker.rollout, range(MOST)) if loop.name not in taken)
         for _ in range(len(before), number):
             self._supervisor.start_loop(next(missing))
         tell("scale", f"rollout actors: {len(before)} before, {number} from now on")

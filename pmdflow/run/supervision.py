@@ -20,6 +20,7 @@ from pmdflow.metrics.report import ActorReport
 from pmdflow.rollout.actor import RolloutActor
 from pmdflow.run.live_versions import LiveVersions
 from pmdflow.run.loops import Loop, LoopActor, Running, is_placed, is_ready
+from pmdflow.run.placement import free_resources
 from pmdflow.run.telemetry import Telemetry
 from pmdflow.store.actor import StoreActor
 from pmdflow.store.client import StoreHandle, answers, call
@@ -197,13 +198,11 @@ class Supervisor:
             call(loop.process.actor, LoopActor.stop)
         runs = [loop.process.run_ref for loop in self.loops]
         ray.wait(runs, num_returns=len(runs), timeout=timeout_s)
-        self._last_tick = 0.0
-        for _ in range(2):  # the report that was asked for before, then the one of what came since
-            reports = [loop.process.drain_ref for loop in self.loops if loop.process.drain_ref is not None]
-            if reports:
-                ray.wait(reports, num_returns=len(reports), timeout=timeout_s)
-            for loop in self.loops:
-                self._collect(loop)
+        self._last_tick, deadline = 0.0, time.monotonic() + timeout_s
+        while left := [loop for loop in self.loops if not self._take_last(loop)]:
+            reports = [loop.process.drain_ref for loop in left if loop.process.drain_ref is not None]
+            if not ray.wait(reports, timeout=max(deadline - time.monotonic(), 0))[0]:
+                break
         for loop in self.loops:
             ray.kill(loop.process.actor)
         self.loops.clear()
@@ -280,6 +279,13 @@ class Supervisor:
         process.drain_ref, process.asked_at = call(process.actor, LoopActor.drain), time.monotonic()
         return True
 
+    def _take_last(self, loop: Loop) -> bool:
+        """Take what a loop that has ended has still to report; whether that was all. Never waits."""
+        process = loop.process
+        while process.last_reports and (process.drain_ref is None or is_ready(process.drain_ref)):
+            process.last_reports = process.last_reports - 1 if self._collect(loop) else 0  # 0: it is dead
+        return not process.last_reports
+
     def _offer(self, loop: Loop, handle: WeightsHandle) -> None:
         process = loop.process
         process.offer = call(process.actor, RolloutActor.update_weights, self._served(handle), self._offer_timeout_s)
@@ -318,9 +324,9 @@ class Supervisor:
 
     def _end_retired(self, loop: Loop, since: float) -> None:
         process = loop.process
-        if not process.ended and process.placed and time.monotonic() - since < RETIRE_TIMEOUT_S:
+        has_ended = process.ended and self._take_last(loop)
+        if not has_ended and process.placed and time.monotonic() - since < RETIRE_TIMEOUT_S:
             return
-        self._collect(loop)
         ray.kill(process.actor)
         call(self.store, StoreActor.fence, process.worker)  # what it could not give back goes on elsewhere
         self.loops.remove(loop)
@@ -385,12 +391,6 @@ class Supervisor:
             self._sample = None
         if self._sample is None:
             self._sample = call(self.store, StoreActor.sample)
-
-
-def free_resources() -> str:
-    """CPUs and GPUs that nobody has reserved, for messages."""
-    free = ray.available_resources()
-    return ", ".join(f"{free.get(name, 0.0):g} {name}s" for name in ("CPU", "GPU"))
 
 
 def _answer(ref: ObjectRef[Answer], *, what: str) -> Answer:

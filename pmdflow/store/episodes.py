@@ -31,10 +31,10 @@ class Episodes:
         The branch keeps the first `offset` tokens after the prompt of the newest branch. In it they are observed: each
         token is trained once, where it was generated. The next append has that offset and the new epoch. The episode
         has one lease, one `max_tokens` over all that comes in it, one score, and one place in its group; each of its m
-        branches counts for 1/m where it is trained.
+        branches counts for 1/m where it is trained. A branch without a token yet is begun anew, at another offset.
 
         Raises:
-            Conflict: an epoch that was never given out, an offset beyond the history, a branch without a token yet, a
+            Conflict: an epoch that was never given out, an offset beyond the history, an episode without a token yet, a
                 repeat with another offset, or more than `MAX_FORKS`.
         """
         stale, branch, newest = self._native.fork(trajectory, epoch, offset, wait, now_s)

@@ -15,28 +15,29 @@ PRIME = 0x100000001B3
 
 
 class Digest:
-    """A number that bytes have, whoever read them: it changes with any of them and with their order.
+    """A number that bytes have, whoever read them: it changes with any of them, with their order and their number.
 
     Example:
         >>> digest = Digest()
-        >>> digest.add(torch.zeros(BLOCK_BYTES, dtype=torch.uint8))
+        >>> digest.add(torch.zeros(BLOCK_BYTES, dtype=torch.uint8), 7)
         >>> digest.hex()
-        '0000000000000000'
+        '0000000000000007'
     """
 
     def __init__(self) -> None:
         """Of no bytes yet."""
         self._odd = torch.arange(1, BLOCK_BYTES // 4, 2, dtype=torch.int64)
-        self._sum = 0
+        self._sum = self._num_bytes = 0
 
-    def add(self, block: Tensor) -> None:
-        """Take the next `BLOCK_BYTES` bytes on the CPU; the last ones of all are filled up with zeros."""
+    def add(self, block: Tensor, count: int) -> None:
+        """Take the next `count` bytes in a block on the CPU, of which only the last of all is filled up with zeros."""
         words = int(torch.dot(block.view(torch.int64), self._odd))
         self._sum = (self._sum * PRIME + words) % (1 << 64)
+        self._num_bytes += count
 
     def hex(self) -> str:
         """The number."""
-        return f"{self._sum:016x}"
+        return f"{(self._sum * PRIME + self._num_bytes) % (1 << 64):016x}"
 
 
 class BlockWriter:
@@ -74,7 +75,7 @@ class BlockWriter:
         left = memoryview(bytes_)[: self._filled]
         while left:
             left = left[os.write(self._file, left) :]
-        self._digest.add(self._block)
+        self._digest.add(self._block, self._filled)
         if self._then is not None:
             self._then(self._block)
         self._filled = 0
@@ -94,6 +95,6 @@ def digest_of(file: int) -> str:
     """The digest of the bytes of an open file."""
     digest, block, at = Digest(), torch.zeros(BLOCK_BYTES, dtype=torch.uint8), 0
     while count := read_block(file, block, at):
-        digest.add(block)
+        digest.add(block, count)
         at += count
     return digest.hex()

@@ -11,6 +11,7 @@ from pmdflow.agents.program import Program
 from pmdflow.agents.requests import Posted
 from pmdflow.errors import PmdflowError
 from pmdflow.rollout.engines.transformers.engine import TransformersEngine
+from pmdflow.rollout.programs import MAX_DEATHS
 from pmdflow.store.episodes import MAX_FORKS
 from tests.support.agent_world import ASK, Life, Quiet, World, answer_of, generated_of
 
@@ -130,7 +131,7 @@ def test_a_branch_without_a_token_is_gone_on_with(world: World) -> None:
     assert len(world.store.trajectory(life.id)["forks"]) == 1
 
 
-def test_of_several_requests_the_one_that_an_empty_branch_is_for_comes_first(world: World) -> None:
+def test_of_several_requests_whichever_comes_first_takes_an_empty_branch(world: World) -> None:
     fork_and_die(world, ASK)
     life = world.life()
     first = life.ask(ASK)
@@ -140,15 +141,15 @@ def test_of_several_requests_the_one_that_an_empty_branch_is_for_comes_first(wor
     assert len(world.store.trajectory(life.id)["forks"]) == 2
 
 
-def test_who_says_something_else_than_what_an_empty_branch_keeps_ends_its_episode_by_name(world: World) -> None:
+def test_who_says_something_else_than_what_an_empty_branch_keeps_begins_it_anew(world: World) -> None:
     fork_and_die(world, ASK)
     life = world.life()
-    refused = life.wait(life.send({"messages": [{"role": "user", "content": "other"}], "max_tokens": 8}))
-    assert refused.status == 410
-    for _ in range(9):
-        life.step()
-    assert life.notes[-1][0] == "history_ended"
-    assert world.store.trajectory(life.id)["state"] == "unscored"
+    ((_, _, kept),) = world.store.trajectory(life.id)["forks"]
+    life.ask({"role": "user", "content": "other"})
+    ((_, _, now),) = world.store.trajectory(life.id)["forks"]
+    assert now < kept
+    life.end()
+    assert [kind for kind, _ in life.notes] == ["history_branched"]
 
 
 def test_the_last_turn_before_an_empty_branch_is_answered_as_it_was(world: World) -> None:
@@ -320,3 +321,12 @@ def test_loops_are_looked_for_within_a_turn(world: World) -> None:
     (whole,) = held.repetition.begun
     assert said[-len(whole) :] == whole
     assert whole
+
+
+def test_a_program_that_dies_wherever_it_is_started_ends_its_episode(world: World) -> None:
+    for death in range(MAX_DEATHS + 1):
+        life = world.life()  # another actor
+        assert world.store.trajectory(life.id)["state"] == "leased", f"ended after {death} deaths"
+        life.program.died = True
+        life.end("signal 9")
+    assert world.store.trajectory(life.id)["state"] == "unscored"

@@ -11,6 +11,8 @@ from pmdflow.config.plan import make_plan
 from pmdflow.config.settle import settle
 from tests.support.config import edit, refuse
 
+TEACHER = "{use: 'pmdflow.learner.scorers.teacher:Teacher'}"
+PRIVILEGED = "{use: 'pmdflow.learner.scorers.teacher:Teacher', when: claim, settings: {context: 'own:solution'}}"
 ALTERNATING = ("cluster.colocate=true", "scheduler.lookahead=0")
 
 
@@ -44,6 +46,8 @@ ALTERNATING = ("cluster.colocate=true", "scheduler.lookahead=0")
             "learner.router_replay",
             "set router_replay to false",
         ),
+        ([f"learner.scorers={{one: {TEACHER}, two: {TEACHER}}}"], "learner.scorers", "leave one of them out"),
+        ([f"learner.scorers={{one: {PRIVILEGED}}}"], "learner.scorers.one.settings.context", "set when to complete"),
         (["learner.ranks=3", "learner.context_parallel=2"], "learner.ranks", "change one of them"),
         (["learner.context_parallel=2", "learner.packing=false"], "learner.context_parallel", "set packing to true"),
         (["cluster.colocate=true", "scheduler.lookahead=1"], "cluster.colocate", "set lookahead to 0"),

@@ -36,6 +36,18 @@ def test_a_resume_supersedes_iterations_and_their_evaluations(tmp_path: Path) ->
     assert iterations(tmp_path) == history.iterations
 
 
+def test_a_round_that_was_over_before_its_iteration_was_recorded_again_stays(tmp_path: Path) -> None:
+    with Recorder(tmp_path) as recorder:
+        for version, undone in ((2, True), (5, False)):
+            for given, key in (({}, "eval/version"), ({"eval/set": "hard"}, "eval/hard/version")):
+                recorder.metric("eval", {"eval/round": 2, "undone": undone, **given, key: version})
+            recorder.metric("iteration", {"iteration": 2, "version": version})
+    history = History(tmp_path)
+    history.update()
+    assert not history.evals[2]["undone"]
+    assert not history.eval_sets["hard"][2]["undone"]
+
+
 def test_history_keeps_a_bounded_number_of_samples(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"time": {i}, "kind": "sample"}}\n' for i in range(20_000)))
     history = History(tmp_path)

@@ -46,7 +46,7 @@ class Worker:
     def __init__(self, name: str, store: TrajectoryStore) -> None:
         self.name, self.store, self.made = name, store, list[Talks]()
         self.engine = SimulatedEngine(num_slots=2, seed=1, median_tokens=3.0)
-        self.taker = LeaseTaker(CONFIG, None, store.trajectory)
+        self.taker = LeaseTaker(CONFIG, None, store.trajectory, most_parked=2)
         vars(self.taker)["_environment"] = self.make
         self.holder = Holder(self.engine, self.taker)
 
@@ -95,4 +95,26 @@ def test_it_waits_and_is_closed_when_another_goes_on() -> None:
     assert other.made[0].closed.is_set()
     notes = store.trajectory(0)["turns"]
     assert notes[0] == (0, {}, "begun") and len(notes) == len(other.made[0].calls)
+    store.close()
+
+
+def test_so_many_wait_and_of_more_the_one_that_has_waited_longest_is_closed() -> None:
+    store = TrajectoryStore(None, groups_per_iteration=1, lookahead=0, max_staleness=None)
+    store.publish(0)
+    store.set_quota(Quota(version=0, groups=1, tokens=1000, tokens_per_segment=None))
+    prompt = Prompt(id="0", text="", tokens=np.array([5, 6], np.int32))
+    store.admit("0", prompt, cursor=0, group_size=4, max_tokens=400)
+    worker = Worker("first", store)
+    for lease in store.lease("first", 0, 4, 0.0):
+        worker.holder.join(lease, grant=lease.grant)
+        worker.holder.wait_answer()
+        worker.holder.take_answers()
+        worker.holder.resume(store.append(worker.holder.segments(next_version=0))[1])
+        worker.holder.abort()
+        for held in worker.holder.resume(store.append(worker.holder.segments(next_version=0))[1]):
+            worker.taker.let_go(held, stays=True)
+    assert list(worker.taker.parked()) == [2, 3]
+    assert all(one.closed.wait(30) for one in worker.made[:2])
+    assert not any(one.closed.is_set() for one in worker.made[2:])
+    worker.taker.close_environments()
     store.close()

@@ -54,6 +54,20 @@ def test_actors_come_and_go_and_no_durable_token_is_lost(world: WithoutLearner) 
     assert json.loads((world.run / "scale.json").read_text()) == {"rollout": 2, "configured": 2}
 
 
+def test_agent_programs_are_shared_out_anew(tmp_path: Path) -> None:
+    agents = ["agents.command=[sleep, '600']", "agents.concurrency=4"]
+    with without_learner(tmp_path, "eval.prompts=0", *agents) as world:
+        world.admit(2)
+
+        def programs() -> int:
+            return int(world.ask(StoreActor.counts).trajectories_leased)
+
+        world.until(lambda: programs() == 4, "two of each actor")
+        scaled(world, 1)
+        world.until(lambda: len(world.events("actor_ended")) == 1, "the end of one")
+        world.until(lambda: programs() == 4, "all of the one that is left")
+
+
 def test_a_resume_has_as_many_unless_the_setting_was_changed(tmp_path: Path) -> None:
     config = configured(tmp_path)
     run = tmp_path / "run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from io import StringIO
@@ -14,10 +15,11 @@ import ray
 from rich.console import Console
 
 from pmdflow.config.load import load
-from pmdflow.errors import ActorDied, PmdflowError, WaitTimeout
+from pmdflow.errors import ActorDied, LearnerDied, PmdflowError, WaitTimeout
 from pmdflow.metrics.live import LiveView
 from pmdflow.metrics.recorder import Recorder
-from pmdflow.metrics.report import ActorReport
+from pmdflow.metrics.report import ActorReport, Event
+from pmdflow.run.learner_group import LearnerGroup
 from pmdflow.run.loops import Loop
 from pmdflow.run.supervision import MAX_REFUSED, Supervisor
 from pmdflow.run.telemetry import Telemetry
@@ -36,16 +38,19 @@ class Worker:
     def __init__(self, script: list[str]) -> None:
         self._script = script
         self._stopped = False
+        self._told: list[Event] = []
 
     def run(self) -> None:
         while not self._stopped:
             time.sleep(0.05)
+        self._told.append(Event(kind="last_word", message="it was to end"))
 
     def stop(self) -> None:
         self._stopped = True
 
     def drain(self) -> ActorReport:
-        return ActorReport(spans=[], events=[], tokens={})
+        told, self._told = self._told, []
+        return ActorReport(spans=[], events=told, tokens={})
 
     def update_weights(self, handle: WeightsHandle, timeout_s: float) -> bool:
         what = self._script.pop(0) if self._script else "take"
@@ -134,3 +139,51 @@ def test_a_call_that_is_late_or_whose_actor_is_dead_is_told_by_its_name(supervis
     ray.kill(loop.process.actor)
     with pytest.raises(ActorDied, match="while taking them was awaited"):
         answers(late, what="taking them", timeout_s=60.0)
+
+
+def test_the_last_report_of_who_is_to_end_is_taken(supervisor: Supervisor, tmp_path: Path) -> None:
+    one = start(supervisor, [])
+    until(supervisor, lambda: one.process.answered and one.process.drain_ref is not None, "a report before the last")
+    supervisor.retire(one)
+    until(supervisor, lambda: one not in supervisor.loops, "its end")
+    assert len(events(tmp_path, "last_word")) == 1
+    other = start(supervisor, [])
+    until(supervisor, lambda: other.process.answered, "the next one")
+    supervisor.stop_loops(timeout_s=DEADLINE_S)
+    assert len(events(tmp_path, "last_word")) == 2
+    dead = start(supervisor, [])
+    until(supervisor, lambda: dead.process.answered, "another one")
+    ray.kill(dead.process.actor)
+    supervisor.stop_loops(timeout_s=DEADLINE_S)
+    assert len(events(tmp_path, "last_word")) == 2
+
+
+class Rank:
+    """A learner rank of which only the first answer is told; it may be its last one."""
+
+    def __init__(self, dies: bool) -> None:
+        self._dies = dies
+
+    def device_info(self) -> dict[str, Any]:
+        if self._dies:
+            os._exit(1)
+        return {"device": "made up"}
+
+    def drain(self) -> ActorReport:
+        return ActorReport(spans=[])
+
+
+def test_ranks_of_which_one_dies_at_once_keep_no_place(supervisor: Supervisor) -> None:
+    remote: Any = ray.remote(num_cpus=1)(Rank)
+    told: list[dict[str, Any]] = []
+    dies = iter([True, False, False, False])
+
+    def begin() -> list[Any]:
+        return [remote.remote(next(dies)) for _ in range(2)]
+
+    learners = LearnerGroup(supervisor=supervisor, start=begin, on_device=told.append)
+    with pytest.raises(LearnerDied):
+        learners.restart()
+    learners.restart()  # Ray has two CPUs
+    assert told == [{"device": "made up"}]
+    supervisor.stop_learners()

@@ -177,8 +177,6 @@ def test_an_episode_has_one_lease_one_limit_and_one_score() -> None:
     assert store.fork(first.trajectory, first.epoch, 4) == store.fork(first.trajectory, first.epoch, 4)
     with pytest.raises(Conflict, match="forked with offset 4, not 3"):
         store.fork(first.trajectory, first.epoch, 3)
-    with pytest.raises(Conflict, match="no token yet"):
-        store.fork(first.trajectory, again.epoch, 2)
     with pytest.raises(Conflict, match="keeps 4 tokens"):
         store.append([said(again, 3, 14)])
     with pytest.raises(Conflict, match="limit is 6"):

@@ -71,7 +71,7 @@ class WithoutLearner:
         maker = LoopMaker(config, self.run, self.store, place_rollouts(config))
         for loop in maker.all():
             self.supervisor.start_loop(loop)
-        Scaling(run=self.run, supervisor=self.supervisor, configured=2, make=maker.rollout)
+        Scaling(run=self.run, supervisor=self.supervisor, configured=2, maker=maker)
         self.until(lambda: all(loop.has_answered for loop in self.supervisor.loops), "all actors")
 
     def held_out(self, *overrides: str) -> HeldOut:

@@ -59,6 +59,16 @@ def test_the_digest_is_that_of_the_bytes_however_they_came() -> None:
     assert digest_of(file.descriptor) == file.digest
 
 
+def test_the_digest_covers_how_many_bytes_there_are(tmp_path: Path) -> None:
+    found = set()
+    for count in (1, 8, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1):
+        path = tmp_path / f"{count}"
+        path.write_bytes(bytes(count))
+        with path.open("rb") as file:
+            found.add(digest_of(file.fileno()))
+    assert len(found) == 5
+
+
 def test_a_tensor_that_is_not_what_was_said_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "file").open("wb") as file:
         for wrong in (torch.zeros(3), torch.zeros(2).double()):

@@ -15,7 +15,7 @@ import torch
 
 from pmdflow.config.schema import Config
 from pmdflow.errors import WeightsLost
-from pmdflow.learner.checkpoint.manifest import Manifest, commit_checkpoint
+from pmdflow.learner.checkpoint.manifest import Manifest, commit_checkpoint, manifests
 from pmdflow.learner.checkpoint.stored import StoredVersions
 from pmdflow.learner.learner import Learner
 from pmdflow.weights.file import NamedTensors, WeightsFile
@@ -76,6 +76,12 @@ def test_a_checkpoint_gives_the_bytes_that_were_published(
     assert file.keys() == weights.keys()
     assert all(torch.equal(file[name], tensor) for name, tensor in weights.items())
     assert file.digest == digest
+    (manifest,) = manifests(tmp_path / "checkpoints")
+    damaged = manifest.directory / manifest.files[0].path
+    first = damaged.read_bytes()[:1]
+    with damaged.open("r+b") as file_of_it:
+        file_of_it.write(bytes([first[0] ^ 1]))
+    assert stored.newest(before=9) is None
 
 
 class Process:

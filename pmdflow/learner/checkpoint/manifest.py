@@ -123,12 +123,14 @@ def commit_checkpoint(root: Path, manifest: Manifest, files: Iterable[Checkpoint
     return committed
 
 
-def newest_manifest(root: Path, *, checksums: bool = True) -> Manifest | None:
+def newest_manifest(root: Path, *, checksums: bool = True, before: int | None = None) -> Manifest | None:
     """The newest checkpoint whose files all have the recorded size and checksum, or None.
 
-    With `checksums` every byte of it is read; beside a run that prunes it, it may be gone before that is done.
+    With `checksums` every byte of it is read; beside a run that prunes it, it may be gone before that is done. With
+    `before` it is of an earlier version.
     """
-    return next((found for found in reversed(manifests(root)) if _intact(found, checksums=checksums)), None)
+    known = [found for found in reversed(manifests(root)) if before is None or found.version < before]
+    return next((found for found in known if _intact(found, checksums=checksums)), None)
 
 
 def oldest_manifest(root: Path) -> Manifest | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pmdflow.errors import WeightsLost
-from pmdflow.learner.checkpoint.manifest import Manifest, manifests
+from pmdflow.learner.checkpoint.manifest import Manifest, manifests, newest_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,9 +31,9 @@ class StoredVersions:
         self._root = run_dir / "checkpoints"
 
     def newest(self, *, before: int) -> int | None:
-        """The newest version before another that a checkpoint holds; None if none does."""
-        found = [manifest.version for manifest in manifests(self._root) if manifest.version < before]
-        return max(found, default=None)
+        """The newest version before another that a checkpoint holds, of which every byte is summed; None: none does."""
+        found = newest_manifest(self._root, before=before)
+        return None if found is None else found.version
 
     def tensors(self, version: int) -> NamedTensors | None:
         """What the learner published as `version`, read tensor by tensor; None if no checkpoint is of it.

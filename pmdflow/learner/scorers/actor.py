@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from pmdflow.config.schema import Config
+from pmdflow.learner.scorers.in_hand import InHand
 from pmdflow.learner.scorers.make import make_scorer, score_trajectories
 from pmdflow.learner.scorers.protocol import Column, TokenScorer
 from pmdflow.metrics.report import ActorReport, Event
@@ -17,6 +19,9 @@ from pmdflow.store.client import StoreHandle, answer_unless, call
 
 MOST_HELD = 16
 """Trajectories that are scored at a time."""
+CAREFUL = 4
+"""A process that follows one that died takes trajectories one by one for so many times `timeout_s`: by then all that
+was in its hands was handed out again."""
 FETCH_WAIT_S = 1.0
 """How long a request for trajectories stays parked in the store."""
 
@@ -24,12 +29,14 @@ FETCH_WAIT_S = 1.0
 class ScorerActor:
     """Runs a frozen scorer over complete trajectories. It owns nothing: what it loses is handed out again.
 
-    Where there are several, each scores what the store hands it; of two answers the first one counts.
+    Where there are several, each scores what the store hands it; of two answers the first one counts. One that follows
+    a process that died takes trajectories one by one for a while: what its process dies with alone has failed.
     """
 
-    def __init__(self, *, config: Config, name: str, index: int, store: StoreHandle) -> None:
+    def __init__(self, *, config: Config, name: str, index: int, store: StoreHandle, run_dir: str) -> None:
         """Load nothing yet; `name` is that of the scorer, `index` numbers its actors."""
         self._config, self._name, self._store = config, name, store
+        self._in_hand = InHand(Path(run_dir) / "scorers" / f"{name}-{index}.json")
         self._spans = SpanBuffer(f"scorer-{name}-{index}")
         self._failures: list[str] = []
         self._stopping = threading.Event()
@@ -51,9 +58,11 @@ class ScorerActor:
         with self._spans.span("start"):
             device = torch.device("cuda" if given.gpus > 0 else "cpu")
             scorer = make_scorer(self._config, self._name, device=device)
+        careful_until = self._judge_death(careful_s=CAREFUL * given.timeout_s)
         while not self._stopping.is_set():
             start = time.time()
-            asked = call(self._store, StoreActor.unannotated, self._name, MOST_HELD, given.timeout_s, FETCH_WAIT_S)
+            most = 1 if time.monotonic() < careful_until else MOST_HELD
+            asked = call(self._store, StoreActor.unannotated, self._name, most, given.timeout_s, FETCH_WAIT_S)
             items = answer_unless(self._stopping, asked, whose="scorer") or []
             self._spans.add("wait_unscored", start, time.time())
             if items:
@@ -70,12 +79,24 @@ class ScorerActor:
         events = [Event(kind="scoring_failed", message=what)] if failures else []
         return ActorReport(spans=self._spans.drain(), events=[*events, *self._spans.losses()])
 
+    def _judge_death(self, *, careful_s: float) -> float:
+        """Tell the store what the process before died with, if that was one; until when to take them one by one."""
+        died_with = self._in_hand.died_with
+        if len(died_with) == 1:
+            self._failures.append(f"trajectory {min(died_with)}: the scorer's process died with it")
+            told = call(self._store, StoreActor.annotate, self._name, {}, died_with)
+            answer_unless(self._stopping, told, whose="scorer")
+        self._in_hand.give()
+        return time.monotonic() + (careful_s if died_with else 0.0)
+
     def _score(self, scorer: TokenScorer, items: Sequence[Unannotated]) -> None:
         read = sum(len(item.prompt) + len(history) for item in items for history, _ in item.branches())
         with self._spans.span("score", scorer=self._name, scored=len(items), tokens=read):
+            self._in_hand.take({item.trajectory: item.attempt for item in items})
             columns, failed = self._try(scorer, items)
             told = call(self._store, StoreActor.annotate, self._name, columns, failed)
             answer_unless(self._stopping, told, whose="scorer")
+            self._in_hand.give()
 
     def _try(
         self, scorer: TokenScorer, items: Sequence[Unannotated]

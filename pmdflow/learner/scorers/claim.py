@@ -26,13 +26,21 @@ class ClaimScorers:
         """Make them.
 
         Raises:
-            ValueError: one cannot be made.
+            ValueError: one cannot be made, or two give one column.
         """
         with torch.random.fork_rng():  # the same on every rank, and nothing else draws otherwise for it
             torch.manual_seed(config.run.seed)
             self._made: dict[str, TokenScorer] = {
                 name: make_scorer(config, name, device=device) for name in config.learner.scorers_when("claim")
             }
+        givers: dict[str, str] = {}
+        for name, scorer in self._made.items():
+            for spec in scorer.columns:
+                if (other := givers.setdefault(spec.name, name)) != name:
+                    raise ValueError(
+                        f"learner.scorers.{name} and learner.scorers.{other} both give the column {spec.name!r}: leave "
+                        "one of them out, or give its column another name"
+                    )
 
     def __bool__(self) -> bool:
         return bool(self._made)

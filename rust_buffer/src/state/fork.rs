@@ -105,11 +105,21 @@ impl State {
         let branch = self.next_trajectory;
         let (trajectory, _) = self.pair_mut(id)?;
         trajectory.epoch += 1;
-        let fork = Fork { branch, start: trajectory.len, offset, epoch: trajectory.epoch };
-        self.forks.entry(id).or_default().push(fork);
-        self.next_trajectory += 1;
+        let (start, epoch) = (trajectory.len, trajectory.epoch);
+        let forks = self.forks.entry(id).or_default();
+        if let Some(last) = forks.last_mut().filter(|last| last.start == start) {
+            (last.offset, last.epoch) = (offset, epoch);
+        } else {
+            forks.push(Fork { branch, start, offset, epoch });
+            self.next_trajectory += 1;
+        }
         Ok(())
     }
+}
+
+/// The fork that began the newest branch of an episode of `len` tokens, if nothing came in that yet.
+pub fn bare(len: u32, forks: &[Fork]) -> Option<&Fork> {
+    forks.last().filter(|last| last.start == len)
 }
 
 /// All branches of the episode `id` of `len` tokens, in the order in which they began; the last one may have no token of
@@ -128,7 +138,7 @@ pub fn branches(id: u64, len: u32, forks: &[Fork]) -> Vec<Branch> {
 /// The branches that are trained: without one that nothing came in before the episode ended.
 pub fn trained_branches(id: u64, len: u32, forks: &[Fork]) -> Vec<Branch> {
     let mut all = branches(id, len, forks);
-    if forks.last().is_some_and(|fork| fork.start == len) {
+    if bare(len, forks).is_some() {
         all.pop();
     }
     all

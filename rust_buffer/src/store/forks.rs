@@ -4,7 +4,7 @@ use crate::{
     clock::Micros,
     error::Result,
     log::Arrays,
-    state::fork::Branch,
+    state::fork::{self, Branch},
     state::record::Record,
     state::trajectory::Verdict,
     store::{Store, conflict},
@@ -30,10 +30,10 @@ const STALE: Forked = Forked { stale: true, branch: 0, epoch: 0 };
 impl Store {
     /// Begins a new branch of a leased episode, which keeps `offset` tokens of the history of its newest one: the rest
     /// is rewritten. The next append has that offset, and the epoch that is answered; what was sent under the old one is
-    /// stale. A repeat is answered as the first time. Renews the lease.
+    /// stale. A branch that nothing came in yet is begun anew. A repeat is answered as the first time. Renews the lease.
     ///
     /// # Errors
-    /// `Conflict`: an epoch that was never given out, an offset beyond the history, a branch that nothing came in yet, a
+    /// `Conflict`: an epoch that was never given out, an offset beyond the history, an episode that nothing came in yet, a
     /// repeat with another offset, or too many branches.
     pub fn fork(&mut self, id: u64, epoch: u64, offset: u32, now: Micros) -> Result<Forked> {
         self.expire(now)?;
@@ -55,19 +55,20 @@ impl Store {
         if epoch < trajectory.epoch || !self.leases.contains(id) {
             return Ok(STALE);
         }
-        if forks.last().map_or(0, |last| last.start) == trajectory.len {
-            return conflict(format!("trajectory {id}: its newest branch has no token yet; append to it"));
+        if trajectory.len == 0 {
+            return conflict(format!("trajectory {id} has no token yet; append to it"));
         }
+        let bare = fork::bare(trajectory.len, forks);
         let branches = self.state.branches(id, trajectory);
         let len = branches.last().map_or(0, Branch::len);
-        if offset > len || branches.len() >= MAX_BRANCHES {
+        if offset > len || (bare.is_none() && branches.len() >= MAX_BRANCHES) {
             let count = branches.len();
             return conflict(format!(
                 "trajectory {id}: a fork at offset {offset} of a history of {len} tokens, the episode has {count} \
                  branches; fork within the history, at most {MAX_BRANCHES} times"
             ));
         }
-        let (branch, epoch) = (self.state.next_trajectory, trajectory.epoch + 1);
+        let (branch, epoch) = (bare.map_or(self.state.next_trajectory, |last| last.branch), trajectory.epoch + 1);
         self.record(&Record::Fork(id, offset), &Arrays::default())?;
         self.renew(id, None, now.saturating_add(self.settings.lease_ttl))?;
         Ok(Forked { stale: false, branch, epoch })

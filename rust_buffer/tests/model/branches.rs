@@ -60,27 +60,34 @@ impl Model {
         let (before, history) = (self.store().state().clone(), self.history(id));
         let place = self.tokens[&id].len();
         let fork = |model: &mut Self, epoch, offset| model.store().fork(id, epoch, offset, now);
-        if place == self.branches[&id].last().unwrap().start {
-            assert!(matches!(fork(self, epoch, 0), Err(StoreError::Conflict(_))), "its newest branch is empty");
+        if place == 0 {
+            assert!(matches!(fork(self, epoch, 0), Err(StoreError::Conflict(_))), "nothing came in the episode");
             assert_eq!(self.store().state(), &before);
             return;
         }
+        let newest = self.branches[&id].last().unwrap().clone();
+        let bare = place == newest.start;
         for (epoch, offset) in [(epoch, history.len() as u32 + 1), (epoch + 1, 0)] {
             assert!(matches!(fork(self, epoch, offset), Err(StoreError::Conflict(_))));
         }
         assert_eq!(self.store().state(), &before);
         let offset = keep % (history.len() as u32 + 1);
         let forked = fork(self, epoch, offset).unwrap();
-        assert_eq!(forked, Forked { stale: false, branch: before.next_trajectory, epoch: epoch + 1 });
+        let new = if bare { newest.id } else { before.next_trajectory };
+        assert_eq!(forked, Forked { stale: false, branch: new, epoch: epoch + 1 });
         let after = self.store().state().clone();
         assert_eq!(fork(self, epoch, offset).unwrap(), forked, "a repeat");
         assert!(matches!(fork(self, epoch, offset + 1), Err(StoreError::Conflict(_))), "a repeat with another offset");
         assert!(epoch == 1 || fork(self, epoch - 1, offset).unwrap().stale);
         assert_eq!(self.store().state(), &after);
-        let parent = Some((self.branches[&id].last().unwrap().id, offset));
+        let parent = Some((if bare { newest.parent.unwrap().0 } else { newest.id }, offset));
         let kept = history[..offset as usize].iter().map(|(token, _)| *token).collect();
         let branch = Branch { id: forked.branch, parent, start: place, kept, history: Vec::new() };
-        self.branches.get_mut(&id).unwrap().push(branch);
+        let branches = self.branches.get_mut(&id).unwrap();
+        if bare {
+            branches.pop();
+        }
+        branches.push(branch);
         self.held[index] = Held { epoch: forked.epoch, deadline: now + TTL, ..self.held[index].clone() };
     }
 }

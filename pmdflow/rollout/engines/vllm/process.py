@@ -19,6 +19,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from pmdflow.errors import EngineDied
 from pmdflow.rollout.engines.vllm.failures import Failures, shown
 from pmdflow.rollout.engines.vllm.settings import VllmSettings, make_engine_args
+from pmdflow.rollout.engines.vllm.sockets import Sockets
 
 STEP_WAIT_S = 0.05
 """Longest that an exchange waits for tokens: leases, flushes and weights wait as long."""
@@ -52,7 +53,7 @@ class VllmProcess:
         """How long calls have waited in vain since the engine's last answer."""
         self._loop = asyncio.new_event_loop()
         arguments = make_engine_args(settings, seed=seed)
-        self._failures = Failures()
+        self._failures, self._sockets = Failures(), Sockets()
         try:
             self._llm = AsyncLLM.from_engine_args(arguments)
         except Exception as error:  # of the model, the machine or vLLM itself
@@ -127,6 +128,7 @@ class VllmProcess:
             self._loop.run_until_complete(asyncio.wait([task]))
         self._loop.close()
         self._failures.close()
+        self._sockets.close()
 
     async def _send(self, aborted: Sequence[str], requests: Sequence[EngineCoreRequest]) -> None:
         await self._core.abort_requests_async(list(aborted))

@@ -1,0 +1,26 @@
+"""A trajectory that its scorer's process dies with: it fails by name, and the others are scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pmdflow.store.actor import StoreActor
+from tests.support.paths import ROOT
+from tests.support.without_learner import without_learner
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def test_it_fails_after_so_many_attempts_and_the_others_are_scored(tmp_path: Path) -> None:
+    use = f"{{use: '{ROOT}/tests/support:deadly_scorer:Deadly', timeout_s: 2, settings: {{file: '{tmp_path / 'deadly'}'}}}}"
+    with without_learner(
+        tmp_path, f"learner.scorers={{deadly: {use}}}", "eval.prompts=0", "rollout.actors=1", "reward.max_attempts=2"
+    ) as world:
+        world.admit(2)
+        world.until(lambda: world.ask(StoreActor.counts).groups_ready == 2, "both groups")
+        ledger = world.ask(StoreActor.ledger)
+        assert 0 < ledger["ready"] < ledger["generated"], "all but one"
+        failed = [message for message in world.events("scoring_failed") if "died with it" in message]
+        assert len(failed) == 2
