@@ -110,9 +110,7 @@ def test_a_claim_is_filled_with_groups_that_have_a_signal(monkeypatch: pytest.Mo
 
 def test_nothing_with_a_signal_ends_the_run_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given = refilling(monkeypatch, tmp_path, has_signal=lambda group: False)
-    with pytest.raises(
-        PmdflowError, match=r"left to train: 8 were evicted .*refill_limit \(2\) is reached"
-    ):
+    with pytest.raises(PmdflowError, match=r"left to train: 8 were evicted .*refill_limit \(2\) is reached"):
         given._claim(1)
     assert given._counts().next_cursor == 8, "an admission window, and as many refills as may be"
 
