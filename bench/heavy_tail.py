@@ -95,7 +95,8 @@ def rows(given: SimulationSettings) -> Iterator[tuple[str, SimulationSettings]]:
     """What is compared, the reference first."""
 
     def like(**numbers: Any) -> SimulationSettings:
-        own = {name: numbers.pop(name) for name in list(numbers) if name in SchedulerSettings.__slots__}
+        scheduled = set(SchedulerSettings.__slots__) - set(SimulationSettings.__slots__)
+        own = {name: numbers.pop(name) for name in list(numbers) if name in scheduled}
         if own.get("lookahead") == 0:  # what is granted goes on while the learner trains: as little as in a real run
             numbers["grant_tokens"] = 1024 // UNIT
         return replace(given, scheduler=replace(given.scheduler, **own), **numbers)

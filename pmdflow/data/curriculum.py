@@ -113,7 +113,7 @@ class Pool:
 
     def _add_up(self) -> None:
         self._ends: list[int] = self._sums.cumsum().tolist()  # a list is searched several times faster
-        self._total = self._ends[-1]
+        self._total: int = self._ends[-1]
 
     def _weights_of(self, rates: Float64) -> Int64:
         eligible = np.ones(len(rates), bool) if self._hard_below is None else rates < self._hard_below

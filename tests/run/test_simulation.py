@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from pmdflow.run.simulation.world import Simulation
 from pmdflow.store.archive import parts, read_part
 from tests.support.fitted_run import CONTEXT_S, FACTOR, PREFILL_S, SEQUENCE_S, STEP_S, fitted_run
 from tests.support.fixture_run import FixtureRun
-from tests.support.paths import CONFIGS
+from tests.support.paths import CONFIGS, ROOT
 
 
 def recipe(name: str, *overrides: str) -> Config:
@@ -202,3 +203,15 @@ def test_a_part_of_a_large_job_has_its_part_of_the_extra_groups() -> None:
     config = recipe("gpu8", "scheduler.lookahead=0", "scheduler.extra_groups=64")
     smaller, part = shrunk(configured(config, assumed(config), iterations=1), trajectories=64)
     assert part > 1 and smaller.scheduler.extra_groups == -(-64 // part)
+
+
+def test_the_rows_of_the_heavy_tail_have_the_bounds_of_their_names() -> None:
+    spec = importlib.util.spec_from_file_location("bench_heavy_tail", ROOT / "bench" / "heavy_tail.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    rows = dict(script.rows(script.setting(iterations=1)))
+    assert rows["unbounded"].max_staleness is None and rows["unbounded"].scheduler.lookahead == 8
+    ages = {name: settings.max_staleness for name, settings in rows.items() if name.startswith("lookahead")}
+    assert ages == {name: int(name.partition("age ")[2].split(",")[0]) for name in ages}
+    assert rows["lookahead 2, age 4, window 96"].window == 96
