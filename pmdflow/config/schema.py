@@ -119,7 +119,8 @@ class RewardConfig(Section):
     max_attempts: PositiveInt = 3
     """Infra failures after which a trajectory is `failed`: outside the baseline and out of k."""
     max_failures_in_a_row: PositiveInt = 100
-    """Infra failures without any other outcome between them, after which the run ends with the first one's message."""
+    """Infra failures without any other outcome between them, after which the run ends with the first one's message;
+    functions that a source or an evaluation set has of its own are counted apart."""
     max_abs: PositiveFloat = 1.0e6
     """Largest size of a function's value and of the weighted sum; what is beyond it is an infra failure."""
     invalid: float = Field(default=0.0, allow_inf_nan=False)

@@ -7,9 +7,10 @@ import json
 import os
 from array import array
 from collections.abc import Iterator, Sequence
+from io import BufferedReader
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pmdflow.errors import PmdflowError
 
@@ -83,7 +84,7 @@ class JsonlRows:
     def _file(self, index: int) -> int:
         return next(number for number, end in enumerate(self._ends) if index < end)
 
-    def _require_same(self, number: int, file: IO[bytes]) -> None:
+    def _require_same(self, number: int, file: BufferedReader) -> None:
         """Offsets are of what the file held: another line must not pass for a row."""
         look = _look(file)
         if look == self._looks[number]:
@@ -107,7 +108,7 @@ class JsonlRows:
         return row
 
 
-def _look(file: IO[bytes]) -> tuple[int, int]:
+def _look(file: BufferedReader) -> tuple[int, int]:
     """What changes when somebody writes a file: its size and time of change."""
     status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns

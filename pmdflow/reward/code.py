@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import dedent
 from typing import Any, Literal
 
 from pmdflow.reward.attendance import Ended
@@ -102,7 +103,7 @@ def score(
 
 
 def extract_program(completion: str) -> str:
-    """The last fenced block of the answer.
+    """The last fenced block of the answer, without the indentation of a list that it stands in.
 
     Raises:
         InvalidCompletion: there is none, or it is not in Python.
@@ -113,16 +114,16 @@ def extract_program(completion: str) -> str:
     language, program = blocks[-1]
     if language.lower() not in _LANGUAGES:
         raise InvalidCompletion(f"the last block is in {language:.20}, not in Python")
-    return str(program)
+    return dedent(program) if program[:1].isspace() else str(program)
 
 
 def read_cases(metadata: Mapping[str, Any]) -> list[Case]:
     """The tests of a task.
 
     `tests` is a list, each `{"input": ..., "output": ...}` or Python text with `assert` statements; or one mapping
-    `{"inputs": [...], "outputs": [...]}`; or either as JSON. Standard output is compared line by line, without trailing
-    blanks. Statements run in the program's own process, which could pretend that they held if it knew this module;
-    output cannot be pretended.
+    `{"inputs": [...], "outputs": [...]}`; or either as JSON. Input and output are texts or lists of lines. Standard
+    output is compared line by line, without trailing blanks. Statements run in the program's own process, which could
+    pretend that they held if it knew this module; output cannot be pretended.
 
     Raises:
         ValueError: there are none, or they have another form.
@@ -136,12 +137,16 @@ def read_cases(metadata: Mapping[str, Any]) -> list[Case]:
         if isinstance(tests, str):
             tests = json.loads(tests)
         if isinstance(tests, Mapping):
+            if tests.get("fn_name"):
+                raise ValueError(f"tests call {tests['fn_name']!r}, which is not read: write them as assert statements")
             tests = [
                 {"input": given, "output": expected}
                 for given, expected in zip(tests["inputs"], tests["outputs"], strict=True)
             ]
         cases = [
-            Case(asserts=test) if isinstance(test, str) else Case(stdin=str(test["input"]), stdout=str(test["output"]))
+            Case(asserts=test)
+            if isinstance(test, str)
+            else Case(stdin=_text(test["input"]), stdout=_text(test["output"]))
             for test in tests or []
         ]
     except (ValueError, TypeError, KeyError) as error:
@@ -149,6 +154,15 @@ def read_cases(metadata: Mapping[str, Any]) -> list[Case]:
     if not cases:
         raise ValueError("metadata lacks 'tests': pmdflow.reward.code runs programs against them; name the column so")
     return cases
+
+
+def _text(value: Any) -> str:
+    """What goes through a program's standard stream: a text, a number, or a list of lines."""
+    if isinstance(value, str | int | float):
+        return str(value)
+    if isinstance(value, list) and all(isinstance(line, str) for line in value):
+        return "\n".join(value)
+    raise TypeError(f"{value!r:.80} is no text")
 
 
 def run_cases(

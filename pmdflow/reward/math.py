@@ -30,6 +30,9 @@ MEMORY_BYTES = 1 << 30
 MAX_CHARS = 2000
 """A longer answer in a box is refused; without a box, so much of the text's end is read."""
 
+MOST_WORDS = 3
+"""With more of them beside a number, and no LaTeX, a reference is a whole solution: its words would be variables."""
+
 _INTEGER = re.compile(r"-?\d{1,18}")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\w+))")
 _BETWEEN_BOXES = re.compile(r"[\s$,;]*(?:and|or)?[\s$,;]*")
@@ -37,6 +40,13 @@ _FONT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*(?=\{)|[{}$*\s]")
 _CHOICE = re.compile(r"\(?([A-J])\)?")
 _CHOSEN = {True: re.compile(r"\(?([A-J])(?![A-Za-z])"), False: re.compile(r".*(?<![A-Za-z])([A-J])\)?\W*", re.DOTALL)}
 _PERCENT = re.compile(r"(?:\s|\\[,; ])*(?:\\?%|percent|pct)[\s.]*$")
+_WORD, _DIGIT = re.compile(r"[A-Za-z]{2,}"), re.compile(r"\d")
+_UNIT = re.compile(
+    r"(-?\\?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?)\s+"
+    r"(?!(?:arc|sinh?|cosh?|tanh?|cot|sec|csc|log|exp|sqrt|mod|alpha|beta|gamma|delta|theta|lambda|omega)\b)"
+    r"([A-Za-z]{3,}(?:[ /-][A-Za-z]{3,})*|[A-Za-z]+/[A-Za-z]+)\.?"
+)
+"""A number and words behind it, which would be read as variables."""
 _DIGIT_SPACE = re.compile(r"(?<=\d)(?:\\[,!:; ]|~)(?=\d{3})")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\{(\d{1,50})\}")
 
@@ -50,16 +60,17 @@ def score(*, completion: str, metadata: Mapping[str, Any], timeout_s: float) -> 
 
     Args:
         completion: Generated text.
-        metadata: `answer` is the reference: a number, or text with or without LaTeX.
+        metadata: `answer` is the reference: a number, or text with or without LaTeX; of a solution that ends in
+            `#### 72`, as those of GSM8K do, what stands there.
         timeout_s: Time that scoring may take.
 
     Raises:
         InvalidCompletion: there is no answer, or none that can be compared within `LIMIT_S` and `MEMORY_BYTES`.
-        ValueError: there is no reference, or none that can be read.
+        ValueError: there is no reference, or none that can be read, such as a whole solution in words.
     """
     if metadata.get("answer") is None:
         raise ValueError("metadata lacks 'answer': pmdflow.reward.math compares with it; name the column so")
-    reference = str(metadata["answer"]).strip()
+    reference = str(metadata["answer"]).rpartition("####")[2].strip()
     answer, is_boxed = final_answer(completion)
     if answer == reference:
         return 1.0
@@ -69,6 +80,11 @@ def score(*, completion: str, metadata: Mapping[str, Any], timeout_s: float) -> 
     if choice:
         chosen = _CHOSEN[is_boxed].match(_FONT.sub("" if is_boxed else " ", answer))
         return float(chosen is not None and chosen[1] == choice[1])
+    if "\\" not in reference and _DIGIT.search(reference) and len(_WORD.findall(reference)) > MOST_WORDS:
+        raise ValueError(
+            f"metadata['answer'] is {reference!r:.80}: that is a text, not an answer; name the column with the answer "
+            "alone"
+        )
     limit_s = min(LIMIT_S, timeout_s / 2)
     end = _in_child(reference, answer, is_boxed, limit_s=limit_s)
     if end == "no reference":
@@ -164,6 +180,8 @@ def _values(text: str, *, is_boxed: bool, other: str) -> list[Any]:
 def _parse(text: str, *, is_boxed: bool) -> list[Any]:
     text = _DIGIT_SPACE.sub("", text).replace(r"\varnothing", r"\emptyset")
     text = _REPEATING.sub(_as_fraction, text)
+    if unit := _UNIT.fullmatch(text.strip()):
+        text = rf"{unit[1]}\text{{ {unit[2]}}}"
     if is_boxed:
         return list(parse(rf"\boxed{{{text}}}", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None))
     return list(parse(text, [LatexExtractionConfig(), ExprExtractionConfig()], parsing_timeout=None))

@@ -39,6 +39,8 @@ class Job:
     data: bytes
     """The encoded item."""
     future: Future[Scored]
+    source: str
+    """Whose own functions judge it; "" is `reward.functions`."""
     alone: bool = False
     """It was running beside others when their process died; by itself it shows whether it was the cause."""
 

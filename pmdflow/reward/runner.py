@@ -12,7 +12,9 @@ from multiprocessing.connection import wait as wait_readable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from pmdflow.config.sources import SOURCE_KEY
 from pmdflow.errors import PmdflowError, WaitTimeout
+from pmdflow.reward.failures import FailuresInARow
 from pmdflow.reward.item import ScoreItem
 from pmdflow.reward.process import BATCH, TRANSFER_TIMEOUT_S, Job, RewardProcess
 from pmdflow.reward.rubric import Scored, infra_failure
@@ -72,8 +74,7 @@ class RewardRunner:
         self._error: Exception | None = None
         self._closing = False
         self._failed_starts = 0
-        self._failures: list[str] = []
-        """Messages of the infra failures since the last other outcome."""
+        self._failures = FailuresInARow(most=config.max_failures_in_a_row)
         self._workers: list[RewardProcess] = []
         self._started: Future[RewardProcess] = Future()
         self._wakeup, self._waker = socket.socketpair()
@@ -99,7 +100,8 @@ class RewardRunner:
         """
         future: Future[Scored] = Future()
         future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
-        job = Job(data=item.encode(), future=future)
+        source = item.metadata.get(SOURCE_KEY, "")
+        job = Job(data=item.encode(), future=future, source=source if source in self._own else "")
         with self._lock:
             if self._error is not None:
                 raise self._error
@@ -213,16 +215,7 @@ class RewardRunner:
             PmdflowError: it is one infra failure too many.
         """
         job.future.set_result(scored)
-        if scored.outcome != "infra_failure":
-            self._failures.clear()
-            return
-        self._failures.append(scored.message)
-        if len(self._failures) >= self._config.max_failures_in_a_row:
-            raise PmdflowError(
-                f"{len(self._failures)} scorings in a row failed (reward.max_failures_in_a_row); the first: "
-                f"{self._failures[0]}; the last: {self._failures[-1]}",
-                hint="mend what reward.functions names; scores that are stored stay",
-            )
+        self._failures.count(job.source, scored)
 
     def _replace(self, worker: RewardProcess, failure: str) -> RewardProcess:
         """Kill a subprocess, charge the item that it was at, put the others back at the head of the queue."""

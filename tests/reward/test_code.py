@@ -33,7 +33,7 @@ if sys.argv[0] == "main.py":
         ("Sure:\n```python\nx = 1\n```\nDone.", "x = 1\n"),
         ("```\nx = 1\n```\n```py\nx = 2\n```", "x = 2\n"),
         ("<think>```python\nx = 1\n```</think>\n```Python3 title\nx = 2\n\n```", "x = 2\n\n"),
-        ("1. First\n   ```python\n   x = 1\n   ```", "   x = 1\n"),
+        ("1. First\n   ```python\n   if x:\n       y = 1\n   ```", "if x:\n    y = 1\n"),
         ("```python\nprint('``` is no end')\n```", "print('``` is no end')\n"),
     ],
 )
@@ -62,10 +62,22 @@ def test_tests_come_in_the_forms_of_data_sets() -> None:
     columns = {"inputs": ["1", "3"], "outputs": ["2", "4"], "fn_name": None}
     for tests in (pairs, columns, json.dumps(pairs), json.dumps(columns)):
         assert read_cases({"tests": tests}) == cases
+    lines = {"inputs": [["1", "2"], 3], "outputs": [["2"], 4.5]}
+    assert read_cases({"tests": lines}) == [Case(stdin="1\n2", stdout="2"), Case(stdin="3", stdout="4.5")]
     assert read_cases({"tests": ["assert f() == 1"]}) == [Case(asserts="assert f() == 1")]
 
 
-@pytest.mark.parametrize("tests", [None, [], "not JSON", "[]", [{"input": "1"}], [3], {"inputs": ["1"], "outputs": []}])
+CALLED = {"inputs": [[1, 2]], "outputs": [3], "fn_name": "add"}
+"""As APPS has them, beside those of standard input."""
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        None, [], "not JSON", "[]", [{"input": "1"}], [3], {"inputs": ["1"], "outputs": []}, CALLED,
+        json.dumps(CALLED), [{"input": {"a": 1}, "output": "1"}], [{"input": [1, 2], "output": "3"}],
+    ],
+)  # fmt: skip
 def test_a_task_without_tests_is_named(tests: Any) -> None:
     with pytest.raises(ValueError, match="'tests'"):
         read_cases({"tests": tests})

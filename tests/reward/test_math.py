@@ -91,3 +91,35 @@ def test_what_no_answer_can_be_right_about_is_no_fault_of_the_answer() -> None:
 )
 def test_the_final_answer(completion: str, answer: tuple[str, bool]) -> None:
     assert math.final_answer(completion) == answer
+
+
+GSM8K = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nShe sold 48+24 = <<48+24=72>>72 clips altogether.\n#### "
+
+
+@pytest.mark.parametrize(
+    ("reference", "completion", "right"),
+    [
+        (GSM8K + "72", r"\boxed{72}", True),
+        (GSM8K + "72", r"\boxed{24}", False),
+        (GSM8K + "1,072", "So she sold 1072.", True),
+        ("72 clips", r"\boxed{72}", True),
+        ("72", r"\boxed{72 clips}", True),
+        ("72 clips", r"\boxed{72 clips.}", True),
+        ("34", r"\boxed{34 euros}", True),
+        ("80 km/h", r"\boxed{80}", True),
+        ("72 clips", r"\boxed{71 clips}", False),
+        ("5x", r"\boxed{5}", False),
+        ("2 sin x", r"\boxed{2}", False),
+        ("2 theta", r"\boxed{2}", False),
+    ],
+)
+def test_solutions_that_end_in_their_answer_and_units_in_plain_words(
+    reference: str, completion: str, right: bool
+) -> None:
+    assert accepts(reference, completion) is right
+
+
+def test_a_solution_in_words_is_no_reference() -> None:
+    for reference in ("The answer is 72, as 48 + 24 = 72", GSM8K.rpartition("####")[0]):
+        with pytest.raises(ValueError, match="that is a text, not an answer; name the column"):
+            score(reference, r"\boxed{72}")

@@ -147,6 +147,19 @@ def test_failures_in_a_row_end_the_runner_with_the_first_error() -> None:
 
 
 @pytest.mark.usefixtures("functions")
+def test_a_source_whose_functions_always_fail_ends_the_runner_beside_one_whose_do_not() -> None:
+    own = {"texts": make_config("graders:obey").functions}
+    with RewardRunner(make_config(max_failures_in_a_row=3), own) as runner:
+        mixed = [item for _ in range(2) for item in (*items("1"), *items("raise", prompt_source="texts"))]
+        assert [scored.outcome for scored in runner.map(mixed)] == ["scored", "infra_failure"] * 2
+        assert runner.map(items("none", prompt_source="sums"))[0].outcome == "infra_failure", "of the general functions"
+        (last,) = items("raise", prompt_source="texts")
+        assert runner.submit(last).result(timeout=30).outcome == "infra_failure"
+        with pytest.raises(PmdflowError, match=r"3 scorings of texts in a row failed .*the first: .*KeyError: 'oops'"):
+            runner.map(items("1"))
+
+
+@pytest.mark.usefixtures("functions")
 def test_close_fails_what_is_not_scored_and_leaves_no_process() -> None:
     runner = RewardRunner(make_config(timeout_s=600.0))
     futures = [runner.submit(item) for item in items("sleep", "1")]
