@@ -14,7 +14,8 @@ pytestmark = pytest.mark.timeout(300)
 
 
 def test_it_fails_after_so_many_attempts_and_the_others_are_scored(tmp_path: Path) -> None:
-    use = f"{{use: '{ROOT}/tests/support:deadly_scorer:Deadly', timeout_s: 2, settings: {{file: '{tmp_path / 'deadly'}'}}}}"
+    settings = f"timeout_s: 2, settings: {{file: '{tmp_path / 'deadly'}'}}"
+    use = f"{{use: '{ROOT}/tests/support:deadly_scorer:Deadly', {settings}}}"
     with without_learner(
         tmp_path, f"learner.scorers={{deadly: {use}}}", "eval.prompts=0", "rollout.actors=1", "reward.max_attempts=2"
     ) as world:
