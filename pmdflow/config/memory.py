@@ -238,8 +238,6 @@ def _host_need(config: Config, model: Footprint, rank: Need, engine: Need, *, on
     whole = model.num_parameters * DTYPE_BYTES[config.model.compute]
     published = 0 if config.rollout.engine == "simulated" or learner.lora else whole
     parts = {"published weights, on each node": LIVE_VERSIONS * published}  # engines of a node map the same file
-    if learner.lora and config.rollout.engine == "vllm":
-        parts["merged adapters"] = 2 * whole * config.rollout.num_actors  # the base weights, and what vLLM maps
     if config.cluster.colocate:
         parts |= _asleep(config, rank, engine)
     if on_gpu and learner.cpu_offload:

@@ -13,7 +13,7 @@ from pmdflow.export.options import Dtype
 from pmdflow.export.weights import published_adapters, require_same
 from pmdflow.export.write import DTYPES, run_config
 from pmdflow.learner.lora import published_scale
-from pmdflow.weights.lora import AdapterMerger
+from pmdflow.weights.lora import merged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def load_model(run: Path, iteration: int, dtype: Dtype | None) -> PreTrainedModel:
-    """The run's model with the weights of a checkpoint, as its rollout engines serve them.
+    """The run's model with the weights of a checkpoint; adapters, which its engines have beside them, are added.
 
     Args:
         run: Run directory.
@@ -45,7 +45,7 @@ def load_model(run: Path, iteration: int, dtype: Dtype | None) -> PreTrainedMode
             scaled = {
                 name: adapters[own] * published_scale(name, lora) for name, own in published_adapters(held).items()
             }
-            for name, tensor in AdapterMerger().merge(scaled, state).items():
+            for name, tensor in merged(scaled, state).items():
                 state[name].copy_(tensor)
     loaded: PreTrainedModel = model.eval()
     return loaded

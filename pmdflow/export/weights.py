@@ -15,7 +15,7 @@ from pmdflow.errors import PmdflowError
 from pmdflow.export.held import HeldCheckpoint
 from pmdflow.export.layout import Layout
 from pmdflow.learner.lora import published_name, published_scale
-from pmdflow.weights.lora import DOWN, UP, AdapterMerger
+from pmdflow.weights.lora import DOWN, UP, merged
 
 INDEX = "model.safetensors.index.json"
 """Says which of a folder's files holds which tensor."""
@@ -37,7 +37,7 @@ def whole_tensors(layout: Layout, checkpoint: HeldCheckpoint) -> Iterator[Named]
 def merged_tensors(layout: Layout, checkpoint: HeldCheckpoint, base: BaseWeights, lora: LoraConfig) -> Iterator[Named]:
     """Every tensor that the folder holds, from the model folder that was adapted, with the adapters added.
 
-    They are added as the rollout engines add them: to weights of the exported type, in float32.
+    They are added in float32 to weights of the exported type; the engines of the run have them beside these.
 
     Raises:
         PmdflowError: an adapted tensor is stored in pieces, or the adapters are of another model.
@@ -53,7 +53,7 @@ def merged_tensors(layout: Layout, checkpoint: HeldCheckpoint, base: BaseWeights
                 own = {key: adapters[key] for key in (layer + UP, layer + DOWN)}
                 update = checkpoint.read(own.values())
                 scaled = {key: update[held] * published_scale(key, lora) for key, held in own.items()}
-                tensor = AdapterMerger().merge(scaled, {f"{layer}.weight": tensor})[f"{layer}.weight"]
+                tensor = merged(scaled, {f"{layer}.weight": tensor})[f"{layer}.weight"]
             yield name, tensor
 
 

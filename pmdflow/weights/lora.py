@@ -1,12 +1,12 @@
-"""Published low-rank adapters on the receiving side: merged into the weights that they adapt."""
+"""Published low-rank adapters: how they are known, and what they make of weights that are to have none beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
-from safetensors.torch import load_file
 from torch import Tensor
+
+from pmdflow.errors import PmdflowError
 
 DOWN = ".lora_A.weight"
 """Ends the name of a published matrix A [rank, inputs]; before it is the adapted layer's name."""
@@ -14,45 +14,24 @@ UP = ".lora_B.weight"
 """Ends the name of a published matrix B [outputs, rank], its scale included."""
 
 
-class AdapterMerger:
-    """Turns published adapters into whole weights of a model whose own weights are those that were adapted.
+def merged(adapters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of `state` with published adapters added to them, in float32 before they are rounded.
 
     Example:
-        >>> merger = AdapterMerger()
-        >>> merger.merge({"q.lora_A.weight": a, "q.lora_B.weight": b}, {"q.weight": base})["q.weight"]  # base + b @ a
+        >>> merged({"q.lora_A.weight": a, "q.lora_B.weight": b}, {"q.weight": base})["q.weight"]  # base + b @ a
+
+    Raises:
+        PmdflowError: an adapter is of a layer that is not there.
     """
-
-    def __init__(self) -> None:
-        self._base: dict[str, Tensor] = {}
-
-    @property
-    def kept(self) -> Iterable[Tensor]:
-        """Weights without adapters, on the device of those that they were merged into."""
-        return self._base.values()
-
-    def merge(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The whole weights by the names of `state`; `weights` unchanged if they hold no adapter.
-
-        Args:
-            weights: As published.
-            state: The model's own tensors, which the first adapter's are added to; later ones replace it.
-        """
-        if not has_adapters(weights):
-            return weights
-        merged = dict(state)
-        for name, up in weights.items():
-            if not name.endswith(UP):
-                continue
-            layer = name.removesuffix(UP)
-            target = f"{layer}.weight"
-            if target not in state:
-                merged[target] = up  # The receiver refuses it by name.
-                continue
-            own = state[target].detach()
-            base = self._base.setdefault(target, own.clone())
-            update = up.to(own.device).float() @ weights[layer + DOWN].to(own.device).float()
-            merged[target] = (base.float() + update).to(own.dtype)
-        return merged
+    whole = dict(state)
+    for layer in sorted(adapted_layers(adapters)):
+        name = f"{layer}.weight"
+        if name not in state:
+            raise PmdflowError(f"there are adapters of {layer}, which the model does not have")
+        own = state[name].detach()
+        update = adapters[layer + UP].to(own.device).float() @ adapters[layer + DOWN].to(own.device).float()
+        whole[name] = (own.float() + update).to(own.dtype)
+    return whole
 
 
 def has_adapters(weights: Mapping[str, Tensor]) -> bool:
@@ -60,13 +39,11 @@ def has_adapters(weights: Mapping[str, Tensor]) -> bool:
     return any(name.endswith(DOWN) for name in weights)
 
 
-def load_base(folder: str) -> dict[str, Tensor]:
-    """The weights of a model folder, for receivers that do not have them by their published names.
+def adapted_layers(adapters: Mapping[str, Tensor]) -> set[str]:
+    """Names of the layers that they are of."""
+    return {name.removesuffix(DOWN) for name in adapters if name.endswith(DOWN)}
 
-    Raises:
-        ValueError: the folder has no safetensors files.
-    """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} has no .safetensors files to add adapters to; download the model to a folder")
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+def rank_of(adapters: Mapping[str, Tensor]) -> int:
+    """The rank that they all have."""
+    return next(len(tensor) for name, tensor in adapters.items() if name.endswith(DOWN))

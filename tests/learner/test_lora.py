@@ -1,4 +1,4 @@
-"""Adapters: trained, saved, published and merged by the engine."""
+"""Adapters: trained, saved, published and used by the engine."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
+from pmdflow.errors import PmdflowError
 from pmdflow.rollout.engine import Request
 from pmdflow.rollout.engines.transformers.engine import TransformersEngine
-from pmdflow.weights.lora import AdapterMerger
+from pmdflow.weights.lora import merged
 from tests.support.learner import LOGPROB_SIZE, ROUNDINGS, make_batch, make_config
 from tests.support.numeric import assert_close
 
@@ -70,9 +71,7 @@ def test_the_engine_generates_with_published_adapters(start, model_path, tmp_pat
     assert any(tensor.abs().max() > 1e-3 for name, tensor in published.items() if "lora_B" in name)
 
 
-def test_merger_names_an_unknown_layer():
-    merged = AdapterMerger().merge(
-        {"nothing.lora_A.weight": torch.ones(1, 2), "nothing.lora_B.weight": torch.ones(2, 1)},
-        {"q.weight": torch.zeros(2, 2)},
-    )
-    assert "nothing.weight" in merged
+def test_merging_names_an_unknown_layer():
+    adapters = {"nothing.lora_A.weight": torch.ones(1, 2), "nothing.lora_B.weight": torch.ones(2, 1)}
+    with pytest.raises(PmdflowError, match="adapters of nothing, which the model does not have"):
+        merged(adapters, {"q.weight": torch.zeros(2, 2)})

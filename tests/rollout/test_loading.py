@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,16 +127,36 @@ def test_a_load_of_a_part_or_of_another_version_is_noticed(path: str, learner_of
         take(loader, version, file, replace(probe, scores=np.full(63, np.nan)))
 
 
-def test_an_adapter_that_never_binds_is_noticed_at_once(
-    learner_of: Start, path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    published = learner_of(lora={"rank": 4, "alpha": 8.0, "targets": ["q_proj", "down_proj"]}, lr=1e-2)
-    engine = engine_of(path)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_that_never_binds_is_noticed_at_once(path: str, learner_of: Start, dtype: str) -> None:
+    pytest.importorskip("peft")
+    lora = {"rank": 4, "alpha": 8, "targets": ["q_proj", "down_proj"]}
+    published, engine = learner_of(dtype=dtype, lora=lora, lr=1e-2), engine_of(path, dtype)
     loader = Loader(engine, mode="keep_kv")
+    version, file, probe = published.publish()
+    engine.load_weights(0, {name: 0 * tensor for name, tensor in file.items()}, on_new_weights="keep_kv")
+    use_adapters(engine, False)  # they are loaded, and nothing computes with them
+    with pytest.raises(EngineDied, match=r"version 1 .* none changed with the weights"):
+        take(loader, version, file, probe)
+    use_adapters(engine, True)
+    take(loader, version, file, probe)
     take(loader, *published.publish())
-    monkeypatch.setattr(type(engine._model._adapters), "merge", lambda _, weights, state: dict(state))
-    with pytest.raises(EngineDied, match=r"version 2 .* none changed with the weights"):
-        take(loader, *published.publish())
+    renamed = {name.replace("q_proj", "query"): tensor for name, tensor in file.items()}
+    with pytest.raises(
+        ValueError, match=r"version 3 do not fit .* unexpected \['model.layers.0.self_attn.query.lora_A"
+    ):
+        take(loader, version + 2, renamed, probe)
+    with pytest.raises(ValueError, match=r"\['model.layers.0.self_attn.query', .* Qwen3ForCausalLM has no such linear"):
+        take(Loader(engine_of(path, dtype), mode="keep_kv"), version, renamed, probe)
+
+
+def use_adapters(engine: TransformersEngine, enabled: bool) -> None:
+    """Let layers compute with their adapters, or as if they had none."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in engine._model._model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.enable_adapters(enabled)
 
 
 def test_an_engine_that_nobody_asked_or_that_has_no_model_is_believed(path: str, learner_of: Start) -> None:

@@ -28,7 +28,7 @@ def checkpoint_weights(directory: Path, *, lora: LoraConfig | None, tied: bool) 
 
     Args:
         directory: The checkpoint's files.
-        lora: The settings if the run trains adapters: then only these are read, for `AdapterMerger`.
+        lora: The settings if the run trains adapters: then only these are read.
         tied: Whether the output head is the embedding, so that one name suffices.
     """
     published = Published(directory, lora=lora, tied=tied)

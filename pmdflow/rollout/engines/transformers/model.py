@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 from pmdflow.learner.agreement import plain_scores
 from pmdflow.learner.aside import Aside
 from pmdflow.learner.layers import family_problems, windows
+from pmdflow.learner.lora import bound_adapters
 from pmdflow.learner.routing import Routing
 from pmdflow.rollout.engines.transformers.batch import DecodeBatch
 from pmdflow.rollout.engines.transformers.cache import ATTENTION, SlotCache
 from pmdflow.rollout.engines.transformers.self_check import check_cached
-from pmdflow.weights.lora import AdapterMerger
+from pmdflow.weights.lora import has_adapters
 
 
 class CachedModel:
@@ -54,7 +55,6 @@ class CachedModel:
         self._windows = windows(model.config)
         self._cache = SlotCache(num_slots)
         self._num_slots = num_slots
-        self._adapters = AdapterMerger()
         self._aside = Aside()
         self._range = torch.arange(0, device=device)
         check_cached(self, self._model, num_slots=num_slots)
@@ -100,20 +100,20 @@ class CachedModel:
         """Copy the first `length` positions of slots `sources` to slots `targets`; they may overlap."""
         self._cache.move(sources=sources, targets=targets, length=length)
 
-    def load(self, version: int, staged: Mapping[str, Tensor]) -> None:
+    def load(self, version: int, weights: Mapping[str, Tensor]) -> None:
         """Copy weights into the model, by the names of its state dict; of tied names one suffices.
 
-        Adapters are merged into the weights that the model was made with.
+        Adapters work beside the weights that the model was made with, as they do in the learner.
 
         Args:
             version: Policy version of the weights, for the message.
-            staged: Tensors of the model's shapes, or adapters as the learner publishes them; any type and device.
+            weights: Tensors of the model's shapes, or adapters as the learner publishes them; any type and device.
 
         Raises:
             ValueError: Names or shapes do not fit the model; nothing was changed.
         """
-        state: dict[str, Tensor] = self._model.state_dict(keep_vars=True)
-        weights = self._adapters.merge(staged, state)
+        adapted = has_adapters(weights)
+        state = bound_adapters(self._model, weights) if adapted else self._model.state_dict(keep_vars=True)
         given = {id(state[name]) for name in weights if name in state}
         missing = sorted(name for name, tensor in state.items() if id(tensor) not in given)
         unexpected = sorted(weights.keys() - state.keys())
@@ -129,7 +129,7 @@ class CachedModel:
     def sleep(self) -> None:
         """Put the weights aside and forget the cache."""
         self._cache = SlotCache(self._num_slots)
-        self._aside.put([*self._model.parameters(), *self._model.buffers(), *self._adapters.kept])
+        self._aside.put([*self._model.parameters(), *self._model.buffers()])
 
     def wake(self) -> None:
         """Take the weights back; nothing is cached."""

@@ -18,11 +18,12 @@ from pmdflow.data.tokenizer import end_ids
 from pmdflow.errors import PmdflowError
 from pmdflow.rollout.checks import check_extends, check_joins, check_logprobs, check_request
 from pmdflow.rollout.engine import OnNewWeights, Output, Request
+from pmdflow.rollout.engines.vllm.adapters import REQUEST
 from pmdflow.rollout.engines.vllm.process import VllmProcess
 from pmdflow.rollout.engines.vllm.self_check import check_served
 from pmdflow.rollout.engines.vllm.settings import VllmSettings
 from pmdflow.weights.file import NamedTensors, WeightsFile
-from pmdflow.weights.lora import AdapterMerger, has_adapters, load_base
+from pmdflow.weights.lora import has_adapters
 
 
 @dataclass(slots=True)
@@ -63,14 +64,12 @@ class VllmEngine:
             ValueError: the model or the settings do not fit the machine, there is no end-of-sequence token, or vLLM
                 gives other log-probs than the plain model.
         """
-        self._model_path = settings.model_path
         ends = end_ids(settings.model_path)
         self._process = VllmProcess(settings, seed=seed)
         self._ends = sorted(id for id in ends if id < self._process.vocab_size)
         self._inexact = inexact_speculation(settings.speculation)
         """Why nothing may be sampled above temperature 0."""
-        self._adapters = AdapterMerger()
-        self._base: Mapping[str, Tensor] | None = None
+        self._adapter = None if settings.lora is None else REQUEST
         self._sequences: dict[int, _Sequence] = {}
         self._running: dict[str, int] = {}
         """Sequence of each running vLLM request."""
@@ -147,12 +146,15 @@ class VllmEngine:
         return self._give([*early, *self._process.pause()])
 
     def stage(self, weights: Mapping[str, Tensor]) -> WeightsFile:
-        """A file that vLLM's workers map: the node's own, or one of merged adapters; from any thread."""
-        if isinstance(weights, WeightsFile) and not has_adapters(weights):
-            return weights
-        if self._base is None and has_adapters(weights):
-            self._base = load_base(self._model_path)
-        return WeightsFile.write(NamedTensors.of(self._adapters.merge(weights, self._base or {})))
+        """A file that vLLM's workers map, the node's own where there is one; from any thread.
+
+        Raises:
+            ValueError: vLLM was started for adapters, and these are whole weights; or the other way round.
+        """
+        if has_adapters(weights) != (self._adapter is not None):
+            given, made = ("adapters", "whole weights") if has_adapters(weights) else ("whole weights", "adapters")
+            raise ValueError(f"{given} are published to a vLLM engine that takes {made}: learner.lora says which")
+        return weights if isinstance(weights, WeightsFile) else WeightsFile.write(NamedTensors.of(weights))
 
     def load_weights(self, version: int, staged: WeightsFile, *, on_new_weights: OnNewWeights) -> None:
         """Load staged weights while paused; the cache of older ones is kept apart by salt, or cleared (`reprefill`)."""
@@ -208,6 +210,7 @@ class VllmEngine:
             dtype=settings.dtype,
             max_length=self._process.max_length,
             temperature=1.0 if self._inexact is None else 0.0,
+            lora=settings.lora,
         )
 
     def _unsent(self) -> tuple[list[str], list[EngineCoreRequest]]:
@@ -246,7 +249,7 @@ class VllmEngine:
             sampling_params=params,
             pooling_params=None,
             arrival_time=time.time(),
-            lora_request=None,
+            lora_request=self._adapter,
             cache_salt=str(self.version),
             data_parallel_rank=None,
             priority=priority,

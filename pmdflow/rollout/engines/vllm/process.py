@@ -69,6 +69,9 @@ class VllmProcess:
         self._ranks: list[int] = []
         """Process of each tensor-parallel rank; vLLM's engine process itself if there is one."""
         self._ranks = self._await(self._llm.collective_rpc("end_with", args=(os.getpid(),)), "the first call")
+        self._adapted = settings.lora is not None
+        if self._adapted:
+            self._await(self._llm.collective_rpc("begin_adapters"), "the first adapters")
         self._await(self._llm.update_weight_version("0"), "the first version")
 
     @property
@@ -103,7 +106,7 @@ class VllmProcess:
         return batches
 
     def load(self, path: str, *, version: int, clear: bool) -> None:
-        """Load the weights in a safetensors file while paused; `clear` forgets keys and values of older ones."""
+        """Load the weights or adapters in a safetensors file while paused; `clear` forgets older keys and values."""
         self._await(self._load(path, version, clear=clear), f"loading version {version}")
 
     def resume(self) -> None:
@@ -148,9 +151,13 @@ class VllmProcess:
 
     async def _load(self, path: str, version: int, *, clear: bool) -> None:
         llm = self._llm
-        await llm.start_weight_update()
-        await llm.update_weights(WeightTransferUpdateRequest(update_info={"path": path}))
-        await llm.finish_weight_update(weight_version=str(version))
+        if self._adapted:
+            await llm.collective_rpc("replace_adapters", args=(path,))
+            await llm.update_weight_version(str(version))
+        else:
+            await llm.start_weight_update()
+            await llm.update_weights(WeightTransferUpdateRequest(update_info={"path": path}))
+            await llm.finish_weight_update(weight_version=str(version))
         if clear:
             await llm.reset_prefix_cache(reset_running_requests=True)
 

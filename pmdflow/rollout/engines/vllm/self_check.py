@@ -1,10 +1,11 @@
 """The vLLM engine's self-check at start: what it generates and continues has the plain model's log-probs.
 
-So it has after a loading of weights too, which takes another way through vLLM than a start.
+So it has after a loading of weights or adapters too, which takes another way through vLLM than a start.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from pmdflow.config.schema import LoraConfig
 from pmdflow.learner.agreement import failures_named, plain_scores, probe_tokens, require_agreement
+from pmdflow.learner.lora import add_random
 from pmdflow.rollout.engine import Request, RolloutEngine
 
 _STEPS = 4
@@ -27,6 +30,7 @@ def check_served(
     dtype: Literal["float32", "bfloat16"],
     max_length: int,
     temperature: float,
+    lora: LoraConfig | None = None,
 ) -> None:
     """Refuse a model that vLLM scores otherwise than transformers does, alone or in company, started or loaded anew.
 
@@ -38,6 +42,7 @@ def check_served(
         dtype: Type of weights and computation.
         max_length: Positions of the engine.
         temperature: 0 where nothing may be sampled, else 1.
+        lora: Of the adapters that it takes; None: it takes whole weights.
 
     Raises:
         ValueError: names the family and the difference.
@@ -52,14 +57,23 @@ def check_served(
         expected = torch.cat([score[len(probe) - 1 :] for score, probe in zip(scores, probes, strict=False)])
         require_agreement(got, expected, what=f"the vLLM engine ({name})", model=plain, remedy=_REMEDY)
 
+    def load(weights: Mapping[str, Tensor]) -> None:
+        engine.pause()
+        engine.load_weights(engine.version, engine.stage(weights), on_new_weights="reprefill")
+        engine.resume()
+
     with failures_named(plain, what="the vLLM engine", remedy=_REMEDY):
         check("alone", 1)
         if engine.num_slots > 1:
             check("in company", 2)
-        engine.pause()
-        engine.load_weights(engine.version, engine.stage(plain.state_dict()), on_new_weights="reprefill")
-        engine.resume()
-        check("loaded anew", 1)
+        if lora is None:
+            load(plain.state_dict())
+            check("loaded anew", 1)
+            return
+        adapters = add_random(plain, lora)
+        load(adapters)
+        check("adapted", 1)
+        load({name: torch.zeros_like(tensor) for name, tensor in adapters.items()})
 
 
 def _generate(

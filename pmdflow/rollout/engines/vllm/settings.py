@@ -17,8 +17,9 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from pmdflow.config.model_size import measure_model
-from pmdflow.config.schema import Config
+from pmdflow.config.schema import Config, LoraConfig
 from pmdflow.learner.layers import heads
+from pmdflow.rollout.engines.vllm.adapters import adapter_arguments
 from pmdflow.rollout.engines.vllm.worker import BACKEND
 
 MAX_SLOTS = 256
@@ -51,6 +52,8 @@ class VllmSettings:
     """Tokens of a sequence, prompt included, by which `slots: None` reckons; None is `max_length`."""
     sleeps: bool = False
     """Whether its memory is given to others in between: then vLLM allocates it so that it can."""
+    lora: LoraConfig | None = None
+    """Of the adapters that are published; None: whole weights are."""
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's engine."""
     timeout_s: float = 60.0
@@ -71,6 +74,7 @@ class VllmSettings:
             speculation=rollout.speculation,
             mean_length=_mean_answer(config) + data.max_prompt_tokens // 2,
             sleeps=config.cluster.colocate,
+            lora=config.learner.lora,
             engine_args=rollout.engine_args,
             timeout_s=rollout.engine_timeout_s,
         )
@@ -91,6 +95,8 @@ def make_engine_args(settings: VllmSettings, *, seed: int) -> AsyncEngineArgs:
             "speculative_config": dict(_SPECULATION[settings.speculation]),
             "per_request_spec_decode_metrics": "summary",
         }
+    if settings.lora is not None:
+        device |= adapter_arguments(settings.lora)
     own: dict[str, Any] = dict(
         model=settings.model_path,
         dtype=settings.dtype,

@@ -27,6 +27,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
+from pmdflow.rollout.engines.vllm.adapters import begin_adapters, replace_adapters
 from pmdflow.rollout.engines.vllm.failures import tell_failures
 
 BACKEND = "pmdflow-file"
@@ -116,6 +117,16 @@ class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
 
 class WorkerExtension:
     """Mixed into vLLM's worker; its methods are called by `collective_rpc`."""
+
+    model_runner: Any
+
+    def begin_adapters(self) -> None:
+        """See `begin_adapters`."""
+        begin_adapters(self.model_runner.lora_manager)
+
+    def replace_adapters(self, path: str) -> None:
+        """See `replace_adapters`."""
+        replace_adapters(self.model_runner.lora_manager, path)
 
     def end_with(self, pid: int) -> int:
         """End this process when process `pid` ends, however it does: a killed actor cannot shut its engine down.
