@@ -53,7 +53,7 @@ def bound_adapters(model: Any, published: Mapping[str, Tensor]) -> dict[str, Ten
         rank = rank_of(published)
         with torch.inference_mode(mode=False):
             _inject(model, rank=rank, alpha=rank, targets=sorted(layers))  # their scale is in B
-    return {name: parameter.requires_grad_(requires_grad=False) for name, parameter in _adapters(model).items()}
+    return {name: parameter.requires_grad_(False) for name, parameter in _adapters(model).items()}
 
 
 def _adapters(model: Any) -> dict[str, nn.Parameter]:
