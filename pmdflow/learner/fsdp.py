@@ -29,6 +29,7 @@ from transformers import AutoConfig
 from pmdflow.config.schema import LearnerConfig, LoraConfig
 from pmdflow.errors import WaitTimeout
 from pmdflow.learner.agreement import check_policy, failures_named, remedy
+from pmdflow.learner.allocator import trimmed_after
 from pmdflow.learner.context import Context, require_divisible
 from pmdflow.learner.loading import load_model
 from pmdflow.learner.lora import add_adapters, published_name, published_scale
@@ -127,7 +128,8 @@ def build_policy(
         if learner.activation_checkpointing is True:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     shard(policy, layers, dtype=DTYPES[dtype], cpu_offload=learner.cpu_offload, mesh=mesh)
-    _check_on_first_rank(policy, packing=learner.packing, dtype=DTYPES[dtype])
+    with trimmed_after(layers):
+        _check_on_first_rank(policy, packing=learner.packing, dtype=DTYPES[dtype])
     if context is not None:
         require_divisible(model.config, context.size)
         policy.context = context
@@ -227,7 +229,7 @@ def gathered(policy: Policy, *, dtype: str, rank: int, lora: LoraConfig | None =
         policy: The sharded policy.
         dtype: Type of the floating-point tensors; each is cast where it is gathered.
         rank: This rank; at others than 0 the values are of no use.
-        lora: The settings if the policy has adapters: then only these are gathered, for `AdapterMerger`.
+        lora: The settings if the policy has adapters: then only these are gathered.
     """
     sources: dict[str, Tensor] = {}
     seen: set[int] = set()

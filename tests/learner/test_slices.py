@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from pmdflow.learner.slices import Part, load_part
 from tests.support.families import FAMILIES, write_family
@@ -38,6 +38,26 @@ def test_the_rows_of_each_part_are_those_of_the_whole_model(family: str, tmp_pat
         for name, expected in whole.named_parameters():
             assert torch.equal(found[name][part.rows(len(expected))], expected[part.rows(len(expected))]), name
         assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "most"),
+    [(256, 960, 2.5), pytest.param(1024, 1600, 1.5, marks=[pytest.mark.nightly, pytest.mark.timeout(900)])],
+)
+def test_ranks_that_load_a_model_grow_by_little_more_than_it(
+    pool: Ranks, model_path: str, tmp_path: Path, hidden: int, intermediate: int, most: float
+) -> None:
+    """A rank has three of 36 layers whole in the self-check; beside a small model, what is no tensor counts too."""
+    shape = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": 36, "vocab_size": 256}
+    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 256, "head_dim": 64}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(Qwen3Config(**shape, **heads, tie_word_embeddings=True))
+    model.to_empty(device="cpu").init_weights()
+    model.save_pretrained(tmp_path)
+    size = model.num_parameters() * 4
+    grown = pool.loading(make_config(str(tmp_path), ranks=RANKS), after=model_path)
+    print(f"\n{size / 2**20:.0f} MiB on {RANKS} ranks: {[round(RANKS * one / size, 2) for one in grown]} of a share")
+    assert sum(grown) <= most * size
 
 
 def test_other_weights_beside_those_of_the_model_are_nobodys(model_path: str, tmp_path: Path) -> None:

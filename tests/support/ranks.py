@@ -22,6 +22,8 @@ from pmdflow.types import TrainBatch
 from tests.support.resident import most_resident
 
 TIMEOUT_S = 90.0
+LOADING_TIMEOUT_S = 600.0
+"""Of a model that may have a gigabyte."""
 Answer = TypeVar("Answer")
 
 
@@ -77,11 +79,11 @@ class Ranks:
         ranks = [self._processes[rank].submit(_refusal, rank, config, master) for rank in range(config.learner.ranks)]
         return [rank.result(TIMEOUT_S) for rank in ranks]
 
-    def loading(self, config: Config) -> list[int]:
-        """The bytes by which each rank's memory grows at most while it loads its part of the model."""
-        master = free_address("127.0.0.1")
-        ranks = [self._processes[rank].submit(_loading, rank, config, master) for rank in range(config.learner.ranks)]
-        return [rank.result(TIMEOUT_S) for rank in ranks]
+    def loading(self, config: Config, *, after: str) -> list[int]:
+        """The bytes by which each rank's memory grows at most while it loads its part of a model, `after` another."""
+        given = config, after, free_address("127.0.0.1")
+        ranks = [self._processes[rank].submit(_loading, rank, *given) for rank in range(config.learner.num_ranks)]
+        return [rank.result(LOADING_TIMEOUT_S) for rank in ranks]
 
     def kill(self) -> None:
         """End all processes."""
@@ -121,11 +123,12 @@ def _train(
         learner.close()
 
 
-def _loading(rank: int, config: Config, master: str) -> int:
+def _loading(rank: int, config: Config, after: str, master: str) -> int:
     learner = config.learner
     torch.set_num_threads(1)
     mesh = join_ranks(master, rank=rank, ranks=learner.num_ranks, device=torch.device("cpu"))
     try:
+        build_policy(after, dtype=config.model.dtype, learner=learner, mesh=mesh)  # imports what it takes
         with most_resident() as most:
             build_policy(config.model.path, dtype=config.model.dtype, learner=learner, mesh=mesh)
         return most()
