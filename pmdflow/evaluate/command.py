@@ -22,7 +22,14 @@ from pmdflow.config.installed import require_engine
 from pmdflow.config.load import load, load_run
 from pmdflow.config.schema import Config
 from pmdflow.config.settle import settle
-from pmdflow.config.sources import FILE_SUFFIXES, GYM_PREFIX, WORDING, SourceSettings
+from pmdflow.config.sources import (
+    FILE_SUFFIXES,
+    GYM_PREFIX,
+    WORDING,
+    EvalSetConfig,
+    SourceConfig,
+    SourceSettings,
+)
 from pmdflow.data.model_folder import num_positions
 from pmdflow.data.prompts import make_prompts, read_prompts
 from pmdflow.data.tokenizer import load_tokenizer
@@ -168,9 +175,9 @@ def _values_for(checkpoint: Checkpoint, task: str, options: EvalOptions) -> dict
     return {**found, "data": {**found["data"], "curriculum": None, **own, **no_hub, "task": task}}
 
 
-def _source_of(run: Config, task: str) -> SourceSettings | None:
+def _source_of(run: Config, task: str) -> SourceConfig | EvalSetConfig | None:
     """The source that a run trains on, or evaluates, whose task this is."""
-    sources = (*run.data.sources, *run.eval.sets.values())
+    sources: list[SourceConfig | EvalSetConfig] = [*run.data.sources, *run.eval.sets.values()]
     return next((source for source in sources if _is_same_task(source.task, task)), None)
 
 
