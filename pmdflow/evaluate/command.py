@@ -177,7 +177,7 @@ def _values_for(checkpoint: Checkpoint, task: str, options: EvalOptions) -> dict
 
 def _source_of(run: Config, task: str) -> SourceConfig | EvalSetConfig | None:
     """The source that a run trains on, or evaluates, whose task this is."""
-    sources: tuple[SourceConfig | EvalSetConfig, ...] = (*run.data.sources, *run.eval.sets.values())
+    sources: list[SourceConfig | EvalSetConfig] = [*run.data.sources, *run.eval.sets.values()]
     return next((source for source in sources if _is_same_task(source.task, task)), None)
 
 
