@@ -11,8 +11,8 @@ from typing import Any
 def trim(*_: object) -> None:
     """Give back every free page; nothing where the C library is another.
 
-    Aligned blocks, as torch asks for, do not fit into the hole of one of their size (glibc 2.36): as long as others
-    stand between them, each gathered layer would take new memory and leave its own as a hole.
+    Seen with glibc 2.36: layer after layer that is gathered takes new memory, perhaps since an aligned block, as torch
+    asks for, does not fit into the hole of one of its size.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
