@@ -29,7 +29,7 @@ from transformers import AutoConfig
 from pmdflow.config.schema import LearnerConfig, LoraConfig
 from pmdflow.errors import WaitTimeout
 from pmdflow.learner.agreement import check_policy, failures_named, remedy
-from pmdflow.learner.allocator import trimmed_after
+from pmdflow.learner.allocator import freed_at_once
 from pmdflow.learner.context import Context, require_divisible
 from pmdflow.learner.loading import load_model
 from pmdflow.learner.lora import add_adapters, published_name, published_scale
@@ -98,6 +98,7 @@ def join_ranks(master: str, *, rank: int, ranks: int, device: torch.device, repl
     return init_device_mesh(device.type, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
 
 
+@freed_at_once()
 def build_policy(
     path: str, *, dtype: str, learner: LearnerConfig, mesh: DeviceMesh, context: Context | None = None
 ) -> Policy:
@@ -128,8 +129,7 @@ def build_policy(
         if learner.activation_checkpointing is True:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     shard(policy, layers, dtype=DTYPES[dtype], cpu_offload=learner.cpu_offload, mesh=mesh)
-    with trimmed_after(layers):
-        _check_on_first_rank(policy, packing=learner.packing, dtype=DTYPES[dtype])
+    _check_on_first_rank(policy, packing=learner.packing, dtype=DTYPES[dtype])
     if context is not None:
         require_divisible(model.config, context.size)
         policy.context = context
