@@ -161,7 +161,8 @@ def test_an_actor_says_why_it_cannot_score(cluster: Cluster, tmp_path: Path) -> 
     generate(store, config, ["raise", "none", "raise"], {})
     _, loop = LoopMaker(config, tmp_path, store, [{}]).all()
     with pytest.raises(
-        PmdflowError, match=r"3 scorings in a row failed (?s:.*)the first: graders.obey: (?s:.*)mend what the reward functions name"
+        PmdflowError,
+        match=r"3 scorings in a row failed (?s:.*)the first: graders.obey: (?s:.*)mend what the reward functions name",
     ):
         ray.get(loop.start(None, "")[1], timeout=120)
     ray.get(call(store, StoreActor.close), timeout=20)
