@@ -49,6 +49,8 @@ ELSEWHERE = {
     "export runs/quickstart pushed --push me/quickstart": "test_guides",
     "up configs/cluster.yaml --dry-run": "tests/run/test_recipes.py, with a Hub on loopback",
     "up configs/gpu8.yaml --dry-run cluster.gpus=8x80GiB": "tests/run/test_recipes.py, with a Hub on loopback",
+    "up configs/gpu.yaml --dry-run cluster.colocate=true scheduler.lookahead=0 "
+    "cluster.gpus=1x80GiB": "tests/run/test_recipes.py, with a Hub on loopback",
     "up configs/quickstart.yaml run.name=taught learner.algorithm=opd "
     "learner.scorers.teacher.use=pmdflow.learner.scorers.teacher:Teacher "
     "learner.scorers.teacher.model=teacher": "needs a teacher: tests/integration/test_scorers.py",

@@ -19,6 +19,8 @@ from tests.support.hub import Hub
 from tests.support.paths import CONFIGS, ROOT, TINY
 
 RECIPES = ("math", "code", "tool", "long2short", "lora", "gpu", "gpu8", "cluster", "agent", "python_tool")
+IN_TURN = "gpu cluster.colocate=true scheduler.lookahead=0 cluster.gpus=1x80GiB"
+"""As config/CONFIGURATION.md has it."""
 MOST_LINES = 40
 DRY_RUN = """
 import json, sys
@@ -26,11 +28,12 @@ from pmdflow.config.load import load
 from pmdflow.errors import PmdflowError
 from pmdflow.run.inputs import dry_run
 said = {}
-for name in sys.argv[1:]:
+for job in sys.argv[1:]:
+    name, *settings = job.split()
     try:
-        said[name] = dry_run(load(f"configs/{name}.yaml", ["run.dir=never"]))
+        said[job] = dry_run(load(f"configs/{name}.yaml", ["run.dir=never", *settings]))
     except PmdflowError as error:
-        said[name] = error.report()
+        said[job] = error.report()
 print(json.dumps(said))
 """
 
@@ -59,7 +62,7 @@ def dry_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         hub.push("nlile/hendrycks-MATH-benchmark", train, kind="datasets")
         hub.push("HuggingFaceH4/MATH-500", {"test.jsonl": lines.encode()}, kind="datasets")
         done = subprocess.run(
-            [sys.executable, "-c", DRY_RUN, *RECIPES],
+            [sys.executable, "-c", DRY_RUN, *RECIPES, IN_TURN],
             capture_output=True, text=True, check=True, cwd=ROOT, env=os.environ | hub.environment,
         )  # fmt: skip
         assert not hub.asked("safetensors"), "a dry run downloads no weights"
@@ -78,6 +81,10 @@ def test_a_recipe_is_short_says_what_it_was_tried_at_and_passes_the_dry_run(
     assert dry_runs[name].endswith("nothing was started"), dry_runs[name]
     notes = dry_runs[name].partition("\nnotes\n")[2].partition("\n\n")[0].splitlines()
     assert [note for note in notes if "downloaded by `up`" not in note and "never run: " not in note] == []
+
+
+def test_one_gpu_is_enough_in_turn(dry_runs: dict[str, str]) -> None:
+    assert dry_runs[IN_TURN].endswith("nothing was started"), dry_runs[IN_TURN]
 
 
 def test_the_recipes_are_the_jobs_that_people_bring() -> None:
