@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -10,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pmdflow.metrics.companion import die_with_parent
+from pmdflow.metrics.companion import stand_back
 
 FIRST_S, REFRESH_S = 30.0, 600.0
 """Time until the first look, and between two: what would be better changes slowly, and the run needs the processors."""
@@ -60,16 +59,9 @@ class AdviceView:
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "pmdflow.cli", *arguments], stdin=subprocess.DEVNULL, capture_output=True,
-                text=True, timeout=DEADLINE_S, check=False, preexec_fn=_stand_back,
+                text=True, timeout=DEADLINE_S, check=False, preexec_fn=stand_back,
             )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired):
             return
         if done.returncode == 0:
             self._lines = done.stdout.splitlines()
-
-
-def _stand_back() -> None:
-    """Take only the processor time that nobody else wants, and end with the page."""
-    os.nice(19)
-    if sys.platform == "linux":
-        die_with_parent()

@@ -35,18 +35,19 @@ class JsonlRows:
         self._looks: list[tuple[int, int]] = []
         self._digests: list[bytes] = []
         for path in self.paths:
+            offset, digest = 0, hashlib.sha256()
             try:
                 with open(path, "rb") as file:
                     self._looks.append(_look(file))
-                    self._digests.append(hashlib.file_digest(file, "sha256").digest())
-                    offset = file.seek(0)
                     for number, line in enumerate(file, 1):
+                        digest.update(line)
                         if not line.isspace():
                             self._offsets.append(offset)
                             self._numbers.append(number)
                         offset += len(line)
             except OSError as error:
                 raise ValueError(f"data.task: cannot read {path}: {error}") from error
+            self._digests.append(digest.digest())
             self._ends.append(len(self._offsets))
 
     def __len__(self) -> int:

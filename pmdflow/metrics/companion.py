@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 import signal
 import socket
 import subprocess
@@ -26,19 +27,20 @@ class Companion:
         0
     """
 
-    def __init__(self, run: Path, name: str, *arguments: str) -> None:
-        """Start it. It gets SIGTERM when this process dies, however that dies."""
+    def __init__(self, run: Path, name: str, *arguments: str, idle: bool = False) -> None:
+        """Start it; `idle`: see `stand_back`. It gets SIGTERM when this process dies, however that dies."""
         self.name = name
         self.log = run / "logs" / f"{name}.log"
         with open(self.log, "ab") as log:
-            # Its own session: Ctrl-C in the terminal drains the run, and the companion stays until the end.
+            # Its own group: Ctrl-C in the terminal drains the run, and the companion stays until the end. The run's
+            # session: in another one its niceness would count for nothing where the kernel groups tasks by session.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "pmdflow.cli", *arguments],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                preexec_fn=die_with_parent if sys.platform == "linux" else None,
+                process_group=0,
+                preexec_fn=stand_back if idle else die_with_parent,
             )
 
     def ask(self) -> None:
@@ -106,4 +108,11 @@ def _no_address(setting: str, host: str, error: OSError) -> LaunchError:
 def die_with_parent() -> None:
     """Ask the kernel for SIGTERM when the parent dies."""
     pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def stand_back() -> None:
+    """Take only the processor time that nobody else wants, and end with the parent."""
+    os.nice(19)
+    die_with_parent()

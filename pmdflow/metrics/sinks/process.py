@@ -40,7 +40,7 @@ class SinkProcesses:
             require_sink(sink.name)
             if sink.name == "prometheus":
                 require_port("metrics.sinks", sink.host, sink.port, hint="choose another `port`")
-        return cls(run, [Companion(run, f"sink-{sink.name}", "sink", str(run), sink.name) for sink in sinks])
+        return cls(run, [Companion(run, f"sink-{sink.name}", "sink", str(run), sink.name, idle=True) for sink in sinks])
 
     def __enter__(self) -> Self:
         """They run already."""

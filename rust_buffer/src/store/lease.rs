@@ -57,21 +57,29 @@ impl Leases {
         let lease = self.held.remove(&trajectory)?;
         self.deadlines.remove(&(lease.deadline, trajectory));
         if lease.budgeted {
-            if let Some(reserved) = self.reserved.get_mut(&lease.version) {
-                *reserved -= u64::from(lease.grant);
-                if *reserved == 0 {
-                    self.reserved.remove(&lease.version);
-                }
-            }
+            self.refund(lease.version, lease.grant);
         }
         Some(lease)
     }
 
     /// Takes tokens that are appended out of the grant of `trajectory`, if it is leased still.
     pub fn spend(&mut self, trajectory: u64, tokens: u32) {
-        if let Some(mut lease) = self.remove(trajectory) {
-            lease.grant = lease.grant.saturating_sub(tokens);
-            self.insert(trajectory, lease);
+        if let Some(lease) = self.held.get_mut(&trajectory) {
+            let spent = tokens.min(lease.grant);
+            lease.grant -= spent;
+            if lease.budgeted {
+                let version = lease.version;
+                self.refund(version, spent);
+            }
+        }
+    }
+
+    fn refund(&mut self, version: Version, tokens: u32) {
+        if let Some(reserved) = self.reserved.get_mut(&version) {
+            *reserved -= u64::from(tokens);
+            if *reserved == 0 {
+                self.reserved.remove(&version);
+            }
         }
     }
 

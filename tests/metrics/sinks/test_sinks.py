@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
@@ -21,6 +24,7 @@ from pmdflow.metrics.companion import require_port
 from pmdflow.metrics.history import iterations
 from pmdflow.metrics.sinks.command import follow
 from pmdflow.metrics.sinks.definitions import definitions
+from pmdflow.metrics.sinks.process import SinkProcesses
 from pmdflow.metrics.sinks.prometheus import PrometheusSink
 from pmdflow.metrics.sinks.rows import Rows
 from pmdflow.metrics.sinks.tensorboard import TensorboardSink
@@ -81,6 +85,17 @@ def test_asked_to_end_it_sends_what_is_there(tmp_path: Path) -> None:
         output, _ = process.communicate(timeout=100)
     assert process.returncode == 0, output
     assert same(tensorboard_curves(run.run_dir, {}), expected(run.run_dir))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_sink_of_a_run_gets_no_ctrl_c_and_only_the_processor_time_that_training_leaves(tmp_path: Path) -> None:
+    run = SinkRun(tmp_path)
+    (run.run_dir / "logs").mkdir(exist_ok=True)
+    with run.live(), SinkProcesses.start(run.run_dir, [SinkConfig(name="tensorboard")]):
+        (sink,) = (child for child in psutil.Process().children() if "sink" in child.cmdline())
+        assert sink.nice() == 19
+        assert os.getpgid(sink.pid) == sink.pid
+        assert os.getsid(sink.pid) == os.getsid(0)  # niceness counts within a session where the kernel groups by it
 
 
 def test_where_a_resume_goes_back_tensorboard_shows_the_surviving_history(tmp_path: Path) -> None:
