@@ -173,8 +173,8 @@ class TrajectoryStore:
 
         `batch` is what `pmdflow.store.encode_segments` makes; rust_buffer/src/wire.rs describes it. It is read without
         the GIL: nobody may write to it during the call. A segment without tokens renews the lease and asks for a new
-        grant. What a segment repeats is compared, the rest is taken; a whole repeat is a no-op that answers as the
-        first time. Tokens beyond the grant are taken and counted (`overdraft` of the ledger). Without `wait` it answers
+        grant. What a segment repeats is compared, the rest is taken; a whole repeat is a no-op, its grants are those
+        of now. Tokens beyond the grant are taken and counted (`overdraft` of the ledger). Without `wait` it answers
         before the batch is durable.
 
         Raises:

@@ -10,7 +10,7 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pmdflow._rust_buffer import Conflict
+from pmdflow._rust_buffer import Conflict, StoreFull
 from pmdflow.errors import WaitTimeout
 from pmdflow.store.columns import Column, Columns, encoded
 from pmdflow.store.segments import encode_segments
@@ -124,11 +124,18 @@ def put_attempts(
     temperature: float,
 ) -> int:
     """Admit, append and score a group that is finished; each step is safe to repeat, and so is all of it."""
-    newest = _open_version(store, request_id)
-    if version is not None and not 0 <= version <= newest:
-        raise Conflict(f"group {request_id!r}: version {version} was never published, the newest is {newest}")
     longest = max(len(attempt.tokens) for attempt in attempts)
-    group = store.admit(request_id, prompt, group_size=len(attempts), max_tokens=longest, wait=False)
+    while True:
+        newest = _open_version(store, request_id)
+        if version is not None and not 0 <= version <= newest:
+            raise Conflict(f"group {request_id!r}: version {version} was never published, the newest is {newest}")
+        try:
+            group = store.admit(request_id, prompt, group_size=len(attempts), max_tokens=longest, wait=False)
+            break
+        except StoreFull:
+            if store.counts().version == newest:
+                raise
+            # Somebody has published a version meanwhile, which has no room for groups yet.
     members = [row.trajectory for row in store.query(group=group)]
     put = _Put(store, request_id, group, dict(zip(members, attempts, strict=True)), version, newest, temperature)
     put.append_missing(put.check_stored())

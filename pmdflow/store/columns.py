@@ -20,7 +20,10 @@ Column = npt.NDArray[Any]
 Columns = Mapping[str, npt.ArrayLike]
 """What is given, by name."""
 
-_NAME = re.compile(r"\w[\w.-]*")
+_NAME = re.compile(r"(?!zarr\.json$)\w[\w.-]*")
+"""It is a directory of the archive, beside `zarr.json`."""
+_LONGEST_NAME = 200
+"""Bytes; file systems take 255."""
 _WHOLE = "trajectory "
 
 
@@ -59,8 +62,11 @@ def encoded(name: str, values: npt.ArrayLike, *, tokens: int | None, of: str) ->
     Raises:
         ValueError: the name is none, the values are no numbers, or not one for each token.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"{of}: a column cannot have the name {name!r}; use letters, digits, '_', '.' and '-'")
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name.encode()) > _LONGEST_NAME:
+        raise ValueError(
+            f"{of}: a column cannot have the name {name!r}; use letters, digits, '_', '.' and '-', at most "
+            f"{_LONGEST_NAME} bytes, and not 'zarr.json'"
+        )
     array = np.ascontiguousarray(values).reshape(np.shape(values))
     if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8 or array.size == 0:
         raise ValueError(
@@ -84,7 +90,7 @@ def per_token(extras: Sequence[Extras], starts: npt.NDArray[np.int64], total: in
     A token without a value has NaN, or 0 where the values are whole numbers.
 
     Raises:
-        Conflict: values of one name have different shapes.
+        Conflict: values of one name have different shapes, or types that only a float could hold together.
     """
     pieces: dict[str, list[tuple[int, Column]]] = {}
     for start, own in zip(starts.tolist(), extras, strict=True):
@@ -106,7 +112,7 @@ def whole(extras: Sequence[Extras]) -> dict[str, Column]:
     """The columns of trajectories, each [N, ...]; one without a value has NaN, or 0 where values are whole numbers.
 
     Raises:
-        Conflict: values of one name have different shapes.
+        Conflict: see `per_token`.
     """
     columns = {}
     for name in sorted({name for own in extras for name in own.whole}):
@@ -125,6 +131,9 @@ def _empty(name: str, count: int, kinds: Iterable[tuple[np.dtype[Any], tuple[int
             f"the extra column {name!r} has values of shapes {sorted(set(shapes))} in one claim; give all one shape"
         )
     dtype = np.result_type(*dtypes)
+    if dtype.kind == "f" and any(given.kind in "iu" for given in dtypes):
+        types = sorted({given.name for given in dtypes})
+        raise Conflict(f"the extra column {name!r} has values of types {types} in one claim; give all one type")
     column = np.zeros((count, *shapes[0]), dtype)
     if dtype.kind == "f":
         column[...] = np.nan

@@ -238,7 +238,7 @@ class TrajectoryStore(Annotations, Episodes, StoreView):
 
         Raises:
             ValueError: lengths differ, a completion is empty, a number is not finite, the temperature is not above 0, a
-                name is no text, or a column has not one value for each token; nothing is written then.
+                name is no text, or a column has not one value for each token; no group is there then.
             StoreFull: `max_bytes` is reached, or the disk is full.
             WaitTimeout: it is not on disk in time.
             Conflict: the id is that of another prompt or of other attempts, its group is gone, the version was never

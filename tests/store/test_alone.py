@@ -219,3 +219,18 @@ def test_a_store_that_an_earlier_version_opened_to_workers_is_closed() -> None:
         buffer.put_group(PROMPT, TOKENS, LOGPROBS, [1.0, 0.0])
         buffer.admit("cut short", PROMPT, group_size=2, max_tokens=3)
         assert buffer.lease("worker", 0, 9, 0.0) == []
+
+
+def test_a_version_that_is_published_in_the_middle_of_a_call_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_buffer(None) as buffer:
+        admit = buffer.admit
+
+        def beside_a_publication(*given: Any, **named: Any) -> int:
+            if buffer.counts().version < 3:
+                buffer.publish(buffer.counts().version + 1)
+            return admit(*given, **named)
+
+        monkeypatch.setattr(buffer, "admit", beside_a_publication)
+        buffer.put_group(PROMPT, TOKENS, LOGPROBS, [1.0, 0.0])
+        assert buffer.claim(1, 3, timeout_s=0.0).status == "claimed"
+        assert set(buffer.read_claim(1).versions.tolist()) == {-1, 3}

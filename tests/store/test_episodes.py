@@ -209,3 +209,19 @@ def test_an_episode_is_forked_so_often_and_no_more() -> None:
         store.append([said(lease, 0, 9)])
     with pytest.raises(Conflict, match="at most 1024 times"):
         store.fork(lease.trajectory, lease.epoch, 0)
+
+
+def test_the_id_of_a_branch_is_not_taken_for_an_episode_that_is_gone() -> None:
+    store = ready_store(min_group_size=1)
+    admit(store)
+    lease, _ = lease_all(store)
+    store.append([said(lease, 0, 10, 11)])
+    answer = store.fork(lease.trajectory, lease.epoch, 1)
+    lease = replace(lease, epoch=answer.epoch)
+    store.append([said(lease, 1, 20, stop="stop")])
+    named = f"trajectory {answer.branch} is a branch of the episode {lease.trajectory}"
+    with pytest.raises(Conflict, match=named):
+        store.score(answer.branch, 0, "scored", 1.0)
+    with pytest.raises(Conflict, match=named):
+        store.annotate(answer.branch, "scorer", {"worth": np.zeros(3)})
+    store.score(lease.trajectory, 0, "scored", 1.0)

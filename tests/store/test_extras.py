@@ -107,6 +107,8 @@ def test_a_repeat_compares_them() -> None:
     [
         ({"a/b": [1, 2, 3]}, "cannot have the name 'a/b'"),
         ({"": [1, 2, 3]}, "cannot have the name ''"),
+        ({"zarr.json": [1, 2, 3]}, "cannot have the name 'zarr.json'"),
+        ({"a" * 201: [1, 2, 3]}, "cannot have the name 'a*'; .* at most 200 bytes"),
         ({"short": [1, 2]}, r"column 'short' has shape \(2,\) for 3 tokens"),
         ({"scalar": 1}, r"column 'scalar' has shape \(\) for 3 tokens"),
         ({"words": ["a", "b", "c"]}, "column 'words' is 3 values of type <U1"),
@@ -125,6 +127,18 @@ def test_shapes_that_differ_name_the_column() -> None:
         store.put_group(PROMPT, TOKENS, LOGPROBS, REWARDS, trajectory_extra=[{"odd": [1, 2]}, {"odd": [1, 2, 3]}])
         store.claim(1, 0, timeout_s=0.0)
         with pytest.raises(Conflict, match=r"'odd' has values of shapes \[\(2,\), \(3,\)\]"):
+            store.read_claim(1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "types"),
+    [(2**63 + 1, 5, "'int64', 'uint64'"), (2**60 + 1, 0.5, "'float64', 'int64'")],
+)
+def test_whole_numbers_that_only_a_float_could_hold_together_are_refused(first: int, second: float, types: str) -> None:
+    with TrajectoryStore(None, groups_per_iteration=1, lookahead=0, max_staleness=None) as store:
+        store.put_group(PROMPT, TOKENS, LOGPROBS, REWARDS, trajectory_extra=[{"hash": first}, {"hash": second}])
+        store.claim(1, 0, timeout_s=0.0)
+        with pytest.raises(Conflict, match=rf"'hash' has values of types \[{types}\] in one claim"):
             store.read_claim(1)
 
 

@@ -144,3 +144,18 @@ def test_metadata_that_cannot_be_stored_are_refused_at_admission(value: Any) -> 
 def test_packing_of_hostile_sizes_is_an_error(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         _rust_buffer.pack(**{"lengths": [1, 1], "limit": 8} | settings)
+
+
+@pytest.mark.parametrize("file_bytes", [0, 2**40 + 1, 2**64 - 1])
+def test_a_log_file_of_no_length_or_of_too_many_bytes_is_refused(file_bytes: int) -> None:
+    with pytest.raises(ValueError, match=f"file_bytes is {file_bytes}; give 1 to 1099511627776"):
+        TrajectoryStore(None, groups_per_iteration=1, lookahead=1, max_staleness=None, file_bytes=file_bytes)
+
+
+def test_only_published_weights_are_restored() -> None:
+    with TrajectoryStore(None, groups_per_iteration=1, lookahead=1, max_staleness=None) as store:
+        store.publish(0)
+        store.set_quota(Quota(version=1000, groups=8, tokens=1000, tokens_per_segment=None))
+        with pytest.raises(Conflict, match="cannot have the weights of 900: the newest published is 0"):
+            store.restore(1001, weights_of=900)
+        store.restore(1001, weights_of=0)

@@ -71,3 +71,12 @@ def test_bad_notes_change_nothing(tmp_path: Path, number: int, rewards: dict[str
         store.turn(first.trajectory, first.epoch + epoch, number, rewards)
     assert store.trajectory(first.trajectory)["turns"] == []
     store.close()
+
+
+def test_a_number_that_no_note_can_have_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    lease, _ = leased(store)
+    with pytest.raises(Conflict, match="has 0 notes; this one is given as number 18446744073709551615"):
+        store.turn(lease.trajectory, lease.epoch, 2**64 - 1, {})
+    assert not store.turn(lease.trajectory, lease.epoch, 0, {"a": 0.5})
+    store.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -135,3 +137,18 @@ def test_an_evaluation_that_is_asked_for_alone_is_of_one_version(one_version: bo
     assert [(lease.trajectory, lease.grant) for lease in left] == [(begun.trajectory, 6), (begun.trajectory + 2, 9)]
     assert store.append([segment(left[1], 2)])[1][0].tokens == 7, "an old version may begin what is evaluated"
     assert store.lease("older", 0, 9, 0.0, kind="eval") == store.lease("newer", 1, 9, 0.0, kind="eval") == []
+
+
+def test_who_waits_for_a_version_to_drain_is_woken_by_the_last_lease_that_leaves_it() -> None:
+    store = one_version_store()
+    admit(store)
+    lease = store.lease("w", 0, 1, 0.0)[0]
+    publish(store, 1)
+    assert 0 in store.in_flight()
+    begun = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:  # in the main thread it would look again by itself, for Ctrl-C
+        drained = pool.submit(store.wait_drained, 1, 60.0)
+        time.sleep(0.2)
+        store.append([segment(lease, 0, version=1)])
+        assert drained.result()
+    assert time.monotonic() - begun < 30

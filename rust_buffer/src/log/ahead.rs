@@ -3,7 +3,7 @@
 use std::sync::{Condvar, Mutex, PoisonError};
 
 use super::{lock, writer::Prepared};
-use crate::error::{Result, StoreError};
+use crate::error::Result;
 
 enum Slot {
     Empty,
@@ -51,8 +51,8 @@ impl Ahead {
         }
     }
 
-    /// The thread; what `build` fails at is given to `fail`.
-    pub(super) fn run(&self, build: impl Fn(u32) -> Result<Prepared>, fail: impl Fn(StoreError)) {
+    /// The thread.
+    pub(super) fn run(&self, build: impl Fn(u32) -> Result<Prepared>) {
         let mut slot = lock(&self.slot);
         loop {
             match *slot {
@@ -66,12 +66,8 @@ impl Ahead {
                     *slot = match made {
                         _ if closed => Slot::Closed,
                         Ok(made) => Slot::Ready(made),
-                        // There may be room when it is needed.
-                        Err(StoreError::NoSpace { .. }) => Slot::Empty,
-                        Err(error) => {
-                            fail(error);
-                            Slot::Empty
-                        }
+                        // Nothing is written to it yet: whoever needs it makes it, and meets the error if it lasts.
+                        Err(_) => Slot::Empty,
                     };
                     self.changed.notify_all();
                 }

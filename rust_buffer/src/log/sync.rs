@@ -213,7 +213,7 @@ impl Shared {
     /// The thread that makes files ahead.
     pub(super) fn keep_ahead(&self) {
         let make = |number| Prepared::make(&*self.storage, number, self.options.file_bytes);
-        self.ahead.run(make, |error| drop(self.poison(error)));
+        self.ahead.run(make);
     }
 
     /// The sync thread.

@@ -18,6 +18,9 @@ use crate::{
 /// Longest interval between two syncs.
 const MAX_SYNC_INTERVAL_S: f64 = 3600.0;
 
+/// Longest log file.
+const MAX_FILE_BYTES: u64 = 1 << 40;
+
 /// The keyword arguments of `TrajectoryStore`; `pmdflow/store/settings.py` documents them.
 pub struct Given<'a> {
     pub groups_per_iteration: usize,
@@ -46,14 +49,12 @@ impl TryFrom<Given<'_>> for Settings {
     type Error = PyErr;
 
     fn try_from(given: Given<'_>) -> PyResult<Self> {
-        if given.groups_per_iteration == 0
-            || given.max_attempts == 0
-            || given.grant_tokens == 0
-            || given.file_bytes == 0
-        {
-            return Err(PyValueError::new_err(
-                "groups_per_iteration, max_attempts, grant_tokens and file_bytes must be >= 1",
-            ));
+        if given.groups_per_iteration == 0 || given.max_attempts == 0 || given.grant_tokens == 0 {
+            return Err(PyValueError::new_err("groups_per_iteration, max_attempts and grant_tokens must be >= 1"));
+        }
+        if !(1..=MAX_FILE_BYTES).contains(&given.file_bytes) {
+            let detail = format!("file_bytes is {}; give 1 to {MAX_FILE_BYTES}", given.file_bytes);
+            return Err(PyValueError::new_err(detail));
         }
         if let Some(window) = given.window.filter(|window| *window < given.groups_per_iteration as u64) {
             return Err(PyValueError::new_err(format!(

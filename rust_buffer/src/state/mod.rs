@@ -264,6 +264,19 @@ impl State {
         self.trajectories.get(&id).ok_or_else(|| StoreError::Conflict(format!("trajectory {id} is not in the store")))
     }
 
+    /// That `id`, which is not live, once was.
+    ///
+    /// # Errors
+    /// `Conflict` when it is a branch of a live episode, or was never there.
+    pub fn require_gone(&self, id: u64) -> Result<()> {
+        let is_of = |forks: &[Fork]| forks.iter().any(|fork| fork.branch == id);
+        if let Some((episode, _)) = self.forks.iter().find(|(_, forks)| is_of(forks)) {
+            let detail = format!("trajectory {id} is a branch of the episode {episode}: give the episode's id");
+            return Err(StoreError::Conflict(detail));
+        }
+        if id < self.next_trajectory { Ok(()) } else { self.trajectory(id).map(drop) }
+    }
+
     /// Forks of a trajectory, in order.
     pub fn forks(&self, id: u64) -> &[Fork] {
         self.forks.get(&id).map_or(&[], Vec::as_slice)

@@ -35,7 +35,7 @@ impl Store {
     pub fn annotate(&mut self, id: u64, scorer: &str, columns: &[(&str, &str, &[u8])], now: Micros) -> Result<()> {
         self.expire(now)?;
         let Some(trajectory) = self.state.trajectories.get(&id) else {
-            return if id < self.state.next_trajectory { Ok(()) } else { self.state.trajectory(id).map(drop) };
+            return self.state.require_gone(id);
         };
         if trajectory.is_annotated(scorer) || matches!(trajectory.verdict, Verdict::Late | Verdict::Failed) {
             return Ok(());

@@ -222,10 +222,10 @@ impl Store {
             return Ok(());
         }
         self.require_newer(version)?;
-        if !(0..=self.state.max_version).contains(&weights_of) {
+        if !(0..=self.state.version).contains(&weights_of) {
             return conflict(format!(
                 "version {version} cannot have the weights of {weights_of}: the newest published is {}",
-                self.state.max_version
+                self.state.version
             ));
         }
         self.record(&Record::Restore(version, weights_of), &Arrays::default()).map(drop)

@@ -38,7 +38,7 @@ impl Store {
     pub fn fork(&mut self, id: u64, epoch: u64, offset: u32, now: Micros) -> Result<Forked> {
         self.expire(now)?;
         let Some(trajectory) = self.state.trajectories.get(&id) else {
-            return if id < self.state.next_trajectory { Ok(STALE) } else { self.state.trajectory(id).map(|_| STALE) };
+            return self.state.require_gone(id).map(|()| STALE);
         };
         if epoch > trajectory.epoch {
             let newest = trajectory.epoch;

@@ -137,6 +137,8 @@ pub struct Store {
     pub(crate) late_reports: VecDeque<LateReport>,
     pub(crate) snapshots: Snapshots,
     quota_changes: u64,
+    /// Leases that went on under another version.
+    lease_moves: u64,
     /// With `Settings::one_version`, the oldest version whose weights there are; below it they are lost.
     pub(crate) oldest: Version,
     /// Second, differing outcomes of scoring attempts since the store was opened.
@@ -168,6 +170,7 @@ pub(crate) struct Signature {
     budgets: Vec<bool>,
     no_signal: u64,
     quotas: u64,
+    lease_moves: u64,
 }
 
 pub(crate) fn conflict<T>(detail: impl Into<String>) -> Result<T> {
@@ -225,6 +228,7 @@ impl Store {
             late_reports,
             snapshots,
             quota_changes: 0,
+            lease_moves: 0,
             oldest: 0,
             scores_ignored: 0,
             no_signal: 0,
@@ -276,6 +280,7 @@ impl Store {
             budgets: budgets.collect(),
             no_signal: self.no_signal,
             quotas: self.quota_changes,
+            lease_moves: self.lease_moves,
         }
     }
 

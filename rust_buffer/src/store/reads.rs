@@ -267,6 +267,7 @@ impl Shared {
     /// # Errors
     /// `Conflict` when one of them is not there, or no longer, or an array is too short; those of the log; `Closed`.
     pub fn read_tokens(&self, ids: Vec<u64>, tokens: &mut [u8], logprobs: &mut [u8], check: bool) -> Result<()> {
+        let _pin = self.pins.pin();
         let view = self.query(|store| Ok(TokenView::new(store.state(), ids)))?;
         self.unless_evicted(&view, view.pack(self.log(), tokens, logprobs, check))
     }
@@ -276,6 +277,7 @@ impl Shared {
     /// # Errors
     /// `Conflict` when one of them is not there, or no longer; those of the log; `Closed`.
     pub fn read_extras(&self, ids: Vec<u64>) -> Result<Vec<Extras>> {
+        let _pin = self.pins.pin();
         let view = self.query(|store| Ok(TokenView::new(store.state(), ids)))?;
         self.unless_evicted(&view, view.extras(self.log()))
     }

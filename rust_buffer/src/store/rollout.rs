@@ -211,6 +211,7 @@ impl Store {
     pub(super) fn renew(&mut self, id: u64, version: Option<Version>, deadline: Micros) -> Result<()> {
         if let Some(mut lease) = self.leases.remove(id) {
             if let Some(version) = version {
+                self.lease_moves += u64::from(lease.version != version);
                 lease.grant = self.grant(id, Some(lease.version), version)?;
                 lease.version = version;
             }

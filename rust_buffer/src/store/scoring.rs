@@ -30,7 +30,7 @@ impl Store {
         self.expire(now)?;
         let Some(trajectory) = self.state.trajectories.get(&id) else {
             // Only groups whose verdicts are final leave the store, so this repeats a recorded one.
-            return if id < self.state.next_trajectory { Ok(()) } else { self.state.trajectory(id).map(drop) };
+            return self.state.require_gone(id);
         };
         if trajectory.verdict == Verdict::Late {
             return Ok(());

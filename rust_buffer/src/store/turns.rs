@@ -22,7 +22,7 @@ impl Store {
     ) -> Result<bool> {
         self.expire(now)?;
         let Some(trajectory) = self.state.trajectories.get(&id) else {
-            return if id < self.state.next_trajectory { Ok(true) } else { self.state.trajectory(id).map(|_| true) };
+            return self.state.require_gone(id).map(|()| true);
         };
         if epoch > trajectory.epoch {
             let newest = trajectory.epoch;
@@ -35,7 +35,7 @@ impl Store {
             return Ok(true);
         }
         let (turn, known) = (Turn { offset: trajectory.len, rewards, key }, self.state.turns(id));
-        if known.len() == number + 1 && known.last() == Some(&turn) {
+        if known.len().checked_sub(1) == Some(number) && known.last() == Some(&turn) {
             return Ok(false);
         }
         if known.len() != number {
