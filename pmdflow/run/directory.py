@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 from pmdflow import durable
 from pmdflow.errors import LaunchError
+from pmdflow.run.owner import Owner
 
 if TYPE_CHECKING:
     from pmdflow.config.load import Loaded
@@ -64,7 +65,7 @@ class RunDirectory:
         run = cls(path, lock)
         try:
             lock.truncate(0)
-            lock.write(str(os.getpid()))
+            lock.write(str(Owner.me()))
             lock.flush()
             run._check_same_run(config)
             import yaml  # only here, like `load_run` below: `down` waits for what this module imports
@@ -121,15 +122,14 @@ class RunDirectory:
         self._inputs = inputs
 
     @staticmethod
-    def owner(path: Path) -> int | None:
-        """Process id of the `up` that holds the directory, or None."""
+    def owner(path: Path) -> Owner | None:
+        """The `up` that holds the directory, or None."""
         try:
             with open(path / "run.lock", encoding="utf-8") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except OSError:
-                    pid = lock.read().strip()
-                    return int(pid) if pid.isdecimal() else None  # it has only just taken the lock
+                    return Owner.of(lock.read())  # None: it has only just taken the lock
         except FileNotFoundError as error:
             raise LaunchError(f"{path} is no run directory (it has no run.lock)") from error
         return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import select
 import subprocess
 import sys
 
@@ -43,3 +45,21 @@ def test_a_process_goes_on_and_ends_well_without_its_output(where: str) -> None:
         done = subprocess.run([sys.executable, "-c", SCRIPT], stdout=writing, stderr=subprocess.PIPE, check=False)
         os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"went on")
+
+
+def test_a_reader_that_stands_still_is_not_waited_for_and_hears_what_comes_when_it_goes_on() -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as reader, os.fdopen(writing, "w") as stream:
+        os.set_blocking(writing, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writing, b"x" * 4096)
+        os.set_blocking(writing, True)
+        out = lasting(stream)
+        for _ in range(1000):
+            out.write("nobody hears this\n" * 1000)
+            out.flush()
+        while select.select([reader], [], [], 0)[0]:
+            assert set(os.read(reading, 1 << 20)) == set(b"x")
+        out.write("heard\n")
+        assert reader.readline() == b"heard\n"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import signal
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from pmdflow import durable
 from pmdflow.config.installed import require_sink
 from pmdflow.config.load import load_run
 from pmdflow.config.sinks import SinkConfig, SinkName
@@ -17,6 +21,8 @@ from pmdflow.metrics.sinks.sink import Sink, open_sink
 
 PAUSE_S = 1.0
 """Between two looks at the files."""
+FREE_TIMEOUT_S = 10.0
+"""For the sink of a run that has just been killed to end."""
 
 
 def run_sink(run: Path, name: SinkName, *, is_live: Callable[[], bool]) -> int:
@@ -40,11 +46,36 @@ def run_sink(run: Path, name: SinkName, *, is_live: Callable[[], bool]) -> int:
     if name == "prometheus" and not is_live():
         raise LaunchError(f"{run} is not running: prometheus shows the newest numbers of a live run")
     told = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: told.set())
-    sent = follow(Rows(run), open_sink(run, config), is_live=is_live, told=told)
+    with _alone(run, name):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: told.set())
+        sent = follow(Rows(run), open_sink(run, config), is_live=is_live, told=told)
     sys.stdout.write(f"{name} has {sent} iterations and evaluations of {run}\n")
     return 0
+
+
+@contextmanager
+def _alone(run: Path, name: str) -> Iterator[None]:
+    """Be the only sink of this name: two would write everything twice, or hide what the other one wrote.
+
+    Raises:
+        LaunchError: another one does not end.
+    """
+    durable.make_directories(run / "sinks")
+    deadline = time.monotonic() + FREE_TIMEOUT_S
+    with open(run / "sinks" / f"{name}.lock", "w", encoding="utf-8") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise LaunchError(
+                        f"a sink {name} sends the metrics of {run} already",
+                        hint="it is that of the live run, or of another `pmdflow sink`; end that one first",
+                    ) from None
+                time.sleep(0.2)
+        yield
 
 
 def follow(rows: Rows, sink: Sink, *, is_live: Callable[[], bool], told: threading.Event) -> int:

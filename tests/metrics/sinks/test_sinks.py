@@ -22,6 +22,7 @@ from pmdflow.config.sinks import SinkConfig
 from pmdflow.errors import LaunchError
 from pmdflow.metrics.companion import require_port
 from pmdflow.metrics.history import iterations
+from pmdflow.metrics.sinks import command
 from pmdflow.metrics.sinks.command import follow
 from pmdflow.metrics.sinks.definitions import definitions
 from pmdflow.metrics.sinks.process import SinkProcesses
@@ -84,6 +85,21 @@ def test_asked_to_end_it_sends_what_is_there(tmp_path: Path) -> None:
         process.terminate()
         output, _ = process.communicate(timeout=100)
     assert process.returncode == 0, output
+    assert same(tensorboard_curves(run.run_dir, {}), expected(run.run_dir))
+
+
+def test_a_second_sink_of_one_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = SinkRun(tmp_path)
+    run.iterate(5, archive=False)
+    monkeypatch.setattr(command, "FREE_TIMEOUT_S", 0.1)
+    with run.live():
+        first = run.sink("tensorboard")
+        wait_for(run, "tensorboard", 2)
+        answer = CliRunner().invoke(app, ["sink", str(run.run_dir), "tensorboard"])
+        assert isinstance(answer.exception, LaunchError)
+        assert "a sink tensorboard sends the metrics of" in str(answer.exception)
+    output, _ = first.communicate(timeout=100)
+    assert first.returncode == 0, output
     assert same(tensorboard_curves(run.run_dir, {}), expected(run.run_dir))
 
 
