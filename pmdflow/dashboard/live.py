@@ -40,7 +40,7 @@ def live_detail(run_dir: Path, trajectory: int, tokenizer: Tokenizer | None) -> 
             return None
         try:
             found = store.trajectory(trajectory)
-        except Conflict:
+        except (Conflict, OverflowError):  # not there, or a number that no trajectory can have
             return None
         siblings = [_row(other) for other in store.query(group=found["group"])]
     num_prompt = len(found["prompt"])

@@ -61,7 +61,7 @@ pub(super) fn read_snapshot(storage: &dyn Storage, replay: &mut dyn Replay) -> R
     let mut at = FILE_HEADER as usize;
     let mut part = || -> Result<Frame> {
         let Head { len, stamp, .. } = parse(bytes.get(at..).unwrap_or_default()).map_err(damaged)?;
-        if stamp.kind != SNAPSHOT || stamp.lsn + 1 != next || number == 0 {
+        if stamp.kind != SNAPSHOT || stamp.lsn.checked_add(1) != Some(next) || number == 0 {
             return Err(damaged("it is not the snapshot that its header names"));
         }
         let location = Location { file: 0, offset: at as u64, len: len as u32 };

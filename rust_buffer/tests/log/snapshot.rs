@@ -66,6 +66,20 @@ fn a_snapshot_of_an_empty_log_and_one_of_an_earlier_position_work() {
 }
 
 #[test]
+fn a_snapshot_of_no_possible_record_is_refused() {
+    let dir = scratch();
+    with_snapshot(dir.path(), 20);
+    let path = dir.path().join("index");
+    let mut image = fs::read(&path).unwrap();
+    let frame = &mut image[32..80]; // an array, and a header of 8 bytes
+    frame[8..16].copy_from_slice(&u64::MAX.to_le_bytes());
+    let crc = crc32c::crc32c_append(crc32c::crc32c(&frame[..4]), &frame[8..]);
+    frame[4..8].copy_from_slice(&crc.to_le_bytes());
+    fs::write(&path, &image).unwrap();
+    assert_eq!(damage(dir.path()), ("index".to_owned(), 0));
+}
+
+#[test]
 fn a_snapshot_damaged_anywhere_is_refused_and_never_wrong() {
     let dir = scratch();
     with_snapshot(dir.path(), 20);
