@@ -17,7 +17,7 @@ use _rust_buffer::{
     state::record::{Admit, LeftOut, Quota},
     state::trajectory::Outcome,
     store::admission::Prompt,
-    store::arrays::{Extra, read_extras, read_prompt, read_runs},
+    store::arrays::{ColumnReader, Extra, read_prompt, read_runs},
     store::shared::Shared,
     store::{Settings, Store},
     wire::Batch,
@@ -124,7 +124,7 @@ fn columns(store: &Store, id: u64, last: u32) -> BTreeMap<String, Vec<Extra>> {
     let logprobs =
         (0..last).zip(observed).flat_map(|(t, silent)| if silent { [0; 4] } else { (t as f32).to_le_bytes() });
     assert_eq!(read.logprobs, logprobs.collect::<Vec<_>>());
-    read_extras(store.log(), runs).unwrap()
+    ColumnReader::new(store.log()).of_runs(runs).unwrap()
 }
 
 #[test]
@@ -249,13 +249,14 @@ fn what_is_read_beside_a_deletion_stays() {
                     let live: Vec<u64> =
                         shared.query(|store| Ok(store.state().trajectories.keys().copied().collect())).unwrap();
                     for id in live {
-                        let view = match shared.trajectory(id) {
-                            Ok(view) => view,
+                        let views = match shared.trajectories(&[id]) {
+                            Ok(views) => views,
                             Err(error) => {
                                 assert!(error.to_string().contains("not in the store"), "{error}");
                                 continue;
                             }
                         };
+                        let view = &views[0];
                         let ids = (0..view.trajectory.len).flat_map(u32::to_le_bytes);
                         assert_eq!(view.tokens.ids, ids.collect::<Vec<_>>());
                     }
