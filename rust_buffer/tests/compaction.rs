@@ -1,6 +1,9 @@
 //! What the log is rid of: trajectories in pieces, files of which little is needed; and who reads meanwhile.
 #![allow(clippy::unwrap_used)]
 
+#[path = "support/watched.rs"]
+mod watched;
+
 use std::{
     collections::BTreeMap,
     path::Path,
@@ -12,6 +15,7 @@ use std::{
 };
 
 use _rust_buffer::{
+    error::StoreError,
     log::{Disk, Durability, Memory, Storage},
     state::group::Kind,
     state::record::{Admit, LeftOut, Quota},
@@ -22,6 +26,7 @@ use _rust_buffer::{
     store::{Settings, Store},
     wire::Batch,
 };
+use watched::Watched;
 
 const FILE_BYTES: u64 = 16 << 10;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -272,4 +277,26 @@ fn what_is_read_beside_a_deletion_stays() {
     });
     assert!(shared.log().sealed().len() < 10);
     shared.close().unwrap();
+}
+
+#[test]
+fn a_failure_of_the_thread_that_compacts_is_told_to_everybody() {
+    let storage = Watched { failing: Some("store-compact"), ..Watched::default() };
+    let mut store = begun(&(Arc::new(storage) as Arc<dyn Storage>));
+    admit(&mut store, 0, -1);
+    for number in 1..10 {
+        iteration(&mut store, number, 1000);
+    }
+    let shared = Arc::new(Shared::new(store));
+    shared.keep_compact();
+    let start = Instant::now();
+    let told = loop {
+        let publish = |store: &mut Store| store.publish(store.state().version + 1, None, LeftOut::default());
+        match shared.change(true, publish) {
+            Ok(_) => assert!(start.elapsed() < PATIENCE, "nobody was told"),
+            Err(error) => break error,
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    };
+    assert!(matches!(&told, StoreError::Poisoned { detail } if detail.contains("the disk is broken")), "{told}");
 }
