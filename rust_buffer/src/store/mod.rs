@@ -71,7 +71,7 @@ pub struct Settings {
     /// Greatest staleness of a trained token; None is unbounded.
     pub max_staleness: Option<u32>,
     pub segment_loss: SegmentLoss,
-    /// Places, from that of the oldest untrained group on, out of which groups are claimed; None: all.
+    /// A group is passed by fewer younger ones than this; None: by any number.
     pub window: Option<u64>,
     /// Training groups without it are evicted as soon as all their rewards are there; None: none is.
     pub signal: Option<Signal>,
