@@ -106,7 +106,12 @@ impl Shared {
             snapshot.write(self.log())?;
         }
         self.pins.wait();
-        self.log().remove_files(|number| dead.contains(&number)).map(drop)
+        if self.log().remove_files(|number| dead.contains(&number))? > 0 {
+            if let Ok(mut guarded) = self.lock() {
+                guarded.store.is_full = false;
+            }
+        }
+        Ok(())
     }
 }
 
