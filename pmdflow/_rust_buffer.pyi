@@ -440,8 +440,8 @@ class TrajectoryStore:
 
         Keys: group, prompt_id, members (late ones), tokens (of these).
         """
-    def trajectory(self, trajectory: int) -> dict[str, Any]:
-        """One live trajectory, with its arrays.
+    def trajectories(self, trajectories: list[int]) -> list[dict[str, Any]]:
+        """Live trajectories, with their arrays.
 
         Keys: trajectory, group, state (`leased`, `idle`, `unscored`, `scored`, `failed` or `late`), prompt, tokens,
         logprobs, observed, segments: [(length, version, temperature, observed)], reward, components, stop, attempts,

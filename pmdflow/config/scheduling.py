@@ -35,8 +35,9 @@ class SchedulerConfig(Section):
     max_staleness: NonNegativeInt | None = 4
     """Tokens older than this many versions at the claim have no gradient; null is unbounded."""
     window: PositiveInt | None = None
-    """Groups in the order of admission, from the oldest untrained one on, out of which a claim takes what is ready: a
-    group is passed by fewer younger ones than this. null is all that are admitted."""
+    """Groups in the order of admission, from the oldest one on that is not ready, out of which a claim takes what is
+    ready: a group is passed by fewer younger ones than this, evicted ones not counted. null is all that are
+    admitted."""
     extra_groups: NonNegativeInt = 0
     """Groups that are generated at `lookahead` 0 beyond those that an iteration trains: it trains the first that are
     ready, and the next one goes on with what is left (APRIL's over-provisioning)."""

@@ -165,8 +165,7 @@ class _Put:
     def check_stored(self) -> list[int]:
         """Compare what an earlier call left with what this one gives; returns the trajectories still to be appended."""
         missing = []
-        for member, attempt in self.attempts.items():
-            row = self.store.trajectory(member)
+        for (member, attempt), row in zip(self.attempts.items(), self.store.trajectories(self.attempts), strict=True):
             if row["state"] in ("leased", "idle"):
                 missing.append(member)
             elif differs := self._difference(row, attempt):
@@ -196,11 +195,11 @@ class _Put:
 
     def check_kept(self) -> None:
         """See that the store has what was given: a scorer or the straggler rule may have been faster."""
-        for member, attempt in self.attempts.items():
-            try:
-                row = self.store.trajectory(member)
-            except Conflict:
-                return  # evicted: it has fewer attempts than `min_group_size`, or was trained and archived meanwhile
+        try:
+            rows = self.store.trajectories(self.attempts)
+        except Conflict:
+            return  # evicted: it has fewer attempts than `min_group_size`, or was trained and archived meanwhile
+        for (member, attempt), row in zip(self.attempts.items(), rows, strict=True):
             if differs := self._difference(row, attempt):
                 raise self._conflict(
                     f"trajectory {member} {differs}: something else answered first; {_ALONE}. The group is not what "

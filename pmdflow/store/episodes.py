@@ -71,7 +71,7 @@ class Episodes:
         try:
             stale: bool = self._native.turn(trajectory, epoch, number, dict(rewards), key, wait, now_s)
         except _rust_buffer.Conflict:
-            noted = self._native.trajectory(trajectory)["turns"]
+            noted = self._native.trajectories([trajectory])[0]["turns"]
             if noted[number : number + 1] and noted[number][1:] == (dict(rewards), key):
                 return False  # a repeat, after what came behind it
             raise

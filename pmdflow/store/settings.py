@@ -19,8 +19,8 @@ class StoreSettings(TypedDict):
     segment_loss: NotRequired[Literal["all", "current_only"]]
     """Which segments have a gradient: all that are not over-age (default), or only those of the newest version."""
     window: NotRequired[int | None]
-    """Places in the order of admission, from that of the oldest untrained group on, out of which groups are claimed;
-    default None, all of them."""
+    """Places in the order of admission, from that of the oldest group on that is not ready, out of which groups are
+    claimed: one is passed by fewer younger ones than this. Default None, all of them."""
     signal: NotRequired[tuple[float | None, float | None] | None]
     """Open interval of mean rewards: a group outside of it says nothing to the learner, and is evicted as soon as all
     its rewards are there. None in its place is no bound; default None evicts no group."""

@@ -248,19 +248,15 @@ class StoreView:
         Raises:
             Conflict: it is not in the store.
         """
-        row = self._native.trajectory(trajectory)
-        own = Extras.of(row["extra"])
-        arrays = {
-            "prompt": int32(row["prompt"]),
-            "tokens": int32(row["tokens"]),
-            "logprobs": np.frombuffer(row["logprobs"], dtype="<f4"),
-            "observed": np.frombuffer(row["observed"], np.uint8),
-        }
-        return row | arrays | {"stop": Stop(row["stop"]), "extra": {**own.per_token, **own.whole}}
+        return self.trajectories([trajectory])[0]
 
     def trajectories(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
-        """Live trajectories by id, each as `trajectory` gives it."""
-        return [self.trajectory(number) for number in numbers]
+        """Live trajectories by id, each as `trajectory` gives it; what many of them lie in is read once.
+
+        Raises:
+            Conflict: one of them is not in the store.
+        """
+        return [_trajectory(row) for row in self._native.trajectories([int(number) for number in numbers])]
 
     def counts(self) -> Counts:
         """Live numbers."""
@@ -293,6 +289,17 @@ class StoreView:
     def close(self) -> None:
         """Sync, wake every waiter with `StoreError` and release the lock. Safe to repeat."""
         self._native.close()
+
+
+def _trajectory(row: dict[str, Any]) -> dict[str, Any]:
+    own = Extras.of(row["extra"])
+    arrays = {
+        "prompt": int32(row["prompt"]),
+        "tokens": int32(row["tokens"]),
+        "logprobs": np.frombuffer(row["logprobs"], dtype="<f4"),
+        "observed": np.frombuffer(row["observed"], np.uint8),
+    }
+    return row | arrays | {"stop": Stop(row["stop"]), "extra": {**own.per_token, **own.whole}}
 
 
 def _pages(read: Callable[[int | None], tuple[list[dict[str, Any]], int | None]]) -> Iterator[dict[str, Any]]:

@@ -1,19 +1,24 @@
 //! What an append takes, and what it refuses: repeats in part, overdrafts, and numbers that no policy can have made.
 #![allow(clippy::unwrap_used)]
 
-use std::sync::Arc;
+use std::sync::{Arc, atomic::Ordering};
+
+#[path = "support/watched.rs"]
+mod watched;
 
 use _rust_buffer::{
     error::{Result, StoreError},
-    log::{Durability, Memory},
+    log::{Durability, Memory, Storage},
     state::group::Kind,
     state::record::{Admit, LeftOut, Quota},
     store::admission::Prompt,
     store::append::Reply,
-    store::arrays::{Tokens, read_extras, read_runs},
+    store::arrays::{ColumnReader, Tokens, read_runs},
+    store::shared::Shared,
     store::{Settings, Store},
     wire::Batch,
 };
+use watched::Watched;
 
 fn words<T: Copy + Into<f64>>(values: &[T], word: fn(f64) -> [u8; 4]) -> Vec<u8> {
     values.iter().flat_map(|value| word((*value).into())).collect()
@@ -21,8 +26,12 @@ fn words<T: Copy + Into<f64>>(values: &[T], word: fn(f64) -> [u8; 4]) -> Vec<u8>
 
 /// A store that has leased one trajectory, number 0, of at most 12 tokens, with a grant of 4.
 fn leased(kind: Kind) -> Store {
+    leased_in(Arc::new(Memory::default()), kind)
+}
+
+fn leased_in(storage: Arc<dyn Storage>, kind: Kind) -> Store {
     let settings = Settings { grant_tokens: 4, durability: Durability::Os, file_bytes: 1 << 20, ..Settings::default() };
-    let mut store = Store::open(Arc::new(Memory::default()), settings).unwrap();
+    let mut store = Store::open(storage, settings).unwrap();
     store.publish(0, None, LeftOut::default()).unwrap();
     store.set_quota(0, Quota { groups: 8, tokens: 6, tokens_per_segment: None }).unwrap();
     let (request_id, prompt_id) = ("one".to_owned(), String::new());
@@ -85,7 +94,7 @@ fn assert_holds(store: &Store, last: u32) {
     let numbers: Vec<f64> = (0..last).map(f64::from).collect();
     assert_eq!(ids, words(&numbers, |id| (id as i32).to_le_bytes()));
     assert_eq!(logprobs, words(&numbers, |logprob| (logprob as f32).to_le_bytes()));
-    let columns = read_extras(store.log(), &trajectory.runs).unwrap();
+    let columns = ColumnReader::new(store.log()).of_runs(&trajectory.runs).unwrap();
     let column: Vec<u8> = columns["column"].iter().flat_map(|run| run.bytes.clone()).collect();
     assert_eq!(column, (0..last).flat_map(|token| (token as u16).to_le_bytes()).collect::<Vec<_>>());
     store.check().unwrap();
@@ -158,4 +167,24 @@ fn numbers_that_no_policy_can_have_made_are_refused_and_nothing_is_written() {
     refused(append(&mut store, &[sent(0, 13)]), "limit is 12");
     assert_eq!(store.state(), &before);
     append(&mut leased(Kind::Eval), &[Sent { temperature: 0.0, ..sent(0, 2) }]).unwrap();
+}
+
+#[test]
+fn a_record_is_read_once_for_all_the_columns_in_it_that_a_call_wants() {
+    let storage = Arc::new(Watched::default());
+    let mut store = leased_in(storage.clone(), Kind::Train);
+    let items: Vec<Sent> = (0..12).map(|token| sent(token, token + 1)).collect();
+    append(&mut store, &items).unwrap();
+    let record = store.log().bytes();
+    let read = || storage.read.swap(0, Ordering::Relaxed);
+    read();
+    append(&mut store, &items).unwrap();
+    assert!(read() < 2 * record, "a repeat of all its items");
+    assert_holds(&store, 12);
+    let shared = Shared::new(store);
+    read();
+    assert_eq!(shared.read_extras(vec![0]).unwrap()[0]["column"].len(), 12);
+    assert!(read() < 2 * record);
+    assert_eq!(shared.trajectories(&[0, 0]).unwrap()[1].extras["column"].len(), 12);
+    assert!(read() < 3 * record, "tokens and prompt are read for each trajectory");
 }

@@ -1,6 +1,9 @@
 //! What the log is rid of: trajectories in pieces, files of which little is needed; and who reads meanwhile.
 #![allow(clippy::unwrap_used)]
 
+#[path = "support/watched.rs"]
+mod watched;
+
 use std::{
     collections::BTreeMap,
     path::Path,
@@ -12,16 +15,18 @@ use std::{
 };
 
 use _rust_buffer::{
+    error::StoreError,
     log::{Disk, Durability, Memory, Storage},
     state::group::Kind,
     state::record::{Admit, LeftOut, Quota},
     state::trajectory::Outcome,
     store::admission::Prompt,
-    store::arrays::{Extra, read_extras, read_prompt, read_runs},
+    store::arrays::{ColumnReader, Extra, read_prompt, read_runs},
     store::shared::Shared,
     store::{Settings, Store},
     wire::Batch,
 };
+use watched::Watched;
 
 const FILE_BYTES: u64 = 16 << 10;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -124,7 +129,7 @@ fn columns(store: &Store, id: u64, last: u32) -> BTreeMap<String, Vec<Extra>> {
     let logprobs =
         (0..last).zip(observed).flat_map(|(t, silent)| if silent { [0; 4] } else { (t as f32).to_le_bytes() });
     assert_eq!(read.logprobs, logprobs.collect::<Vec<_>>());
-    read_extras(store.log(), runs).unwrap()
+    ColumnReader::new(store.log()).of_runs(runs).unwrap()
 }
 
 #[test]
@@ -249,13 +254,14 @@ fn what_is_read_beside_a_deletion_stays() {
                     let live: Vec<u64> =
                         shared.query(|store| Ok(store.state().trajectories.keys().copied().collect())).unwrap();
                     for id in live {
-                        let view = match shared.trajectory(id) {
-                            Ok(view) => view,
+                        let views = match shared.trajectories(&[id]) {
+                            Ok(views) => views,
                             Err(error) => {
                                 assert!(error.to_string().contains("not in the store"), "{error}");
                                 continue;
                             }
                         };
+                        let view = &views[0];
                         let ids = (0..view.trajectory.len).flat_map(u32::to_le_bytes);
                         assert_eq!(view.tokens.ids, ids.collect::<Vec<_>>());
                     }
@@ -271,4 +277,26 @@ fn what_is_read_beside_a_deletion_stays() {
     });
     assert!(shared.log().sealed().len() < 10);
     shared.close().unwrap();
+}
+
+#[test]
+fn a_failure_of_the_thread_that_compacts_is_told_to_everybody() {
+    let storage = Watched { failing: Some("store-compact"), ..Watched::default() };
+    let mut store = begun(&(Arc::new(storage) as Arc<dyn Storage>));
+    admit(&mut store, 0, -1);
+    for number in 1..10 {
+        iteration(&mut store, number, 1000);
+    }
+    let shared = Arc::new(Shared::new(store));
+    shared.keep_compact();
+    let start = Instant::now();
+    let told = loop {
+        let publish = |store: &mut Store| store.publish(store.state().version + 1, None, LeftOut::default());
+        match shared.change(true, publish) {
+            Ok(_) => assert!(start.elapsed() < PATIENCE, "nobody was told"),
+            Err(error) => break error,
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    };
+    assert!(matches!(&told, StoreError::Poisoned { detail } if detail.contains("the disk is broken")), "{told}");
 }

@@ -129,7 +129,7 @@ fn unscored_trajectories_groups_and_trajectories_are_read_whole() {
 
     let components = BTreeMap::from([("right".to_owned(), 1.0)]);
     store.change(false, |store| store.score(0, 0, Outcome::Scored, 0.5, components.clone(), 0)).unwrap();
-    let view = store.trajectory(0).unwrap();
+    let view = store.trajectories(&[0]).unwrap().remove(0);
     assert_eq!((view.state, view.reward, &view.components), ("scored", Some(0.5), &components));
     assert_eq!((&view.prompt, &view.tokens), (&stored(PROMPT.text), &tokens));
     let [experts] = &view.extras["experts"][..] else { panic!("{:?}", view.extras) };
@@ -139,7 +139,7 @@ fn unscored_trajectories_groups_and_trajectories_are_read_whole() {
     assert_eq!(ready.len(), 1);
     assert_eq!((ready[0].id, ready[0].iteration, &ready[0].prompt), (0, None, &stored(PROMPT.text)));
     assert_eq!(store.groups(Some("partial"), None, 2).unwrap(), (Vec::new(), None));
-    assert!(matches!(store.trajectory(1), Err(StoreError::Conflict(_))));
+    assert!(matches!(store.trajectories(&[1]), Err(StoreError::Conflict(_))));
 }
 
 struct Ignore;
@@ -253,7 +253,7 @@ fn what_is_evicted_while_it_is_read_is_gone_and_no_damage() {
         let reader = scope.spawn(|| {
             while !done.load(std::sync::atomic::Ordering::Relaxed) {
                 let newest = store.query(|store| Ok(store.state().next_trajectory)).unwrap();
-                gone(store.trajectory(newest.saturating_sub(1)).map(drop));
+                gone(store.trajectories(&[newest.saturating_sub(1)]).map(drop));
                 gone(every_group(&store).map(drop));
                 let [mut tokens, mut logprobs, mut versions, mut temperatures] = [(); 4].map(|()| [0; 64]);
                 let mut mask = [0; 16];

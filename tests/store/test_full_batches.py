@@ -36,18 +36,58 @@ class TestWindow:
                 store.publish(iteration, iteration, {})
                 store.set_quota(quota(iteration))
 
-    def test_its_anchor_moves_on_with_the_oldest_group(self) -> None:
+    def test_its_anchor_moves_on_with_the_oldest_group_that_is_not_ready(self) -> None:
         store = ready_store(groups_per_iteration=2, window=2)
         groups = [admit(store, number) for number in range(6)]
-        finish(store, {groups[0], groups[2], groups[3]})
-        assert store.claim(1, 0, 0.0).status == "timeout"
-        store.discard(groups[1], "gone")
-        assert store.claim(1, 0, 0.0).status == "timeout", "places 0 and 1: of these only one group is left"
-        finish(store, {groups[4], groups[5]})
-        answer = store.claim(1, 0, 0.0)
-        assert (answer.status, answer.groups) == ("claimed", (groups[0],)), "closed: what is ready in the window"
+        finish(store, {groups[0], *groups[2:5]})
+        assert store.claim(1, 0, 0.0).groups == (groups[0], groups[2]), "by one it may be passed"
         store.publish(1, 1, {})
-        assert store.claim(2, 1, 0.0).groups == tuple(groups[2:4])
+        store.set_quota(quota(1))
+        assert store.claim(2, 1, 0.0).status == "timeout"
+        store.discard(groups[1], "gone")
+        assert store.claim(2, 1, 0.0).groups == tuple(groups[3:5])
+
+    def test_groups_without_a_signal_and_evaluation_take_no_place(self) -> None:
+        store = ready_store(groups_per_iteration=2, window=2, signal=(0.0, 1.0))
+        groups = [admit(store, number) for number in range(3)]
+        store.admit("eval-0", PROMPT, kind="eval", group_size=1, max_tokens=4)
+        groups += [admit(store, number) for number in range(3, 6)]
+        finish(store, {groups[1], groups[2]}, reward=1.0)
+        finish(store, {groups[0], *groups[3:5]})
+        assert store.claim(1, 0, 0.0).reason == "no_signal"
+        assert store.claim(1, 0, 0.0).groups == (groups[0], groups[3]), "others wait: it is full while rollout goes on"
+
+    def test_groups_that_have_passed_keep_their_places_once_they_are_gone_and_lose_them_where_they_are_undone(
+        self, tmp_path: Path
+    ) -> None:
+        store = ready_store(tmp_path, groups_per_iteration=2, window=4)
+        groups = [admit(store, number) for number in range(7)]
+        finish(store, set(groups[1:]))
+        for _ in range(2):
+            assert store.claim(1, store.counts().version, 0.0).groups == tuple(groups[1:3])
+            store.uncommit(0)
+        assert store.claim(1, store.counts().version, 0.0).groups == tuple(groups[1:3])
+        store.publish(1, 1, {})
+        store.set_quota(quota(1))
+        store.commit(1)
+        assert store.evict(1) == 2
+        store.close()
+        store = open_store(tmp_path, groups_per_iteration=2, window=4)
+        assert store.claim(2, 1, 0.0).status == "timeout", "two have passed, one more may"
+        finish(store, {groups[0]})
+        assert store.claim(2, 1, 0.0).groups == (groups[0], groups[3])
+        store.close()
+
+    def test_a_group_that_has_been_passed_leaves_the_claim_whole_that_takes_it(self) -> None:
+        store = ready_store(groups_per_iteration=2, window=3)
+        groups = [admit(store, number) for number in range(6)]
+        finish(store, set(groups[1:5]))
+        assert store.claim(1, 0, 0.0).groups == tuple(groups[1:3])
+        store.publish(1, 1, {})
+        store.set_quota(quota(1))
+        assert store.claim(2, 1, 0.0).status == "timeout"
+        finish(store, {groups[0]})
+        assert store.claim(2, 1, 0.0).groups == (groups[0], groups[3])
 
     def test_evaluation_groups_take_no_place(self) -> None:
         store = ready_store(groups_per_iteration=2, window=2)

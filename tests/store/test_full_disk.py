@@ -7,17 +7,19 @@ import itertools
 import os
 import re
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from pmdflow.store import StoreFull, TrajectoryStore
-from pmdflow.types import Quota
+from pmdflow.types import Prompt, Quota
 from tests.support.crash_processes import admit, segment
 from tests.support.filled_store import PROMPT
 
 TOKENS = 10_000
+DEADLINE_S = 30.0
 
 
 @pytest.fixture
@@ -155,6 +157,47 @@ def test_there_is_room_for_the_snapshot_that_an_eviction_needs_of_many_short_gro
     store.commit(1)
     assert store.evict(1) == 100
     assert len(list(disk.glob("store/*.log"))) < files - 10
+    store.close()
+
+
+def put_long_name(store: TrajectoryStore, number: int) -> None:
+    prompt = Prompt(id="p" * 2000, text=PROMPT.text, tokens=PROMPT.tokens)
+    store.put_group(prompt, [[1]] * 2, [[-1.0]] * 2, [1.0] * 2, request_id=str(number))
+
+
+def put_many_components(store: TrajectoryStore, number: int) -> None:
+    components = {f"component-{name}": name + 0.5 for name in range(200)}
+    store.put_group(PROMPT, [[1]] * 2, [[-1.0]] * 2, [1.0] * 2, components=[components] * 2, request_id=str(number))
+
+
+def put_many_turns(store: TrajectoryStore, number: int) -> None:
+    group = store.admit(str(number), PROMPT, group_size=2, max_tokens=100)
+    for lease in store.lease_group("w", group):
+        for turn in range(30):
+            store.turn(lease.trajectory, lease.epoch, turn, {"step": 0.5}, key=f"{turn:040}")
+        store.append([segment(lease, 0, 3, stop="stop", version=0)])
+        store.score(lease.trajectory, 0, "scored", 1.0)
+
+
+@pytest.mark.parametrize("put_group", [put_long_name, put_many_components, put_many_turns])
+def test_there_is_room_for_the_snapshot_that_an_eviction_needs_however_much_is_said_of_a_group(
+    disk: Path, put_group: Callable[[TrajectoryStore, int], None]
+) -> None:
+    (disk / "others").write_bytes(bytes(3 << 20))
+    store = open_store(disk, 16 << 10, groups_per_iteration=20)
+    store.publish(0)
+    quota(store, 1 << 30)
+    until_full(lambda number: put_group(store, number))
+    fill(disk)
+    files = len(list(disk.glob("store/*.log")))
+    assert store.claim(1, 0, 0.0).status == "claimed"
+    store.publish(1, 1)
+    store.commit(1)
+    assert store.evict(1) == 20
+    deadline = time.monotonic() + DEADLINE_S  # what `evict` leaves to compaction goes a little later
+    while len(list(disk.glob("store/*.log"))) >= files:
+        assert time.monotonic() < deadline, "nothing went"
+        time.sleep(0.01)
     store.close()
 
 

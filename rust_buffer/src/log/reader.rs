@@ -69,6 +69,11 @@ impl Frame {
         self.parts().map(|part| part.bytes).collect()
     }
 
+    /// The bytes of one of its arrays: they stay readable without the frame.
+    pub fn bytes_of(&self, part: &Part<'_>) -> Bytes {
+        self.bytes.slice(part.at as usize, part.bytes.len())
+    }
+
     /// All arrays and where they are.
     pub fn parts(&self) -> impl Iterator<Item = Part<'_>> {
         let mut at = FRAME_HEADER as usize + 8 * self.num_arrays() + align(self.header_len() as u64) as usize;

@@ -347,8 +347,9 @@ impl TrajectoryStore {
         reports.iter().map(|report| rows::late_report(py, report)).collect()
     }
 
-    fn trajectory<'py>(&self, py: Python<'py>, trajectory: u64) -> PyResult<Row<'py>> {
-        rows::trajectory(py, &py.detach(|| self.shared.trajectory(trajectory))?)
+    fn trajectories<'py>(&self, py: Python<'py>, trajectories: Vec<u64>) -> PyResult<Vec<Row<'py>>> {
+        let views = py.detach(|| self.shared.trajectories(&trajectories))?;
+        views.iter().map(|view| rows::trajectory(py, view)).collect()
     }
 
     fn counts<'py>(&self, py: Python<'py>) -> PyResult<Row<'py>> {

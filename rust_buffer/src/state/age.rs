@@ -30,6 +30,11 @@ impl Trained {
         self.by(claim).saturating_sub(self.by(token)).max(0)
     }
 
+    /// How many versions were restored.
+    pub fn num_restored(&self) -> usize {
+        self.0.len()
+    }
+
     /// The restored versions, with the iterations that each had trained.
     pub fn restored(&self) -> Vec<(Version, i64)> {
         self.0.iter().map(|(version, trained)| (*version, *trained)).collect()

@@ -96,6 +96,7 @@ impl State {
                 late: 0,
                 tokens: 0,
                 drawn: admit.drawn,
+                passed: 0,
             },
         );
         self.trajectories.extend((first..self.next_trajectory).map(|id| (id, Trajectory::new(group))));
@@ -245,6 +246,7 @@ impl State {
         self.ledger.shift(Place::Ready, Place::MaskedSegment, claim.sums.segment);
         self.ledger.shift(Place::Ready, Place::EvictedFailed, claim.sums.failed);
         self.claims.insert(claimed.iteration, claim);
+        self.pass(&claimed.groups, u64::saturating_add)?;
         if claimed.asked.is_some() {
             let again = self.undone.iter().position(|undone| undone.groups == claimed.groups);
             again.map(|at| self.undone.remove(at));
@@ -261,7 +263,8 @@ impl State {
         // What was published of them does not stand any more: to say it again is no repeat.
         self.publications.retain(|_, made| made.iteration.is_none_or(|trained| trained < first));
         let mut undone = VecDeque::new();
-        for claim in self.claims.split_off(&first).into_values() {
+        // Newest first, so that what waited at each of them is what waits when it is undone.
+        for claim in self.claims.split_off(&first).into_values().rev() {
             let sums = claim.sums;
             let place = if claim.status == ClaimStatus::Claimed { Place::Claimed } else { Place::Trained };
             self.ledger.shift(place, Place::Ready, sums.trainable);
@@ -271,11 +274,12 @@ impl State {
             self.ledger.shift(Place::MaskedSegment, Place::Ready, sums.segment);
             self.ledger.shift(Place::EvictedFailed, Place::Ready, sums.failed);
             debug_assert_eq!(sums.total(), claim.groups.iter().map(|id| self.groups[id].tokens).sum::<u64>());
+            self.pass(&claim.groups, u64::saturating_sub)?;
             for id in &claim.groups {
                 self.group_mut(*id)?.phase = Phase::Ready;
             }
             let Claim { version, max_staleness, segment_loss, groups, plan, .. } = claim;
-            undone.push_back(Undone { version, max_staleness, segment_loss, groups, plan });
+            undone.push_front(Undone { version, max_staleness, segment_loss, groups, plan });
         }
         undone.append(&mut self.undone);
         self.undone = undone;

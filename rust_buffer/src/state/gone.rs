@@ -36,6 +36,11 @@ impl Counted {
         run.is_some_and(|(_, last)| number <= *last)
     }
 
+    /// What stands before numbers, and how many runs of these are kept.
+    pub fn prefixes(&self) -> impl Iterator<Item = (&str, usize)> {
+        self.0.iter().map(|(prefix, runs)| (&**prefix, runs.len()))
+    }
+
     /// Runs that are kept.
     pub fn num_runs(&self) -> usize {
         self.0.values().map(BTreeMap::len).sum()

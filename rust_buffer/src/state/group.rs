@@ -96,14 +96,12 @@ pub struct Group {
     pub tokens: u64,
     #[serde(default)]
     pub drawn: Option<Drawn>,
+    /// Younger groups that claims took while it waited for its own.
+    #[serde(default)]
+    pub passed: u64,
 }
 
 impl Group {
-    /// Place in the order of admission of the training prompts; that of a group without a cursor is its id.
-    pub fn place(&self, id: u64) -> u64 {
-        self.cursor.unwrap_or(id)
-    }
-
     /// Trajectory ids of the members.
     pub fn members(&self) -> Range<u64> {
         self.first..self.first.saturating_add(u64::from(self.size))

@@ -319,6 +319,20 @@ impl State {
         Ok(())
     }
 
+    /// Counts in the groups that wait how many of a claim's are younger, or takes the count back.
+    fn pass(&mut self, claimed: &[u64], count: fn(u64, u64) -> u64) -> Result<()> {
+        let mut claimed = claimed.to_vec();
+        claimed.sort_unstable();
+        let older = self.groups.range(..claimed.last().copied().unwrap_or(0));
+        let waits = |group: &Group| group.kind == Kind::Train && !matches!(group.phase, Phase::Claimed(_));
+        for id in older.filter(|(_, group)| waits(group)).map(|(id, _)| *id).collect::<Vec<_>>() {
+            let younger = claimed.len() - claimed.partition_point(|other| *other < id);
+            let group = self.group_mut(id)?;
+            group.passed = count(group.passed, younger as u64);
+        }
+        Ok(())
+    }
+
     /// Iteration of the claim that is not trained yet; there is at most one, the newest.
     pub fn open_claim(&self) -> Option<i64> {
         self.claims.last_key_value().filter(|(_, claim)| claim.status == ClaimStatus::Claimed).map(|(i, _)| *i)

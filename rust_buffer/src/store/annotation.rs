@@ -7,7 +7,7 @@ use crate::{
     state::group::Phase,
     state::record::{Annotate, Record},
     state::trajectory::Verdict,
-    store::arrays::{Extras, read_all_extras},
+    store::arrays::ColumnReader,
     store::{Store, conflict},
     wire,
 };
@@ -49,7 +49,7 @@ impl Store {
         if scorer.is_empty() || columns.is_empty() {
             return conflict(format!("trajectory {id}: an annotation has the name of its scorer and a column"));
         }
-        let known = if trajectory.columns { read_all_extras(&self.log, trajectory)? } else { Extras::default() };
+        let known = ColumnReader::new(&self.log).of_trajectory(trajectory)?;
         for (nth, (name, dtype, bytes)) in columns.iter().enumerate() {
             if known.contains_key(*name) || columns[..nth].iter().any(|(other, ..)| other == name) {
                 return conflict(format!("trajectory {id} has the column {name:?} already"));

@@ -10,6 +10,7 @@ use crate::{
     state::record::{Appended, Record},
     state::trajectory::{End, Stop, Trajectory, Verdict, Version},
     store::Store,
+    store::arrays::ColumnReader,
     store::repeats::tail,
     wire::{Batch, Item},
 };
@@ -66,8 +67,8 @@ impl Store {
         self.expire(now)?;
         let in_episodes = self.in_episodes(batch)?;
         let batch = in_episodes.as_ref().unwrap_or(batch);
-        let mut ahead = BTreeMap::new();
-        let decide = |item| self.decide(item, batch.payload, &mut ahead);
+        let (mut ahead, mut columns) = (BTreeMap::new(), ColumnReader::new(&self.log));
+        let decide = |item| self.decide(item, (batch.payload, &mut columns), &mut ahead);
         let decisions = batch.items.iter().map(decide).collect::<Result<Vec<_>>>()?;
         self.write(batch, &decisions)?;
         // All of them first: what one has used is not to be missing in the grant of another.
@@ -124,7 +125,10 @@ impl Store {
         self.record(&Record::Append(items), &arrays).map(drop)
     }
 
-    fn decide<'a>(&self, item: &'a Item<'a>, payload: &[u8], ahead: &mut BTreeMap<u64, Ahead<'a>>) -> Result<Decision> {
+    fn decide<'a>(
+        &self, item: &'a Item<'a>, (payload, columns): (&[u8], &mut ColumnReader<'_>),
+        ahead: &mut BTreeMap<u64, Ahead<'a>>,
+    ) -> Result<Decision> {
         let (count, end) = (item.count, item.end()?);
         let Some(trajectory) = self.state.trajectories.get(&item.trajectory) else {
             let gone = item.trajectory < self.state.next_trajectory;
@@ -142,7 +146,7 @@ impl Store {
         let before = ahead.entry(item.trajectory).or_insert_with(|| self.before(item.trajectory, trajectory));
         let group = self.state.group(trajectory.group)?;
         let known = until.min(before.len);
-        let same = item.offset >= known || self.holds(trajectory, &before.items, item, payload, known)?;
+        let same = item.offset >= known || self.holds(trajectory, &before.items, item, known, (payload, columns))?;
         if before.ended {
             return Ok(if same && before.repeats(until, count, end, group.max_tokens) {
                 Decision::Ended

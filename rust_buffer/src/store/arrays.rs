@@ -1,6 +1,6 @@
 //! The arrays of records as they lie in the log: admissions' prompts, and stored runs of tokens with their columns.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, btree_map::Entry};
 
 use crate::{
     error::Result,
@@ -121,30 +121,99 @@ pub struct Column {
     pub bytes: Vec<u8>,
 }
 
-/// The extra columns of a run.
-///
-/// # Errors
-/// Those of the log.
-pub fn read_columns(log: &Log, run: &Run) -> Result<Vec<Column>> {
+/// Columns of a frame's runs, by the offset of each run in it: name, dtype, bytes.
+type Named = BTreeMap<u32, Vec<(String, String, Bytes)>>;
+
+/// Reads extra columns. A frame is read and decoded once, however many runs lie in it: whoever reads more than one run
+/// does so by one reader.
+pub struct ColumnReader<'a> {
+    log: &'a Log,
+    frames: BTreeMap<(u32, u64), Named>,
+}
+
+impl<'a> ColumnReader<'a> {
+    /// One that has read nothing yet.
+    pub fn new(log: &'a Log) -> Self {
+        Self { log, frames: BTreeMap::new() }
+    }
+
+    /// The extra columns of a run.
+    ///
+    /// # Errors
+    /// Those of the log.
+    pub fn of_run(&mut self, run: &Run) -> Result<Vec<Column>> {
+        let named = match self.frames.entry((run.file, run.frame)) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => new.insert(columns_of(self.log, run)?),
+        };
+        let column = |(name, dtype, bytes): &(String, String, Bytes)| Column {
+            name: name.clone(),
+            dtype: dtype.clone(),
+            bytes: bytes.to_vec(),
+        };
+        Ok(named.get(&run.at).into_iter().flatten().map(column).collect())
+    }
+
+    /// The extra columns of consecutive runs.
+    ///
+    /// # Errors
+    /// Those of the log.
+    pub fn of_runs(&mut self, runs: &[Run]) -> Result<Extras> {
+        let (mut extras, mut offset) = (Extras::new(), 0);
+        for run in runs {
+            for Column { name, dtype, bytes } in self.of_run(run)? {
+                extras.entry(name).or_default().push(Extra { offset, len: run.len, dtype, bytes });
+            }
+            offset += run.len;
+        }
+        Ok(extras)
+    }
+
+    /// The extra columns of a trajectory: those of its runs, and those that scorers have added.
+    ///
+    /// # Errors
+    /// Those of the log; `Corrupt` also for an annotation that is none.
+    pub fn of_trajectory(&mut self, trajectory: &Trajectory) -> Result<Extras> {
+        if !trajectory.columns {
+            return Ok(Extras::new());
+        }
+        let (log, mut extras) = (self.log, self.of_runs(&trajectory.runs)?);
+        for Annotation { location, .. } in &trajectory.annotations {
+            let frame = log.frame(*location)?;
+            let damaged = |detail: String| log.corrupt(location.file, location.offset, detail);
+            let record = codec::decode(frame.kind(), frame.header()).map_err(damaged)?;
+            let Record::Annotate(annotate) = record else {
+                return Err(damaged("the record is no annotation".to_owned()));
+            };
+            for ((name, dtype), part) in annotate.columns.into_iter().zip(frame.parts()) {
+                let extra = Extra { offset: 0, len: trajectory.len, dtype, bytes: part.bytes.to_vec() };
+                extras.entry(name).or_default().push(extra);
+            }
+        }
+        Ok(extras)
+    }
+}
+
+/// The columns of the frame in which `run` lies.
+fn columns_of(log: &Log, run: &Run) -> Result<Named> {
+    let mut named = Named::new();
     if log.kind_at(run.file, run.frame)? == PACKED {
-        return Ok(Vec::new());
+        return Ok(named);
     }
     let frame = log.frame_at(run.file, run.frame)?;
     let damaged = |detail| log.corrupt(run.file, run.frame, detail);
     let record = codec::decode(frame.kind(), frame.header()).map_err(damaged)?;
-    let (Record::Append(items) | Record::Compact(items)) = record else { return Ok(Vec::new()) };
+    let (Record::Append(items) | Record::Compact(items)) = record else { return Ok(named) };
     let mut arrays = frame.parts();
     for item in items.into_iter().filter(|item| item.len > 0) {
         let main = arrays.next();
-        let columns = item.extra.into_iter().zip(arrays.by_ref());
-        let column =
-            |((name, dtype), part): ((String, String), Part<'_>)| Column { name, dtype, bytes: part.bytes.to_vec() };
-        let columns: Vec<Column> = columns.map(column).collect();
-        if main.is_some_and(|main| main.at == run.at) {
-            return Ok(columns);
+        let columns: Vec<_> = item.extra.into_iter().zip(arrays.by_ref()).collect();
+        if let Some(main) = main.filter(|_| !columns.is_empty()) {
+            let column = |((name, dtype), part): ((String, String), Part<'_>)| (name, dtype, frame.bytes_of(&part));
+            named.insert(main.at, columns.into_iter().map(column).collect());
         }
     }
-    Ok(Vec::new())
+    Ok(named)
 }
 
 /// Tokens of the history of a branch whose episode has these runs.
@@ -163,40 +232,4 @@ pub fn read_history(log: &Log, runs: &[Run], history: &[Stretch]) -> Result<Toke
         tokens.observed.extend_from_slice(&all.observed[from..to]);
     }
     Ok(tokens)
-}
-
-/// The extra columns of a trajectory: those of its runs, and those that scorers have added.
-///
-/// # Errors
-/// Those of the log; `Corrupt` also for an annotation that is none.
-pub fn read_all_extras(log: &Log, trajectory: &Trajectory) -> Result<Extras> {
-    let mut extras = read_extras(log, &trajectory.runs)?;
-    for Annotation { location, .. } in &trajectory.annotations {
-        let frame = log.frame(*location)?;
-        let damaged = |detail: String| log.corrupt(location.file, location.offset, detail);
-        let record = codec::decode(frame.kind(), frame.header()).map_err(damaged)?;
-        let Record::Annotate(annotate) = record else {
-            return Err(damaged("the record is no annotation".to_owned()));
-        };
-        for ((name, dtype), part) in annotate.columns.into_iter().zip(frame.parts()) {
-            let extra = Extra { offset: 0, len: trajectory.len, dtype, bytes: part.bytes.to_vec() };
-            extras.entry(name).or_default().push(extra);
-        }
-    }
-    Ok(extras)
-}
-
-/// The extra columns of consecutive runs.
-///
-/// # Errors
-/// Those of the log.
-pub fn read_extras(log: &Log, runs: &[Run]) -> Result<Extras> {
-    let (mut extras, mut offset) = (Extras::new(), 0);
-    for run in runs {
-        for Column { name, dtype, bytes } in read_columns(log, run)? {
-            extras.entry(name).or_default().push(Extra { offset, len: run.len, dtype, bytes });
-        }
-        offset += run.len;
-    }
-    Ok(extras)
 }

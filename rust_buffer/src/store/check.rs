@@ -11,6 +11,8 @@ use crate::{
     state::trajectory::{Run, Verdict, Version},
     store::index::Index,
     store::live::Live,
+    store::size,
+    store::snapshot::parts,
     store::{Store, conflict},
 };
 
@@ -24,6 +26,7 @@ pub fn check(store: &Store) -> Result<()> {
     check_claims(store)?;
     check_index(store)?;
     same("bytes that are needed, by file", store.live.bytes(), Live::of(&store.state).bytes())?;
+    check_snapshot(store)?;
     check_overdue(store)?;
     check_reservations(store)
 }
@@ -134,6 +137,17 @@ fn check_index(store: &Store) -> Result<()> {
         fresh.add(&store.state, *id, true)?;
     }
     same("index", index, fresh)
+}
+
+/// The room that is kept for a snapshot is enough.
+fn check_snapshot(store: &Store) -> Result<()> {
+    let (state, mut size) = (&store.state, 0);
+    for part in parts(state).1 {
+        size += part?.len() as u64;
+    }
+    let room = store.live.snapshot_bytes(state);
+    same("bytes of a snapshot at most", room, Live::of(state).snapshot_bytes(state))?;
+    same("bytes of a snapshot", size.max(size::BASE + room), size::BASE + room)
 }
 
 fn check_reservations(store: &Store) -> Result<()> {

@@ -158,7 +158,7 @@ impl Store {
         let end = self.window_end()?;
         for id in &self.index.ready {
             let group = self.state.group(*id)?;
-            if groups.len() == wanted || group.place(*id) >= end {
+            if groups.len() == wanted || end.is_some_and(|end| *id >= end) {
                 break;
             }
             let trainable = mask::is_trainable(&self.state, group, version, self.settings.max_staleness);
@@ -171,24 +171,31 @@ impl Store {
         Ok((groups, evicted))
     }
 
-    /// The place at which the window ends: it is anchored at the oldest untrained group.
+    /// The first group behind the window; None where it takes in all.
     ///
-    /// What it bounds, with P groups a claim, W places and lookahead L: no group is passed by more than W - 1 younger
-    /// ones, and while claims are full, what they train is at most L + ceil((W - 1) / P) iterations old, and as much more
-    /// as the weights of its worker were behind.
+    /// It is anchored at the oldest group that is not ready, the *anchor*, and has W places: the anchor's, those of the
+    /// groups that have passed it, and those of the next untrained ones. A group that is evicted has no place. With P
+    /// groups a claim and lookahead L it bounds: no group is passed by more than W - 1 younger ones, and while claims are
+    /// full, what they train is at most L + ceil((W - 1) / P) iterations old, and as much more as the weights of its
+    /// worker were behind.
     ///
-    /// Proof. Places follow the order of admission without a gap. Let g be at place c. While g is untrained, the oldest
-    /// untrained group is at most at c, so every claim takes places below c + W: of younger groups at most the W - 1
-    /// between. If claim j (from 1, each of P groups) takes g, the (j - 1)P groups of the earlier ones are of the c places
-    /// below g and the W - 1 above: (j - 1)P <= c + W - 1. When g was admitted, fewer than P(L + 1) groups were untrained
-    /// (`pmdflow.config.window`): of the c below it, more than c - P(L + 1) were trained, in i iterations: iP > c - P(L +
-    /// 1). So j - 1 - i < (W - 1) / P + L + 1, and nothing of g was generated before i iterations were trained. An
-    /// evicted group is one less on both sides.
-    fn window_end(&self) -> Result<u64> {
-        let Some((window, oldest)) = self.settings.window.zip(self.index.untrained.first()) else {
-            return Ok(u64::MAX);
-        };
-        Ok(self.state.group(*oldest)?.place(*oldest).saturating_add(window))
+    /// Proof. That a claim passes g is that it takes a younger group and leaves g. If it leaves a g that is older than the
+    /// anchor, g is ready, and as claims take what is ready oldest first, nothing younger is taken. Otherwise g is not
+    /// older than the anchor a: whatever passed g while it waited has passed a, which waited too and is older (`passed`
+    /// is that count), p(g) <= p(a). The claim takes at most W - 1 - p(a) groups that are younger than g, and afterwards
+    /// g is passed by at most W - 1.
+    ///
+    /// If claim j (from 1, each of P groups) takes g, before whose admission i claims were trained, the (j - 1 - i)P groups
+    /// of those between are older ones, which were untrained at the admission, fewer than P(L + 1) of them
+    /// (`pmdflow.config.window`), and at most W - 1 that passed g: (j - 1 - i)P <= P(L + 1) - 1 + W - 1, so j - 1 - i <= L +
+    /// ceil((W - 1) / P), and nothing of g was generated before i iterations were trained. An eviction makes the older
+    /// ones fewer, and whoever is admitted in its place is younger.
+    fn window_end(&self) -> Result<Option<u64>> {
+        let Some(window) = self.settings.window else { return Ok(None) };
+        let Some(anchor) = self.index.untrained.difference(&self.index.ready).next() else { return Ok(None) };
+        let left = window.saturating_sub(1).saturating_sub(self.state.group(*anchor)?.passed);
+        let behind = self.index.untrained.range((Excluded(*anchor), Unbounded));
+        Ok(behind.copied().nth(usize::try_from(left).unwrap_or(usize::MAX)))
     }
 
     /// Makes `version` the newest and `iteration`'s claim trained, but for what the learner left out of it.

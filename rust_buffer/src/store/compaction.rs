@@ -14,7 +14,7 @@ use crate::{
     state::record::{Annotate, Appended, Record},
     state::trajectory::{Run, Trajectory},
     store::Store,
-    store::arrays::{Column, read_columns, read_run},
+    store::arrays::{Column, ColumnReader, read_run},
     store::live::Live,
     wire::WHOLE,
 };
@@ -111,10 +111,12 @@ fn split(sources: impl Iterator<Item = Source>) -> Vec<Plan> {
 impl Plan {
     /// Reads it. What cannot be read stays where it is: whoever needs it is told.
     pub(crate) fn read(self, log: &Log) -> Copies {
-        let mut copies = Copies::default();
+        let (mut copies, mut columns) = (Copies::default(), ColumnReader::new(log));
         for source in self.0 {
             let _ = match source {
-                Source::Tokens(id, runs) => copied(log, id, runs).map(|copied| copies.tokens.push(copied)),
+                Source::Tokens(id, runs) => {
+                    copied(log, &mut columns, id, runs).map(|copied| copies.tokens.push(copied))
+                }
                 Source::Prompt(id, location) => log.frame(location).map(|frame| {
                     let arrays = frame.arrays().into_iter().map(<[u8]>::to_vec).collect();
                     copies.prompts.push((id, location, arrays));
@@ -250,10 +252,10 @@ impl Joined {
     }
 }
 
-fn copied(log: &Log, trajectory: u64, runs: Vec<Run>) -> Result<Copied> {
+fn copied(log: &Log, reader: &mut ColumnReader<'_>, trajectory: u64, runs: Vec<Run>) -> Result<Copied> {
     let mut joined: Vec<Joined> = Vec::new();
     for run in &runs {
-        let (bytes, columns) = (read_run(log, run)?, read_columns(log, run)?);
+        let (bytes, columns) = (read_run(log, run)?, reader.of_run(run)?);
         let (ids, logprobs) = bytes.split_at(4 * run.len as usize);
         if let Some(last) = joined.last_mut().filter(|last| last.takes(run, &columns)) {
             last.item.len += run.len;

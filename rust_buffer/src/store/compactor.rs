@@ -31,8 +31,14 @@ impl Shared {
         while let Ok(Some((work, pin))) = self.await_work() {
             match self.compact(work, pin).and_then(|()| self.remove_dead_files()) {
                 Ok(()) => {}
-                Err(error) if is_full(&error) && self.pause() => {}
-                Err(_) => return,
+                Err(error) if is_full(&error) => {
+                    if !self.pause() {
+                        return;
+                    }
+                }
+                Err(StoreError::Closed) => return,
+                // Nobody waits for this thread: without it the log would grow, and nobody would be told.
+                Err(error) => return drop(self.log().poison(error)),
             }
         }
     }
@@ -100,7 +106,12 @@ impl Shared {
             snapshot.write(self.log())?;
         }
         self.pins.wait();
-        self.log().remove_files(|number| dead.contains(&number)).map(drop)
+        if self.log().remove_files(|number| dead.contains(&number))? > 0 {
+            if let Ok(mut guarded) = self.lock() {
+                guarded.store.is_full = false;
+            }
+        }
+        Ok(())
     }
 }
 

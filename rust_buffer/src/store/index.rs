@@ -2,8 +2,8 @@
 //!
 //! Leases: evaluation first; then training trajectories that hold tokens, oldest group first; then those not started,
 //! highest priority first, then oldest group. Claims: a first-in first-out queue of groups with a window: of the ready
-//! ones the oldest, however many older ones are still being generated, as far as `Settings::window` reaches (the quota of
-//! untrained groups bounds it too).
+//! ones the oldest, however many older ones are still being generated, until one of those has been passed by as many as
+//! `Settings::window` allows (the quota of untrained groups bounds it too).
 
 mod queue;
 mod tails;

@@ -8,25 +8,23 @@ use crate::{
     state::record::{Appended, Record},
     state::trajectory::{Run, Trajectory, Verdict},
     state::{ClaimStatus, State},
+    store::size,
 };
 
 /// A file is emptied whatever the others hold, if so many times as much of it is dead or more.
 const WORTH: u64 = 16;
-
-/// Bytes in a snapshot of a group, of a trajectory, of a prompt or run, and of a rate of success or a request that is
-/// gone: about, and rather more than less.
-const GROUP_BYTES: u64 = 320;
-const TRAJECTORY_BYTES: u64 = 200;
-const PLACE_BYTES: u64 = 40;
-const KEY_BYTES: u64 = 20;
 
 /// What is derived from the state, kept up to date with each record.
 #[derive(Debug, Clone, Default)]
 pub struct Live {
     /// Bytes of prompts and tokens by log file.
     bytes: BTreeMap<u32, u64>,
-    /// Prompts and runs of tokens.
+    /// Prompts, runs of tokens and annotations.
     places: u64,
+    /// Bytes in a snapshot of what has no greatest size: texts, components of rewards, notes and forks.
+    said: u64,
+    /// Those of request ids of groups that are gone.
+    gone: u64,
     /// Complete trajectories whose tokens came in more than one append, and perhaps some that are gone.
     scattered: BTreeSet<u64>,
     /// Bytes became dead since somebody looked.
@@ -39,12 +37,15 @@ pub struct Live {
 pub(crate) struct Leaving {
     groups: Vec<u64>,
     trajectories: Vec<u64>,
+    /// What the record brings to `said`.
+    said: u64,
 }
 
 impl Live {
     /// That of a state.
     pub fn of(state: &State) -> Self {
-        let mut live = Self { released: true, ..Self::default() };
+        let (said, gone) = (size::of_names(state), size::of_gone(&state.counted_gone));
+        let mut live = Self { released: true, said, gone, ..Self::default() };
         for id in state.groups.keys() {
             live.add_group(state, *id);
         }
@@ -62,21 +63,9 @@ impl Live {
         self.bytes.values().sum()
     }
 
-    /// About the bytes of a snapshot of the state.
+    /// Bytes that a snapshot of the state has at most beside `size::BASE`, also after all that leads to an eviction.
     pub fn snapshot_bytes(&self, state: &State) -> u64 {
-        let (rates, gone) = (&state.successes, state.gone.len());
-        let keys = rates.rates.len() + rates.moved.len() + rates.evicted.len() + gone;
-        size(state.groups.len() as u64, state.trajectories.len() as u64, self.places) + KEY_BYTES * keys as u64
-    }
-
-    /// By how much that may grow with a record.
-    pub(crate) fn snapshot_growth(record: &Record) -> u64 {
-        match record {
-            Record::Admit(admit) => size(1, u64::from(admit.size), 1),
-            Record::Append(items) => size(0, 0, items.len() as u64),
-            Record::Annotate(annotate) => size(0, 0, 1) + annotate.scorer.len() as u64,
-            _ => 0,
-        }
+        size::snapshot(state, self.places, self.said + self.gone)
     }
 
     /// Whether there may be something to be done.
@@ -145,6 +134,7 @@ impl Live {
 
     fn add_group(&mut self, state: &State, id: u64) {
         places(state, id).for_each(|(file, bytes)| self.add(file, bytes));
+        self.said += state.groups.get(&id).map_or(0, |group| size::of_group(state, group));
     }
 
     /// Takes out what `record`, which `state` does not have yet, may move or remove.
@@ -152,16 +142,21 @@ impl Live {
         let (groups, trajectories) = moved_by(state, record);
         for id in &groups {
             places(state, *id).for_each(|(file, bytes)| self.subtract(file, bytes));
+            self.said -= state.groups.get(id).map_or(0, |group| size::of_group(state, group));
         }
         for (file, bytes) in trajectories.iter().filter_map(|id| state.trajectories.get(id)).flat_map(places_of) {
             self.subtract(file, bytes);
         }
-        Leaving { groups, trajectories }
+        Leaving { groups, trajectories, said: size::brought(state, record) }
     }
 
     /// Puts back what of it is still there, and adds what `record` has brought.
     pub(crate) fn put_back(&mut self, state: &State, record: &Record, placed: &Placed, leaving: &Leaving) {
         leaving.groups.iter().for_each(|id| self.add_group(state, *id));
+        self.said += leaving.said;
+        if !leaving.groups.is_empty() {
+            self.gone = size::of_gone(&state.counted_gone);
+        }
         let moved = leaving.trajectories.iter().filter_map(|id| state.trajectories.get(id));
         for (file, bytes) in moved.flat_map(places_of) {
             self.add(file, bytes);
@@ -181,10 +176,6 @@ impl Live {
             }
         }
     }
-}
-
-fn size(groups: u64, trajectories: u64, places: u64) -> u64 {
-    GROUP_BYTES * groups + TRAJECTORY_BYTES * trajectories + PLACE_BYTES * places
 }
 
 /// Groups and trajectories that `record` may move or remove.

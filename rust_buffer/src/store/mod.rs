@@ -29,6 +29,7 @@ mod repeats;
 pub mod rollout;
 mod scoring;
 pub mod shared;
+mod size;
 mod snapshot;
 #[cfg(test)]
 mod tests;
@@ -71,7 +72,7 @@ pub struct Settings {
     /// Greatest staleness of a trained token; None is unbounded.
     pub max_staleness: Option<u32>,
     pub segment_loss: SegmentLoss,
-    /// Places, from that of the oldest untrained group on, out of which groups are claimed; None: all.
+    /// A group is passed by fewer younger ones than this; None: by any number.
     pub window: Option<u64>,
     /// Training groups without it are evicted as soon as all their rewards are there; None: none is.
     pub signal: Option<Signal>,
@@ -147,7 +148,7 @@ pub struct Store {
     pub(crate) no_signal: u64,
     /// Whether what was ready at opening has been judged.
     pub(crate) is_judged: bool,
-    /// Whether the disk had no room for the last record with arrays: then each file that can go counts.
+    /// Whether the disk had no room for a record since files were last deleted: then each one that can go counts.
     pub(crate) is_full: bool,
     /// Those of which a claim was told.
     pub(crate) no_signal_told: u64,
@@ -294,9 +295,7 @@ impl Store {
     pub(crate) fn record(&mut self, record: &Record, arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
         let header = codec::encode(record)?;
         let written = self.log_record(record, &header, arrays);
-        if arrays.end() > 0 || written.is_err() {
-            self.is_full = matches!(written, Err(StoreError::NoSpace { .. }));
-        }
+        self.is_full |= matches!(written, Err(StoreError::NoSpace { .. }));
         let (lsn, location) = written?;
         let placed = Placed { location, lsn, arrays: arrays.places(header.len()) };
         // The log has it already: whatever came after it would be decided on another state than replay has.
@@ -308,8 +307,9 @@ impl Store {
     }
 
     fn log_record(&self, record: &Record, header: &[u8], arrays: &Arrays<'_>) -> Result<(Lsn, Location)> {
-        let snapshot = self.live.snapshot_bytes(&self.state) + Live::snapshot_growth(record);
-        if arrays.end() > 0 && !self.log.has_room(snapshot) {
+        let growth = size::growth(&self.state, record);
+        let snapshot = size::BASE + self.live.snapshot_bytes(&self.state) + growth;
+        if (arrays.end() > 0 || growth > 0) && !self.log.has_room(snapshot) {
             // Taken now, it could not be evicted later.
             return Err(StoreError::NoSpace { path: self.log.snapshot_path(), bytes: snapshot });
         }

@@ -12,7 +12,7 @@ use crate::{
     state::group::{Group, Kind},
     state::trajectory::{Trajectory, Verdict, Version},
     state::turn::Turn,
-    store::arrays::{Extras, StoredPrompt, Tokens, read_all_extras, read_history, read_prompt, read_runs},
+    store::arrays::{ColumnReader, Extras, StoredPrompt, Tokens, read_history, read_prompt, read_runs},
     store::claim_view::{ClaimView, Columns, Rows, Segments},
     store::rollout::Granted,
     store::shared::{Clock, Shared},
@@ -167,9 +167,9 @@ impl Shared {
             Ok(ids.map(|ids| (ids, self.pins.pin())))
         })?;
         let Some((_, (ids, _pin))) = waiting else { return Ok(Vec::new()) };
-        let mut views = Vec::new();
+        let (mut views, mut columns) = (Vec::new(), ColumnReader::new(self.log()));
         for id in ids {
-            match self.trajectory(id) {
+            match self.read_trajectory(id, &mut columns) {
                 Ok(view) => views.push(view),
                 Err(_) if self.query(|store| Ok(!store.state().trajectories.contains_key(&id)))? => {}
                 Err(error) => return Err(error),
@@ -196,20 +196,25 @@ impl Shared {
         Ok((views, next))
     }
 
-    /// One live trajectory.
+    /// Live trajectories.
     ///
     /// # Errors
-    /// `Conflict` when it is not there, those of the log, or `Closed`.
-    pub fn trajectory(&self, id: u64) -> Result<TrajectoryView> {
+    /// `Conflict` when one is not there, those of the log, or `Closed`.
+    pub fn trajectories(&self, ids: &[u64]) -> Result<Vec<TrajectoryView>> {
+        let mut columns = ColumnReader::new(self.log());
+        ids.iter().map(|id| self.read_trajectory(*id, &mut columns)).collect()
+    }
+
+    fn read_trajectory(&self, id: u64, columns: &mut ColumnReader<'_>) -> Result<TrajectoryView> {
         let _pin = self.pins.pin();
         let (trajectory, group, state, (reward, components), forks, turns) = self.query(|store| {
             let (id, trajectory, group) = with_group(store.state(), id)?;
             let (state, verdict) = (store.state_of(id, &trajectory), verdict(store.state(), &trajectory));
             Ok((trajectory, group, state, verdict, store.state().forks(id).to_vec(), store.state().turns(id).to_vec()))
         })?;
-        let read = || {
+        let mut read = || {
             let prompt = read_prompt(self.log(), group.location)?;
-            Ok((prompt, read_runs(self.log(), &trajectory.runs)?, read_all_extras(self.log(), &trajectory)?))
+            Ok((prompt, read_runs(self.log(), &trajectory.runs)?, columns.of_trajectory(&trajectory)?))
         };
         let gone = || StoreError::Conflict(format!("trajectory {id} was evicted while it was read"));
         let (prompt, tokens, extras) = self.unless_gone(id, read())?.ok_or_else(gone)?;

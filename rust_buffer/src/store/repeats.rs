@@ -7,7 +7,7 @@ use crate::{
     log::Entry,
     state::trajectory::{Trajectory, Version},
     store::Store,
-    store::arrays::{Extra, read_extras, read_run},
+    store::arrays::{ColumnReader, Extra, Extras, read_run},
     wire::Item,
 };
 
@@ -88,7 +88,8 @@ impl Store {
     /// Whether the tokens of `item` before `until` are those of the trajectory: durable ones, and those of `earlier`
     /// items of the same batch.
     pub(super) fn holds(
-        &self, trajectory: &Trajectory, earlier: &[&Item<'_>], item: &Item<'_>, payload: &[u8], until: u32,
+        &self, trajectory: &Trajectory, earlier: &[&Item<'_>], item: &Item<'_>, until: u32,
+        (payload, columns): (&[u8], &mut ColumnReader<'_>),
     ) -> Result<bool> {
         let sent = Piece::sent(item, payload);
         let mut start = 0;
@@ -96,7 +97,8 @@ impl Store {
             if start < until.min(sent.end()) && start + run.len > sent.start {
                 let (bytes, len, version) = (read_run(&self.log, run)?, run.len, run.version);
                 let (temperature, observed) = (run.temperature, run.observed);
-                let extras = read_extras(&self.log, std::slice::from_ref(run))?;
+                let one = std::slice::from_ref(run);
+                let extras = if trajectory.columns { columns.of_runs(one)? } else { Extras::new() };
                 let columns = columns_stored(&extras, start);
                 let stored = Piece { start, len, version, temperature, observed, bytes: &bytes, columns };
                 if !stored.agrees(&sent, until) {

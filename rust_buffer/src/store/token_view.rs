@@ -11,7 +11,7 @@ use crate::{
     state::fork::{self, Branch, Fork, Part},
     state::group::Group,
     state::trajectory::Trajectory,
-    store::arrays::{Extra, Extras, check_run, read_all_extras, read_prompt_tokens, run_bytes},
+    store::arrays::{ColumnReader, Extra, Extras, check_run, read_prompt_tokens, run_bytes},
     wire::WHOLE,
 };
 
@@ -171,9 +171,9 @@ impl TokenView {
     /// # Errors
     /// `Conflict` when one of them is not in the store; those of the log.
     pub fn extras(&self, log: &Log) -> Result<Vec<Extras>> {
+        let mut reader = ColumnReader::new(log);
         let columns = |source: Source<'_>| {
-            let trajectory = source.trajectory;
-            let extras = if trajectory.columns { read_all_extras(log, trajectory)? } else { Extras::new() };
+            let extras = reader.of_trajectory(source.trajectory)?;
             let ((from, to), len) = (source.branch.own(), source.branch.len());
             let own = |mut extra: Extra| {
                 if extra.dtype.starts_with(WHOLE) {

@@ -1,6 +1,6 @@
 //! Scorers, as the model expects them.
 
-use _rust_buffer::{log::Log, state::trajectory::Trajectory, store::arrays};
+use _rust_buffer::{log::Log, state::trajectory::Trajectory, store::arrays::ColumnReader};
 
 use crate::Model;
 
@@ -11,7 +11,7 @@ fn columns(id: u64, len: u32) -> (Vec<u8>, [u8; 4]) {
 
 /// Reads what every scorer has added to a trajectory.
 pub fn check(log: &Log, id: u64, trajectory: &Trajectory) {
-    let extras = arrays::read_all_extras(log, trajectory).unwrap();
+    let extras = ColumnReader::new(log).of_trajectory(trajectory).unwrap();
     let (tokens, whole) = columns(id, trajectory.len);
     for known in &trajectory.annotations {
         let of = |name: &str| extras[&format!("{}-{name}", known.scorer)][0].clone();
