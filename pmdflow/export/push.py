@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 
 import httpx2
@@ -11,6 +13,13 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from pmdflow.errors import PmdflowError
+from pmdflow.export.files import TOKENIZER_FILES
+
+MODEL_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_*", "config.json",
+    "generation_config.json", *TOKENIZER_FILES,
+)  # fmt: skip
+"""What a model is loaded from: any of it that an earlier one left beside the new one would be loaded too, or instead."""
 
 
 def require_account(repository: str) -> None:
@@ -28,6 +37,8 @@ def require_account(repository: str) -> None:
 def push(folder: Path, repository: str, *, message: str) -> str:
     """Upload a folder in one commit to the model `repository`, which is made private where there is none yet.
 
+    `MODEL_FILES` of an earlier model go in the same commit; those in folders of the repository stay.
+
     Returns:
         The address of the commit.
 
@@ -37,8 +48,15 @@ def push(folder: Path, repository: str, *, message: str) -> str:
     with _named(repository):
         api = HfApi()
         api.create_repo(repository, private=True, exist_ok=True)
-        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+        earlier = [name for name in api.list_repo_files(repository) if _is_of_model(name)]
+        commit = api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message=message, delete_patterns=[*map(escape, earlier)]
+        )
         return str(commit.commit_url)
+
+
+def _is_of_model(name: str) -> bool:
+    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in MODEL_FILES)
 
 
 @contextmanager

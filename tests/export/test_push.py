@@ -52,6 +52,19 @@ def test_a_failed_upload_is_one_line_and_the_folder_stays(run: Path, tmp_path: P
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+def test_nothing_of_an_earlier_model_is_left_to_be_loaded_and_what_is_no_model_stays(run: Path, tmp_path: Path) -> None:
+    kept = {name: b"mine" for name in ("NOTES.md", "gguf/model.safetensors", "onnx/config.json", ".gitattributes")}
+    earlier = ("adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "chat_template.jinja")
+    shards = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json")
+    with HubUploads(tmp_path / "home") as hub:
+        hub.repositories["me/sums"] = {**kept, **dict.fromkeys((*earlier, *shards, "model.safetensors"), b"old")}
+        done = export(run, tmp_path / "out", "--push", "me/sums", **hub.environment)
+        assert done.returncode == 0, done.stderr
+        written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        assert hub.repositories["me/sums"] == {**kept, **written}
+        assert sum("/commit/" in line for line in hub.asked) == 1
+
+
 @pytest.mark.parametrize(
     ("repository", "environment", "message"),
     [
