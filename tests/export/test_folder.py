@@ -19,7 +19,7 @@ from pmdflow.export.folder import new_folder
 from pmdflow.export.held import HeldCheckpoint
 from pmdflow.export.options import ExportOptions
 from pmdflow.export.write import export
-from pmdflow.learner.checkpoint.manifest import Manifest, commit_checkpoint, prune
+from pmdflow.learner.checkpoint.manifest import Manifest, commit_checkpoint, manifests, newest_manifest, prune
 from tests.support.checkpoint_files import written
 from tests.support.paths import ROOT
 from tests.support.trained_run import MIB, TrainedRun, synthetic_run
@@ -122,6 +122,35 @@ def test_a_checkpoint_that_is_pruned_while_it_is_held_is_read_to_its_end(tmp_pat
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     with pytest.raises(PmdflowError, match="kept iterations: 2"):
         HeldCheckpoint.of(run.path, 1)
+
+
+def test_a_damaged_checkpoint_is_passed_over_or_refused_by_name(small: Path, tmp_path: Path) -> None:
+    root, first = tmp_path / "checkpoints", small / "checkpoints" / "iteration-000001"
+    for number in (1, 2, 3):
+        manifest = Manifest.new(root, iteration=number, version=number, lsn=0)
+        shutil.copytree(first, manifest.writing)
+        commit_checkpoint(root, manifest, written(manifest.writing))
+    newest = [max(manifest.directory.iterdir(), key=lambda path: path.stat().st_size) for manifest in manifests(root)]
+    flip(newest[2])
+    newest[1].unlink()
+    with HeldCheckpoint.of(tmp_path) as held:
+        assert held.manifest == newest_manifest(root) and held.manifest.iteration == 1
+    with pytest.raises(PmdflowError, match=r"checkpoint of iteration 3 is damaged: .*iteration-000003.* other bytes"):
+        HeldCheckpoint.of(tmp_path, 3)
+    with pytest.raises(PmdflowError, match=r"checkpoint of iteration 2 is damaged: .*iteration-000002"):
+        HeldCheckpoint.of(tmp_path, 2)
+    newest[0].write_bytes(b"short")
+    with pytest.raises(PmdflowError, match=r"none of its checkpoints \(iterations 1, 2, 3\) is whole: .*000003"):
+        HeldCheckpoint.of(tmp_path)
+    shutil.rmtree(root)
+    with pytest.raises(PmdflowError, match="has no checkpoint yet"):
+        HeldCheckpoint.of(tmp_path)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    path.write_bytes(content)
 
 
 def test_the_newest_checkpoint_is_found_whole_however_fast_they_are_pruned(small: Path, tmp_path: Path) -> None:
