@@ -2,8 +2,8 @@
 
 What it answers was found by running huggingface_hub 2.4.0 (`create_repo`, `upload_folder`, HF_HUB_DISABLE_XET=1)
 against a server that wrote down what was asked: who the token is, whether the repository exists, its creation, the list
-of its files, a check of the model card's metadata, how each file is to be uploaded, one LFS batch, a PUT and a check for
-each large file, one commit, which may also delete files.
+of its files, a check of the model card's metadata, how each file is to be uploaded, one LFS batch, a PUT and a check
+for each large file, one commit, which may also delete files.
 """
 
 from __future__ import annotations
