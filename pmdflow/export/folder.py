@@ -20,43 +20,75 @@ from pmdflow import durable
 from pmdflow.errors import PmdflowError
 from pmdflow.export.weights import INDEX, Named
 
+_PARTIAL = ".pmdflow-partial"
+_LAST = ("config.json", "adapter_config.json")
+"""Without these nothing loads a folder."""
+
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Fill a folder beside `out`; when the context is left without an error it is synced and renamed to `out`.
+    """Fill a hidden folder; when the context is left without an error it is synced and takes the place of `out`.
 
-    What a crash leaves of it is called `OUT.partial`, and the next export to `out` takes it away.
+    It lies beside `out` and is renamed to it. Where `out` is there and empty, it may be a mount or somebody's working
+    directory, which nobody can replace: then it lies inside, and its files are renamed. An error takes it away; what a
+    crash leaves of it, the next export to `out`.
 
     Raises:
-        PmdflowError: `out` holds something, is no folder, or is being written by another process.
+        PmdflowError: `out` holds something, is no folder, or is being written by another process; or the disk refuses.
     """
-    out = out.absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PmdflowError(f"{out} exists and is not an empty folder", hint="choose another or remove it")
-    aside = out.with_name(out.name + ".partial")
-    aside.mkdir(parents=True, exist_ok=True)
-    lock = os.open(aside, os.O_RDONLY)
+    try:
+        out = out.resolve()
+        inside = out.is_dir()
+        aside = out / _PARTIAL if inside else out.with_name(f".{out.name}{_PARTIAL}")
+        _require_empty(out, aside)
+        aside.mkdir(parents=True, exist_ok=True)
+        with _locked(aside):
+            _require_empty(out, aside)  # another export may have been about to end
+            _empty(aside)
+            try:
+                yield aside
+                durable.sync_tree(aside)
+                if inside:
+                    _move_files(aside, out)
+                else:
+                    durable.rename(aside, out)
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
+    except OSError as error:
+        raise PmdflowError(
+            f"{error.filename or out}: {error.strerror or error}", hint="mend that, or choose another folder"
+        ) from error
+
+
+def _require_empty(out: Path, aside: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(path != aside for path in out.iterdir())):
+        raise PmdflowError(f"{out} exists and is not an empty folder", hint="choose another, or remove what is there")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise PmdflowError(
-                f"another export is writing {aside}", hint="wait for it or choose another folder"
+                f"another export is writing {folder}", hint="wait for it or choose another folder"
             ) from error
-        _empty(aside)
-        try:
-            yield aside
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-        durable.sync_tree(aside)
-        durable.rename(aside, out)
-    except OSError as error:
-        raise PmdflowError(
-            f"{error.filename or aside}: {error.strerror or error}", hint="mend that, or choose another folder"
-        ) from error
+        yield
     finally:
         os.close(lock)
+
+
+def _move_files(aside: Path, out: Path) -> None:
+    """Rename what `aside` holds into `out`; what makes it a model comes last, when the rest is on disk."""
+    for last in (False, True):
+        for path in sorted(aside.iterdir()):
+            if (path.name in _LAST) == last:
+                path.rename(out / path.name)
+        durable.sync(out)
+    aside.rmdir()
 
 
 def write_shards(folder: Path, tensors: Iterable[Named], stored: Mapping[str, Tensor], *, shard_bytes: int) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self, cast
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
 
 from pmdflow.errors import PmdflowError
-from pmdflow.learner.checkpoint.manifest import Manifest, manifest_at, newest_manifest
+from pmdflow.learner.checkpoint.manifest import Manifest, checksum, manifest_at, manifests
 from pmdflow.learner.checkpoint.weights import policy_entries, read_policy
 
 _LOOKS = 10
@@ -33,23 +33,23 @@ class HeldCheckpoint:
     """
 
     def __init__(self, manifest: Manifest) -> None:
-        """Open every file of `manifest`.
+        """Open every file of `manifest` and read it once, to sum it.
 
         Raises:
-            FileNotFoundError: it was pruned meanwhile.
-            PmdflowError: a file is not as long as the manifest says.
+            OSError: a file cannot be read, or was pruned meanwhile.
+            PmdflowError: a file does not hold what the manifest says.
         """
         self.manifest = manifest
         with ExitStack() as opening:
-            files: dict[str, BinaryIO] = {}
-            for file in manifest.files:
-                path = manifest.directory / file.path
-                files[file.path] = opening.enter_context(open(path, "rb"))
-                size = os.fstat(files[file.path].fileno()).st_size
+            files = {
+                file.path: opening.enter_context(open(manifest.directory / file.path, "rb")) for file in manifest.files
+            }
+            for file in manifest.files:  # when all are held: summing takes long
+                path, size = manifest.directory / file.path, os.fstat(files[file.path].fileno()).st_size
                 if size != file.size:
-                    raise PmdflowError(
-                        f"{path} has {size} bytes, its manifest says {file.size}: the checkpoint is damaged"
-                    )
+                    raise PmdflowError(f"{path} has {size} bytes, its manifest says {file.size}")
+                if checksum(files[file.path]) != file.crc32:
+                    raise PmdflowError(f"{path} has other bytes than were written (its manifest has their checksum)")
             self._open = opening.pop_all()
         self._reader = FileSystemReader(manifest.directory)
         self._reader.fs = _OpenFiles(files)
@@ -57,20 +57,27 @@ class HeldCheckpoint:
 
     @classmethod
     def of(cls, run: Path, iteration: int | None = None) -> HeldCheckpoint:
-        """Hold the checkpoint of `iteration`, or the newest one.
+        """Hold the checkpoint of `iteration`, or the newest one that is whole.
 
         Raises:
-            PmdflowError: the run has no such checkpoint; the message lists those that it keeps.
+            PmdflowError: the run has no such checkpoint, and the message lists those that it keeps; or it is damaged.
         """
         root = run / "checkpoints"
         for _ in range(_LOOKS):
-            if iteration is not None:
-                manifest: Manifest | None = manifest_at(root, iteration)
-            else:
-                manifest = newest_manifest(root, checksums=False)
-            if manifest is not None:
-                with suppress(FileNotFoundError):
+            known = [manifest for manifest in manifests(root) if iteration in (None, manifest.iteration)]
+            if iteration is not None and not known:
+                known = [manifest_at(root, iteration)]  # says which there are
+            problems: list[str] = []
+            for manifest in reversed(known):
+                try:
                     return cls(manifest)
+                except (OSError, PmdflowError) as error:
+                    problems.append(str(error))
+                if manifest not in manifests(root):
+                    break  # pruned, or written again
+            else:
+                if known:
+                    raise _damaged(run, known, problems[0])
             time.sleep(_PAUSE_S)
         raise PmdflowError(f"{run} has no checkpoint yet", hint="wait for one (learner.checkpoint_every)")
 
@@ -92,6 +99,15 @@ class HeldCheckpoint:
     ) -> None:
         """Let go of the files."""
         self._open.close()
+
+
+def _damaged(run: Path, checkpoints: Sequence[Manifest], problem: str) -> PmdflowError:
+    numbers = ", ".join(str(manifest.iteration) for manifest in checkpoints)
+    if len(checkpoints) > 1:
+        what = f"none of its checkpoints (iterations {numbers}) is whole"
+    else:
+        what = f"its checkpoint of iteration {numbers} is damaged"
+    return PmdflowError(f"{run}: {what}: {problem}", hint="bring the files back from a copy, or take another iteration")
 
 
 class _OpenFiles(FileSystem):

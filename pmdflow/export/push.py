@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 
 import httpx2
@@ -11,6 +14,13 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from pmdflow.errors import PmdflowError
+from pmdflow.export.files import TOKENIZER_FILES
+
+MODEL_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_*", "config.json",
+    "generation_config.json", *TOKENIZER_FILES,
+)  # fmt: skip
+"""What a model is loaded from: what an earlier one left of it would be loaded with the new one, or instead."""
 
 
 def require_account(repository: str) -> None:
@@ -28,21 +38,33 @@ def require_account(repository: str) -> None:
 def push(folder: Path, repository: str, *, message: str) -> str:
     """Upload a folder in one commit to the model `repository`, which is made private where there is none yet.
 
+    `MODEL_FILES` of an earlier model go in the same commit; those in folders of the repository stay.
+
     Returns:
         The address of the commit.
 
     Raises:
-        PmdflowError: it could not be uploaded; the folder is left as it is.
+        PmdflowError: it could not be uploaded; the folder is left as it is, and the hint has the command that goes on.
     """
-    with _named(repository):
-        api = HfApi()
+    api = HfApi()
+    with _named(repository, then=f"; then remove {folder} and export again"):
         api.create_repo(repository, private=True, exist_ok=True)
-        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+        earlier = [escape(name) for name in api.list_repo_files(repository) if _is_of_model(name)]
+    delete = [word for pattern in earlier for word in ("--delete", pattern)]
+    command = shlex.join(["hf", "upload", repository, str(folder), ".", "--private", *delete])
+    with _named(repository, then=f"; then `{command}` goes on"):
+        commit = api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message=message, delete_patterns=earlier
+        )
         return str(commit.commit_url)
 
 
+def _is_of_model(name: str) -> bool:
+    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in MODEL_FILES)
+
+
 @contextmanager
-def _named(repository: str) -> Iterator[None]:
+def _named(repository: str, *, then: str = "") -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
@@ -55,7 +77,7 @@ def _named(repository: str) -> Iterator[None]:
         cause = f": {_line(error.__cause__)}" if isinstance(error, RuntimeError) and error.__cause__ else ""
         raise PmdflowError(
             f"--push {repository}: {_line(error)}{cause}",
-            hint="check HF_ENDPOINT, the network, and that HF_TOKEN may write there",
+            hint=f"check HF_ENDPOINT, the network, and that HF_TOKEN may write there{then}",
         ) from error
 
 

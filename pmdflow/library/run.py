@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import chain
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from pmdflow.config.load import load_run
 from pmdflow.config.schema import Config
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pmdflow.export.options import Dtype
+
+Kind = Literal["iteration", "eval", "sample"]
+"""Of a run's records."""
 
 
 def open_run(path: str | PathLike[str]) -> Run:
@@ -60,9 +63,7 @@ class Run:
         """Whether somebody trains it."""
         return RunDirectory.is_live(self.path)
 
-    def metrics(
-        self, kind: Literal["iteration", "eval", "sample"] = "iteration", *, eval_set: str | None = None
-    ) -> list[Record]:
+    def metrics(self, kind: Kind = "iteration", *, eval_set: str | None = None) -> list[Record]:
         """Its records by the keys of METRICS.md, oldest first; what a resume trained again is there once.
 
         Args:
@@ -70,8 +71,10 @@ class Run:
             eval_set: One of `eval.sets`; None is the held-out prompts of `data`.
 
         Raises:
-            PmdflowError: the run has no such evaluation set.
+            PmdflowError: there is no such kind, or the run has no such evaluation set.
         """
+        if kind not in get_args(Kind):
+            raise PmdflowError(f"there are no records of kind {kind!r}", hint=f"kinds are {', '.join(get_args(Kind))}")
         if eval_set is not None and eval_set not in self.config.eval.sets:
             names = ", ".join(self.config.eval.sets) or "none"
             raise PmdflowError(f"{self.path} has no evaluation set {eval_set!r}", hint=f"there is {names}")

@@ -169,8 +169,9 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(whole: TrainedRun, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_says_what_it_wrote(whole: TrainedRun, tmp_path: Path) -> None:
-    arguments = ["export", str(whole.path), str(tmp_path / "out"), "--iteration", "2"]
+def test_the_command_says_what_it_wrote(whole: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["export", str(whole.path), ".", "--iteration", "2"]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0
-    assert "weights of iteration 2 (version 2) in float32" in done.output
+    assert f"weights of iteration 2 (version 2) in float32, {len(list(tmp_path.iterdir()))} files" in done.output

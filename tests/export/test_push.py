@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from http import HTTPStatus
@@ -42,14 +43,35 @@ def test_the_whole_folder_is_one_commit_of_a_private_repository(run: Path, tmp_p
         assert all(TOKEN.encode() not in content for content in written.values())
 
 
-def test_a_failed_upload_is_one_line_and_the_folder_stays(run: Path, tmp_path: Path) -> None:
+def test_a_failed_upload_names_the_command_that_goes_on(run: Path, tmp_path: Path) -> None:
     with HubUploads(tmp_path / "home") as hub:
+        hub.repositories["me/sums"] = {"adapter_config.json": b"old"}
         hub.broken = HTTPStatus.FORBIDDEN
         done = export(run, tmp_path / "out", "--push", "me/sums", **hub.environment)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: --push me/sums: ") and "\n\nhint: check HF_ENDPOINT" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert (tmp_path / "out" / "model.safetensors").is_file()
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: --push me/sums: ") and "\n\nhint: check HF_ENDPOINT" in done.stderr
+        assert "Traceback" not in done.stderr
+        hub.broken = None
+        program, *arguments = shlex.split(done.stderr.split("`")[1])
+        subprocess.run(
+            [str(Path(sys.executable).with_name(program)), *arguments],
+            env={**os.environ, **hub.environment}, check=True, capture_output=True, timeout=100,
+        )  # fmt: skip
+        written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        assert "model.safetensors" in written and hub.repositories == {"me/sums": written}
+
+
+def test_nothing_of_an_earlier_model_is_left_to_be_loaded_and_what_is_no_model_stays(run: Path, tmp_path: Path) -> None:
+    kept = dict.fromkeys(("NOTES.md", "gguf/model.safetensors", "onnx/config.json", ".gitattributes"), b"mine")
+    earlier = ("adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "chat_template.jinja")
+    shards = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json")
+    with HubUploads(tmp_path / "home") as hub:
+        hub.repositories["me/sums"] = {**kept, **dict.fromkeys((*earlier, *shards, "model.safetensors"), b"old")}
+        done = export(run, tmp_path / "out", "--push", "me/sums", **hub.environment)
+        assert done.returncode == 0, done.stderr
+        written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        assert hub.repositories["me/sums"] == {**kept, **written}
+        assert sum("/commit/" in line for line in hub.asked) == 1
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,8 @@ def test_metrics_are_the_records_of_the_run(trained: Path) -> None:
     assert run.metrics() == [record for record in written if record["kind"] == "iteration"]
     assert run.metrics("eval") == [record for record in written if record["kind"] == "eval"]
     assert run.metrics("sample") == []
+    with pytest.raises(PmdflowError, match=r"(?s)kind 'iterations'.*iteration, eval, sample"):
+        run.metrics("iterations")  # type: ignore[arg-type]
     with pytest.raises(PmdflowError, match="has no evaluation set 'sums'"):
         run.metrics("eval", eval_set="sums")
     assert run.config.learner.lr == 1e-2 and not run.is_live

@@ -1,9 +1,9 @@
 """A Hub on loopback that takes the uploads of the real huggingface_hub client.
 
 What it answers was found by running huggingface_hub 2.4.0 (`create_repo`, `upload_folder`, HF_HUB_DISABLE_XET=1)
-against a server that wrote down what was asked: who the token is, whether the repository exists, its creation, a check
-of the model card's metadata, how each file is to be uploaded, one LFS batch, a PUT and a check for each large file, one
-commit.
+against a server that wrote down what was asked: who the token is, whether the repository exists, its creation, the list
+of its files, a check of the model card's metadata, how each file is to be uploaded, one LFS batch, a PUT and a check
+for each large file, one commit, which may also delete files.
 """
 
 from __future__ import annotations
@@ -77,11 +77,17 @@ class HubUploads:
                 "transfer": "basic",
                 "objects": [self._action(o) for o in json.loads(body)["objects"]],
             }
-        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(preupload|commit)/main)?", path)
+        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(preupload|commit|tree)/main)?", path.partition("?")[0])
         if match is None or match[1] not in self.repositories:
             return HTTPStatus.NOT_FOUND, {"error": "Repository not found"}
         if match[2] == "preupload":
             return HTTPStatus.OK, {"files": [_how(file["path"]) for file in json.loads(body)["files"]]}
+        if match[2] == "tree":
+            files = self.repositories[match[1]].items()
+            return HTTPStatus.OK, [
+                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                for name, content in files
+            ]
         if match[2] == "commit":
             return self._commit(match[1], body)
         return HTTPStatus.OK, {"_id": "0" * 24, "id": match[1], "sha": "0" * 40}
@@ -121,6 +127,8 @@ class HubUploads:
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.blobs[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
         oid = hashlib.sha1(body).hexdigest()
         return HTTPStatus.OK, {"commitUrl": f"{self.address}/{name}/commit/{oid}", "commitOid": oid, "success": True}
 

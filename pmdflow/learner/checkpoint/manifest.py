@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pmdflow import durable
 from pmdflow.errors import PmdflowError
@@ -123,14 +123,14 @@ def commit_checkpoint(root: Path, manifest: Manifest, files: Iterable[Checkpoint
     return committed
 
 
-def newest_manifest(root: Path, *, checksums: bool = True, before: int | None = None) -> Manifest | None:
+def newest_manifest(root: Path, *, before: int | None = None) -> Manifest | None:
     """The newest checkpoint whose files all have the recorded size and checksum, or None.
 
-    With `checksums` every byte of it is read; beside a run that prunes it, it may be gone before that is done. With
-    `before` it is of an earlier version.
+    Every byte of it is read; beside a run that prunes it, it may be gone before that is done. With `before` it is of an
+    earlier version.
     """
     known = [found for found in reversed(manifests(root)) if before is None or found.version < before]
-    return next((found for found in known if _intact(found, checksums=checksums)), None)
+    return next((found for found in known if _intact(found, checksums=True)), None)
 
 
 def oldest_manifest(root: Path) -> Manifest | None:
@@ -187,6 +187,14 @@ def manifests(root: Path) -> list[Manifest]:
     return sorted(found, key=lambda manifest: manifest.iteration)
 
 
+def checksum(file: BinaryIO) -> int:
+    """The CRC-32 of what `file` holds from where it stands to its end."""
+    value = 0
+    while chunk := file.read(_READ_BYTES):
+        value = zlib.crc32(chunk, value)
+    return value
+
+
 def _to_json(manifest: Manifest) -> dict[str, Any]:
     values = asdict(manifest)
     del values["root"]
@@ -209,8 +217,12 @@ def _intact(manifest: Manifest, *, checksums: bool) -> bool:
     try:
         for file in manifest.files:
             path = manifest.directory / file.path
-            if path.stat().st_size != file.size or (checksums and _checksum(path) != file.crc32):
+            if path.stat().st_size != file.size:
                 return False
+            if checksums:
+                with path.open("rb") as content:
+                    if checksum(content) != file.crc32:
+                        return False
     except OSError:
         return False
     return bool(manifest.files)
@@ -240,11 +252,3 @@ def _require_written(directory: Path, files: Iterable[CheckpointFile]) -> None:
         else:
             continue
         raise PmdflowError(f"{directory} holds {problem}", hint="all machines of the run must see one run.dir")
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_READ_BYTES):
-            value = zlib.crc32(chunk, value)
-    return value
