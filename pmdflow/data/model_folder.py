@@ -77,6 +77,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
         elif path.suffix == ".safetensors":
             header = json.dumps(read_header(path), sort_keys=True)
             found[path.name] = hashlib.sha256(f"{path.stat().st_size} {header}".encode()).hexdigest()
+        if path.suffix in (".safetensors", ".bin"):
             found[f"{path.name}{SAMPLES}"] = _sample(path)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,22 +11,20 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pmdflow import durable
+from pmdflow.data.inputs import MERGED_FROM, Inputs
 
 
-def merge_adapter(adapter: Path, *, base: Path, out: Path) -> None:
-    """Write the base model with the adapter's update as a Hugging Face folder; nothing is there until it is whole.
+def merge_adapter(inputs: Inputs) -> None:
+    """Write the folder at `config.model.path`: the base model with the adapter's update; it is there when it is whole.
 
     The update is added in the base's own type, as every program that merges does: the merged model is the policy that
-    training begins with, in engine and learner alike.
-
-    Args:
-        adapter: Folder in PEFT's format.
-        base: Folder of the model that it was trained on.
-        out: Where the merged model goes; its parent exists.
+    training begins with, in engine and learner alike. A folder of the same name is replaced.
 
     Raises:
         ValueError: PEFT is not installed or cannot read the adapter, or the base has no place for some of it.
     """
+    adapter, base, out = inputs.adapter, inputs.base, Path(inputs.config.model.path)
+    assert adapter is not None, "there is nothing to merge"
     if find_spec("peft") is None:
         raise ValueError(f"model.path is {str(adapter)!r}, an adapter, which needs PEFT: run `uv sync --extra lora`")
     from peft import PeftConfig, get_peft_model
@@ -46,7 +45,8 @@ def merge_adapter(adapter: Path, *, base: Path, out: Path) -> None:
     aside = out.with_name(f"{out.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     merged.save_pretrained(aside)
-    own = (adapter / "tokenizer_config.json").is_file()
-    AutoTokenizer.from_pretrained(adapter if own else base, local_files_only=True).save_pretrained(aside)
+    AutoTokenizer.from_pretrained(inputs.tokenizer, local_files_only=True).save_pretrained(aside)
+    (aside / MERGED_FROM).write_text(json.dumps(inputs.model, indent=2) + "\n", encoding="utf-8")
     durable.sync_tree(aside)
+    shutil.rmtree(out, ignore_errors=True)
     durable.rename(aside, out)

@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pmdflow.data.inputs import resolve_inputs
 from pmdflow.learner.adapter import merge_adapter
 from pmdflow.learner.loading import check_loading
+from tests.support.adapter import save_adapter
 from tests.support.data import make_config
 from tests.support.paths import TINY
 
 IDS = torch.tensor([[5, 9, 12, 40]])
 
 
-def save_adapter(folder: Path, base: Path | str = TINY, **settings: Any) -> Path:
-    """A rank-4 adapter with random weights."""
-    torch.manual_seed(1)
-    model: Any = AutoModelForCausalLM.from_pretrained(TINY)
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], **settings))
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    adapted.save_pretrained(folder)
-    written = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**written, "base_model_name_or_path": str(base)}))
-    return folder
+def merge(adapter: Path, out: Path) -> Path:
+    """The folder `out`, merged as a run merges."""
+    merge_adapter(resolve_inputs(make_config(str(adapter), "reasoning_gym/gcd"), merged=out))
+    return out
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -45,7 +37,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_a_merged_folder_computes_what_peft_does(tmp_path: Path, settings: dict[str, Any]) -> None:
     adapter = save_adapter(tmp_path / "adapter", **settings)
     expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY), str(adapter)))
-    merge_adapter(adapter, base=TINY, out=tmp_path / "model")
+    merge(adapter, tmp_path / "model")
     check_loading(tmp_path / "model")
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
     assert (
@@ -73,10 +65,10 @@ def test_an_adapter_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
     weights = load_file(path)
     save_file({name.replace("layers.3", "layers.7"): tensor for name, tensor in weights.items()}, path)
     with pytest.raises(ValueError, match=rf"model\.path is '{adapter}': \d+ of its weights do not fit {TINY}"):
-        merge_adapter(adapter, base=TINY, out=out)
+        merge(adapter, out)
     save_file(
         {name: tensor[..., :2].contiguous() if "lora_A" in name else tensor for name, tensor in weights.items()}, path
     )
     with pytest.raises(ValueError, match=f"it cannot be merged with {TINY}"):
-        merge_adapter(adapter, base=TINY, out=out)
+        merge(adapter, out)
     assert not out.exists()
