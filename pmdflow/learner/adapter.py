@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ def merge_adapter(inputs: Inputs) -> None:
     training begins with, in engine and learner alike. A folder of the same name is replaced.
 
     Raises:
-        ValueError: PEFT is not installed or cannot read the adapter, or the base has no place for some of it.
+        ValueError: PEFT is not installed or cannot read the adapter, the base has no place for some of it, or merging
+            would change what is not adapted.
     """
     adapter, base, out = inputs.adapter, inputs.base, Path(inputs.config.model.path)
     assert adapter is not None, "there is nothing to merge"
@@ -32,6 +34,7 @@ def merge_adapter(inputs: Inputs) -> None:
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True)
     try:
         adapted: Any = get_peft_model(model, PeftConfig.from_pretrained(str(adapter)))
+        _require_untied(adapted)
         loaded = adapted.load_adapter(str(adapter), "default")
         merged: Any = adapted.merge_and_unload(safe_merge=True)
     except Exception as error:  # PEFT raises whatever its parts do
@@ -50,3 +53,26 @@ def merge_adapter(inputs: Inputs) -> None:
     durable.sync_tree(aside)
     shutil.rmtree(out, ignore_errors=True)
     durable.rename(aside, out)
+
+
+def _require_untied(adapted: Any) -> None:
+    """Refuse adapted layers whose weights another layer has too; single tokens are adapted in all of these alike.
+
+    Answers before and after would not tell: in bfloat16, merging a right adapter changes them more.
+    """
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    uses = Counter(id(parameter) for _, parameter in adapted.named_parameters(remove_duplicate=False))
+    tied = [
+        name.removeprefix("base_model.model.")
+        for name, layer in adapted.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+        and not isinstance(layer, TrainableTokensLayer)
+        and any(uses[id(parameter)] > 1 for parameter in layer.get_base_layer().parameters())
+    ]
+    if tied:
+        raise ValueError(
+            f"it adapts {', '.join(tied)}, whose weights another layer has too (tie_word_embeddings): merging would "
+            "change both; adapt other layers, or a base whose embeddings are not tied"
+        )

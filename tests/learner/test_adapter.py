@@ -33,7 +33,16 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"modules_to_save": ["embed_tokens"]},
+        {"trainable_token_indices": [5, 9]},
+    ],
+)
 def test_a_merged_folder_computes_what_peft_does(tmp_path: Path, settings: dict[str, Any]) -> None:
     adapter = save_adapter(tmp_path / "adapter", **settings)
     expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY), str(adapter)))
@@ -72,3 +81,20 @@ def test_an_adapter_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"it cannot be merged with {TINY}"):
         merge(adapter, out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("layers", "named"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "model.embed_tokens"),
+        ({"target_modules": ["lm_head"]}, "lm_head"),
+        ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, "model.embed_tokens, lm_head"),
+    ],
+)
+def test_an_adapter_of_a_tied_embedding_is_refused(tmp_path: Path, layers: dict[str, Any], named: str) -> None:
+    adapter = save_adapter(tmp_path / "adapter", **layers)
+    with pytest.raises(
+        ValueError, match=rf"cannot be merged with {TINY}: it adapts {named}, whose weights .* both; adapt"
+    ):
+        merge(adapter, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
