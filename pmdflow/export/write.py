@@ -8,10 +8,11 @@ import torch
 
 from pmdflow.config.load import load_run
 from pmdflow.config.schema import Config
+from pmdflow.data.folder_files import LEGAL_FILES, TOKENIZER_FILES, copy_files
 from pmdflow.errors import PmdflowError
 from pmdflow.export.adapter import write_adapter
 from pmdflow.export.card import hub_model, model_card
-from pmdflow.export.files import copy_tokenizer, write_config, write_generation_config
+from pmdflow.export.files import write_config, write_generation_config
 from pmdflow.export.folder import new_folder, write_shards
 from pmdflow.export.held import HeldCheckpoint
 from pmdflow.export.layout import Layout
@@ -46,7 +47,7 @@ def export(run: Path, out: Path, options: ExportOptions) -> str:
         else:
             dtype = options.dtype or config.model.compute
             _write_model(folder, checkpoint, config, dtype, options.shard_bytes)
-        copy_tokenizer(Path(config.model.path), folder)
+        copy_files(Path(config.model.path), folder, (*TOKENIZER_FILES, *LEGAL_FILES))
         card = model_card(
             run, iteration=manifest.iteration, version=manifest.version, dtype=dtype, adapter=options.adapter
         )

@@ -9,10 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from pmdflow import durable
+from pmdflow.data.folder_files import LEGAL_FILES, TOKENIZER_FILES, copy_files
 from pmdflow.data.inputs import MERGED_FROM, Inputs
+
+GENERATION_CONFIG = "generation_config.json"
 
 
 def merge_adapter(inputs: Inputs) -> None:
@@ -47,8 +50,12 @@ def merge_adapter(inputs: Inputs) -> None:
         )
     aside = out.with_name(f"{out.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
+    merged.generation_config = GenerationConfig()  # not every base's can be saved again: its file is copied
     merged.save_pretrained(aside)
-    AutoTokenizer.from_pretrained(inputs.tokenizer, local_files_only=True).save_pretrained(aside)
+    (aside / GENERATION_CONFIG).unlink(missing_ok=True)
+    copy_files(adapter, aside, LEGAL_FILES)
+    copy_files(base, aside, (*LEGAL_FILES, GENERATION_CONFIG))
+    copy_files(inputs.tokenizer, aside, TOKENIZER_FILES)
     (aside / MERGED_FROM).write_text(json.dumps(inputs.model, indent=2) + "\n", encoding="utf-8")
     durable.sync_tree(aside)
     shutil.rmtree(out, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pmdflow.data.inputs import resolve_inputs
+from pmdflow.data.tokenizer import end_ids
 from pmdflow.learner.adapter import merge_adapter
 from pmdflow.learner.loading import check_loading
 from tests.support.adapter import save_adapter
-from tests.support.data import make_config
+from tests.support.data import CHAT_TEMPLATE, make_config, save_tokenizer
 from tests.support.paths import TINY
 
 IDS = torch.tensor([[5, 9, 12, 40]])
@@ -98,3 +100,26 @@ def test_an_adapter_of_a_tied_embedding_is_refused(tmp_path: Path, layers: dict[
     ):
         merge(adapter, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_what_stands_beside_the_bases_weights_goes_on_byte_for_byte(tmp_path: Path) -> None:
+    base = Path(shutil.copytree(TINY, tmp_path / "base"))
+    beside = {"generation_config.json": '{"temperature": 0.6, "eos_token_id": [1, 7]}', "LICENSE.txt": "base's"}
+    for name, text in beside.items():
+        (base / name).write_text(text)
+    adapter = save_adapter(tmp_path / "adapter", base)
+    (adapter / "LICENSE.txt").write_text("adapter's")
+    merged = merge(adapter, tmp_path / "model")
+    for name in [*beside, "tokenizer.json", "tokenizer_config.json"]:
+        assert (merged / name).read_bytes() == (base / name).read_bytes(), name
+    (base / "generation_config.json").unlink()
+    assert not (merge(adapter, tmp_path / "other") / "generation_config.json").exists()
+    assert end_ids(str(tmp_path / "other")) == end_ids(str(base))
+
+
+def test_an_adapters_own_tokenizer_is_the_merged_models(tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "adapter")
+    save_tokenizer(adapter, chat_template=CHAT_TEMPLATE)
+    merged = merge(adapter, tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (merged / name).read_bytes() == (adapter / name).read_bytes(), name
