@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_seque
 """Names that model families have for the longest sequence."""
 NUM_SAMPLES, SAMPLE_BYTES, SAMPLES = 256, 4096, " (samples)"
 """Of a file of weights: pieces that tell it from another of the same shape, and what their key ends with."""
+WEIGHTS = (".safetensors", ".bin", ".index.json")
+"""What the names of files end with that hold weights, or say which file holds them."""
 _GENERATION_TAGS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """Tags that transformers adds to Jinja."""
 
@@ -64,14 +66,19 @@ def num_positions(config: dict[str, Any]) -> int | None:
     return next((int(text[name]) for name in POSITIONS if text.get(name)), None)
 
 
-def fingerprint(folder: Path) -> dict[str, str]:
+def fingerprint(folder: Path, *, weights: bool = True) -> dict[str, str]:
     """SHA-256 of every file of the folder that is no weights; of those that are, of size, header and samples.
 
     Samples are `NUM_SAMPLES` pieces from all over a file, under a key of their own: weights that were trained on
-    differ everywhere, and to read all of a large model takes minutes.
+    differ everywhere, and to read all of a large model takes minutes. Without `weights` their files are left out.
+
+    Raises:
+        ValueError: a file of weights is torn.
     """
     found = {}
     for path in sorted(file for file in folder.iterdir() if file.is_file()):
+        if not weights and path.name.endswith(WEIGHTS):
+            continue
         if path.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken"):
             found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.suffix == ".safetensors":
@@ -80,6 +87,19 @@ def fingerprint(folder: Path) -> dict[str, str]:
         if path.suffix in (".safetensors", ".bin"):
             found[f"{path.name}{SAMPLES}"] = _sample(path)
     return found
+
+
+def changed_files(folder: Path, recorded: Mapping[str, str], *, weights: bool = True) -> list[str]:
+    """Names of the files that are not as `fingerprint` recorded them, gone or new ones too.
+
+    Raises:
+        ValueError: a file of weights is torn.
+    """
+    now = fingerprint(folder, weights=weights)
+    files = {key: key.removesuffix(SAMPLES) for key in (*recorded, *now)}
+    known = {key: name for key, name in files.items() if key in recorded or not key.endswith(SAMPLES)}
+    compared = {key: name for key, name in known.items() if weights or not name.endswith(WEIGHTS)}
+    return sorted({name for key, name in compared.items() if recorded.get(key) != now.get(key)})
 
 
 def _sample(path: Path) -> str:
