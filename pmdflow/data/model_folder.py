@@ -42,6 +42,7 @@ def check_folder(folder: Path, data: DataConfig, *, weights: bool = True) -> Non
         *_position_problems(config, data),
         *_tokenizer_problems(folder, config),
         *_template_problems(folder),
+        *_end_problems(folder),
         *(weight_problems(folder) if weights else ()),
     ]
     if problems:
@@ -64,6 +65,26 @@ def num_positions(config: dict[str, Any]) -> int | None:
     """The longest sequence that the model was made for; None is unlimited or unknown."""
     text = config.get("text_config") or config
     return next((int(text[name]) for name in POSITIONS if text.get(name)), None)
+
+
+def eos_ids(folder: Path) -> set[int]:
+    """Every `eos_token_id` of config.json and generation_config.json, for the model or for the text model in it.
+
+    Raises:
+        ValueError: a file is torn, or names something else than a token id or a list of them.
+    """
+    found: set[int] = set()
+    for path in filter(Path.is_file, (folder / "config.json", folder / "generation_config.json")):
+        values = read_json(path)
+        for section in (values, values.get("text_config") or {}):
+            named = section.get("eos_token_id")
+            ids = named if isinstance(named, list) else [] if named is None else [named]
+            if any(type(id) is not int for id in ids):
+                raise ValueError(
+                    f"{path}: eos_token_id is {named!r:.80}, not a token id or a list of them; mend it there"
+                )
+            found.update(ids)
+    return found
 
 
 def fingerprint(folder: Path, *, weights: bool = True) -> dict[str, str]:
@@ -180,6 +201,13 @@ def _template_problems(folder: Path) -> Iterator[str]:
             )
         except TemplateSyntaxError as error:
             yield f"its chat template, {name}, line {error.lineno}: {error.message}; mend the template"
+
+
+def _end_problems(folder: Path) -> Iterator[str]:
+    try:
+        eos_ids(folder)
+    except ValueError as error:
+        yield str(error)
 
 
 def _templates(folder: Path) -> Iterator[tuple[str, str]]:

@@ -65,6 +65,11 @@ def folder(tmp_path: Path) -> Path:
         (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "it has no tokenizer"),
         (lambda f: (f / "chat_template.jinja").write_text("a\n{{ b }"), r"chat_template\.jinja, line 2: "),
         (lambda f: change(f / "tokenizer_config.json", chat_template="{% if %}"), r"tokenizer_config\.json, line 1"),
+        (
+            lambda f: change(f / "generation_config.json", eos_token_id="1"),
+            r"generation_config\.json: eos_token_id is '1'",
+        ),
+        (lambda f: cut(f / "generation_config.json"), r"generation_config\.json cannot be read"),
         (lambda f: (f / "model.safetensors").unlink(), "it has no weights"),
         (lambda f: cut(f / "model.safetensors"), r"model\.safetensors has [\d,]+ bytes of [\d,]+: it is not whole"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\x05"), r"model\.safetensors has 1 bytes of"),
