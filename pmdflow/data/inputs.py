@@ -9,9 +9,10 @@ from typing import Any
 
 from pmdflow.config.schema import Config, EvalConfig
 from pmdflow.config.sources import FILE_SUFFIXES, HUB_PREFIX, DataConfig, SourceConfig
+from pmdflow.data.fingerprint import fingerprint
 from pmdflow.data.hub import ID, HubId, Kind, fetch_model, resolve
 from pmdflow.data.mixture import MixedPrompts
-from pmdflow.data.model_folder import check_folder, fingerprint, num_positions, read_config, read_json, weight_problems
+from pmdflow.data.model_folder import check_folder, num_positions, read_config, read_json, weight_problems
 
 ADAPTER_CONFIG = "adapter_config.json"
 MERGED_FROM = "merged_from.json"

@@ -9,8 +9,8 @@ import torch
 from pmdflow.config.load import load_run
 from pmdflow.config.recorded import recorded_meta
 from pmdflow.config.schema import Config
+from pmdflow.data.fingerprint import changed_files
 from pmdflow.data.folder_files import LEGAL_FILES, TOKENIZER_FILES, copy_files
-from pmdflow.data.model_folder import changed_files
 from pmdflow.errors import PmdflowError
 from pmdflow.export.adapter import write_adapter
 from pmdflow.export.card import hub_model, model_card

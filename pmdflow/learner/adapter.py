@@ -30,6 +30,23 @@ def merge_adapter(inputs: Inputs) -> None:
     """
     adapter, base, out = inputs.adapter, inputs.base, Path(inputs.config.model.path)
     assert adapter is not None, "there is nothing to merge"
+    merged = _merged(adapter, base)
+    aside = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    merged.generation_config = GenerationConfig()  # not every base's can be saved again: its file is copied
+    merged.save_pretrained(aside)
+    (aside / GENERATION_CONFIG).unlink(missing_ok=True)
+    copy_files(adapter, aside, LEGAL_FILES)
+    copy_files(base, aside, (*LEGAL_FILES, GENERATION_CONFIG))
+    copy_files(inputs.tokenizer, aside, TOKENIZER_FILES)
+    (aside / MERGED_FROM).write_text(json.dumps(inputs.model, indent=2) + "\n", encoding="utf-8")
+    durable.sync_tree(aside)
+    shutil.rmtree(out, ignore_errors=True)
+    durable.rename(aside, out)
+
+
+def _merged(adapter: Path, base: Path) -> Any:
+    """The base model with the adapter's update, in memory; see `merge_adapter`."""
     if find_spec("peft") is None:
         raise ValueError(f"model.path is {str(adapter)!r}, an adapter, which needs PEFT: run `uv sync --extra lora`")
     from peft import PeftConfig, get_peft_model
@@ -48,18 +65,7 @@ def merge_adapter(inputs: Inputs) -> None:
             f"model.path is {str(adapter)!r}: {len(wrong)} of its weights do not fit {base}, such as {wrong[0]}; give "
             "the adapter its own base model (base_model_name_or_path of adapter_config.json)"
         )
-    aside = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    merged.generation_config = GenerationConfig()  # not every base's can be saved again: its file is copied
-    merged.save_pretrained(aside)
-    (aside / GENERATION_CONFIG).unlink(missing_ok=True)
-    copy_files(adapter, aside, LEGAL_FILES)
-    copy_files(base, aside, (*LEGAL_FILES, GENERATION_CONFIG))
-    copy_files(inputs.tokenizer, aside, TOKENIZER_FILES)
-    (aside / MERGED_FROM).write_text(json.dumps(inputs.model, indent=2) + "\n", encoding="utf-8")
-    durable.sync_tree(aside)
-    shutil.rmtree(out, ignore_errors=True)
-    durable.rename(aside, out)
+    return merged
 
 
 def _require_untied(adapted: Any) -> None:

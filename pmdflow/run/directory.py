@@ -105,7 +105,7 @@ class RunDirectory:
         """
         from pmdflow.config.errors import dotted
         from pmdflow.config.load import leaves
-        from pmdflow.data.model_folder import SAMPLES  # runs of earlier releases noted none
+        from pmdflow.data.fingerprint import SAMPLES  # runs of earlier releases noted none
 
         before = self.recorded_inputs(self.path)
         if before and self.has_store():

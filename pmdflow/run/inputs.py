@@ -110,7 +110,8 @@ def dry_run(loaded: Loaded) -> str:
     plan = room.plan(settled)
     config = settled.model_copy(update={"model": settled.model.model_copy(update={"path": str(inputs.base)})})
     notes: list[str] = [*room.notes, *never_run(settled, room.gpus)]
-    prompts = open_prompts(config, on_skip=notes.append)
+    worded = config.model_copy(update={"model": config.model.model_copy(update={"path": str(inputs.tokenizer)})})
+    prompts = open_prompts(worded, on_skip=notes.append)
     if not inputs.has_weights:
         notes.append(f"the weights of {loaded.config.model.path} are downloaded by `up`")
     try:

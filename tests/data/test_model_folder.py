@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from pmdflow.config.sources import DataConfig
+from pmdflow.data.fingerprint import fingerprint
 from pmdflow.data.inputs import resolve_inputs
-from pmdflow.data.model_folder import check_folder, fingerprint
+from pmdflow.data.model_folder import check_folder
 from tests.support.data import make_config
 from tests.support.paths import TINY
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 from typer.testing import CliRunner
 
 from pmdflow.cli import app
-from pmdflow.data.model_folder import fingerprint
+from pmdflow.data.fingerprint import fingerprint
 from pmdflow.errors import PmdflowError
 from pmdflow.export.model import load_model
 from pmdflow.export.options import ExportOptions
