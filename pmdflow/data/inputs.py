@@ -9,11 +9,14 @@ from typing import Any
 
 from pmdflow.config.schema import Config, EvalConfig
 from pmdflow.config.sources import FILE_SUFFIXES, HUB_PREFIX, DataConfig, SourceConfig
+from pmdflow.data.fingerprint import fingerprint
 from pmdflow.data.hub import ID, HubId, Kind, fetch_model, resolve
 from pmdflow.data.mixture import MixedPrompts
-from pmdflow.data.model_folder import check_folder, fingerprint, num_positions, read_config, read_json, weight_problems
+from pmdflow.data.model_folder import check_folder, num_positions, read_config, read_json, weight_problems
 
 ADAPTER_CONFIG = "adapter_config.json"
+MERGED_FROM = "merged_from.json"
+"""In a folder that an adapter was merged to: the `Inputs.model` that it was merged from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,12 @@ class Inputs:
     adapter: Path | None = None
     """Folder with the adapter that is to be merged with `base` before there is a `config.model.path`."""
     has_weights: bool = True
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder whose tokenizer the run trains with: an adapter may bring its own."""
+        own = self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
+        return self.adapter if self.adapter is not None and own else self.base
 
     def identity(self, prompts: MixedPrompts) -> dict[str, Any]:
         """What a resumed run must be given again, or its cursor would mean other prompts.

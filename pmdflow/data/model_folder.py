@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json")
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 """Names that model families have for the longest sequence."""
-NUM_SAMPLES, SAMPLE_BYTES, SAMPLES = 256, 4096, " (samples)"
-"""Of a file of weights: pieces that tell it from another of the same shape, and what their key ends with."""
 _GENERATION_TAGS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """Tags that transformers adds to Jinja."""
 
@@ -40,6 +37,7 @@ def check_folder(folder: Path, data: DataConfig, *, weights: bool = True) -> Non
         *_position_problems(config, data),
         *_tokenizer_problems(folder, config),
         *_template_problems(folder),
+        *_end_problems(folder),
         *(weight_problems(folder) if weights else ()),
     ]
     if problems:
@@ -64,30 +62,24 @@ def num_positions(config: dict[str, Any]) -> int | None:
     return next((int(text[name]) for name in POSITIONS if text.get(name)), None)
 
 
-def fingerprint(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of the folder that is no weights; of those that are, of size, header and samples.
+def eos_ids(folder: Path) -> set[int]:
+    """Every `eos_token_id` of config.json and generation_config.json, for the model or for the text model in it.
 
-    Samples are `NUM_SAMPLES` pieces from all over a file, under a key of their own: weights that were trained on
-    differ everywhere, and to read all of a large model takes minutes.
+    Raises:
+        ValueError: a file is torn, or names something else than a token id or a list of them.
     """
-    found = {}
-    for path in sorted(file for file in folder.iterdir() if file.is_file()):
-        if path.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken"):
-            found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-        elif path.suffix == ".safetensors":
-            header = json.dumps(read_header(path), sort_keys=True)
-            found[path.name] = hashlib.sha256(f"{path.stat().st_size} {header}".encode()).hexdigest()
-            found[f"{path.name}{SAMPLES}"] = _sample(path)
+    found: set[int] = set()
+    for path in filter(Path.is_file, (folder / "config.json", folder / "generation_config.json")):
+        values = read_json(path)
+        for section in (values, values.get("text_config") or {}):
+            named = section.get("eos_token_id")
+            ids = named if isinstance(named, list) else [] if named is None else [named]
+            if any(type(id) is not int for id in ids):
+                raise ValueError(
+                    f"{path}: eos_token_id is {named!r:.80}, not a token id or a list of them; mend it there"
+                )
+            found.update(ids)
     return found
-
-
-def _sample(path: Path) -> str:
-    digest, size = hashlib.sha256(), path.stat().st_size
-    with path.open("rb", buffering=0) as file:
-        for number in range(NUM_SAMPLES):
-            file.seek(max(size - SAMPLE_BYTES, 0) * number // (NUM_SAMPLES - 1))
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -159,6 +151,13 @@ def _template_problems(folder: Path) -> Iterator[str]:
             )
         except TemplateSyntaxError as error:
             yield f"its chat template, {name}, line {error.lineno}: {error.message}; mend the template"
+
+
+def _end_problems(folder: Path) -> Iterator[str]:
+    try:
+        eos_ids(folder)
+    except ValueError as error:
+        yield str(error)
 
 
 def _templates(folder: Path) -> Iterator[tuple[str, str]]:

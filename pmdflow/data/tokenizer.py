@@ -11,6 +11,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from pmdflow.data.messages import Chat, Style, form
+from pmdflow.data.model_folder import eos_ids
 from pmdflow.errors import PromptTooLong
 from pmdflow.types import Int32
 
@@ -200,9 +201,9 @@ def end_ids(model_path: str) -> frozenset[int]:
     the chat template ends what the assistant says. A folder without a tokenizer has those of its files.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one of the files names something else.
     """
-    ids = _eos_ids(Path(model_path) / "config.json") | _eos_ids(Path(model_path) / "generation_config.json")
+    ids = eos_ids(Path(model_path))
     try:
         tokenizer = load_tokenizer(model_path)
     except ValueError:
@@ -212,13 +213,6 @@ def end_ids(model_path: str) -> frozenset[int]:
     if not ids:
         raise ValueError(f"{model_path} names no eos_token_id; set it in generation_config.json")
     return frozenset(ids)
-
-
-def _eos_ids(path: Path) -> set[int]:
-    """Those that a JSON file of a model folder names, for the model or for the text model in it."""
-    values = json.loads(path.read_text()) if path.is_file() else {}
-    named = [section.get("eos_token_id") for section in (values, values.get("text_config") or {})]
-    return {id for ids in named if ids is not None for id in (ids if isinstance(ids, list) else [ids])}
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:

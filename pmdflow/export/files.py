@@ -1,31 +1,12 @@
-"""What stands beside the weights in a Hugging Face folder: configuration, tokenizer, chat template, licence."""
+"""What an export writes beside the weights: configuration and generation settings."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from pmdflow.data.tokenizer import end_ids
-
-TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
-    "chat_template*", "additional_chat_templates",
-)  # fmt: skip
-"""What transformers and vLLM read a tokenizer and its templates from."""
-LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-"""What must go on with a model that was made from another."""
-
-
-def copy_tokenizer(model: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template and licence, byte for byte; nothing else of the model folder is taken along."""
-    for pattern in (*TOKENIZER_FILES, *LEGAL_FILES):
-        for path in model.glob(pattern):
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(path, folder / path.name)
 
 
 def write_config(model: Path, folder: Path, *, dtype: str) -> None:

@@ -29,7 +29,7 @@ def load_model(run: Path, iteration: int, dtype: Dtype | None) -> PreTrainedMode
         dtype: Type of the weights; None is the one that the run generated with.
 
     Raises:
-        PmdflowError: no such checkpoint, or of another model than the model folder.
+        PmdflowError: no such checkpoint, or of another model than the model folder, or this has changed since.
     """
     config = run_config(run)
     lora = config.learner.lora

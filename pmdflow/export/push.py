@@ -13,8 +13,8 @@ import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+from pmdflow.data.folder_files import TOKENIZER_FILES
 from pmdflow.errors import PmdflowError
-from pmdflow.export.files import TOKENIZER_FILES
 
 MODEL_FILES = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_*", "config.json",

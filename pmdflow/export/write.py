@@ -7,11 +7,14 @@ from pathlib import Path
 import torch
 
 from pmdflow.config.load import load_run
+from pmdflow.config.recorded import recorded_meta
 from pmdflow.config.schema import Config
+from pmdflow.data.fingerprint import changed_files
+from pmdflow.data.folder_files import LEGAL_FILES, TOKENIZER_FILES, copy_files
 from pmdflow.errors import PmdflowError
 from pmdflow.export.adapter import write_adapter
 from pmdflow.export.card import hub_model, model_card
-from pmdflow.export.files import copy_tokenizer, write_config, write_generation_config
+from pmdflow.export.files import write_config, write_generation_config
 from pmdflow.export.folder import new_folder, write_shards
 from pmdflow.export.held import HeldCheckpoint
 from pmdflow.export.layout import Layout
@@ -33,9 +36,10 @@ def export(run: Path, out: Path, options: ExportOptions) -> str:
         What was exported, in words.
 
     Raises:
-        PmdflowError: no such run or checkpoint, a folder that is not empty, or weights that do not fit the model.
+        PmdflowError: no such run or checkpoint, a folder that is not empty, weights that do not fit the model, or a
+            model folder that has changed since the run was begun.
     """
-    config = run_config(run)
+    config = run_config(run, base_weights=not options.adapter)
     _require_adapters(run, config, options)
     with HeldCheckpoint.of(run, options.iteration) as checkpoint, new_folder(out) as folder:
         manifest = checkpoint.manifest
@@ -46,7 +50,7 @@ def export(run: Path, out: Path, options: ExportOptions) -> str:
         else:
             dtype = options.dtype or config.model.compute
             _write_model(folder, checkpoint, config, dtype, options.shard_bytes)
-        copy_tokenizer(Path(config.model.path), folder)
+        copy_files(Path(config.model.path), folder, (*TOKENIZER_FILES, *LEGAL_FILES))
         card = model_card(
             run, iteration=manifest.iteration, version=manifest.version, dtype=dtype, adapter=options.adapter
         )
@@ -77,11 +81,15 @@ def _require_adapters(run: Path, config: Config, options: ExportOptions) -> None
         )
 
 
-def run_config(run: Path) -> Config:
-    """The configuration of a run, whose model folder is on this machine.
+def run_config(run: Path, *, base_weights: bool = True) -> Config:
+    """The configuration of a run, whose model folder is on this machine and as it was.
+
+    Args:
+        run: The run directory.
+        base_weights: If the run trains adapters, these are added to the folder's weights.
 
     Raises:
-        PmdflowError: it is no run directory, or the model folder is missing.
+        PmdflowError: it is no run directory, or the model folder is missing or has changed.
     """
     if not (run / "config.yaml").is_file():
         raise PmdflowError(f"{run} is no run directory (it has no config.yaml)")
@@ -92,4 +100,20 @@ def run_config(run: Path) -> Config:
             "tokenizer come from it",
             hint="run this where `pmdflow up` was run, or put it there",
         )
+    _require_unchanged(run, Path(config.model.path), weights=base_weights and config.learner.lora is not None)
     return config
+
+
+def _require_unchanged(run: Path, folder: Path, *, weights: bool) -> None:
+    """Only of a local folder is it known what it held: a commit of the Hub and what an adapter was merged to stay."""
+    recorded = ((recorded_meta(run).get("inputs") or {}).get("model") or {}).get("files")
+    try:
+        changed = changed_files(folder, recorded, weights=weights) if recorded else []
+    except ValueError as error:
+        raise PmdflowError(f"{run} was begun with {folder}: {error}") from error
+    if changed:
+        raise PmdflowError(
+            f"{run} was begun with {folder}, whose {', '.join(changed)} changed since",
+            hint="put back what was there"
+            + ("; or export with --adapter, which needs no weights of it" if weights else ""),
+        )

@@ -124,7 +124,7 @@ class Checkpoint:
         """The policy as a transformers model on the CPU, adapters merged; in `dtype`, or in the run's.
 
         Raises:
-            PmdflowError: the checkpoint was pruned meanwhile, or is of another model than the model folder.
+            PmdflowError: the checkpoint was pruned meanwhile, or is of another model than the model folder holds now.
         """
         from pmdflow.export.model import load_model
 

@@ -106,10 +106,10 @@ class RunDirectory:
         """
         from pmdflow.config.errors import dotted
         from pmdflow.config.load import leaves
-        from pmdflow.data.model_folder import SAMPLES  # runs of earlier releases noted none
+        from pmdflow.data.fingerprint import SAMPLES  # runs of earlier releases noted none
 
         before = self.recorded_inputs(self.path)
-        if before and self._has_store():
+        if before and self.has_store():
             old, new = (dict(leaves({**values, "pins": {}})) for values in (before, inputs))
             new = {key: value for key, value in new.items() if key in old or not str(key[-1]).endswith(SAMPLES)}
             changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
@@ -175,11 +175,12 @@ class RunDirectory:
         """Let another `up` have it."""
         self._lock.close()
 
-    def _has_store(self) -> bool:
+    def has_store(self) -> bool:
+        """Whether the run has begun; what a start that failed has left before that is of no run yet."""
         return os.path.lexists(self.path / "store")  # on another node the link of `store.dir` leads nowhere
 
     def _check_same_run(self, config: Config) -> None:
-        if not (self.path / "config.yaml").is_file() or not self._has_store():
+        if not (self.path / "config.yaml").is_file() or not self.has_store():
             return
         from pmdflow.config.errors import ConfigError
         from pmdflow.config.load import load_run

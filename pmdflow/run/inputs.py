@@ -12,8 +12,9 @@ from pmdflow.config.never_run import never_run
 from pmdflow.config.plan import render_dry_run
 from pmdflow.config.schema import Config
 from pmdflow.config.settle import settle
-from pmdflow.data.inputs import Inputs, resolve_inputs
+from pmdflow.data.inputs import MERGED_FROM, Inputs, resolve_inputs
 from pmdflow.data.mixture import MixedPrompts
+from pmdflow.data.model_folder import read_json
 from pmdflow.data.prompts import make_prompts
 from pmdflow.errors import LaunchError, PmdflowError
 from pmdflow.run.directory import RunDirectory
@@ -58,19 +59,28 @@ def open_inputs(config: Config, *, pins: Mapping[str, str] | None = None, weight
     return inputs
 
 
-def merge(inputs: Inputs) -> None:
-    """Merge an adapter with its base model, once; needs the run directory.
+def merge(inputs: Inputs, run: RunDirectory) -> None:
+    """Merge an adapter with its base model, once; what a start that failed has merged from others is merged anew.
 
     Raises:
-        LaunchError: the adapter does not fit its base model.
+        LaunchError: the adapter does not fit its base model, or the run was begun with another one.
     """
     out = Path(inputs.config.model.path)
-    if inputs.adapter is None or out.is_dir():
+    if inputs.adapter is None:
         return
-    from pmdflow.learner.adapter import merge_adapter
-
     try:
-        merge_adapter(inputs.adapter, base=inputs.base, out=out)
+        if out.is_dir():
+            made_of = read_json(out / MERGED_FROM) if (out / MERGED_FROM).is_file() else None
+            if made_of == inputs.model or (made_of is None and run.has_store()):  # earlier releases noted nothing
+                return
+            if run.has_store():
+                raise ValueError(
+                    f"{run.path} was begun with another adapter, or another base model, than model.path names now; "
+                    "resume with those, or choose another run.name"
+                )
+        from pmdflow.learner.adapter import merge_adapter
+
+        merge_adapter(inputs)
     except ValueError as error:
         raise _refusal(error) from error
 
@@ -100,7 +110,8 @@ def dry_run(loaded: Loaded) -> str:
     plan = room.plan(settled)
     config = settled.model_copy(update={"model": settled.model.model_copy(update={"path": str(inputs.base)})})
     notes: list[str] = [*room.notes, *never_run(settled, room.gpus)]
-    prompts = open_prompts(config, on_skip=notes.append)
+    worded = config.model_copy(update={"model": config.model.model_copy(update={"path": str(inputs.tokenizer)})})
+    prompts = open_prompts(worded, on_skip=notes.append)
     if not inputs.has_weights:
         notes.append(f"the weights of {loaded.config.model.path} are downloaded by `up`")
     try:

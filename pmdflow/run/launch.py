@@ -110,7 +110,7 @@ def _train(
 ) -> bool:
     """Run the controller; True if every iteration was done. `configured` is `rollout.actors` as written."""
     config = inputs.config
-    merge(inputs)
+    merge(inputs, run)
     prompts = open_prompts(config, on_skip=partial(telemetry.event, "prompts_skipped"))
     run.check_inputs(inputs.identity(prompts))
     with hangup_ignored():

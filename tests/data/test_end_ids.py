@@ -55,6 +55,21 @@ def test_a_folder_without_an_end_is_refused(tmp_path: Path) -> None:
         end_ids(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ('{"eos_token_id": "1"}', r"eos_token_id is '1', not a token id or a list of them; mend it there"),
+        ('{"eos_token_id": [[1, 2]]}', r"eos_token_id is \[\[1, 2\]\], not a token id"),
+        ('{"text_config": {"eos_token_id": true}}', "eos_token_id is True, not a token id"),
+        ("{", "cannot be read: .*; fetch it again"),
+    ],
+)
+def test_an_end_that_is_no_token_id_is_refused_with_its_file(tmp_path: Path, written: str, message: str) -> None:
+    (tmp_path / "generation_config.json").write_text(written)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/generation_config\.json:? {message}"):
+        end_ids(str(tmp_path))
+
+
 def test_a_folder_without_a_tokenizer_has_no_empty_one(tmp_path: Path) -> None:
     Qwen3Config(eos_token_id=9).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no tokenizer; copy the files of its model there"):

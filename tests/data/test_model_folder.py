@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from pmdflow.config.sources import DataConfig
+from pmdflow.data.fingerprint import fingerprint
 from pmdflow.data.inputs import resolve_inputs
-from pmdflow.data.model_folder import check_folder, fingerprint
+from pmdflow.data.model_folder import check_folder
 from tests.support.data import make_config
 from tests.support.paths import TINY
 
@@ -65,6 +66,11 @@ def folder(tmp_path: Path) -> Path:
         (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "it has no tokenizer"),
         (lambda f: (f / "chat_template.jinja").write_text("a\n{{ b }"), r"chat_template\.jinja, line 2: "),
         (lambda f: change(f / "tokenizer_config.json", chat_template="{% if %}"), r"tokenizer_config\.json, line 1"),
+        (
+            lambda f: change(f / "generation_config.json", eos_token_id="1"),
+            r"generation_config\.json: eos_token_id is '1'",
+        ),
+        (lambda f: cut(f / "generation_config.json"), r"generation_config\.json cannot be read"),
         (lambda f: (f / "model.safetensors").unlink(), "it has no weights"),
         (lambda f: cut(f / "model.safetensors"), r"model\.safetensors has [\d,]+ bytes of [\d,]+: it is not whole"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\x05"), r"model\.safetensors has 1 bytes of"),
@@ -112,8 +118,10 @@ def test_a_folder_is_known_by_its_content(folder: Path, tmp_path: Path) -> None:
     before = fingerprint(folder)
     assert fingerprint(Path(shutil.copytree(folder, tmp_path / "elsewhere"))) == before
     change(folder / "generation_config.json", eos_token_id=2)
-    assert {name for name, digest in fingerprint(folder).items() if digest != before[name]} == {
-        "generation_config.json"
+    (folder / "adapter_model.bin").write_bytes(b"weights of an older form")
+    assert {name for name, digest in fingerprint(folder).items() if digest != before.get(name)} == {
+        "generation_config.json",
+        "adapter_model.bin (samples)",
     }
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 from typer.testing import CliRunner
 
 from pmdflow.cli import app
+from pmdflow.data.fingerprint import fingerprint
 from pmdflow.errors import PmdflowError
+from pmdflow.export.model import load_model
 from pmdflow.export.options import ExportOptions
 from pmdflow.export.write import export
 from pmdflow.learner.checkpoint.manifest import manifest_at
@@ -167,6 +170,28 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(whole: TrainedRun, tmp
     ):
         export(other, tmp_path / "out", ExportOptions())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_folder_that_changed_since_is_refused_by_the_file(adapted: TrainedRun, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(TINY, tmp_path / "base"))
+    run = Path(shutil.copytree(adapted.path, tmp_path / "run"))
+    config, meta = (run / "config.yaml").read_text(), json.loads((run / "meta.json").read_text())
+    (run / "config.yaml").write_text(config.replace(str(TINY), str(base)))
+    (run / "meta.json").write_text(json.dumps({**meta, "inputs": {"model": {"files": fingerprint(base)}}}))
+    load_model(run, 2, None)
+    weights = load_file(base / "model.safetensors")
+    save_file({name: tensor + 0.1 for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    for read in (lambda: export(run, tmp_path / "out", ExportOptions()), lambda: load_model(run, 2, None)):
+        with pytest.raises(
+            PmdflowError, match=rf"begun with {base}, whose model\.safetensors changed since"
+        ) as refused:
+            read()
+        assert refused.value.hint == "put back what was there; or export with --adapter, which needs no weights of it"
+    export(run, tmp_path / "adapter", ExportOptions(adapter=True))
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(PmdflowError, match=r"whose chat_template\.jinja changed since"):
+        export(run, tmp_path / "other", ExportOptions(adapter=True))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "other").exists()
 
 
 def test_the_command_says_what_it_wrote(whole: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,13 +13,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import MambaConfig
 
+from pmdflow.config.load import load
 from pmdflow.config.schema import Config
 from pmdflow.data.inputs import resolve_inputs
 from pmdflow.data.prompts import make_prompts
 from pmdflow.errors import LaunchError
 from pmdflow.run.directory import RunDirectory
-from pmdflow.run.inputs import algorithm_notes, open_inputs, open_prompts
-from tests.support.data import write_jsonl
+from pmdflow.run.inputs import algorithm_notes, dry_run, merge, open_inputs, open_prompts
+from tests.support.adapter import save_adapter
+from tests.support.data import CHAT_TEMPLATE, save_tokenizer, write_jsonl
 from tests.support.learner import make_config
 from tests.support.paths import TINY
 from tests.support.runs import small_config
@@ -183,3 +185,49 @@ def test_a_run_that_noted_no_samples_of_its_weights_goes_on(config: dict[str, An
     del noted["inputs"]["model"]["files"]["model.safetensors (samples)"]
     meta.write_text(json.dumps(noted))
     assert begin(config).path == meta.parent
+
+
+def test_an_adapter_that_a_failed_start_merged_is_no_other_adapters_model(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    def merged(seed: int) -> tuple[int, dict[str, Any]]:
+        """When the weights were written, and one of them."""
+        config["model"]["path"] = str(save_adapter(tmp_path / f"adapter-{seed}", seed=seed))
+        inputs = open_inputs(Config.model_validate(config))
+        with RunDirectory.prepare(inputs.config) as run:
+            merge(inputs, run)
+        weights = Path(inputs.config.model.path) / "model.safetensors"
+        return weights.stat().st_mtime_ns, load_file(weights)
+
+    def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+        return all(tensor.equal(other[name]) for name, tensor in one.items())
+
+    (written, first), (_, second) = merged(1), merged(2)
+    assert not same(first, second)
+    written, again = merged(1)
+    assert same(first, again)
+    assert merged(1)[0] == written, "its own is taken as it is"
+    store = tmp_path / "runs" / "small" / "store"
+    store.mkdir()
+    assert merged(1)[0] == written
+    with pytest.raises(LaunchError, match="small was begun with another adapter") as refused:
+        merged(2)
+    assert refused.value.hint == "resume with those, or choose another run.name"
+    (store.parent / "model" / "merged_from.json").unlink()
+    assert merged(1)[0] == written, "an earlier release's"
+
+
+def test_a_dry_run_words_prompts_with_the_adapters_own_tokenizer(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = save_adapter(tmp_path / "adapter")
+    config["model"]["path"], config["data"]["system"] = str(adapter), "Think."
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr("pmdflow.run.inputs.ADVICE_S", 0.1)
+    with pytest.raises(LaunchError, match=rf"{TINY}', which has no chat template for data\.system"):
+        dry_run(load(tmp_path / "small.yaml"))
+    save_tokenizer(adapter, chat_template=CHAT_TEMPLATE)
+    assert "nothing was started" in dry_run(load(tmp_path / "small.yaml"))
+    save_tokenizer(adapter, chat_template="{{ raise_exception('no turns') }}")
+    with pytest.raises(LaunchError, match=rf"{adapter}': its chat template fails"):
+        dry_run(load(tmp_path / "small.yaml"))
