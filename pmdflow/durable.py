@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -58,6 +59,8 @@ def rename(aside: Path, path: Path) -> None:
 def write(path: Path, content: str | bytes) -> None:
     """Replace the file `path`; whoever reads it sees the old content or the new one.
 
+    A crash may leave what was written aside, `NAME.XXXXXXXX.tmp`: no name that somebody else's file has.
+
     Raises:
         OSError: the disk refuses; names the file.
 
@@ -66,11 +69,13 @@ def write(path: Path, content: str | bytes) -> None:
         >>> Path("/tmp/pmdflow-example.txt").read_text()
         'whole'
     """
-    aside = path.with_name(path.name + ".tmp")
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(aside)
         rename(aside, path)
     except OSError as error:
         error.filename = error.filename or str(path)  # a full disk names none
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
         raise

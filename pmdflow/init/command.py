@@ -5,6 +5,8 @@ What is written is kept in `configs/`: `templates` is a link to it in the reposi
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,11 +89,12 @@ def _files(names: tuple[str, ...]) -> list[tuple[str, bytes]]:
 
 
 def _differs(path: Path, content: bytes) -> bool:
-    return path.exists() and not (path.is_file() and path.read_bytes() == content)
+    return os.path.lexists(path) and not (path.is_file() and path.read_bytes() == content)
 
 
 def _report(directory: Path, chosen: Template) -> str:
-    here = "" if directory == Path() else f"cd {directory} && "
+    into = ["cd", *(["--"] if str(directory).startswith("-") else []), str(directory)]
+    here = "" if directory == Path() else f"{shlex.join(into)} && "
     needs = [Path(name).name for name in chosen.needs]
     written = ", ".join([chosen.config, *needs, SCHEMA])
     return (

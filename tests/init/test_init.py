@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import get_args
 
@@ -48,15 +49,38 @@ def test_a_second_time_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("kind", ["file", "folder", "dangling link"])
 def test_nothing_is_overwritten_and_then_nothing_is_written(kind: str, tmp_path: Path) -> None:
     if kind == "file":
         (tmp_path / "quickstart.yaml").write_text("mine")
-    else:
+    elif kind == "folder":
         (tmp_path / "quickstart.yaml").mkdir()
+    else:
+        (tmp_path / "quickstart.yaml").symlink_to("nowhere")
     with pytest.raises(LaunchError, match=r"has quickstart\.yaml already.*nothing was written"):
         init(tmp_path, "quickstart")
     assert [path.name for path in tmp_path.iterdir()] == ["quickstart.yaml"]
+
+
+def test_a_file_of_somebodys_that_is_named_like_a_temporary_one_stays(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.yaml.tmp").write_text("mine")
+    init(tmp_path, "quickstart")
+    assert (tmp_path / "quickstart.yaml.tmp").read_text() == "mine"
+    assert [path.name for path in tmp_path.rglob("*.tmp")] == ["quickstart.yaml.tmp"]
+
+
+@pytest.mark.parametrize("name", ["new", "a b/my run", "-x", "$HOME;'"])
+def test_the_commands_that_it_prints_are_for_a_shell(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    init(Path(name), "quickstart")
+    printed = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
+    assert printed[1].endswith("&& pmdflow up quickstart.yaml") and (printed[1].startswith("cd new ") or name != "new")
+    for command in printed:
+        shell = f"pmdflow() {{ pwd; }}; {command}"
+        done = subprocess.run(["/bin/sh", "-c", shell], capture_output=True, text=True, check=True)
+        assert Path(done.stdout.strip()) == tmp_path / name
 
 
 def test_a_place_that_cannot_be_a_folder_is_said_in_one_line(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pmdflow.errors import PmdflowError
 FORMAT = 1
 _READ_BYTES = 1 << 22
 _MANIFEST = re.compile(r"iteration-(\d{6,})\.json")
-_OURS = re.compile(r"iteration-\d{6,}(\.json)?(\.tmp)?")
+_OURS = re.compile(r"iteration-\d{6,}(\.json)?((\.[0-9a-f]{8})?\.tmp)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

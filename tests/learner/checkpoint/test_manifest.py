@@ -81,6 +81,7 @@ def test_prune_keeps_the_newest_and_removes_orphans(tmp_path):
     (tmp_path / "iteration-000006.tmp").mkdir()
     (tmp_path / "iteration-000007").mkdir()
     (tmp_path / "iteration-000007.json.tmp").write_text("{")
+    (tmp_path / "iteration-000007.json.01ab45ef.tmp").write_text("{")
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "iteration-000003" / "meta").unlink()
     prune(tmp_path, 2)
