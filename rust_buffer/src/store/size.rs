@@ -24,10 +24,10 @@ const TRAJECTORY: u64 = 288;
 
 /// Components of a reward that are among the bytes of its trajectory, and the bytes of one more.
 const USUAL_COMPONENTS: usize = 4;
-const COMPONENT: u64 = 15;
+const COMPONENT: u64 = 16;
 
 /// A run of tokens; a prompt and an annotation have as many bytes too.
-const PLACE: u64 = 45;
+const PLACE: u64 = 46;
 
 /// An annotation beside its place and the name of its scorer.
 const ANNOTATION: u64 = 32;
