@@ -29,7 +29,9 @@ def agent_config(tmp_path: Path, program: str, **overrides: Any) -> dict[str, An
     return config
 
 
-@pytest.mark.parametrize("sandbox", [False, pytest.param(True, marks=needs_sandbox)])
+@pytest.mark.parametrize(
+    "sandbox", [pytest.param(False, marks=pytest.mark.nightly), pytest.param(True, marks=needs_sandbox)]
+)
 def test_an_unmodified_client_drives_a_run(tmp_path: Path, sandbox: bool) -> None:
     config = agent_config(tmp_path, "agent_programs:two_turns")
     config["agents"]["sandbox"] = sandbox
