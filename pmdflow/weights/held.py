@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from pmdflow.errors import WaitTimeout, WeightsLost
+from pmdflow.file_lock import wait_for_lock
 from pmdflow.types import UInt8
 from pmdflow.weights.file import WeightsFile
 from pmdflow.weights.transport import Stored, WeightsHandle
 
-POLL_S = 0.02
 KEPT_NOTES = 8
 """Versions whose notes stay in the directory of a node; a note is a line of text."""
 
@@ -131,19 +129,10 @@ class NodeNotes:
         Raises:
             WaitTimeout: another one made it for `timeout_s`.
         """
-        deadline = time.monotonic() + timeout_s
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with self._path(version).with_suffix(".lock").open("w") as lock:
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise WaitTimeout(
-                            f"another process of this node fetched version {version} for {timeout_s:g} s"
-                        ) from None
-                    time.sleep(POLL_S)
+            if not wait_for_lock(lock, timeout_s=timeout_s):
+                raise WaitTimeout(f"another process of this node fetched version {version} for {timeout_s:g} s")
             yield
 
     def _path(self, version: int) -> Path:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from pmdflow.config.installed import require_sink
 from pmdflow.config.load import load_run
 from pmdflow.config.sinks import SinkConfig, SinkName
 from pmdflow.errors import LaunchError
+from pmdflow.file_lock import wait_for_lock
 from pmdflow.metrics.sinks.rows import Rows
 from pmdflow.metrics.sinks.sink import Sink, open_sink
 
@@ -62,19 +61,12 @@ def _alone(run: Path, name: str) -> Iterator[None]:
         LaunchError: another one does not end.
     """
     durable.make_directories(run / "sinks")
-    deadline = time.monotonic() + FREE_TIMEOUT_S
     with open(run / "sinks" / f"{name}.lock", "w", encoding="utf-8") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise LaunchError(
-                        f"a sink {name} sends the metrics of {run} already",
-                        hint="it is that of the live run, or of another `pmdflow sink`; end that one first",
-                    ) from None
-                time.sleep(0.2)
+        if not wait_for_lock(lock, timeout_s=FREE_TIMEOUT_S):
+            raise LaunchError(
+                f"a sink {name} sends the metrics of {run} already",
+                hint="it is that of the live run, or of another `pmdflow sink`; end that one first",
+            )
         yield
 
 
