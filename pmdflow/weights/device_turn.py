@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import tempfile
-import time
 from pathlib import Path
 from typing import IO
 
 import ray
 
 from pmdflow.errors import WaitTimeout
-
-POLL_S = 0.05
+from pmdflow.file_lock import wait_for_lock
 
 
 class DeviceTurn:
@@ -53,21 +50,14 @@ class DeviceTurn:
         if self._lock is not None:
             return
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock, deadline = self._path.open("w"), time.monotonic() + timeout_s
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    lock.close()
-                    raise WaitTimeout(
-                        f"another process had the memory of {self._device} for {timeout_s:g} s (cluster.colocate): "
-                        "an engine and a learner rank take turns"
-                    ) from None
-                time.sleep(POLL_S)
-            else:
-                self._lock = lock
-                return
+        lock = self._path.open("w")
+        if not wait_for_lock(lock, timeout_s=timeout_s):
+            lock.close()
+            raise WaitTimeout(
+                f"another process had the memory of {self._device} for {timeout_s:g} s (cluster.colocate): "
+                "an engine and a learner rank take turns"
+            )
+        self._lock = lock
 
     def give(self) -> None:
         """Let the next one have it."""
