@@ -367,7 +367,7 @@ def steps(place: Place, note: Notes) -> None:
     for name, more in ways.items():
         with opened(place.settings(path, batch, **more)) as learner:
             seen[name] = elsewhere(lambda: learner.train(batch).metrics)
-            published = elsewhere(lambda: learner.publish(WeightsFile.write))
+            published = elsewhere(lambda: learner.publish(lambda tensors, _: WeightsFile.write(tensors)))
             note.true(f"{name}_published", published is not None)
         note.at_most(f"{name}_u", max(abs(seen[name]["learner/u_mean"]), seen[name]["learner/u_std"]), 0.0)
         note(**{f"{name}_loss": seen[name]["learner/loss"], f"{name}_grad_norm": seen[name]["learner/grad_norm"]})
@@ -634,7 +634,7 @@ def engine(place: Place, note: Notes) -> None:
         metrics = learner.train(batch).metrics
         note.at_most("mismatch_kl_size", abs(metrics["learner/mismatch_kl"]), 1e-3)
         note(mismatch_kl=metrics["learner/mismatch_kl"])
-        published = learner.publish(WeightsFile.write)
+        published = learner.publish(lambda tensors, _: WeightsFile.write(tensors))
     assert published is not None
     for id in range(slots):
         made.add(_request(id, shape.vocab_size, length))

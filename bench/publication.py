@@ -6,8 +6,9 @@
 
 A publisher (bfloat16 weights, of which a hundredth changes from version to version) and engines, each a Ray actor with
 the transport that a learner rank and a rollout actor have. In `object_store` all are on one node and map one file; in
-`far` and `delta` the engines are on another one, which gets the file, or what changed, through Ray; `filesystem` goes
-by a directory. The modes take turns within each round. Reported are, as medians over rounds:
+`far`, `ranks` and `delta` the engines are on another one, which gets the file, or what changed, through Ray: in `ranks`
+from two ranks on two nodes, which write half of it each. `filesystem` goes by a directory, and `before` is the
+transport of commit 1fa6726. The modes take turns within each round. Reported are median, least and most of the rounds:
 
 - publish_s: the learner is blocked. fetch_s: until an engine has the file, beside its generation; the slowest engine.
 - load_s: rollout is paused, copying the file into the engine's own weights; the slowest engine.
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,45 +36,86 @@ from typing import Any
 
 import ray
 import torch
+import torch.distributed as dist
 
 from pmdflow.config.schema import Config
+from pmdflow.learner.fsdp import all_ranks, free_address
 from pmdflow.weights.file import NamedTensors, WeightsFile
 from pmdflow.weights.filesystem import FilesystemTransport
 from pmdflow.weights.held import NodeNotes
 from pmdflow.weights.object_store import ObjectStoreTransport
+from pmdflow.weights.shares import ALONE, Ranks, write_shares
 from pmdflow.weights.transport import WeightsHandle
 
-MODES = ("object_store", "far", "delta", "filesystem")
+MODES = ("object_store", "far", "ranks", "delta", "filesystem", "before")
+NUM_RANKS = 2
 TENSOR_MIB = 16
 CHANGED = 0.01
 TIMEOUT_S = 600.0
 
 
-class Process:
-    """A learner's rank or a rollout actor: a transport, and weights of its own."""
+class Before:
+    """What 1fa6726 did: all tensors copied to the host, put as one object, and copied by each engine."""
 
-    def __init__(self, mode: str, directory: str, node: str, mib: int) -> None:
+    def __init__(self) -> None:
+        self.received: Counter[str] = Counter()
+
+    def publish(self, version: int, weights: NamedTensors, _: Ranks) -> WeightsHandle:
+        whole = [tensor.clone() for tensor in weights.values]
+        arrays = {name: tensor.view(torch.int16).numpy() for name, tensor in zip(weights.specs, whole, strict=True)}
+        return WeightsHandle(version=version, location=[ray.put(arrays)])
+
+    def fetch(self, handle: WeightsHandle, *, timeout_s: float) -> dict[str, torch.Tensor]:
+        arrays = ray.get(handle.location[0], timeout=timeout_s)
+        return {name: torch.tensor(array).view(torch.bfloat16) for name, array in arrays.items()}
+
+
+class Process:
+    """A learner's rank or a rollout actor: weights of its own, and a transport as long as a turn lasts."""
+
+    def __init__(self, mib: int) -> None:
         torch.set_num_threads(1)
         names = [f"layers.{index:04d}.weight" for index in range(max(mib // TENSOR_MIB, 1))]
         numel = (min(mib, TENSOR_MIB) << 20) // 2
         self._weights = {name: torch.full((numel,), 0.02, dtype=torch.bfloat16) for name in names}
-        self._transport: Any
+        self._transport: Any = None
+        self._ranks = ALONE
+        self._steps = 0
+
+    def begin(self, mode: str, directory: str, node: str, master: str | None, rank: int) -> None:
         if mode == "filesystem":
             self._transport = FilesystemTransport(Path(directory) / "weights")
+        elif mode == "before":
+            self._transport = Before()
         else:
             self._transport = ObjectStoreTransport(directory, delta=mode == "delta")
             self._transport._notes = NodeNotes(directory, node)
+        self._ranks = ALONE
+        if master is not None:
+            if not dist.is_initialized():
+                dist.init_process_group("gloo", init_method=f"tcp://{master}", rank=rank, world_size=NUM_RANKS)
+            self._ranks = all_ranks(rank)
+
+    def end(self) -> None:
+        self._transport = None
 
     def pid(self) -> int:
         return os.getpid()
 
-    def publish(self, version: int) -> tuple[WeightsHandle, dict[str, float]]:
-        step = round(1 / CHANGED)
+    def address(self) -> str:
+        return free_address("127.0.0.1")
+
+    def step(self) -> None:
+        """What every publisher does before each publication, also one that has no part in it."""
+        self._steps += 1
+        apart = round(1 / CHANGED)
         for tensor in self._weights.values():
-            tensor.view(torch.int16)[version % step :: step] ^= 1
+            tensor.view(torch.int16)[self._steps % apart :: apart] ^= 1
+
+    def publish(self, version: int) -> tuple[WeightsHandle, dict[str, float]]:
         with _ticking() as stalled:
             began = time.perf_counter()
-            handle = self._transport.publish(version, NamedTensors.of(self._weights))
+            handle = self._transport.publish(version, NamedTensors.of(self._weights), self._ranks)
             seconds = time.perf_counter() - began
         return handle, {"publish_s": seconds, "stall_ms": stalled()}
 
@@ -80,7 +123,7 @@ class Process:
         before = self._transport.received["fetched_bytes"]
         with _ticking() as stalled:
             began = time.perf_counter()
-            file: WeightsFile = self._transport.fetch(handle, timeout_s=TIMEOUT_S)
+            file = self._transport.fetch(handle, timeout_s=TIMEOUT_S)
             fetched = time.perf_counter()
             for name, own in self._weights.items():
                 own.copy_(file[name])
@@ -150,44 +193,53 @@ class Node:
         return anonymous + sum(files.values()) + int(plasma)
 
 
-def measure(mode: str, args: argparse.Namespace, directory: str) -> Iterator[dict[str, float]]:
-    """One round after the other, as it is asked for."""
-    make = ray.remote(num_cpus=0, max_concurrency=4)(Process).remote
-    far = mode in ("far", "delta")
-    publisher = make(mode, directory, "a", args.mib)
-    engines = [make(mode, directory, "b" if far else "a", args.mib) for _ in range(args.engines)]
-    everyone = [publisher, *engines]
-    pids = ray.get([one.pid.remote() for one in everyone], timeout=TIMEOUT_S)
-    size = args.mib << 20
-    for version in range(1, args.rounds + 2):
+def measure(mode: str, publishers: list[Any], engines: list[Any], size: int, directory: str) -> dict[str, float]:
+    """One turn."""
+    far = mode in ("far", "ranks", "delta")
+    trained, publishers = publishers, publishers if mode == "ranks" else publishers[:1]
+    everyone = [*publishers, *engines]
+    master = _all([publishers[0].address.remote()])[0] if mode == "ranks" else None
+    _all([one.begin.remote(mode, directory, f"p{rank}", master, rank) for rank, one in enumerate(publishers)])
+    _all([one.begin.remote(mode, directory, "e" if far else "p0", None, 0) for one in engines])
+    pids = _all([one.pid.remote() for one in everyone])
+    for version in (1, 2) if mode == "delta" else (2,):
+        _all([one.step.remote() for one in trained])
         node = Node(pids)
-        handle, row = ray.get(publisher.publish.remote(version), timeout=TIMEOUT_S)
-        taken = ray.get([engine.take.remote(handle) for engine in engines], timeout=TIMEOUT_S)
+        published = _all([one.publish.remote(version) for one in publishers])
+        handle = published[0][0]
+        row = {key: max(rank[key] for _, rank in published) for key in ("publish_s", "stall_ms")}
+        taken = _all([engine.take.remote(handle) for engine in engines])
         row |= {key: max(one[key] for one in taken) for key in ("fetch_s", "load_s")}
         row["stall_ms"] = max(row["stall_ms"], *(one["stall_ms"] for one in taken))
         row |= {"wire": sum(one["wire"] for one in taken) / size, "peak": node.grown() / size}
-        digests = set(ray.get([one.digest.remote() for one in everyone], timeout=TIMEOUT_S))
-        if digests != {handle.digest}:
-            raise SystemExit(f"{mode}: version {version} is {handle.digest}, engines have {digests}")
-        if version > 1:  # the first has no version before it
-            yield row
-    for one in everyone:
-        ray.kill(one)
+    digests = set(_all([one.digest.remote() for one in everyone]))
+    if len(digests) != 1 or handle.digest not in ("", *digests):
+        raise SystemExit(f"{mode}: published is {handle.digest}, engines have {digests}")
+    del handle, published
+    _all([one.end.remote() for one in everyone])
+    return row
 
 
-def publications(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """The medians of each mode."""
+def _all(refs: list[Any]) -> list[Any]:
+    found: list[Any] = ray.get(refs, timeout=TIMEOUT_S)
+    return found
+
+
+def publications(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """Median, least and most of each mode."""
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    make = ray.remote(num_cpus=0, max_concurrency=4)(Process).remote
+    publishers, engines = ([make(args.mib) for _ in range(count)] for count in (NUM_RANKS, args.engines))
     rows: dict[str, list[dict[str, float]]] = {mode: [] for mode in args.modes}
-    with tempfile.TemporaryDirectory(dir=args.directory) as directory:
-        rounds = {mode: measure(mode, args, f"{directory}/{mode}") for mode in args.modes}
-        for _ in range(args.rounds):
-            for mode, ask in rounds.items():
-                rows[mode].append(next(ask))
-        for ask in rounds.values():
-            next(ask, None)
+    for _ in range(args.rounds):
+        for mode in args.modes:
+            with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+                rows[mode].append(measure(mode, publishers, engines, args.mib << 20, directory))
     ray.shutdown()
-    return {mode: {key: statistics.median(row[key] for row in own) for key in own[0]} for mode, own in rows.items()}
+    return {
+        mode: {key: [round(of(row[key] for row in own), 4) for of in (statistics.median, min, max)] for key in own[0]}
+        for mode, own in rows.items()
+    }
 
 
 def learn(args: argparse.Namespace) -> list[float]:
@@ -218,8 +270,9 @@ def learn(args: argparse.Namespace) -> list[float]:
             else:
                 learner.train(batch)
             base = before
-            before = learner.publish(lambda tensors, base=base: WeightsFile.write(tensors, base))
-            assert before is not None, "there is one rank"
+            before = learner.publish(
+                lambda tensors, ranks, base=base: write_shares(tensors, ranks, node="a", holder=None, base=base)[0]
+            )
             if base is not None:
                 size = os.fstat(before.descriptor).st_size
                 shares.append(1.0 if before.delta is None else before.delta.num_bytes / size)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +129,11 @@ class LearnerActor:
         with self._busy("wait_claim"):
             return self._learner.train(batch)
 
-    def publish(self, version: int) -> WeightsHandle | None:
-        """Gather the weights and make them fetchable as `version`; the handle at rank 0, None elsewhere."""
+    def publish(self, version: int) -> WeightsHandle:
+        """Make the weights fetchable as `version`; every rank has the same handle."""
         with self._busy("wait_controller"):
-            handle = self._learner.publish(lambda tensors: self._transport.publish(version, tensors))
-            probe = self._learner.probe()
-            return None if handle is None else replace(handle, probe=probe)
+            handle = self._learner.publish(partial(self._transport.publish, version))
+            return replace(handle, probe=self._learner.probe())
 
     @in_group("weights")
     def read_weights(self, version: int, offset: int, num_bytes: int, delta: bool) -> UInt8:

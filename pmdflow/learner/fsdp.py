@@ -37,6 +37,7 @@ from pmdflow.learner.policy import Policy
 from pmdflow.learner.routing import Routing
 from pmdflow.learner.slices import Part
 from pmdflow.weights.file import NamedTensors, aligned
+from pmdflow.weights.shares import Ranks
 
 JOIN_TIMEOUT_S = 120.0
 """All ranks must have joined within this."""
@@ -96,6 +97,17 @@ def join_ranks(master: str, *, rank: int, ranks: int, device: torch.device, repl
     if replicas == 1:
         return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
     return init_device_mesh(device.type, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def all_ranks(rank: int) -> Ranks:
+    """The process group of all learner ranks, as a transport needs it."""
+
+    def gather(own: Any) -> list[Any]:
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, own)
+        return parts
+
+    return Ranks(rank=rank, count=dist.get_world_size(), gather=gather)
 
 
 @freed_at_once()
@@ -220,15 +232,14 @@ def reshard(policy: Policy) -> None:
             module.reshard()
 
 
-def gathered(policy: Policy, *, dtype: str, rank: int, lora: LoraConfig | None = None) -> NamedTensors:
+def gathered(policy: Policy, *, dtype: str, lora: LoraConfig | None = None) -> NamedTensors:
     """All weights by their Hugging Face names, each gathered when its turn comes; of tied names only the first.
 
     Every rank must go through all of them, in step: gathering is a collective.
 
     Args:
         policy: The sharded policy.
-        dtype: Type of the floating-point tensors; each is cast where it is gathered.
-        rank: This rank; at others than 0 the values are of no use.
+        dtype: Type of the floating-point tensors in a file; the values have that of the policy.
         lora: The settings if the policy has adapters: then only these are gathered.
     """
     sources: dict[str, Tensor] = {}
@@ -246,7 +257,7 @@ def gathered(policy: Policy, *, dtype: str, rank: int, lora: LoraConfig | None =
             own = sources[name]
             whole = own.full_tensor() if isinstance(own, DTensor) else own
             scale = 1.0 if lora is None else published_scale(name, lora)
-            yield (whole * scale if scale != 1 else whole).to(wanted[name]) if rank == 0 else whole
+            yield whole * scale if scale != 1 else whole
 
     names = aligned(wanted)
     return NamedTensors(specs={name: (wanted[name], tuple(sources[name].shape)) for name in names}, values=values())
@@ -256,10 +267,13 @@ def full_state_dict(
     policy: Policy, *, dtype: str, rank: int, lora: LoraConfig | None = None
 ) -> dict[str, Tensor] | None:
     """What `gathered` gives, on the CPU at rank 0; None elsewhere. Every rank must call."""
-    tensors = gathered(policy, dtype=dtype, rank=rank, lora=lora)
+    tensors = gathered(policy, dtype=dtype, lora=lora)
     # Copies: with one rank the gathered tensor may be the parameter itself, which the next step overwrites.
-    pairs = zip(tensors.specs, tensors.values, strict=True)
-    whole = {name: value.to(device="cpu", copy=True) for name, value in pairs if rank == 0}
+    whole = {
+        name: value.to(wanted).to(device="cpu", copy=True)
+        for (name, (wanted, _)), value in zip(tensors.specs.items(), tensors.values, strict=True)
+        if rank == 0
+    }
     return whole if rank == 0 else None
 
 

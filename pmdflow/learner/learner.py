@@ -25,6 +25,7 @@ from pmdflow.learner.checkpoint.manifest import CheckpointFile
 from pmdflow.learner.context import Context, make_contexts
 from pmdflow.learner.flops import Speed
 from pmdflow.learner.fsdp import (
+    all_ranks,
     build_policy,
     build_teacher,
     free_address,
@@ -52,6 +53,7 @@ from pmdflow.reward.total import Memory
 from pmdflow.types import Claim, Mask, TrainBatch
 from pmdflow.weights.file import NamedTensors
 from pmdflow.weights.probe import Probe
+from pmdflow.weights.shares import Ranks
 
 Answer = TypeVar("Answer")
 
@@ -221,19 +223,18 @@ class Learner:
             dtype, lora = self._config.model.dtype, self._config.learner.lora
             return full_state_dict(self._policy, dtype=dtype, rank=self._rank, lora=lora)
 
-    def publish(self, write: Callable[[NamedTensors], Answer]) -> Answer | None:
-        """What `write` makes of all weights, or of the adapters alone, in `model.dtype`, at rank 0; None elsewhere.
+    def publish(self, write: Callable[[NamedTensors, Ranks], Answer]) -> Answer:
+        """What `write` makes of all weights, or of the adapters alone, in `model.dtype`, with the other ranks.
 
-        Each tensor is gathered and cast on the learner's device when `write` comes to it. Every rank must call.
+        Each tensor is gathered on the learner's device when `write` comes to it. Every rank must call.
         """
         with self._spans.span("publish"):
             dtype, lora = self._config.model.dtype, self._config.learner.lora
-            tensors = gathered(self._policy, dtype=dtype, rank=self._rank, lora=lora)
+            tensors = gathered(self._policy, dtype=dtype, lora=lora)
             try:
-                return write(tensors) if self._rank == 0 else None
+                return write(tensors, all_ranks(self._rank))
             finally:
-                for _ in tensors.values:  # the other ranks wait in the collectives of what is left
-                    pass
+                tensors.skip()  # the other ranks wait in the collectives of what is left
 
     def probe(self) -> Probe:
         """What an engine that has loaded the present weights gives for a few tokens. Every rank must call."""

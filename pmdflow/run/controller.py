@@ -340,9 +340,7 @@ class Controller:
 
     def _publish_weights(self) -> WeightsHandle:
         refs = self._learners.call(LearnerActor.publish, self.version)
-        handle = self._learners.wait(refs, what=f"publishing version {self.version}")[0]
-        assert handle is not None, "rank 0 has the handle"
-        return handle
+        return self._learners.wait(refs, what=f"publishing version {self.version}")[0]
 
     def _grant_first_budget(self) -> None:
         counts = self._counts()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,41 +14,61 @@ BLOCK_BYTES = 4 << 20
 PRIME = 0x100000001B3
 
 
-class Digest:
-    """A number that bytes have, whoever read them: it changes with any of them, with their order and their number.
+class Summed(NamedTuple):
+    """What some blocks of a file that follow each other have in common with no others: see `hex`.
 
     Example:
-        >>> digest = Digest()
-        >>> digest.add(torch.zeros(BLOCK_BYTES, dtype=torch.uint8), 7)
-        >>> digest.hex()
-        '0000000000000007'
+        >>> front, back = Summed(words=3, num_bytes=BLOCK_BYTES), Summed(words=4, num_bytes=9)
+        >>> front.then(back) == Summed(words=3 * PRIME + 4, num_bytes=BLOCK_BYTES + 9)
+        True
     """
+
+    words: int
+    """Sum of their words, each times its place."""
+    num_bytes: int
+    """How many there are; only the last block of a file is not full."""
+
+    def then(self, after: Summed) -> Summed:
+        """Both, one after the other."""
+        shift = pow(PRIME, -(-after.num_bytes // BLOCK_BYTES), 1 << 64)
+        return Summed((self.words * shift + after.words) % (1 << 64), self.num_bytes + after.num_bytes)
+
+    def hex(self) -> str:
+        """The digest, if these are all blocks of a file: it changes with any byte, with their order and number."""
+        return f"{(self.words * PRIME + self.num_bytes) % (1 << 64):016x}"
+
+
+class Summer:
+    """Sums blocks as they come."""
 
     def __init__(self) -> None:
         """Of no bytes yet."""
         self._odd = torch.arange(1, BLOCK_BYTES // 4, 2, dtype=torch.int64)
-        self._sum = self._num_bytes = 0
+        self.summed = Summed(0, 0)
+        """Of the blocks until now."""
 
     def add(self, block: Tensor, count: int) -> None:
         """Take the next `count` bytes in a block on the CPU, of which only the last of all is filled up with zeros."""
         words = int(torch.dot(block.view(torch.int64), self._odd))
-        self._sum = (self._sum * PRIME + words) % (1 << 64)
-        self._num_bytes += count
-
-    def hex(self) -> str:
-        """The number."""
-        return f"{(self._sum * PRIME + self._num_bytes) % (1 << 64):016x}"
+        self.summed = self.summed.then(Summed(words % (1 << 64), count))
 
 
 class BlockWriter:
     """Writes bytes of tensors to a file by way of one block (pinned for those of an accelerator), and sums them."""
 
-    def __init__(self, file: int, *, then: Callable[[Tensor], None] | None = None) -> None:
-        """Write to the descriptor `file`, and show each block to `then`; the last is filled up with zeros."""
-        self._file, self._then = file, then
+    def __init__(self, file: int, *, at: int = 0, then: Callable[[Tensor], None] | None = None) -> None:
+        """Write to the descriptor `file` from `at` on, and show each block to `then`; the last is filled up with zeros.
+
+        `at` is where a block of the file begins.
+        """
+        self._file, self._at, self._then = file, at, then
         self._block = torch.zeros(BLOCK_BYTES, dtype=torch.uint8)
         self._filled = 0
-        self._digest = Digest()
+        self._summer = Summer()
+
+    def begin(self, at: int) -> None:
+        """Go on at another place, and with another sum."""
+        self._at, self._summer.summed = at, Summed(0, 0)
 
     def write(self, tensor: Tensor) -> None:
         """Append the bytes of a tensor."""
@@ -63,19 +83,20 @@ class BlockWriter:
             if self._filled == BLOCK_BYTES:
                 self._flush()
 
-    def finish(self) -> str:
-        """Write what is left; the digest of all."""
+    def finish(self) -> Summed:
+        """Write what is left; the sum of all since the beginning."""
         if self._filled:
             self._block[self._filled :] = 0
             self._flush()
-        return self._digest.hex()
+        return self._summer.summed
 
     def _flush(self) -> None:
         bytes_: Any = self._block.numpy()
         left = memoryview(bytes_)[: self._filled]
         while left:
-            left = left[os.write(self._file, left) :]
-        self._digest.add(self._block, self._filled)
+            count = os.pwrite(self._file, left, self._at)
+            self._at, left = self._at + count, left[count:]
+        self._summer.add(self._block, self._filled)
         if self._then is not None:
             self._then(self._block)
         self._filled = 0
@@ -93,8 +114,8 @@ def read_block(file: int, block: Tensor, at: int) -> int:
 
 def digest_of(file: int) -> str:
     """The digest of the bytes of an open file."""
-    digest, block, at = Digest(), torch.zeros(BLOCK_BYTES, dtype=torch.uint8), 0
+    summer, block, at = Summer(), torch.zeros(BLOCK_BYTES, dtype=torch.uint8), 0
     while count := read_block(file, block, at):
-        digest.add(block, count)
+        summer.add(block, count)
         at += count
-    return digest.hex()
+    return summer.summed.hex()

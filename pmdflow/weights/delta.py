@@ -28,19 +28,19 @@ class DeltaWriter:
     """Compares the blocks of a new file with those of its base as they are written.
 
     Example:
-        >>> delta = DeltaWriter(base)                          # doctest: +SKIP
+        >>> delta = DeltaWriter(base, begin=0, end=size)       # doctest: +SKIP
         >>> writer = BlockWriter(new, then=delta.add)          # doctest: +SKIP
     """
 
-    def __init__(self, base: int) -> None:
-        """Compare with the open file `base` and write records to memory of the node."""
-        self._base, self._most = base, os.fstat(base).st_size // 2
+    def __init__(self, base: int, *, begin: int, end: int) -> None:
+        """Compare with bytes `begin` to `end` of the open file `base` and write records to memory of the node."""
+        self._base, self._most = base, (end - begin) // 2
         self.descriptor = os.memfd_create("pmdflow-delta")
         """The records; whoever takes it closes it."""
         self.num_bytes = 0
-        """Of all records; more than half a file is not worth its while, and no more are made then."""
+        """Of all records; more than half of the bytes is not worth its while, and no more are made then."""
         self._block = torch.zeros(BLOCK_BYTES, dtype=torch.uint8)
-        self._number = 0
+        self._number = begin // BLOCK_BYTES
 
     def add(self, block: Tensor) -> None:
         """Take the next block of the new file."""
@@ -60,7 +60,7 @@ class DeltaWriter:
 
     @property
     def is_short(self) -> bool:
-        """Whether there is less to carry than the file."""
+        """Whether there is less to carry than the bytes."""
         return self.num_bytes <= self._most
 
 
@@ -76,7 +76,7 @@ def patch(base: int, delta: UInt8, *, into: int) -> str:
             block.view(torch.int16)[places] = words
             next_number, change = next(records, (-1, None))
         writer.write(block[: size - number * BLOCK_BYTES])
-    return writer.finish()
+    return writer.finish().hex()
 
 
 def _records(delta: UInt8) -> Iterator[tuple[int, tuple[Any, Tensor]]]:

@@ -16,8 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pmdflow.types import UInt8
-from pmdflow.weights.blocks import BlockWriter
-from pmdflow.weights.delta import DeltaWriter
+from pmdflow.weights.blocks import BlockWriter, Summed
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -33,7 +32,13 @@ class NamedTensors:
     specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     """Type and shape by name, larger elements first: so each tensor of the file is aligned."""
     values: Iterable[Tensor]
-    """The tensors in the order of `specs`, on any device; gone through once."""
+    """The tensors in the order of `specs`, on any device; gone through once. Floating-point ones may be of another such
+    type than the spec's: they are cast as they are written, where they are."""
+
+    def skip(self) -> None:
+        """Go through what is left of them."""
+        for _ in self.values:
+            pass
 
     @classmethod
     def of(cls, weights: Mapping[str, Tensor]) -> NamedTensors:
@@ -49,42 +54,68 @@ def aligned(dtypes: Mapping[str, torch.dtype]) -> list[str]:
     return sorted(dtypes, key=lambda name: (-dtypes[name].itemsize, name))
 
 
-def write_file(file: int, tensors: NamedTensors, *, then: Callable[[Tensor], None] | None = None) -> str:
-    """Write tensors as safetensors to the descriptor `file`, and show its blocks to `then`; the digest of its bytes.
+class Layout:
+    """Where the tensors of a safetensors file lie."""
+
+    def __init__(self, tensors: NamedTensors) -> None:
+        """Of a file of these.
+
+        Raises:
+            ValueError: a type that the format does not have.
+        """
+        self._tensors, self._places = tensors, list[int]()
+        entries, at = {}, 0
+        for name, (dtype, shape) in tensors.specs.items():
+            if dtype not in DTYPES:
+                raise ValueError(f"{name} is of {dtype}, which no safetensors file holds")
+            end = at + dtype.itemsize * torch.Size(shape).numel()
+            entries[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+            self._places.append(at)
+            at = end
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._header = len(text).to_bytes(8, "little") + text
+        self.num_bytes = len(self._header) + at
+        """Of the file."""
+
+    def write(self, writer: BlockWriter, begin: int, end: int) -> Summed:
+        """Write bytes `begin` to `end`, where blocks begin, and go through all tensors; the sum of these bytes.
+
+        Raises:
+            ValueError: a tensor is not of its type and shape.
+            OSError: there is no room.
+        """
+        header = torch.frombuffer(bytearray(self._header), dtype=torch.uint8)
+        writer.write(header[begin:end])
+        for (name, (dtype, shape)), at, tensor in zip(
+            self._tensors.specs.items(), self._places, self._tensors.values, strict=True
+        ):
+            is_castable = tensor.is_floating_point() and dtype.is_floating_point
+            if tuple(tensor.shape) != shape or not (is_castable or tensor.dtype == dtype):
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}")
+            first = max(begin - len(self._header) - at, 0) // dtype.itemsize
+            last = max(end - len(self._header) - at, 0) // dtype.itemsize
+            writer.write(tensor.reshape(-1)[first:last].to(dtype))
+        return writer.finish()
+
+
+def write_file(file: int, tensors: NamedTensors) -> str:
+    """Write tensors as safetensors to the descriptor `file`; the digest of its bytes.
 
     Raises:
         ValueError: a type that the format does not have, or a tensor that is not of its type and shape.
         OSError: there is no room for it.
     """
-    writer = BlockWriter(file, then=then)
-    writer.write(torch.frombuffer(bytearray(_header(tensors.specs)), dtype=torch.uint8))
-    for (name, spec), tensor in zip(tensors.specs.items(), tensors.values, strict=True):
-        if (tensor.dtype, tuple(tensor.shape)) != spec:
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {spec[0]} {spec[1]}")
-        writer.write(tensor)
-    return writer.finish()
-
-
-def _header(specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
-    entries, at = {}, 0
-    for name, (dtype, shape) in specs.items():
-        if dtype not in DTYPES:
-            raise ValueError(f"{name} is of {dtype}, which no safetensors file holds")
-        end = at + dtype.itemsize * torch.Size(shape).numel()
-        entries[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    layout = Layout(tensors)
+    return layout.write(BlockWriter(file), 0, layout.num_bytes).hex()
 
 
 class Delta:
-    """The open file of records that make a version's file of another one."""
+    """The open file of records that make a version's file, or a share of it, of the version before it."""
 
-    def __init__(self, *, descriptor: int, base: str) -> None:
-        """Own the descriptor; `base` is the digest of that other file."""
+    def __init__(self, descriptor: int) -> None:
+        """Own the descriptor."""
         self.descriptor = descriptor
-        self.base = base
         self.close = weakref.finalize(self, os.close, descriptor)
         """Lets the file go; so does dropping this object."""
 
@@ -123,16 +154,9 @@ class WeightsFile(Mapping[str, Tensor]):
         self._names: dict[str, None] = {}
 
     @classmethod
-    def write(cls, tensors: NamedTensors, base: WeightsFile | None = None) -> WeightsFile:
-        """Write tensors into memory of the node, which has no name; with its delta from `base`, if that is shorter."""
-        if base is None:
-            return cls.make(lambda descriptor: write_file(descriptor, tensors))
-        changes = DeltaWriter(base.descriptor)
-        delta = Delta(descriptor=changes.descriptor, base=base.digest)
-        file = cls.make(lambda descriptor: write_file(descriptor, tensors, then=changes.add))
-        is_alike = os.fstat(file.descriptor).st_size == os.fstat(base.descriptor).st_size
-        file.delta = delta if changes.is_short and is_alike else None
-        return file
+    def write(cls, tensors: NamedTensors) -> WeightsFile:
+        """Write tensors into memory of the node, which has no name."""
+        return cls.make(lambda descriptor: write_file(descriptor, tensors))
 
     @classmethod
     def make(cls, write: Callable[[int], str]) -> WeightsFile:
@@ -143,6 +167,13 @@ class WeightsFile(Mapping[str, Tensor]):
         except BaseException:
             os.close(descriptor)
             raise
+
+    @classmethod
+    def empty(cls, num_bytes: int) -> WeightsFile:
+        """A file in memory of the node that is to be filled, and has no digest yet."""
+        file = cls(os.memfd_create("pmdflow-weights"), "")
+        os.ftruncate(file.descriptor, num_bytes)
+        return file
 
     @classmethod
     def open(cls, path: str | Path, digest: str) -> WeightsFile:

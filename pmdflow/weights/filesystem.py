@@ -11,6 +11,7 @@ from pmdflow.types import UInt8
 from pmdflow.weights.blocks import digest_of
 from pmdflow.weights.file import NamedTensors, WeightsFile, write_file
 from pmdflow.weights.held import HeldFiles, from_stored
+from pmdflow.weights.shares import ALONE, Ranks
 from pmdflow.weights.transport import Stored, WeightsHandle
 
 KEPT_VERSIONS = 2
@@ -28,8 +29,20 @@ class FilesystemTransport:
         self._held = HeldFiles(1)
         self.received: Counter[str] = Counter()
 
-    def publish(self, version: int, weights: NamedTensors) -> WeightsHandle:
-        """Write `version-NNNNNN.safetensors`; the rename makes it visible."""
+    def publish(self, version: int, weights: NamedTensors, ranks: Ranks = ALONE) -> WeightsHandle:
+        """Write `version-NNNNNN.safetensors` at rank 0; the rename makes it visible."""
+
+        def write() -> WeightsHandle | None:
+            try:
+                return self._written(version, weights) if ranks.rank == 0 else None
+            finally:
+                weights.skip()
+
+        handle = ranks.agree(write)[0]
+        assert handle is not None
+        return handle
+
+    def _written(self, version: int, weights: NamedTensors) -> WeightsHandle:
         self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / f"version-{version:06d}.safetensors"
         aside = path.with_suffix(".tmp")

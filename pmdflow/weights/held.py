@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pmdflow.errors import WaitTimeout, WeightsLost
+from pmdflow.errors import WeightsLost
 from pmdflow.file_lock import wait_for_lock
 from pmdflow.types import UInt8
 from pmdflow.weights.file import WeightsFile
@@ -88,11 +88,12 @@ class NodeNotes:
     """Notes of which process of this node has the memory file of a version, in a directory of the node and the run.
 
     A note is true as long as that process lives and the file is the one noted. One process at a time makes a version's
-    file; if it dies, the next one does.
+    file; if it dies, the next one does, and if it takes too long (it may be stopped) the next one does beside it.
     """
 
     def __init__(self, run_dir: str, node: str) -> None:
         """Take notes of a run on a node; `node` is its name, which no other node has."""
+        self.node = node
         key = hashlib.sha256(f"{run_dir}\0{node}".encode()).hexdigest()[:16]
         self._directory = Path(tempfile.gettempdir()) / f"pmdflow-{os.getuid()}" / key
 
@@ -124,15 +125,10 @@ class NodeNotes:
 
     @contextmanager
     def alone(self, version: int, *, timeout_s: float) -> Iterator[None]:
-        """Be the one process of the node that makes the file of a version.
-
-        Raises:
-            WaitTimeout: another one made it for `timeout_s`.
-        """
+        """Be the one process of the node that makes the file of a version, or one more after `timeout_s`."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with self._path(version).with_suffix(".lock").open("w") as lock:
-            if not wait_for_lock(lock, timeout_s=timeout_s):
-                raise WaitTimeout(f"another process of this node fetched version {version} for {timeout_s:g} s")
+            wait_for_lock(lock, timeout_s=timeout_s)
             yield
 
     def _path(self, version: int) -> Path:

@@ -1,13 +1,17 @@
-"""Weights through memory: one file a node, whose bytes Ray's object store carries from node to node in pieces."""
+"""Weights through memory: one file a node, whose bytes Ray's object store carries from node to node in pieces.
+
+No learner rank has the whole model: each writes a share and gives it out, and a node asks all of them in turn.
+"""
 
 from __future__ import annotations
 
 import os
 import random
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
@@ -15,21 +19,25 @@ from torch.utils.dlpack import from_dlpack
 
 from pmdflow.errors import PmdflowError, WaitTimeout, WeightsLost
 from pmdflow.types import UInt8
-from pmdflow.weights.blocks import BlockWriter
-from pmdflow.weights.delta import patch, write_all
+from pmdflow.weights.blocks import BlockWriter, Summed
+from pmdflow.weights.delta import patch
 from pmdflow.weights.file import Delta, NamedTensors, WeightsFile
 from pmdflow.weights.held import HeldFiles, NodeNotes, from_stored
+from pmdflow.weights.shares import ALONE, Ranks, Share, all_of, digest_of_shares, write_shares
 from pmdflow.weights.transport import Base, Stored, WeightsHandle
 
 PIECE_BYTES = 64 << 20
 PIECE_TIMEOUT_S = 60.0
 """A process that has not given a piece by then is stopped or cut off: another one is asked."""
+AHEAD = 2
+"""Pieces that are on the way while one is written."""
 
 
 class ObjectStoreTransport:
-    """Writes a version into memory of the learner's node; another node copies it once, from whoever has it.
+    """Writes a version into memory of the learner's nodes; another node copies it once, from whoever has it.
 
-    It is served by the process that published it and by all that fetched it: a version lives as long as one of them.
+    It is served by the ranks that published it and by all that fetched it: a version lives as long as one of these, or
+    all of those.
     """
 
     def __init__(self, run_dir: str, *, kept: int = 1, delta: bool = False, stored: Stored | None = None) -> None:
@@ -44,17 +52,23 @@ class ObjectStoreTransport:
         self._notes = NodeNotes(run_dir, ray.get_runtime_context().get_node_id())
         self.received: Counter[str] = Counter()
 
-    def publish(self, version: int, weights: NamedTensors) -> WeightsHandle:
-        """Write all tensors, one after the other, into memory that vanishes with the last process that has it."""
+    def publish(self, version: int, weights: NamedTensors, ranks: Ranks = ALONE) -> WeightsHandle:
+        """Write this rank's share of all tensors into memory that vanishes with the last process that has it."""
         before = self._held.newest() if self._delta else None
         self._held.make_room()
-        file = WeightsFile.write(weights, None if before is None else before[1])
-        self._held.keep(version, file)
-        self._notes.add(version, file)
         context = ray.get_runtime_context()
-        publisher = None if context.get_actor_id() is None else context.current_actor
-        base = None if before is None or file.delta is None else Base(version=before[0], digest=file.delta.base)
-        return WeightsHandle(version=version, location=publisher, digest=file.digest, base=base)
+        file, shares = write_shares(
+            weights,
+            ranks,
+            node=self._notes.node,
+            holder=None if context.get_actor_id() is None else context.current_actor,
+            base=None if before is None else before[1],
+        )
+        self._held.keep(version, file)
+        if len({share.file for share in shares}) == 1:
+            self._notes.add(version, file)
+        base = None if before is None or file.delta is None else Base(version=before[0], digest=before[1].digest)
+        return WeightsHandle(version=version, location=shares, digest=file.digest, base=base)
 
     def fetch(self, handle: WeightsHandle, *, timeout_s: float) -> WeightsFile:
         """The node's file of a version; made here if nobody on the node has it."""
@@ -64,7 +78,7 @@ class ObjectStoreTransport:
             return own
         base = self._base(handle)
         self._held.make_room()
-        with self._notes.alone(handle.version, timeout_s=timeout_s):
+        with self._notes.alone(handle.version, timeout_s=timeout_s / 2):
             file = self._notes.find(handle)
             if file is None and base is not None:
                 file = self._patched(handle, base, deadline=deadline)
@@ -91,11 +105,11 @@ class ObjectStoreTransport:
     def _patched(self, handle: WeightsHandle, base: WeightsFile, *, deadline: float) -> WeightsFile | None:
         """The file, made of the node's file of the version before; None if that does not give what was published."""
 
-        def copy(other: Any) -> WeightsFile:
-            delta = Delta(descriptor=os.memfd_create("pmdflow-delta"), base=base.digest)
-            for piece in _pieces(handle, other, delta=True, deadline=deadline):
-                write_all(delta.descriptor, piece)
-            self.received["fetched_bytes"] += delta.num_bytes
+        def copy(shares: Sequence[Share]) -> WeightsFile:
+            delta = Delta(os.memfd_create("pmdflow-delta"))
+            for at, piece in self._pieces(handle.version, shares, delta=True, deadline=deadline):
+                bytes_: Any = piece
+                os.pwrite(delta.descriptor, bytes_, at)
             file = WeightsFile.make(lambda descriptor: patch(base.descriptor, delta.records(), into=descriptor))
             file.delta = delta
             return file
@@ -114,15 +128,16 @@ class ObjectStoreTransport:
             PmdflowError: it arrived with another digest.
         """
 
-        def copy(other: Any) -> WeightsFile:
-            def write(descriptor: int) -> str:
-                writer = BlockWriter(descriptor)
-                for piece in _pieces(handle, other, delta=False, deadline=deadline):
-                    self.received["fetched_bytes"] += len(piece)
-                    writer.write(from_dlpack(piece))  # what is read-only comes without a copy
-                return writer.finish()
-
-            return WeightsFile.make(write)
+        def copy(shares: Sequence[Share]) -> WeightsFile:
+            file, summed = self._begun(shares)
+            elsewhere = [share for share in shares if share.begin not in summed]
+            writer = BlockWriter(file.descriptor)
+            for at, piece in self._pieces(handle.version, elsewhere, delta=False, deadline=deadline):
+                writer.begin(at)
+                writer.write(from_dlpack(piece))  # what is read-only comes without a copy
+                summed[at] = writer.finish()
+            file.digest = digest_of_shares([summed[at] for at in sorted(summed)])
+            return file
 
         try:
             file = self._from_others(handle, copy, deadline=deadline)
@@ -135,21 +150,31 @@ class ObjectStoreTransport:
             )
         return file
 
+    def _begun(self, shares: Sequence[Share]) -> tuple[WeightsFile, dict[int, Summed]]:
+        """The file that learner ranks of this node began, and where their shares begin; a new one if there is none."""
+        for place in {share.file for share in shares if share.file is not None and share.file.node == self._notes.node}:
+            file = place.open()
+            if file is not None:
+                return file, {share.begin: share.summed for share in shares if share.file == place}
+        return WeightsFile.empty(shares[-1].end), {}
+
     def _from_others(
-        self, handle: WeightsHandle, copy: Callable[[Any], WeightsFile], *, deadline: float
+        self, handle: WeightsHandle, copy: Callable[[Sequence[Share]], WeightsFile], *, deadline: float
     ) -> WeightsFile:
-        """What `copy` gets from one of those that have a version.
+        """What `copy` makes of what a peer gives, which has all, or the learner's ranks together.
 
         Raises:
             WeightsLost: nobody has it.
             WaitTimeout: it did not arrive in time.
         """
         problem: BaseException | None = None
-        for other in [*random.sample(handle.peers, len(handle.peers)), handle.location]:
-            if other is None:
+        ranks: Sequence[Share] = handle.location or ()
+        peers = random.sample(handle.peers, len(handle.peers)) if ranks else []
+        for shares in [*([all_of(ranks, peer)] for peer in peers), ranks]:
+            if not shares or any(share.holder is None for share in shares):
                 continue
             try:
-                return copy(other)
+                return copy(shares)
             except GetTimeoutError as error:
                 if time.monotonic() > deadline:
                     raise WaitTimeout(f"weights of version {handle.version} did not arrive in time") from error
@@ -158,14 +183,47 @@ class ObjectStoreTransport:
                 problem = error.cause if isinstance(error, RayTaskError) else error
         raise WeightsLost(f"those that had them died ({problem or 'nobody gives them out'})")
 
+    def _pieces(
+        self, version: int, shares: Sequence[Share], *, delta: bool, deadline: float
+    ) -> Iterator[tuple[int, UInt8]]:
+        """Where each piece goes, and its bytes: of the file, or of its records, which follow each other by share.
 
-def _pieces(handle: WeightsHandle, other: Any, *, delta: bool, deadline: float) -> Iterator[UInt8]:
-    """The bytes of a version's file, or of its delta, as another process gives them."""
-    at = 0
-    while True:
-        asked = other.read_weights.remote(handle.version, at, PIECE_BYTES, delta)
-        piece: UInt8 = ray.get(asked, timeout=min(max(deadline - time.monotonic(), 0.0), PIECE_TIMEOUT_S))
-        if not len(piece):
-            return
-        yield piece
-        at += len(piece)
+        All holders are asked in turn, and some pieces are on the way while one is used.
+        """
+        asked: deque[_Asked] = deque()
+
+        def oldest() -> tuple[int, UInt8]:
+            next_ = asked.popleft()
+            piece: UInt8 = ray.get(next_.piece, timeout=min(max(deadline - time.monotonic(), 0.0), PIECE_TIMEOUT_S))
+            self.received["fetched_bytes"] += len(piece)
+            return next_.at, piece
+
+        for holder, begin, at, count in _in_turn(shares, delta=delta):
+            asked.append(_Asked(at, holder.read_weights.remote(version, begin, count, delta)))
+            if len(asked) > AHEAD:
+                yield oldest()
+        while asked:
+            yield oldest()
+
+
+class _Asked(NamedTuple):
+    """A piece that is on its way."""
+
+    at: int
+    piece: Any
+
+
+def _in_turn(shares: Sequence[Share], *, delta: bool) -> Iterator[tuple[Any, int, int, int]]:
+    """Holder of each piece, where it begins there, where it goes and how long it is; one of each share in turn."""
+    lists, before = [], 0
+    for share in shares:
+        first, length = (0, share.delta_bytes or 0) if delta else (share.begin, share.end - share.begin)
+        goes = before - first if delta else 0
+        before += length
+        lists.append(
+            [
+                (share.holder, begin, begin + goes, min(PIECE_BYTES, first + length - begin))
+                for begin in range(first, first + length, PIECE_BYTES)
+            ]
+        )
+    return (piece for row in zip_longest(*lists) for piece in row if piece is not None)

@@ -13,6 +13,7 @@ from pmdflow.types import UInt8
 if TYPE_CHECKING:
     from pmdflow.weights.file import NamedTensors, WeightsFile
     from pmdflow.weights.probe import Probe
+    from pmdflow.weights.shares import Ranks
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -52,8 +53,8 @@ class Stored(Protocol):
 class Transport(Protocol):
     """Publisher and subscriber side of one way to move weights. On a node, all processes map one file of a version."""
 
-    def publish(self, version: int, weights: NamedTensors) -> WeightsHandle:
-        """Make `version` fetchable. Called by learner rank 0, to which each tensor comes when its turn does."""
+    def publish(self, version: int, weights: NamedTensors, ranks: Ranks) -> WeightsHandle:
+        """Make `version` fetchable. Every learner rank calls and goes through all tensors; if one fails, all do."""
 
     def fetch(self, handle: WeightsHandle, *, timeout_s: float) -> WeightsFile:
         """Get the weights of a handle: the node's file of them, bytes from whoever has them, or a checkpoint's.

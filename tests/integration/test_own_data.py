@@ -47,6 +47,7 @@ def sums(name: str, n: int) -> list[dict[str, str]]:
     return [{"question": f"{name} {i} + 1 =", "answer": str(i + 1)} for i in range(n)]
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_a_mixture_resumed_after_kill_9_without_a_network_repeats_no_prompt_and_skips_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

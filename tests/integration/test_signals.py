@@ -16,7 +16,7 @@ from pmdflow.learner.checkpoint.manifest import oldest_manifest
 from pmdflow.store.archive import part_iteration, parts
 from tests.support.runs import Up, small_config
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(400)]
 BARE = {"LANG": "C", "LC_ALL": "C", "TERM": "dumb", "COLUMNS": "20", "RAY_ADDRESS": "127.0.0.1:1"}
 """Where batch jobs run, beside a Ray that is not ours: `cluster.address` alone says which one a run joins."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pmdflow.weights.delta import patch
 from pmdflow.weights.file import NamedTensors, WeightsFile
 from pmdflow.weights.held import NodeNotes
 from pmdflow.weights.object_store import ObjectStoreTransport
+from pmdflow.weights.shares import ALONE, write_shares
 from pmdflow.weights.transport import WeightsHandle
 
 Weights = dict[str, Tensor]
@@ -37,6 +39,10 @@ def changed(before: Weights, places: list[int]) -> Weights:
     return after
 
 
+def written(after: Weights, base: WeightsFile) -> WeightsFile:
+    return write_shares(NamedTensors.of(after), ALONE, node="a", holder=None, base=base)[0]
+
+
 def content(file: WeightsFile) -> bytes:
     return os.pread(file.descriptor, os.fstat(file.descriptor).st_size, 0)
 
@@ -45,7 +51,7 @@ def content(file: WeightsFile) -> bytes:
 @given(places=st.lists(st.integers(0, WORDS - 1), max_size=40, unique=True))
 def test_any_change_of_words_is_carried_in_four_bytes_each(places: list[int]) -> None:
     base = WeightsFile.write(NamedTensors.of(weights()))
-    file = WeightsFile.write(NamedTensors.of(changed(weights(), places)), base)
+    file = written(changed(weights(), places), base)
     assert file.delta is not None
     assert file.delta.num_bytes <= 4 * len(places) + 2 * 256
     made = WeightsFile.make(lambda into: patch(base.descriptor, file.delta.records(), into=into))
@@ -57,7 +63,7 @@ def test_a_block_that_changed_throughout_is_carried_whole() -> None:
     before = {"a": torch.zeros(2 * BLOCK_BYTES, dtype=torch.bfloat16)}
     base = WeightsFile.write(NamedTensors.of(before))
     words = BLOCK_BYTES // 2
-    file = WeightsFile.write(NamedTensors.of(changed(before, [0, *range(words + 9, 2 * words)])), base)
+    file = written(changed(before, [0, *range(words + 9, 2 * words)]), base)
     assert file.delta is not None
     assert BLOCK_BYTES < file.delta.num_bytes < BLOCK_BYTES + 1000
     made = WeightsFile.make(lambda into: patch(base.descriptor, file.delta.records(), into=into))
@@ -67,8 +73,8 @@ def test_a_block_that_changed_throughout_is_carried_whole() -> None:
 
 def test_there_is_no_delta_that_is_longer_than_half_the_file_or_of_another_model() -> None:
     base = WeightsFile.write(NamedTensors.of(weights()))
-    assert WeightsFile.write(NamedTensors.of(weights(1)), base).delta is None
-    assert WeightsFile.write(NamedTensors.of({**weights(), "c": torch.ones(2)}), base).delta is None
+    assert written(weights(1), base).delta is None
+    assert written({**weights(), "c": torch.ones(2)}, base).delta is None
 
 
 class Node:
@@ -132,7 +138,7 @@ def test_a_node_with_the_version_before_gets_what_changed_and_others_get_all(nod
     handle = ask(learner.publish.remote(3, third))
     ask(follower.fetch.remote(handle))
     ray.kill(learner)
-    by_peer = WeightsHandle(version=3, location=None, digest=handle.digest, base=handle.base, peers=(follower,))
+    by_peer = replace(handle, peers=(follower,))
     found, came = ask(late.fetch.remote(by_peer))
     assert alike(found, third)
     assert came["fetched_bytes"] < 1000, "a peer that got the delta gives it on"

@@ -41,7 +41,7 @@ def checkpoint(config: Config, run_dir: Path) -> tuple[str, dict[str, torch.Tens
     learner.setup(learner.address())
     try:
         learner.train(make_batch())
-        digest = learner.publish(lambda tensors: WeightsFile.write(tensors).digest)
+        digest = learner.publish(lambda tensors, _: WeightsFile.write(tensors).digest)
         manifest = Manifest.new(run_dir / "checkpoints", iteration=3, version=VERSION, lsn=0)
         learner.save(str(manifest.writing))
         commit_checkpoint(manifest.root, manifest, learner.await_saved())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 
 from pmdflow.errors import PmdflowError, WeightsLost
 from pmdflow.weights import object_store
+from pmdflow.weights.blocks import BLOCK_BYTES
 from pmdflow.weights.file import NamedTensors
 from pmdflow.weights.filesystem import FilesystemTransport
 from pmdflow.weights.held import NodeNotes
@@ -92,6 +95,17 @@ class Holder:
         """For a piece of another process."""
         object_store.PIECE_TIMEOUT_S = seconds
 
+    def end_after_a_piece(self, how: signal.Signals) -> None:
+        """Of the next fetch."""
+        object_store.PIECE_BYTES = BLOCK_BYTES
+        write = object_store.BlockWriter.write
+
+        def write_and_end(writer: Any, piece: Any) -> None:
+            write(writer, piece)
+            os.kill(os.getpid(), how)
+
+        object_store.BlockWriter.write = write_and_end  # type: ignore[method-assign]
+
     def fetch(self, handle: WeightsHandle, *, timeout_s: float = 60.0) -> tuple[int, int, float]:
         """Inode of the file, process id, and what the weights are."""
         file = self._transport.fetch(handle, timeout_s=timeout_s)
@@ -112,6 +126,21 @@ def holders(tmp_path: Path, cluster: None) -> Callable[..., Any]:
 
 def ask(ref: Any) -> Any:
     return ray.get(ref, timeout=60.0)
+
+
+def state(process: int) -> str:
+    """The letter of /proc; X: it is gone."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return "X"
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60.0
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_the_processes_of_a_node_map_one_file_which_outlives_who_made_it(holders: Callable[..., Any]) -> None:
@@ -148,6 +177,24 @@ def test_a_peer_that_is_stopped_holds_nobody(holders: Callable[..., Any]) -> Non
         assert ask(third.fetch.remote(dataclasses.replace(handle, peers=(stopped,))))[2] == EXPECTED
     finally:
         os.kill(process, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_process_that_ends_in_mid_fetch_holds_neither_its_node_nor_the_learner(
+    holders: Callable[..., Any], how: signal.Signals
+) -> None:
+    learner, ended, beside = holders(), holders("b"), holders("b")
+    handle = ask(learner.publish.remote(7))
+    process = ask(ended.pid.remote())
+    ask(ended.end_after_a_piece.remote(how))
+    ended.fetch.remote(handle)
+    wait_until(lambda: state(process) in "TZX")
+    try:
+        assert ask(beside.fetch.remote(handle, timeout_s=4.0))[2] == EXPECTED
+        assert ask(beside.fetch.remote(ask(learner.publish.remote(8))))[2] == EXPECTED
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 def test_weights_that_nobody_has_any_more_are_lost_by_name(holders: Callable[..., Any]) -> None:
