@@ -317,7 +317,8 @@ class WeightsConfig(Section):
     """How weights reach the rollout actors."""
 
     transport: Literal["object_store", "filesystem"] = "object_store"
-    """`object_store` (Ray) or `filesystem` (safetensors in the run directory)."""
+    """`object_store` (memory of the nodes: each learner rank gives out a share, which Ray carries) or `filesystem`
+    (safetensors in the run directory)."""
     delta: bool = False
     """With `object_store`: other nodes get what changed since the version before, bit for bit, and the whole file where
     they lack that one. It pays in bfloat16 at the learning rates of language models, and between nodes; each node holds

@@ -15,7 +15,7 @@ from pmdflow.store.archive import parts, read_part
 from pmdflow.types import Mask
 from tests.support.runs import MODEL, Up, assert_exact, pmdflow, small_config
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(400)]
 
 
 def test_a_killed_scorer_and_store_lose_nothing_and_every_token_is_taught(tmp_path: Path) -> None:

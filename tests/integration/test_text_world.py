@@ -23,7 +23,7 @@ CONFIGS = ROOT / "configs"
 MODEL = str(CONFIGS / "tiny-key-and-door")
 DEADLINE_S = 400.0
 
-pytestmark = pytest.mark.timeout(500)
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(500)]
 
 
 @pytest.fixture(scope="module")
