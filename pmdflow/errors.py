@@ -53,6 +53,10 @@ class WeightsLost(PmdflowError):
     """The weights of a version can be fetched from nowhere any more: whoever published them is gone."""
 
 
+class WeightsDamaged(WeightsLost):
+    """The weights of a version arrived as other bytes than were published."""
+
+
 class LearnerDied(ActorDied):
     """A learner rank died: the whole learner restarts from the newest checkpoint."""
 

@@ -17,6 +17,8 @@ OWNED_ARGUMENTS = {
     "max_model_len": "set data.max_tokens and data.max_prompt_tokens",
     "max_num_seqs": "set rollout.slots",
     "tensor_parallel_size": "set rollout.tensor_parallel",
+    **dict.fromkeys(("pipeline_parallel_size", "data_parallel_size"), "set rollout.tensor_parallel or rollout.actors"),
+    **dict.fromkeys(("enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras", "lora_dtype"), "set learner.lora"),
     "gpu_memory_utilization": "set rollout.memory_share",
     "kv_cache_memory_bytes": "set rollout.memory_share",
     "enable_sleep_mode": "set cluster.colocate",
@@ -25,8 +27,8 @@ OWNED_ARGUMENTS = {
     **dict.fromkeys(
         (
             "disable_log_stats", "distributed_executor_backend", "enable_prefix_caching", "generation_config",
-            "logprobs_mode", "scheduling_policy", "skip_tokenizer_init", "tokenizer", "weight_transfer_config",
-            "worker_extension_cls",
+            "hf_overrides", "load_format", "logits_processors", "logprobs_mode", "override_generation_config",
+            "scheduling_policy", "skip_tokenizer_init", "tokenizer", "weight_transfer_config", "worker_extension_cls",
         ),
         _KEPT,
     ),
@@ -37,6 +39,9 @@ OWNED_ARGUMENTS = {
 def engine_problems(config: Config) -> Iterator[str]:
     """One line `key ...: why; remedy` for each, as `combination_problems`."""
     given = config.rollout.engine_args
+    for name in sorted(name for name in given if not name.isidentifier()):
+        word = name.strip("-").replace("-", "_")
+        yield f"rollout.engine_args names {name}, which is no argument of vLLM; write {word}"
     for name in sorted(given.keys() & OWNED_ARGUMENTS.keys()):
         yield f"rollout.engine_args names {name}, which the loop sets itself; {OWNED_ARGUMENTS[name]}"
     for name in lossy_arguments(config.rollout):

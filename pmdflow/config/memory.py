@@ -25,8 +25,11 @@ CONTEXT_BYTES = 2 << 30
 """**choice**: what CUDA, NCCL, cuBLAS and a cut-up allocator take of a GPU in each process; not measured yet."""
 ENGINE_BYTES = 3 << 30
 """**choice**: what vLLM takes besides weights and cache: CUDA graphs and the activations of a prefill."""
-LIVE_VERSIONS = 2
-"""Published versions that a node holds at a time: the one in use, and the next one on its way."""
+
+
+def held_versions(config: Config) -> int:
+    """Published versions that a node holds at a time: those in use, and the next one on its way."""
+    return (config.scheduler.versions or 1) + 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,7 +240,7 @@ def _host_need(config: Config, model: Footprint, rank: Need, engine: Need, *, on
     learner = config.learner
     whole = model.num_parameters * DTYPE_BYTES[config.model.compute]
     published = 0 if config.rollout.engine == "simulated" or learner.lora else whole
-    parts = {"published weights, on each node": LIVE_VERSIONS * published}  # engines of a node map the same file
+    parts = {"published weights, on each node": held_versions(config) * published}  # its engines map the same files
     if config.cluster.colocate:
         parts |= _asleep(config, rank, engine)
     if on_gpu and learner.cpu_offload:

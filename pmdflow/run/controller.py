@@ -13,7 +13,7 @@ from ray.actor import ActorHandle
 
 from pmdflow.config.schema import Config
 from pmdflow.data.mixture import MixedPrompts
-from pmdflow.errors import LearnerDied, PmdflowError
+from pmdflow.errors import ActorDied, LearnerDied, PmdflowError, WaitTimeout
 from pmdflow.learner.actor import LearnerActor
 from pmdflow.learner.result import TrainResult
 from pmdflow.metrics.history import iterations
@@ -339,8 +339,19 @@ class Controller:
             progress.require(self._counts())
 
     def _publish_weights(self) -> WeightsHandle:
-        refs = self._learners.call(LearnerActor.publish, self.version)
-        return self._learners.wait(refs, what=f"publishing version {self.version}")[0]
+        """Publish; if that fails at living ranks, such as for want of memory, once more: they have failed in step."""
+
+        def publish() -> WeightsHandle:
+            refs = self._learners.call(LearnerActor.publish, self.version)
+            return self._learners.wait(refs, what=f"publishing version {self.version}")[0]
+
+        try:
+            return publish()
+        except (ActorDied, WaitTimeout):
+            raise
+        except PmdflowError as error:
+            self._telemetry.event("publication_failed", f"{error}; once more")
+            return publish()
 
     def _grant_first_budget(self) -> None:
         counts = self._counts()

@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from pmdflow.config.load import Loaded
-from pmdflow.config.memory import DTYPE_BYTES
+from pmdflow.config.memory import DTYPE_BYTES, held_versions
 from pmdflow.config.model_size import measure_model
 from pmdflow.config.schema import Config
 from pmdflow.dashboard.process import DashboardProcess
@@ -100,9 +100,10 @@ def _open(loaded: Loaded) -> Inputs:
 
 
 def _weights_bytes(config: Config) -> int | None:
-    """Of one published version; adapters are small."""
+    """Of the published versions that a node holds; adapters are small."""
     size = None if config.learner.lora else measure_model(config.model.path)
-    return None if size is None else size.num_parameters * DTYPE_BYTES[config.model.compute]
+    one = None if size is None else size.num_parameters * DTYPE_BYTES[config.model.compute]
+    return None if one is None else held_versions(config) * one
 
 
 def _train(

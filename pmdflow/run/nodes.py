@@ -52,7 +52,7 @@ def require_nodes(run: Path, *, weights_bytes: int | None) -> None:
 
     Args:
         run: The run directory, which is there.
-        weights_bytes: Of one published version; None if that is not known.
+        weights_bytes: Of the published versions that a node holds at a time; None if that is not known.
 
     Raises:
         LaunchError: names the nodes, what is wrong there, and the remedy.
@@ -102,10 +102,10 @@ def node_problems(views: Sequence[NodeView], *, run: Path, weights_bytes: int | 
                 f"{view.host} has {had}, this machine Python {here[0]} and pmdflow {here[1]}",
                 "install the same environment on every node, for example the shared one by its path",
             )
-        if weights_bytes is not None and view.shared_bytes < 2 * weights_bytes:
-            free, need = (f"{size / 2**30:.1f} GiB" for size in (view.shared_bytes, 2 * weights_bytes))
+        if weights_bytes is not None and view.shared_bytes < weights_bytes:
+            free, need = (f"{size / 2**30:.1f} GiB" for size in (view.shared_bytes, weights_bytes))
             yield (
-                f"{view.host}: {SHARED_MEMORY} has {free} free, two versions of the weights need {need}",
+                f"{view.host}: {SHARED_MEMORY} has {free} free, the published versions that a node holds need {need}",
                 f"mount it larger (docker run --shm-size, or an emptyDir of medium Memory at {SHARED_MEMORY})",
             )
 

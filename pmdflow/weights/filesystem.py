@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from pmdflow.errors import PmdflowError
+from pmdflow.errors import WeightsDamaged
 from pmdflow.types import UInt8
 from pmdflow.weights.blocks import digest_of
 from pmdflow.weights.file import NamedTensors, WeightsFile, write_file
@@ -46,8 +46,12 @@ class FilesystemTransport:
         self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / f"version-{version:06d}.safetensors"
         aside = path.with_suffix(".tmp")
-        with aside.open("wb", buffering=0) as file:
-            digest = write_file(file.fileno(), weights)
+        try:
+            with aside.open("wb", buffering=0) as file:
+                digest = write_file(file.fileno(), weights)
+        except BaseException:
+            aside.unlink()  # else what has filled the disk would keep it full
+            raise
         os.replace(aside, path)  # a version need not survive a power loss: it is published anew at a resume
         for old in sorted(self._directory.glob("version-*.safetensors"))[: -self._kept]:
             old.unlink(missing_ok=True)
@@ -62,7 +66,7 @@ class FilesystemTransport:
             file = from_stored(self._stored, handle, f"they are gone from {location}")
         found = digest_of(file.descriptor)
         if handle.digest not in ("", found):
-            raise PmdflowError(
+            raise WeightsDamaged(
                 f"{location} has the digest {found}, published was {handle.digest}: this node reads another "
                 "file than the learner wrote"
             )

@@ -103,8 +103,10 @@ class NodeNotes:
             lines = self._path(handle.version).read_text().splitlines()
         except FileNotFoundError:
             return None
-        for digest, number, path in (line.split(" ", 2) for line in reversed(lines)):
-            if handle.digest not in ("", digest):
+        for line in reversed(lines):
+            digest, _, rest = line.partition(" ")
+            number, _, path = rest.partition(" ")
+            if handle.digest not in ("", digest) or not number.isdigit():  # a full disk cuts lines short
                 continue
             try:
                 file = WeightsFile.open(path, digest)

@@ -10,6 +10,8 @@ import random
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -17,13 +19,13 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from torch.utils.dlpack import from_dlpack
 
-from pmdflow.errors import PmdflowError, WaitTimeout, WeightsLost
+from pmdflow.errors import WaitTimeout, WeightsDamaged, WeightsLost
 from pmdflow.types import UInt8
 from pmdflow.weights.blocks import BlockWriter, Summed
 from pmdflow.weights.delta import patch
 from pmdflow.weights.file import Delta, NamedTensors, WeightsFile
 from pmdflow.weights.held import HeldFiles, NodeNotes, from_stored
-from pmdflow.weights.shares import ALONE, Ranks, Share, all_of, digest_of_shares, write_shares
+from pmdflow.weights.shares import ALONE, NodeFile, Ranks, Share, all_of, digest_of_shares, write_shares
 from pmdflow.weights.transport import Base, Stored, WeightsHandle
 
 PIECE_BYTES = 64 << 20
@@ -65,8 +67,9 @@ class ObjectStoreTransport:
             base=None if before is None else before[1],
         )
         self._held.keep(version, file)
-        if len({share.file for share in shares}) == 1:
-            self._notes.add(version, file)
+        if all(share.file.is_of(self._notes.node, file) for share in shares):
+            with suppress(OSError):  # without a note a node fetches what it has
+                self._notes.add(version, file)
         base = None if before is None or file.delta is None else Base(version=before[0], digest=before[1].digest)
         return WeightsHandle(version=version, location=shares, digest=file.digest, base=base)
 
@@ -80,7 +83,7 @@ class ObjectStoreTransport:
         self._held.make_room()
         with self._notes.alone(handle.version, timeout_s=timeout_s / 2):
             file = self._notes.find(handle)
-            if file is None and base is not None:
+            if file is None and base is not None and self._place(handle) is None:
                 file = self._patched(handle, base, deadline=deadline)
             if file is None:
                 file = self._copied(handle, deadline=deadline)
@@ -105,7 +108,8 @@ class ObjectStoreTransport:
     def _patched(self, handle: WeightsHandle, base: WeightsFile, *, deadline: float) -> WeightsFile | None:
         """The file, made of the node's file of the version before; None if that does not give what was published."""
 
-        def copy(shares: Sequence[Share]) -> WeightsFile:
+        def copy(peer: Any) -> WeightsFile:
+            shares = handle.location if peer is None else [all_of(handle.location, peer)]
             delta = Delta(os.memfd_create("pmdflow-delta"))
             for at, piece in self._pieces(handle.version, shares, delta=True, deadline=deadline):
                 bytes_: Any = piece
@@ -125,14 +129,15 @@ class ObjectStoreTransport:
         """The whole file from the others, each until it fails; then out of a checkpoint.
 
         Raises:
-            PmdflowError: it arrived with another digest.
+            WeightsDamaged: it arrived with another digest.
         """
 
-        def copy(shares: Sequence[Share]) -> WeightsFile:
-            file, summed = self._begun(shares)
-            elsewhere = [share for share in shares if share.begin not in summed]
+        def copy(peer: Any) -> WeightsFile:
+            file, summed = self._begun(handle)
+            missing = [share for share in handle.location if share.begin not in summed]
+            asked = missing if peer is None else [replace(share, holder=peer) for share in missing]
             writer = BlockWriter(file.descriptor)
-            for at, piece in self._pieces(handle.version, elsewhere, delta=False, deadline=deadline):
+            for at, piece in self._pieces(handle.version, asked, delta=False, deadline=deadline):
                 writer.begin(at)
                 writer.write(from_dlpack(piece))  # what is read-only comes without a copy
                 summed[at] = writer.finish()
@@ -144,37 +149,41 @@ class ObjectStoreTransport:
         except WeightsLost as error:
             return from_stored(self._stored, handle, str(error))
         if handle.digest not in ("", file.digest):
-            raise PmdflowError(
+            raise WeightsDamaged(
                 f"weights of version {handle.version} arrived with the digest {file.digest}, published was "
                 f"{handle.digest}: bytes were lost or changed on the way"
             )
         return file
 
-    def _begun(self, shares: Sequence[Share]) -> tuple[WeightsFile, dict[int, Summed]]:
-        """The file that learner ranks of this node began, and where their shares begin; a new one if there is none."""
-        for place in {share.file for share in shares if share.file is not None and share.file.node == self._notes.node}:
-            file = place.open()
-            if file is not None:
-                return file, {share.begin: share.summed for share in shares if share.file == place}
-        return WeightsFile.empty(shares[-1].end), {}
+    def _place(self, handle: WeightsHandle) -> NodeFile | None:
+        """The file that learner ranks of this node have begun."""
+        places = (share.file for share in handle.location or ())
+        return next((place for place in places if place.node == self._notes.node), None)
+
+    def _begun(self, handle: WeightsHandle) -> tuple[WeightsFile, dict[int, Summed]]:
+        """That file, and the shares that are in it by where they begin; a new one if there is none."""
+        place = self._place(handle)
+        file = None if place is None else place.open()
+        if file is None:
+            return WeightsFile.empty(handle.location[-1].end), {}
+        return file, {share.begin: share.summed for share in handle.location if share.file == place}
 
     def _from_others(
-        self, handle: WeightsHandle, copy: Callable[[Sequence[Share]], WeightsFile], *, deadline: float
+        self, handle: WeightsHandle, copy: Callable[[Any], WeightsFile], *, deadline: float
     ) -> WeightsFile:
-        """What `copy` makes of what a peer gives, which has all, or the learner's ranks together.
+        """What `copy` makes of what a peer gives, or of what the learner's ranks give together: then it gets None.
 
         Raises:
             WeightsLost: nobody has it.
             WaitTimeout: it did not arrive in time.
         """
         problem: BaseException | None = None
-        ranks: Sequence[Share] = handle.location or ()
-        peers = random.sample(handle.peers, len(handle.peers)) if ranks else []
-        for shares in [*([all_of(ranks, peer)] for peer in peers), ranks]:
-            if not shares or any(share.holder is None for share in shares):
-                continue
+        shares: Sequence[Share] = handle.location or ()
+        peers = random.sample(handle.peers, len(handle.peers)) if shares else []
+        is_given_out = bool(shares) and all(share.holder is not None for share in shares)
+        for peer in [*peers, None] if is_given_out else peers:
             try:
-                return copy(shares)
+                return copy(peer)
             except GetTimeoutError as error:
                 if time.monotonic() > deadline:
                     raise WaitTimeout(f"weights of version {handle.version} did not arrive in time") from error

@@ -33,8 +33,7 @@ class Ranks:
         """What each rank makes, by rank. Every rank must call; if one fails, all do.
 
         Raises:
-            Exception: what `make` raised here.
-            PmdflowError: it failed at another rank.
+            PmdflowError: it failed at a rank, which is named.
         """
         made, failure = None, None
         try:
@@ -42,11 +41,9 @@ class Ranks:
         except Exception as error:
             failure = error
         gathered = self.gather((made, failure and f"learner rank {self.rank}: {type(failure).__name__}: {failure}"))
-        if failure is not None:
-            raise failure
         for _, why in gathered:
             if why is not None:
-                raise PmdflowError(why)
+                raise PmdflowError(why) from failure
         return [value for value, _ in gathered]
 
 
@@ -61,13 +58,17 @@ class NodeFile:
     path: str
     inode: int
 
+    def is_of(self, node: str, file: WeightsFile) -> bool:
+        """Whether it is this open file of that node."""
+        return self.node == node and self.inode == os.fstat(file.descriptor).st_ino
+
     def open(self) -> WeightsFile | None:
         """The file, whose digest is not known; None if whoever has the path does not live any more."""
         try:
             file = WeightsFile(os.open(self.path, os.O_RDWR | os.O_CLOEXEC), "")
         except OSError:
             return None
-        return file if os.fstat(file.descriptor).st_ino == self.inode else None  # else the process id is another's
+        return file if self.is_of(self.node, file) else None  # else the process id is another's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +83,8 @@ class Share:
     summed: Summed
     delta_bytes: int | None
     """Of the records of the blocks between them; None: it has no delta."""
-    file: NodeFile | None
-    """What the bytes were written into; None: that is not said."""
+    file: NodeFile
+    """What the bytes were written into."""
 
 
 def all_of(shares: Sequence[Share], holder: Any) -> Share:
@@ -95,7 +96,7 @@ def all_of(shares: Sequence[Share], holder: Any) -> Share:
         end=shares[-1].end,
         summed=reduce(Summed.then, [share.summed for share in shares]),
         delta_bytes=None if None in records else sum(count or 0 for count in records),
-        file=None,
+        file=shares[0].file,
     )
 
 
@@ -117,29 +118,29 @@ def write_shares(
         base: The version before, to make a delta from; the ranks have the same or none.
 
     Returns:
-        The node's file, which has only the shares of the ranks of this node, and all shares.
+        The node's file, which has only the shares of the ranks of this node, and all shares that are not empty.
 
     Raises:
-        OSError, ValueError, PmdflowError: as `Layout.write`; if one rank fails, all do.
+        PmdflowError: a rank failed, which is named; all do then.
     """
     layout = Layout(tensors)
     file, place = _file_of_node(layout.num_bytes, ranks, node)
     begin, end = (_boundary(rank, ranks.count, layout.num_bytes) for rank in (ranks.rank, ranks.rank + 1))
-    changes = None
-    if base is not None and os.fstat(base.descriptor).st_size == layout.num_bytes:
-        changes = DeltaWriter(base.descriptor, begin=begin, end=end)
-        file.delta = Delta(changes.descriptor)
 
     def write() -> Share:
-        writer = BlockWriter(file.descriptor, at=begin, then=None if changes is None else changes.add)
+        changes = None
         try:
+            if base is not None and os.fstat(base.descriptor).st_size == layout.num_bytes:
+                changes = DeltaWriter(base.descriptor, begin=begin, end=end)
+                file.delta = Delta(changes.descriptor)
+            writer = BlockWriter(file.descriptor, at=begin, then=None if changes is None else changes.add)
             summed = layout.write(writer, begin, end)
         finally:
             tensors.skip()
         delta_bytes = changes.num_bytes if changes is not None and changes.is_short else None
         return Share(holder=holder, begin=begin, end=end, summed=summed, delta_bytes=delta_bytes, file=place)
 
-    shares = ranks.agree(write)
+    shares = [share for share in ranks.agree(write) if share.begin < share.end]
     if any(share.delta_bytes is None for share in shares):
         file.delta = None
     file.digest = digest_of_shares([share.summed for share in shares])

@@ -62,7 +62,7 @@ class Transport(Protocol):
         Raises:
             WaitTimeout: they did not arrive in time.
             WeightsLost: nobody has them any more.
-            PmdflowError: what arrived is not what was published.
+            WeightsDamaged: what arrived is not what was published.
         """
 
     @property

@@ -138,6 +138,12 @@ def test_arguments_of_vllm_that_the_loop_owns_are_refused_with_the_setting_that_
     assert len(said) == 3
     assert "names max_num_seqs, which the loop sets itself" in said[0] and "names scheduling_policy" in said[1]
     assert "quantization is fp8 while learner.importance_weights is none" in said[2]
+    given = "rollout.engine_args={enable_lora: false, max-model-len: 9, pipeline_parallel_size: 2, load_format: dummy}"
+    said = [issue.message for issue in refuse(cluster_yaml, given)]
+    assert "names max-model-len, which is no argument of vLLM" in said[0]
+    assert [message.split(",")[0].split(" ")[2] for message in said[1:]] == [
+        "enable_lora", "load_format", "pipeline_parallel_size"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("lossy", ["quantization: fp8", "kv_cache_dtype: fp8_e4m3"])

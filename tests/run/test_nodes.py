@@ -28,7 +28,11 @@ RUN = Path("/mnt/shared/runs/r")
     ("view", "said", "remedy"),
     [
         (replace(SOUND, sees_run=False), "run.dir: here does not see /mnt/shared/runs/r", "shared by all nodes"),
-        (replace(SOUND, shared_bytes=1 << 30), "1.0 GiB free, two versions of the weights need 6.0 GiB", "--shm-size"),
+        (
+            replace(SOUND, shared_bytes=1 << 30),
+            "1.0 GiB free, the published versions that a node holds need 3.0 GiB",
+            "--shm-size",
+        ),
         (replace(SOUND, software=("3.9", "0.0.1")), "here has Python 3.9 and pmdflow 0.0.1", "the same environment"),
     ],
 )
@@ -74,7 +78,7 @@ def test_every_node_of_a_cluster_looks(two: Cluster, tmp_path: Path, monkeypatch
     require_nodes(tmp_path, weights_bytes=1000)
     assert not list(tmp_path.iterdir()), "the mark is taken away"
     started = time.monotonic()
-    with pytest.raises(LaunchError, match="two versions of the weights need") as caught:
+    with pytest.raises(LaunchError, match="the published versions that a node holds need") as caught:
         require_nodes(tmp_path, weights_bytes=1 << 60)
     assert str(caught.value).count("GiB free") == 2 and time.monotonic() - started < 60
     monkeypatch.setattr(Path, "touch", lambda self: None)  # as on a folder that is not shared

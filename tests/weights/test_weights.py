@@ -18,7 +18,7 @@ import torch
 from pmdflow.errors import PmdflowError, WeightsLost
 from pmdflow.weights import object_store
 from pmdflow.weights.blocks import BLOCK_BYTES
-from pmdflow.weights.file import NamedTensors
+from pmdflow.weights.file import NamedTensors, WeightsFile
 from pmdflow.weights.filesystem import FilesystemTransport
 from pmdflow.weights.held import NodeNotes
 from pmdflow.weights.object_store import ObjectStoreTransport
@@ -69,6 +69,23 @@ def test_the_directory_shows_whole_files_only_and_forgets_old_versions(tmp_path:
     ]
     with pytest.raises(WeightsLost, match="version 0"):
         transport.fetch(handles[0], timeout_s=1.0)
+
+
+def test_what_cannot_be_written_is_taken_away_again(tmp_path: Path) -> None:
+    transport = FilesystemTransport(tmp_path)
+    with pytest.raises(PmdflowError, match="learner rank 0: ValueError: a is "):
+        transport.publish(1, NamedTensors(specs={"a": (torch.int8, (1,))}, values=[torch.zeros(1)]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_note_that_a_full_disk_cut_short_is_passed_over(tmp_path: Path) -> None:
+    notes, handle = NodeNotes(str(tmp_path), "short"), WeightsHandle(version=1, location=None)
+    file = WeightsFile.write(NamedTensors.of(WEIGHTS))
+    notes.add(1, file)
+    with notes._path(1).open("a") as lines:
+        lines.write(f"{file.digest} 12")
+    found = notes.find(handle)
+    assert found is not None and found.digest == file.digest
 
 
 def test_bytes_that_changed_on_the_way_are_refused(transport: Transport) -> None:
