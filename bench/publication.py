@@ -40,7 +40,8 @@ import torch.distributed as dist
 
 from pmdflow.config.schema import Config
 from pmdflow.learner.fsdp import all_ranks, free_address
-from pmdflow.weights.file import NamedTensors, WeightsFile
+from pmdflow.weights.blocks import BlockWriter
+from pmdflow.weights.file import Layout, NamedTensors, WeightsFile
 from pmdflow.weights.filesystem import FilesystemTransport
 from pmdflow.weights.held import NodeNotes
 from pmdflow.weights.object_store import ObjectStoreTransport
@@ -124,6 +125,8 @@ class Process:
         with _ticking() as stalled:
             began = time.perf_counter()
             file = self._transport.fetch(handle, timeout_s=TIMEOUT_S)
+            if isinstance(file, WeightsFile):
+                file.populate()  # as an engine's `stage` does
             fetched = time.perf_counter()
             for name, own in self._weights.items():
                 own.copy_(file[name])
@@ -132,7 +135,9 @@ class Process:
         return {"fetch_s": fetched - began, "load_s": loaded - fetched, "stall_ms": stalled(), "wire": float(wire)}
 
     def digest(self) -> str:
-        return WeightsFile.write(NamedTensors.of(self._weights)).digest
+        layout = Layout(NamedTensors.of(self._weights))
+        with open(os.devnull, "wb") as nowhere:
+            return layout.write(BlockWriter(nowhere.fileno()), 0, layout.num_bytes).hex()
 
     def read_weights(self, version: int, offset: int, num_bytes: int, delta: bool) -> Any:
         return self._transport.read(version, offset, num_bytes, delta=delta)
@@ -229,7 +234,8 @@ def publications(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """Median, least and most of each mode."""
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     make = ray.remote(num_cpus=0, max_concurrency=4)(Process).remote
-    publishers, engines = ([make(args.mib) for _ in range(count)] for count in (NUM_RANKS, args.engines))
+    counts = (NUM_RANKS if "ranks" in args.modes else 1, args.engines)
+    publishers, engines = ([make(args.mib) for _ in range(count)] for count in counts)
     rows: dict[str, list[dict[str, float]]] = {mode: [] for mode in args.modes}
     for _ in range(args.rounds):
         for mode in args.modes:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +25,9 @@ DTYPES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 """Their names in a safetensors header."""
+
+
+MADV_POPULATE_READ = 22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +193,14 @@ class WeightsFile(Mapping[str, Tensor]):
     def path(self) -> str:
         """Where other processes of this user and node can open it."""
         return f"/proc/{os.getpid()}/fd/{self.descriptor}"
+
+    def populate(self) -> None:
+        """Map every page now, which takes a third of the time that reading them one by one for the first time does."""
+        tensors = [self[name] for name in self._map()]
+        first = min((tensor.data_ptr() for tensor in tensors), default=0) // mmap.PAGESIZE * mmap.PAGESIZE
+        last = max((tensor.data_ptr() + tensor.nbytes for tensor in tensors), default=0)
+        # On kernels before 5.14, which do not know it, nothing happens.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_POPULATE_READ)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._map():

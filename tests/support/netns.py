@@ -51,6 +51,8 @@ class Machines:
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16),
             # Of the head: packets go on to be lost for a while after a link is mended, as TCP waits ever longer.
             "RAY_health_check_failure_threshold": "10",
+            # Of every node and driver: else whoever is called gives up a connection that is silent for 20 s.
+            "RAY_grpc_keepalive_timeout_ms": "60000",
             "CUDA_VISIBLE_DEVICES": "",
         }  # fmt: skip
 

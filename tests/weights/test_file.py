@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
 import time
 from collections.abc import Iterator
@@ -104,6 +105,21 @@ class Ticking:
             now = time.perf_counter()
             self.stall_s, last = max(self.stall_s, now - last), now
             self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
+
+
+def test_pages_that_are_mapped_before_take_no_faults_later() -> None:
+    made = WeightsFile.write(NamedTensors.of({"a": torch.ones(4 * BLOCK_BYTES, dtype=torch.uint8)}))
+    faults = []
+    for is_populated in (False, True):
+        file = WeightsFile.open(made.path, made.digest)
+        if is_populated:
+            file.populate()
+        into = torch.ones(4 * BLOCK_BYTES, dtype=torch.uint8)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        into.copy_(file["a"])
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert faults[1] < faults[0] / 4, faults
+    WeightsFile.write(NamedTensors(specs={}, values=[])).populate()
 
 
 @pytest.mark.parametrize("mebibytes", [64, pytest.param(512, marks=pytest.mark.nightly)])

@@ -18,6 +18,7 @@ from pmdflow.rollout.engines.transformers.batch import DecodeBatch
 from pmdflow.rollout.engines.transformers.model import CachedModel
 from pmdflow.rollout.engines.transformers.sampling import sample
 from pmdflow.rollout.engines.transformers.slots import HeldSequence, plan_slots
+from pmdflow.weights.file import WeightsFile
 
 _PREFILL_TOKENS = 4096
 """Padded tokens prefilled between two decode steps: bounds how long a newcomer stalls the others, and the mask."""
@@ -146,7 +147,9 @@ class TransformersEngine:
         return self._advance(batch.sequences, tokens, logprobs, experts)
 
     def stage(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Nothing to prepare."""
+        """Map a node's file."""
+        if isinstance(weights, WeightsFile):
+            weights.populate()
         return weights
 
     def pause(self) -> list[Output]:
