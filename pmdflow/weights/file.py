@@ -215,10 +215,11 @@ class WeightsFile(Mapping[str, Tensor]):
         if self._mapping.tensors is None:
             opened: Any = safe_open(self.path, framework="pt", device="cpu")
             self._names, self._mapping.tensors = dict.fromkeys(opened.keys()), opened
-            if self._names:  # the header is before them
-                begins = [opened.get_tensor(name).data_ptr() for name in self._names]
-                self._mapping.begin = min(begins) // mmap.PAGESIZE * mmap.PAGESIZE
-                self._mapping.num_bytes = os.fstat(self.descriptor).st_size - (min(begins) - self._mapping.begin)
+            tensors = [opened.get_tensor(name) for name in self._names]
+            if tensors:  # no more than what is theirs: the memory beside it is somebody else's
+                begin = min(tensor.data_ptr() for tensor in tensors) // mmap.PAGESIZE * mmap.PAGESIZE
+                end = max(tensor.data_ptr() + tensor.nbytes for tensor in tensors)
+                self._mapping.begin, self._mapping.num_bytes = begin, end - begin
         return self._names
 
 
