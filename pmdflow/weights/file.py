@@ -215,11 +215,9 @@ class WeightsFile(Mapping[str, Tensor]):
         if self._mapping.tensors is None:
             opened: Any = safe_open(self.path, framework="pt", device="cpu")
             self._names, self._mapping.tensors = dict.fromkeys(opened.keys()), opened
-            tensors = [opened.get_tensor(name) for name in self._names]
-            if tensors:  # no more than what is theirs: the memory beside it is somebody else's
-                begin = min(tensor.data_ptr() for tensor in tensors) // mmap.PAGESIZE * mmap.PAGESIZE
-                end = max(tensor.data_ptr() + tensor.nbytes for tensor in tensors)
-                self._mapping.begin, self._mapping.num_bytes = begin, end - begin
+            some = next((tensor for tensor in map(opened.get_tensor, self._names) if tensor.nbytes), None)
+            if some is not None:
+                self._mapping.find(some.data_ptr(), inode=os.fstat(self.descriptor).st_ino)
         return self._names
 
 
@@ -227,9 +225,17 @@ class _Mapping:
     """What safetensors has mapped of a file."""
 
     tensors: Any = None
-    begin = 0
-    """Address of the page of the first tensor."""
-    num_bytes = 0
+    begin = num_bytes = 0
+    """Its addresses; none if they are not known."""
+
+    def find(self, address: int, *, inode: int) -> None:
+        """It is the mapping of that file that has `address` in it: what is beside it is somebody else's."""
+        with open("/proc/self/maps") as lines:
+            for line in lines:
+                bounds, _, _, _, of, *_ = line.split()
+                begin, end = (int(bound, 16) for bound in bounds.split("-"))
+                if begin <= address < end and int(of) == inode:
+                    self.begin, self.num_bytes = begin, end - begin
 
     def advise(self, advice: int) -> None:
         """Tell the kernel, with the interpreter's lock let go; one that does not know the advice does nothing."""
