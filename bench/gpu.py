@@ -541,7 +541,7 @@ def publication(place: Place, note: Notes) -> None:
         for turn in ("first", "second"):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             with Ticker() as ticker:
-                seconds, file = timed(learner.publish, WeightsFile.write)
+                seconds, file = timed(learner.publish, lambda tensors, _: WeightsFile.write(tensors))
             assert file is not None
             size = os.fstat(file.descriptor).st_size
             note(**{f"published_{turn}_s": seconds, f"published_{turn}_stall_s": ticker.longest_s})
