@@ -206,7 +206,8 @@ def assert_exact(up: Up) -> None:
     assert ledger.pop("generated") == sum(ledger.values())
     assert_prompts_once(up.run)
     store = TrajectoryStore(up.run / "store", groups_per_iteration=4, lookahead=1, max_staleness=None)
-    waiting = {f"chain_sum-{group['cursor']}" for group in store.groups() if group["iteration"] is None}
+    untrained = [group["cursor"] for group in store.groups() if group["iteration"] is None]
+    waiting = {f"chain_sum-{cursor}" for cursor in untrained if cursor is not None}  # None: of an evaluation
     cursors = store.counts().next_cursor
     evicted = sum(count for place, count in store.ledger().items() if place.startswith("evicted_"))
     store.close()
